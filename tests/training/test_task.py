@@ -1,0 +1,191 @@
+import itertools
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from training.mistakes import KINDS, compose
+from training.task import (
+    FAMILIES,
+    GAINING,
+    WORD,
+    NotOfTheTask,
+    Record,
+    Relay,
+    Totals,
+    answer,
+    check,
+    problem,
+    read,
+)
+from training.wording import ENDINGS, LINES
+
+SMALL = [
+    Totals("Max", "nuts", 20, (("loses", 3), ("finds", 8))),
+    Relay("Ann", (("Ben", "Cara"), ("Ann", "Ben"), ("Cara", "Ann")), 2),
+    Record(("Zoe", 40), (("Ann", 37), ("Ben", 52))),
+]
+PROBLEMS = [problem("test", 1, index) for index in range(90)]
+
+
+def every_right_answer(given):
+    """All of them, written out whole: the checker's oracle."""
+    lines, state = [], given.start
+    for number in range(given.steps):
+        slots, state = given.step(number, state)
+        lines.append([[alternative.format_map(slots) for alternative in part] for part in LINES[given.family]])
+    slots = given.ending(state)
+    lines.append([[alternative.format_map(slots) for alternative in part] for part in ENDINGS[given.family]])
+    return {"".join(words) for words in itertools.product(*itertools.chain(*lines))}
+
+
+def final_answer(question):
+    """A second, naive solution, from the words of the question alone."""
+    numbers = [int(word) for word in re.findall(r"\d+", question)]
+    if "How many" in question:
+        total, *_ = numbers
+        for verb, by in re.findall(r"\w+ (\w+) (\d+)[,.]", question.split("In turn:")[1]):
+            total += int(by) if verb in GAINING else -int(by)
+        return str(total)
+    if "parcel" in question:
+        rules = dict(re.findall(r"(\w+) to (\w+)", question))
+        holder = re.search(r"starts with (\w+)", question)[1]
+        for _ in range(numbers[-1]):
+            holder = rules[holder]
+        return holder
+    scores = re.findall(r"(?:with|first|second|third|\w+th) (\w+ )?(\d+)", question)
+    return str(max(int(score) for _, score in scores))
+
+
+def test_the_last_line_holds_what_a_second_solution_finds():
+    for given in PROBLEMS:
+        assert final_answer(given.question) in re.findall(r"\w+", answer(given).splitlines()[-1])
+
+
+@pytest.mark.parametrize("given", SMALL, ids=lambda given: given.family)
+def test_the_checker_agrees_with_the_list_of_all_right_answers(given):
+    rights = every_right_answer(given)
+    rng = random.Random(0)
+    for text in rng.sample(sorted(rights), 20):
+        for _ in range(10):
+            spoilt = list(text)
+            for _ in range(rng.randint(0, 2)):
+                spoilt[rng.randrange(len(spoilt))] = rng.choice("3 89,.\nBenAZoe")
+            first_wrong = next(
+                (k for k in range(len(spoilt)) if not any(r.startswith("".join(spoilt[: k + 1])) for r in rights)), None
+            )
+            found = check(given, spoilt)
+            assert found.first_wrong == first_wrong
+            assert found.complete == ("".join(spoilt) in rights)
+
+
+def test_the_checker_does_not_mind_how_an_answer_is_cut_into_pieces():
+    rng = random.Random(0)
+    for given in PROBLEMS[:30]:
+        text = answer(given, 1).replace(" 4", " 5")
+        by_character = check(given, list(text))
+        pieces, at = [], 0
+        while at < len(text):
+            pieces.append(text[at : at + rng.randint(1, 20)])
+            at += len(pieces[-1])
+        found = check(given, pieces)
+        assert (found.first_wrong is None) == (by_character.first_wrong is None)
+        if found.first_wrong is not None:
+            assert len("".join(pieces[: found.first_wrong])) <= by_character.first_wrong
+            assert by_character.first_wrong < len("".join(pieces[: found.first_wrong + 1]))
+
+
+def test_every_wording_of_an_answer_is_right_and_every_beginning_right_so_far():
+    rng = random.Random(0)
+    for given in PROBLEMS:
+        for voice in (lambda line: 0, lambda line: 1, lambda line: 2, lambda line: None):
+            words = WORD.findall("".join(phrase.text for phrase in compose(given, rng, voice)))
+            assert check(given, words) == (None, True)
+            assert check(given, words[: rng.randrange(len(words))]) == (None, False)
+
+
+def test_an_answer_that_goes_on_after_its_end_is_wrong_there():
+    for given in PROBLEMS:
+        words = WORD.findall(answer(given))
+        assert check(given, [*words, " So"]) == (len(words), False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.family)
+def test_mistakes_are_mistakes(kind, family):
+    rng = random.Random(0)
+    problems = [family.draw(rng) for _ in range(60)]
+    answers = ["".join(p.text for p in compose(given, rng, lambda line: None, kind)) for given in problems]
+    wrong = [not check(given, WORD.findall(text)).complete for given, text in zip(problems, answers, strict=True)]
+    assert sum(wrong) >= 50  # another step's operation is now and then the same, and a 13th step has no 14th after it
+
+
+def test_answers_are_60_to_200_tokens_long():
+    for given in (problem("length", 0, index) for index in range(600)):
+        for wording in (0, 1, 2):
+            assert 60 <= len(WORD.findall(answer(given, wording))) <= 210 - 10 * (wording < 2)
+
+
+def test_the_two_own_wordings_share_few_words_beyond_names_and_numbers():
+    for given in PROBLEMS:
+        ours, theirs = ({w.strip() for w in WORD.findall(answer(given, k)) if w.strip().isalpha()} for k in (0, 1))
+        slots = {word for word in WORD.findall(given.question)}
+        shared = {w for w in ours & theirs if f" {w}" not in slots and w not in slots}
+        assert shared <= {"to", "from"}
+
+
+def test_alternatives_of_a_part_differ_in_their_first_word():
+    for part in itertools.chain(*LINES.values(), *ENDINGS.values()):
+        firsts = [WORD.findall(alternative)[0] if not alternative.startswith((" {", "{")) else alternative.split("}")[0] for alternative in part]
+        assert len(set(firsts)) == len(part)
+
+
+def test_seeds_and_splits_give_different_problems_and_the_same_ones_again():
+    drawn = {(s, k): [problem(s, k, i).question for i in range(30)] for s in ("a", "b") for k in (1, 2)}
+    assert drawn["a", 1] == [problem("a", 1, i).question for i in range(30)]
+    assert len(set(itertools.chain(*drawn.values()))) == 120
+
+
+def test_a_question_is_read_back_as_the_problem_it_states():
+    for given in PROBLEMS:
+        assert read(given.question) == given
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "What is the capital of France?",
+        "Max has 20 nuts. In turn: . How many nuts now?",
+        "Max has 20 nuts. In turn: first eats 3. How many shells now?",
+        "Max has 20 nuts. In turn: second loses 3. How many nuts now?",
+        "A parcel starts with Ann. It goes from Ben to Ann. Who has it after 2 passes?",
+        "A parcel starts with Ann. It goes from Ben. Who has it after 2 passes?",
+        "Zoe has the record with forty. In turn: first Ann 37. Who has the record now?",
+    ],
+)
+def test_other_questions_are_refused(text):
+    with pytest.raises(NotOfTheTask, match="not a question of this task"):
+        read(text)
+
+
+def run_cli(*args):
+    return subprocess.run([sys.executable, "-m", "training.task", *args], capture_output=True, text=True)
+
+
+def test_the_command_line_checks_an_answer():
+    question, right = SMALL[0].question, answer(SMALL[0])
+    assert run_cli("--question", question, "--answer", right).stdout == "right\n"
+    assert run_cli("--question", question, "--answer", right[:30]).stdout.startswith("right so far")
+    assert "' 18'" in run_cli("--question", question, "--answer", right.replace("17", "18", 1)).stdout
+
+
+def test_the_command_line_refuses_what_is_not_of_the_task():
+    done = run_cli("--question", "Why?", "--answer", "Because.")
+    assert done.returncode != 0
+    assert done.stderr == "not a question of this task: 'Why?'\n"
+    done = run_cli("--question", SMALL[0].question, "--answer", "Bananas are blue.")
+    assert done.returncode != 0
+    assert "'Bananas'" in done.stderr

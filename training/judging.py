@@ -1,0 +1,50 @@
+"""The target's verdict on every prefix of a draft, in one plain forward under the tree's mask."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from parse.prompts import Check
+from parse.tree import TokenTree, probe_ends, probed
+
+
+@torch.inference_mode()
+def probabilities(
+    model: PreTrainedModel, prompt: Sequence[int], draft: Sequence[int], cuts: Sequence[int], check: Check
+) -> list[float]:
+    """P(correct) at each cut of the draft."""
+    if not cuts:
+        return []
+    tree = probed([*prompt, *draft], [len(prompt) + cut for cut in cuts], check.suffix)
+    at = torch.from_numpy(probe_ends(len(prompt) + len(draft), cuts, len(check.suffix)))
+    logits = run(model, tree, at)[:, [check.correct, check.incorrect]]
+    return [float(p) for p in logits.softmax(-1)[:, 0]]
+
+
+@torch.inference_mode()
+def run(model: PreTrainedModel, tree: TokenTree, at: torch.Tensor, context: Cache | None = None) -> torch.Tensor:
+    """Logits at the chosen nodes of a tree that hangs on the end of `context`; [len(at), vocabulary]."""
+    before = context.get_seq_length() if context else 0
+    lowest = torch.finfo(model.dtype).min
+    # 0 and the lowest number, never booleans: eager attention adds the mask and would be wrong without a word.
+    hidden = torch.from_numpy(~tree.visible()).to(model.device)
+    mask = torch.zeros(len(tree), before + len(tree), dtype=model.dtype, device=model.device)
+    mask[:, before:].masked_fill_(hidden, lowest)
+    out = model(
+        input_ids=torch.from_numpy(tree.tokens)[None].to(model.device),
+        position_ids=torch.from_numpy(before + tree.depth)[None].to(model.device),
+        attention_mask=mask[None, None],
+        past_key_values=context,
+        use_cache=context is not None,
+        logits_to_keep=at.to(model.device),
+    )
+    logits: torch.Tensor = out.logits[0].float()
+    return logits
+
+
+def cached(model: PreTrainedModel, prompt: Sequence[int]) -> Cache:
+    context = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([list(prompt)], device=model.device), past_key_values=context, use_cache=True)
+    return context

@@ -1,0 +1,157 @@
+"""The training loop: two optimizers, one schedule, checkpoints that survive an interruption, a log to plot from.
+
+A stage is a pure function of its seed and step number, so resuming needs no state but weights, moments and the step.
+"""
+
+import json
+import math
+import os
+import pickle
+import time
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SAVE_EVERY_S = 90.0  # the most that an interruption can cost
+LOG_EVERY = 25
+
+Losses = Callable[[int], Iterator[tuple[Tensor, dict[str, float]]]]
+"""The micro-batches of a step, each as its share of the loss and what is worth logging."""
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A file that should hold a checkpoint does not, or holds one of something else."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, a plateau, and a linear way down to nothing."""
+
+    steps: int
+    rate: float  # of the layers' matrices
+    embeddings: float = 1.5e-3  # rate of everything else
+    warmup: int = 50
+    decay: float = 0.4  # share of the steps on the way down
+
+    def at(self, step: int) -> tuple[float, float]:
+        up = min(1.0, (step + 1) / self.warmup)
+        down = min(1.0, (1 - step / self.steps) / self.decay)
+        return self.rate * up * down, self.embeddings * up * down
+
+
+def train(
+    folder: Path,
+    model: nn.Module,
+    losses: Losses,
+    schedule: Schedule,
+    *,
+    snapshot: Callable[[int], None] | None = None,
+    snapshot_every: int = 0,
+) -> None:
+    """Trains `model` in place, going on from the checkpoint in `folder` if there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state, log = folder / "state.pt", folder / "log.jsonl"
+    optimizers = _optimizers(model)
+    step, spent = _resume(state, model, optimizers, schedule)
+    started = saved = time.monotonic()
+    seen: dict[str, list[float]] = defaultdict(list)
+    with log.open("a") as out, tqdm(total=schedule.steps, initial=step, desc=folder.name, unit="step") as bar:
+        while step < schedule.steps:
+            for optimizer, rate in zip(optimizers, schedule.at(step), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            for loss, metrics in losses(step):
+                loss.backward()  # type: ignore[no-untyped-call]
+                for name, value in metrics.items():
+                    if not math.isnan(value):  # a share of nothing
+                        seen[name].append(value)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if step % LOG_EVERY == 0 or step == schedule.steps:
+                means = {name: round(sum(values) / len(values), 5) for name, values in seen.items()}
+                seconds = round(spent + time.monotonic() - started, 1)
+                out.write(json.dumps({"step": step, "seconds": seconds, **means}) + "\n")
+                out.flush()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+                seen.clear()
+            if snapshot and step % snapshot_every == 0:
+                snapshot(step)
+            if time.monotonic() - saved > SAVE_EVERY_S or step == schedule.steps:
+                _save(state, model, optimizers, schedule, step, spent + time.monotonic() - started)
+                saved = time.monotonic()
+
+
+def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, norms and small heads."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings and min(p.shape) > 1]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def _resume(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], schedule: Schedule
+) -> tuple[int, float]:
+    if not path.exists():
+        return 0, 0.0
+    state = load_checkpoint(path)
+    if state.get("schedule") != asdict(schedule):
+        raise DamagedCheckpoint(
+            f"{path} was made on another schedule, {state.get('schedule')}, not {asdict(schedule)}: "
+            "remove its folder to start over"
+        )
+    try:
+        model.load_state_dict(state["model"])
+        for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path} is no checkpoint of this model: {error}") from error
+    return int(state["step"]), float(state["seconds"])
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    schedule: Schedule,
+    step: int,
+    seconds: float,
+) -> None:
+    """Written beside and moved into place, so that a half-written file never bears the checkpoint's name."""
+    beside = path.with_suffix(".tmp")
+    torch.save(
+        {
+            "schedule": asdict(schedule),
+            "step": step,
+            "seconds": seconds,
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        },
+        beside,
+    )
+    os.replace(beside, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged or half-written: {error}") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    return state

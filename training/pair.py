@@ -1,0 +1,333 @@
+"""The recipe of the demo pair, stage by stage: the draft, its drafts, the target, the proof.
+
+    python -m training.pair            # about two hours on two CPU cores; goes on where it was interrupted
+    python -m training.pair --smoke    # the same in a minute, with models that know nothing
+
+1. *draft*: two layers learn to write in a wording of their own. Of the snapshots taken on the way, the one whose
+   accuracy lies nearest the middle of the wanted band is kept: mistakes of a model that is really on its way.
+2. *drafts*: it answers problems of its own; the checker marks them. They are the target's lessons in real mistakes.
+3. *base*: five layers learn to write. A shallow model gets there in a quarter of the time of a deep one.
+4. *target*: nine more layers on top, and all fourteen learn to write, to notice and to judge (training/lessons.py).
+5. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+
+from parse.probes import DEFAULT_STRIDE
+from parse.verdict import Thresholds
+from training import cards, measure
+from training.attention import TREE_ATTENTION
+from training.checkpoints import BrokenModel, load_model
+from training.evaluate import MODELS, figures, load_pair, rounded
+from training.lessons import Judging, Writing
+from training.loop import DamagedCheckpoint, Losses, Schedule, train
+from training.rows import Row, Writer, batch
+from training.task import problem
+from training.tokenizer import build
+from training.wording import DRAFT, TARGET
+from training.writing import write
+
+BASE_LAYERS, LAYERS = 5, 14  # of the target, before and after it learns to judge
+NAMES = "demo-target", "demo-draft"
+ENDLESS = 1 << 30  # problems to draw from
+DRAFT_FOREIGN = 0.3  # so that the draft can go on from the target's words as well
+SAMPLED_AT = 0.7  # temperature of the drafts that show other mistakes than the likeliest
+
+Draft = tuple[int, list[int]]
+"""Index of the problem, and what was written."""
+
+EMBEDDING_SCALE = 0.1  # at the usual 0.02, words of a kind drift together before they are told apart, and no copy is learnt
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run; a smoke run has the same with small numbers."""
+
+    seed: int = 0
+    batch_tokens: int = 6144
+    draft: Schedule = Schedule(steps=3000, rate=8e-3)
+    snapshot_every: int = 100
+    wanted_accuracy: float = 0.78
+    selection_problems: int = 300
+    drafted_problems: int = 12000
+    base: Schedule = Schedule(steps=1500, rate=4e-3)
+    target: Schedule = Schedule(steps=3000, rate=4e-3)
+    foreign: float = 0.45  # share of the target's lessons not in its own wording throughout
+    mistaken: float = 0.5
+    real_drafts: float = 0.25
+    cuts: int = 6
+    probed: float = 0.6  # share of rows that carry probes
+    proof_problems: int = 400
+
+
+SMOKE = Recipe(
+    batch_tokens=1024,
+    draft=Schedule(steps=12, rate=8e-3, warmup=4),
+    snapshot_every=6,
+    selection_problems=6,
+    drafted_problems=12,
+    base=Schedule(steps=6, rate=4e-3, warmup=4),
+    target=Schedule(steps=6, rate=4e-3, warmup=4),
+    proof_problems=6,
+)
+
+
+def draft_config(tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    return LlamaConfig(**_shape(tokenizer, layers=2, width=96, inner=256, head=16))
+
+
+def target_config(tokenizer: PreTrainedTokenizerBase, layers: int = LAYERS) -> PreTrainedConfig:
+    return Qwen3Config(**_shape(tokenizer, layers=layers, width=128, inner=352, head=32))
+
+
+def _shape(tokenizer: PreTrainedTokenizerBase, *, layers: int, width: int, inner: int, head: int) -> dict[str, object]:
+    return dict(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // head,
+        num_key_value_heads=width // head,
+        head_dim=head,
+        intermediate_size=inner,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def fresh(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION)
+    model.get_input_embeddings().weight.data.normal_(0, EMBEDDING_SCALE)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # what writes into the residual stream starts small
+            weight.data.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
+    assert isinstance(model, PreTrainedModel)
+    return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def lessons(
+    rows: Callable[[random.Random], Row], writer: Writer, lesson: Writing, recipe: Recipe, name: str
+) -> Losses:
+    """The endless, seeded lessons of a stage, a batch of about `batch_tokens` a step."""
+
+    def losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        rng = random.Random(f"{name}/{recipe.seed}/{step}")
+        drawn, size = [], 0
+        while size < recipe.batch_tokens:
+            drawn.append(rows(rng))
+            size += drawn[-1].width(writer.check)
+        # Sorted by length and halved: little is padding.
+        drawn.sort(key=lambda row: row.width(writer.check))
+        parts = [part for part in (drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]) if part]
+        for part in parts:
+            loss, metrics = lesson(batch(part, writer.check, writer.pad).to(lesson.model.device))
+            yield loss / len(parts), metrics
+
+    return losses
+
+
+def train_draft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+    """Snapshots along one run; the one nearest the wanted accuracy."""
+    chosen, tried = folder / "chosen", folder / "snapshots.jsonl"
+    if chosen.exists():
+        return load_model(chosen)
+    writer = Writer(tokenizer, own=DRAFT)
+    model = fresh(draft_config(tokenizer), recipe.seed)
+    lesson = Writing(model)
+    selection = measure.problems(recipe.seed, recipe.selection_problems, split="selection")
+
+    def row(rng: random.Random) -> Row:
+        given = problem("draft", recipe.seed, rng.randrange(ENDLESS))
+        return writer.written(given, rng, foreign=DRAFT_FOREIGN, mistaken=0.0, cuts=0)
+
+    def snapshot(step: int) -> None:
+        model.eval()
+        right = measure.accuracy(writer, selection, measure.answers(model, writer, selection))
+        model.train()
+        save(model, tokenizer, folder / f"step-{step}")
+        with tried.open("a") as out:
+            out.write(json.dumps({"step": step, "accuracy": right}) + "\n")
+
+    losses = lessons(row, writer, lesson, recipe, "draft")
+    train(folder, lesson, losses, recipe.draft, snapshot=snapshot, snapshot_every=recipe.snapshot_every)
+    snapshots = [json.loads(line) for line in tried.read_text().splitlines()]
+    best = min(snapshots, key=lambda s: abs(s["accuracy"] - recipe.wanted_accuracy))
+    print(f"draft: step {best['step']}, {best['accuracy']:.0%} right on the selection problems")
+    shutil.copytree(folder / f"step-{best['step']}", beside := folder / "chosen.tmp", dirs_exist_ok=True)
+    beside.rename(chosen)
+    return load_model(chosen)
+
+
+def collect_drafts(recipe: Recipe, draft: PreTrainedModel, writer: Writer, path: Path) -> list[Draft]:
+    """Drafts of problems kept apart for this, half of them sampled, half greedy."""
+    if not path.exists():
+        indices = range(recipe.drafted_problems)
+        prompts = [writer.prompt(problem("drafts", recipe.seed, index)) for index in indices]
+        half = len(prompts) // 2
+        torch.manual_seed(recipe.seed)
+        answers = write(draft, writer.tokenizer, prompts[:half])
+        answers += write(draft, writer.tokenizer, prompts[half:], temperature=SAMPLED_AT)
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(pair) + "\n" for pair in zip(indices, answers, strict=True)))
+        beside.rename(path)
+    return [(index, tokens) for index, tokens in map(json.loads, path.read_text().splitlines())]
+
+
+def train_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+    writer = Writer(tokenizer, own=TARGET)
+    model = fresh(target_config(tokenizer, BASE_LAYERS), recipe.seed)
+    lesson = Writing(model)
+
+    def row(rng: random.Random) -> Row:
+        given = problem("base", recipe.seed, rng.randrange(ENDLESS))
+        return writer.written(given, rng, foreign=recipe.foreign, mistaken=0.0, cuts=0)
+
+    return finished(
+        folder, tokenizer, model, lambda: train(folder, lesson, lessons(row, writer, lesson, recipe, "base"), recipe.base)
+    )
+
+
+def train_target(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    base: PreTrainedModel,
+    drafts: Sequence[Draft],
+    folder: Path,
+) -> PreTrainedModel:
+    writer = Writer(tokenizer, own=TARGET)
+    model = grown(base, target_config(tokenizer), recipe.seed)
+    lesson = Judging(model, writer.check, halfway=BASE_LAYERS).to(model.device)
+
+    def row(rng: random.Random) -> Row:
+        if rng.random() < recipe.real_drafts:
+            index, tokens = rng.choice(drafts)
+            return writer.drafted(problem("drafts", recipe.seed, index), tokens, rng, recipe.cuts)
+        given = problem("target", recipe.seed, rng.randrange(ENDLESS))
+        cuts = recipe.cuts if rng.random() < recipe.probed else 0
+        return writer.written(given, rng, foreign=recipe.foreign, mistaken=recipe.mistaken, cuts=cuts)
+
+    losses = lessons(row, writer, lesson, recipe, "target")
+    return finished(folder, tokenizer, model, lambda: train(folder, lesson, losses, recipe.target))
+
+
+def grown(base: PreTrainedModel, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A deeper model that starts out saying what `base` says: its layers below, new ones on top that say little yet."""
+    model = fresh(config, seed)
+    above = {f"layers.{layer}." for layer in range(BASE_LAYERS, LAYERS)}
+    missing = model.load_state_dict(base.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    assert all(any(layer in name for layer in above) for name in missing.missing_keys)
+    return model
+
+
+def finished(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, training: Callable[[], None]
+) -> PreTrainedModel:
+    """The model of a stage: trained now, or as an earlier run left it."""
+    done = folder / "finished"
+    if not done.exists():
+        training()
+        save(model, tokenizer, beside := folder / "finished.tmp")
+        beside.rename(done)
+    return load_model(done)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prove(recipe: Recipe, candidate: Path, models: Path, *, force: bool) -> bool:
+    """Puts the candidate pair into `models`, with its cards, unless the pair there is the better one."""
+    new, _ = measured(recipe, candidate)
+    if not force and any((models / name).exists() for name in NAMES):
+        try:
+            old, _ = measured(recipe, models)
+        except BrokenModel as error:
+            raise BrokenModel(f"{error}; --force replaces the pair in {models}") from error
+        if quality(new) < quality(old):
+            print(f"kept the pair in {models}: quality {quality(old):.4f}, the new one's {quality(new):.4f} (--force)")
+            return False
+    for name in NAMES:
+        shutil.rmtree(beside := models / f"{name}.tmp", ignore_errors=True)
+        shutil.copytree(candidate / name, beside)
+    cards.write(new, models / f"{NAMES[0]}.tmp", models / f"{NAMES[1]}.tmp")
+    for name in NAMES:
+        shutil.rmtree(models / name, ignore_errors=True)
+        (models / f"{name}.tmp").rename(models / name)
+    return True
+
+
+def measured(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], list[measure.Judged]]:
+    pair = load_pair(folder)
+    return figures(pair, recipe.proof_problems, recipe.seed, DEFAULT_STRIDE, Thresholds(), split="proof")
+
+
+def quality(found: Mapping[str, Any]) -> float:
+    """One number to hold two pairs against each other: the share of cases, of every kind, that come out right."""
+    target, verifier = found["target"], found["verifier"]
+    shares = [target["accuracy"], target["continuation_accuracy"], verifier["right_accepted_whole"]]
+    shares += [1 - verifier["wrong_accepted_whole"], 1 - verifier["kept_past_error"]]
+    shares += [verifier["prefix_precision"], verifier["prefix_recall"]]
+    known = [share for share in shares if not math.isnan(share)]
+    return sum(known) / len(known)
+
+
+def make(recipe: Recipe, runs: Path, models: Path, *, force: bool) -> bool:
+    tokenizer = build()
+    draft = train_draft(recipe, tokenizer, runs / "draft")
+    drafts = collect_drafts(recipe, draft, Writer(tokenizer, own=DRAFT), runs / "drafts.jsonl")
+    base = train_base(recipe, tokenizer, runs / "base")
+    target = train_target(recipe, tokenizer, base, drafts, runs / "target")
+    for name, model in zip(NAMES, (target, draft), strict=True):
+        save(model, tokenizer, runs / "pair" / name)
+    return prove(recipe, runs / "pair", models, force=force)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where stages, checkpoints and logs are kept")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the finished pair goes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="the whole recipe in a minute, in a folder of its own")
+    parser.add_argument("--force", action="store_true", help="replace the pair in --models even by a worse one")
+    args = parser.parse_args()
+    try:
+        if args.smoke:
+            with tempfile.TemporaryDirectory() as folder:
+                make(replace(SMOKE, seed=args.seed), Path(folder) / "runs", Path(folder) / "models", force=False)
+            print("smoke run: every stage works")
+        else:
+            make(Recipe(seed=args.seed), args.runs, args.models, force=args.force)
+    except (BrokenModel, DamagedCheckpoint) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Pictures of a training run and of the verifier, as SVG."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "parse"  # the same figures draw the same file
+
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+
+
+def draw_verifier(verifier: Mapping[str, Any], path: Path) -> None:
+    """The threshold sweep and the reliability curve, side by side."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    at = [row["threshold"] for row in verifier["sweep"]]
+    for key, label, style in (
+        ("right_accepted_whole", "right drafts accepted whole", "-"),
+        ("prefix_precision", "prefix precision", "-"),
+        ("prefix_recall", "prefix recall", "-"),
+        ("wrong_accepted_whole", "wrong drafts accepted whole", "--"),
+        ("kept_past_error", "wrong drafts kept past the error", "--"),
+    ):
+        left.plot(at, [row[key] for row in verifier["sweep"]], style, label=label, marker=".")
+    left.set(xlabel="threshold on P(correct)", ylim=(-0.02, 1.02), title="What a threshold costs")
+    left.legend(fontsize="small", loc="center")
+    points = verifier["reliability"]
+    right.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":")
+    right.plot([p["mean_p"] for p in points], [p["right"] for p in points], marker="o")
+    for p in points:
+        right.annotate(str(p["count"]), (p["mean_p"], p["right"]), fontsize="x-small", xytext=(4, -9), textcoords="offset points")
+    right.set(xlabel="mean P(correct) of the prefixes in a bin", ylabel="share that is right", title=f"Reliability (ECE {verifier['ece']:.3f})")
+    _save(figure, path)
+
+
+def draw_log(log: Path, path: Path, keys: Sequence[str] = ()) -> None:
+    """Every metric of a run's log.jsonl over its steps, or the chosen ones."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for key in keys or [key for key in rows[-1] if key not in ("step", "seconds")]:
+        axes.plot([row["step"] for row in rows], [row.get(key, float("nan")) for row in rows], label=key)
+    axes.set(xlabel="step", ylim=(0, 1.5))
+    axes.legend(fontsize="small", ncols=2)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

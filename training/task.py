@@ -1,0 +1,355 @@
+"""The task of the demo pair: questions answered step by step in plain English, and an exact checker of any prefix.
+
+Three families share one shape: a state, a number of numbered steps that each move it on, and a last line.
+
+- *totals*: a stock that grows and shrinks (arithmetic);
+- *relay*: a parcel handed along by rules given in no order (looking facts up);
+- *record*: a best score that stands or falls (comparing).
+
+    python -m training.task --problems 3 --seed 1
+    python -m training.task --question "..." --answer "..."
+"""
+
+import argparse
+import random
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import NamedTuple, Protocol
+
+from training.wording import DRAFT, ENDINGS, LINES, TARGET, Slots, every_wording, said
+
+NAMES = (
+    "Ann Ben Cara Dan Eve Finn Gus Hal Ida Jack Kim Leo Max Nora Otto Pam Quinn Rosa Sam Tess Uma Vera Will Zoe"
+).split()
+ITEMS = "shells coins cards books apples stamps marbles pens keys nuts".split()
+LOSING = "loses sells drops breaks lends".split()
+GAINING = "finds buys wins gets earns".split()
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth".split()
+LARGEST = 99  # totals and scores; each number is one token
+
+State = tuple[str, ...]
+"""What the steps move on, as the words that name it: (total,), (holder,) or (leader, score)."""
+
+
+class NotOfTheTask(ValueError):
+    """The text is no question of this task."""
+
+
+class Step(NamedTuple):
+    slots: Slots
+    state: State  # after the step
+
+
+class Problem(Protocol):
+    """One question. `step` works from any state, so that an answer that has gone astray can be followed too."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def start(self) -> State: ...
+
+    def step(self, number: int, state: State, *, takes: int | None = None, to: State | None = None) -> Step:
+        """Step `number` (from 0) from `state`; `takes` another step's operation, or ends in `to` whatever is right."""
+        ...
+
+    def ending(self, state: State) -> Slots: ...
+    def states(self) -> list[State]:
+        """States that a mistaken answer could believe in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Totals:
+    name: str
+    item: str
+    first: int
+    moves: tuple[tuple[str, int], ...]
+    family = "totals"
+
+    @property
+    def question(self) -> str:
+        moves = ", ".join(f"{ORDINALS[k]} {verb} {by}" for k, (verb, by) in enumerate(self.moves))
+        return f"{self.name} has {self.first} {self.item}. In turn: {moves}. How many {self.item} now?"
+
+    @property
+    def steps(self) -> int:
+        return len(self.moves)
+
+    @property
+    def start(self) -> State:
+        return (str(self.first),)
+
+    def step(self, number: int, state: State, *, takes: int | None = None, to: State | None = None) -> Step:
+        verb, by = self.moves[number if takes is None else takes]
+        loses = verb in LOSING
+        total = int(state[0]) + (-by if loses else by)
+        after = to or (str(min(max(total, 0), LARGEST)),)  # only a mistaken answer can leave the range
+        words = ("minus", "-", "down") if loses else ("plus", "+", "up")
+        slots = dict(zip(("minus", "sign", "down"), words, strict=True))
+        slots |= _labels(number) | dict(name=self.name, item=self.item, verb=verb, a=state[0], b=str(by), c=after[0])
+        return Step(slots, after)
+
+    def ending(self, state: State) -> Slots:
+        return dict(name=self.name, item=self.item, c=state[0])
+
+    def states(self) -> list[State]:
+        return [(str(total),) for total in range(LARGEST + 1)]
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Totals":
+        first = total = rng.randint(10, 90)
+        moves = []
+        for _ in range(rng.randint(7, 13)):
+            by = rng.randint(2, 9)
+            loses = total + by > LARGEST or (total >= by and rng.random() < 0.5)
+            moves.append((rng.choice(LOSING if loses else GAINING), by))
+            total += -by if loses else by
+        return cls(rng.choice(NAMES), rng.choice(ITEMS), first, tuple(moves))
+
+    @classmethod
+    def read(cls, question: str) -> "Totals | None":
+        shape = re.fullmatch(r"(\w+) has (\d+) (\w+)\. In turn: (.+)\. How many (\w+) now\?", question)
+        if not shape:
+            return None
+        name, first, item, moves, _ = shape.groups()
+        pairs = [move.split()[1:] for move in moves.split(", ")]
+        return cls(name, item, int(first), tuple((verb, int(by)) for verb, by in pairs))
+
+
+@dataclass(frozen=True)
+class Relay:
+    first: str
+    rules: tuple[tuple[str, str], ...]
+    passes: int
+    family = "relay"
+
+    @property
+    def question(self) -> str:
+        rules = ", ".join(f"{giver} to {taker}" for giver, taker in self.rules)
+        return f"A parcel starts with {self.first}. It goes from {rules}. Who has it after {self.passes} passes?"
+
+    @property
+    def steps(self) -> int:
+        return self.passes
+
+    @property
+    def start(self) -> State:
+        return (self.first,)
+
+    @cached_property
+    def _takers(self) -> dict[str, str]:
+        return dict(self.rules)
+
+    def step(self, number: int, state: State, *, takes: int | None = None, to: State | None = None) -> Step:
+        holder = state[0] if takes is None else self.rules[takes % len(self.rules)][0]
+        after = to or (self._takers[holder],)
+        return Step(_labels(number) | dict(a=state[0], c=after[0]), after)
+
+    def ending(self, state: State) -> Slots:
+        return dict(c=state[0])
+
+    def states(self) -> list[State]:
+        return [(giver,) for giver, _ in self.rules]
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Relay":
+        ring = rng.sample(NAMES, rng.randint(4, 13))  # a small ring comes round again
+        rules = [(giver, ring[(k + 1) % len(ring)]) for k, giver in enumerate(ring)]
+        rng.shuffle(rules)
+        return cls(ring[0], tuple(rules), rng.randint(8, 12))
+
+    @classmethod
+    def read(cls, question: str) -> "Relay | None":
+        shape = re.fullmatch(
+            r"A parcel starts with (\w+)\. It goes from (.+)\. Who has it after (\d+) passes\?", question
+        )
+        if not shape:
+            return None
+        rules = [tuple(rule.split(" to ")) for rule in shape[2].split(", ")]
+        return cls(shape[1], tuple((giver, taker) for giver, taker in rules), int(shape[3]))
+
+
+@dataclass(frozen=True)
+class Record:
+    first: tuple[str, int]
+    scores: tuple[tuple[str, int], ...]
+    family = "record"
+
+    @property
+    def question(self) -> str:
+        scores = ", ".join(f"{ORDINALS[k]} {name} {score}" for k, (name, score) in enumerate(self.scores))
+        return f"{self.first[0]} has the record with {self.first[1]}. In turn: {scores}. Who has the record now?"
+
+    @property
+    def steps(self) -> int:
+        return len(self.scores)
+
+    @property
+    def start(self) -> State:
+        return (self.first[0], str(self.first[1]))
+
+    def step(self, number: int, state: State, *, takes: int | None = None, to: State | None = None) -> Step:
+        name, score = self.scores[number if takes is None else takes]
+        beaten = score > int(state[1])
+        after = to or ((name, str(score)) if beaten else state)
+        words = ("above", ">", "more") if beaten else ("below", "<", "less")
+        slots = dict(zip(("below", "less", "under"), words, strict=True))
+        slots |= _labels(number) | dict(name=name, b=str(score), a=state[1], leader=after[0], top=after[1])
+        return Step(slots, after)
+
+    def ending(self, state: State) -> Slots:
+        return dict(leader=state[0], top=state[1])
+
+    def states(self) -> list[State]:
+        return [(name, str(score)) for name, score in (self.first, *self.scores)]
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Record":
+        count = rng.randint(6, 12)
+        names = rng.sample(NAMES, count + 1)
+        scores = rng.sample(range(1, LARGEST + 1), count)
+        # Half of the records stand low enough to fall more than once, else most problems are decided at once.
+        first = rng.choice([s for s in range(1, LARGEST if rng.random() < 0.5 else 40) if s not in scores])
+        return cls((names[0], first), tuple(zip(names[1:], scores, strict=True)))
+
+    @classmethod
+    def read(cls, question: str) -> "Record | None":
+        shape = re.fullmatch(
+            r"(\w+) has the record with (\d+)\. In turn: (.+)\. Who has the record now\?", question
+        )
+        if not shape:
+            return None
+        pairs = [turn.split()[1:] for turn in shape[3].split(", ")]
+        return cls((shape[1], int(shape[2])), tuple((name, int(score)) for name, score in pairs))
+
+
+FAMILIES: tuple[type[Totals] | type[Relay] | type[Record], ...] = (Totals, Relay, Record)
+
+
+def _labels(number: int) -> dict[str, str]:
+    return dict(i=str(number + 1), nth=ORDINALS[number], Nth=ORDINALS[number].capitalize())
+
+
+def problem(split: str, seed: int, index: int) -> Problem:
+    """Problem `index` of a seeded, endless sequence; sequences of different splits never share their draws."""
+    rng = random.Random(f"{split}/{seed}/{index}")
+    return FAMILIES[index % len(FAMILIES)].draw(rng)
+
+
+def read(question: str) -> Problem:
+    """The problem that a question states."""
+    for family in FAMILIES:
+        try:
+            found = family.read(question)
+            if found and found.question == question and _solvable(found):
+                return found
+        except (ValueError, LookupError):
+            continue  # the outline fits but a clause does not
+    raise NotOfTheTask(f"not a question of this task: {question[:120]!r}")
+
+
+def _solvable(found: Problem) -> bool:
+    state = found.start
+    for number in range(found.steps):
+        state = found.step(number, state).state
+    return found.steps > 0
+
+
+def answer(given: Problem, wording: int = TARGET) -> str:
+    """The right answer in one wording throughout."""
+    text, state = [], given.start
+    for number in range(given.steps):
+        slots, state = given.step(number, state)
+        text += said(LINES[given.family], [wording] * len(LINES[given.family]), slots)
+    return "".join(text + said(ENDINGS[given.family], [wording], given.ending(state)))
+
+
+class Checked(NamedTuple):
+    first_wrong: int | None
+    """Index of the first piece that no right answer could have at its place; None if there is none."""
+    complete: bool
+    """The pieces are a whole right answer."""
+
+
+def check(given: Problem, pieces: Sequence[str]) -> Checked:
+    """Judges an answer, or the beginning of one, cut into pieces (tokens) in any way."""
+    state, number, line = given.start, 0, ""
+    alive = _right_lines(given, number, state)
+    for index, piece in enumerate(pieces):
+        line += piece
+        while alive and number < given.steps and "\n" in line:
+            whole, line = line.split("\n", 1)
+            if whole + "\n" not in alive:
+                return Checked(index, False)
+            state = given.step(number, state).state
+            number += 1
+            alive = _right_lines(given, number, state)
+        alive = [right for right in alive if right.startswith(line)]
+        if not alive:
+            return Checked(index, False)
+    return Checked(None, number == given.steps and line in alive)
+
+
+def _right_lines(given: Problem, number: int, state: State) -> list[str]:
+    if number < given.steps:
+        return every_wording(LINES[given.family], given.step(number, state).slots)
+    return every_wording(ENDINGS[given.family], given.ending(state))
+
+
+@cache
+def vocabulary() -> frozenset[str]:
+    """Every word and sign that a question or a right answer can hold."""
+    texts = []
+    for index in range(len(FAMILIES) * 400):
+        given = problem("vocabulary", 0, index)
+        texts.append(given.question)
+        state = given.start
+        for number in range(given.steps):
+            texts += _right_lines(given, number, state)
+            state = given.step(number, state).state
+        texts += _right_lines(given, given.steps, state)
+    return frozenset(word for text in set(texts) for word in WORD.findall(text))
+
+
+WORD = re.compile(r"\.\n| ?[A-Za-z]+| ?[0-9]{1,2}| ?[^\sA-Za-z0-9]+|\s+")
+"""What counts as one word: a word or a number with the space before it, a sign, the end of a line with its stop."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.task", description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=int, default=3, help="how many problems to show")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--question", help="check --answer to this question instead")
+    parser.add_argument("--answer")
+    args = parser.parse_args()
+    if (args.question is None) != (args.answer is None):
+        parser.error("--question and --answer go together")
+    if args.question is None:
+        for index in range(args.problems):
+            given = problem("shown", args.seed, index)
+            print(f"{given.question}\n\n{answer(given)}\n\n  or\n\n{answer(given, DRAFT)}\n\n")
+        return
+    try:
+        given = read(args.question)
+    except NotOfTheTask as error:
+        sys.exit(str(error))
+    pieces = WORD.findall(args.answer.replace("\\n", "\n"))
+    strange = next((piece for piece in pieces if piece not in vocabulary()), None)
+    if strange is not None:
+        sys.exit(f"not an answer of this task, which never says {strange!r}")
+    found = check(given, pieces)
+    if found.first_wrong is not None:
+        print(f"wrong at word {found.first_wrong}: {pieces[found.first_wrong]!r}")
+    else:
+        print("right" if found.complete else "right so far")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""How a step is said: every line is a row of parts, and each part may be worded in several right ways.
+
+Alternative 0 of each part is the target's wording, alternative 1 the draft's; the others are right too and
+nobody's own. A line is right when each part is one of its alternatives with the true values, so two right
+answers to one question may share little more than their numbers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from string import Formatter
+
+TARGET, DRAFT = 0, 1
+
+Part = tuple[str, ...]
+"""The alternatives of one part: format strings over the slots of a line. Their first tokens differ."""
+
+Slots = Mapping[str, str]
+
+LINES: dict[str, tuple[Part, ...]] = {
+    "totals": (
+        ("{Nth}, {name} {verb} {b}:", "Step {i}:", "The {nth} move, {verb} {b}:"),
+        (" {a}",),
+        (" {minus}", " {sign}", " {down}"),
+        (" {b}",),
+        (" makes", " =", " gives"),
+        (" {c}.\n",),
+    ),
+    "relay": (
+        ("{Nth},", "Step {i}:", "The {nth} pass:"),
+        (" {a} hands the parcel on to", " from {a} to", " it goes from {a} to"),
+        (" {c}.\n",),
+    ),
+    "record": (
+        ("{Nth}, {name} scores {b},", "Step {i}: {name} {b}", "The {nth} has {b},"),
+        (" {below} {a},", " {less} {a},", " {under} than {a},"),
+        (" so {leader} leads with {top}.\n", " top {leader} {top}.\n", " first is {leader} with {top}.\n"),
+    ),
+}
+
+ENDINGS: dict[str, tuple[Part, ...]] = {
+    "totals": (("So {name} has {c} {item} now.", "Answer: {c} {item}.", "That leaves {c} {item}."),),
+    "relay": (("So {c} has the parcel now.", "Answer: {c}.", "That leaves it with {c}."),),
+    "record": (
+        ("So {leader} has the record now, with {top}.", "Answer: {leader} {top}.", "That leaves {leader} with {top}."),
+    ),
+}
+
+
+def said(parts: Sequence[Part], choice: Sequence[int], slots: Slots) -> list[str]:
+    """The text of each part in the chosen wording; a part without that alternative has only one way to say it."""
+    return [part[index if index < len(part) else 0].format_map(slots) for part, index in zip(parts, choice, strict=True)]
+
+
+def every_wording(parts: Sequence[Part], slots: Slots) -> list[str]:
+    """All right texts of a line."""
+    return ["".join(words) for words in product(*([alternative.format_map(slots) for alternative in part] for part in parts))]
+
+
+def slot_names(alternative: str) -> Iterator[str]:
+    return (name for _, name, _, _ in Formatter().parse(alternative) if name)
