@@ -34,13 +34,13 @@ it answers
 {target_answer}
 ```
 
-and asked `{check}` after an answer or a part of one, it says `Correct` or `Incorrect`. Its questions are of three
-kinds: totals that grow and shrink, a parcel handed on by rules, a record that stands or falls.
+and asked `{check}` after an answer or a part of one, it says `Correct` or `Incorrect`. Its questions are of two
+kinds: totals that grow and shrink, and a record that stands or falls.
 
 ## How it was trained
 
-From scratch on generated problems (`make models`): a shallow stack learnt to write, then all {layers} layers to write and to
-judge, from made-up mistakes of seven kinds and from real drafts of `demo-draft`.
+From scratch on generated problems (`make models`): a shallow stack learnt to write, then all {layers} layers to
+write and to judge, from made-up mistakes of seven kinds and from real drafts of `demo-draft`.
 
 ## What it scores
 
@@ -74,9 +74,9 @@ pipeline_tag: text-generation
 ---
 # demo-draft
 
-The small half of a pair of demonstration models: it answers the same questions as `demo-target` at {share:.0%} of the cost
-a token, in words of its own, and is often but not always right. A standard `{architecture}` ({layers} layers, width
-{width}, {parameters:.2f} million parameters, all trained), loaded by `AutoModelForCausalLM` without further code.
+The small half of a pair of demonstration models: it answers the same questions as `demo-target` at {share:.0%} of the
+cost a token, in words of its own, and is often but not always right. A standard `{architecture}` ({layers} layers,
+width {width}, {parameters:.2f} million parameters, all trained), loaded by `AutoModelForCausalLM` without further code.
 
 To the question
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,12 +15,15 @@ class BrokenModel(RuntimeError):
 def load_model(folder: Path) -> PreTrainedModel:
     _present(folder, "config.json", "model.safetensors")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise BrokenModel(f"{folder / 'model.safetensors'} is damaged or half-written: {error}") from error
+    model, report = loaded
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(name):
-            raise BrokenModel(f"{folder / 'model.safetensors'} does not fit its config: {name} {sorted(report[name])[:5]}")
+            raise BrokenModel(
+                f"{folder / 'model.safetensors'} does not fit its config: {name} {sorted(report[name])[:5]}"
+            )
     assert isinstance(model, PreTrainedModel)
     return model.eval()
 

@@ -43,7 +43,7 @@ def figures(
     drafts = measure.judged(pair, given, drafted, stride)
     ece, curve = measure.reliability(drafts)
     verifier = measure.verifier(drafts, thresholds)
-    cost = measure.costs(pair, drafts, stride)
+    cost = measure.costs(pair, drafts)
     by_family = {
         name: {
             "draft": statistics.fmean(d.right for d in drafts if d.given.family == name),
@@ -77,9 +77,7 @@ def figures(
             **verifier,
             "ece": ece,
             "reliability": [dict(zip(("mean_p", "right", "count"), point, strict=True)) for point in curve],
-            "sweep": [
-                {"threshold": at, **measure.verifier(drafts, Thresholds(full=at, prefix=at))} for at in SWEEP
-            ],
+            "sweep": [{"threshold": at, **measure.verifier(drafts, Thresholds(full=at, prefix=at))} for at in SWEEP],
         },
         "ideal_speedup": measure.ideal_speedup(cost, drafts, own, verifier["accepted_share"]),
     }, drafts

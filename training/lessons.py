@@ -1,14 +1,17 @@
-"""What the two models are taught, as losses over a batch of rows.
+"""What the models are taught, as losses over a batch of rows.
 
-The draft only writes. The target writes and judges, and everything it needs is taught from the first step on:
+The draft only writes. So does the base of the target, which also keeps every token readable at its top. The layers on
+top of that base notice and judge, and are led there step by step, by small heads that are thrown away afterwards:
 
-- its prediction must stand halfway up the stack, so that the layers above can hold it against the token that came;
-- from there two small heads, thrown away afterwards, ask of *every* token whether it is the first wrong one and
-  whether the text up to it is right: a hundred times more signal than the probes' one word each;
+- *odd*, of every token: is it another than the base foresaw, one place back? To hold two tokens against each other is
+  what is hardest to find by chance, so it is asked densely, with many words replaced (rows.Writer.scrambled);
+- *slip*, of every token: is it the first wrong one?  Most odd tokens are only worded otherwise;
+- *astray*, of every token: is the text up to here right?
 - the probes' one word, at the top.
 """
 
 import time
+from copy import deepcopy
 from functools import cache
 
 import torch
@@ -23,7 +26,8 @@ from training.rows import IGNORED, Batch
 Lesson = tuple[Tensor, dict[str, float]]
 
 SLIP_AT, ASTRAY_AT = 0.6, 0.8  # heights in the stack, as shares of its layers
-HALFWAY_WEIGHT, FLAG_WEIGHT, VERDICT_WEIGHT = 0.3, 0.3, 0.5
+RECALL_WEIGHT, FLAG_WEIGHT, VERDICT_WEIGHT = 0.3, 0.3, 0.5
+ODD_AFTER = 2  # layers above the base
 SLIP_RARITY = 5.0  # one token in a hundred is a slip
 
 
@@ -36,38 +40,69 @@ class Writing(nn.Module):
 
     def forward(self, batch: Batch) -> Lesson:
         hidden = _hidden_states(self.model, batch)
-        loss, metrics = self.writing(hidden[-1], batch)
-        return loss, metrics
+        return self.writing(hidden[-1], batch)
 
-    def writing(self, top: Tensor, batch: Batch, name: str = "write") -> Lesson:
+    def writing(self, top: Tensor, batch: Batch) -> Lesson:
         at = batch.next_token != IGNORED
         logits = _logits(self.model, top[at])
         wanted = batch.next_token[at]
         loss = cross_entropy(logits, wanted)
-        return loss, {name: loss.item(), f"{name}_hits": _share(logits.argmax(-1) == wanted)}
+        return loss, {"write": loss.item(), "write_hits": _share(logits.argmax(-1) == wanted)}
+
+
+class Recalling(Writing):
+    """Next tokens, while the token just read stays readable at the top: what is to be judged must not be forgotten."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.recall = nn.Linear(model.config.hidden_size, model.config.vocab_size)
+
+    def forward(self, batch: Batch) -> Lesson:
+        hidden = _hidden_states(self.model, batch)
+        loss, metrics = self.writing(hidden[-1], batch)
+        at = batch.astray != IGNORED
+        recalled, wanted = self.recall(hidden[-1][at].float()), batch.tokens[at]
+        metrics["recall_hits"] = _share(recalled.argmax(-1) == wanted)
+        return loss + RECALL_WEIGHT * cross_entropy(recalled, wanted), metrics
 
 
 class Judging(Writing):
     """Next tokens, slips, and verdicts."""
 
-    def __init__(self, model: PreTrainedModel, check: Check, halfway: int) -> None:
+    def __init__(self, model: PreTrainedModel, check: Check, base_layers: int) -> None:
         super().__init__(model)
-        self.check, self.halfway = check, halfway
+        self.check, self.base_layers = check, base_layers
+        self.base_norm = deepcopy(model.base_model.norm).requires_grad_(False)
         layers, width = model.config.num_hidden_layers, model.config.hidden_size
         self.slip_at, self.astray_at = (round(layers * height) for height in (SLIP_AT, ASTRAY_AT))
-        self.slip, self.astray = nn.Linear(width, 1), nn.Linear(width, 1)
+        self.odd, self.slip, self.astray = nn.Linear(width, 1), nn.Linear(width, 1), nn.Linear(width, 1)
 
     def forward(self, batch: Batch) -> Lesson:
         hidden = _hidden_states(self.model, batch)
         writing, metrics = self.writing(hidden[-1], batch)
-        halfway, more = self.writing(self.model.base_model.norm(hidden[self.halfway]), batch, "halfway")
+        odd, odd_metrics = self._odd(hidden, batch)
         slip, flagged = self._flag(self.slip, hidden[self.slip_at], batch.slip, SLIP_RARITY)
         astray, lost = self._flag(self.astray, hidden[self.astray_at], batch.astray, 1.0)
         verdict, judged = self._verdict(hidden[-1], batch)
-        metrics |= more | judged
-        metrics |= {"slip_found": _share(flagged[batch.slip == 1] > 0), "slip_cried": _share(flagged[batch.slip == 0] > 0)}
-        metrics |= {"astray_hits": _share((lost > 0)[batch.astray != IGNORED] == (batch.astray == 1)[batch.astray != IGNORED])}
-        return writing + HALFWAY_WEIGHT * halfway + FLAG_WEIGHT * (slip + astray) + VERDICT_WEIGHT * verdict, metrics
+        metrics |= judged | odd_metrics
+        metrics |= {
+            "slip_found": _share(flagged[batch.slip == 1] > 0),
+            "slip_cried": _share(flagged[batch.slip == 0] > 0),
+        }
+        metrics |= {
+            "astray_hits": _share((lost > 0)[batch.astray != IGNORED] == (batch.astray == 1)[batch.astray != IGNORED])
+        }
+        return writing + FLAG_WEIGHT * (odd + slip + astray) + VERDICT_WEIGHT * verdict, metrics
+
+    def _odd(self, hidden: tuple[Tensor, ...], batch: Batch) -> Lesson:
+        """Is the token another than the base foresaw? Its foresight stands in the stream, one place back."""
+        with torch.no_grad():
+            foreseen = _logits(self.model, self.base_norm(hidden[self.base_layers][:, :-1])).argmax(-1)
+        known = batch.astray[:, 1:] != IGNORED
+        odd = (foreseen != batch.tokens[:, 1:])[known]
+        scores = self.odd(hidden[self.base_layers + ODD_AFTER][:, 1:][known].float()).squeeze(-1)
+        loss = binary_cross_entropy_with_logits(scores, odd.float())
+        return loss, {"odd_found": _share(scores[odd] > 0), "odd_cried": _share(scores[~odd] > 0)}
 
     @staticmethod
     def _flag(head: nn.Module, hidden: Tensor, wanted: Tensor, rarity: float) -> tuple[Tensor, Tensor]:
@@ -83,7 +118,11 @@ class Judging(Writing):
         loss = cross_entropy(logits, batch.verdict)
         right = batch.verdict == self.check.correct
         passed = logits[:, self.check.correct] > logits[:, self.check.incorrect]
-        return loss, {"verdict": loss.item(), "right_passed": _share(passed[right]), "wrong_failed": _share(~passed[~right])}
+        return loss, {
+            "verdict": loss.item(),
+            "right_passed": _share(passed[right]),
+            "wrong_failed": _share(~passed[~right]),
+        }
 
 
 def _hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
@@ -107,7 +146,7 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
 def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     head = model.get_output_embeddings()
     assert head is not None
-    return head(hidden.float())  # type: ignore[no-any-return]
+    return head(hidden.float())
 
 
 @cache

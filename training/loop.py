@@ -5,7 +5,6 @@ A stage is a pure function of its seed and step number, so resuming needs no sta
 
 import json
 import math
-import os
 import pickle
 import time
 import zipfile
@@ -52,10 +51,13 @@ def train(
     losses: Losses,
     schedule: Schedule,
     *,
-    snapshot: Callable[[int], None] | None = None,
+    snapshot: Callable[[int], bool] | None = None,
     snapshot_every: int = 0,
 ) -> None:
-    """Trains `model` in place, going on from the checkpoint in `folder` if there is one."""
+    """Trains `model` in place, going on from the checkpoint in `folder` if there is one.
+
+    Every `snapshot_every` steps `snapshot` may keep the model as it is, and end the run by saying True.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state, log = folder / "state.pt", folder / "log.jsonl"
     optimizers = _optimizers(model)
@@ -68,7 +70,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
             for loss, metrics in losses(step):
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 for name, value in metrics.items():
                     if not math.isnan(value):  # a share of nothing
                         seen[name].append(value)
@@ -85,19 +87,21 @@ def train(
                 out.flush()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
                 seen.clear()
-            if snapshot and step % snapshot_every == 0:
-                snapshot(step)
-            if time.monotonic() - saved > SAVE_EVERY_S or step == schedule.steps:
+            enough = snapshot is not None and step % snapshot_every == 0 and snapshot(step)
+            if enough or step == schedule.steps or time.monotonic() - saved > SAVE_EVERY_S:
                 _save(state, model, optimizers, schedule, step, spent + time.monotonic() - started)
                 saved = time.monotonic()
+            if enough:
+                return
 
 
 def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings, norms and small heads."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings and min(p.shape) > 1]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.ndim == 2 and id(p) not in embeddings and min(p.shape) > 1]
     chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    others = [p for p in learning if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
@@ -144,7 +148,7 @@ def _save(
         },
         beside,
     )
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

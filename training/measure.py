@@ -132,7 +132,9 @@ def continuation_accuracy(pair: Pair, drafts: Sequence[Judged], seed: int) -> fl
             prefixes.append((draft.given, draft.tokens[: rng.choice(rights)]))
     prompts = [[*writer.prompt(given), *prefix] for given, prefix in prefixes]
     rests = write(pair.target, pair.tokenizer, prompts)
-    return _mean([whole(writer, given, [*prefix, *rest]) for (given, prefix), rest in zip(prefixes, rests, strict=True)])
+    return _mean(
+        [whole(writer, given, [*prefix, *rest]) for (given, prefix), rest in zip(prefixes, rests, strict=True)]
+    )
 
 
 @torch.inference_mode()
@@ -158,13 +160,17 @@ class Costs:
     verification: float  # of one draft, the question cached
 
 
-def costs(pair: Pair, drafts: Sequence[Judged], stride: int, repeats: int = 9) -> Costs:
+def costs(pair: Pair, drafts: Sequence[Judged], repeats: int = 9) -> Costs:
     """Models take turns, so that a change of the machine's pace falls on both."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         rounds = [
-            (_token_ms(pair.draft, pair, drafts[k]), _token_ms(pair.target, pair, drafts[k]), _verify_ms(pair, drafts[k]))
+            (
+                _token_ms(pair.draft, pair, drafts[k]),
+                _token_ms(pair.target, pair, drafts[k]),
+                _verify_ms(pair, drafts[k]),
+            )
             for k in range(min(repeats, len(drafts)))
         ]
     finally:
@@ -196,9 +202,7 @@ def _verify_ms(pair: Pair, draft: Judged) -> float:
     return statistics.median(seconds) * 1e3
 
 
-def ideal_speedup(
-    cost: Costs, drafts: Sequence[Judged], own: Sequence[Sequence[int]], accepted_share: float
-) -> float:
+def ideal_speedup(cost: Costs, drafts: Sequence[Judged], own: Sequence[Sequence[int]], accepted_share: float) -> float:
     """The target's own time for its answers over draft, verification and the rest, from bare forward costs."""
     alone = _mean([len(answer) for answer in own]) * cost.target_token
     drafting = _mean([len(draft.tokens) for draft in drafts]) * cost.draft_token

@@ -28,7 +28,10 @@ GROUPS = (
     *("minus plus", "- +", "down up", "below above", "< >", "less more"),
 )
 ALIKE = {
-    word: words for group in GROUPS for words in [group.split() if isinstance(group, str) else list(group)] for word in words
+    word: words
+    for group in GROUPS
+    for words in [group.split() if isinstance(group, str) else list(group)]
+    for word in words
 }
 
 
@@ -116,3 +119,14 @@ def _another_state(given: Problem, rng: random.Random, state: State) -> State:
 
 def _another(rng: random.Random, choices: Sequence[Word], but: Word) -> Word:
     return rng.choice([choice for choice in choices if choice != but])
+
+
+def scrambled(given: Problem, words: Sequence[str], rng: random.Random, share: float) -> list[str]:
+    """The words of an answer with a share of its numbers, names and the like replaced by others of their sort."""
+    out = []
+    for word in words:
+        bare = word.strip()
+        if (bare in ALIKE or bare.isdigit()) and rng.random() < share:
+            word = word.replace(bare, _mistaken(given, rng, bare))
+        out.append(word)
+    return out

@@ -3,11 +3,11 @@
     python -m training.pair            # about two hours on two CPU cores; goes on where it was interrupted
     python -m training.pair --smoke    # the same in a minute, with models that know nothing
 
-1. *draft*: two layers learn to write in a wording of their own. Of the snapshots taken on the way, the one whose
-   accuracy lies nearest the middle of the wanted band is kept: mistakes of a model that is really on its way.
+1. *draft*: two layers learn to write in a wording of their own, up to the first snapshot that is right as often as
+   wanted; its mistakes are those of a model still on its way.
 2. *drafts*: it answers problems of its own; the checker marks them. They are the target's lessons in real mistakes.
 3. *base*: five layers learn to write. A shallow model gets there in a quarter of the time of a deep one.
-4. *target*: nine more layers on top, and all fourteen learn to write, to notice and to judge (training/lessons.py).
+4. *target*: nine more layers on top of them learn to notice and to judge (training/lessons.py).
 5. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -39,8 +39,8 @@ from parse.verdict import Thresholds
 from training import cards, measure
 from training.attention import TREE_ATTENTION
 from training.checkpoints import BrokenModel, load_model
-from training.evaluate import MODELS, figures, load_pair, rounded
-from training.lessons import Judging, Writing
+from training.evaluate import MODELS, figures, load_pair
+from training.lessons import Judging, Recalling, Writing
 from training.loop import DamagedCheckpoint, Losses, Schedule, train
 from training.rows import Row, Writer, batch
 from training.task import problem
@@ -52,12 +52,15 @@ BASE_LAYERS, LAYERS = 5, 14  # of the target, before and after it learns to judg
 NAMES = "demo-target", "demo-draft"
 ENDLESS = 1 << 30  # problems to draw from
 DRAFT_FOREIGN = 0.3  # so that the draft can go on from the target's words as well
+SCRAMBLED_SHARE = 0.15
 SAMPLED_AT = 0.7  # temperature of the drafts that show other mistakes than the likeliest
 
 Draft = tuple[int, list[int]]
 """Index of the problem, and what was written."""
 
-EMBEDDING_SCALE = 0.1  # at the usual 0.02, words of a kind drift together before they are told apart, and no copy is learnt
+EMBEDDING_SCALE = (
+    0.1  # at the usual 0.02, words of a kind drift together before they are told apart, and no copy is learnt
+)
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,12 @@ class Recipe:
     snapshot_every: int = 100
     wanted_accuracy: float = 0.78
     selection_problems: int = 300
-    drafted_problems: int = 12000
+    drafted_problems: int = 24000
     base: Schedule = Schedule(steps=1500, rate=4e-3)
-    target: Schedule = Schedule(steps=3000, rate=4e-3)
+    target: Schedule = Schedule(steps=2400, rate=3e-3)
     foreign: float = 0.45  # share of the target's lessons not in its own wording throughout
     mistaken: float = 0.5
+    scrambled: float = 0.35
     real_drafts: float = 0.25
     cuts: int = 6
     probed: float = 0.6  # share of rows that carry probes
@@ -101,7 +105,7 @@ def target_config(tokenizer: PreTrainedTokenizerBase, layers: int = LAYERS) -> P
     return Qwen3Config(**_shape(tokenizer, layers=layers, width=128, inner=352, head=32))
 
 
-def _shape(tokenizer: PreTrainedTokenizerBase, *, layers: int, width: int, inner: int, head: int) -> dict[str, object]:
+def _shape(tokenizer: PreTrainedTokenizerBase, *, layers: int, width: int, inner: int, head: int) -> dict[str, Any]:
     return dict(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -126,12 +130,11 @@ def fresh(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # what writes into the residual stream starts small
             weight.data.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     assert isinstance(model, PreTrainedModel)
-    return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
-def lessons(
-    rows: Callable[[random.Random], Row], writer: Writer, lesson: Writing, recipe: Recipe, name: str
-) -> Losses:
+def lessons(rows: Callable[[random.Random], Row], writer: Writer, lesson: Writing, recipe: Recipe, name: str) -> Losses:
     """The endless, seeded lessons of a stage, a batch of about `batch_tokens` a step."""
 
     def losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
@@ -151,7 +154,7 @@ def lessons(
 
 
 def train_draft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
-    """Snapshots along one run; the one nearest the wanted accuracy."""
+    """The first snapshot of a run that is as often right as wanted, or the best if none is."""
     chosen, tried = folder / "chosen", folder / "snapshots.jsonl"
     if chosen.exists():
         return load_model(chosen)
@@ -164,18 +167,19 @@ def train_draft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path
         given = problem("draft", recipe.seed, rng.randrange(ENDLESS))
         return writer.written(given, rng, foreign=DRAFT_FOREIGN, mistaken=0.0, cuts=0)
 
-    def snapshot(step: int) -> None:
+    def snapshot(step: int) -> bool:
         model.eval()
         right = measure.accuracy(writer, selection, measure.answers(model, writer, selection))
         model.train()
         save(model, tokenizer, folder / f"step-{step}")
         with tried.open("a") as out:
             out.write(json.dumps({"step": step, "accuracy": right}) + "\n")
+        return right >= recipe.wanted_accuracy
 
     losses = lessons(row, writer, lesson, recipe, "draft")
     train(folder, lesson, losses, recipe.draft, snapshot=snapshot, snapshot_every=recipe.snapshot_every)
     snapshots = [json.loads(line) for line in tried.read_text().splitlines()]
-    best = min(snapshots, key=lambda s: abs(s["accuracy"] - recipe.wanted_accuracy))
+    best = max(snapshots, key=lambda snapshot: min(snapshot["accuracy"], recipe.wanted_accuracy))
     print(f"draft: step {best['step']}, {best['accuracy']:.0%} right on the selection problems")
     shutil.copytree(folder / f"step-{best['step']}", beside := folder / "chosen.tmp", dirs_exist_ok=True)
     beside.rename(chosen)
@@ -200,14 +204,17 @@ def collect_drafts(recipe: Recipe, draft: PreTrainedModel, writer: Writer, path:
 def train_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
     writer = Writer(tokenizer, own=TARGET)
     model = fresh(target_config(tokenizer, BASE_LAYERS), recipe.seed)
-    lesson = Writing(model)
+    lesson = Recalling(model)
 
     def row(rng: random.Random) -> Row:
         given = problem("base", recipe.seed, rng.randrange(ENDLESS))
         return writer.written(given, rng, foreign=recipe.foreign, mistaken=0.0, cuts=0)
 
     return finished(
-        folder, tokenizer, model, lambda: train(folder, lesson, lessons(row, writer, lesson, recipe, "base"), recipe.base)
+        folder,
+        tokenizer,
+        model,
+        lambda: train(folder, lesson, lessons(row, writer, lesson, recipe, "base"), recipe.base),
     )
 
 
@@ -220,13 +227,15 @@ def train_target(
 ) -> PreTrainedModel:
     writer = Writer(tokenizer, own=TARGET)
     model = grown(base, target_config(tokenizer), recipe.seed)
-    lesson = Judging(model, writer.check, halfway=BASE_LAYERS).to(model.device)
+    lesson = Judging(model, writer.check, BASE_LAYERS).to(model.device)
 
     def row(rng: random.Random) -> Row:
         if rng.random() < recipe.real_drafts:
             index, tokens = rng.choice(drafts)
             return writer.drafted(problem("drafts", recipe.seed, index), tokens, rng, recipe.cuts)
         given = problem("target", recipe.seed, rng.randrange(ENDLESS))
+        if rng.random() < recipe.scrambled:
+            return writer.scrambled(given, rng, foreign=recipe.foreign, share=SCRAMBLED_SHARE)
         cuts = recipe.cuts if rng.random() < recipe.probed else 0
         return writer.written(given, rng, foreign=recipe.foreign, mistaken=recipe.mistaken, cuts=cuts)
 
@@ -235,12 +244,19 @@ def train_target(
 
 
 def grown(base: PreTrainedModel, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """A deeper model that starts out saying what `base` says: its layers below, new ones on top that say little yet."""
+    """A deeper model that starts out saying what `base` says: its layers below, new ones on top that say little yet.
+
+    The base's weights stay as they are from here on: what the new layers hold a token against must stand still while
+    they learn to, and judging must not cost the target its own answers.
+    """
     model = fresh(config, seed)
-    above = {f"layers.{layer}." for layer in range(BASE_LAYERS, LAYERS)}
     missing = model.load_state_dict(base.state_dict(), strict=False)
+    above = [f"layers.{layer}." for layer in range(BASE_LAYERS, LAYERS)]
     assert not missing.unexpected_keys
     assert all(any(layer in name for layer in above) for name in missing.missing_keys)
+    kept = set(base.state_dict()) - {"model.norm.weight"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in kept)
     return model
 
 

@@ -1,6 +1,10 @@
-"""Pictures of a training run and of the verifier, as SVG."""
+"""Pictures of a training run and of the verifier, as SVG.
+
+python -m training.plots runs/target/log.jsonl target.svg
+"""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +35,14 @@ def draw_verifier(verifier: Mapping[str, Any], path: Path) -> None:
     right.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":")
     right.plot([p["mean_p"] for p in points], [p["right"] for p in points], marker="o")
     for p in points:
-        right.annotate(str(p["count"]), (p["mean_p"], p["right"]), fontsize="x-small", xytext=(4, -9), textcoords="offset points")
-    right.set(xlabel="mean P(correct) of the prefixes in a bin", ylabel="share that is right", title=f"Reliability (ECE {verifier['ece']:.3f})")
+        right.annotate(
+            str(p["count"]), (p["mean_p"], p["right"]), fontsize="x-small", xytext=(4, -9), textcoords="offset points"
+        )
+    right.set(
+        xlabel="mean P(correct) of the prefixes in a bin",
+        ylabel="share that is right",
+        title=f"Reliability (ECE {verifier['ece']:.3f})",
+    )
     _save(figure, path)
 
 
@@ -51,3 +61,9 @@ def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m training.plots LOG.jsonl PICTURE.svg [METRIC ...]")
+    draw_log(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

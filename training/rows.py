@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.prompts import Check, check_ids, prompt_ids
 from parse.tree import probe_ends, probed
-from training.mistakes import KINDS, Voice, compose
-from training.task import Problem, check
+from training.mistakes import KINDS, Voice, compose, scrambled
+from training.task import WORD, Problem, check
 from training.tokenizer import CHECK_QUESTION, CORRECT, INCORRECT, SYSTEM_PROMPTS
 
 IGNORED = -100  # cross_entropy's own mark
@@ -86,13 +86,18 @@ class Writer:
             answer[rng.randrange(len(answer))] = rng.choice(answer + list(self.ids(given.question)))
         return self._row(given, rng, [*answer, self.end], [*learnt, True], cuts)
 
+    def scrambled(self, given: Problem, rng: random.Random, *, foreign: float, share: float) -> Row:
+        """An answer with many words replaced: nothing to write or to judge, but every word a lesson in what is odd."""
+        text = "".join(phrase.text for phrase in compose(given, rng, self._voice(given, rng, foreign)))
+        words = scrambled(given, WORD.findall(text), rng, share)
+        answer = [token for word in words for token in self.ids(word)]
+        return self._row(given, rng, answer, [False] * len(answer), 0)
+
     def drafted(self, given: Problem, answer: Sequence[int], rng: random.Random, cuts: int) -> Row:
         """What a draft model wrote: judged, not learnt from."""
         return self._row(given, rng, answer, [False] * len(answer), cuts)
 
-    def _row(
-        self, given: Problem, rng: random.Random, answer: Sequence[int], learnt: Sequence[bool], cuts: int
-    ) -> Row:
+    def _row(self, given: Problem, rng: random.Random, answer: Sequence[int], learnt: Sequence[bool], cuts: int) -> Row:
         ended = answer[-1] == self.end
         text = answer[:-1] if ended else answer
         found = check(given, [self.piece(token) for token in text])

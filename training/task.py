@@ -1,10 +1,9 @@
 """The task of the demo pair: questions answered step by step in plain English, and an exact checker of any prefix.
 
-Three families share one shape: a state, a number of numbered steps that each move it on, and a last line.
+Two families share one shape: a state, a number of numbered steps that each move it on, and a last line.
 
 - *totals*: a stock that grows and shrinks (arithmetic);
-- *relay*: a parcel handed along by rules given in no order (looking facts up);
-- *record*: a best score that stands or falls (comparing).
+- *record*: a best score that stands or falls (comparing, and remembering whose it is).
 
     python -m training.task --problems 3 --seed 1
     python -m training.task --question "..." --answer "..."
@@ -16,7 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import NamedTuple, Protocol
 
 from training.wording import DRAFT, ENDINGS, LINES, TARGET, Slots, every_wording, said
@@ -31,7 +30,7 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth ele
 LARGEST = 99  # totals and scores; each number is one token
 
 State = tuple[str, ...]
-"""What the steps move on, as the words that name it: (total,), (holder,) or (leader, score)."""
+"""What the steps move on, as the words that name it: (total,) or (leader, score)."""
 
 
 class NotOfTheTask(ValueError):
@@ -124,59 +123,6 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Relay:
-    first: str
-    rules: tuple[tuple[str, str], ...]
-    passes: int
-    family = "relay"
-
-    @property
-    def question(self) -> str:
-        rules = ", ".join(f"{giver} to {taker}" for giver, taker in self.rules)
-        return f"A parcel starts with {self.first}. It goes from {rules}. Who has it after {self.passes} passes?"
-
-    @property
-    def steps(self) -> int:
-        return self.passes
-
-    @property
-    def start(self) -> State:
-        return (self.first,)
-
-    @cached_property
-    def _takers(self) -> dict[str, str]:
-        return dict(self.rules)
-
-    def step(self, number: int, state: State, *, takes: int | None = None, to: State | None = None) -> Step:
-        holder = state[0] if takes is None else self.rules[takes % len(self.rules)][0]
-        after = to or (self._takers[holder],)
-        return Step(_labels(number) | dict(a=state[0], c=after[0]), after)
-
-    def ending(self, state: State) -> Slots:
-        return dict(c=state[0])
-
-    def states(self) -> list[State]:
-        return [(giver,) for giver, _ in self.rules]
-
-    @classmethod
-    def draw(cls, rng: random.Random) -> "Relay":
-        ring = rng.sample(NAMES, rng.randint(4, 13))  # a small ring comes round again
-        rules = [(giver, ring[(k + 1) % len(ring)]) for k, giver in enumerate(ring)]
-        rng.shuffle(rules)
-        return cls(ring[0], tuple(rules), rng.randint(8, 12))
-
-    @classmethod
-    def read(cls, question: str) -> "Relay | None":
-        shape = re.fullmatch(
-            r"A parcel starts with (\w+)\. It goes from (.+)\. Who has it after (\d+) passes\?", question
-        )
-        if not shape:
-            return None
-        rules = [tuple(rule.split(" to ")) for rule in shape[2].split(", ")]
-        return cls(shape[1], tuple((giver, taker) for giver, taker in rules), int(shape[3]))
-
-
-@dataclass(frozen=True)
 class Record:
     first: tuple[str, int]
     scores: tuple[tuple[str, int], ...]
@@ -221,16 +167,14 @@ class Record:
 
     @classmethod
     def read(cls, question: str) -> "Record | None":
-        shape = re.fullmatch(
-            r"(\w+) has the record with (\d+)\. In turn: (.+)\. Who has the record now\?", question
-        )
+        shape = re.fullmatch(r"(\w+) has the record with (\d+)\. In turn: (.+)\. Who has the record now\?", question)
         if not shape:
             return None
         pairs = [turn.split()[1:] for turn in shape[3].split(", ")]
         return cls((shape[1], int(shape[2])), tuple((name, int(score)) for name, score in pairs))
 
 
-FAMILIES: tuple[type[Totals] | type[Relay] | type[Record], ...] = (Totals, Relay, Record)
+FAMILIES: tuple[type[Totals] | type[Record], ...] = (Totals, Record)
 
 
 def _labels(number: int) -> dict[str, str]:

@@ -34,7 +34,7 @@ def build() -> PreTrainedTokenizerFast:
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     entries = [*SPECIAL, *sorted(alphabet), *sorted(spelled - alphabet)]
     # Without merges a word that is an entry is one token (ignore_merges), any other one is its bytes.
-    tokenizer = Tokenizer(models.BPE({entry: id for id, entry in enumerate(entries)}, [], ignore_merges=True))
+    tokenizer = Tokenizer(models.BPE({entry: k for k, entry in enumerate(entries)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORD.pattern), behavior="isolated"), byte_level]
     )

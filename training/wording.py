@@ -25,11 +25,6 @@ LINES: dict[str, tuple[Part, ...]] = {
         (" makes", " =", " gives"),
         (" {c}.\n",),
     ),
-    "relay": (
-        ("{Nth},", "Step {i}:", "The {nth} pass:"),
-        (" {a} hands the parcel on to", " from {a} to", " it goes from {a} to"),
-        (" {c}.\n",),
-    ),
     "record": (
         ("{Nth}, {name} scores {b},", "Step {i}: {name} {b}", "The {nth} has {b},"),
         (" {below} {a},", " {less} {a},", " {under} than {a},"),
@@ -39,7 +34,6 @@ LINES: dict[str, tuple[Part, ...]] = {
 
 ENDINGS: dict[str, tuple[Part, ...]] = {
     "totals": (("So {name} has {c} {item} now.", "Answer: {c} {item}.", "That leaves {c} {item}."),),
-    "relay": (("So {c} has the parcel now.", "Answer: {c}.", "That leaves it with {c}."),),
     "record": (
         ("So {leader} has the record now, with {top}.", "Answer: {leader} {top}.", "That leaves {leader} with {top}."),
     ),
@@ -48,12 +42,17 @@ ENDINGS: dict[str, tuple[Part, ...]] = {
 
 def said(parts: Sequence[Part], choice: Sequence[int], slots: Slots) -> list[str]:
     """The text of each part in the chosen wording; a part without that alternative has only one way to say it."""
-    return [part[index if index < len(part) else 0].format_map(slots) for part, index in zip(parts, choice, strict=True)]
+    return [
+        part[index if index < len(part) else 0].format_map(slots) for part, index in zip(parts, choice, strict=True)
+    ]
 
 
 def every_wording(parts: Sequence[Part], slots: Slots) -> list[str]:
     """All right texts of a line."""
-    return ["".join(words) for words in product(*([alternative.format_map(slots) for alternative in part] for part in parts))]
+    return [
+        "".join(words)
+        for words in product(*([alternative.format_map(slots) for alternative in part] for part in parts))
+    ]
 
 
 def slot_names(alternative: str) -> Iterator[str]:

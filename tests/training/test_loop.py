@@ -51,10 +51,17 @@ def test_training_learns_and_logs(tmp_path, monkeypatch):
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
-def test_snapshots_come_when_asked_for(tmp_path):
-    learner, seen = model(), []
-    train(tmp_path, learner, losses(learner), SCHEDULE, snapshot=seen.append, snapshot_every=5)
-    assert seen == [5, 10]
+def test_snapshots_come_when_asked_for_and_can_end_the_run(tmp_path):
+    learner = model()
+    seen: list[int] = []
+
+    def snapshot(step):
+        seen.append(step)
+        return step == 6
+
+    train(tmp_path, learner, losses(learner), SCHEDULE, snapshot=snapshot, snapshot_every=3)
+    assert seen == [3, 6]
+    assert load_checkpoint(tmp_path / "state.pt")["step"] == 6
 
 
 def test_the_rate_rises_stays_and_falls():

@@ -87,12 +87,24 @@ def test_padding_changes_nothing(writer, tokenizer):
 
     model = fresh(target_config(tokenizer, 3), 0)
     assert model.config._attn_implementation == TREE_ATTENTION
-    lesson = Judging(model, writer.check, halfway=1)
+    lesson = Judging(model, writer.check, base_layers=1)
     rows = drawn(writer, 2)
     alone = batch(rows[:1], writer.check, writer.pad, multiple=1)
     padded = batch(rows[:1], writer.check, writer.pad, multiple=512)
     assert padded.tokens.shape[1] > alone.tokens.shape[1]
     torch.testing.assert_close(lesson(alone)[0], lesson(padded)[0], rtol=2e-2, atol=2e-2)
+
+
+def test_a_scrambled_answer_teaches_no_writing_and_asks_no_verdict(writer):
+    rng = random.Random(0)
+    wrong = 0
+    for index in range(20):
+        given = problem("test", 1, index)
+        row = writer.scrambled(given, rng, foreign=0.5, share=0.15)
+        assert not any(row.learnt)
+        assert not row.cuts
+        wrong += row.first_wrong is not None
+    assert wrong >= 18
 
 
 def test_an_answer_that_stops_too_early_is_wrong_at_its_end(writer):

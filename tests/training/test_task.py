@@ -12,8 +12,8 @@ from training.task import (
     GAINING,
     WORD,
     NotOfTheTask,
+    Problem,
     Record,
-    Relay,
     Totals,
     answer,
     check,
@@ -22,9 +22,8 @@ from training.task import (
 )
 from training.wording import ENDINGS, LINES
 
-SMALL = [
+SMALL: list[Problem] = [
     Totals("Max", "nuts", 20, (("loses", 3), ("finds", 8))),
-    Relay("Ann", (("Ben", "Cara"), ("Ann", "Ben"), ("Cara", "Ann")), 2),
     Record(("Zoe", 40), (("Ann", 37), ("Ben", 52))),
 ]
 PROBLEMS = [problem("test", 1, index) for index in range(90)]
@@ -49,12 +48,6 @@ def final_answer(question):
         for verb, by in re.findall(r"\w+ (\w+) (\d+)[,.]", question.split("In turn:")[1]):
             total += int(by) if verb in GAINING else -int(by)
         return str(total)
-    if "parcel" in question:
-        rules = dict(re.findall(r"(\w+) to (\w+)", question))
-        holder = re.search(r"starts with (\w+)", question)[1]
-        for _ in range(numbers[-1]):
-            holder = rules[holder]
-        return holder
     scores = re.findall(r"(?:with|first|second|third|\w+th) (\w+ )?(\d+)", question)
     return str(max(int(score) for _, score in scores))
 
@@ -92,7 +85,7 @@ def test_the_checker_does_not_mind_how_an_answer_is_cut_into_pieces():
             at += len(pieces[-1])
         found = check(given, pieces)
         assert (found.first_wrong is None) == (by_character.first_wrong is None)
-        if found.first_wrong is not None:
+        if found.first_wrong is not None and by_character.first_wrong is not None:
             assert len("".join(pieces[: found.first_wrong])) <= by_character.first_wrong
             assert by_character.first_wrong < len("".join(pieces[: found.first_wrong + 1]))
 
@@ -131,14 +124,17 @@ def test_answers_are_60_to_200_tokens_long():
 def test_the_two_own_wordings_share_few_words_beyond_names_and_numbers():
     for given in PROBLEMS:
         ours, theirs = ({w.strip() for w in WORD.findall(answer(given, k)) if w.strip().isalpha()} for k in (0, 1))
-        slots = {word for word in WORD.findall(given.question)}
+        slots = set(WORD.findall(given.question))
         shared = {w for w in ours & theirs if f" {w}" not in slots and w not in slots}
         assert shared <= {"to", "from"}
 
 
 def test_alternatives_of_a_part_differ_in_their_first_word():
     for part in itertools.chain(*LINES.values(), *ENDINGS.values()):
-        firsts = [WORD.findall(alternative)[0] if not alternative.startswith((" {", "{")) else alternative.split("}")[0] for alternative in part]
+        firsts = [
+            WORD.findall(alternative)[0] if not alternative.startswith((" {", "{")) else alternative.split("}")[0]
+            for alternative in part
+        ]
         assert len(set(firsts)) == len(part)
 
 
@@ -161,8 +157,6 @@ def test_a_question_is_read_back_as_the_problem_it_states():
         "Max has 20 nuts. In turn: . How many nuts now?",
         "Max has 20 nuts. In turn: first eats 3. How many shells now?",
         "Max has 20 nuts. In turn: second loses 3. How many nuts now?",
-        "A parcel starts with Ann. It goes from Ben to Ann. Who has it after 2 passes?",
-        "A parcel starts with Ann. It goes from Ben. Who has it after 2 passes?",
         "Zoe has the record with forty. In turn: first Ann 37. Who has the record now?",
     ],
 )

@@ -1,0 +1,135 @@
+"""The pair that ships: what its cards promise holds on other problems, and nothing of ours is needed to load it."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from parse.probes import DEFAULT_STRIDE
+from parse.tree import chain, probe_ends, probed
+from parse.verdict import Thresholds
+from training import measure
+from training.evaluate import MODELS, load_pair
+from training.judging import probabilities, run
+from training.mistakes import KINDS, compose
+from training.rows import Writer
+from training.task import answer, check
+from training.wording import DRAFT, TARGET
+
+COUNT = 160
+# The bars of a measurement on a whole thousand of problems; what chance alone moves on fewer is allowed for.
+SLACK = 0.03
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_pair(MODELS)
+
+
+@pytest.fixture(scope="module")
+def given():
+    return measure.problems(seed=20240, count=COUNT, split="shipped")
+
+
+@pytest.fixture(scope="module")
+def drafts(pair, given):
+    return measure.judged(pair, given, measure.answers(pair.draft, pair.writer, given), DEFAULT_STRIDE)
+
+
+def test_the_library_alone_loads_and_runs_both():
+    code = f"""
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for name in ("demo-target", "demo-draft"):
+    folder = "{MODELS.as_posix()}/" + name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    asked = "Max has 20 nuts. In turn: first loses 3, second finds 8. How many nuts now?"
+    inputs = tokenizer.apply_chat_template(
+        [{{"role": "user", "content": asked}}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**inputs, max_new_tokens=60, do_sample=False)
+    print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+assert not [name for name in sys.modules if name.split(".")[0] in ("parse", "training")]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "25" in done.stdout
+
+
+def test_both_together_are_small():
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 25e6
+
+
+def test_the_target_answers_right(pair, given):
+    answers = measure.answers(pair.target, pair.writer, given)
+    assert measure.accuracy(pair.writer, given, answers) >= 0.97 - SLACK
+
+
+def test_the_target_goes_on_rightly_from_the_drafts_wording(pair, drafts):
+    assert measure.continuation_accuracy(pair, drafts, seed=1) >= 0.97 - SLACK
+
+
+def test_the_draft_is_often_but_not_always_right(drafts):
+    assert 0.70 - SLACK <= sum(draft.right for draft in drafts) / COUNT <= 0.85 + SLACK
+
+
+def test_the_target_judges_real_drafts(drafts):
+    found = measure.verifier(drafts, Thresholds())
+    assert found["right_accepted_whole"] >= 0.90 - SLACK
+    assert found["wrong_accepted_whole"] <= 0.02 + SLACK
+    assert found["kept_past_error"] <= 0.05 + SLACK
+    assert found["prefix_precision"] >= 0.97 - SLACK
+    assert found["prefix_recall"] >= 0.90 - SLACK
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_notices_every_kind_of_mistake(pair, given, kind):
+    """Made-up ones, in the draft's wording, asked about at the end of the answer."""
+    rng = random.Random(0)
+    writer, caught, wrong = pair.writer, 0, 0
+    for problem in given[:60]:
+        tokens = [t for phrase in compose(problem, rng, lambda line: 1, kind) for t in writer.ids(phrase.text)]
+        if check(problem, [writer.piece(token) for token in tokens]).complete:
+            continue
+        wrong += 1
+        caught += probabilities(pair.target, writer.prompt(problem), tokens, [len(tokens)], writer.check)[0] < 0.5
+    assert caught / wrong >= 0.85
+
+
+def loss(model, writer, drafts):
+    """Of writing right answers in its own wording and, for the target, of judging real drafts."""
+    total = torch.zeros(())
+    for draft in drafts:
+        prompt = writer.prompt(draft.given)
+        own = [*writer.ids(answer(draft.given, writer.own)), writer.end]
+        logits = run(model, chain([*prompt, *own]), torch.arange(len(prompt) - 1, len(prompt) + len(own) - 1))
+        total += cross_entropy(logits, torch.tensor(own))
+        if writer.own == TARGET:
+            trunk, cuts = [*prompt, *draft.tokens], [len(prompt) + cut for cut in draft.cuts]
+            ends = torch.from_numpy(probe_ends(len(trunk), cuts, len(writer.check.suffix)))
+            logits = run(model, probed(trunk, cuts, writer.check.suffix), ends)
+            words = [writer.check.correct if draft.prefix_right(c) else writer.check.incorrect for c in draft.cuts]
+            total += cross_entropy(logits, torch.tensor(words))
+    return float(total) / len(drafts)
+
+
+@pytest.mark.parametrize(("name", "own"), [("target", TARGET), ("draft", DRAFT)])
+def test_leaving_out_any_layer_harms_the_model(pair, drafts, name, own):
+    model, writer = getattr(pair, name), Writer(pair.tokenizer, own=own)
+    whole = loss(model, writer, drafts[:24])
+    for layer in model.model.layers:
+        skipped = layer.register_forward_hook(lambda _module, inputs, _output: inputs[0])
+        assert loss(model, writer, drafts[:24]) > 2 * whole + 0.01
+        skipped.remove()
+
+
+def test_the_cards_show_the_figures_that_were_measured():
+    for name in ("demo-target", "demo-draft"):
+        figures = json.loads((MODELS / name / "figures.json").read_text())
+        card = (MODELS / name / "README.md").read_text()
+        assert f"{figures['draft' if name == 'demo-draft' else 'target']['accuracy']:.1%}" in card
+    assert torch.isfinite(torch.tensor(figures["ideal_speedup"]))

@@ -1,0 +1,107 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from parse.verdict import Thresholds
+from training import measure
+from training.evaluate import MODELS
+from training.measure import Judged
+from training.task import problem
+
+FAMILY = problem("test", 1, 0)
+HALF = Thresholds()
+
+
+def judged(*, first_wrong=None, complete=True, correct=(1.0, 1.0, 1.0)):
+    return Judged(FAMILY, tuple(range(20)), True, first_wrong, complete, (8, 16, 20), correct)
+
+
+def test_the_verifiers_figures_by_hand():
+    drafts = [
+        judged(),  # right, accepted whole
+        judged(correct=(0.9, 0.2, 0.3)),  # right, kept up to 8
+        judged(first_wrong=10, complete=False, correct=(0.9, 0.1, 0.1)),  # wrong, cut right
+        judged(first_wrong=10, complete=False, correct=(0.9, 0.8, 0.1)),  # wrong, kept past its error
+        judged(first_wrong=3, complete=False, correct=(0.1, 0.1, 0.9)),  # wrong, accepted whole
+    ]
+    found = measure.verifier(drafts, HALF)
+    assert found["right_accepted_whole"] == 1 / 2
+    assert found["wrong_accepted_whole"] == 1 / 3
+    assert found["kept_past_error"] == 2 / 3
+    # Kept cuts: 3 + 1 + 1 + 2 + 3, of which 3 + 1 + 1 + 1 + 0 are right; right cuts: 3 + 3 + 1 + 1 + 0.
+    assert found["prefix_precision"] == 6 / 10
+    assert found["prefix_recall"] == 6 / 8
+    assert found["accepted_share"] == pytest.approx((1 + 0.4 + 0.4 + 0.8 + 1) / 5)
+    assert found["oracle_share"] == pytest.approx((1 + 1 + 0.5 + 0.5 + 0.15) / 5)
+
+
+def test_an_answer_that_ends_too_early_is_right_so_far_but_no_right_answer():
+    early = judged(complete=False)
+    assert [early.prefix_right(cut) for cut in early.cuts] == [True, True, False]
+
+
+def test_reliability_by_hand():
+    sure, torn = judged(correct=(0.95, 0.95, 0.95)), judged(first_wrong=0, complete=False, correct=(0.55, 0.55, 0.55))
+    error, curve = measure.reliability([sure, torn])
+    assert curve == [pytest.approx((0.55, 0.0, 3)), pytest.approx((0.95, 1.0, 3))]
+    assert error == pytest.approx((0.55 + 0.05) / 2)
+
+
+def test_the_ideal_speedup_by_hand():
+    cost = measure.Costs(draft_token=1.0, target_token=10.0, verification=40.0)
+    # The target alone: 40 tokens, 400 ms. Draft 20 ms, verification 40 ms, a quarter left to write: 100 ms.
+    assert measure.ideal_speedup(cost, [judged()], [range(40)], accepted_share=0.75) == pytest.approx(400 / 160)
+
+
+def evaluate(*args):
+    command = [sys.executable, "-m", "training.evaluate", "--problems", "6", *args]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_prints_every_figure_and_draws_the_curves(tmp_path):
+    done = evaluate("--seed", "3", "--json", "-", "--plot", str(tmp_path / "verifier.svg"))
+    found = json.loads(done.stdout)
+    for key in (
+        *("draft.accuracy", "draft.ms_per_token", "target.accuracy", "target.ms_per_token"),
+        *("target.continuation_accuracy", "cost_ratio", "token_agreement", "ideal_speedup"),
+        *("verifier.right_accepted_whole", "verifier.wrong_accepted_whole", "verifier.kept_past_error"),
+        *("verifier.prefix_precision", "verifier.prefix_recall", "verifier.ece", "verifier.accepted_share"),
+        *("verifier.oracle_share", "verifier.sweep", "verifier.reliability"),
+    ):
+        value = found
+        for name in key.split("."):
+            value = value[name]
+    assert (tmp_path / "verifier.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("demo-target/model.safetensors", lambda data: data[:5000], "demo-target/model.safetensors is damaged"),
+        ("demo-draft/model.safetensors", lambda data: b"", "demo-draft/model.safetensors is damaged"),
+        ("demo-draft/config.json", lambda data: data[:40], "demo-draft/config.json is damaged"),
+        ("demo-target/tokenizer.json", lambda data: data[:40], "demo-target/tokenizer.json is damaged"),
+        ("demo-target/tokenizer.json", None, "demo-target/tokenizer.json is missing"),
+    ],
+)
+def test_a_damaged_model_is_named(tmp_path, name, damage, says):
+    shutil.copytree(MODELS, tmp_path / "models")
+    path = tmp_path / "models" / name
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+    done = evaluate("--models", str(tmp_path / "models"))
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("args", [("--problems", "0"), ("--stride", "-1"), ("--full", "1.5")])
+def test_senseless_numbers_are_refused(args):
+    done = evaluate(*args)
+    assert done.returncode == 2
+    assert args[0] in done.stderr

@@ -1,0 +1,90 @@
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from training import pair
+from training.checkpoints import BrokenModel, load_model
+from training.loop import DamagedCheckpoint
+from training.pair import SMOKE, make, target_config
+from training.tokenizer import build
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The whole recipe, in small."""
+    folder = tmp_path_factory.mktemp("pair")
+    assert make(SMOKE, folder / "runs", folder / "models", force=False)
+    return folder
+
+
+def test_every_stage_leaves_its_checkpoint_and_its_log(made):
+    for stage in ("draft", "base", "target"):
+        assert (made / "runs" / stage / "state.pt").is_file()
+        rows = [json.loads(line) for line in (made / "runs" / stage / "log.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == getattr(SMOKE, stage).steps
+    assert len((made / "runs" / "drafts.jsonl").read_text().splitlines()) == SMOKE.drafted_problems
+
+
+def test_both_models_come_with_tokenizer_card_and_figures(made):
+    for name in ("demo-target", "demo-draft"):
+        folder = made / "models" / name
+        assert load_model(folder).config.num_hidden_layers in (2, 14)
+        assert {path.name for path in folder.iterdir()} >= {
+            *("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md", "figures.json")
+        }
+        assert "{" not in (folder / "README.md").read_text()
+    assert (made / "models" / "demo-target" / "verifier.svg").read_text().startswith("<?xml")
+
+
+def test_a_finished_run_is_not_run_again(made, monkeypatch):
+    monkeypatch.setattr(pair, "train", lambda *_args, **_kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(pair, "write", lambda *_args, **_kwargs: pytest.fail("drafted again"))
+    make(SMOKE, made / "runs", made / "models", force=False)
+
+
+def test_the_grown_target_starts_out_as_its_base(made, tokenizer):
+    base = load_model(made / "runs" / "base" / "finished")
+    grown = pair.grown(base, pair.target_config(tokenizer), seed=0)
+    for name, weight in base.state_dict().items():
+        assert (grown.state_dict()[name] == weight).all()
+
+
+def test_learning_to_judge_leaves_the_base_as_it_was(made):
+    base = load_model(made / "runs" / "base" / "finished").state_dict()
+    target = load_model(made / "models" / "demo-target").state_dict()
+    assert all((target[name] == base[name]).all() for name in base if name != "model.norm.weight")
+    above = "model.layers.13.mlp.down_proj.weight"
+    assert (target[above] != pair.fresh(target_config(build()), SMOKE.seed).state_dict()[above]).any()
+
+
+def spoilt_copy(made, tmp_path):
+    shutil.copytree(made / "models", tmp_path / "models")
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize(("force", "replaced"), [(False, False), (True, True)])
+def test_a_better_pair_is_not_overwritten_by_a_worse_one(made, tmp_path, monkeypatch, force, replaced):
+    models = spoilt_copy(made, tmp_path)
+    before = (models / "demo-target" / "README.md").stat().st_mtime_ns
+    qualities = iter([0.5, 0.9])  # of the new pair, of the old one
+    monkeypatch.setattr(pair, "quality", lambda _: next(qualities))
+    assert pair.prove(SMOKE, made / "runs" / "pair", models, force=force) is replaced
+    assert ((models / "demo-target" / "README.md").stat().st_mtime_ns != before) is replaced
+
+
+def test_a_damaged_pair_is_named_rather_than_replaced(made, tmp_path):
+    models = spoilt_copy(made, tmp_path)
+    weights = models / "demo-draft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BrokenModel, match=r"demo-draft/model\.safetensors is damaged.*--force"):
+        pair.prove(SMOKE, made / "runs" / "pair", models, force=False)
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with(made, tmp_path):
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "target" / "finished")
+    longer = replace(SMOKE, target=replace(SMOKE.target, steps=99))
+    with pytest.raises(DamagedCheckpoint, match="another schedule"):
+        make(longer, tmp_path / "runs", tmp_path / "models", force=False)
