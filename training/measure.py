@@ -160,7 +160,7 @@ class Costs:
     verification: float  # of one draft, the question cached
 
 
-def costs(pair: Pair, drafts: Sequence[Judged], repeats: int = 9) -> Costs:
+def costs(pair: Pair, drafts: Sequence[Judged], repeats: int = 25) -> Costs:
     """Models take turns, so that a change of the machine's pace falls on both."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from training.measure import Judged
 from training.task import problem
 
 FAMILY = problem("test", 1, 0)
-HALF = Thresholds()
+HALF = Thresholds(0.5, 0.5)
 
 
 def judged(*, first_wrong=None, complete=True, correct=(1.0, 1.0, 1.0)):
