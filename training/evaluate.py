@@ -28,10 +28,11 @@ DECIMALS = 4
 
 def load_pair(folder: Path) -> measure.Pair:
     target, draft = folder / "demo-target", folder / "demo-draft"
+    models = load_model(draft), load_model(target)
     tokenizer = load_tokenizer(target)
     if load_tokenizer(draft).get_vocab() != tokenizer.get_vocab():
         raise BrokenModel(f"{draft} and {target} do not have the same vocabulary")
-    return measure.Pair(load_model(draft), load_model(target), tokenizer)
+    return measure.Pair(*models, tokenizer)
 
 
 def figures(

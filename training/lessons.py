@@ -13,6 +13,7 @@ top of that base notice and judge, and are led there step by step, by small head
 import time
 from copy import deepcopy
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class Judging(Writing):
     def __init__(self, model: PreTrainedModel, check: Check, base_layers: int) -> None:
         super().__init__(model)
         self.check, self.base_layers = check, base_layers
-        self.base_norm = deepcopy(model.base_model.norm).requires_grad_(False)
+        self.base_norm = deepcopy(cast(nn.Module, model.base_model.norm)).requires_grad_(False)
         layers, width = model.config.num_hidden_layers, model.config.hidden_size
         self.slip_at, self.astray_at = (round(layers * height) for height in (SLIP_AT, ASTRAY_AT))
         self.odd, self.slip, self.astray = nn.Linear(width, 1), nn.Linear(width, 1), nn.Linear(width, 1)

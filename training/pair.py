@@ -285,8 +285,10 @@ def prove(recipe: Recipe, candidate: Path, models: Path, *, force: bool) -> bool
             old, _ = measured(recipe, models)
         except BrokenModel as error:
             raise BrokenModel(f"{error}; --force replaces the pair in {models}") from error
-        if quality(new) < quality(old):
-            print(f"kept the pair in {models}: quality {quality(old):.4f}, the new one's {quality(new):.4f} (--force)")
+        if (theirs := quality(new)) < (ours := quality(old)):
+            print(
+                f"kept the pair in {models}: its quality is {ours:.4f}, the new one's {theirs:.4f} (--force replaces it)"
+            )
             return False
     for name in NAMES:
         shutil.rmtree(beside := models / f"{name}.tmp", ignore_errors=True)
