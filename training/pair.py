@@ -286,9 +286,7 @@ def prove(recipe: Recipe, candidate: Path, models: Path, *, force: bool) -> bool
         except BrokenModel as error:
             raise BrokenModel(f"{error}; --force replaces the pair in {models}") from error
         if (theirs := quality(new)) < (ours := quality(old)):
-            print(
-                f"kept the pair in {models}: its quality is {ours:.4f}, the new one's {theirs:.4f} (--force replaces it)"
-            )
+            print(f"kept the pair in {models}: its quality is {ours:.4f}, of the new one {theirs:.4f} (--force)")
             return False
     for name in NAMES:
         shutil.rmtree(beside := models / f"{name}.tmp", ignore_errors=True)
