@@ -26,7 +26,7 @@ lint: setup  ## style, types and the direction of imports
 test: lint  ## lint, then every test
 	$(BIN)/pytest
 
-models: setup  ## train the demo pair again (about an hour and a half on two cores; goes on where it was interrupted)
+models: setup  ## train the demo pair again (about an hour on two cores; goes on where it was interrupted)
 	$(BIN)/python -m training.pair
 
 evaluate: setup  ## measure the demo pair

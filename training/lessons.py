@@ -1,7 +1,7 @@
 """What the models are taught, as losses over a batch of rows.
 
-The draft only writes. So does the base of the target, which also keeps every token readable at its top. The layers on
-top of that base notice and judge, and are led there step by step, by small heads that are thrown away afterwards:
+The draft only writes. So does the base of the target, which then learns to keep every token readable at its top. The
+layers on top of that base notice and judge, and are led there step by step, by small heads thrown away afterwards:
 
 - *odd*, of every token: is it another than the base foresaw, one place back? To hold two tokens against each other is
   what is hardest to find by chance, so it is asked densely, with many words replaced (rows.Writer.scrambled);

@@ -1,14 +1,15 @@
 """The recipe of the demo pair, stage by stage: the draft, its drafts, the target, the proof.
 
-    python -m training.pair            # about two hours on two CPU cores; goes on where it was interrupted
+    python -m training.pair            # about an hour on two CPU cores; goes on where it was interrupted
     python -m training.pair --smoke    # the same in a minute, with models that know nothing
 
 1. *draft*: two layers learn to write in a wording of their own, up to the first snapshot that is right as often as
    wanted; its mistakes are those of a model still on its way.
 2. *drafts*: it answers problems of its own; the checker marks them. They are the target's lessons in real mistakes.
 3. *base*: five layers learn to write. A shallow model gets there in a quarter of the time of a deep one.
-4. *target*: nine more layers on top of them learn to notice and to judge (training/lessons.py).
-5. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
+4. *recall*: the base learns to keep each token readable at its top, for the layers to come.
+5. *target*: nine more layers on top of them learn to notice and to judge (training/lessons.py).
+6. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
 """
 
 import argparse
@@ -52,6 +53,7 @@ BASE_LAYERS, LAYERS = 5, 14  # of the target, before and after it learns to judg
 NAMES = "demo-target", "demo-draft"
 ENDLESS = 1 << 30  # problems to draw from
 DRAFT_FOREIGN = 0.3  # so that the draft can go on from the target's words as well
+RECALL_MISTAKEN = 0.3
 SCRAMBLED_SHARE = 0.15
 SAMPLED_AT = 0.7  # temperature of the drafts that show other mistakes than the likeliest
 
@@ -75,6 +77,7 @@ class Recipe:
     selection_problems: int = 300
     drafted_problems: int = 24000
     base: Schedule = Schedule(steps=1500, rate=4e-3)
+    recall: Schedule = Schedule(steps=350, rate=1.5e-3, embeddings=5e-4, decay=0.8)
     target: Schedule = Schedule(steps=2400, rate=3e-3)
     foreign: float = 0.45  # share of the target's lessons not in its own wording throughout
     mistaken: float = 0.5
@@ -92,6 +95,7 @@ SMOKE = Recipe(
     selection_problems=6,
     drafted_problems=12,
     base=Schedule(steps=6, rate=4e-3, warmup=4),
+    recall=Schedule(steps=3, rate=4e-3, warmup=1),
     target=Schedule(steps=6, rate=4e-3, warmup=4),
     proof_problems=6,
 )
@@ -204,18 +208,30 @@ def collect_drafts(recipe: Recipe, draft: PreTrainedModel, writer: Writer, path:
 def train_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
     writer = Writer(tokenizer, own=TARGET)
     model = fresh(target_config(tokenizer, BASE_LAYERS), recipe.seed)
-    lesson = Recalling(model)
+    lesson = Writing(model)
 
     def row(rng: random.Random) -> Row:
         given = problem("base", recipe.seed, rng.randrange(ENDLESS))
         return writer.written(given, rng, foreign=recipe.foreign, mistaken=0.0, cuts=0)
 
-    return finished(
-        folder,
-        tokenizer,
-        model,
-        lambda: train(folder, lesson, lessons(row, writer, lesson, recipe, "base"), recipe.base),
-    )
+    losses = lessons(row, writer, lesson, recipe, "base")
+    return finished(folder, tokenizer, model, lambda: train(folder, lesson, losses, recipe.base))
+
+
+def teach_recall(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, folder: Path
+) -> PreTrainedModel:
+    writer = Writer(tokenizer, own=TARGET)
+    base.set_attn_implementation(TREE_ATTENTION)
+    lesson = Recalling(base)
+    nn.Module.to(lesson, base.device)
+
+    def row(rng: random.Random) -> Row:
+        given = problem("recall", recipe.seed, rng.randrange(ENDLESS))
+        return writer.written(given, rng, foreign=recipe.foreign, mistaken=RECALL_MISTAKEN, cuts=0)
+
+    losses = lessons(row, writer, lesson, recipe, "recall")
+    return finished(folder, tokenizer, base, lambda: train(folder, lesson, losses, recipe.recall))
 
 
 def train_target(
@@ -318,7 +334,8 @@ def make(recipe: Recipe, runs: Path, models: Path, *, force: bool) -> bool:
     draft = train_draft(recipe, tokenizer, runs / "draft")
     drafts = collect_drafts(recipe, draft, Writer(tokenizer, own=DRAFT), runs / "drafts.jsonl")
     base = train_base(recipe, tokenizer, runs / "base")
-    target = train_target(recipe, tokenizer, base, drafts, runs / "target")
+    recalling = teach_recall(recipe, tokenizer, base, runs / "recall")
+    target = train_target(recipe, tokenizer, recalling, drafts, runs / "target")
     for name, model in zip(NAMES, (target, draft), strict=True):
         save(model, tokenizer, runs / "pair" / name)
     return prove(recipe, runs / "pair", models, force=force)

@@ -20,7 +20,7 @@ def made(tmp_path_factory):
 
 
 def test_every_stage_leaves_its_checkpoint_and_its_log(made):
-    for stage in ("draft", "base", "target"):
+    for stage in ("draft", "base", "recall", "target"):
         assert (made / "runs" / stage / "state.pt").is_file()
         rows = [json.loads(line) for line in (made / "runs" / stage / "log.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == getattr(SMOKE, stage).steps
@@ -52,7 +52,7 @@ def test_the_grown_target_starts_out_as_its_base(made, tokenizer):
 
 
 def test_learning_to_judge_leaves_the_base_as_it_was(made):
-    base = load_model(made / "runs" / "base" / "finished").state_dict()
+    base = load_model(made / "runs" / "recall" / "finished").state_dict()
     target = load_model(made / "models" / "demo-target").state_dict()
     assert all((target[name] == base[name]).all() for name in base if name != "model.norm.weight")
     above = "model.layers.13.mlp.down_proj.weight"
