@@ -39,8 +39,8 @@ kinds: totals that grow and shrink, and a record that stands or falls.
 
 ## How it was trained
 
-From scratch on generated problems (`make models`): a shallow stack learnt to write, then all {layers} layers to
-write and to judge, from made-up mistakes of seven kinds and from real drafts of `demo-draft`.
+From scratch on generated problems (`make models`): five layers learnt to write and were kept as they
+were; those on top of them learnt to judge, from made-up mistakes of seven kinds and from real drafts of `demo-draft`.
 
 ## What it scores
 
