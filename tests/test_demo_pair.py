@@ -92,7 +92,7 @@ def test_the_target_notices_every_kind_of_mistake(pair, given, kind):
     rng = random.Random(0)
     writer, caught, wrong = pair.writer, 0, 0
     for problem in given[:60]:
-        tokens = [t for phrase in compose(problem, rng, lambda line: 1, kind) for t in writer.ids(phrase.text)]
+        tokens = [t for phrase in compose(problem, rng, lambda line, part: 1, kind) for t in writer.ids(phrase.text)]
         if check(problem, [writer.piece(token) for token in tokens]).complete:
             continue
         wrong += 1

@@ -26,7 +26,7 @@ from training.rows import IGNORED, Batch
 
 Lesson = tuple[Tensor, dict[str, float]]
 
-SLIP_AT, ASTRAY_AT = 0.6, 0.8  # heights in the stack, as shares of its layers
+SLIP_AT, ASTRAY_AT = 0.7, 0.85  # heights in the stack, as shares of its layers
 RECALL_WEIGHT, FLAG_WEIGHT, VERDICT_WEIGHT = 0.3, 0.3, 0.5
 ODD_AFTER = 2  # layers above the base
 SLIP_RARITY = 5.0  # one token in a hundred is a slip

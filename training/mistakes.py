@@ -13,8 +13,8 @@ from training.wording import ENDINGS, LINES, Part, Slots, said, slot_names
 
 Word = TypeVar("Word", str, int, State)
 
-Voice = Callable[[int], int | None]
-"""Which wording a line takes: an alternative's index, or None to draw one for every part."""
+Voice = Callable[[int, int], int | None]
+"""Which wording a part of a line takes (line, part): an alternative's index, or None to draw one."""
 
 KINDS = "slip", "drift", "result", "other", "skip", "stop", "late"
 OTHERS = 3  # alternatives of a part that has several
@@ -60,26 +60,28 @@ def compose(given: Problem, rng: random.Random, voice: Voice, kind: str | None =
         takes = _another(rng, range(given.steps), number) if here == "other" else None
         to = _another_state(given, rng, given.step(number, state).state) if here == "result" else None
         slots, after = given.step(number, state, takes=takes, to=to)
-        phrases += _line(parts, slots, rng, voice(number), slip=here == "slip", given=given)
+        phrases += _line(parts, slots, rng, number, voice, slip=here == "slip", given=given)
         # A wrong result may be a slip of the pen, with the next step going on from the right one.
         state = given.step(number, state).state if here == "result" and rng.random() < 0.2 else after
     if kind == "late" and given.steps < len(ORDINALS):
         slots, state = given.step(given.steps, state, takes=rng.randrange(given.steps))
-        phrases += _line(parts, slots, rng, voice(given.steps))
+        phrases += _line(parts, slots, rng, given.steps, voice)
     slip = kind == "slip" and at == given.steps
-    return phrases + _line(endings, given.ending(state), rng, voice(given.steps), slip=slip, given=given)
+    return phrases + _line(endings, given.ending(state), rng, given.steps, voice, slip=slip, given=given)
 
 
 def _line(
     parts: tuple[Part, ...],
     slots: Slots,
     rng: random.Random,
-    wording: int | None,
+    number: int,
+    voice: Voice,
     *,
     slip: bool = False,
     given: Problem | None = None,
 ) -> list[Phrase]:
-    choice = [rng.randrange(OTHERS) if wording is None else wording for _ in parts]
+    wordings = [voice(number, k) for k in range(len(parts))]
+    choice = [rng.randrange(OTHERS) if wording is None else wording for wording in wordings]
     texts = said(parts, choice, slots)
     if slip and given is not None:
         chosen = [part[min(index, len(part) - 1)] for part, index in zip(parts, choice, strict=True)]

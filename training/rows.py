@@ -20,6 +20,7 @@ from parse.tree import probe_ends, probed
 from training.mistakes import KINDS, Voice, compose, scrambled
 from training.task import WORD, Problem, check
 from training.tokenizer import CHECK_QUESTION, CORRECT, INCORRECT, SYSTEM_PROMPTS
+from training.wording import LINES
 
 IGNORED = -100  # cross_entropy's own mark
 
@@ -120,14 +121,15 @@ class Writer:
         return str(self.tokenizer.decode([token]))
 
     def _voice(self, given: Problem, rng: random.Random, foreign: float) -> Voice:
-        """One's own wording; or another one's up to some line; or anybody's, part by part."""
+        """One's own wording; or the other model's up to somewhere, also amid a line; or anybody's, part by part."""
         if rng.random() >= foreign:
-            return lambda line: self.own
+            return lambda line, part: self.own
         if rng.random() < 0.3:
-            return lambda line: None
+            return lambda line, part: None
         other = 1 - self.own
-        until = given.steps + 1 if rng.random() < 0.3 else rng.randint(1, given.steps)
-        return lambda line: other if line < until else self.own
+        parts = len(LINES[given.family])
+        until = (given.steps + 1, 0) if rng.random() < 0.3 else (rng.randint(0, given.steps), rng.randrange(parts))
+        return lambda line, part: other if (line, part) < until else self.own
 
 
 def batch(rows: Sequence[Row], ask: Check, pad: int, multiple: int = 8) -> Batch:

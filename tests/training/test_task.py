@@ -93,7 +93,7 @@ def test_the_checker_does_not_mind_how_an_answer_is_cut_into_pieces():
 def test_every_wording_of_an_answer_is_right_and_every_beginning_right_so_far():
     rng = random.Random(0)
     for given in PROBLEMS:
-        for voice in (lambda line: 0, lambda line: 1, lambda line: 2, lambda line: None):
+        for voice in (lambda line, part: 0, lambda line, part: 1, lambda line, part: 2, lambda line, part: None):
             words = WORD.findall("".join(phrase.text for phrase in compose(given, rng, voice)))
             assert check(given, words) == (None, True)
             assert check(given, words[: rng.randrange(len(words))]) == (None, False)
@@ -110,7 +110,7 @@ def test_an_answer_that_goes_on_after_its_end_is_wrong_there():
 def test_mistakes_are_mistakes(kind, family):
     rng = random.Random(0)
     problems = [family.draw(rng) for _ in range(60)]
-    answers = ["".join(p.text for p in compose(given, rng, lambda line: None, kind)) for given in problems]
+    answers = ["".join(p.text for p in compose(given, rng, lambda line, part: None, kind)) for given in problems]
     wrong = [not check(given, WORD.findall(text)).complete for given, text in zip(problems, answers, strict=True)]
     assert sum(wrong) >= 50  # another step's operation is now and then the same, and a 13th step has no 14th after it
 

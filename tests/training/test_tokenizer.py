@@ -18,7 +18,7 @@ def test_every_word_of_the_task_is_one_token(tokenizer):
 def test_phrases_are_tokenised_alone_as_in_their_answer(tokenizer):
     rng = random.Random(0)
     for index in range(60):
-        phrases = compose(problem("test", 1, index), rng, lambda line: None)
+        phrases = compose(problem("test", 1, index), rng, lambda line, part: None)
         alone = [token for phrase in phrases for token in tokenizer.encode(phrase.text)]
         assert alone == tokenizer.encode("".join(phrase.text for phrase in phrases))
 
