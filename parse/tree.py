@@ -4,7 +4,9 @@ Nodes stand in preorder, and `end[j]` is one past the last node of j's subtree. 
 
     visible(q, k)  =  k <= q < end[k]
 
-holds exactly when k is q itself or one of its ancestors. A node's position is its depth.
+holds exactly when k is q itself or one of its ancestors. Several roots make a forest, under the same comparison. A root
+hangs on a cached context, at its end or somewhere before it, and with all below it sees the context up to there; a
+node's position is the length of what its root sees, plus its depth.
 """
 
 from collections.abc import Sequence
@@ -21,9 +23,14 @@ class TokenTree:
     tokens: Ints  # [T]
     end: Ints  # [T]
     depth: Ints  # [T], 0 at the root
+    at: Ints | None = None  # [T], how many tokens of the context the node sees; None: all of them
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def seen(self, context: int) -> Ints:
+        """[T], how many tokens of a context of that length each node sees."""
+        return np.full(len(self), context) if self.at is None else self.at
 
     def visible(self) -> NDArray[np.bool_]:
         """[T, T], True where the row's node sees the column's."""
@@ -32,7 +39,59 @@ class TokenTree:
 
 
 def chain(tokens: Sequence[int]) -> TokenTree:
-    return probed(tokens, cuts=(), suffix=())
+    size = len(tokens)
+    return TokenTree(np.asarray(tokens, np.int64), np.full(size, size), np.arange(size))
+
+
+def probes(at: Sequence[int], suffix: Sequence[int]) -> TokenTree:
+    """A copy of `suffix` hung on the first c tokens of the context, for each c in `at`, blind to one another."""
+    width = len(suffix)
+    starts = width * np.arange(len(at))
+    return TokenTree(
+        tokens=np.tile(np.asarray(suffix, np.int64), len(at)),
+        end=np.repeat(starts + width, width),
+        depth=np.tile(np.arange(width), len(at)),
+        at=np.repeat(np.asarray(at, np.int64), width),
+    )
+
+
+def proposals(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree, Ints]:
+    """The tree in which node j hangs below `parents[j]`, an earlier one, or is a root (-1).
+
+    Comes with the place of each given node in the tree's preorder.
+    """
+    size = len(tokens)
+    below = np.ones(size, np.int64)  # nodes in each subtree
+    for node in range(size - 1, -1, -1):
+        if not -1 <= parents[node] < node:
+            raise ValueError(f"the parent of node {node} must stand before it, got {parents[node]}")
+        if parents[node] >= 0:
+            below[parents[node]] += below[node]
+    place, depth = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    free = np.zeros(size + 1, np.int64)  # where the next child goes; the last entry serves the roots
+    for node in range(size):
+        parent = parents[node]
+        place[node] = free[parent]
+        free[parent] += below[node]
+        free[node] = place[node] + 1
+        depth[node] = depth[parent] + 1 if parent >= 0 else 0
+    tree = TokenTree(np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
+    tree.tokens[place], tree.end[place], tree.depth[place] = tokens, place + below, depth
+    return tree, place
+
+
+def mask_groups(trunk: Sequence[int], mask: int, width: int) -> TokenTree:
+    """A trunk of candidates with a group of `width` masks behind every one of them, and behind the root's parent too.
+
+    The groups come after the trunk, the deepest first; the one at the end of the tree hangs beside the trunk.
+    """
+    tree = probed(trunk, range(1, len(trunk) + 1), [mask] * width)
+    beside = len(tree) + width
+    return TokenTree(
+        tokens=np.concatenate([tree.tokens, np.full(width, mask)]),
+        end=np.concatenate([tree.end, np.full(width, beside)]),
+        depth=np.concatenate([tree.depth, np.arange(width)]),
+    )
 
 
 def probed(trunk: Sequence[int], cuts: Sequence[int], suffix: Sequence[int]) -> TokenTree:

@@ -1,0 +1,141 @@
+"""Attention over many contexts at once, plugged into unmodified models under a name of its own.
+
+The library hands a function registered under an unknown name no mask, and the forward's own keyword arguments: so the
+step travels as `step`, and decides who sees whom.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from parse.engine.memory import Memory
+from parse.engine.step import Span
+
+STEP_ATTENTION = "parse_step"
+
+
+class UnsupportedModel(ValueError):
+    """A model that this engine would not compute right."""
+
+
+class Attention(Protocol):
+    """What a step's queries see, on one kind of device."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """query [1, heads, T, width], key and value [1, key heads, T, width] -> [1, T, heads, value width]."""
+        ...
+
+
+def step_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    step: Attention,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    if softcap is not None or s_aux is not None:
+        raise UnsupportedModel("attention with capped scores or sinks is not supported")
+    return step.attend(module.layer_idx, query, key, value, scaling, sliding_window), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(STEP_ATTENTION, step_attention)
+
+
+class _Block:
+    """Queries computed together: one span, or single tokens of contexts that lie side by side in memory."""
+
+    def __init__(self, spans: Sequence[Span], start: int) -> None:
+        self.spans = spans
+        self.first_page = spans[0].context.pages[0]
+        self.queries = len(spans[0])
+        self.rows = slice(start, start + len(spans) * self.queries)
+        self.keys = max(span.last for span in spans)
+        # Nothing is hidden from a single last token, unless its neighbours' rows are longer.
+        self.sees_all = self.queries == 1 and all(s.last == self.keys and s.causal for s in spans)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
+        """[spans, 1, groups * queries, keys], additive."""
+        if window is not None and window >= self.keys:
+            window = None
+        if self.sees_all and window is None:
+            return None
+        if window not in self._masks:
+            mask = torch.full((len(self.spans), 1, self.queries, self.keys), torch.finfo(dtype).min, dtype=dtype)
+            for row, span in zip(mask, self.spans, strict=True):
+                row[0, :, : span.last].masked_fill_(torch.from_numpy(span.visible(window)), 0.0)
+            self._masks[window] = mask.repeat(1, 1, groups, 1)
+        return self._masks[window]
+
+
+class RowAttention:
+    """For CPUs: a page holds a whole context, so that its keys are one strided view and nothing is gathered.
+
+    The spans of single tokens must come first and in the order of their pages; those of neighbouring pages are then
+    computed as one batch.
+    """
+
+    def __init__(self, memory: Memory, spans: Sequence[Span], slots: Tensor) -> None:
+        self.memory, self.slots = memory, slots
+        self.blocks: list[_Block] = []
+        start = 0
+        for together in _side_by_side(spans):
+            block = _Block(together, start)
+            self.blocks.append(block)
+            start = block.rows.stop
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        keys, values = self.memory.write(layer, self.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        out = [self._block(block, query, keys, values, scale, window) for block in self.blocks]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def _block(
+        self, block: _Block, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        n, t = len(block.spans), block.queries
+        heads, width = query.shape[1], query.shape[3]
+        key_heads = keys.shape[1]
+        groups = heads // key_heads
+        key, value = (
+            slots.view(self.memory.pages, self.memory.page_size, key_heads, slots.shape[2])[
+                block.first_page : block.first_page + n, : block.keys
+            ].transpose(1, 2)
+            for slots in (keys, values)
+        )  # [n, key heads, keys, width]
+        rows = query[0, :, block.rows]  # [heads, n * t, width]
+        # Heads that share a key head become more queries of it.
+        asked = rows.reshape(key_heads, groups, n, t, width).permute(2, 0, 1, 3, 4).reshape(n, key_heads, -1, width)
+        mask = block.mask(window, groups, query.dtype)
+        out = scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scale)
+        out = out.view(n, key_heads, groups, t, -1).permute(0, 3, 1, 2, 4)
+        return out.reshape(1, n * t, heads, -1)
+
+
+def _side_by_side(spans: Sequence[Span]) -> list[list[Span]]:
+    together: list[list[Span]] = []
+    for span in spans:
+        before = together[-1][-1] if together else None
+        if (
+            before is not None
+            and len(span) == len(before) == 1
+            and span.context.pages[0] == before.context.pages[0] + 1
+        ):
+            together[-1].append(span)
+        else:
+            together.append([span])
+    return together

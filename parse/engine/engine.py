@@ -1,0 +1,275 @@
+"""The engine: one thread that packs what all requests ask for into one forward pass after another."""
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parse.engine.attention import RowAttention
+from parse.engine.cache import Cache, Context
+from parse.engine.memory import Memory
+from parse.engine.model import Model
+from parse.engine.programs import Answer, Ask, Program
+from parse.engine.step import Span
+from parse.types import Cancelled, EngineStopped, NumericalError
+
+logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Told of a job's end, from the engine's thread."""
+
+    def end(self, error: BaseException | None) -> None: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way: its program, and how far the row of its context and asked nodes is computed."""
+
+    tokens: list[int]  # of the context it starts with
+    program: Program
+    room: int  # tokens it may add
+    listener: Listener
+    context: Context | None = None
+    ask: Ask = field(default_factory=lambda: Ask((), ()))
+    progress: int = 0
+    answers: list[Tensor] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def missing(self) -> int:
+        assert self.context is not None
+        return len(self.context.tokens) + len(self.ask.nodes) - self.progress
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engine does at this moment, and has done since its start."""
+
+    running: int
+    waiting: int
+    steps: int
+    tokens: int  # computed
+    prefix_tokens: int  # looked for in the cache
+    prefix_hits: int  # and found there
+    evictions: int
+    pages_used: int
+    pages: int
+
+
+class Engine:
+    """Serves one model. `submit` may be called from any thread."""
+
+    def __init__(self, model: Model, *, contexts: int, capacity: int, step_tokens: int) -> None:
+        """Memory for `contexts` rows of `capacity` tokens; at most `step_tokens` are computed in one pass."""
+        self.model, self.capacity, self.step_tokens = model, capacity, step_tokens
+        self._memory = Memory(contexts, capacity)
+        self._cache = Cache(contexts, capacity, self._memory.copy)
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._steps = self._tokens = 0
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name=f"engine {model.name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> Job:
+        if self._stopped:
+            raise EngineStopped("the engine was shut down")
+        self._inbox.put(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Its work ends within a step."""
+        job.cancelled = True
+
+    def stop(self) -> None:
+        """Ends all requests and the thread."""
+        self._stopped = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    @property
+    def load(self) -> Load:
+        cache = self._cache
+        return Load(
+            running=len(self._running),
+            waiting=len(self._waiting) + self._inbox.qsize(),
+            steps=self._steps,
+            tokens=self._tokens,
+            prefix_tokens=cache.lookups,
+            prefix_hits=cache.hits,
+            evictions=cache.evictions,
+            pages_used=cache.pages - cache.free_pages,
+            pages=cache.pages,
+        )
+
+    def _work(self) -> None:
+        error: BaseException = EngineStopped("the engine was shut down")
+        try:
+            with torch.inference_mode():
+                while not self._stopped:
+                    self._take_in()
+                    self._admit()
+                    if spans := self._plan():
+                        self._run(spans)
+        except BaseException as fault:
+            logger.exception("the engine's thread died")
+            self._stopped = True
+            error = fault
+        for job in [*self._running, *self._waiting]:
+            self._finish(job, error)
+        while not self._inbox.empty():
+            if job := self._inbox.get():
+                self._finish(job, error)
+
+    def _take_in(self) -> None:
+        """New requests; waits for one if there is nothing else to do."""
+        while True:
+            if self._running or self._waiting:
+                if self._inbox.empty():
+                    break
+                job = self._inbox.get()
+            else:
+                job = self._inbox.get()
+            if job is None:
+                break
+            self._waiting.append(job)
+        for job in [job for job in (*self._waiting, *self._running) if job.cancelled]:
+            self._finish(job, Cancelled("the request was cancelled"))
+
+    def _admit(self) -> None:
+        """First come, first served, but who could share what is being computed now waits for that."""
+        for job in list(self._waiting):
+            if self._cache.in_the_making(job.tokens):
+                continue
+            context = self._cache.open(job.tokens, job.room)
+            if context is None:
+                break
+            self._waiting.remove(job)
+            self._running.append(job)
+            job.context, job.progress = context, context.computed
+            self._advance(job, None)
+
+    def _plan(self) -> list[tuple[Job, Span]]:
+        """Requests that need a single token first, in the order of their pages; the rest shares what is left."""
+        singles = [job for job in self._running if job.missing == 1]
+        if len(singles) > 1:
+            singles.sort(key=_page)
+        budget = max(1, self.step_tokens - len(singles))
+        plan = [self._span(job, 1) for job in singles]
+        for job in self._running:
+            if job.missing > 1:
+                if not budget:
+                    break
+                count = min(job.missing, budget)
+                budget -= count
+                plan.append(self._span(job, count))
+        return plan
+
+    @staticmethod
+    def _span(job: Job, count: int) -> tuple[Job, Span]:
+        assert job.context is not None
+        return job, Span(job.context, job.ask.nodes, job.progress, job.progress + count)
+
+    def _run(self, plan: list[tuple[Job, Span]]) -> None:
+        try:
+            best, logits, reads = self._forward([span for _, span in plan], [_wanted(job, span) for job, span in plan])
+        except Exception as error:
+            if len(plan) == 1:
+                logger.exception("a request failed in the model")
+                self._finish(plan[0][0], error)
+                return
+            for part in plan:  # whoever is at fault fails alone
+                self._run([part])
+            return
+        for (job, span), (first, last) in zip(plan, reads, strict=True):
+            assert job.context is not None
+            job.progress = span.last
+            job.context.computed = min(span.last, len(job.context.tokens))
+            if last > first:
+                job.answers.append(logits[first:last])
+            if not job.missing:
+                whole = job.answers[0] if len(job.answers) == 1 else None
+                if whole is not None and len(whole) == last - first:
+                    self._advance(job, Answer(whole, best[first:last]))
+                else:
+                    whole = torch.cat(job.answers) if job.answers else logits[:0]
+                    self._advance(job, Answer(whole, whole.argmax(-1).tolist()))
+
+    def _forward(
+        self, spans: Sequence[Span], wanted: Sequence[Sequence[int]]
+    ) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
+        """The likeliest tokens and the logits at the wanted places of each span, and where in them each span's lie."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        read: list[int] = []
+        reads: list[tuple[int, int]] = []
+        for span, places in zip(spans, wanted, strict=True):
+            start = len(tokens)
+            tokens += span.tokens()
+            positions += span.positions()
+            base = self._cache.slot(span.context, span.first)
+            slots += range(base, base + len(span))
+            reads.append((len(read), len(read) + len(places)))
+            read += [start + place for place in places]
+        attention = RowAttention(self._memory, spans, torch.tensor(slots))
+        logits = self.model.forward(tokens, positions, attention, None if len(read) == len(tokens) else read)
+        self._steps += 1
+        self._tokens += len(tokens)
+        highest, best = logits.max(-1) if read else (logits.new_zeros(0), logits.new_zeros(0, dtype=torch.long))
+        if not bool(highest.isfinite().all()):
+            raise NumericalError("the model returned logits that are not finite")
+        return best.tolist(), logits, reads
+
+    def _advance(self, job: Job, answer: Answer | None) -> None:
+        """Lets the program decide on an answer (None: start it), and takes what it asks next."""
+        context = job.context
+        assert context is not None
+        nodes = job.ask.nodes
+        try:
+            job.ask = job.program.send(answer) if answer is not None else next(job.program)
+        except StopIteration:
+            self._finish(job, None)
+            return
+        except Exception as error:
+            logger.exception("a request failed on its answer")
+            self._finish(job, error)
+            return
+        if answer is not None:
+            kept = nodes[: job.ask.keep]  # type: ignore[index]
+            self._cache.commit(context, kept)
+            job.progress = context.computed
+            job.answers = []
+        if not job.missing:
+            self._advance(job, Answer(torch.empty(0), []))
+
+    def _finish(self, job: Job, error: BaseException | None) -> None:
+        if job in self._running:
+            self._running.remove(job)
+        elif job in self._waiting:
+            self._waiting.remove(job)
+        if job.context is not None:
+            self._cache.close(job.context)
+            job.context = None
+        job.program.close()
+        job.listener.end(error)
+
+
+def _page(job: Job) -> int:
+    assert job.context is not None
+    return job.context.pages[0]
+
+
+def _wanted(job: Job, span: Span) -> list[int]:
+    """Which entries of the span the program wants the logits of."""
+    known = len(span.context.tokens)
+    read = range(len(job.ask.nodes)) if job.ask.read is None else job.ask.read
+    return [known + node - span.first for node in read if span.first <= known + node < span.last]

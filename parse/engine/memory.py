@@ -1,0 +1,47 @@
+"""The keys and values of all contexts: per layer, two tensors of token slots."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """A layer's tensors are made when it first writes, for only then is the shape of its keys and values known."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.pages, self.page_size = pages, page_size
+        self.keys: dict[int, Tensor] = {}  # per layer, [slots, key heads, width]
+        self.values: dict[int, Tensor] = {}
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts what a step computed, [T, heads, width], where it belongs; returns the layer's whole memory."""
+        if layer not in self.keys:
+            self.keys[layer], self.values[layer] = (self._empty(new) for new in (keys, values))
+        known_keys, known_values = self.keys[layer], self.values[layer]
+        known_keys.index_copy_(0, slots, keys)
+        known_values.index_copy_(0, slots, values)
+        return known_keys, known_values
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """The first `count` slots of a page into another page."""
+        self._each(lambda slots: self._page(slots, target)[:count].copy_(self._page(slots, source)[:count]))
+
+    def move(self, slots_from: Tensor, slots_to: Tensor) -> None:
+        self._each(lambda slots: slots.index_copy_(0, slots_to, slots[slots_from]))
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
+
+    def _empty(self, like: Tensor) -> Tensor:
+        # On a CPU the system gives memory to a page only when something is first written there.
+        return torch.empty((self.pages * self.page_size, *like.shape[1:]), dtype=like.dtype, device=like.device)
+
+    def _page(self, slots: Tensor, page: int) -> Tensor:
+        return slots[page * self.page_size : (page + 1) * self.page_size]
+
+    def _each(self, change: Callable[[Tensor], object]) -> None:
+        for tensors in (self.keys, self.values):
+            for slots in tensors.values():
+                change(slots)

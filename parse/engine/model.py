@@ -1,0 +1,144 @@
+"""A Hugging Face causal language model, left as it is: loaded, checked, and run one step at a time."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from parse.engine.attention import STEP_ATTENTION, Attention, RowAttention, UnsupportedModel
+from parse.engine.cache import Context
+from parse.engine.memory import Memory
+from parse.engine.step import Span
+from parse.tree import probes
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+SERVED_LAYERS = {"full_attention", "sliding_attention", "dense", "sparse"}
+RECURRENT = "linear_attn", "mamba", "ssm", "recurrent", "conv1d", "short_conv", "rwkv", "time_mix"
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}  # of the largest logit, in the self-check
+
+
+class ModelNotFound(ValueError):
+    """Not a directory or a hub id with a causal language model."""
+
+
+class Model:
+    """`forward` runs one packed step; everything else about requests is other modules' business."""
+
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+        refuse_unsupported(network)
+        self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
+        self.device = network.device
+        config = network.config.get_text_config()
+        self.vocabulary: int = config.vocab_size
+        self.longest: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        self.ends = _end_tokens(network, tokenizer)
+        self.bytes_per_token = self._self_check()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: str = "auto", dtype: Dtype = "auto", int8: bool = False
+    ) -> "Model":
+        """`path` is a directory or a hub id. On a CPU "auto" computes in float32, elsewhere as the checkpoint says."""
+        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        precision = "float32" if dtype == "auto" and chosen == "cpu" else dtype
+        try:
+            AutoConfig.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            network = AutoModelForCausalLM.from_pretrained(
+                path, dtype=precision, device_map=None if chosen == "cpu" else chosen
+            )
+        except (OSError, ValueError) as error:
+            raise ModelNotFound(f"{path} holds no causal language model that can be loaded: {error}") from error
+        if int8:
+            if chosen != "cpu":
+                raise UnsupportedModel("int8 is an option for CPUs; on a GPU load a quantised checkpoint")
+            network = torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
+        return cls(network, tokenizer, str(path))
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Sequence[int], positions: Sequence[int], step: Attention, read: Sequence[int] | None
+    ) -> Tensor:
+        """Logits at the entries in `read` (None: at all), [entries, vocabulary], in float32."""
+        rows = torch.tensor([tokens, positions], device=self.device)
+        keep = 0 if read is None else torch.tensor(read, dtype=torch.long, device=self.device)
+        out = self.network(
+            input_ids=rows[:1], position_ids=rows[1:], use_cache=False, logits_to_keep=keep, step=step
+        )
+        logits: Tensor = out.logits[0]
+        return logits.float()
+
+    @torch.inference_mode()
+    def _self_check(self) -> int:
+        """Runs a small tree in one packed step and as separate texts, and compares; returns the cache's bytes a token.
+
+        What the list of refusals does not know shows here: whatever keeps state or masks in a way of its own.
+        """
+        draw = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.vocabulary, (14,), generator=draw).tolist()
+        text, suffix, cuts = tokens[:11], tokens[11:], [4, 9, 11]
+        memory = Memory(pages=2, page_size=64)
+        context = Context(text)
+        context.pages = [1]
+        spans = [Span(context, probes(cuts, suffix), first, last) for first, last in ((0, 6), (6, 20))]
+        self._attend_with(STEP_ATTENTION)
+        packed = []
+        for span in spans:
+            slots = torch.arange(span.first, span.last, device=self.device) + memory.page_size
+            packed.append(self.forward(span.tokens(), span.positions(), RowAttention(memory, [span], slots), None))
+        got = torch.cat(packed)[[13, 16, 19]]
+        self._attend_with("sdpa" if self.network._supports_sdpa else "eager")
+        alone = [
+            self.network(input_ids=torch.tensor([text[:cut] + suffix], device=self.device), use_cache=False)
+            for cut in cuts
+        ]
+        wanted = torch.stack([out.logits[0, -1].float() for out in alone])
+        self._attend_with(STEP_ATTENTION)
+        apart = float((got - wanted).abs().max())
+        allowed = TOLERANCE[self.network.dtype] * max(1.0, float(wanted.abs().max()))
+        if not apart <= allowed:
+            raise UnsupportedModel(
+                f"{self.name} ({self.network.config.model_type}) does not compute the same packed as alone: logits "
+                f"differ by {apart:.2g}, {allowed:.2g} is allowed"
+            )
+        return memory.bytes // (memory.pages * memory.page_size)
+
+    def _attend_with(self, implementation: str) -> None:
+        self.network.set_attn_implementation(implementation)
+
+
+def refuse_unsupported(network: PreTrainedModel) -> None:
+    config = network.config.get_text_config()
+    kind = config.model_type
+    if network.config.is_encoder_decoder:
+        raise UnsupportedModel(f"{kind}: an encoder-decoder, not a causal language model")
+    if getattr(network, "_is_stateful", False):
+        raise UnsupportedModel(f"{kind}: keeps a recurrent state, which cannot be cut back to a prefix")
+    for module, part in network.named_modules():
+        label = f"{module.rsplit('.', 1)[-1]} {type(part).__name__}".lower()
+        if any(word in label for word in RECURRENT):
+            raise UnsupportedModel(f"{kind}: has recurrent layers ({module}), which cannot be cut back to a prefix")
+        if getattr(part, "sinks", None) is not None:
+            raise UnsupportedModel(f"{kind}: attention sinks ({module}) are not supported")
+    if strange := sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYERS):
+        raise UnsupportedModel(f"{kind}: layers of type {', '.join(strange)} are not supported")
+    for name in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, name, None):
+            raise UnsupportedModel(f"{kind}: {name} is not supported")
+    if not network._supports_attention_backend:
+        raise UnsupportedModel(f"{kind}: its attention cannot be replaced")
+
+
+def _end_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The generation config may name several, the tokenizer only one."""
+    generation: Any = getattr(network, "generation_config", None)
+    named = getattr(generation, "eos_token_id", None)
+    ends = named if isinstance(named, list) else [named]
+    return frozenset(token for token in (*ends, tokenizer.eos_token_id) if isinstance(token, int))
