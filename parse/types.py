@@ -72,10 +72,7 @@ class Sampling:
     def adjusts(self) -> bool:
         """Do the logits change before a token is chosen?"""
         return bool(
-            self.logit_bias
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
+            self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         )
 
 

@@ -61,7 +61,7 @@ class _Block:
         self.spans = spans
         self.first_page = spans[0].context.pages[0]
         self.queries = len(spans[0])
-        self.rows = slice(start, start + len(spans) * self.queries)
+        self.start = start
         self.keys = max(span.last for span in spans)
         # Nothing is hidden from a single last token, unless its neighbours' rows are longer.
         self.sees_all = self.queries == 1 and all(s.last == self.keys and s.causal for s in spans)
@@ -95,7 +95,7 @@ class RowAttention:
         for together in _side_by_side(spans):
             block = _Block(together, start)
             self.blocks.append(block)
-            start = block.rows.stop
+            start += len(together) * block.queries
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
@@ -107,23 +107,19 @@ class RowAttention:
     def _block(
         self, block: _Block, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        n, t = len(block.spans), block.queries
-        heads, width = query.shape[1], query.shape[3]
-        key_heads = keys.shape[1]
+        n, t, heads, key_heads = len(block.spans), block.queries, query.shape[1], keys.shape[2]
         groups = heads // key_heads
-        key, value = (
-            slots.view(self.memory.pages, self.memory.page_size, key_heads, slots.shape[2])[
-                block.first_page : block.first_page + n, : block.keys
-            ].transpose(1, 2)
-            for slots in (keys, values)
-        )  # [n, key heads, keys, width]
-        rows = query[0, :, block.rows]  # [heads, n * t, width]
-        # Heads that share a key head become more queries of it.
-        asked = rows.reshape(key_heads, groups, n, t, width).permute(2, 0, 1, 3, 4).reshape(n, key_heads, -1, width)
+        # [n, key heads, keys, width]
+        key = keys.narrow(0, block.first_page, n).narrow(1, 0, block.keys).transpose(1, 2)
+        value = values.narrow(0, block.first_page, n).narrow(1, 0, block.keys).transpose(1, 2)
         mask = block.mask(window, groups, query.dtype)
+        asked = query if len(self.blocks) == 1 else query.narrow(2, block.start, n * t)
+        if groups == n == 1:
+            return scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+        # Heads that share a key head become more queries of it.
+        asked = asked.view(key_heads, groups, n, t, -1).permute(2, 0, 1, 3, 4).reshape(n, key_heads, groups * t, -1)
         out = scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scale)
-        out = out.view(n, key_heads, groups, t, -1).permute(0, 3, 1, 2, 4)
-        return out.reshape(1, n * t, heads, -1)
+        return out.view(n, key_heads, groups, t, -1).permute(0, 3, 1, 2, 4).reshape(1, n * t, heads, -1)
 
 
 def _side_by_side(spans: Sequence[Span]) -> list[list[Span]]:

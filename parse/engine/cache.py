@@ -115,13 +115,15 @@ class Cache:
 
     def _longest(self, tokens: list[int]) -> tuple[Context | None, int]:
         """The context with the longest common beginning, and its length; idle ones first among equals."""
-        chained, candidates, start = 0, (), 0
+        candidates: tuple[Context, ...] = ()
+        chained = start = 0
         while start + BLOCK <= len(tokens):
             chained = hash((chained, *tokens[start : start + BLOCK]))
             if not (holders := self._index.get(chained)):
                 break
             candidates, start = tuple(holders), start + BLOCK
-        best, length = None, 0
+        best: Context | None = None
+        length = 0
         for context in candidates:
             common = _common(context.tokens, tokens, start)
             if common > length or (common == length and best and best.busy and not context.busy):

@@ -17,6 +17,7 @@ from parse.engine.memory import Memory
 from parse.engine.model import Model
 from parse.engine.programs import Answer, Ask, Program
 from parse.engine.step import Span
+from parse.tree import TokenTree
 from parse.types import Cancelled, EngineStopped, NumericalError
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,9 @@ class Load:
 class Engine:
     """Serves one model. `submit` may be called from any thread."""
 
-    def __init__(self, model: Model, *, contexts: int, capacity: int, step_tokens: int) -> None:
+    def __init__(self, model: Model, *, contexts: int, capacity: int, max_running: int, step_tokens: int) -> None:
         """Memory for `contexts` rows of `capacity` tokens; at most `step_tokens` are computed in one pass."""
-        self.model, self.capacity, self.step_tokens = model, capacity, step_tokens
+        self.model, self.max_running, self.step_tokens = model, max_running, step_tokens
         self._memory = Memory(contexts, capacity)
         self._cache = Cache(contexts, capacity, self._memory.copy)
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -131,13 +132,8 @@ class Engine:
 
     def _take_in(self) -> None:
         """New requests; waits for one if there is nothing else to do."""
-        while True:
-            if self._running or self._waiting:
-                if self._inbox.empty():
-                    break
-                job = self._inbox.get()
-            else:
-                job = self._inbox.get()
+        while not self._inbox.empty() or not (self._running or self._waiting):
+            job = self._inbox.get()
             if job is None:
                 break
             self._waiting.append(job)
@@ -147,6 +143,8 @@ class Engine:
     def _admit(self) -> None:
         """First come, first served, but who could share what is being computed now waits for that."""
         for job in list(self._waiting):
+            if len(self._running) >= self.max_running:
+                break
             if self._cache.in_the_making(job.tokens):
                 continue
             context = self._cache.open(job.tokens, job.room)
@@ -244,8 +242,9 @@ class Engine:
             self._finish(job, error)
             return
         if answer is not None:
-            kept = nodes[: job.ask.keep]  # type: ignore[index]
-            self._cache.commit(context, kept)
+            if keep := job.ask.keep:
+                tokens = nodes.tokens.tolist() if isinstance(nodes, TokenTree) else nodes
+                self._cache.commit(context, tokens[:keep])
             job.progress = context.computed
             job.answers = []
         if not job.missing:

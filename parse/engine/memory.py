@@ -13,15 +13,19 @@ class Memory:
         self.pages, self.page_size = pages, page_size
         self.keys: dict[int, Tensor] = {}  # per layer, [slots, key heads, width]
         self.values: dict[int, Tensor] = {}
+        self._paged: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts what a step computed, [T, heads, width], where it belongs; returns the layer's whole memory."""
+        """Puts what a step computed, [T, heads, width], where it belongs.
+
+        Returns the layer's whole memory, [pages, page size, heads, width].
+        """
         if layer not in self.keys:
-            self.keys[layer], self.values[layer] = (self._empty(new) for new in (keys, values))
-        known_keys, known_values = self.keys[layer], self.values[layer]
-        known_keys.index_copy_(0, slots, keys)
-        known_values.index_copy_(0, slots, values)
-        return known_keys, known_values
+            self.keys[layer], self.values[layer] = self._empty(keys), self._empty(values)
+            self._paged[layer] = self._in_pages(self.keys[layer]), self._in_pages(self.values[layer])
+        self.keys[layer].index_copy_(0, slots, keys)
+        self.values[layer].index_copy_(0, slots, values)
+        return self._paged[layer]
 
     def copy(self, source: int, target: int, count: int) -> None:
         """The first `count` slots of a page into another page."""
@@ -37,6 +41,9 @@ class Memory:
     def _empty(self, like: Tensor) -> Tensor:
         # On a CPU the system gives memory to a page only when something is first written there.
         return torch.empty((self.pages * self.page_size, *like.shape[1:]), dtype=like.dtype, device=like.device)
+
+    def _in_pages(self, slots: Tensor) -> Tensor:
+        return slots.view(self.pages, self.page_size, *slots.shape[1:])
 
     def _page(self, slots: Tensor, page: int) -> Tensor:
         return slots[page * self.page_size : (page + 1) * self.page_size]

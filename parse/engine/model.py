@@ -42,9 +42,7 @@ class Model:
         self.bytes_per_token = self._self_check()
 
     @classmethod
-    def load(
-        cls, path: str | Path, *, device: str = "auto", dtype: Dtype = "auto", int8: bool = False
-    ) -> "Model":
+    def load(cls, path: str | Path, *, device: str = "auto", dtype: Dtype = "auto", int8: bool = False) -> "Model":
         """`path` is a directory or a hub id. On a CPU "auto" computes in float32, elsewhere as the checkpoint says."""
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         precision = "float32" if dtype == "auto" and chosen == "cpu" else dtype
@@ -69,9 +67,7 @@ class Model:
         """Logits at the entries in `read` (None: at all), [entries, vocabulary], in float32."""
         rows = torch.tensor([tokens, positions], device=self.device)
         keep = 0 if read is None else torch.tensor(read, dtype=torch.long, device=self.device)
-        out = self.network(
-            input_ids=rows[:1], position_ids=rows[1:], use_cache=False, logits_to_keep=keep, step=step
-        )
+        out = self.network(input_ids=rows[:1], position_ids=rows[1:], use_cache=False, logits_to_keep=keep, step=step)
         logits: Tensor = out.logits[0]
         return logits.float()
 

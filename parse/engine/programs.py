@@ -95,7 +95,6 @@ def generate(
 
 def judge(
     prompt: int,
-    draft: Sequence[int],
     cuts: Sequence[int],
     check: Check,
     *,
@@ -103,7 +102,7 @@ def judge(
     enough: Callable[[Sequence[float]], bool],
     done: Callable[[Judged], None],
 ) -> Program:
-    """P(correct) at each cut of the draft, in the order given; the context is the prompt of that length and the draft.
+    """P(correct) at each cut, in the order given; the context is a prompt of that length and the draft.
 
     Probes are run in groups of at most `most` nodes; `enough` is asked of the answers so far whether more are needed.
     """

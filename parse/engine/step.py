@@ -37,7 +37,9 @@ class Span:
     def tokens(self) -> list[int]:
         known = len(self.context.tokens)
         nodes = self.tree.tokens.tolist() if isinstance(self.tree, TokenTree) else list(self.tree)
-        return self.context.tokens[self.first : self.last] + nodes[max(self.first - known, 0) : max(self.last - known, 0)]
+        return (
+            self.context.tokens[self.first : self.last] + nodes[max(self.first - known, 0) : max(self.last - known, 0)]
+        )
 
     def positions(self) -> list[int]:
         known = len(self.context.tokens)

@@ -1,0 +1,199 @@
+"""A model as the rest of the system calls it: warm, generate and judge, from coroutines, over an engine of its own."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+
+import torch
+
+from parse.config import EngineSettings
+from parse.engine.attention import UnsupportedModel
+from parse.engine.engine import Engine, Job, Load
+from parse.engine.model import Model
+from parse.engine.programs import Program, generate, judge, warm
+from parse.engine.text import TextStream
+from parse.prompts import Check
+from parse.types import Judged, RequestError, Sampling, Tokens
+
+PLAIN = Sampling()
+PROBE_ROOM = 1024  # tokens beyond the longest context, for the probes hung on it
+
+
+class ModelService:
+    """One model, many callers. Every call stands alone: what calls share they find in the cache."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.model = Model.load(settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8)
+        self.max_context = min(settings.max_context, self.model.longest)
+        capacity = self.max_context + PROBE_ROOM
+        contexts = settings.memory_mb * 2**20 // (capacity * self.model.bytes_per_token)
+        if contexts < 1:
+            needed = -(-capacity * self.model.bytes_per_token // 2**20)
+            raise UnsupportedModel(
+                f"memory_mb: {settings.memory_mb} MiB hold no context of {self.max_context} tokens, that takes {needed}"
+            )
+        self.engine = Engine(
+            self.model,
+            contexts=contexts,
+            capacity=capacity,
+            max_running=settings.max_running,
+            step_tokens=settings.step_tokens,
+        )
+
+    @property
+    def load(self) -> Load:
+        return self.engine.load
+
+    def close(self) -> None:
+        self.engine.stop()
+
+    async def warm(self, prompt: Sequence[int]) -> None:
+        """Computes a prompt ahead of time."""
+        self._check_ids("prompt", prompt)
+        self._check_length("prompt", len(prompt))
+        await self._run(prompt, warm(), room=0)
+
+    async def judge(
+        self,
+        prompt: Sequence[int],
+        draft: Sequence[int],
+        cuts: Sequence[int],
+        check: Check,
+        *,
+        enough: Callable[[Sequence[float]], bool] = lambda correct: False,
+    ) -> Judged:
+        """P(correct) of the first c tokens of the draft as an answer to the prompt, for each cut c."""
+        self._check_ids("prompt", prompt)
+        self._check_ids("draft", draft)
+        self._check_length("draft", len(prompt) + len(draft))
+        if any(not 0 < cut <= len(draft) for cut in cuts):
+            raise RequestError("cuts", f"must lie in 1..{len(draft)}, the length of the draft, got {list(cuts)}")
+        judged: list[Judged] = []
+        longest = max(cuts, default=0)
+        program = judge(len(prompt), cuts, check, most=PROBE_ROOM, enough=enough, done=judged.append)
+        await self._run([*prompt, *draft[:longest]], program, room=min(PROBE_ROOM, len(cuts) * len(check.suffix)))
+        return judged[0]
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        sampling: Sampling = PLAIN,
+        *,
+        proposal: Sequence[int] = (),
+        piece: int = 1,
+    ) -> AsyncIterator[Tokens]:
+        """Writes on after `output`; what has been written since the last time it was asked comes in one piece.
+
+        The token limit, penalties, stop strings and seed regard the output as a whole. Leaving the iteration cancels.
+        """
+        self._check_ids("prompt", prompt)
+        self._check_ids("output", output)
+        self._check_ids("proposal", proposal)
+        self._check_ids("logit_bias", list(sampling.logit_bias))
+        self._check_length("prompt", len(prompt) + len(output), spare=1)
+        room = self.max_context - len(prompt) - len(output)
+        if sampling.max_tokens is not None:
+            room = min(room, sampling.max_tokens - len(output))
+        if room < 1:
+            raise RequestError("output", f"leaves nothing of max_tokens, {sampling.max_tokens}")
+        text = None
+        if sampling.stop:
+            text = TextStream(self.model.tokenizer, sampling.stop)
+            text.add(output)
+        mailbox = _Mailbox(asyncio.get_running_loop())
+        program = generate(
+            prompt,
+            output,
+            sampling,
+            ends=self.model.ends,
+            room=room,
+            emit=mailbox.put,
+            text=text,
+            proposal=proposal,
+            piece=piece,
+        )
+        job = Job([*prompt, *output][:-1], program, room + 1, mailbox)
+        self.engine.submit(job)
+        try:
+            async for tokens in mailbox:
+                yield tokens
+        finally:
+            self.engine.cancel(job)
+
+    async def _run(self, tokens: Sequence[int], program: Program, room: int) -> None:
+        mailbox = _Mailbox(asyncio.get_running_loop())
+        job = self.engine.submit(Job(list(tokens), program, room, mailbox))
+        try:
+            async for _ in mailbox:
+                pass
+        finally:
+            self.engine.cancel(job)
+
+    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self.model.vocabulary):
+            raise RequestError(field, f"token ids must lie in 0..{self.model.vocabulary - 1}")
+
+    def _check_length(self, field: str, length: int, spare: int = 0) -> None:
+        if not length:
+            raise RequestError(field, "must not be empty")
+        if length + spare > self.max_context:
+            raise RequestError(field, f"is {length} tokens long with what it follows, the limit is {self.max_context}")
+
+
+class _Mailbox:
+    """Takes pieces in the engine's thread, and hands them over to a coroutine, all that have gathered at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pieces: deque[Tokens] = deque()
+        self._arrived = asyncio.Event()
+        self._called = self._ended = False
+        self._error: BaseException | None = None
+
+    def put(self, tokens: Tokens) -> None:
+        self._pieces.append(tokens)
+        self._call()
+
+    def end(self, error: BaseException | None) -> None:
+        self._error, self._ended = error, True
+        self._call()
+
+    def _call(self) -> None:
+        if not self._called:
+            self._called = True
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._called = False
+        self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[Tokens]:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            ended = self._ended
+            pieces = []
+            while self._pieces:
+                pieces.append(self._pieces.popleft())
+            if pieces:
+                yield _joined(pieces)
+            if ended:
+                if self._error is not None:
+                    raise self._error
+                return
+
+
+def _joined(pieces: Sequence[Tokens]) -> Tokens:
+    if len(pieces) == 1:
+        return pieces[0]
+    return Tokens(
+        tuple(token for piece in pieces for token in piece.ids),
+        tuple(logprob for piece in pieces for logprob in piece.logprobs),
+        pieces[-1].finish,
+        sum(piece.accepted for piece in pieces),
+    )
