@@ -133,10 +133,10 @@ class Engine:
     def _take_in(self) -> None:
         """New requests; waits for one if there is nothing else to do."""
         while not self._inbox.empty() or not (self._running or self._waiting):
-            job = self._inbox.get()
-            if job is None:
+            arrived = self._inbox.get()
+            if arrived is None:
                 break
-            self._waiting.append(job)
+            self._waiting.append(arrived)
         for job in [job for job in (*self._waiting, *self._running) if job.cancelled]:
             self._finish(job, Cancelled("the request was cancelled"))
 
