@@ -108,5 +108,5 @@ class Tokens:
 class Judged:
     """What the target makes of a draft."""
 
-    correct: tuple[float, ...]  # P(correct) at each cut asked for
+    correct: tuple[float | None, ...]  # P(correct) at each cut; None where it no longer mattered
     logprobs: tuple[float, ...] = ()  # of the draft's own tokens, where asked for

@@ -2,6 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from parse.types import RequestError
+
+Rule = Literal["first_failure", "longest_passing"]
 
 
 @dataclass(frozen=True)
@@ -11,18 +16,32 @@ class Thresholds:
     full: float = 0.93
     prefix: float = 0.93
 
+    def __post_init__(self) -> None:
+        for name in ("full", "prefix"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise RequestError(f"thresholds.{name}", f"must lie in 0..1, got {getattr(self, name)}")
 
-def boundary(cuts: Sequence[int], correct: Sequence[float], thresholds: Thresholds, *, ended: bool) -> int:
-    """The full answer if it passes, else the last prefix before the first that fails.
 
-    `cuts` ascend; where the draft ended by itself the last one asks about the full answer.
+def boundary(
+    cuts: Sequence[int],
+    correct: Sequence[float | None],
+    thresholds: Thresholds,
+    *,
+    ended: bool,
+    rule: Rule = "first_failure",
+) -> int:
+    """The full answer if it passes, else the last prefix before the first that fails, or the longest that passes.
+
+    `cuts` ascend; where the draft ended by itself the last one asks about the full answer. What was not
+    asked does not pass. The longest passing prefix keeps more, and with every further cut risks more to
+    trust a single mistaken yes.
     """
-    if ended and correct and correct[-1] >= thresholds.full:
+    if ended and cuts and (correct[-1] or 0.0) >= thresholds.full:
         return cuts[-1]
-    prefixes = len(cuts) - ended
     kept = 0
-    for cut, probability in zip(cuts[:prefixes], correct, strict=False):
-        if probability < thresholds.prefix:
+    for cut, probability in zip(cuts[: len(cuts) - ended], correct, strict=False):
+        if (probability or 0.0) >= thresholds.prefix:
+            kept = cut
+        elif rule == "first_failure":
             break
-        kept = cut
     return kept

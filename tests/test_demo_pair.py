@@ -112,7 +112,8 @@ def loss(model, writer, drafts):
             trunk, cuts = [*prompt, *draft.tokens], [len(prompt) + cut for cut in draft.cuts]
             ends = torch.from_numpy(probe_ends(len(trunk), cuts, len(writer.check.suffix)))
             logits = run(model, probed(trunk, cuts, writer.check.suffix), ends)
-            words = [writer.check.correct if draft.prefix_right(c) else writer.check.incorrect for c in draft.cuts]
+            right, wrong = writer.check.correct[0], writer.check.incorrect[0]
+            words = [right if draft.prefix_right(c) else wrong for c in draft.cuts]
             total += cross_entropy(logits, torch.tensor(words))
     return float(total) / len(drafts)
 

@@ -18,8 +18,9 @@ def probabilities(
         return []
     tree = probed([*prompt, *draft], [len(prompt) + cut for cut in cuts], check.suffix)
     at = torch.from_numpy(probe_ends(len(prompt) + len(draft), cuts, len(check.suffix)))
-    logits = run(model, tree, at)[:, [check.correct, check.incorrect]]
-    return [float(p) for p in logits.softmax(-1)[:, 0]]
+    logits = run(model, tree, at)
+    words = [logits[:, list(ids)].logsumexp(-1) for ids in (check.correct, check.incorrect)]
+    return [float(p) for p in torch.stack(words).softmax(0)[0]]
 
 
 @torch.inference_mode()

@@ -117,8 +117,8 @@ class Judging(Writing):
             return top.new_zeros(()), {}
         logits = _logits(self.model, top[batch.verdict_at[:, 0], batch.verdict_at[:, 1]])
         loss = cross_entropy(logits, batch.verdict)
-        right = batch.verdict == self.check.correct
-        passed = logits[:, self.check.correct] > logits[:, self.check.incorrect]
+        right = batch.verdict == self.check.correct[0]
+        passed = logits[:, self.check.correct[0]] > logits[:, self.check.incorrect[0]]
         return loss, {
             "verdict": loss.item(),
             "right_passed": _share(passed[right]),

@@ -155,7 +155,7 @@ def batch(rows: Sequence[Row], ask: Check, pad: int, multiple: int = 8) -> Batch
         astray[b, start : start + size] = np.arange(size) >= wrong
         ends = probe_ends(start + size, row.cuts, len(ask.suffix))
         at += [(b, int(node)) for node in ends]
-        verdicts += [ask.correct if row.right_up_to(cut) else ask.incorrect for cut in row.cuts]
+        verdicts += [ask.correct[0] if row.right_up_to(cut) else ask.incorrect[0] for cut in row.cuts]
     node = torch.arange(width)
     ends_ = torch.from_numpy(end)
     visible = (node <= node[:, None]) & (node[None, :, None] < ends_[:, None, :])

@@ -5,6 +5,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -84,6 +85,8 @@ class Engine:
         if self._stopped:
             raise EngineStopped("the engine was shut down")
         self._inbox.put(job)
+        if self._stopped:  # it may have come too late to be seen
+            self._refuse_rest()
         return job
 
     def cancel(self, job: Job) -> None:
@@ -126,9 +129,13 @@ class Engine:
             error = fault
         for job in [*self._running, *self._waiting]:
             self._finish(job, error)
-        while not self._inbox.empty():
-            if job := self._inbox.get():
-                self._finish(job, error)
+        self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                if job := self._inbox.get_nowait():
+                    self._finish(job, EngineStopped("the engine was shut down"))
 
     def _take_in(self) -> None:
         """New requests; waits for one if there is nothing else to do."""

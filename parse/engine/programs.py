@@ -55,8 +55,9 @@ def generate(
 ) -> Program:
     """Writes on after `prompt` and `output`, of which all but the last token are the context.
 
-    At most `room` tokens, handed to `emit` in pieces of at least `piece`. `text` watches for stop strings. Tokens of
-    `proposal` are run together and taken as long as they are what would have been chosen anyway.
+    At most `room` tokens, the end token not among them, handed to `emit` in pieces of at least `piece`. `text` watches
+    for stop strings. Tokens of `proposal` are run together and taken as long as they are what would have been chosen
+    anyway.
     """
     sampler = Sampler(sampling, prompt, output)
     ends = () if sampling.ignore_eos else ends
@@ -70,6 +71,9 @@ def generate(
         finish: Finish | None = None
         for place, best in enumerate(answer.best):
             token = best if sampler.plain else sampler.choose(answer.logits[place])
+            if token in ends:
+                finish = "stop"
+                break
             if sampling.logprobs is not None:
                 logprobs.append(sampler.logprob(answer.logits[place], token))
             sampler.take(token)
@@ -79,9 +83,8 @@ def generate(
             accepted += proposed
             if text is not None:
                 text.add((token,))
-            if token in ends or (text is not None and text.stopped is not None):
-                finish = "stop"
-            elif not left:
+                finish = "stop" if text.stopped is not None else None
+            if finish is None and not left:
                 finish = "length"
             if finish or not proposed:
                 break
@@ -98,21 +101,44 @@ def judge(
     cuts: Sequence[int],
     check: Check,
     *,
+    full: float | None,
+    prefix: float | None,
+    at_once: bool,
     most: int,
-    enough: Callable[[Sequence[float]], bool],
+    trunk: Sequence[int],
     done: Callable[[Judged], None],
 ) -> Program:
-    """P(correct) at each cut, in the order given; the context is a prompt of that length and the draft.
+    """P(correct) at each cut; the context is a prompt of that length and the draft, up to the last cut.
 
-    Probes are run in groups of at most `most` nodes; `enough` is asked of the answers so far whether more are needed.
+    If the last cut passes at `full` (None: it is no full answer), or a prefix fails at `prefix` (None: never mind),
+    the rest need not be known. `at_once` asks them all the same, as far as `most` nodes go in one pass: what another
+    pass costs beyond its tokens decides. Where `trunk`, the prompt's last token and the draft, is given, the context
+    lacks it, and the draft's log-probabilities are wanted as well.
     """
-    correct: list[float] = []
-    group = max(1, most // len(check.suffix))
-    words = torch.tensor([check.correct, check.incorrect])
-    while len(correct) < len(cuts) and not enough(correct):
-        at = [prompt + cut for cut in cuts[len(correct) : len(correct) + group]]
-        last = len(check.suffix) - 1
-        tree = probes(at, check.suffix)
-        answer = yield Ask(tree, read=range(last, len(tree), last + 1))
-        correct += answer.logits[:, words.to(answer.logits.device)].softmax(-1)[:, 0].tolist()
-    done(Judged(tuple(correct)))
+    logprobs: list[float] = []
+    keep = 0
+    if trunk:
+        answer = yield Ask(trunk)
+        keep = len(trunk)
+        rows = torch.arange(len(trunk) - 1)
+        logprobs = answer.logits[:-1].log_softmax(-1)[rows, list(trunk[1:])].tolist()
+    width = len(check.suffix)
+    group = size = max(1, most // width)
+    order = list(range(len(cuts)))
+    answered: dict[int, float] = {}
+    if full is not None:  # a full answer that passes settles everything
+        order.insert(0, order.pop())
+        size = group if at_once else 1
+    while order:
+        asked, order, size = sorted(order[:size]), order[size:], group
+        tree = probes([prompt + cuts[place] for place in asked], check.suffix)
+        answer = yield Ask(tree, read=range(width - 1, len(tree), width), keep=keep)
+        keep = 0
+        words = [answer.logits[:, list(ids)].logsumexp(-1) for ids in (check.correct, check.incorrect)]
+        answered.update(zip(asked, torch.stack(words).softmax(0)[0].tolist(), strict=True))
+        if full is not None and answered[len(cuts) - 1] >= full:
+            break
+        prefixes = [answered[place] for place in asked if full is None or place < len(cuts) - 1]
+        if prefix is not None and any(p < prefix for p in prefixes):
+            break
+    done(Judged(tuple(answered.get(place) for place in range(len(cuts))), tuple(logprobs)))

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -63,18 +63,37 @@ class ModelService:
         cuts: Sequence[int],
         check: Check,
         *,
-        enough: Callable[[Sequence[float]], bool] = lambda correct: False,
+        full: float | None = None,
+        prefix: float | None = None,
+        logprobs: bool = False,
     ) -> Judged:
-        """P(correct) of the first c tokens of the draft as an answer to the prompt, for each cut c."""
+        """P(correct) of the first c tokens of the draft as an answer to the prompt, for each cut c.
+
+        With `full`, the last cut asks about a full answer, and if that passes nothing else is asked; with `prefix`,
+        nothing beyond a prefix that does not pass.
+        """
         self._check_ids("prompt", prompt)
         self._check_ids("draft", draft)
         self._check_length("draft", len(prompt) + len(draft))
-        if any(not 0 < cut <= len(draft) for cut in cuts):
-            raise RequestError("cuts", f"must lie in 1..{len(draft)}, the length of the draft, got {list(cuts)}")
+        if list(cuts) != sorted(set(cuts)) or (cuts and not 0 < cuts[0] <= cuts[-1] <= len(draft)):
+            raise RequestError("cuts", f"must ascend within 1..{len(draft)}, the length of the draft, got {list(cuts)}")
         judged: list[Judged] = []
-        longest = max(cuts, default=0)
-        program = judge(len(prompt), cuts, check, most=PROBE_ROOM, enough=enough, done=judged.append)
-        await self._run([*prompt, *draft[:longest]], program, room=min(PROBE_ROOM, len(cuts) * len(check.suffix)))
+        tokens = [*prompt, *draft[: cuts[-1] if cuts else 0]]
+        # With log-probabilities the draft is run as a tree, whose logits can be asked for, else as context.
+        trunk = tokens[len(prompt) - 1 :] if logprobs else ()
+        program = judge(
+            len(prompt),
+            cuts,
+            check,
+            full=full if cuts else None,
+            prefix=prefix,
+            at_once=self.model.device.type != "cpu",
+            most=PROBE_ROOM,
+            trunk=trunk,
+            done=judged.append,
+        )
+        context = tokens[: len(tokens) - len(trunk)]
+        await self._run(context, program, room=len(trunk) + min(PROBE_ROOM, len(cuts) * len(check.suffix)))
         return judged[0]
 
     async def generate(

@@ -1,6 +1,13 @@
+from copy import deepcopy
+
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from parse.prompts import TemplateError, check_ids, prompt_ids
+from parse.types import RequestError
 
 
 def test_prompt_probe_and_conversation_are_the_same_tokens(tokenizer):
@@ -11,13 +18,11 @@ def test_prompt_probe_and_conversation_are_the_same_tokens(tokenizer):
     whole = tokenizer.apply_chat_template(after, add_generation_prompt=True)["input_ids"]
     check = check_ids(tokenizer, question)
     assert prompt_ids(tokenizer, turns) + tokenizer.encode(answer) + list(check.suffix) == whole
-    assert tokenizer.decode([check.correct]) == "Correct"
-    assert tokenizer.decode([check.incorrect]) == "Incorrect"
+    assert tokenizer.decode(check.correct[0]) == "Correct"
+    assert tokenizer.decode(check.incorrect[0]) == "Incorrect"
 
 
 def test_a_template_that_rewrites_the_generation_prompt_is_refused(tokenizer):
-    from copy import deepcopy
-
     thinking = deepcopy(tokenizer)
     thinking.chat_template = tokenizer.chat_template.replace(
         "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
@@ -26,6 +31,47 @@ def test_a_template_that_rewrites_the_generation_prompt_is_refused(tokenizer):
         check_ids(thinking, "Is this right so far?")
 
 
-def test_an_answer_word_of_several_tokens_is_refused(tokenizer):
-    with pytest.raises(TemplateError, match="'Perhaps' is 7 tokens"):
-        check_ids(tokenizer, "Is this right so far?", correct="Perhaps")
+def test_words_of_several_tokens_are_told_apart_by_the_first_that_differs(tokenizer):
+    """In the demo's tokenizer a word beyond the task is spelled, byte by byte."""
+    plain = check_ids(tokenizer, "Is this right so far?")
+    check = check_ids(tokenizer, "Is this right so far?", correct="Perhaps", incorrect="Perfect")
+    assert check.suffix == (*plain.suffix, *tokenizer.encode("Per"))
+    assert [tokenizer.decode(ids) for ids in (check.correct, check.incorrect)] == ["h", "f"]
+
+
+def test_a_word_counts_with_a_leading_space_too():
+    words = ["<s>", "</s>", "Ask", "Yes", "No", "\u2581Yes", "\u2581No", "\u2581Ask"]
+    model = Tokenizer(WordLevel({word: k for k, word in enumerate(words)}))
+    model.pre_tokenizer = Metaspace(prepend_scheme="never")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+        extra_special_tokens=["</s>"],
+    )  # fmt: skip
+    check = check_ids(tokenizer, "Ask", correct="Yes", incorrect="No")
+    assert (check.correct, check.incorrect) == ((3, 5), (4, 6))
+
+
+@pytest.mark.parametrize(("correct", "incorrect"), [("Yes", "Yes"), ("Per", "Perhaps")])
+def test_words_that_cannot_be_told_apart_are_refused(tokenizer, correct, incorrect):
+    with pytest.raises(TemplateError, match="begin alike"):
+        check_ids(tokenizer, "Is this right so far?", correct=correct, incorrect=incorrect)
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer):
+    bare = deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(TemplateError, match="no chat template"):
+        check_ids(bare)
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([], "messages"),
+        ([{"role": "tool", "content": "x"}], r"messages\[0\].role"),
+        ([{"role": "user", "content": "x"}, {"role": "user"}], r"messages\[1\].content"),
+    ],
+)
+def test_a_conversation_that_cannot_be_rendered_is_refused_by_its_field(tokenizer, messages, field):
+    with pytest.raises(RequestError, match=field):
+        prompt_ids(tokenizer, messages)

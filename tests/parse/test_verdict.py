@@ -1,3 +1,6 @@
+import pytest
+
+from parse.types import RequestError
 from parse.verdict import Thresholds, boundary
 
 HALF = Thresholds(0.5, 0.5)
@@ -28,3 +31,18 @@ def test_the_two_thresholds_are_separate_and_inclusive():
     strict = Thresholds(full=0.9, prefix=0.5)
     assert boundary([4, 8], [0.5, 0.8], strict, ended=True) == 4
     assert boundary([4, 8], [0.5, 0.9], strict, ended=True) == 8
+
+
+def test_what_was_not_asked_does_not_pass():
+    assert boundary([4, 8, 10], [0.9, None, None], HALF, ended=True) == 4
+    assert boundary([4, 8, 10], [None, None, 0.9], HALF, ended=True) == 10
+
+
+def test_the_longest_passing_prefix_is_kept_under_the_other_rule():
+    assert boundary([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], HALF, ended=True, rule="longest_passing") == 12
+
+
+def test_a_threshold_that_is_no_probability_is_refused():
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(RequestError, match=r"thresholds\.prefix"):
+            Thresholds(prefix=value)

@@ -76,7 +76,7 @@ def test_the_labels_of_a_batch_say_what_the_rows_say(writer):
         assert (made.next_token[b, : start - 1] == IGNORED).all()
         assert (made.slip[b, start + size :] == IGNORED).all()
         assert [next(verdicts) for _ in row.cuts] == [
-            writer.check.correct if row.right_up_to(cut) else writer.check.incorrect for cut in row.cuts
+            writer.check.correct[0] if row.right_up_to(cut) else writer.check.incorrect[0] for cut in row.cuts
         ]
 
 
