@@ -4,6 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from parse.probes import DEFAULT_STRIDE, Places
+from parse.prompts import QUESTION
+from parse.verdict import Rule, Thresholds
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,3 +33,32 @@ class EngineSettings(Settings):
         ge=1,
         description="Most tokens computed in one pass: more is faster in all, and stalls streams longer.",
     )
+
+
+class MethodSettings(Settings):
+    """How drafts are judged, and what is made of them."""
+
+    auto: Literal["full", "progressive", "rounds", "exact"] = Field(
+        "rounds", description='What mode "auto" does while drafting pays.'
+    )
+    check_question: str = Field(QUESTION, min_length=1, description="What the target is asked about each prefix.")
+    correct: str = Field("Correct", min_length=1, description="The answer that accepts.")
+    incorrect: str = Field("Incorrect", min_length=1, description="The answer that rejects.")
+    full: float = Field(0.93, ge=0, le=1, description="P(correct) from which a whole draft is accepted.")
+    prefix: float = Field(0.93, ge=0, le=1, description="P(correct) from which a prefix passes.")
+    rule: Rule = Field(
+        "first_failure",
+        description="Which prefix is kept: the last before the first that fails, or the longest that passes.",
+    )
+    places: tuple[Places, ...] = Field(
+        ("tokens",), min_length=1, description="Where a draft is cut: every `stride` tokens, at sentence or line ends."
+    )
+    stride: int = Field(DEFAULT_STRIDE, ge=1, description="Tokens between two cuts.")
+    window: int = Field(32, ge=1, description="Tokens of draft judged together in mode progressive.")
+    max_rounds: int = Field(3, ge=1, description="Drafts of one answer at most, in mode rounds.")
+    correction_tokens: int = Field(
+        16, ge=1, description="Tokens the target writes past an error before the drafter goes on, in mode rounds."
+    )
+
+    def thresholds(self) -> Thresholds:
+        return Thresholds(self.full, self.prefix)

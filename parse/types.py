@@ -109,4 +109,4 @@ class Judged:
     """What the target makes of a draft."""
 
     correct: tuple[float | None, ...]  # P(correct) at each cut; None where it no longer mattered
-    logprobs: tuple[float, ...] = ()  # of the draft's own tokens, where asked for
+    logprobs: tuple[Logprob, ...] = ()  # the target's own, of the draft's tokens, where asked for

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parse.engine.sampler import Sampler
+from parse.engine.sampler import Sampler, logprob
 from parse.engine.text import TextStream
 from parse.prompts import Check
 from parse.tree import TokenTree, probes
@@ -75,7 +75,7 @@ def generate(
                 finish = "stop"
                 break
             if sampling.logprobs is not None:
-                logprobs.append(sampler.logprob(answer.logits[place], token))
+                logprobs.append(logprob(answer.logits[place], token, sampling.logprobs))
             sampler.take(token)
             written.append(token)
             left -= 1
@@ -106,6 +106,7 @@ def judge(
     at_once: bool,
     most: int,
     trunk: Sequence[int],
+    top: int,
     done: Callable[[Judged], None],
 ) -> Program:
     """P(correct) at each cut; the context is a prompt of that length and the draft, up to the last cut.
@@ -113,15 +114,14 @@ def judge(
     If the last cut passes at `full` (None: it is no full answer), or a prefix fails at `prefix` (None: never mind),
     the rest need not be known. `at_once` asks them all the same, as far as `most` nodes go in one pass: what another
     pass costs beyond its tokens decides. Where `trunk`, the prompt's last token and the draft, is given, the context
-    lacks it, and the draft's log-probabilities are wanted as well.
+    lacks it, and the draft's log-probabilities are wanted as well, with those of the `top` likeliest beside them.
     """
-    logprobs: list[float] = []
+    logprobs: list[Logprob] = []
     keep = 0
     if trunk:
         answer = yield Ask(trunk)
         keep = len(trunk)
-        rows = torch.arange(len(trunk) - 1)
-        logprobs = answer.logits[:-1].log_softmax(-1)[rows, list(trunk[1:])].tolist()
+        logprobs = [logprob(row, token, top) for row, token in zip(answer.logits[:-1], trunk[1:], strict=True)]
     width = len(check.suffix)
     group = size = max(1, most // width)
     order = list(range(len(cuts)))

@@ -44,14 +44,6 @@ class Sampler:
         drawn = uniform(self.sampling.seed, self.position) * float(reached[-1])
         return min(int(torch.searchsorted(reached, drawn, right=True)), int(likely.nonzero()[-1]))
 
-    def logprob(self, logits: Tensor, token: int) -> Logprob:
-        """The model's own, before temperature, penalties and bias."""
-        logprobs = logits.log_softmax(-1)
-        count = self.sampling.logprobs or 0
-        top = logprobs.topk(count) if count else None
-        others = zip(top.indices.tolist(), top.values.tolist(), strict=True) if top else ()
-        return Logprob(float(logprobs[token]), tuple(others))
-
     def _adjusted(self, logits: Tensor) -> Tensor:
         s, logits = self.sampling, logits.clone()
         if s.repetition_penalty != 1.0 and (seen := self._read | self._written.keys()):
@@ -81,6 +73,14 @@ class Sampler:
         if s.min_p > 0.0:
             likely = likely.masked_fill(likely < s.min_p * likely.max(), 0.0)
         return likely
+
+
+def logprob(logits: Tensor, token: int, top: int) -> Logprob:
+    """The model's own, before temperature, penalties and bias, with the `top` likeliest beside it."""
+    logprobs = logits.log_softmax(-1)
+    likeliest = logprobs.topk(top) if top else None
+    others = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True) if likeliest else ()
+    return Logprob(float(logprobs[token]), tuple(others))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -65,7 +65,7 @@ class ModelService:
         *,
         full: float | None = None,
         prefix: float | None = None,
-        logprobs: bool = False,
+        logprobs: int | None = None,
     ) -> Judged:
         """P(correct) of the first c tokens of the draft as an answer to the prompt, for each cut c.
 
@@ -80,7 +80,7 @@ class ModelService:
         judged: list[Judged] = []
         tokens = [*prompt, *draft[: cuts[-1] if cuts else 0]]
         # With log-probabilities the draft is run as a tree, whose logits can be asked for, else as context.
-        trunk = tokens[len(prompt) - 1 :] if logprobs else ()
+        trunk = tokens[len(prompt) - 1 :] if logprobs is not None else ()
         program = judge(
             len(prompt),
             cuts,
@@ -90,6 +90,7 @@ class ModelService:
             at_once=self.model.device.type != "cpu",
             most=PROBE_ROOM,
             trunk=trunk,
+            top=logprobs or 0,
             done=judged.append,
         )
         context = tokens[: len(tokens) - len(trunk)]
@@ -104,7 +105,7 @@ class ModelService:
         *,
         proposal: Sequence[int] = (),
         piece: int = 1,
-    ) -> AsyncIterator[Tokens]:
+    ) -> AsyncGenerator[Tokens]:
         """Writes on after `output`; what has been written since the last time it was asked comes in one piece.
 
         The token limit, penalties, stop strings and seed regard the output as a whole. Leaving the iteration cancels.

@@ -1,0 +1,446 @@
+"""PARSE: a draft is written, every prefix of it is judged, the longest valid one kept, and the target writes the rest.
+
+Over two small protocols, a drafter and a verifier, so that the same lines run in one process or across machines. Calls
+do not depend on one another; whatever happens to the drafter costs only speed.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from parse.config import MethodSettings
+from parse.control import Control, Outcome
+from parse.engine.text import TextStream
+from parse.probes import cuts_at, cuts_every
+from parse.prompts import Check, Message
+from parse.types import Finish, Judged, Logprob, RequestError, Sampling, Tokens
+from parse.verdict import Thresholds, boundary
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["auto", "full", "progressive", "rounds", "exact", "off"]
+Origin = Literal["draft", "target"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered, and how."""
+
+    prompt: Sequence[int]  # in the target's tokens, up to and including the assistant header
+    messages: Sequence[Message] = ()  # for a drafter that reads them in a template of its own
+    sampling: Sampling = Sampling()
+    mode: Mode = "auto"
+    thresholds: Thresholds | None = None
+    prediction: Sequence[int] | None = None
+    """The caller's own draft, in the target's tokens."""
+
+
+class Drafter(Protocol):
+    def draft(self, question: Question, output: Sequence[int], *, piece: int) -> AsyncGenerator[Tokens]:
+        """Writes on after `output`, in the target's tokens, in pieces of about that many."""
+        ...
+
+
+class Verifier(Protocol):
+    async def warm(self, prompt: Sequence[int]) -> None: ...
+
+    async def judge(
+        self,
+        prompt: Sequence[int],
+        draft: Sequence[int],
+        cuts: Sequence[int],
+        check: Check,
+        *,
+        full: float | None = None,
+        prefix: float | None = None,
+        logprobs: int | None = None,
+    ) -> Judged: ...
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        sampling: Sampling = ...,
+        *,
+        proposal: Sequence[int] = (),
+        piece: int = 1,
+    ) -> AsyncGenerator[Tokens]: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of the answer, final."""
+
+    text: str
+    ids: tuple[int, ...]
+    origin: Origin
+    logprobs: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was made of a draft: the first `kept` of its tokens stand."""
+
+    start: int  # tokens of the answer before it
+    draft: tuple[int, ...]
+    cuts: tuple[int, ...]
+    correct: tuple[float | None, ...]
+    kept: int
+    rejected: str  # the text of the rest
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took."""
+
+    mode: Mode
+    drafted: int = 0
+    accepted: int = 0
+    written: int = 0  # by the target
+    rounds: int = 0
+    boundary: int | None = None  # tokens of the first draft that were kept
+    draft_s: float = 0.0
+    judge_s: float = 0.0
+    write_s: float = 0.0
+    first_s: float = 0.0  # until the first of the answer
+    total_s: float = 0.0
+    fallback: str | None = None  # why the target answered alone after all
+
+    @property
+    def rejected(self) -> int:
+        return self.drafted - self.accepted
+
+
+@dataclass(frozen=True)
+class Done:
+    finish: Finish
+    usage: Usage
+
+
+Event = Piece | Verdict | Done
+
+
+class Pipeline:
+    def __init__(
+        self,
+        verifier: Verifier,
+        tokenizer: PreTrainedTokenizerBase,
+        check: Check,
+        settings: MethodSettings,
+        drafter: Drafter | None = None,
+    ) -> None:
+        self.verifier, self.tokenizer, self.check, self.settings = verifier, tokenizer, check, settings
+        self.drafter = drafter
+        self.control = Control()
+
+    async def answer(self, question: Question) -> AsyncGenerator[Event]:
+        """The answer, piece by piece, with what was made of each draft, and at last what it took."""
+        mode, fallback = question.mode, None
+        if mode == "auto":
+            decision = self.control.decide()
+            mode, fallback = (self.settings.auto, None) if decision.draft else ("off", decision.reason)
+        if mode != "off" and self.drafter is None and question.prediction is None:
+            mode, fallback = "off", "there is no drafter"
+        answer = _Answer(self, question, mode)
+        answer.fallback = fallback
+        ways = {
+            "off": answer.write,
+            "full": answer.full,
+            "rounds": answer.rounds,
+            "progressive": answer.progressive,
+            "exact": answer.exact,
+        }
+        async with aclosing(ways[mode]()) as events:
+            async for event in events:
+                yield event
+        if rest := answer.text.end():
+            yield Piece(rest, (), answer.last_origin)
+        usage = answer.usage()
+        if usage.drafted and question.prediction is None:
+            self.control.learn(Outcome(usage.drafted, usage.accepted, usage.written, usage.total_s, usage.write_s))
+        yield Done(answer.finish or "length", usage)
+
+
+class _Draft:
+    """Grows while it is written."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.tail = ""  # text after the last token, of one that holds the beginning of a stop string too
+        self.ended = False  # by itself, or at a stop string
+        self.done = False
+        self._grown = asyncio.Event()
+
+    def grow(self, ids: Sequence[int], *, done: bool = False) -> None:
+        self.ids += ids
+        self.done |= done
+        self._grown.set()
+
+    async def reaches(self, length: int) -> None:
+        while not self.done and len(self.ids) < length:
+            self._grown.clear()
+            await self._grown.wait()
+
+
+class _Answer:
+    """One answer on its way, and the ways to it."""
+
+    def __init__(self, pipeline: Pipeline, question: Question, mode: Mode) -> None:
+        self.question, self.mode = question, mode
+        self.settings, self.verifier, self.drafter = pipeline.settings, pipeline.verifier, pipeline.drafter
+        self.tokenizer, self.check, self.control = pipeline.tokenizer, pipeline.check, pipeline.control
+        self.thresholds = question.thresholds or pipeline.settings.thresholds()
+        self.sampling = question.sampling
+        self.text = TextStream(self.tokenizer, self.sampling.stop)
+        self.output: list[int] = []
+        self.finish: Finish | None = None
+        self.last_origin: Origin = "target"
+        self.fallback: str | None = None
+        self._drafted = self._accepted = self._written = self._rounds = 0
+        self._boundary: int | None = None
+        self._draft_s = self._judge_s = self._write_s = 0.0
+        self._started = time.perf_counter()
+        self._first: float | None = None
+
+    def usage(self) -> Usage:
+        now = time.perf_counter()
+        return Usage(
+            self.mode,
+            self._drafted,
+            self._accepted,
+            self._written,
+            self._rounds,
+            self._boundary,
+            self._draft_s,
+            self._judge_s,
+            self._write_s,
+            (self._first or now) - self._started,
+            now - self._started,
+            self.fallback,
+        )
+
+    # The ways to an answer.
+
+    async def write(self, proposal: Sequence[int] = (), upto: int | None = None) -> AsyncGenerator[Event]:
+        """The target writes, to the end or up to that many tokens of output."""
+        sampling = self.sampling
+        if upto is not None and upto < (sampling.max_tokens or upto + 1):
+            sampling = replace(sampling, max_tokens=upto)
+        else:
+            upto = None
+        started = time.perf_counter()
+        try:
+            writing = self.verifier.generate(self.question.prompt, self.output, sampling, proposal=proposal)
+            async with aclosing(writing) as pieces:
+                async for tokens in pieces:
+                    if tokens.accepted:
+                        self._accepted += tokens.accepted
+                        yield self._said(tokens.ids[: tokens.accepted], "draft", tokens.logprobs[: tokens.accepted])
+                    written = tokens.ids[tokens.accepted :]
+                    self._written += len(written)
+                    self.finish = None if tokens.finish == "length" and upto is not None else tokens.finish
+                    if written:
+                        yield self._said(written, "target", tokens.logprobs[tokens.accepted :])
+        finally:
+            self._write_s += time.perf_counter() - started
+
+    async def full(self) -> AsyncGenerator[Event]:
+        """The whole draft, judged at once."""
+        async for event in self._round():
+            yield event
+        async for event in self._rest():
+            yield event
+
+    async def rounds(self) -> AsyncGenerator[Event]:
+        """After a correction the drafter goes on, as long as that is expected to gain."""
+        missing = 1
+        while missing > 0 and self.finish is None and self._rounds < self.settings.max_rounds:
+            before, drafted = len(self.output), self._drafted
+            async for event in self._round():
+                yield event
+            # What the draft still had to say is the best guess at how much is missing.
+            missing = before + self._drafted - drafted - len(self.output) - self.settings.correction_tokens
+            if self.finish is None and self.control.another_round_pays(missing):
+                async for event in self.write(upto=len(self.output) + self.settings.correction_tokens):
+                    yield event
+            else:
+                break
+        async for event in self._rest():
+            yield event
+
+    async def exact(self) -> AsyncGenerator[Event]:
+        """The draft as a proposal, taken token by token: the target's own output, whatever was drafted."""
+        warming = self._warming()
+        draft = await self._whole_draft()
+        await warming
+        self._drafted += len(draft.ids)
+        self._rounds += bool(draft.ids)
+        async for event in self.write(proposal=draft.ids):
+            yield event
+        self._boundary = self._accepted
+
+    async def progressive(self) -> AsyncGenerator[Event]:
+        """Windows of the draft are judged while the next one is written; the first that fails ends the draft."""
+        warming = self._warming()
+        draft = _Draft()
+        drafting = asyncio.create_task(self._write_draft(draft, piece=self.settings.stride))
+        asked = kept = start = 0
+        try:
+            while self.finish is None:
+                await draft.reaches(asked + self.settings.window)
+                await warming
+                ids, ended = tuple(draft.ids), draft.done and draft.ended
+                cuts = [cut for cut in self._cuts(ids, ended=ended) if cut > asked]
+                if not cuts:
+                    if draft.done:
+                        break
+                    await draft.reaches(len(ids) + self.settings.stride)
+                    continue
+                async for event in self._judged(ids, cuts, start=kept, ended=ended, tail=draft.tail):
+                    yield event
+                kept = len(self.output) - start
+                prefixes = cuts[: len(cuts) - ended]
+                if (prefixes and kept < prefixes[-1]) or ended:
+                    break
+                asked = cuts[-1]
+        finally:
+            drafting.cancel()
+            with suppress(asyncio.CancelledError):
+                await drafting
+            self._drafted += len(draft.ids)
+            self._rounds += bool(draft.ids)
+            self._boundary = kept
+        async for event in self._rest():
+            yield event
+
+    # Their parts.
+
+    async def _rest(self) -> AsyncGenerator[Event]:
+        if self.finish is None:
+            async for event in self.write():
+                yield event
+
+    async def _round(self) -> AsyncGenerator[Event]:
+        """A draft, judged, and what stands of it."""
+        warming = self._warming()
+        draft = await self._whole_draft()
+        await warming
+        if not draft.ids:
+            return
+        before = len(self.output)
+        ids = tuple(draft.ids)
+        async for event in self._judged(
+            ids, self._cuts(ids, ended=draft.ended), start=0, ended=draft.ended, tail=draft.tail
+        ):
+            yield event
+        self._drafted += len(ids)
+        self._rounds += 1
+        if self._boundary is None:
+            self._boundary = len(self.output) - before
+
+    def _warming(self) -> asyncio.Task[None]:
+        """The target reads the prompt while the drafter writes."""
+        return asyncio.create_task(self._warm())
+
+    async def _warm(self) -> None:
+        if not self.output:
+            await self.verifier.warm(self.question.prompt)
+
+    async def _whole_draft(self) -> _Draft:
+        draft = _Draft()
+        await self._write_draft(draft, piece=1 << 30)
+        return draft
+
+    async def _write_draft(self, draft: _Draft, *, piece: int) -> None:
+        """Whatever goes wrong with the drafter, the target can do without."""
+        started = time.perf_counter()
+        try:
+            if self.question.prediction is not None:
+                draft.ended = not self.output
+                self._cut_short(draft, self.question.prediction[len(self.output) :])
+                return
+            assert self.drafter is not None
+            drafting = self.drafter.draft(self.question, self.output, piece=piece)
+            async with aclosing(drafting) as pieces:
+                async for tokens in pieces:
+                    draft.ended = tokens.finish == "stop"
+                    self._cut_short(draft, tokens.ids)
+        except RequestError as error:  # too long for the drafter
+            self.fallback = f"no draft: {error}"
+        except Exception as error:
+            logger.warning("the drafter failed", exc_info=True)
+            self.fallback = f"the drafter failed: {error}"
+        finally:
+            self._draft_s += time.perf_counter() - started
+            draft.grow((), done=True)
+
+    def _cut_short(self, draft: _Draft, ids: Sequence[int]) -> None:
+        """What the draft grows by, up to a stop string and the token limit."""
+        if self.sampling.stop:
+            sofar = [*self.output, *draft.ids]
+            text = TextStream(self.tokenizer, self.sampling.stop)
+            said = text.add([*sofar, *ids]) + text.end()
+            if text.stopped is not None:
+                draft.ended = True
+                while self._length([*sofar, *ids]) > len(said):
+                    ids = ids[:-1]
+                draft.tail = said[self._length([*sofar, *ids]) :]
+        if self.sampling.max_tokens is not None:
+            room = self.sampling.max_tokens - len(self.output) - len(draft.ids)
+            if len(ids) > room:
+                ids, draft.ended, draft.tail = ids[:room], False, ""
+        draft.grow(ids)
+
+    def _length(self, ids: Sequence[int]) -> int:
+        return len(self._decoded(ids))
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _cuts(self, ids: Sequence[int], *, ended: bool) -> list[int]:
+        pieces = [] if self.settings.places == ("tokens",) else [self._decoded([token]) for token in ids]
+        if not pieces:
+            return cuts_every(self.settings.stride, len(ids), ended=ended)
+        return cuts_at(self.settings.places, pieces, stride=self.settings.stride, ended=ended)
+
+    async def _judged(
+        self, ids: tuple[int, ...], cuts: Sequence[int], *, start: int, ended: bool, tail: str
+    ) -> AsyncGenerator[Event]:
+        """What stands of the draft beyond its first `start` tokens, which are in the output already."""
+        before = self.output[: len(self.output) - start]
+        started = time.perf_counter()
+        judged = await self.verifier.judge(
+            (*self.question.prompt, *before),
+            ids,
+            cuts,
+            self.check,
+            full=self.thresholds.full if ended else None,
+            prefix=self.thresholds.prefix if self.settings.rule == "first_failure" else None,
+            logprobs=self.sampling.logprobs,
+        )
+        self._judge_s += time.perf_counter() - started
+        kept = max(start, boundary(cuts, judged.correct, self.thresholds, ended=ended, rule=self.settings.rule))
+        whole = ended and kept == len(ids)
+        self._accepted += kept - start
+        if kept > start:
+            piece = self._said(ids[start:kept], "draft", judged.logprobs[start:kept])
+            if whole:
+                self.finish = "stop"
+                piece = replace(piece, text=piece.text + self.text.end() + tail)
+            elif self.sampling.max_tokens is not None and len(self.output) >= self.sampling.max_tokens:
+                self.finish = "length"
+            yield piece
+        rejected = "" if whole else self._decoded(ids[kept:])
+        yield Verdict(len(before) + start, ids[start:], tuple(cuts), judged.correct, kept - start, rejected)
+
+    def _said(self, ids: Sequence[int], origin: Origin, logprobs: Sequence[Logprob]) -> Piece:
+        self._first = self._first or time.perf_counter()
+        self.output += ids
+        self.last_origin = origin
+        return Piece(self.text.add(ids), tuple(ids), origin, tuple(logprobs))
