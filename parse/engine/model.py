@@ -54,11 +54,10 @@ class Model:
             )
         except (OSError, ValueError) as error:
             raise ModelNotFound(f"{path} holds no causal language model that can be loaded: {error}") from error
-        if int8:
-            if chosen != "cpu":
-                raise UnsupportedModel("int8 is an option for CPUs; on a GPU load a quantised checkpoint")
+        if int8 and chosen != "cpu":
+            raise UnsupportedModel("int8 is an option for CPUs; on a GPU load a quantised checkpoint")
         model = cls(network, tokenizer, str(path))
-        if int8:  # after the self-check: the scale follows what else is in the step, so no two steps agree to the last bit
+        if int8:  # only after the self-check: its scales follow all that is in a step, so packed and alone differ
             model.network = torch.ao.quantization.quantize_dynamic(model.network, {nn.Linear}, dtype=torch.qint8)
         return model
 
