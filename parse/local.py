@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +13,10 @@ from parse.engine.text import TextStream
 from parse.pipeline import Drafter, Pipeline, Question
 from parse.prompts import check_ids, prompt_ids
 from parse.types import Tokens
+
+DEMO = Path(__file__).parents[1] / "models"
+DEMO_TARGET, DEMO_DRAFT = str(DEMO / "demo-target"), str(DEMO / "demo-draft")
+DEMO_METHOD = MethodSettings(check_question="Is this right so far?")  # the one it was trained on
 
 
 class SameTokens:

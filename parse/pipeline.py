@@ -290,7 +290,7 @@ class _Answer:
         warming = self._warming()
         draft = _Draft()
         drafting = asyncio.create_task(self._write_draft(draft, piece=self.settings.stride))
-        asked = kept = start = 0
+        asked = kept = 0
         try:
             while self.finish is None:
                 await draft.reaches(asked + self.settings.window)
@@ -302,9 +302,10 @@ class _Answer:
                         break
                     await draft.reaches(len(ids) + self.settings.stride)
                     continue
-                async for event in self._judged(ids, cuts, start=kept, ended=ended, tail=draft.tail):
+                window = ids if ended else ids[: cuts[-1]]
+                async for event in self._judged(window, cuts, start=kept, ended=ended, tail=draft.tail):
                     yield event
-                kept = len(self.output) - start
+                kept = len(self.output)
                 prefixes = cuts[: len(cuts) - ended]
                 if (prefixes and kept < prefixes[-1]) or ended:
                     break

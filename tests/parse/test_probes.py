@@ -41,4 +41,4 @@ def test_cuts_stand_where_asked(places, wanted):
 def test_unknown_places_are_refused():
     for places in ([], ["words"]):
         with pytest.raises(ValueError, match="tokens, sentences, lines"):
-            cuts_at(places, ANSWER, stride=4, ended=True)
+            cuts_at(places, ANSWER, stride=4, ended=True)  # type: ignore[arg-type]
