@@ -147,20 +147,16 @@ class Pipeline:
             mode, fallback = (self.settings.auto, None) if decision.draft else ("off", decision.reason)
         if mode != "off" and self.drafter is None and question.prediction is None:
             mode, fallback = "off", "there is no drafter"
-        answer = _Answer(self, question, mode)
-        answer.fallback = fallback
-        ways = {
-            "off": answer.write,
-            "full": answer.full,
-            "rounds": answer.rounds,
-            "progressive": answer.progressive,
-            "exact": answer.exact,
-        }
-        async with aclosing(ways[mode]()) as events:
-            async for event in events:
+        answer = _Answer(self, question, mode, fallback)
+        working = asyncio.create_task(answer.work())
+        try:
+            while (event := await answer.events.get()) is not None:
                 yield event
-        if rest := answer.text.end():
-            yield Piece(rest, (), answer.last_origin)
+            await working  # raises what went wrong
+        finally:
+            working.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await working
         usage = answer.usage()
         if usage.drafted and question.prediction is None:
             self.control.learn(Outcome(usage.drafted, usage.accepted, usage.written, usage.total_s, usage.write_s))
@@ -191,8 +187,9 @@ class _Draft:
 class _Answer:
     """One answer on its way, and the ways to it."""
 
-    def __init__(self, pipeline: Pipeline, question: Question, mode: Mode) -> None:
-        self.question, self.mode = question, mode
+    def __init__(self, pipeline: Pipeline, question: Question, mode: Mode, fallback: str | None) -> None:
+        self.question, self.mode, self.fallback = question, mode, fallback
+        self.events: asyncio.Queue[Piece | Verdict | None] = asyncio.Queue()
         self.settings, self.verifier, self.drafter = pipeline.settings, pipeline.verifier, pipeline.drafter
         self.tokenizer, self.check, self.control = pipeline.tokenizer, pipeline.check, pipeline.control
         self.thresholds = question.thresholds or pipeline.settings.thresholds()
@@ -200,8 +197,7 @@ class _Answer:
         self.text = TextStream(self.tokenizer, self.sampling.stop)
         self.output: list[int] = []
         self.finish: Finish | None = None
-        self.last_origin: Origin = "target"
-        self.fallback: str | None = None
+        self._last_origin: Origin = "target"
         self._drafted = self._accepted = self._written = self._rounds = 0
         self._boundary: int | None = None
         self._draft_s = self._judge_s = self._write_s = 0.0
@@ -225,9 +221,105 @@ class _Answer:
             self.fallback,
         )
 
+    async def work(self) -> None:
+        """Puts what happens into `events`, and None behind the last of it."""
+        ways = {
+            "off": self._write,
+            "full": self._full,
+            "rounds": self._in_rounds,
+            "progressive": self._progressive,
+            "exact": self._exact,
+        }
+        try:
+            await ways[self.mode]()
+            if rest := self.text.end():
+                self.events.put_nowait(Piece(rest, (), self._last_origin))
+        finally:
+            self.events.put_nowait(None)
+
     # The ways to an answer.
 
-    async def write(self, proposal: Sequence[int] = (), upto: int | None = None) -> AsyncGenerator[Event]:
+    async def _full(self) -> None:
+        """The whole draft, judged at once."""
+        await self._round()
+        await self._rest()
+
+    async def _in_rounds(self) -> None:
+        """After a correction the drafter goes on, as long as that is expected to gain."""
+        while self._rounds < self.settings.max_rounds:
+            before, drafted = len(self.output), self._drafted
+            await self._round()
+            # What the draft still had to say is the best guess at how much is missing.
+            missing = before + self._drafted - drafted - len(self.output) - self.settings.correction_tokens
+            if self.finish is not None or not self.control.another_round_pays(missing):
+                break
+            await self._write(upto=len(self.output) + self.settings.correction_tokens)
+            if self.finish is not None:
+                break
+        await self._rest()
+
+    async def _exact(self) -> None:
+        """The draft as a proposal, taken token by token: the target's own output, whatever was drafted."""
+        warming = self._warming()
+        draft = await self._whole_draft()
+        await warming
+        self._drafted += len(draft.ids)
+        self._rounds += bool(draft.ids)
+        await self._write(proposal=draft.ids)
+        self._boundary = self._accepted
+
+    async def _progressive(self) -> None:
+        """Windows of the draft are judged while the next one is written; the first that fails ends the draft."""
+        warming = self._warming()
+        draft = _Draft()
+        drafting = asyncio.create_task(self._write_draft(draft, piece=self.settings.stride))
+        asked = 0
+        try:
+            while self.finish is None:
+                await draft.reaches(asked + self.settings.window)
+                await warming
+                ids, ended = tuple(draft.ids), draft.done and draft.ended
+                cuts = [cut for cut in self._cuts(ids, ended=ended) if cut > asked]
+                if not cuts:
+                    if draft.done:
+                        break
+                    await draft.reaches(len(ids) + 1)
+                    continue
+                window = ids if ended else ids[: cuts[-1]]
+                await self._judge(window, cuts, start=asked, ended=ended, tail=draft.tail)
+                if len(self.output) < cuts[-1]:
+                    break
+                asked = cuts[-1]
+        finally:
+            drafting.cancel()
+            warming.cancel()
+            await asyncio.gather(drafting, warming, return_exceptions=True)
+            self._drafted += len(draft.ids)
+            self._rounds += bool(draft.ids)
+            self._boundary = len(self.output)
+        await self._rest()
+
+    # Their parts.
+
+    async def _rest(self) -> None:
+        if self.finish is None:
+            await self._write()
+
+    async def _round(self) -> None:
+        """A draft, judged, and what stands of it."""
+        warming = self._warming()
+        draft = await self._whole_draft()
+        await warming
+        if not draft.ids:
+            return
+        before, ids = len(self.output), tuple(draft.ids)
+        self._drafted += len(ids)
+        self._rounds += 1
+        await self._judge(ids, self._cuts(ids, ended=draft.ended), start=0, ended=draft.ended, tail=draft.tail)
+        if self._boundary is None:
+            self._boundary = len(self.output) - before
+
+    async def _write(self, proposal: Sequence[int] = (), upto: int | None = None) -> None:
         """The target writes, to the end or up to that many tokens of output."""
         sampling = self.sampling
         if upto is not None and upto < (sampling.max_tokens or upto + 1):
@@ -239,111 +331,14 @@ class _Answer:
             writing = self.verifier.generate(self.question.prompt, self.output, sampling, proposal=proposal)
             async with aclosing(writing) as pieces:
                 async for tokens in pieces:
-                    if tokens.accepted:
-                        self._accepted += tokens.accepted
-                        yield self._said(tokens.ids[: tokens.accepted], "draft", tokens.logprobs[: tokens.accepted])
-                    written = tokens.ids[tokens.accepted :]
-                    self._written += len(written)
+                    taken = tokens.accepted
+                    self._accepted += taken
+                    self._written += len(tokens.ids) - taken
+                    self._say(tokens.ids[:taken], "draft", tokens.logprobs[:taken])
+                    self._say(tokens.ids[taken:], "target", tokens.logprobs[taken:])
                     self.finish = None if tokens.finish == "length" and upto is not None else tokens.finish
-                    if written:
-                        yield self._said(written, "target", tokens.logprobs[tokens.accepted :])
         finally:
             self._write_s += time.perf_counter() - started
-
-    async def full(self) -> AsyncGenerator[Event]:
-        """The whole draft, judged at once."""
-        async for event in self._round():
-            yield event
-        async for event in self._rest():
-            yield event
-
-    async def rounds(self) -> AsyncGenerator[Event]:
-        """After a correction the drafter goes on, as long as that is expected to gain."""
-        missing = 1
-        while missing > 0 and self.finish is None and self._rounds < self.settings.max_rounds:
-            before, drafted = len(self.output), self._drafted
-            async for event in self._round():
-                yield event
-            # What the draft still had to say is the best guess at how much is missing.
-            missing = before + self._drafted - drafted - len(self.output) - self.settings.correction_tokens
-            if self.finish is None and self.control.another_round_pays(missing):
-                async for event in self.write(upto=len(self.output) + self.settings.correction_tokens):
-                    yield event
-            else:
-                break
-        async for event in self._rest():
-            yield event
-
-    async def exact(self) -> AsyncGenerator[Event]:
-        """The draft as a proposal, taken token by token: the target's own output, whatever was drafted."""
-        warming = self._warming()
-        draft = await self._whole_draft()
-        await warming
-        self._drafted += len(draft.ids)
-        self._rounds += bool(draft.ids)
-        async for event in self.write(proposal=draft.ids):
-            yield event
-        self._boundary = self._accepted
-
-    async def progressive(self) -> AsyncGenerator[Event]:
-        """Windows of the draft are judged while the next one is written; the first that fails ends the draft."""
-        warming = self._warming()
-        draft = _Draft()
-        drafting = asyncio.create_task(self._write_draft(draft, piece=self.settings.stride))
-        asked = kept = 0
-        try:
-            while self.finish is None:
-                await draft.reaches(asked + self.settings.window)
-                await warming
-                ids, ended = tuple(draft.ids), draft.done and draft.ended
-                cuts = [cut for cut in self._cuts(ids, ended=ended) if cut > asked]
-                if not cuts:
-                    if draft.done:
-                        break
-                    await draft.reaches(len(ids) + self.settings.stride)
-                    continue
-                window = ids if ended else ids[: cuts[-1]]
-                async for event in self._judged(window, cuts, start=kept, ended=ended, tail=draft.tail):
-                    yield event
-                kept = len(self.output)
-                prefixes = cuts[: len(cuts) - ended]
-                if (prefixes and kept < prefixes[-1]) or ended:
-                    break
-                asked = cuts[-1]
-        finally:
-            drafting.cancel()
-            with suppress(asyncio.CancelledError):
-                await drafting
-            self._drafted += len(draft.ids)
-            self._rounds += bool(draft.ids)
-            self._boundary = kept
-        async for event in self._rest():
-            yield event
-
-    # Their parts.
-
-    async def _rest(self) -> AsyncGenerator[Event]:
-        if self.finish is None:
-            async for event in self.write():
-                yield event
-
-    async def _round(self) -> AsyncGenerator[Event]:
-        """A draft, judged, and what stands of it."""
-        warming = self._warming()
-        draft = await self._whole_draft()
-        await warming
-        if not draft.ids:
-            return
-        before = len(self.output)
-        ids = tuple(draft.ids)
-        async for event in self._judged(
-            ids, self._cuts(ids, ended=draft.ended), start=0, ended=draft.ended, tail=draft.tail
-        ):
-            yield event
-        self._drafted += len(ids)
-        self._rounds += 1
-        if self._boundary is None:
-            self._boundary = len(self.output) - before
 
     def _warming(self) -> asyncio.Task[None]:
         """The target reads the prompt while the drafter writes."""
@@ -371,7 +366,8 @@ class _Answer:
             async with aclosing(drafting) as pieces:
                 async for tokens in pieces:
                     draft.ended = tokens.finish == "stop"
-                    self._cut_short(draft, tokens.ids)
+                    if self._cut_short(draft, tokens.ids):
+                        break
         except RequestError as error:  # too long for the drafter
             self.fallback = f"no draft: {error}"
         except Exception as error:
@@ -381,22 +377,24 @@ class _Answer:
             self._draft_s += time.perf_counter() - started
             draft.grow((), done=True)
 
-    def _cut_short(self, draft: _Draft, ids: Sequence[int]) -> None:
-        """What the draft grows by, up to a stop string and the token limit."""
+    def _cut_short(self, draft: _Draft, ids: Sequence[int]) -> bool:
+        """Lets the draft grow, up to a stop string and the token limit; says whether it came to one."""
+        cut = False
         if self.sampling.stop:
             sofar = [*self.output, *draft.ids]
             text = TextStream(self.tokenizer, self.sampling.stop)
             said = text.add([*sofar, *ids]) + text.end()
             if text.stopped is not None:
-                draft.ended = True
+                draft.ended = cut = True
                 while self._length([*sofar, *ids]) > len(said):
                     ids = ids[:-1]
                 draft.tail = said[self._length([*sofar, *ids]) :]
         if self.sampling.max_tokens is not None:
             room = self.sampling.max_tokens - len(self.output) - len(draft.ids)
             if len(ids) > room:
-                ids, draft.ended, draft.tail = ids[:room], False, ""
+                ids, cut, draft.ended, draft.tail = ids[:room], True, False, ""
         draft.grow(ids)
+        return cut
 
     def _length(self, ids: Sequence[int]) -> int:
         return len(self._decoded(ids))
@@ -410,9 +408,7 @@ class _Answer:
             return cuts_every(self.settings.stride, len(ids), ended=ended)
         return cuts_at(self.settings.places, pieces, stride=self.settings.stride, ended=ended)
 
-    async def _judged(
-        self, ids: tuple[int, ...], cuts: Sequence[int], *, start: int, ended: bool, tail: str
-    ) -> AsyncGenerator[Event]:
+    async def _judge(self, ids: tuple[int, ...], cuts: Sequence[int], *, start: int, ended: bool, tail: str) -> None:
         """What stands of the draft beyond its first `start` tokens, which are in the output already."""
         before = self.output[: len(self.output) - start]
         started = time.perf_counter()
@@ -427,21 +423,26 @@ class _Answer:
         )
         self._judge_s += time.perf_counter() - started
         kept = max(start, boundary(cuts, judged.correct, self.thresholds, ended=ended, rule=self.settings.rule))
-        whole = ended and kept == len(ids)
         self._accepted += kept - start
-        if kept > start:
-            piece = self._said(ids[start:kept], "draft", judged.logprobs[start:kept])
-            if whole:
-                self.finish = "stop"
-                piece = replace(piece, text=piece.text + self.text.end() + tail)
-            elif self.sampling.max_tokens is not None and len(self.output) >= self.sampling.max_tokens:
-                self.finish = "length"
-            yield piece
+        if ended and kept == len(ids):
+            self.finish = "stop"
+        elif self.sampling.max_tokens is not None and len(before) + kept >= self.sampling.max_tokens:
+            self.finish = "length"
+        whole = self.finish == "stop"
+        self._say(ids[start:kept], "draft", judged.logprobs[start:kept], tail=tail if whole else None)
         rejected = "" if whole else self._decoded(ids[kept:])
-        yield Verdict(len(before) + start, ids[start:], tuple(cuts), judged.correct, kept - start, rejected)
+        self.events.put_nowait(
+            Verdict(len(before) + start, ids[start:], tuple(cuts), judged.correct, kept - start, rejected)
+        )
 
-    def _said(self, ids: Sequence[int], origin: Origin, logprobs: Sequence[Logprob]) -> Piece:
+    def _say(self, ids: Sequence[int], origin: Origin, logprobs: Sequence[Logprob], *, tail: str | None = None) -> None:
+        """`tail` ends the text: it follows the last token, and nothing is held back any more."""
+        if not ids and not tail:
+            return
         self._first = self._first or time.perf_counter()
+        self._last_origin = origin
         self.output += ids
-        self.last_origin = origin
-        return Piece(self.text.add(ids), tuple(ids), origin, tuple(logprobs))
+        text = self.text.add(ids)
+        if tail is not None:
+            text += self.text.end() + tail
+        self.events.put_nowait(Piece(text, tuple(ids), origin, tuple(logprobs)))

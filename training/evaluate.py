@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def figures(
     ece, curve = measure.reliability(drafts)
     verifier = measure.verifier(drafts, thresholds)
     cost = measure.costs(pair, drafts)
+    whole_share = statistics.fmean(d.kept(thresholds) == len(d.tokens) for d in drafts)
     by_family = {
         name: {
             "draft": statistics.fmean(d.right for d in drafts if d.given.family == name),
@@ -72,7 +74,7 @@ def figures(
         },
         "families": by_family,
         "cost_ratio": cost.target_token / cost.draft_token,
-        "verification_ms": cost.verification,
+        "costs_ms": asdict(cost),
         "token_agreement": measure.token_agreement(pair, drafts),
         "verifier": {
             **verifier,
@@ -80,7 +82,7 @@ def figures(
             "reliability": [dict(zip(("mean_p", "right", "count"), point, strict=True)) for point in curve],
             "sweep": [{"threshold": at, **measure.verifier(drafts, Thresholds(full=at, prefix=at))} for at in SWEEP],
         },
-        "ideal_speedup": measure.ideal_speedup(cost, drafts, own, verifier["accepted_share"]),
+        "ideal_speedup": measure.ideal_speedup(cost, drafts, own, verifier["accepted_share"], whole_share),
     }, drafts
 
 

@@ -25,16 +25,18 @@ def probabilities(
 
 @torch.inference_mode()
 def run(model: PreTrainedModel, tree: TokenTree, at: torch.Tensor, context: Cache | None = None) -> torch.Tensor:
-    """Logits at the chosen nodes of a tree that hangs on the end of `context`; [len(at), vocabulary]."""
+    """Logits at the chosen nodes of a tree that hangs on `context`; [len(at), vocabulary]."""
     before = context.get_seq_length() if context else 0
     lowest = torch.finfo(model.dtype).min
     # 0 and the lowest number, never booleans: eager attention adds the mask and would be wrong without a word.
     hidden = torch.from_numpy(~tree.visible()).to(model.device)
     mask = torch.zeros(len(tree), before + len(tree), dtype=model.dtype, device=model.device)
     mask[:, before:].masked_fill_(hidden, lowest)
+    seen = torch.from_numpy(tree.seen(before)).to(model.device)
+    mask[:, :before].masked_fill_(torch.arange(before, device=model.device) >= seen[:, None], lowest)
     out = model(
         input_ids=torch.from_numpy(tree.tokens)[None].to(model.device),
-        position_ids=torch.from_numpy(before + tree.depth)[None].to(model.device),
+        position_ids=seen[None] + torch.from_numpy(tree.depth).to(model.device),
         attention_mask=mask[None, None],
         past_key_values=context,
         use_cache=context is not None,

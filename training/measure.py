@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.probes import cuts_every
-from parse.tree import probe_ends, probed
+from parse.tree import probed, probes
 from parse.verdict import Thresholds, boundary
 from training.judging import cached, probabilities, run
 from training.rows import Writer
@@ -157,7 +157,10 @@ class Costs:
 
     draft_token: float
     target_token: float
-    verification: float  # of one draft, the question cached
+    draft_prompt: float
+    target_prompt: float
+    judge_whole: float  # of one draft, the question cached: the full answer alone
+    judge_prefixes: float  # and all its prefixes, when that did not pass
 
 
 def costs(pair: Pair, drafts: Sequence[Judged], repeats: int = 25) -> Costs:
@@ -169,7 +172,9 @@ def costs(pair: Pair, drafts: Sequence[Judged], repeats: int = 25) -> Costs:
             (
                 _token_ms(pair.draft, pair, drafts[k]),
                 _token_ms(pair.target, pair, drafts[k]),
-                _verify_ms(pair, drafts[k]),
+                _prompt_ms(pair.draft, pair, drafts[k]),
+                _prompt_ms(pair.target, pair, drafts[k]),
+                *_judge_ms(pair, drafts[k]),
             )
             for k in range(min(repeats, len(drafts)))
         ]
@@ -189,24 +194,43 @@ def _token_ms(model: PreTrainedModel, pair: Pair, draft: Judged, tokens: int = 3
     return (time.perf_counter() - started) / tokens * 1e3
 
 
-def _verify_ms(pair: Pair, draft: Judged) -> float:
+def _prompt_ms(model: PreTrainedModel, pair: Pair, draft: Judged) -> float:
+    prompt = pair.writer.prompt(draft.given)
+    started = time.perf_counter()
+    cached(model, prompt)
+    return (time.perf_counter() - started) * 1e3
+
+
+def _judge_ms(pair: Pair, draft: Judged) -> tuple[float, float]:
+    """The draft with a probe at its end; then, on what is cached by now, the probes at all cuts before it."""
     writer = pair.writer
-    tree = probed(draft.tokens, draft.cuts, writer.check.suffix)
-    at = torch.from_numpy(probe_ends(len(draft.tokens), draft.cuts, len(writer.check.suffix)))
+    suffix, size, before = writer.check.suffix, len(draft.tokens), len(writer.prompt(draft.given))
+    whole = probed(draft.tokens, [size], suffix)
+    prefixes = probes([before + cut for cut in draft.cuts[:-1]], suffix)
     seconds = []
     for _ in range(3):
         context = cached(pair.target, writer.prompt(draft.given))
         started = time.perf_counter()
-        run(pair.target, tree, at, context).softmax(-1).tolist()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds) * 1e3
+        run(pair.target, whole, torch.tensor([len(whole) - 1]), context).softmax(-1).tolist()
+        passed = time.perf_counter()
+        context.crop(-len(suffix))
+        resumed = time.perf_counter()
+        run(pair.target, prefixes, torch.arange(len(suffix) - 1, len(prefixes), len(suffix)), context).softmax(
+            -1
+        ).tolist()
+        seconds.append((passed - started, time.perf_counter() - resumed))
+    whole_s, prefixes_s = (statistics.median(column) for column in zip(*seconds, strict=True))
+    return whole_s * 1e3, prefixes_s * 1e3
 
 
-def ideal_speedup(cost: Costs, drafts: Sequence[Judged], own: Sequence[Sequence[int]], accepted_share: float) -> float:
+def ideal_speedup(
+    cost: Costs, drafts: Sequence[Judged], own: Sequence[Sequence[int]], accepted_share: float, whole_share: float
+) -> float:
     """The target's own time for its answers over draft, verification and the rest, from bare forward costs."""
     alone = _mean([len(answer) for answer in own]) * cost.target_token
     drafting = _mean([len(draft.tokens) for draft in drafts]) * cost.draft_token
-    return 1 / (drafting / alone + cost.verification / alone + 1 - accepted_share)
+    judging = cost.judge_whole + (1 - whole_share) * cost.judge_prefixes
+    return 1 / (drafting / alone + judging / alone + 1 - accepted_share)
 
 
 def _mean(values: Sequence[float]) -> float:

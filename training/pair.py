@@ -145,9 +145,7 @@ def fresh(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION)
     model.get_input_embeddings().weight.data.normal_(0, EMBEDDING_SCALE)
     for name, weight in model.named_parameters():
-        if name.endswith(
-            ("o_proj.weight", "down_proj.weight")
-        ):  # what writes into the residual stream starts small
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # what writes into the residual stream starts small
             weight.data.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")

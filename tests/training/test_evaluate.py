@@ -51,9 +51,12 @@ def test_reliability_by_hand():
 
 
 def test_the_ideal_speedup_by_hand():
-    cost = measure.Costs(draft_token=1.0, target_token=10.0, verification=40.0)
-    # The target alone: 40 tokens, 400 ms. Draft 20 ms, verification 40 ms, a quarter left to write: 100 ms.
-    assert measure.ideal_speedup(cost, [judged()], [range(40)], accepted_share=0.75) == pytest.approx(400 / 160)
+    cost = measure.Costs(
+        draft_token=1.0, target_token=10.0, draft_prompt=5.0, target_prompt=9.0, judge_whole=30.0, judge_prefixes=20.0
+    )
+    # The target alone: 40 tokens, 400 ms. Draft 20 ms, judging 30 ms and half the time 20 more, a quarter left: 100 ms.
+    ideal = measure.ideal_speedup(cost, [judged()], [range(40)], accepted_share=0.75, whole_share=0.5)
+    assert ideal == pytest.approx(400 / 160)
 
 
 def evaluate(*args):

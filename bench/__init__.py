@@ -1,0 +1,1 @@
+"""Measurements that anyone can run again: ratios, side by side in one run."""

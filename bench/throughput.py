@@ -1,0 +1,212 @@
+"""The engine by itself: decoding, prompts and verification, against the library's own ways of doing them."""
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
+
+from parse.config import EngineSettings
+from parse.engine.service import ModelService
+from parse.prompts import Check
+from parse.tree import probes
+from parse.types import Sampling
+from training.evaluate import MODELS
+
+LAYERS, WIDTH, VOCABULARY = 12, 256, 8192
+PROMPT, DRAFT, ANSWER = 256, 256, 64  # tokens
+CUTS, SUFFIX = 16, 16
+BATCHES = (1, 4, 8, 16)
+ROUNDS = 5  # everything is measured that often, in turns; the medians count
+GREEDY = Sampling(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
+
+
+def run(threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        network = random_model()
+        network.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(MODELS / "demo-target").save_pretrained(folder)
+        service = ModelService(EngineSettings(model=folder, threads=threads, max_context=1024))
+        peer: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
+    try:
+        return {
+            "model": f"Llama, {LAYERS} layers x {WIDTH}, random weights, float32",
+            "threads": threads,
+            "decode": {str(batch): decoding(service, peer, batch) for batch in BATCHES},
+            "prompts": {str(batch): reading(service, peer, batch) for batch in BATCHES},
+            "verification": verification(service, peer),
+        }
+    finally:
+        service.close()
+
+
+def random_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+def decoding(service: ModelService, peer: PreTrainedModel, batch: int) -> dict[str, float]:
+    """Tokens per second after prompts that are cached, the prompts' own time taken off."""
+    prompts = texts(batch, PROMPT, seed=batch)
+
+    def ours() -> float:
+        started = asyncio.run(_warmed(service, prompts))
+        return batch * (ANSWER - 1) / started
+
+    def theirs() -> float:
+        rows = torch.tensor(prompts)
+        return batch * (ANSWER - 1) / (_generate_s(peer, rows, ANSWER) - _generate_s(peer, rows, 1))
+
+    return _side_by_side(ours, theirs)
+
+
+def reading(service: ModelService, peer: PreTrainedModel, batch: int) -> dict[str, float]:
+    """Prompt tokens per second."""
+    fresh = iter(range(1, 1 << 30))
+
+    def ours() -> float:
+        prompts = texts(batch, PROMPT, seed=1000 * batch + next(fresh))
+        return batch * PROMPT / asyncio.run(_read(service, prompts))
+
+    def theirs() -> float:
+        return batch * PROMPT / _generate_s(peer, torch.tensor(texts(batch, PROMPT, seed=7)), 1)
+
+    return _side_by_side(ours, theirs)
+
+
+def verification(service: ModelService, peer: PreTrainedModel) -> dict[str, float]:
+    """Milliseconds to judge 16 cached prefixes: packed, as separate texts, and under a dense mask from scratch."""
+    prompt, draft, suffix = (texts(1, size, seed)[0] for size, seed in ((PROMPT, 1), (DRAFT, 2), (SUFFIX, 3)))
+    cuts = [DRAFT * (k + 1) // CUTS for k in range(CUTS)]
+    check = Check(tuple(suffix), (1,), (2,))
+
+    async def packed() -> float:
+        await service.warm([*prompt, *draft])
+        started = time.perf_counter()
+        await service.judge(prompt, draft, cuts, check)
+        return time.perf_counter() - started
+
+    @torch.inference_mode()
+    def naive() -> float:
+        started = time.perf_counter()
+        for cut in cuts:
+            peer(input_ids=torch.tensor([[*prompt, *draft[:cut], *suffix]]), use_cache=False, logits_to_keep=1)
+        return time.perf_counter() - started
+
+    @torch.inference_mode()
+    def dense() -> float:
+        """As a library user would: one text, the copies behind it, and a mask."""
+        started = time.perf_counter()
+        known = PROMPT + DRAFT
+        tree = probes([PROMPT + cut for cut in cuts], suffix)
+        size = known + len(tree)
+        visible = torch.ones(size, size, dtype=torch.bool).tril()
+        visible[known:, :known] = torch.arange(known) < torch.from_numpy(tree.seen(known))[:, None]
+        visible[known:, known:] = torch.from_numpy(tree.visible())
+        mask = torch.zeros(size, size).masked_fill_(~visible, torch.finfo(torch.float32).min)
+        positions = torch.cat([torch.arange(known), torch.from_numpy(tree.seen(known) + tree.depth)])
+        tokens = torch.tensor([[*prompt, *draft, *tree.tokens.tolist()]])
+        peer(input_ids=tokens, position_ids=positions[None], attention_mask=mask[None, None], use_cache=False)
+        return time.perf_counter() - started
+
+    @torch.inference_mode()
+    def step() -> float:
+        cache = DynamicCache(config=peer.config)
+        peer(input_ids=torch.tensor([[*prompt, *draft]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        started = time.perf_counter()
+        peer(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+        return time.perf_counter() - started
+
+    ways: dict[str, Callable[[], float]] = {
+        "packed_ms": lambda: asyncio.run(packed()),
+        "naive_ms": naive,
+        "dense_mask_ms": dense,
+        "decode_step_ms": step,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            seconds[name].append(way())
+    result = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+    return {
+        **result,
+        "cheaper_than_naive": result["naive_ms"] / result["packed_ms"],
+        "in_decode_steps": result["packed_ms"] / result["decode_step_ms"],
+    }
+
+
+def texts(count: int, length: int, seed: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    rows: list[list[int]] = torch.randint(10, VOCABULARY, (count, length), generator=draw).tolist()
+    return rows
+
+
+async def _warmed(service: ModelService, prompts: list[list[int]]) -> float:
+    """Seconds from the moment all have their first token to the end of the last."""
+    for prompt in prompts:
+        await service.warm(prompt)
+    started = time.perf_counter()
+    await asyncio.gather(*(_drain(service, prompt, GREEDY) for prompt in prompts))
+    return (time.perf_counter() - started) * (ANSWER - 1) / ANSWER
+
+
+async def _read(service: ModelService, prompts: list[list[int]]) -> float:
+    started = time.perf_counter()
+    once = Sampling(temperature=0.0, max_tokens=1)
+    await asyncio.gather(*(_drain(service, prompt, once) for prompt in prompts))
+    return time.perf_counter() - started
+
+
+async def _drain(service: ModelService, prompt: list[int], sampling: Sampling) -> None:
+    async for _ in service.generate(prompt, sampling=sampling):
+        pass
+
+
+@torch.inference_mode()
+def _generate_s(peer: PreTrainedModel, rows: torch.Tensor, tokens: int) -> float:
+    started = time.perf_counter()
+    peer.generate(  # type: ignore[operator]
+        rows, attention_mask=torch.ones_like(rows), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
+    )
+    return time.perf_counter() - started
+
+
+def _side_by_side(ours: Callable[[], float], theirs: Callable[[], float]) -> dict[str, float]:
+    ours(), theirs()
+    pairs = [(ours(), theirs()) for _ in range(ROUNDS)]
+    speed, peer = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {"tokens_per_s": speed, "generate_tokens_per_s": peer, "ratio": speed / peer}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    lines = [result["model"], "", "| batch | decode tok/s | generate() | ratio | prompt tok/s | generate() | ratio |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for batch, decode in result["decode"].items():
+        cells = [
+            f"{way['tokens_per_s']:.0f} | {way['generate_tokens_per_s']:.0f} | {way['ratio']:.2f}"
+            for way in (decode, result["prompts"][batch])
+        ]
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+    v = result["verification"]
+    lines.append("")
+    lines.append(
+        f"{CUTS} cached prefixes: {v['packed_ms']:.0f} ms, {v['in_decode_steps']:.1f} decode steps; one by one "
+        f"{v['naive_ms']:.0f} ms, {v['cheaper_than_naive']:.0f} times; under a dense mask {v['dense_mask_ms']:.0f} ms"
+    )
+    return "\n".join(lines)

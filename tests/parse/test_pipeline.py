@@ -1,0 +1,339 @@
+"""The method over scripted models: what is asked of whom, what stands of a draft, and what goes wrong."""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from parse.config import MethodSettings
+from parse.pipeline import Done, Piece, Pipeline, Question, Verdict
+from parse.prompts import check_ids
+from parse.types import Judged, Logprob, RequestError, Sampling, Tokens
+from parse.verdict import Thresholds
+
+GREEDY = Sampling(temperature=0.0)
+PROMPT = (1, 2, 3)
+RIGHT = list(range(100, 120))  # words of the demo's vocabulary; what they say does not matter here
+OWN = list(range(200, 220))
+WRONG = 150
+
+
+@dataclass
+class Target:
+    """Holds WRONG to be wrong and all else right; writes OWN from wherever it begins."""
+
+    tokens: list = field(default_factory=lambda: list(OWN))
+    calls: list = field(default_factory=list)
+    closed: bool = False
+
+    async def warm(self, prompt):
+        self.calls.append(("warm", tuple(prompt)))
+
+    async def judge(self, prompt, draft, cuts, check, *, full=None, prefix=None, logprobs=None):
+        self.calls.append(("judge", tuple(prompt), tuple(draft), tuple(cuts), full))
+        correct = tuple(0.01 if WRONG in draft[:cut] else 0.99 for cut in cuts)
+        return Judged(correct, tuple(Logprob(-float(token)) for token in draft) if logprobs is not None else ())
+
+    async def generate(self, prompt, output=(), sampling=GREEDY, *, proposal=(), piece=1):
+        self.calls.append(("generate", tuple(prompt), tuple(output), sampling, tuple(proposal)))
+        limit = len(self.tokens) if sampling.max_tokens is None else sampling.max_tokens
+        try:
+            rest = self.tokens[len(output) : limit]
+            accepted = 0
+            while accepted < min(len(rest), len(proposal)) and rest[accepted] == proposal[accepted]:
+                accepted += 1
+            if accepted:
+                yield Tokens(tuple(rest[:accepted]), accepted=accepted)
+            for token in rest[accepted:]:
+                await asyncio.sleep(0)
+                yield Tokens((token,))
+            yield Tokens((), finish="length" if limit < len(self.tokens) else "stop")
+        finally:
+            self.closed = True
+
+
+@dataclass
+class Scripted:
+    """Drafts what it is told to, one script after the other."""
+
+    scripts: list
+    ended: bool = True
+    asked: list = field(default_factory=list)
+    closed: bool = False
+
+    async def draft(self, question, output, *, piece):
+        self.asked.append(tuple(output))
+        try:
+            script = self.scripts.pop(0)
+            for start in range(0, len(script), piece):
+                for part in script[start : start + piece]:
+                    if isinstance(part, Exception):
+                        raise part
+                await asyncio.sleep(0)
+                yield Tokens(tuple(script[start : start + piece]))
+            yield Tokens((), finish="stop" if self.ended else "length")
+        finally:
+            self.closed = True
+
+
+@pytest.fixture(scope="module")
+def make(tokenizer):
+    check = check_ids(tokenizer, "Is this right so far?")
+
+    def build(target, drafter, **settings):
+        return Pipeline(target, tokenizer, check, MethodSettings(stride=4, **settings), drafter)
+
+    return build
+
+
+def answered(pipeline, mode, sampling=GREEDY, **asked):
+    async def collect():
+        return [event async for event in pipeline.answer(Question(PROMPT, sampling=sampling, mode=mode, **asked))]
+
+    events = asyncio.run(collect())
+    pieces = [e for e in events if isinstance(e, Piece)]
+    ids = [token for piece in pieces for token in piece.ids]
+    assert isinstance(events[-1], Done)
+    return ids, pieces, [e for e in events if isinstance(e, Verdict)], events[-1]
+
+
+def test_a_right_draft_is_the_answer_and_the_target_writes_nothing(make):
+    target, drafter = Target(), Scripted([RIGHT])
+    ids, pieces, verdicts, done = answered(make(target, drafter), "full")
+    assert ids == RIGHT and {piece.origin for piece in pieces} == {"draft"}
+    assert [call[0] for call in target.calls] == ["warm", "judge"]
+    assert target.calls[1] == ("judge", PROMPT, tuple(RIGHT), (4, 8, 12, 16, 20), 0.93)
+    assert [(v.kept, v.rejected) for v in verdicts] == [(20, "")]
+    assert done.finish == "stop"
+    assert (done.usage.drafted, done.usage.accepted, done.usage.written, done.usage.boundary) == (20, 20, 0, 20)
+
+
+@pytest.mark.parametrize(("wrong_at", "kept"), [(0, 0), (3, 0), (4, 4), (13, 12), (19, 16)])
+def test_of_a_wrong_draft_the_last_prefix_before_the_error_stands(make, tokenizer, wrong_at, kept):
+    draft = [*RIGHT[:wrong_at], WRONG, *RIGHT[wrong_at + 1 :]]
+    target = Target()
+    ids, _, verdicts, done = answered(make(target, Scripted([draft])), "full")
+    assert ids == draft[:kept] + OWN[kept:]
+    assert verdicts[0].kept == kept and verdicts[0].rejected == tokenizer.decode(draft[kept:])
+    assert target.calls[-1][2] == tuple(draft[:kept])
+    assert (done.usage.accepted, done.usage.rejected, done.usage.written) == (kept, 20 - kept, 20 - kept)
+
+
+def test_the_full_answer_is_asked_about_only_if_the_draft_ended_by_itself(make):
+    target = Target()
+    ids, _, _, done = answered(make(target, Scripted([RIGHT[:10]], ended=False)), "full")
+    assert target.calls[1] == ("judge", PROMPT, tuple(RIGHT[:10]), (4, 8), None)
+    assert ids == RIGHT[:8] + OWN[8:] and done.usage.accepted == 8
+
+
+def test_thresholds_of_the_request_count(make):
+    ids, _, _, _ = answered(make(Target(), Scripted([RIGHT])), "full", thresholds=Thresholds(1.0, 1.0))
+    assert ids == OWN
+
+
+def test_the_target_reads_the_prompt_while_the_drafter_writes(make):
+    target = Target()
+    order = []
+
+    class Slow(Scripted):
+        async def draft(self, question, output, *, piece):
+            async for tokens in super().draft(question, output, piece=piece):
+                order.append([call[0] for call in target.calls])
+                yield tokens
+
+    answered(make(target, Slow([RIGHT])), "full")
+    assert order[-1] == ["warm"]
+
+
+def test_off_leaves_the_drafter_alone(make):
+    drafter = Scripted([RIGHT])
+    ids, pieces, verdicts, done = answered(make(Target(), drafter), "off")
+    assert ids == OWN and not drafter.asked and not verdicts
+    assert {piece.origin for piece in pieces} == {"target"} and done.usage.drafted == 0
+
+
+def test_a_token_limit_cuts_the_draft_before_it_is_judged(make):
+    target = Target()
+    ids, _, _, done = answered(make(target, Scripted([RIGHT])), "full", replace(GREEDY, max_tokens=9))
+    assert target.calls[1] == ("judge", PROMPT, tuple(RIGHT[:9]), (4, 8), None)
+    assert ids == [*RIGHT[:8], OWN[8]] and done.finish == "length"
+
+
+def test_a_limit_that_the_accepted_draft_reaches_ends_the_answer(make):
+    target = Target()
+    ids, _, _, done = answered(make(target, Scripted([RIGHT])), "full", replace(GREEDY, max_tokens=20))
+    assert ids == RIGHT and done.finish == "stop"
+    assert "generate" not in [call[0] for call in target.calls]
+
+
+def test_a_stop_string_cuts_the_draft_before_it_is_judged(make, tokenizer):
+    text = "Step 1: 27 minus 3 makes 24."
+    draft = tokenizer.encode(text)
+    stop = " minus 3 ma"  # begins and ends amid tokens
+    before = len(tokenizer.encode("Step 1: 27"))
+    target = Target()
+    ids, pieces, _, done = answered(make(target, Scripted([draft])), "full", replace(GREEDY, stop=(stop,)))
+    assert target.calls[1][2] == tuple(draft[:before])
+    assert "".join(piece.text for piece in pieces) == "Step 1: 27" and ids == draft[:before]
+    assert done.finish == "stop" and "generate" not in [call[0] for call in target.calls]
+
+
+def test_text_before_a_stop_string_that_begins_within_a_token_is_not_lost(make, tokenizer):
+    draft = tokenizer.encode("Step 1: 27 minus 3")
+    _, pieces, _, _ = answered(make(Target(), Scripted([draft])), "full", replace(GREEDY, stop=("nus",)))
+    assert "".join(piece.text for piece in pieces) == "Step 1: 27 mi"
+
+
+def test_log_probabilities_of_accepted_tokens_are_the_targets(make):
+    _, pieces, _, _ = answered(make(Target(), Scripted([RIGHT])), "full", replace(GREEDY, logprobs=0))
+    assert [lp.logprob for piece in pieces for lp in piece.logprobs] == [-float(token) for token in RIGHT]
+
+
+def test_progressive_judges_what_is_there_while_the_rest_is_written(make):
+    """Accepted text flows before the draft is done."""
+    shown = asyncio.Event()
+
+    class Waiting(Scripted):
+        async def draft(self, question, output, *, piece):
+            yield Tokens(tuple(RIGHT[:12]))
+            await asyncio.wait_for(shown.wait(), 5)
+            yield Tokens(tuple(RIGHT[12:]), finish="stop")
+
+    async def collect():
+        ids = []
+        async for event in make(Target(), Waiting([]), window=8).answer(
+            Question(PROMPT, sampling=GREEDY, mode="progressive")
+        ):
+            if isinstance(event, Piece):
+                ids += event.ids
+                shown.set()
+        return ids
+
+    assert asyncio.run(collect()) == RIGHT
+
+
+def test_in_progressive_a_failed_window_ends_the_draft(make):
+    draft = [*RIGHT[:9], WRONG, *RIGHT[10:], *RIGHT * 20]
+    target, drafter = Target(), Scripted([draft])
+    ids, _, verdicts, done = answered(make(target, drafter, window=4), "progressive")
+    assert ids == RIGHT[:8] + OWN[8:]
+    assert drafter.closed and done.usage.drafted < len(draft) / 2
+    assert verdicts[-1].kept == 0 and sum(v.kept for v in verdicts) == done.usage.accepted == 8
+    judged = [call for call in target.calls if call[0] == "judge"]
+    assert all(call[4] is None for call in judged)  # never asked about a full answer: it was not there
+
+
+def test_progressive_asks_each_cut_once_and_the_full_answer_last(make):
+    target = Target()
+    ids, _, _, done = answered(make(target, Scripted([RIGHT]), window=8), "progressive")
+    cuts = [cut for call in target.calls if call[0] == "judge" for cut in call[3]]
+    assert ids == RIGHT and cuts == [4, 8, 12, 16, 20] and done.finish == "stop"
+    assert target.calls[-1][4] == 0.93
+
+
+def test_rounds_hands_the_pen_back_after_a_correction(make):
+    first = [*RIGHT[:5], WRONG, *RIGHT[6:]]
+    target, drafter = Target(), Scripted([first, RIGHT[7:]])
+    ids, _, verdicts, done = answered(make(target, drafter, correction_tokens=3), "rounds")
+    assert drafter.asked == [(), (*RIGHT[:4], *OWN[4:7])]
+    assert ids == RIGHT[:4] + OWN[4:7] + RIGHT[7:]
+    assert [v.start for v in verdicts] == [0, 7] and done.finish == "stop"
+    assert (done.usage.rounds, done.usage.written, done.usage.boundary) == (2, 3, 4)
+
+
+def test_rounds_ends_after_the_rounds_it_may_have(make):
+    wrong = [WRONG] * 20
+    drafter = Scripted([wrong] * 9)
+    ids, _, _, done = answered(make(Target(), drafter, correction_tokens=2, max_rounds=3), "rounds")
+    assert ids == OWN and done.usage.rounds == 3 == len(drafter.asked)
+
+
+def test_a_correction_may_end_the_answer(make):
+    target = Target(tokens=OWN[:6])
+    ids, _, _, done = answered(make(target, Scripted([[*RIGHT[:5], WRONG, *RIGHT]]), correction_tokens=8), "rounds")
+    assert ids == RIGHT[:4] + OWN[4:6] and done.finish == "stop" and done.usage.rounds == 1
+
+
+def test_exact_proposes_the_draft_and_takes_what_the_target_says(make):
+    target = Target()
+    draft = [*OWN[:6], WRONG]
+    ids, pieces, verdicts, done = answered(make(target, Scripted([draft])), "exact")
+    assert ids == OWN and not verdicts
+    assert target.calls[-1][4] == tuple(draft)
+    assert [p.ids for p in pieces if p.origin == "draft"] == [tuple(OWN[:6])]
+    assert (done.usage.accepted, done.usage.rejected, done.usage.written) == (6, 1, 14)
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])
+@pytest.mark.parametrize("fault", [ConnectionError("gone"), RequestError("prompt", "too long")])
+def test_a_drafter_that_fails_costs_only_speed(make, mode, fault):
+    ids, _, _, done = answered(make(Target(), Scripted([[fault]])), mode)
+    assert ids == OWN and done.finish == "stop"
+    assert str(fault) in done.usage.fallback
+
+
+def test_what_a_failing_drafter_had_written_is_judged_like_any_prefix(make):
+    draft = [*RIGHT[:9], ConnectionError("gone")]
+    target = Target()
+    ids, _, _, _ = answered(make(target, Scripted([draft])), "progressive")
+    assert ids == RIGHT[:4] + OWN[4:]  # eight tokens had come, and at their end there is no cut
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])
+def test_an_empty_draft_is_no_draft(make, mode):
+    ids, _, _, done = answered(make(Target(), Scripted([[]])), mode)
+    assert ids == OWN and done.usage.drafted == 0
+
+
+def test_without_a_drafter_the_target_answers_and_says_why(make):
+    ids, _, _, done = answered(make(Target(), None), "full")
+    assert ids == OWN and done.usage.mode == "off" and "no drafter" in done.usage.fallback
+
+
+def test_the_callers_own_draft_takes_the_drafters_place(make):
+    drafter = Scripted([])
+    pipeline = make(Target(), drafter)
+    ids, _, _, done = answered(pipeline, "full", prediction=RIGHT)
+    assert ids == RIGHT and not drafter.asked and done.usage.accepted == 20
+    assert pipeline.control.acceptance is None  # it says nothing about the drafter
+
+
+def test_a_verifiers_error_reaches_the_caller(make):
+    class Broken(Target):
+        async def judge(self, *args, **kwargs):
+            raise RuntimeError("the verifier is gone")
+
+    with pytest.raises(RuntimeError, match="the verifier is gone"):
+        answered(make(Broken(), Scripted([RIGHT])), "full")
+
+
+@pytest.mark.parametrize("mode", ["off", "full", "progressive"])
+def test_a_caller_who_leaves_closes_everything(make, mode):
+    target, drafter = Target(), Scripted([[*RIGHT[:4], WRONG, *RIGHT * 50]])
+
+    async def leave():
+        events = make(target, drafter, window=4).answer(Question(PROMPT, sampling=GREEDY, mode=mode))
+        async for event in events:
+            if isinstance(event, Piece):
+                break
+        await events.aclose()
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    assert asyncio.run(leave()) == []
+    assert target.closed or mode == "progressive"
+    assert drafter.closed or mode == "off"
+
+
+def test_auto_stops_drafting_that_does_not_pay_and_says_so(make):
+    class Patient(Target):
+        async def judge(self, *args, **kwargs):
+            await asyncio.sleep(0.01)
+            return await super().judge(*args, **kwargs)
+
+    drafter = Scripted([[WRONG] * 20] * 50)
+    pipeline = make(Patient(), drafter)
+    seen = [answered(pipeline, "auto")[3].usage for _ in range(12)]
+    assert [usage.mode for usage in seen[:3]] == ["rounds"] * 3
+    assert [usage.mode for usage in seen[3:11]] == ["off"] * 8
+    assert "does not pay" in seen[3].fallback and "0% acceptance" in seen[3].fallback
+    assert seen[11].mode == "rounds"  # a trial
