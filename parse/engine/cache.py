@@ -102,6 +102,11 @@ class Cache:
         self._release(context.pages)
         context.pages = []
 
+    def forget(self) -> None:
+        """Drops every context that no request holds."""
+        while self._idle:
+            self.drop(self._idle.popitem()[0])
+
     def slot(self, context: Context, index: int) -> int:
         return context.pages[index // self.page_size] * self.page_size + index % self.page_size
 

@@ -77,7 +77,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._steps = self._tokens = 0
-        self._stopped = False
+        self._stopped = self._forgetful = False
         self._thread = threading.Thread(target=self._work, name=f"engine {model.name}", daemon=True)
         self._thread.start()
 
@@ -92,6 +92,11 @@ class Engine:
     def cancel(self, job: Job) -> None:
         """Its work ends within a step."""
         job.cancelled = True
+
+    def forget(self) -> None:
+        """Nothing computed so far serves later requests."""
+        self._forgetful = True
+        self._inbox.put(None)
 
     def stop(self) -> None:
         """Ends all requests and the thread."""
@@ -141,9 +146,12 @@ class Engine:
         """New requests; waits for one if there is nothing else to do."""
         while not self._inbox.empty() or not (self._running or self._waiting):
             arrived = self._inbox.get()
-            if arrived is None:
+            if arrived is None:  # only to be woken
                 break
             self._waiting.append(arrived)
+        if self._forgetful:
+            self._forgetful = False
+            self._cache.forget()
         for job in [job for job in (*self._waiting, *self._running) if job.cancelled]:
             self._finish(job, Cancelled("the request was cancelled"))
 
