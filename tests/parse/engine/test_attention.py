@@ -50,7 +50,7 @@ def test_packed_requests_get_what_each_would_alone(requests, shape, window, scal
     heads, key_heads, width, value_width = shape
     draw = torch.Generator().manual_seed(seed)
     memory = Memory(pages=5, page_size=50)
-    rows = []
+    rows: list[tuple] = []
     for (tokens, tree, borders), page in zip(requests, pages, strict=False):
         context = Context(tokens)
         context.pages = [page]
@@ -97,7 +97,9 @@ def test_memory_that_nobody_wrote_to_holds_numbers():
 @pytest.mark.parametrize("given", [dict(softcap=30.0), dict(s_aux=torch.zeros(4))])
 def test_scores_that_are_changed_on_their_way_are_refused(given):
     with pytest.raises(UnsupportedModel, match="capped scores or sinks"):
-        step_attention(torch.nn.Module(), *[torch.zeros(1, 1, 1, 4)] * 3, None, step=None, **given)
+        zeros = torch.zeros(1, 1, 1, 4)
+        step = RowAttention(Memory(pages=1, page_size=1), [], torch.tensor([]))
+        step_attention(torch.nn.Module(), zeros, zeros, zeros, None, step=step, **given)
 
 
 def test_memory_copies_the_beginning_of_a_page_in_every_layer():
