@@ -1,9 +1,13 @@
 """The keys and values of all contexts: per layer, two tensors of token slots."""
 
 from collections.abc import Callable
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
+
+CACHE_LINE = 64  # bytes; vectors that begin anywhere else cost attention a twentieth
 
 
 class Memory:
@@ -39,8 +43,15 @@ class Memory:
         return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
 
     def _empty(self, like: Tensor) -> Tensor:
-        # On a CPU the system gives memory to a page only when something is first written there.
-        return torch.empty((self.pages * self.page_size, *like.shape[1:]), dtype=like.dtype, device=like.device)
+        """Zeros: what is masked away is multiplied all the same, and must be a number."""
+        shape = (self.pages * self.page_size, *like.shape[1:])
+        if like.device.type != "cpu":
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        # NumPy's zeros come from the system, which gives memory only when something is first written there.
+        size = prod(shape) * like.element_size()
+        raw = torch.from_numpy(np.zeros(size + CACHE_LINE, np.uint8))
+        start = -raw.data_ptr() % CACHE_LINE
+        return raw[start : start + size].view(like.dtype).view(shape)
 
     def _in_pages(self, slots: Tensor) -> Tensor:
         return slots.view(self.pages, self.page_size, *slots.shape[1:])
