@@ -157,10 +157,12 @@ class Cache:
             return True
         if source.busy:
             return False
-        # The only memory left is the source's own: better all of it lost than the request never served.
+        # The only memory left is the source's own: better all of it lost but the shared pages than the request never
+        # served.
         del self._idle[source]
         self.drop(source)
         self.evictions += 1
+        context.computed = shared * self.page_size
         return self._grow(context, pages)
 
     def _shrink(self, context: Context) -> None:
