@@ -4,7 +4,7 @@ The library hands a function registered under an unknown name no mask, and the f
 step travels as `step`, and decides who sees whom.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,6 +30,9 @@ class Attention(Protocol):
     ) -> Tensor:
         """query [1, heads, T, width], key and value [1, key heads, T, width] -> [1, T, heads, value width]."""
         ...
+
+
+MakeAttention = Callable[[Memory, Sequence[Span]], Attention]
 
 
 def step_attention(
@@ -79,6 +82,14 @@ class _Block:
                 row[0, :, : span.last].masked_fill_(torch.from_numpy(span.visible(window)), 0.0)
             self._masks[window] = mask.repeat(1, 1, groups, 1)
         return self._masks[window]
+
+
+def row_attention(memory: Memory, spans: Sequence[Span]) -> "RowAttention":
+    slots: list[int] = []
+    for span in spans:
+        base = span.context.pages[0] * memory.page_size
+        slots += range(base + span.first, base + span.last)
+    return RowAttention(memory, spans, torch.tensor(slots))
 
 
 class RowAttention:

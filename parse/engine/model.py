@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.engine.attention import STEP_ATTENTION, Attention, RowAttention, UnsupportedModel
+from parse.engine.attention import STEP_ATTENTION, Attention, UnsupportedModel
 from parse.engine.cache import Context
 from parse.engine.memory import Memory
+from parse.engine.paged import PAGE, attention_on
 from parse.engine.step import Span
 from parse.tree import probes
 
@@ -81,15 +82,13 @@ class Model:
         draw = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocabulary, (14,), generator=draw).tolist()
         text, suffix, cuts = tokens[:11], tokens[11:], [4, 9, 11]
-        memory = Memory(pages=2, page_size=64)
+        memory = Memory(pages=2, page_size=PAGE)
         context = Context(text)
         context.pages = [1]
         spans = [Span(context, probes(cuts, suffix), first, last) for first, last in ((0, 6), (6, 20))]
         self._attend_with(STEP_ATTENTION)
-        packed = []
-        for span in spans:
-            slots = torch.arange(span.first, span.last, device=self.device) + memory.page_size
-            packed.append(self.forward(span.tokens(), span.positions(), RowAttention(memory, [span], slots), None))
+        attend = attention_on(self.device)
+        packed = [self.forward(span.tokens(), span.positions(), attend(memory, [span]), None) for span in spans]
         got = torch.cat(packed)[len(text) :]
         self._attend_with("sdpa" if self.network._supports_sdpa else "eager")
         alone = [
