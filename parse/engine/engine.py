@@ -7,21 +7,25 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from parse.engine.attention import RowAttention
+from parse.engine.attention import MakeAttention
 from parse.engine.cache import Cache, Context
 from parse.engine.memory import Memory
 from parse.engine.model import Model
+from parse.engine.paged import PAGE, PagedAttention, attention_on
 from parse.engine.programs import Answer, Ask, Program
 from parse.engine.step import Span
 from parse.tree import TokenTree
-from parse.types import Cancelled, EngineStopped, NumericalError
+from parse.types import Cancelled, EngineStopped, NumericalError, RequestError
 
 logger = logging.getLogger(__name__)
+
+NOTHING = Answer(torch.empty(0), [])
 
 
 class Listener(Protocol):
@@ -34,11 +38,12 @@ class Listener(Protocol):
 class Job:
     """A request on its way: its program, and how far the row of its context and asked nodes is computed."""
 
-    tokens: list[int]  # of the context it starts with
+    tokens: list[int]  # of the context it starts with, or goes on with when it was set back
     program: Program
     room: int  # tokens it may add
     listener: Listener
     context: Context | None = None
+    begun: bool = False
     ask: Ask = field(default_factory=lambda: Ask((), ()))
     progress: int = 0
     answers: list[Tensor] = field(default_factory=list)
@@ -68,11 +73,32 @@ class Load:
 class Engine:
     """Serves one model. `submit` may be called from any thread."""
 
-    def __init__(self, model: Model, *, contexts: int, capacity: int, max_running: int, step_tokens: int) -> None:
-        """Memory for `contexts` rows of `capacity` tokens; at most `step_tokens` are computed in one pass."""
+    def __init__(
+        self,
+        model: Model,
+        *,
+        contexts: int,
+        capacity: int,
+        max_running: int,
+        step_tokens: int,
+        page_size: int | None = None,
+    ) -> None:
+        """Memory for `contexts` rows of `capacity` tokens; at most `step_tokens` are computed in one pass.
+
+        On a CPU a row lies in one piece. On other devices, or given a `page_size`, rows lie in small pages and take no
+        more of them than they need, so that there may be more rows.
+        """
         self.model, self.max_running, self.step_tokens = model, max_running, step_tokens
-        self._memory = Memory(contexts, capacity)
-        self._cache = Cache(contexts, capacity, self._memory.copy)
+        self._make_attention: MakeAttention
+        if page_size is None:
+            page_size = capacity if model.device.type == "cpu" else PAGE
+            self._make_attention = attention_on(model.device)
+        else:
+            self._make_attention = partial(PagedAttention, device=model.device)
+        pages = contexts * capacity // page_size
+        self.longest = min(capacity, pages * page_size)
+        self._memory = Memory(pages, page_size)
+        self._cache = Cache(pages, page_size, self._memory.copy)
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -82,6 +108,9 @@ class Engine:
         self._thread.start()
 
     def submit(self, job: Job) -> Job:
+        if len(job.tokens) + job.room > self.longest:
+            needed = f"takes memory for {len(job.tokens) + job.room} tokens with what may follow it"
+            raise RequestError("prompt", f"{needed}, the limit is {self.longest}")
         if self._stopped:
             raise EngineStopped("the engine was shut down")
         self._inbox.put(job)
@@ -126,8 +155,8 @@ class Engine:
                 while not self._stopped:
                     self._take_in()
                     self._admit()
-                    if spans := self._plan():
-                        self._run(spans)
+                    if plan := self._granted(self._plan()):
+                        self._run(plan)
         except BaseException as fault:
             logger.exception("the engine's thread died")
             self._stopped = True
@@ -162,13 +191,17 @@ class Engine:
                 break
             if self._cache.in_the_making(job.tokens):
                 continue
-            context = self._cache.open(job.tokens, job.room)
+            context = self._cache.open(job.tokens, len(job.ask.nodes))
             if context is None:
                 break
             self._waiting.remove(job)
             self._running.append(job)
             job.context, job.progress = context, context.computed
-            self._advance(job, None)
+            if not job.begun:
+                job.begun = True
+                self._advance(job, None)
+            elif not job.missing:  # while it was set back, others have computed all it wanted
+                self._advance(job, NOTHING)
 
     def _plan(self) -> list[tuple[Job, Span]]:
         """Requests that need a single token first, in the order of their pages; the rest shares what is left."""
@@ -184,7 +217,26 @@ class Engine:
                 count = min(job.missing, budget)
                 budget -= count
                 plan.append(self._span(job, count))
+        plan.sort(key=lambda part: not part[1].causal)  # texts first, trees last
         return plan
+
+    def _granted(self, plan: list[tuple[Job, Span]]) -> list[tuple[Job, Span]]:
+        """What of the plan there is memory for; where it falls short, the youngest give theirs up."""
+        for job, span in plan:
+            if span.last > self.longest:
+                self._finish(job, RequestError("prompt", f"with what follows it outgrew {self.longest} tokens"))
+            while job.context is not None and not self._cache.reserve(job.context, span.last):
+                self._set_back(self._running[-1])
+        return [(job, span) for job, span in plan if job.context is span.context]
+
+    def _set_back(self, job: Job) -> None:
+        """It waits again, before all others, with what it has committed and what it asked last."""
+        assert job.context is not None
+        job.tokens = list(job.context.tokens)
+        self._cache.close(job.context)
+        job.context, job.progress, job.answers = None, 0, []
+        self._running.remove(job)
+        self._waiting.appendleft(job)
 
     @staticmethod
     def _span(job: Job, count: int) -> tuple[Job, Span]:
@@ -222,18 +274,15 @@ class Engine:
         """The likeliest tokens and the logits at the wanted places of each span, and where in them each span's lie."""
         tokens: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
         read: list[int] = []
         reads: list[tuple[int, int]] = []
         for span, places in zip(spans, wanted, strict=True):
             start = len(tokens)
             tokens += span.tokens()
             positions += span.positions()
-            base = self._cache.slot(span.context, span.first)
-            slots += range(base, base + len(span))
             reads.append((len(read), len(read) + len(places)))
             read += [start + place for place in places]
-        attention = RowAttention(self._memory, spans, torch.tensor(slots))
+        attention = self._make_attention(self._memory, spans)
         logits = self.model.forward(tokens, positions, attention, None if len(read) == len(tokens) else read)
         self._steps += 1
         self._tokens += len(tokens)
@@ -263,7 +312,7 @@ class Engine:
             job.progress = context.computed
             job.answers = []
         if not job.missing:
-            self._advance(job, Answer(torch.empty(0), []))
+            self._advance(job, NOTHING)
 
     def _finish(self, job: Job, error: BaseException | None) -> None:
         if job in self._running:
@@ -279,7 +328,7 @@ class Engine:
 
 def _page(job: Job) -> int:
     assert job.context is not None
-    return job.context.pages[0]
+    return job.context.pages[0] if job.context.pages else 0  # none yet: nothing is computed
 
 
 def _wanted(job: Job, span: Span) -> list[int]:

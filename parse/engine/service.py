@@ -29,7 +29,8 @@ class ModelService:
         self.model = Model.load(settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8)
         self.max_context = min(settings.max_context, self.model.longest)
         capacity = self.max_context + PROBE_ROOM
-        contexts = settings.memory_mb * 2**20 // (capacity * self.model.bytes_per_token)
+        tokens = settings.memory_mb * 2**20 // self.model.bytes_per_token
+        contexts = tokens // capacity
         if contexts < 1:
             needed = -(-capacity * self.model.bytes_per_token // 2**20)
             raise UnsupportedModel(
@@ -38,7 +39,7 @@ class ModelService:
         self.engine = Engine(
             self.model,
             contexts=contexts,
-            capacity=capacity,
+            capacity=tokens // contexts,  # small pages make use of the odd rest
             max_running=settings.max_running,
             step_tokens=settings.step_tokens,
         )
@@ -94,7 +95,8 @@ class ModelService:
             done=judged.append,
         )
         context = tokens[: len(tokens) - len(trunk)]
-        await self._run(context, program, room=len(trunk) + min(PROBE_ROOM, len(cuts) * len(check.suffix)))
+        nodes = max(len(check.suffix), min(PROBE_ROOM, len(cuts) * len(check.suffix)))
+        await self._run(context, program, room=len(trunk) + nodes)
         return judged[0]
 
     async def generate(
