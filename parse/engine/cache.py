@@ -107,9 +107,6 @@ class Cache:
         while self._idle:
             self.drop(self._idle.popitem()[0])
 
-    def slot(self, context: Context, index: int) -> int:
-        return context.pages[index // self.page_size] * self.page_size + index % self.page_size
-
     def _rest(self, context: Context) -> None:
         context.busy = False
         if context.computed < BLOCK:  # nobody will find it

@@ -52,7 +52,10 @@ class CacheMachine(RuleBasedStateMachine):
             page = context.pages[place // self.size]
             others = [known for known in self.known() if known is not context and page in known.pages]
             assert not others, "a page that others share is written to"
-            self.slots[self.cache.slot(context, place)] = token
+            self.slots[self.slot(context, place)] = token
+
+    def slot(self, context, place):
+        return context.pages[place // self.size] * self.size + place % self.size
 
     def known(self):
         return {*self.busy, *(c for holders in self.cache._index.values() for c in holders)}
@@ -119,7 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_said_to_be_computed_is(self):
         for context in self.known():
-            held = [self.slots[self.cache.slot(context, place)] for place in range(context.computed)]
+            held = [self.slots[self.slot(context, place)] for place in range(context.computed)]
             assert held == context.tokens[: context.computed]
 
     @invariant()
