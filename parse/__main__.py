@@ -21,7 +21,10 @@ from parse.pipeline import Done, Mode, Piece, Question, Usage, Verdict
 from parse.prompts import TemplateError, prompt_ids
 from parse.types import RequestError, Sampling
 
-EXAMPLE = "Max has 27 shells. In turn: first loses 3, second finds 8, third breaks 5. How many shells now?"
+EXAMPLE = (
+    "Max has 27 shells. In turn: first loses 3, second finds 8, third breaks 5, fourth gets 4, fifth lends 2, "
+    "sixth wins 9. How many shells now?"
+)
 RESET = "\x1b[0m"
 COLOURS = {
     "draft": ("\x1b[32m", RESET),

@@ -54,7 +54,9 @@ class MethodSettings(Settings):
         ("tokens",), min_length=1, description="Where a draft is cut: every `stride` tokens, at sentence or line ends."
     )
     stride: int = Field(DEFAULT_STRIDE, ge=1, description="Tokens between two cuts.")
-    window: int = Field(32, ge=1, description="Tokens of draft judged together in mode progressive.")
+    window: int = Field(
+        16, ge=1, description="Tokens of draft first judged in mode progressive; twice as many each time after."
+    )
     max_rounds: int = Field(3, ge=1, description="Drafts of one answer at most, in mode rounds.")
     correction_tokens: int = Field(
         16, ge=1, description="Tokens the target writes past an error before the drafter goes on, in mode rounds."

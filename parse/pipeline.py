@@ -273,23 +273,25 @@ class _Answer:
         warming = self._warming()
         draft = _Draft()
         drafting = asyncio.create_task(self._write_draft(draft, piece=self.settings.stride))
-        asked = 0
+        asked, window = 0, self.settings.window
         try:
             while self.finish is None:
-                await draft.reaches(asked + self.settings.window)
+                # One token more, to know whether the draft ends here. What is judged together depends on the draft
+                # alone, never on who was faster, so the same request gets the same answer.
+                await draft.reaches(asked + window + 1)
                 await warming
-                ids, ended = tuple(draft.ids), draft.done and draft.ended
+                last = len(draft.ids) <= asked + window
+                ids, ended = tuple(draft.ids[: asked + window + 1]), last and draft.ended
                 cuts = [cut for cut in self._cuts(ids, ended=ended) if cut > asked]
-                if not cuts:
-                    if draft.done:
+                if cuts:
+                    known = ids if last else ids[: cuts[-1]]
+                    await self._judge(known, cuts, start=asked, ended=ended, tail=draft.tail)
+                    if len(self.output) < cuts[-1]:
                         break
-                    await draft.reaches(len(ids) + 1)
-                    continue
-                window = ids if ended else ids[: cuts[-1]]
-                await self._judge(window, cuts, start=asked, ended=ended, tail=draft.tail)
-                if len(self.output) < cuts[-1]:
+                    asked = cuts[-1]
+                if last:
                     break
-                asked = cuts[-1]
+                window *= 2  # soon the first words, then few passes
         finally:
             drafting.cancel()
             warming.cancel()

@@ -218,7 +218,7 @@ def test_in_progressive_a_failed_window_ends_the_draft(make):
     ids, _, verdicts, done = answered(make(target, drafter, window=4), "progressive")
     assert ids == RIGHT[:8] + OWN[8:]
     assert drafter.closed and done.usage.drafted < len(draft) / 2
-    assert verdicts[-1].kept == 0 and sum(v.kept for v in verdicts) == done.usage.accepted == 8
+    assert verdicts[-1].rejected and sum(v.kept for v in verdicts) == done.usage.accepted == 8
     judged = [call for call in target.calls if call[0] == "judge"]
     assert all(call[4] is None for call in judged)  # never asked about a full answer: it was not there
 

@@ -1,0 +1,179 @@
+"""Drafting the next request while the current one is verified: two processes, one thread each.
+
+    python -m bench.overlap --problems 60 --json -
+
+One by one, a request takes d for its draft and t for what the target does; pipelined, the slower of the two bounds the
+pace, so that at best (d + t) / max(d, t) times as many requests are done in the same time. First with a single request
+at a time on either side, then with batches.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from bench.contenders import GREEDY
+from parse.config import EngineSettings
+from parse.engine.service import ModelService
+from parse.local import DEMO_METHOD
+from parse.pipeline import Done, Pipeline, Question, Usage
+from parse.prompts import check_ids, prompt_ids
+from parse.types import Sampling, Tokens
+from training import measure
+from training.evaluate import MODELS
+
+
+def serve_drafts(settings: EngineSettings, pipe: Connection) -> None:
+    """The drafter's process: whole drafts for whoever asks, as many at once as its engine runs."""
+    torch.set_num_threads(1)
+
+    async def serve() -> None:
+        service = ModelService(settings)
+        pipe.send("ready")
+        loop = asyncio.get_running_loop()
+        running: set[asyncio.Task[None]] = set()
+
+        async def draft(number: int, prompt: Sequence[int], output: Sequence[int], sampling: Sampling) -> None:
+            ids: list[int] = []
+            async for tokens in service.generate(prompt, output, sampling, piece=1 << 30):
+                ids += tokens.ids
+                finish = tokens.finish
+            pipe.send((number, Tokens(tuple(ids), finish=finish)))
+
+        while (asked := await loop.run_in_executor(None, pipe.recv)) is not None:
+            task = asyncio.create_task(draft(*asked))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        service.close()
+
+    asyncio.run(serve())
+
+
+class RemoteDrafter:
+    """The other end of the pipe."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve_drafts, args=(settings, theirs), daemon=True)
+        self._process.start()
+        assert self._pipe.recv() == "ready"
+        self._asked: dict[int, asyncio.Future[Tokens]] = {}
+        self._listener = ThreadPoolExecutor(1)
+        self._count = 0
+
+    async def listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        while (answer := await loop.run_in_executor(self._listener, self._receive)) is not None:
+            number, tokens = answer
+            self._asked.pop(number).set_result(tokens)
+
+    async def draft(self, question: Question, output: Sequence[int], *, piece: int) -> AsyncGenerator[Tokens]:
+        self._count += 1
+        self._asked[self._count] = asyncio.get_running_loop().create_future()
+        self._pipe.send((self._count, tuple(question.prompt), tuple(output), replace(question.sampling)))
+        yield await self._asked[self._count]
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+        self._pipe.close()
+
+    def _receive(self) -> tuple[int, Tokens] | None:
+        try:
+            return self._pipe.recv()  # type: ignore[no-any-return]
+        except (EOFError, OSError):
+            return None
+
+
+async def finished(pipeline: Pipeline, prompts: Sequence[Sequence[int]], in_flight: int) -> tuple[float, list[Usage]]:
+    """Seconds for all of them, and what each took."""
+    places = asyncio.Semaphore(in_flight)
+    usages: list[Usage] = []
+
+    async def one(prompt: Sequence[int]) -> None:
+        async with places:
+            *_, done = [event async for event in pipeline.answer(Question(prompt, sampling=GREEDY, mode="full"))]
+            assert isinstance(done, Done)
+            usages.append(done.usage)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(one(prompt) for prompt in prompts))
+    return time.perf_counter() - started, usages
+
+
+async def compare(models: Path, prompts: Sequence[Sequence[int]], *, running: int, in_flight: int) -> dict[str, Any]:
+    """Requests per second with so many in flight over one by one."""
+    target, draft = (
+        EngineSettings(model=str(models / name), threads=1, max_running=running)
+        for name in ("demo-target", "demo-draft")
+    )
+    drafter, service = RemoteDrafter(draft), ModelService(target)
+    tokenizer = service.model.tokenizer
+    check = check_ids(tokenizer, DEMO_METHOD.check_question)
+    pipeline = Pipeline(service, tokenizer, check, DEMO_METHOD, drafter)
+    listening = asyncio.create_task(drafter.listen())
+    await finished(pipeline, prompts[:2], 1)
+    half = len(prompts) // 2
+    alone_s = together_s = draft_s = target_s = 0.0
+    for part in (prompts[:half], prompts[half:]):  # in turns: a change of pace falls on both
+        service.engine.forget()
+        seconds, usages = await finished(pipeline, part, 1)
+        alone_s += seconds
+        draft_s += sum(usage.draft_s for usage in usages)
+        target_s += sum(usage.judge_s + usage.write_s for usage in usages)
+        service.engine.forget()
+        together_s += (await finished(pipeline, part, in_flight))[0]
+    drafter.close()
+    await listening
+    service.close()
+    bound = (draft_s + target_s) / max(draft_s, target_s)
+    return {
+        "in_flight": in_flight,
+        "draft_ms": draft_s / len(prompts) * 1e3,
+        "target_ms": target_s / len(prompts) * 1e3,
+        "one_by_one_per_s": len(prompts) / alone_s,
+        "pipelined_per_s": len(prompts) / together_s,
+        "ratio": alone_s / together_s,
+        "bound": bound,
+        "of_bound": alone_s / together_s / bound,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.overlap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--problems", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--models", type=Path, default=MODELS)
+    parser.add_argument("--json", help="where the figures go; - for standard output")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(args.models / "demo-target")
+    prompts = [
+        prompt_ids(tokenizer, [{"role": "user", "content": problem.question}])
+        for problem in measure.problems(args.seed, args.problems, split="bench")
+    ]
+    result = {
+        "single": asyncio.run(compare(args.models, prompts, running=1, in_flight=3)),
+        "batched": asyncio.run(compare(args.models, prompts, running=32, in_flight=8)),
+    }
+    text = json.dumps(result, indent=2)
+    if args.json and args.json != "-":
+        Path(args.json).write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

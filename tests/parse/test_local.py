@@ -1,0 +1,175 @@
+"""The method with the demo pair, in this process."""
+
+import asyncio
+import json
+import re
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parse.__main__ import EXAMPLE as QUESTION
+from parse.__main__ import main
+from parse.config import EngineSettings
+from parse.local import DEMO_DRAFT, DEMO_METHOD, DEMO_TARGET, LocalPair, OtherTokens, SameTokens
+from parse.pipeline import Done, Piece, Question
+from parse.prompts import prompt_ids
+from parse.types import Sampling
+from training import measure
+from training.rows import Writer
+from training.tokenizer import CHECK_QUESTION
+from training.wording import TARGET
+
+GREEDY = Sampling(temperature=0.0, max_tokens=240)
+PROBLEMS = measure.problems(3, 12, split="local")
+
+
+def settings(path):
+    return EngineSettings(model=str(path), threads=1, max_context=1024, memory_mb=512)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    pair = LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT), DEMO_METHOD)
+    yield pair
+    pair.close()
+
+
+def turns(given):
+    return [{"role": "user", "content": given.question}]
+
+
+def answered(pair, given, mode, sampling=GREEDY, **asked):
+    async def collect():
+        question = Question(prompt_ids(pair.tokenizer, turns(given)), turns(given), sampling, mode, **asked)
+        return [event async for event in pair.pipeline.answer(question)]
+
+    events = asyncio.run(collect())
+    pieces = [event for event in events if isinstance(event, Piece)]
+    ids = [token for piece in pieces for token in piece.ids]
+    assert "".join(piece.text for piece in pieces) == pair.tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(events[-1], Done)
+    return ids, events[-1]
+
+
+def test_the_target_alone_writes_what_generate_writes(pair):
+    peer = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
+    for given in PROBLEMS[:4]:
+        prompt = torch.tensor([prompt_ids(pair.tokenizer, turns(given))])
+        wanted = peer.generate(prompt, do_sample=False, max_new_tokens=240)[0, prompt.shape[1] :].tolist()
+        ids, done = answered(pair, given, "off")
+        assert [*ids, pair.tokenizer.eos_token_id] == wanted and done.finish == "stop"
+
+
+@pytest.mark.parametrize("mode", ["full", "rounds", "progressive"])
+def test_drafts_are_taken_and_the_answers_are_right(pair, mode):
+    writer = Writer(pair.tokenizer, own=TARGET)
+    right = accepted = drafted = 0
+    for given in PROBLEMS:
+        ids, done = answered(pair, given, mode)
+        right += done.finish == "stop" and measure.whole(writer, given, [*ids, writer.end])
+        accepted, drafted = accepted + done.usage.accepted, drafted + done.usage.drafted
+        assert len(ids) == done.usage.accepted + done.usage.written
+    assert right >= len(PROBLEMS) - 1
+    assert accepted > drafted / 2
+
+
+def test_exact_is_the_target_alone_whatever_was_drafted(pair):
+    for seed, given in enumerate(PROBLEMS[:5]):
+        assert answered(pair, given, "exact")[0] == answered(pair, given, "off")[0]
+        sampled = Sampling(temperature=1.0, seed=seed, max_tokens=60)
+        assert answered(pair, given, "exact", sampled)[0] == answered(pair, given, "off", sampled)[0]
+
+
+def test_a_right_prediction_is_taken_whole_and_nothing_is_written(pair):
+    own, _ = answered(pair, PROBLEMS[0], "off")
+    for mode in ("full", "progressive", "rounds", "exact"):
+        ids, done = answered(pair, PROBLEMS[0], mode, prediction=own)
+        assert ids == own and done.usage.accepted == len(own) and done.usage.written == 0
+
+
+def test_log_probabilities_are_the_targets_whoever_wrote(pair):
+    question = Question(prompt_ids(pair.tokenizer, turns(PROBLEMS[0])), sampling=Sampling(temperature=0.0, logprobs=2))
+
+    async def collect():
+        return [e async for e in pair.pipeline.answer(question) if isinstance(e, Piece)]
+
+    pieces = asyncio.run(collect())
+    ids = [token for piece in pieces for token in piece.ids]
+    found = [logprob for piece in pieces for logprob in piece.logprobs]
+    peer = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
+    with torch.inference_mode():
+        logits = peer(torch.tensor([[*question.prompt, *ids]])).logits[0, len(question.prompt) - 1 : -1]
+    wanted = logits.log_softmax(-1)
+    assert len(found) == len(ids) and all(len(logprob.top) == 2 for logprob in found)
+    for row, token, logprob in zip(wanted, ids, found, strict=True):
+        assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert logprob.top[0][1] == pytest.approx(float(row.max()), abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def foreign_draft(tmp_path_factory):
+    """The demo's draft in other tokens: the same vocabulary in another order."""
+    folder = tmp_path_factory.mktemp("foreign")
+    model = AutoModelForCausalLM.from_pretrained(DEMO_DRAFT)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DRAFT)
+    size = len(tokenizer)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))  # old -> new
+    embeddings = model.get_input_embeddings().weight
+    embeddings.data[order] = embeddings.data.clone()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            if isinstance(old := getattr(config, name, None), int):
+                setattr(config, name, int(order[old]))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    written = json.loads((folder / "tokenizer.json").read_text())
+    written["model"]["vocab"] = {word: int(order[k]) for word, k in written["model"]["vocab"].items()}
+    for added in written["added_tokens"]:
+        added["id"] = int(order[added["id"]])
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    return folder
+
+
+def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
+    other = LocalPair(settings(DEMO_TARGET), settings(foreign_draft), DEMO_METHOD)
+    try:
+        assert isinstance(pair.pipeline.drafter, SameTokens) and isinstance(other.pipeline.drafter, OtherTokens)
+        accepted = 0
+        for given in PROBLEMS[:4]:
+            for mode in ("full", "rounds"):
+                ours, theirs = answered(pair, given, mode), answered(other, given, mode)
+                assert ours[0] == theirs[0]
+                accepted += theirs[1].usage.accepted
+        assert accepted > 100
+    finally:
+        other.close()
+
+
+def test_the_demo_is_asked_what_it_was_taught():
+    assert DEMO_METHOD.check_question == CHECK_QUESTION
+
+
+def test_the_command_answers_and_tells_what_happened(capsys):
+    main([QUESTION, "--mode", "full"])
+    answer, figures = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    assert "38 shells" in re.sub(r"[\[\]]", "", answer.splitlines()[-1])
+    assert re.match(r"mode full; accepted \d+ of \d+ drafted tokens in 1 round\(s\); target wrote \d+; draft", figures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "question: must not be empty"),
+        ([QUESTION, "--max-tokens", "0"], "max_tokens: must be at least 1"),
+        ([QUESTION, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
+        ([QUESTION, "--target", "/nowhere"], "/nowhere holds no causal language model"),
+        ([QUESTION * 200], "prompt: is"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["parse", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert message in str(ended.value) and "\n" not in str(ended.value).split("holds no")[0]
