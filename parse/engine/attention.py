@@ -77,11 +77,21 @@ class _Block:
         if self.sees_all and window is None:
             return None
         if window not in self._masks:
-            mask = torch.full((len(self.spans), 1, self.queries, self.keys), torch.finfo(dtype).min, dtype=dtype)
-            for row, span in zip(mask, self.spans, strict=True):
-                row[0, :, : span.last].masked_fill_(torch.from_numpy(span.visible(window)), 0.0)
+            hidden = ~self._visible(window)
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
             self._masks[window] = mask.repeat(1, 1, groups, 1)
         return self._masks[window]
+
+    def _visible(self, window: int | None) -> Tensor:
+        """[spans, 1, queries, keys]"""
+        if self.queries > 1 or not self.spans[0].causal:
+            (span,) = self.spans
+            return torch.from_numpy(span.visible(window))[None, None]
+        key, last = torch.arange(self.keys), torch.tensor([span.last for span in self.spans])[:, None]
+        visible = key < last
+        if window is not None:
+            visible &= key >= last - window
+        return visible[:, None, None]
 
 
 def row_attention(memory: Memory, spans: Sequence[Span]) -> "RowAttention":
@@ -140,6 +150,8 @@ def _side_by_side(spans: Sequence[Span]) -> list[list[Span]]:
         if (
             before is not None
             and len(span) == len(before) == 1
+            and span.causal
+            and before.causal
             and span.context.pages[0] == before.context.pages[0] + 1
         ):
             together[-1].append(span)
