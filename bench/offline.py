@@ -1,7 +1,8 @@
 """PARSE in every mode against its peers, on the same problems in one run, one answer at a time.
 
     python -m bench.offline --problems 100 --seed 5 --json - --plot offline.svg
-    python -m bench.offline --engine --json -
+    python -m bench.offline --engine
+    python -m bench.offline --adversary --problems 200
 
 Contenders take turns on every problem, so that a change of the machine's pace falls on all of them; each answer starts
 from empty caches. Speed-ups are ratios of tokens per second to the target alone on this engine (`off`). The ideal
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import throughput
+from bench import adversary, throughput
 from bench.contenders import Answer, Contender, contenders
 from parse.prompts import prompt_ids
 from training import measure
@@ -150,12 +151,16 @@ def main() -> None:
     parser.add_argument("--json", help="where the figures go; - for standard output")
     parser.add_argument("--plot", type=Path, help="a picture of the speed-ups")
     parser.add_argument("--engine", action="store_true", help="measure decoding, prompts and verification alone")
+    parser.add_argument("--adversary", action="store_true", help="measure mode auto where every draft is wrong")
     args = parser.parse_args()
     if args.problems < 1:
         parser.error("--problems: at least 1")
     if args.engine:
         result = throughput.run(args.threads)
         shown = throughput.table(result)
+    elif args.adversary:
+        result = adversary.run(args.problems, args.seed, args.models, args.threads)
+        shown = adversary.table(result)
     else:
         result = run(args.problems, args.seed, args.models, args.threads)
         shown = table(result)

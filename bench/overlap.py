@@ -91,7 +91,7 @@ class RemoteDrafter:
 
     def _receive(self) -> tuple[int, Tokens] | None:
         try:
-            return self._pipe.recv()  # type: ignore[no-any-return]
+            return self._pipe.recv()
         except (EOFError, OSError):
             return None
 

@@ -1,16 +1,20 @@
 """The engine by itself: decoding, prompts and verification, against the library's own ways of doing them."""
 
 import asyncio
+import os
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 
 from parse.config import EngineSettings
+from parse.engine.model import Model
 from parse.engine.service import ModelService
 from parse.prompts import Check
 from parse.tree import probes
@@ -40,6 +44,7 @@ def run(threads: int) -> dict[str, Any]:
             "decode": {str(batch): decoding(service, peer, batch) for batch in BATCHES},
             "prompts": {str(batch): reading(service, peer, batch) for batch in BATCHES},
             "verification": verification(service, peer),
+            "memory": memory(),
         }
     finally:
         service.close()
@@ -151,6 +156,46 @@ def verification(service: ModelService, peer: PreTrainedModel) -> dict[str, floa
     }
 
 
+def memory() -> dict[str, float]:
+    """Resident memory after the first thousand short requests, and after ten thousand."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    model = Model(AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(MODELS / "demo-target"))
+    service = ModelService(EngineSettings(model="random", memory_mb=64, max_context=256), model)
+
+    async def requests(first: int, count: int) -> None:
+        places = asyncio.Semaphore(32)
+
+        async def one(seed: int) -> None:
+            async with places:
+                draw = random.Random(seed)
+                prompt = [draw.randrange(512) for _ in range(draw.randint(4, 40))]
+                await _drain(service, prompt, Sampling(seed=seed, max_tokens=4, ignore_eos=True))
+
+        await asyncio.gather(*(one(seed) for seed in range(first, first + count)))
+
+    try:
+        asyncio.run(requests(0, 1000))
+        before = resident_mb()
+        for thousand in range(1, 10):
+            asyncio.run(requests(1000 * thousand, 1000))
+        return {"after_1000_mb": before, "after_10000_mb": resident_mb()}
+    finally:
+        service.close()
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 def texts(count: int, length: int, seed: int) -> list[list[int]]:
     draw = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = torch.randint(10, VOCABULARY, (count, length), generator=draw).tolist()
@@ -208,5 +253,9 @@ def table(result: Mapping[str, Any]) -> str:
     lines.append(
         f"{CUTS} cached prefixes: {v['packed_ms']:.0f} ms, {v['in_decode_steps']:.1f} decode steps; one by one "
         f"{v['naive_ms']:.0f} ms, {v['cheaper_than_naive']:.0f} times; under a dense mask {v['dense_mask_ms']:.0f} ms"
+    )
+    m = result["memory"]
+    lines.append(
+        f"10,000 short requests: {m['after_1000_mb']:.0f} MB after 1,000, {m['after_10000_mb']:.0f} MB at the end"
     )
     return "\n".join(lines)

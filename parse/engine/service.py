@@ -23,10 +23,13 @@ PROBE_ROOM = 1024  # tokens beyond the longest context, for the probes hung on i
 class ModelService:
     """One model, many callers. Every call stands alone: what calls share they find in the cache."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, model: Model | None = None) -> None:
+        """Loads the model that the settings name, unless it is given."""
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.model = Model.load(settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8)
+        self.model = model or Model.load(
+            settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8
+        )
         self.max_context = min(settings.max_context, self.model.longest)
         capacity = self.max_context + PROBE_ROOM
         tokens = settings.memory_mb * 2**20 // self.model.bytes_per_token

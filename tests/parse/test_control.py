@@ -1,5 +1,7 @@
 """When drafting is switched off, and on again: from the figures alone."""
 
+import pytest
+
 from parse.control import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, Control, Outcome
 
 GOOD = Outcome(drafted=100, accepted=80, written=20, total_s=0.3, write_s=0.2)  # alone it would have taken 1 s
@@ -21,7 +23,7 @@ def asked(control, count, outcome):
 def test_drafting_that_pays_goes_on():
     control = Control()
     assert asked(control, 100, GOOD) == 100
-    assert abs(control.gain - 0.7) < 0.01  # (80 tokens at 10 ms - 0.1 s) / 1 s
+    assert control.gain == pytest.approx(0.7, abs=0.01)  # (80 tokens at 10 ms - 0.1 s) / 1 s
 
 
 def test_drafting_that_does_not_pay_is_tried_ever_more_seldom():

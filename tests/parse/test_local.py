@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_log_probabilities_are_the_targets_whoever_wrote(pair):
     pieces = asyncio.run(collect())
     ids = [token for piece in pieces for token in piece.ids]
     found = [logprob for piece in pieces for logprob in piece.logprobs]
-    peer = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
+    peer: Any = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
     with torch.inference_mode():
         logits = peer(torch.tensor([[*question.prompt, *ids]])).logits[0, len(question.prompt) - 1 : -1]
     wanted = logits.log_softmax(-1)

@@ -200,7 +200,7 @@ def test_progressive_judges_what_is_there_while_the_rest_is_written(make):
             yield Tokens(tuple(RIGHT[12:]), finish="stop")
 
     async def collect():
-        ids = []
+        ids: list[int] = []
         async for event in make(Target(), Waiting([]), window=8).answer(
             Question(PROMPT, sampling=GREEDY, mode="progressive")
         ):
