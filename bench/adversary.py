@@ -43,7 +43,7 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
     )
     pair = LocalPair(target, draft, DEMO_METHOD)
     assert pair.pipeline.drafter is not None
-    pair.pipeline.drafter = Spoiler(pair.pipeline.drafter, wrong=pair.tokenizer.encode("?")[0])
+    pair.pipeline.drafter = Spoiler(pair.pipeline.drafter, wrong=pair.tokenizer.encode(" 98")[0])
     auto, off = Ours(pair, "auto"), Ours(pair, "off")
     prompts = [
         prompt_ids(pair.tokenizer, [{"role": "user", "content": problem.question}])
