@@ -60,9 +60,10 @@ class TextStream:
         if not self._stop:
             return text
         text = self._held + text
-        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        # The first to be complete, wherever the tokens' borders lie, and of those the first to begin.
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            at, self.stopped = min(found)
+            _, at, self.stopped = min(found)
             self._held = ""
             return text[:at]
         keep = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

@@ -217,6 +217,16 @@ def test_full_pages_are_shared_and_only_the_last_is_copied():
     assert cache.free_pages == 12 - 5 - 2
 
 
+def test_where_a_text_must_go_to_make_room_what_others_hold_of_it_stays():
+    cache = Cache(6, 16, lambda *_: None)
+    long, _ = served(cache, STEMS[0][:64])
+    other = begun(cache, STEMS[0][:17] + STEMS[1][:5])
+    assert other.pages[0] == long.pages[0]
+    last = begun(cache, STEMS[0][:18] + STEMS[2][:60])
+    assert (last.pages[0], last.computed) == (other.pages[0], 16)
+    assert (long.pages, cache.free_pages, cache.evictions) == ([], 0, 1)
+
+
 def test_who_was_used_longest_ago_goes_first():
     cache = Cache(3, 96, lambda *_: None)
     contexts = [served(cache, stem)[0] for stem in STEMS]
