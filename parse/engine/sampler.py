@@ -13,6 +13,8 @@ from torch import Tensor
 
 from parse.types import Logprob, Sampling
 
+COLDEST = 1e-30  # as good as greedy; in single precision much less would be zero
+
 
 class Sampler:
     """Keeps count of the tokens so far, as far as penalties need it."""
@@ -62,7 +64,8 @@ class Sampler:
     def _probabilities(self, logits: Tensor) -> Tensor:
         """After temperature, then top-k, then top-p, then min-p."""
         s = self.sampling
-        logits = logits / s.temperature
+        # The likeliest at zero, so that however small the temperature, nothing grows beyond all numbers.
+        logits = (logits - logits.max()) / max(s.temperature, COLDEST)
         if 0 < s.top_k < len(logits):
             logits = logits.masked_fill(logits < logits.topk(s.top_k).values[-1], -torch.inf)
         likely = logits.softmax(-1)

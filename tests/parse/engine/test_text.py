@@ -116,3 +116,16 @@ def test_special_tokens_are_no_text():
     for special in BYTES.all_special_ids:
         ids.insert(rng.randint(0, len(ids)), special)
     assert said(BYTES, [ids], ["<|end|>"]) == ("a few words", None)
+
+
+def test_a_long_text_costs_no_more_per_token_than_a_short_one(monkeypatch):
+    decoded = []
+    decode = BYTES.decode
+
+    def counting(ids, **how):
+        decoded.append(len(ids))
+        return decode(ids, **how)
+
+    monkeypatch.setattr(BYTES, "decode", counting)
+    TextStream(BYTES, ["never"]).add(BYTES.encode("Some words and an emoji 🎉, again and again. " * 20))
+    assert max(decoded) < 12
