@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parse.types import Logprob, Sampling
 
-COLDEST = 1e-30  # as good as greedy; in single precision much less would be zero
+COLDEST = 1e-30  # a temperature as good as zero; divided by much less, logits are no numbers any more
 
 
 class Sampler:
@@ -64,8 +64,7 @@ class Sampler:
     def _probabilities(self, logits: Tensor) -> Tensor:
         """After temperature, then top-k, then top-p, then min-p."""
         s = self.sampling
-        # The likeliest at zero, so that however small the temperature, nothing grows beyond all numbers.
-        logits = (logits - logits.max()) / max(s.temperature, COLDEST)
+        logits = logits / max(s.temperature, COLDEST)
         if 0 < s.top_k < len(logits):
             logits = logits.masked_fill(logits < logits.topk(s.top_k).values[-1], -torch.inf)
         likely = logits.softmax(-1)

@@ -110,11 +110,15 @@ def test_the_smallest_temperatures_are_as_good_as_greedy(temperature):
     assert all(Sampler(Sampling(temperature=temperature, seed=seed), [], []).choose(logits) == 1 for seed in range(50))
 
 
-def test_what_cannot_come_never_does():
+def test_what_cannot_come_never_does(monkeypatch):
     logits = torch.full((1000,), -torch.inf)
     logits[[10, 500]] = 0.0
     chosen = {Sampler(Sampling(seed=seed), [], []).choose(logits) for seed in range(200)}
     assert chosen == {10, 500}
+    assert {Sampler(Sampling(seed=s, top_k=1), [], []).choose(torch.tensor([0.0, 0.1])) for s in range(50)} == {1}
+    for drawn, least_or_most in ((0.0, 10), (1 - 2**-53, 500)):
+        monkeypatch.setattr("parse.engine.sampler.uniform", lambda *_, drawn=drawn: drawn)
+        assert Sampler(Sampling(), [], []).choose(logits) == least_or_most
 
 
 def test_equals_share():
