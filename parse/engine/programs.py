@@ -92,6 +92,7 @@ def generate(
             emit(Tokens(tuple(written), tuple(logprobs), finish, accepted))
             written, logprobs, accepted = [], [], 0
         if finish:
+            yield Ask((), read=(), keep=place + 1)  # the next turn will begin with it
             return
         keep, run = place + 1, [token]
 
