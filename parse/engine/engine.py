@@ -149,7 +149,7 @@ class Engine:
         )
 
     def _work(self) -> None:
-        error: BaseException = EngineStopped("the engine was shut down")
+        error = EngineStopped("the engine was shut down")
         try:
             with torch.inference_mode():
                 while not self._stopped:
@@ -160,7 +160,7 @@ class Engine:
         except BaseException as fault:
             logger.exception("the engine's thread died")
             self._stopped = True
-            error = fault
+            error = EngineStopped(f"the engine broke down: {fault!r}")
         for job in [*self._running, *self._waiting]:
             self._finish(job, error)
         self._refuse_rest()

@@ -83,33 +83,9 @@ def test_packed_requests_get_what_each_would_alone(requests, shape, window, scal
         torch.testing.assert_close(torch.cat(parts), torch.stack(wanted), atol=1e-5, rtol=1e-5)
 
 
-def test_memory_that_nobody_wrote_to_holds_numbers():
-    """For what a longer neighbour's length makes a row read beyond its own end is masked, not left out."""
-    for _ in range(20):
-        recycled = torch.full((1 << 16,), torch.nan)
-        del recycled
-        memory = Memory(pages=2, page_size=1 << 10)
-        memory.write(LAYER, torch.tensor([5]), torch.ones(1, 4, 8), torch.ones(1, 4, 8))
-        assert memory.keys[LAYER].sum() == memory.values[LAYER].sum() == 32
-        assert memory.keys[LAYER].shape == (1 << 11, 4, 8)
-
-
 @pytest.mark.parametrize("given", [dict(softcap=30.0), dict(s_aux=torch.zeros(4))])
 def test_scores_that_are_changed_on_their_way_are_refused(given):
     with pytest.raises(UnsupportedModel, match="capped scores or sinks"):
         zeros = torch.zeros(1, 1, 1, 4)
         step = RowAttention(Memory(pages=1, page_size=1), [], torch.tensor([]))
         step_attention(torch.nn.Module(), zeros, zeros, zeros, None, step=step, **given)
-
-
-def test_memory_copies_the_beginning_of_a_page_in_every_layer():
-    memory = Memory(pages=3, page_size=4)
-    for layer in (0, 5):
-        rows = torch.arange(12.0).view(12, 1, 1) + 100 * layer
-        memory.write(layer, torch.arange(12), rows, -rows)
-    memory.copy(0, 2, 3)
-    for layer in (0, 5):
-        wanted = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 11.0]) + 100 * layer
-        assert torch.equal(memory.keys[layer].flatten(), wanted)
-        assert torch.equal(memory.values[layer].flatten(), -wanted)
-    assert memory.bytes == 2 * 2 * 12 * 4

@@ -260,6 +260,7 @@ def test_the_drafts_log_probabilities_come_with_the_verdict():
     trunk = [5, 0, 3, 3, 7]
     verdict, runs = verdicts([0.5, 0.6], [2, 4], trunk=trunk, top=2)
     assert runs == [[2, 4]]
+    assert verdicts([0.5, 0.6], [2, 4], trunk=trunk, top=2, most=3)[1] == [[2], [4]]
     assert len(verdict.logprobs) == 4
     for last, token, got in zip(trunk, trunk[1:], verdict.logprobs, strict=False):
         chances = TABLE[last].double().softmax(-1)
