@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -74,22 +75,28 @@ class ModelService:
         """P(correct) of the first c tokens of the draft as an answer to the prompt, for each cut c.
 
         With `full`, the last cut asks about a full answer, and if that passes nothing else is asked; with `prefix`,
-        nothing beyond a prefix that does not pass.
+        nothing beyond a prefix that does not pass; nor where the question would reach beyond the positions the model
+        knows.
         """
         self._check_ids("prompt", prompt)
         self._check_ids("draft", draft)
+        self._check_ids("check", (*check.suffix, *check.correct, *check.incorrect))
+        if not (check.suffix and check.correct and check.incorrect):
+            raise RequestError("check", "must hold a question and both its answers")
+        self._check_length("prompt", len(prompt))
         self._check_length("draft", len(prompt) + len(draft))
         if list(cuts) != sorted(set(cuts)) or (cuts and not 0 < cuts[0] <= cuts[-1] <= len(draft)):
             raise RequestError("cuts", f"must ascend within 1..{len(draft)}, the length of the draft, got {list(cuts)}")
+        fitting = [cut for cut in cuts if len(prompt) + cut + len(check.suffix) <= self.model.longest]
         judged: list[Judged] = []
         tokens = [*prompt, *draft[: cuts[-1] if cuts else 0]]
         # With log-probabilities the draft is run as a tree, whose logits can be asked for, else as context.
         trunk = tokens[len(prompt) - 1 :] if logprobs is not None else ()
         program = judge(
             len(prompt),
-            cuts,
+            fitting,
             check,
-            full=full if cuts else None,
+            full=full if fitting and fitting[-1] == cuts[-1] else None,
             prefix=prefix,
             at_once=self.model.device.type != "cpu",
             most=PROBE_ROOM,
@@ -100,7 +107,8 @@ class ModelService:
         context = tokens[: len(tokens) - len(trunk)]
         nodes = max(len(check.suffix), min(PROBE_ROOM, len(cuts) * len(check.suffix)))
         await self._run(context, program, room=len(trunk) + nodes)
-        return judged[0]
+        (verdict,) = judged
+        return replace(verdict, correct=(*verdict.correct, *[None] * (len(cuts) - len(fitting))))
 
     async def generate(
         self,
@@ -129,6 +137,8 @@ class ModelService:
         if sampling.stop:
             text = TextStream(self.model.tokenizer, sampling.stop)
             text.add(output)
+            if text.stopped is not None:
+                raise RequestError("output", f"holds the stop string {text.stopped!r} already")
         mailbox = _Mailbox(asyncio.get_running_loop())
         program = generate(
             prompt,
