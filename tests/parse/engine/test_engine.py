@@ -48,9 +48,11 @@ def right(reference, context, tokens, logits):
 
 
 def settled(engine):
-    """What the engine holds once nothing is going on."""
-    for _ in range(1000):
-        if not (engine.load.running or engine.load.waiting):
+    """What the engine holds once nothing runs or waits, seen twice: on the way a request is nowhere for a moment."""
+    quiet = 0
+    for _ in range(2000):
+        quiet = 0 if engine.load.running or engine.load.waiting else quiet + 1
+        if quiet == 2:
             return engine.load
         time.sleep(0.01)
     raise AssertionError("the engine does not come to rest")
@@ -61,17 +63,24 @@ class Stream:
 
     def __init__(self, engine, context, room=90):
         self.steps = 0
-        self.moved = threading.Event()
+        self._moved = threading.Condition()
         self.reply = submit(engine, context, self._program(), room)
 
     def _program(self):
         for step in range(10**6):
             yield Ask([step % POISON], read=(), keep=0)
-            self.steps += 1
-            self.moved.set()
+            with self._moved:
+                self.steps += 1
+                self._moved.notify_all()
+
+    def moves(self, steps):
+        """Waits until it has come that much further."""
+        with self._moved:
+            upto = self.steps + steps
+            assert self._moved.wait_for(lambda: self.steps >= upto, 60)
 
     def running(self):
-        assert self.moved.wait(60)
+        self.moves(1)
         return self
 
 
@@ -106,14 +115,33 @@ def test_no_step_computes_more_than_it_may(model, memory):
     assert len(sizes) == engine.load.steps
 
 
-def test_those_who_come_later_wait_for_their_turn(model):
-    with serving(model, max_running=2) as engine:
-        with paused(engine):
-            replies = [ask(engine, text(seed, 5), *one_by_one(text(seed, 4))) for seed in range(6)]
-        for reply in replies:
-            reply.result()
-        seen = engine.load
-    assert (seen.running, seen.waiting) == (0, 0)
+def test_what_is_asked_for_may_lie_anywhere_in_a_request_that_takes_many_steps(model, reference, memory):
+    context, nodes = text(1, 13), text(2, 20)
+    wanted = plain(reference, [*context, *nodes])[len(context) :]
+    reads = [[0], [19], [3, 4, 5], [0, 7, 19], [], None]
+    with serving(model, step_tokens=5, **memory) as engine:
+        answers = ask(engine, context, *(Ask(nodes, read=read) for read in reads)).result()
+    for read, got in zip(reads, answers, strict=True):
+        torch.testing.assert_close(got, wanted[range(20) if read is None else read], atol=1e-4, rtol=0)
+
+
+def test_those_who_come_later_wait_for_their_turn(model, memory):
+    begun = []
+
+    def late():
+        begun.append(True)
+        yield Ask([1])
+
+    with serving(model, max_running=2, **memory) as engine:
+        streams = [Stream(engine, text(seed, 5)).running() for seed in range(2)]
+        reply = submit(engine, text(3, 5), late(), 1)
+        for stream in streams:
+            stream.moves(5)
+        assert not begun
+        assert (engine.load.running, engine.load.waiting) == (2, 1)
+        engine.cancel(streams[0].reply.job)
+        reply.result()
+        engine.cancel(streams[1].reply.job)
 
 
 def test_whose_text_holds_what_the_model_cannot_compute_fails_alone(model, reference, memory):
@@ -216,6 +244,8 @@ def test_to_stop_ends_all_who_run_wait_or_come(model, memory):
     with serving(model, contexts=2, max_running=2, **memory) as engine:
         streams = [Stream(engine, text(seed, 20)).running() for seed in range(2)]
         waiting = [submit(engine, text(seed, 20), warm()) for seed in range(5)]
+        streams[0].moves(2)  # so that they have been taken in
+        waiting += [submit(engine, text(seed, 20), warm()) for seed in range(5)]
         engine.stop()
         for reply in (*(stream.reply for stream in streams), *waiting):
             assert reply.ended

@@ -68,8 +68,11 @@ def ids(pieces):
 
 
 async def at_rest(service):
+    """Nothing runs or waits, seen twice: on its way from one to the other a request is nowhere for a moment."""
+    quiet = 0
     for _ in range(2000):
-        if not (service.load.running or service.load.waiting):
+        quiet = 0 if service.load.running or service.load.waiting else quiet + 1
+        if quiet == 2:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("somebody is still running")
@@ -330,39 +333,69 @@ def test_the_end_token_ends_the_text_and_is_no_part_of_it(service):
     asyncio.run(all_of_them())
 
 
-def test_to_leave_early_cancels(service):
-    prompt = text(random.Random(7), 20)
+@pytest.fixture
+def slow(path, monkeypatch):
+    """A service of which a step takes a while."""
+    service = ModelService(settings(path, step_tokens=4, max_running=2))
+    forward = service.model.forward
 
-    async def all_of_them():
-        async for piece in service.generate(prompt, (), Sampling(ignore_eos=True)):
+    def slowly(*step):
+        time.sleep(0.01)
+        return forward(*step)
+
+    monkeypatch.setattr(service.model, "forward", slowly)
+    yield service
+    service.close()
+
+
+def test_to_leave_early_cancels(slow):
+    rng = random.Random(7)
+    prompt = text(rng, 3)
+
+    async def leave():
+        async for piece in slow.generate(prompt, (), Sampling(ignore_eos=True)):
             assert piece.finish is None
             break
-        await at_rest(service)
-        stream = service.generate(prompt, (), Sampling(ignore_eos=True))
+
+    async def close():
+        stream = slow.generate(prompt, (), Sampling(ignore_eos=True))
         await anext(stream)
         await stream.aclose()
-        await at_rest(service)
-        for work in (
-            lambda: write(service, prompt, (), Sampling(ignore_eos=True)),
-            lambda: service.judge(prompt, text(random.Random(8), 150), list(range(1, 150)), CHECK),
-            lambda: service.warm(text(random.Random(9), 190)),
+
+    async def run_away(work):
+        task = asyncio.create_task(work)
+        await asyncio.sleep(0)  # it runs up to where it waits for the engine
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def all_of_them():
+        for leaving in (
+            leave(),
+            close(),
+            run_away(write(slow, prompt, (), Sampling(ignore_eos=True))),
+            run_away(slow.judge(prompt, text(rng, 190), [190], CHECK)),
+            run_away(slow.warm(text(rng, 200))),
         ):
-            task = asyncio.create_task(work())
-            await asyncio.sleep(0)  # it runs up to where it waits for the engine
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            await at_rest(service)
-        # Who is cancelled from elsewhere is told.
-        stream = service.generate(prompt, (), Sampling(ignore_eos=True))
+            before = slow.load.steps
+            await leaving
+            await at_rest(slow)
+            assert slow.load.steps - before < 30, "that is what it would have taken to the end"
+
+    asyncio.run(all_of_them())
+
+
+def test_who_is_cancelled_by_somebody_else_is_told(slow):
+    async def cancelled():
+        stream = slow.generate([20], (), Sampling(ignore_eos=True))
         await anext(stream)
-        for job in list(service.engine._running):
-            service.engine.cancel(job)
+        (job,) = slow.engine._running
+        slow.engine.cancel(job)
         with pytest.raises(Cancelled):
             async for _ in stream:
                 pass
 
-    asyncio.run(all_of_them())
+    asyncio.run(cancelled())
 
 
 def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
@@ -378,6 +411,13 @@ def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
         assert ids([first, rest]) == whole
         assert (len(first.logprobs), len(rest.logprobs)) == (len(first.ids), len(rest.ids))
         assert (first.finish, rest.finish) == (None, "length")
+        steps = service.load.steps
+        task = asyncio.create_task(collect(service.generate(prompt, (), sampling, proposal=whole[:25])))
+        await asyncio.sleep(0)
+        while service.load.steps < steps + 15 or service.load.running:
+            time.sleep(0.01)  # nobody reads
+        (piece,) = await task
+        assert (list(piece.ids), piece.accepted, len(piece.logprobs)) == (whole, 25, 40)
 
     asyncio.run(all_of_them())
 
@@ -499,24 +539,15 @@ def test_each_call_begins_where_the_one_before_left_off(path):
         service.close()
 
 
-def test_to_close_ends_all_streams(path, monkeypatch):
-    service = ModelService(settings(path, max_running=2))
-    forward = service.model.forward
-
-    def slowly(*step):
-        time.sleep(0.01)
-        return forward(*step)
-
-    monkeypatch.setattr(service.model, "forward", slowly)
-
+def test_to_close_ends_all_streams(slow):
     async def all_of_them():
-        streams = [service.generate([20 + n] * 9, (), Sampling(ignore_eos=True)) for n in range(5)]
+        streams = [slow.generate([20 + n] * 9, (), Sampling(ignore_eos=True)) for n in range(5)]
         tasks = [asyncio.create_task(collect(stream)) for stream in streams]
         await asyncio.sleep(0)
-        service.close()
+        slow.close()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {EngineStopped}
-        for call in (service.warm([1]), write(service, [1]), service.judge([1], [1], [1], CHECK)):
+        for call in (slow.warm([1]), write(slow, [1]), slow.judge([1], [1], [1], CHECK)):
             with pytest.raises(EngineStopped):
                 await call
 
