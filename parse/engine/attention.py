@@ -42,16 +42,19 @@ def step_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: Attention,
+    step: Attention | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
+    if step is None:
+        raise UnsupportedModel(f"{type(module).__name__}: its model keeps the forward's arguments from it")
     if softcap is not None or s_aux is not None:
-        raise UnsupportedModel("attention with capped scores or sinks is not supported")
-    return step.attend(module.layer_idx, query, key, value, scaling, sliding_window), None  # type: ignore[arg-type]
+        raise UnsupportedModel(f"{type(module).__name__}: capped scores and sinks are not supported")
+    out = step.attend(module.layer_idx, query, key, value, scaling, sliding_window)  # type: ignore[arg-type]
+    return out.contiguous(), None  # some models take a view of it
 
 
 AttentionInterface.register(STEP_ATTENTION, step_attention)
@@ -68,7 +71,7 @@ class _Block:
         self.keys = max(span.last for span in spans)
         # Nothing is hidden from a single last token, unless its neighbours' rows are longer.
         self.sees_all = self.queries == 1 and all(s.last == self.keys and s.causal for s in spans)
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple[int | None, int], Tensor] = {}  # layers may differ in both
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
         """[spans, 1, groups * queries, keys], additive."""
@@ -76,11 +79,11 @@ class _Block:
             window = None
         if self.sees_all and window is None:
             return None
-        if window not in self._masks:
+        if (window, groups) not in self._masks:
             hidden = ~self._visible(window)
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
-            self._masks[window] = mask.repeat(1, 1, groups, 1)
-        return self._masks[window]
+            self._masks[window, groups] = mask.repeat(1, 1, groups, 1)
+        return self._masks[window, groups]
 
     def _visible(self, window: int | None) -> Tensor:
         """[spans, 1, queries, keys]"""

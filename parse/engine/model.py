@@ -98,7 +98,7 @@ class Model:
         wanted = torch.cat([out.logits[0, -len(suffix) :].float() for out in alone])
         self._attend_with(STEP_ATTENTION)
         apart = float((got - wanted).abs().max())
-        allowed = TOLERANCE[self.network.dtype] * max(1.0, float(wanted.abs().max()))
+        allowed = TOLERANCE[self.network.dtype] * float(wanted.abs().max())
         if not apart <= allowed:
             raise UnsupportedModel(
                 f"{self.name} ({self.network.config.model_type}) does not compute the same packed as alone: logits "

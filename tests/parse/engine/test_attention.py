@@ -83,9 +83,28 @@ def test_packed_requests_get_what_each_would_alone(requests, shape, window, scal
         torch.testing.assert_close(torch.cat(parts), torch.stack(wanted), atol=1e-5, rtol=1e-5)
 
 
+def test_layers_of_a_model_may_differ_in_their_heads():
+    """One step serves them all, whatever it keeps from layer to layer."""
+    context, size = Context(list(range(5))), 9
+    context.pages = [0]
+    memory = Memory(pages=1, page_size=20)
+    span = Span(context, probes([2, 5], [1, 2]), 0, size)
+    attention = RowAttention(memory, [span], torch.arange(size))
+    for layer, (heads, key_heads, window) in enumerate([(4, 4, None), (4, 2, 50), (8, 1, 3), (4, 4, 3), (6, 3, None)]):
+        query, key, value = (torch.randn(1, n, size, 8) for n in (heads, key_heads, key_heads))
+        module = torch.nn.Module()
+        module.layer_idx = layer  # type: ignore[assignment]
+        out, _ = step_attention(module, query, key, value, None, step=attention, sliding_window=window)
+        assert out.is_contiguous()
+        visible = torch.from_numpy(span.visible(window))
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        wanted = [naive(rows[0][i], rows[1], rows[2], visible[i], 8**-0.5) for i in range(size)]
+        torch.testing.assert_close(out[0], torch.stack(wanted), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("given", [dict(softcap=30.0), dict(s_aux=torch.zeros(4))])
 def test_scores_that_are_changed_on_their_way_are_refused(given):
-    with pytest.raises(UnsupportedModel, match="capped scores or sinks"):
+    with pytest.raises(UnsupportedModel, match="capped scores and sinks"):
         zeros = torch.zeros(1, 1, 1, 4)
         step = RowAttention(Memory(pages=1, page_size=1), [], torch.tensor([]))
         step_attention(torch.nn.Module(), zeros, zeros, zeros, None, step=step, **given)

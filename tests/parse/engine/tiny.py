@@ -50,6 +50,16 @@ SERVED: dict[str, dict[str, Any]] = {
         query_pre_attn_scalar=8,
     )
     | _HEADS,
+    "gemma4_text": dict(
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,  # layers that read what others wrote
+        num_global_key_value_heads=1,
+        global_head_dim=16,
+        attention_k_eq_v=True,
+    )
+    | _HEADS,
     "phi3": {},
     "olmo2": {},
     "deepseek_v3": dict(
@@ -65,6 +75,7 @@ SERVED: dict[str, dict[str, Any]] = {
         topk_group=1,
     )
     | _EXPERTS,
+    "afmoe": dict(num_experts=4, num_dense_layers=1, sliding_window=WINDOW) | _HEADS | _EXPERTS,
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
 }
@@ -77,6 +88,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lfm2": (dict(layer_types=["conv", "full_attention"]), "recurrent"),
     "gpt_oss": (dict(num_local_experts=4) | _HEADS, "sinks"),
     "gemma2": (_HEADS, "softcapping"),
+    "nemotron": ({}, "keeps the forward's arguments"),
+    "diffllama": (_HEADS, "does not compute the same"),
     "llama4_text": (dict(intermediate_size_mlp=48, num_local_experts=2) | _HEADS, "chunk"),
 }
 
