@@ -22,8 +22,8 @@ from parse.prompts import TemplateError, prompt_ids
 from parse.types import RequestError, Sampling
 
 EXAMPLE = (
-    "Max has 27 shells. In turn: first loses 3, second finds 8, third breaks 5, fourth gets 4, fifth lends 2, "
-    "sixth wins 9. How many shells now?"
+    "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
+    "sixth Ben 80, seventh Sam 26. Who has the record now?"
 )
 RESET = "\x1b[0m"
 COLOURS = {

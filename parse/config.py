@@ -44,8 +44,8 @@ class MethodSettings(Settings):
     check_question: str = Field(QUESTION, min_length=1, description="What the target is asked about each prefix.")
     correct: str = Field("Correct", min_length=1, description="The answer that accepts.")
     incorrect: str = Field("Incorrect", min_length=1, description="The answer that rejects.")
-    full: float = Field(0.93, ge=0, le=1, description="P(correct) from which a whole draft is accepted.")
-    prefix: float = Field(0.93, ge=0, le=1, description="P(correct) from which a prefix passes.")
+    full: float = Field(Thresholds.full, ge=0, le=1, description="P(correct) from which a whole draft is accepted.")
+    prefix: float = Field(Thresholds.prefix, ge=0, le=1, description="P(correct) from which a prefix passes.")
     rule: Rule = Field(
         "first_failure",
         description="Which prefix is kept: the last before the first that fails, or the longest that passes.",

@@ -40,7 +40,8 @@ kinds: totals that grow and shrink, and a record that stands or falls.
 ## How it was trained
 
 From scratch on generated problems (`make models`): five layers learnt to write and were kept as they
-were; those on top of them learnt to judge, from made-up mistakes of seven kinds and from real drafts of `demo-draft`.
+were while those on top of them learnt to judge, from made-up mistakes of seven kinds and from real drafts of
+`demo-draft`; at last all layers together practised what was still hard, close comparisons and wrong drafts.
 
 ## What it scores
 
@@ -65,7 +66,8 @@ All figures: `figures.json`; measured again by `python -m training.evaluate`.
 ## What it cannot do
 
 Anything else. It knows {words} words, numbers from 0 to 99, questions in exactly the shapes that it was trained on, and
-one question a conversation. Text of another sort is spelled out in bytes that it never learnt to read.
+one question a conversation. Text of another sort is spelled out in bytes that it never learnt to read, and never
+learnt to find wrong: its verdicts mean something on answers in words of its task, and nothing beyond.
 """
 
 DRAFT_CARD = """---

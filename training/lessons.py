@@ -67,12 +67,39 @@ class Recalling(Writing):
         return loss + RECALL_WEIGHT * cross_entropy(recalled, wanted), metrics
 
 
-class Judging(Writing):
+class Deciding(Writing):
+    """Next tokens and verdicts."""
+
+    def __init__(self, model: PreTrainedModel, check: Check) -> None:
+        super().__init__(model)
+        self.check = check
+
+    def forward(self, batch: Batch) -> Lesson:
+        top = _hidden_states(self.model, batch)[-1]
+        writing, metrics = self.writing(top, batch)
+        verdict, judged = self.verdict(top, batch)
+        return writing + VERDICT_WEIGHT * verdict, metrics | judged
+
+    def verdict(self, top: Tensor, batch: Batch) -> Lesson:
+        if not len(batch.verdict):
+            return top.new_zeros(()), {}
+        logits = _logits(self.model, top[batch.verdict_at[:, 0], batch.verdict_at[:, 1]])
+        loss = cross_entropy(logits, batch.verdict)
+        right = batch.verdict == self.check.correct[0]
+        passed = logits[:, self.check.correct[0]] > logits[:, self.check.incorrect[0]]
+        return loss, {
+            "verdict": loss.item(),
+            "right_passed": _share(passed[right]),
+            "wrong_failed": _share(~passed[~right]),
+        }
+
+
+class Judging(Deciding):
     """Next tokens, slips, and verdicts."""
 
     def __init__(self, model: PreTrainedModel, check: Check, base_layers: int) -> None:
-        super().__init__(model)
-        self.check, self.base_layers = check, base_layers
+        super().__init__(model, check)
+        self.base_layers = base_layers
         self.base_norm = deepcopy(cast(nn.Module, model.base_model.norm)).requires_grad_(False)
         layers, width = model.config.num_hidden_layers, model.config.hidden_size
         self.slip_at, self.astray_at = (round(layers * height) for height in (SLIP_AT, ASTRAY_AT))
@@ -84,7 +111,7 @@ class Judging(Writing):
         odd, odd_metrics = self._odd(hidden, batch)
         slip, flagged = self._flag(self.slip, hidden[self.slip_at], batch.slip, SLIP_RARITY)
         astray, lost = self._flag(self.astray, hidden[self.astray_at], batch.astray, 1.0)
-        verdict, judged = self._verdict(hidden[-1], batch)
+        verdict, judged = self.verdict(hidden[-1], batch)
         metrics |= judged | odd_metrics
         metrics |= {
             "slip_found": _share(flagged[batch.slip == 1] > 0),
@@ -111,19 +138,6 @@ class Judging(Writing):
         known = wanted != IGNORED
         weight = scores.new_tensor(rarity)
         return binary_cross_entropy_with_logits(scores[known], wanted[known].float(), pos_weight=weight), scores
-
-    def _verdict(self, top: Tensor, batch: Batch) -> Lesson:
-        if not len(batch.verdict):
-            return top.new_zeros(()), {}
-        logits = _logits(self.model, top[batch.verdict_at[:, 0], batch.verdict_at[:, 1]])
-        loss = cross_entropy(logits, batch.verdict)
-        right = batch.verdict == self.check.correct[0]
-        passed = logits[:, self.check.correct[0]] > logits[:, self.check.incorrect[0]]
-        return loss, {
-            "verdict": loss.item(),
-            "right_passed": _share(passed[right]),
-            "wrong_failed": _share(~passed[~right]),
-        }
 
 
 def _hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:

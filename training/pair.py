@@ -9,7 +9,8 @@
 3. *base*: five layers learn to write. A shallow model gets there in a quarter of the time of a deep one.
 4. *recall*: the base learns to keep each token readable at its top, for the layers to come.
 5. *target*: nine more layers on top of them learn to notice and to judge (training/lessons.py).
-6. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
+6. *polish*: all layers together practise what is still hard.
+7. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
 """
 
 import argparse
@@ -41,10 +42,10 @@ from training import cards, measure
 from training.attention import TREE_ATTENTION
 from training.checkpoints import BrokenModel, load_model
 from training.evaluate import MODELS, figures, load_pair
-from training.lessons import Judging, Recalling, Writing
+from training.lessons import Deciding, Judging, Recalling, Writing
 from training.loop import DamagedCheckpoint, Losses, Schedule, train
 from training.rows import Row, Writer, batch
-from training.task import problem
+from training.task import close_record, problem
 from training.tokenizer import build
 from training.wording import DRAFT, TARGET
 from training.writing import write
@@ -80,10 +81,13 @@ class Recipe:
     base: Schedule = Schedule(steps=1500, rate=4e-3)
     recall: Schedule = Schedule(steps=350, rate=1.5e-3, embeddings=5e-4, decay=0.8)
     target: Schedule = Schedule(steps=2600, rate=3e-3)
+    polish: Schedule = Schedule(steps=500, rate=1e-3, embeddings=2e-4, decay=0.8)
     foreign: float = 0.45  # share of the target's lessons not in its own wording throughout
     mistaken: float = 0.5
     scrambled: float = 0.35
     real_drafts: float = 0.25
+    hard_drafts: float = 0.5  # share of real drafts while polishing
+    close: float = 0.6  # share of hard comparisons among the other problems then
     cuts: int = 6
     probed: float = 0.6  # share of rows that carry probes
     proof_problems: int = 400
@@ -98,6 +102,7 @@ SMOKE = Recipe(
     base=Schedule(steps=6, rate=4e-3, warmup=4),
     recall=Schedule(steps=3, rate=4e-3, warmup=1),
     target=Schedule(steps=6, rate=4e-3, warmup=4),
+    polish=Schedule(steps=3, rate=1e-3, warmup=1),
     proof_problems=6,
 )
 
@@ -273,6 +278,38 @@ def train_target(
     return finished(folder, tokenizer, model, lambda: train(folder, lesson, losses, recipe.target))
 
 
+def polish(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel, drafts: Sequence[Draft], folder: Path
+) -> PreTrainedModel:
+    """All layers together practise what is still hard: close records, and wrong drafts as often as right ones."""
+    writer = Writer(tokenizer, own=TARGET)
+    target.set_attn_implementation(TREE_ATTENTION)
+    lesson = Deciding(target, writer.check)
+    given = [problem("drafts", recipe.seed, index) for index, _ in drafts]
+    right = [measure.whole(writer, g, tokens) for g, (_, tokens) in zip(given, drafts, strict=True)]
+    by_verdict = [[k for k, r in enumerate(right) if r is wanted] for wanted in (True, False)]
+
+    def row(rng: random.Random) -> Row:
+        if rng.random() < recipe.hard_drafts:
+            k = rng.choice(rng.choice([verdict for verdict in by_verdict if verdict]))
+            return writer.drafted(given[k], drafts[k][1], rng, recipe.cuts)
+        draw = close_record if rng.random() < recipe.close else problem
+        posed = draw("polish", recipe.seed, rng.randrange(ENDLESS))
+        cuts = recipe.cuts if rng.random() < recipe.probed else 0
+        return writer.written(posed, rng, foreign=recipe.foreign, mistaken=recipe.mistaken, cuts=cuts)
+
+    losses = lessons(row, writer, lesson, recipe, "polish")
+    before = {name: weight.detach().clone() for name, weight in target.named_parameters()}
+
+    def practise() -> None:
+        train(folder, lesson, losses, recipe.polish)
+        # Practice alone costs the target some of its own answers; halfway, it writes and judges best.
+        for name, weight in target.named_parameters():
+            weight.data.lerp_(before[name], 0.5)
+
+    return finished(folder, tokenizer, target, practise)
+
+
 def grown(base: PreTrainedModel, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A deeper model that starts out saying what `base` says: its layers below, new ones on top that say little yet.
 
@@ -349,7 +386,8 @@ def make(recipe: Recipe, runs: Path, models: Path, *, force: bool) -> bool:
     drafts = collect_drafts(recipe, draft, Writer(tokenizer, own=DRAFT), runs / "drafts.jsonl")
     base = train_base(recipe, tokenizer, runs / "base")
     recalling = teach_recall(recipe, tokenizer, base, runs / "recall")
-    target = train_target(recipe, tokenizer, recalling, drafts, runs / "target")
+    judging = train_target(recipe, tokenizer, recalling, drafts, runs / "target")
+    target = polish(recipe, tokenizer, judging, drafts, runs / "polish")
     for name, model in zip(NAMES, (target, draft), strict=True):
         save(model, tokenizer, runs / "pair" / name)
     return prove(recipe, runs / "pair", models, force=force)

@@ -166,6 +166,22 @@ class Record:
         return cls((names[0], first), tuple(zip(names[1:], scores, strict=True)))
 
     @classmethod
+    def draw_close(cls, rng: random.Random) -> "Record":
+        """Most scores within a few points of the record they are held against: the comparisons that are hard."""
+        count = rng.randint(6, 12)
+        names = rng.sample(NAMES, count + 1)
+        record = first = rng.randint(5, LARGEST - 5)
+        scores: list[int] = []
+        for _ in range(count):
+            near = [record + apart for apart in (-3, -2, -1, 1, 2, 3) if 1 <= record + apart <= LARGEST]
+            free = [score for score in near if score != first and score not in scores]
+            if rng.random() < 0.3 or not free:
+                free = [score for score in range(1, LARGEST + 1) if score != first and score not in scores]
+            scores.append(rng.choice(free))
+            record = max(record, scores[-1])
+        return cls((names[0], first), tuple(zip(names[1:], scores, strict=True)))
+
+    @classmethod
     def read(cls, question: str) -> "Record | None":
         shape = re.fullmatch(r"(\w+) has the record with (\d+)\. In turn: (.+)\. Who has the record now\?", question)
         if not shape:
@@ -185,6 +201,11 @@ def problem(split: str, seed: int, index: int) -> Problem:
     """Problem `index` of a seeded, endless sequence; sequences of different splits never share their draws."""
     rng = random.Random(f"{split}/{seed}/{index}")
     return FAMILIES[index % len(FAMILIES)].draw(rng)
+
+
+def close_record(split: str, seed: int, index: int) -> Problem:
+    """As `problem`, only records whose comparisons are hard."""
+    return Record.draw_close(random.Random(f"close {split}/{seed}/{index}"))
 
 
 def read(question: str) -> Problem:

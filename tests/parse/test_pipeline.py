@@ -102,7 +102,7 @@ def test_a_right_draft_is_the_answer_and_the_target_writes_nothing(make):
     ids, pieces, verdicts, done = answered(make(target, drafter), "full")
     assert ids == RIGHT and {piece.origin for piece in pieces} == {"draft"}
     assert [call[0] for call in target.calls] == ["warm", "judge"]
-    assert target.calls[1] == ("judge", PROMPT, tuple(RIGHT), (4, 8, 12, 16, 20), 0.93)
+    assert target.calls[1] == ("judge", PROMPT, tuple(RIGHT), (4, 8, 12, 16, 20), Thresholds().full)
     assert [(v.kept, v.rejected) for v in verdicts] == [(20, "")]
     assert done.finish == "stop"
     assert (done.usage.drafted, done.usage.accepted, done.usage.written, done.usage.boundary) == (20, 20, 0, 20)
@@ -228,7 +228,7 @@ def test_progressive_asks_each_cut_once_and_the_full_answer_last(make):
     ids, _, _, done = answered(make(target, Scripted([RIGHT]), window=8), "progressive")
     cuts = [cut for call in target.calls if call[0] == "judge" for cut in call[3]]
     assert ids == RIGHT and cuts == [4, 8, 12, 16, 20] and done.finish == "stop"
-    assert target.calls[-1][4] == 0.93
+    assert target.calls[-1][4] == Thresholds().full
 
 
 def test_rounds_hands_the_pen_back_after_a_correction(make):
