@@ -1,6 +1,7 @@
 """A model as the rest of the system calls it: warm, generate and judge, from coroutines, over an engine of its own."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from parse.prompts import Check
 from parse.types import Judged, RequestError, Sampling, Tokens
 
 PLAIN = Sampling()
+QUIET_S = 0.01  # nobody reads faster
 PROBE_ROOM = 1024  # tokens beyond the longest context, for the probes hung on it
 
 
@@ -180,18 +182,25 @@ class ModelService:
 
 
 class _Mailbox:
-    """Takes pieces in the engine's thread, and hands them over to a coroutine, all that have gathered at once."""
+    """Takes pieces in the engine's thread, and hands them over to a coroutine, all that have gathered at once.
+
+    To wake the coroutine costs the engine's thread a good part of a small model's step, so it is done for the first
+    piece, for the last, and at most every `QUIET_S` in between.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._pieces: deque[Tokens] = deque()
         self._arrived = asyncio.Event()
         self._called = self._ended = False
+        self._last_call = 0.0
         self._error: BaseException | None = None
 
     def put(self, tokens: Tokens) -> None:
         self._pieces.append(tokens)
-        self._call()
+        if (now := time.monotonic()) - self._last_call >= QUIET_S:
+            self._last_call = now
+            self._call()
 
     def end(self, error: BaseException | None) -> None:
         self._error, self._ended = error, True

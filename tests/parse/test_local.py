@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def foreign_draft(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DRAFT)
     size = len(tokenizer)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))  # old -> new
-    embeddings = model.get_input_embeddings().weight
+    embeddings: Any = model.get_input_embeddings().weight
     embeddings.data[order] = embeddings.data.clone()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for config in (model.config, model.generation_config):
