@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from parse.__main__ import EXAMPLE as QUESTION
 from parse.probes import DEFAULT_STRIDE
 from parse.tree import chain, probe_ends, probed
 from parse.verdict import Thresholds
@@ -48,16 +49,16 @@ for name in ("demo-target", "demo-draft"):
     folder = "{MODELS.as_posix()}/" + name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    asked = "Max has 20 nuts. In turn: first loses 3, second finds 8. How many nuts now?"
+    asked = "{QUESTION}"
     inputs = tokenizer.apply_chat_template(
         [{{"role": "user", "content": asked}}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**inputs, max_new_tokens=60, do_sample=False)
+    out = model.generate(**inputs, max_new_tokens=200, do_sample=False)
     print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 assert not [name for name in sys.modules if name.split(".")[0] in ("parse", "training")]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    assert "25" in done.stdout
+    assert "80" in done.stdout.splitlines()[-1]
 
 
 def test_both_together_are_small():
@@ -122,7 +123,7 @@ def loss(model, writer, drafts):
 def test_leaving_out_any_layer_harms_the_model(pair, drafts, name, own):
     model, writer = getattr(pair, name), Writer(pair.tokenizer, own=own)
     whole = loss(model, writer, drafts[:60])
-    for layer in model.model.layers:
+    for layer in model.get_decoder().layers:
         skipped = layer.register_forward_hook(lambda _module, inputs, _output: inputs[0])
         assert loss(model, writer, drafts[:60]) > whole
         skipped.remove()

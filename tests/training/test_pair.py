@@ -3,10 +3,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from training import pair
 from training.checkpoints import BrokenModel, load_model
-from training.loop import DamagedCheckpoint
+from training.loop import DamagedCheckpoint, load_checkpoint
 from training.pair import SMOKE, make, target_config
 from training.tokenizer import build
 
@@ -53,10 +54,19 @@ def test_the_grown_target_starts_out_as_its_base(made, tokenizer):
 
 def test_learning_to_judge_leaves_the_base_as_it_was(made):
     base = load_model(made / "runs" / "recall" / "finished").state_dict()
-    target = load_model(made / "models" / "demo-target").state_dict()
+    target = load_model(made / "runs" / "target" / "finished").state_dict()
     assert all((target[name] == base[name]).all() for name in base if name != "model.norm.weight")
     above = "model.layers.13.mlp.down_proj.weight"
     assert (target[above] != pair.fresh(target_config(build()), SMOKE.seed).state_dict()[above]).any()
+
+
+def test_the_polished_target_stands_halfway_between_before_and_after_practice(made):
+    before = load_model(made / "runs" / "target" / "finished").state_dict()
+    practised = load_checkpoint(made / "runs" / "polish" / "state.pt")["model"]
+    polished = load_model(made / "models" / "demo-target").state_dict()
+    for name, weight in polished.items():
+        torch.testing.assert_close(weight, (before[name] + practised[f"model.{name}"]) / 2)
+    assert any((polished[name] != weight).any() for name, weight in before.items())
 
 
 def spoilt_copy(made, tmp_path):
