@@ -4,9 +4,10 @@
     python -m bench.offline --engine
     python -m bench.offline --adversary --problems 200
 
-Contenders take turns on every problem, so that a change of the machine's pace falls on all of them; each answer starts
-from empty caches. Speed-ups are ratios of tokens per second to the target alone on this engine (`off`). The ideal
-counts bare forward passes only, at the acceptance that was measured: what is missing from it is our overhead.
+Contenders take turns on every problem, and bare forward passes are measured between them, so that a change of the
+machine's pace falls on all alike; each answer starts from empty caches. Speed-ups are ratios of tokens per second to
+the target alone on this engine (`off`). The ideal counts bare forward passes only, at the acceptance that was measured:
+what is missing from it is our overhead.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import asyncio
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from bench import adversary, throughput
 from bench.contenders import Answer, Contender, contenders
+from parse.engine.norms import fuse_norms
 from parse.prompts import prompt_ids
 from training import measure
 from training.evaluate import MODELS, load_pair
@@ -33,8 +35,10 @@ from training.task import Problem
 Answers = dict[str, list[Answer]]
 
 
-async def compete(field: Mapping[str, Contender], prompts: Sequence[Sequence[int]]) -> Answers:
-    """Everyone answers every prompt; who begins changes from prompt to prompt."""
+async def compete(
+    field: Mapping[str, Contender], prompts: Sequence[Sequence[int]], meanwhile: Callable[[int], None]
+) -> Answers:
+    """Everyone answers every prompt; who begins changes from prompt to prompt. `meanwhile` is called after each."""
     answers: Answers = {name: [] for name in field}
     names = list(field)
     for name in names:  # a first answer, not counted, for whatever is done once
@@ -42,6 +46,7 @@ async def compete(field: Mapping[str, Contender], prompts: Sequence[Sequence[int
     for turn, prompt in enumerate(tqdm(prompts, desc="problems", unit="problem", file=sys.stderr)):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             answers[name].append(await field[name](prompt))
+        meanwhile(turn)
     return answers
 
 
@@ -131,13 +136,18 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
     problems = measure.problems(seed, count, split="bench")
     plain = load_pair(models)
     drafts = measure.judged(plain, problems[:25], measure.answers(plain.draft, plain.writer, problems[:25]), stride=8)
+    for model in (plain.draft, plain.target):
+        fuse_norms(model)  # as the engine does, so that the costs are those of the same arithmetic
+    costs: list[measure.Costs] = []
     pair, field = contenders(models, threads=threads)
     try:
         prompts = [prompt_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
-        answers = asyncio.run(compete(field, prompts))
+        answers = asyncio.run(
+            compete(field, prompts, lambda turn: costs.append(measure.costs_of(plain, drafts[turn % len(drafts)])))
+        )
     finally:
         pair.close()
-    return figures(answers, problems, measure.costs(plain, drafts), plain.writer)
+    return figures(answers, problems, measure.median(costs), plain.writer)
 
 
 def main() -> None:

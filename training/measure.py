@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -164,23 +164,27 @@ class Costs:
 
 
 def costs(pair: Pair, drafts: Sequence[Judged], repeats: int = 25) -> Costs:
+    return median([costs_of(pair, draft) for draft in drafts[:repeats]])
+
+
+def costs_of(pair: Pair, draft: Judged) -> Costs:
     """Models take turns, so that a change of the machine's pace falls on both."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rounds = [
-            (
-                _token_ms(pair.draft, pair, drafts[k]),
-                _token_ms(pair.target, pair, drafts[k]),
-                _prompt_ms(pair.draft, pair, drafts[k]),
-                _prompt_ms(pair.target, pair, drafts[k]),
-                *_judge_ms(pair, drafts[k]),
-            )
-            for k in range(min(repeats, len(drafts)))
-        ]
+        return Costs(
+            _token_ms(pair.draft, pair, draft),
+            _token_ms(pair.target, pair, draft),
+            _prompt_ms(pair.draft, pair, draft),
+            _prompt_ms(pair.target, pair, draft),
+            *_judge_ms(pair, draft),
+        )
     finally:
         torch.set_num_threads(threads)
-    return Costs(*(statistics.median(column) for column in zip(*rounds, strict=True)))
+
+
+def median(rounds: Sequence[Costs]) -> Costs:
+    return Costs(*(statistics.median(column) for column in zip(*map(astuple, rounds), strict=True)))
 
 
 @torch.inference_mode()

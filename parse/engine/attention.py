@@ -63,11 +63,10 @@ AttentionInterface.register(STEP_ATTENTION, step_attention)
 class _Block:
     """Queries computed together: one span, or single tokens of contexts that lie side by side in memory."""
 
-    def __init__(self, spans: Sequence[Span], start: int) -> None:
+    def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
         self.first_page = spans[0].context.pages[0]
         self.queries = len(spans[0])
-        self.start = start
         self.keys = max(span.last for span in spans)
         # Nothing is hidden from a single last token, unless its neighbours' rows are longer.
         self.sees_all = self.queries == 1 and all(s.last == self.keys and s.causal for s in spans)
@@ -114,36 +113,44 @@ class RowAttention:
 
     def __init__(self, memory: Memory, spans: Sequence[Span], slots: Tensor) -> None:
         self.memory, self.slots = memory, slots
-        self.blocks: list[_Block] = []
-        start = 0
-        for together in _side_by_side(spans):
-            block = _Block(together, start)
-            self.blocks.append(block)
-            start += len(together) * block.queries
+        self.blocks = [_Block(together) for together in _side_by_side(spans)]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        keys, values = self.memory.write(layer, self.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        out = [self._block(block, query, keys, values, scale, window) for block in self.blocks]
-        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+        keys, values = self.memory.write(layer, self.slots, key, value)
+        if len(self.blocks) == 1:
+            return self._block(self.blocks[0], query, keys, values, scale, window)
+        sizes = [len(block.spans) * block.queries for block in self.blocks]
+        asked = query.split(sizes, dim=2)
+        out = [
+            self._block(block, queries, keys, values, scale, window)
+            for block, queries in zip(self.blocks, asked, strict=True)
+        ]
+        return torch.cat(out, dim=1)
 
     def _block(
         self, block: _Block, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        n, t, heads, key_heads = len(block.spans), block.queries, query.shape[1], keys.shape[2]
-        groups = heads // key_heads
-        # [n, key heads, keys, width]
-        key = keys.narrow(0, block.first_page, n).narrow(1, 0, block.keys).transpose(1, 2)
-        value = values.narrow(0, block.first_page, n).narrow(1, 0, block.keys).transpose(1, 2)
-        mask = block.mask(window, groups, query.dtype)
-        asked = query if len(self.blocks) == 1 else query.narrow(2, block.start, n * t)
-        if groups == n == 1:
-            return scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
-        # Heads that share a key head become more queries of it.
-        asked = asked.view(key_heads, groups, n, t, -1).permute(2, 0, 1, 3, 4).reshape(n, key_heads, groups * t, -1)
+        """query [1, heads, T, width], keys and values [1, key heads, slots, width] -> [1, T, heads, width]"""
+        n, heads, key_heads, size = len(block.spans), query.shape[1], keys.shape[1], self.memory.page_size
+        mask = block.mask(window, heads // key_heads, query.dtype)
+        if n == 1:
+            key, value = (rows.narrow(2, block.first_page * size, block.keys) for rows in (keys, values))
+            if heads == key_heads:
+                return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+            # Heads that share a key head become more queries of it.
+            asked = query.reshape(1, key_heads, -1, query.shape[-1])
+            out = scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scale)
+            return out.reshape(1, heads, block.queries, -1).transpose(1, 2)
+        # Single tokens: rows of neighbouring pages are a batch, [n, key heads, keys, width].
+        key, value = (
+            rows.unflatten(2, (-1, size))[0, :, block.first_page : block.first_page + n, : block.keys].transpose(0, 1)
+            for rows in (keys, values)
+        )
+        asked = query[0].transpose(0, 1).reshape(n, key_heads, heads // key_heads, -1)
         out = scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scale)
-        return out.view(n, key_heads, groups, t, -1).permute(0, 3, 1, 2, 4).reshape(1, n * t, heads, -1)
+        return out.reshape(1, n, heads, -1)
 
 
 def _side_by_side(spans: Sequence[Span]) -> list[list[Span]]:

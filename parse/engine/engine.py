@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -287,7 +288,7 @@ class Engine:
         self._steps += 1
         self._tokens += len(tokens)
         highest, best = logits.max(-1) if read else (logits.new_zeros(0), logits.new_zeros(0, dtype=torch.long))
-        if not bool(highest.isfinite().all()):
+        if not all(map(isfinite, highest.tolist())):
             raise NumericalError("the model returned logits that are not finite")
         return best.tolist(), logits, reads
 

@@ -17,26 +17,29 @@ class Memory:
         self.pages, self.page_size = pages, page_size
         self.keys: dict[int, Tensor] = {}  # per layer, [slots, key heads, width]
         self.values: dict[int, Tensor] = {}
-        self._paged: dict[int, tuple[Tensor, Tensor]] = {}
+        self._by_head: dict[int, tuple[Tensor, Tensor]] = {}  # the same, seen as models shape it
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts what a step computed, [T, heads, width], where it belongs.
+        """Puts what a step computed, [1, heads, T, width], where it belongs.
 
-        Returns the layer's whole memory, [pages, page size, heads, width].
+        Returns the layer's whole memory, [1, heads, slots, width].
         """
         if layer not in self.keys:
             self.keys[layer], self.values[layer] = self._empty(keys), self._empty(values)
-            self._paged[layer] = self._in_pages(self.keys[layer]), self._in_pages(self.values[layer])
-        self.keys[layer].index_copy_(0, slots, keys)
-        self.values[layer].index_copy_(0, slots, values)
-        return self._paged[layer]
+            self._by_head[layer] = _by_head(self.keys[layer]), _by_head(self.values[layer])
+        rows = self._by_head[layer]
+        rows[0].index_copy_(2, slots, keys)
+        rows[1].index_copy_(2, slots, values)
+        return rows
+
+    def paged(self, layer: int) -> tuple[Tensor, Tensor]:
+        """[pages, page size, heads, width]"""
+        keys, values = self.keys[layer], self.values[layer]
+        return keys.unflatten(0, (self.pages, -1)), values.unflatten(0, (self.pages, -1))
 
     def copy(self, source: int, target: int, count: int) -> None:
         """The first `count` slots of a page into another page."""
         self._each(lambda slots: self._page(slots, target)[:count].copy_(self._page(slots, source)[:count]))
-
-    def move(self, slots_from: Tensor, slots_to: Tensor) -> None:
-        self._each(lambda slots: slots.index_copy_(0, slots_to, slots[slots_from]))
 
     @property
     def bytes(self) -> int:
@@ -44,7 +47,8 @@ class Memory:
 
     def _empty(self, like: Tensor) -> Tensor:
         """Zeros: what is masked away is multiplied all the same, and must be a number."""
-        shape = (self.pages * self.page_size, *like.shape[1:])
+        _, heads, _, width = like.shape
+        shape = (self.pages * self.page_size, heads, width)
         if like.device.type != "cpu":
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
         # NumPy's zeros come from the system, which gives memory only when something is first written there.
@@ -53,9 +57,6 @@ class Memory:
         start = -raw.data_ptr() % CACHE_LINE
         return raw[start : start + size].view(like.dtype).view(shape)
 
-    def _in_pages(self, slots: Tensor) -> Tensor:
-        return slots.view(self.pages, self.page_size, *slots.shape[1:])
-
     def _page(self, slots: Tensor, page: int) -> Tensor:
         return slots[page * self.page_size : (page + 1) * self.page_size]
 
@@ -63,3 +64,7 @@ class Memory:
         for tensors in (self.keys, self.values):
             for slots in tensors.values():
                 change(slots)
+
+
+def _by_head(slots: Tensor) -> Tensor:
+    return slots.transpose(0, 1).unsqueeze(0)

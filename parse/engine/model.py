@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from parse.engine.attention import STEP_ATTENTION, Attention, UnsupportedModel
 from parse.engine.cache import Context
 from parse.engine.memory import Memory
+from parse.engine.norms import fuse_norms
 from parse.engine.paged import PAGE, attention_on
 from parse.engine.step import Span
 from parse.tree import probes
@@ -39,6 +40,7 @@ class Model:
         self.device = network.device
         config = network.config.get_text_config()
         self.vocabulary: int = config.vocab_size
+        fuse_norms(network)
         self.longest: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.ends = _end_tokens(network, tokenizer)
         self.bytes_per_token = self._self_check()

@@ -65,7 +65,8 @@ class PagedAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        keys, values = self.memory.write(layer, self.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        self.memory.write(layer, self.slots, key, value)
+        keys, values = self.memory.paged(layer)
         asked = query[0].transpose(0, 1)  # [T, heads, width]
         parts = self._parts(kernel_serves(asked, values))
         sizes = [part.size for part in parts]
