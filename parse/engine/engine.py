@@ -5,7 +5,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -21,6 +21,7 @@ from parse.engine.model import Model
 from parse.engine.paged import PAGE, PagedAttention, attention_on
 from parse.engine.programs import Answer, Ask, Program
 from parse.engine.step import Span
+from parse.engine.turns import CPU_TURNS
 from parse.tree import TokenTree
 from parse.types import Cancelled, EngineStopped, NumericalError, RequestError
 
@@ -97,6 +98,7 @@ class Engine:
         else:
             self._make_attention = partial(PagedAttention, device=model.device)
         pages = contexts * capacity // page_size
+        self._turns = CPU_TURNS if model.device.type == "cpu" else nullcontext()
         self.longest = min(capacity, pages * page_size)
         self._memory = Memory(pages, page_size)
         self._cache = Cache(pages, page_size, self._memory.copy)
@@ -284,7 +286,8 @@ class Engine:
             reads.append((len(read), len(read) + len(places)))
             read += [start + place for place in places]
         attention = self._make_attention(self._memory, spans)
-        logits = self.model.forward(tokens, positions, attention, None if len(read) == len(tokens) else read)
+        with self._turns:
+            logits = self.model.forward(tokens, positions, attention, None if len(read) == len(tokens) else read)
         self._steps += 1
         self._tokens += len(tokens)
         highest, best = logits.max(-1) if read else (logits.new_zeros(0), logits.new_zeros(0, dtype=torch.long))

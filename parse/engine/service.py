@@ -141,7 +141,8 @@ class ModelService:
             text.add(output)
             if text.stopped is not None:
                 raise RequestError("output", f"holds the stop string {text.stopped!r} already")
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        # Who asks for pieces of a size waits for each of them.
+        mailbox = _Mailbox(asyncio.get_running_loop(), quiet_s=QUIET_S if piece == 1 else 0.0)
         program = generate(
             prompt,
             output,
@@ -185,11 +186,11 @@ class _Mailbox:
     """Takes pieces in the engine's thread, and hands them over to a coroutine, all that have gathered at once.
 
     To wake the coroutine costs the engine's thread a good part of a small model's step, so it is done for the first
-    piece, for the last, and at most every `QUIET_S` in between.
+    piece, for the last, and at most every `quiet_s` in between.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, quiet_s: float = 0.0) -> None:
+        self._loop, self._quiet_s = loop, quiet_s
         self._pieces: deque[Tokens] = deque()
         self._arrived = asyncio.Event()
         self._called = self._ended = False
@@ -198,7 +199,7 @@ class _Mailbox:
 
     def put(self, tokens: Tokens) -> None:
         self._pieces.append(tokens)
-        if (now := time.monotonic()) - self._last_call >= QUIET_S:
+        if (now := time.monotonic()) - self._last_call >= self._quiet_s:
             self._last_call = now
             self._call()
 
