@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,6 +84,7 @@ class Engine:
         max_running: int,
         step_tokens: int,
         page_size: int | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         """Memory for `contexts` rows of `capacity` tokens; at most `step_tokens` are computed in one pass.
 
@@ -91,6 +92,7 @@ class Engine:
         more of them than they need, so that there may be more rows.
         """
         self.model, self.max_running, self.step_tokens = model, max_running, step_tokens
+        self._after_step = after_step  # called whenever listeners may have been told something
         self._make_attention: MakeAttention
         if page_size is None:
             page_size = capacity if model.device.type == "cpu" else PAGE
@@ -160,6 +162,7 @@ class Engine:
                     self._admit()
                     if plan := self._granted(self._plan()):
                         self._run(plan)
+                    self._after_step()
         except BaseException as fault:
             logger.exception("the engine's thread died")
             self._stopped = True
@@ -173,6 +176,7 @@ class Engine:
             while True:
                 if job := self._inbox.get_nowait():
                     self._finish(job, EngineStopped("the engine was shut down"))
+        self._after_step()
 
     def _take_in(self) -> None:
         """New requests; waits for one if there is nothing else to do."""

@@ -1,7 +1,6 @@
 """The keys and values of all contexts: per layer, two tensors of token slots."""
 
 from collections.abc import Callable
-from math import prod
 
 import numpy as np
 import torch
@@ -46,16 +45,20 @@ class Memory:
         return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
 
     def _empty(self, like: Tensor) -> Tensor:
-        """Zeros: what is masked away is multiplied all the same, and must be a number."""
+        """Zeros: what is masked away is multiplied all the same, and must be a number.
+
+        On a CPU each head's keys lie together, for that is how they are read; kernels for GPUs want the heads side by
+        side.
+        """
         _, heads, _, width = like.shape
-        shape = (self.pages * self.page_size, heads, width)
+        slots = self.pages * self.page_size
         if like.device.type != "cpu":
-            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+            return torch.zeros(slots, heads, width, dtype=like.dtype, device=like.device)
         # NumPy's zeros come from the system, which gives memory only when something is first written there.
-        size = prod(shape) * like.element_size()
+        size = slots * heads * width * like.element_size()
         raw = torch.from_numpy(np.zeros(size + CACHE_LINE, np.uint8))
         start = -raw.data_ptr() % CACHE_LINE
-        return raw[start : start + size].view(like.dtype).view(shape)
+        return raw[start : start + size].view(like.dtype).view(heads, slots, width).transpose(0, 1)
 
     def _page(self, slots: Tensor, page: int) -> Tensor:
         return slots[page * self.page_size : (page + 1) * self.page_size]

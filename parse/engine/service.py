@@ -42,12 +42,14 @@ class ModelService:
             raise UnsupportedModel(
                 f"memory_mb: {settings.memory_mb} MiB hold no context of {self.max_context} tokens, that takes {needed}"
             )
+        self._bell = _Bell()
         self.engine = Engine(
             self.model,
             contexts=contexts,
             capacity=tokens // contexts,  # small pages make use of the odd rest
             max_running=settings.max_running,
             step_tokens=settings.step_tokens,
+            after_step=self._bell.ring,
         )
 
     @property
@@ -141,8 +143,7 @@ class ModelService:
             text.add(output)
             if text.stopped is not None:
                 raise RequestError("output", f"holds the stop string {text.stopped!r} already")
-        # Who asks for pieces of a size waits for each of them.
-        mailbox = _Mailbox(asyncio.get_running_loop(), quiet_s=QUIET_S if piece == 1 else 0.0)
+        mailbox = _Mailbox(self._bell, patient=piece == 1)  # who asks for larger pieces waits for each of them
         program = generate(
             prompt,
             output,
@@ -163,7 +164,7 @@ class ModelService:
             self.engine.cancel(job)
 
     async def _run(self, tokens: Sequence[int], program: Program, room: int) -> None:
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        mailbox = _Mailbox(self._bell)
         job = self.engine.submit(Job(list(tokens), program, room, mailbox))
         try:
             async for _ in mailbox:
@@ -182,39 +183,77 @@ class ModelService:
             raise RequestError(field, f"is {length} tokens long with what it follows, the limit is {self.max_context}")
 
 
+class _Bell:
+    """Wakes the coroutines that wait for one engine, all of them at once.
+
+    To wake an event loop costs the engine's thread a good part of a small model's step, so it is done between steps,
+    and where nothing is urgent at most every `QUIET_S`.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Mailbox] = deque()
+        self._urgent = False
+        self._last = 0.0
+
+    def ask(self, mailbox: "_Mailbox", *, urgent: bool) -> None:
+        self._waiting.append(mailbox)
+        if urgent:
+            self._urgent = True
+
+    def hurry(self) -> None:
+        self._urgent = True
+
+    def ring(self) -> None:
+        if not self._waiting or not (self._urgent or time.monotonic() - self._last >= QUIET_S):
+            return
+        self._urgent, self._last = False, time.monotonic()
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Mailbox]] = {}
+        with suppress(IndexError):
+            while True:
+                mailbox = self._waiting.popleft()
+                by_loop.setdefault(mailbox.loop, []).append(mailbox)
+        for loop, mailboxes in by_loop.items():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_open_all, mailboxes)
+
+
+def _open_all(mailboxes: "Sequence[_Mailbox]") -> None:
+    for mailbox in mailboxes:
+        mailbox.open()
+
+
 class _Mailbox:
     """Takes pieces in the engine's thread, and hands them over to a coroutine, all that have gathered at once.
 
-    To wake the coroutine costs the engine's thread a good part of a small model's step, so it is done for the first
-    piece, for the last, and at most every `quiet_s` in between.
+    Its first piece and its end are urgent; with `patient=False` every piece is.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, quiet_s: float = 0.0) -> None:
-        self._loop, self._quiet_s = loop, quiet_s
+    def __init__(self, bell: _Bell, *, patient: bool = True) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._bell, self._urgent, self._patient = bell, True, patient
         self._pieces: deque[Tokens] = deque()
         self._arrived = asyncio.Event()
-        self._called = self._ended = False
-        self._last_call = 0.0
+        self._asked = self._ended = False
         self._error: BaseException | None = None
 
     def put(self, tokens: Tokens) -> None:
         self._pieces.append(tokens)
-        if (now := time.monotonic()) - self._last_call >= self._quiet_s:
-            self._last_call = now
-            self._call()
+        self._ask()
+        self._urgent = not self._patient
 
     def end(self, error: BaseException | None) -> None:
-        self._error, self._ended = error, True
-        self._call()
+        self._error, self._ended, self._urgent = error, True, True
+        self._ask()
 
-    def _call(self) -> None:
-        if not self._called:
-            self._called = True
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._wake)
+    def _ask(self) -> None:
+        if not self._asked:
+            self._asked = True
+            self._bell.ask(self, urgent=self._urgent)
+        elif self._urgent:
+            self._bell.hurry()
 
-    def _wake(self) -> None:
-        self._called = False
+    def open(self) -> None:
+        self._asked = False
         self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[Tokens]:

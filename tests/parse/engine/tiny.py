@@ -184,7 +184,8 @@ def paused(engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def serving(model: Model, **limits: int) -> Iterator[Engine]:
-    engine = Engine(model, **dict(contexts=5, capacity=128, max_running=8, step_tokens=19) | limits)
+    sizes: dict[str, Any] = dict(contexts=5, capacity=128, max_running=8, step_tokens=19)
+    engine = Engine(model, **sizes | limits)
     try:
         yield engine
     finally:
