@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -155,8 +155,7 @@ class Pipeline:
             await working  # raises what went wrong
         finally:
             working.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await working
+            await asyncio.gather(working, return_exceptions=True)
         usage = answer.usage()
         if usage.drafted and question.prediction is None:
             self.control.learn(Outcome(usage.drafted, usage.accepted, usage.written, usage.total_s, usage.write_s))

@@ -2,7 +2,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from itertools import count
 
@@ -107,8 +107,7 @@ async def company(service, seed=0):
                 task = asyncio.create_task(write(service, stem, (), Sampling(ignore_eos=True)))
                 await asyncio.sleep(0.003)
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+                await asyncio.gather(task, return_exceptions=True)  # this guest may be cancelled meanwhile
             done[kind] += 1
             await asyncio.sleep(0)
 
