@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from bench import adversary, throughput
 from bench.contenders import Answer, Contender, contenders
-from parse.engine.norms import fuse_norms
+from parse.engine.kernels import speed_up
 from parse.prompts import prompt_ids
 from training import measure
 from training.evaluate import MODELS, load_pair
@@ -137,7 +137,7 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
     plain = load_pair(models)
     drafts = measure.judged(plain, problems[:25], measure.answers(plain.draft, plain.writer, problems[:25]), stride=8)
     for model in (plain.draft, plain.target):
-        fuse_norms(model)  # as the engine does, so that the costs are those of the same arithmetic
+        speed_up(model)  # as the engine does, so that the costs are those of the same arithmetic
     costs: list[measure.Costs] = []
     pair, field = contenders(models, threads=threads)
     try:

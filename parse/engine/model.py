@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from parse.engine.attention import STEP_ATTENTION, Attention, UnsupportedModel
 from parse.engine.cache import Context
+from parse.engine.kernels import speed_up
 from parse.engine.memory import Memory
-from parse.engine.norms import fuse_norms
 from parse.engine.paged import PAGE, attention_on
 from parse.engine.step import Span
 from parse.tree import probes
@@ -34,13 +34,15 @@ class ModelNotFound(ValueError):
 class Model:
     """`forward` runs one packed step; everything else about requests is other modules' business."""
 
-    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+    def __init__(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", *, int8: bool = False
+    ) -> None:
         refuse_unsupported(network)
         self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
         self.device = network.device
         config = network.config.get_text_config()
         self.vocabulary: int = config.vocab_size
-        fuse_norms(network)
+        speed_up(network, linears=not int8)
         self.longest: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.ends = _end_tokens(network, tokenizer)
         self.bytes_per_token = self._self_check()
@@ -60,7 +62,7 @@ class Model:
             raise ModelNotFound(f"{path} holds no causal language model that can be loaded: {error}") from error
         if int8 and chosen != "cpu":
             raise UnsupportedModel("int8 is an option for CPUs; on a GPU load a quantised checkpoint")
-        model = cls(network, tokenizer, str(path))
+        model = cls(network, tokenizer, str(path), int8=int8)
         if int8:  # only after the self-check: its scales follow all that is in a step, so packed and alone differ
             model.network = torch.ao.quantization.quantize_dynamic(model.network, {nn.Linear}, dtype=torch.qint8)
         return model

@@ -19,7 +19,7 @@ from parse.prompts import Check
 from parse.types import Judged, RequestError, Sampling, Tokens
 
 PLAIN = Sampling()
-QUIET_S = 0.01  # nobody reads faster
+QUIET_S = 0.02  # nobody reads faster
 PROBE_ROOM = 1024  # tokens beyond the longest context, for the probes hung on it
 
 
