@@ -69,7 +69,8 @@ class LocalPair:
         self.tokenizer = self.target.model.tokenizer
         check = check_ids(self.tokenizer, method.check_question, method.correct, method.incorrect)
         drafter = drafter_for(self.draft, self.tokenizer) if self.draft else None
-        self.pipeline = Pipeline(self.target, self.tokenizer, check, method, drafter)
+        warms = self.target.model.device.type != "cpu"
+        self.pipeline = Pipeline(self.target, self.tokenizer, check, method, drafter, warms=warms)
 
     def close(self) -> None:
         for service in (self.target, self.draft):

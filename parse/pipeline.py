@@ -134,7 +134,14 @@ class Pipeline:
         check: Check,
         settings: MethodSettings,
         drafter: Drafter | None = None,
+        *,
+        warms: bool = True,
     ) -> None:
+        """With `warms` the target reads the prompt while the drafter writes; else with the draft, in one pass.
+
+        That saves a pass where both share a processor and nothing is gained by being early.
+        """
+        self.warms = warms
         self.verifier, self.tokenizer, self.check, self.settings = verifier, tokenizer, check, settings
         self.drafter = drafter
         self.control = Control()
@@ -190,6 +197,7 @@ class _Answer:
         self.question, self.mode, self.fallback = question, mode, fallback
         self.events: asyncio.Queue[Piece | Verdict | None] = asyncio.Queue()
         self.settings, self.verifier, self.drafter = pipeline.settings, pipeline.verifier, pipeline.drafter
+        self.warms = pipeline.warms
         self.tokenizer, self.check, self.control = pipeline.tokenizer, pipeline.check, pipeline.control
         self.thresholds = question.thresholds or pipeline.settings.thresholds()
         self.sampling = question.sampling
@@ -346,7 +354,7 @@ class _Answer:
         return asyncio.create_task(self._warm())
 
     async def _warm(self) -> None:
-        if not self.output:
+        if self.warms and not self.output:
             await self.verifier.warm(self.question.prompt)
 
     async def _whole_draft(self) -> _Draft:
