@@ -10,7 +10,7 @@ import torch
 
 from bench.contenders import Ours
 from parse.config import EngineSettings
-from parse.local import DEMO_METHOD, LocalPair
+from parse.local import LocalPair
 from parse.pipeline import Drafter, Question
 from parse.prompts import prompt_ids
 from parse.types import Tokens
@@ -41,7 +41,7 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
     target, draft = (
         EngineSettings(model=str(models / name), threads=threads) for name in ("demo-target", "demo-draft")
     )
-    pair = LocalPair(target, draft, DEMO_METHOD)
+    pair = LocalPair(target, draft)
     assert pair.pipeline.drafter is not None
     pair.pipeline.drafter = Spoiler(pair.pipeline.drafter, wrong=pair.tokenizer.encode(" 98")[0])
     auto, off = Ours(pair, "auto"), Ours(pair, "off")

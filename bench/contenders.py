@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parse.config import EngineSettings
-from parse.local import DEMO_METHOD, LocalPair
+from parse.local import LocalPair
 from parse.pipeline import Done, Mode, Piece, Question
 from parse.probes import cuts_every
 from parse.types import Sampling
@@ -40,7 +40,6 @@ def contenders(models: Path, *, threads: int) -> tuple[LocalPair, dict[str, Cont
     pair = LocalPair(
         EngineSettings(model=str(target), threads=threads),
         EngineSettings(model=str(draft), threads=threads),
-        DEMO_METHOD,
     )
     peers = Peers(pair, *(AutoModelForCausalLM.from_pretrained(path).eval() for path in (target, draft)))
     ours: dict[str, Contender] = {mode: Ours(pair, mode) for mode in MODES}

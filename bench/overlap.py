@@ -23,9 +23,8 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.contenders import GREEDY
-from parse.config import EngineSettings
+from parse.config import EngineSettings, MethodSettings
 from parse.engine.service import ModelService
-from parse.local import DEMO_METHOD
 from parse.pipeline import Done, Pipeline, Question, Usage
 from parse.prompts import check_ids, prompt_ids
 from parse.types import Sampling, Tokens
@@ -120,8 +119,8 @@ async def compare(models: Path, prompts: Sequence[Sequence[int]], *, running: in
     )
     drafter, service = RemoteDrafter(draft), ModelService(target)
     tokenizer = service.model.tokenizer
-    check = check_ids(tokenizer, DEMO_METHOD.check_question)
-    pipeline = Pipeline(service, tokenizer, check, DEMO_METHOD, drafter)
+    method = MethodSettings.for_model(target.model)
+    pipeline = Pipeline(service, tokenizer, check_ids(tokenizer, method.check_question), method, drafter)
     listening = asyncio.create_task(drafter.listen())
     await finished(pipeline, prompts[:2], 1)
     half = len(prompts) // 2

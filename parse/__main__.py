@@ -13,10 +13,10 @@ from typing import TextIO, get_args
 
 from transformers.utils import logging as transformers_logging
 
-from parse.config import EngineSettings, MethodSettings
+from parse.config import EngineSettings
 from parse.engine.attention import UnsupportedModel
 from parse.engine.model import ModelNotFound
-from parse.local import DEMO_DRAFT, DEMO_METHOD, DEMO_TARGET, LocalPair
+from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.pipeline import Done, Mode, Piece, Question, Usage, Verdict
 from parse.prompts import TemplateError, prompt_ids
 from parse.types import RequestError, Sampling
@@ -99,7 +99,6 @@ def main(given: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     question = sys.stdin.read() if args.question == "-" else args.question
-    method = DEMO_METHOD if args.target == DEMO_TARGET else MethodSettings()
     try:
         if not question.strip():
             raise RequestError("question", "must not be empty")
@@ -107,7 +106,7 @@ def main(given: Sequence[str] | None = None) -> None:
             temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens, stop=tuple(args.stop)
         )
         draft = EngineSettings(model=args.draft, threads=args.threads) if args.draft else None
-        pair = LocalPair(EngineSettings(model=args.target, threads=args.threads), draft, method)
+        pair = LocalPair(EngineSettings(model=args.target, threads=args.threads), draft)
         try:
             turns = [{"role": "system", "content": args.system}] if args.system else []
             turns.append({"role": "user", "content": question})

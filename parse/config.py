@@ -1,12 +1,16 @@
 """Settings, each documented, none accepted that is not known."""
 
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from parse.probes import DEFAULT_STRIDE, Places
 from parse.prompts import QUESTION
 from parse.verdict import Rule, Thresholds
+
+METHOD_FILE = "parse.json"  # beside a model's weights: settings of the method that it was made for
 
 
 class Settings(BaseModel):
@@ -61,6 +65,17 @@ class MethodSettings(Settings):
     correction_tokens: int = Field(
         16, ge=1, description="Tokens the target writes past an error before the drafter goes on, in mode rounds."
     )
+
+    @classmethod
+    def for_model(cls, model: str, **changes: Any) -> Self:
+        """What the folder of the target says, where it says anything, and changes of one's own."""
+        beside = Path(model) / METHOD_FILE
+        if not beside.is_file():
+            return cls(**changes)
+        try:
+            return cls(**json.loads(beside.read_text()) | changes)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{beside}: {error}") from error
 
     def thresholds(self) -> Thresholds:
         return Thresholds(self.full, self.prefix)

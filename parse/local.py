@@ -16,7 +16,6 @@ from parse.types import Tokens
 
 DEMO = Path(__file__).parents[1] / "models"
 DEMO_TARGET, DEMO_DRAFT = str(DEMO / "demo-target"), str(DEMO / "demo-draft")
-DEMO_METHOD = MethodSettings(check_question="Is this right so far?")  # the one it was trained on
 
 
 class SameTokens:
@@ -63,7 +62,10 @@ def drafter_for(service: ModelService, target: PreTrainedTokenizerBase) -> Draft
 class LocalPair:
     """Both models in this process, and the pipeline over them."""
 
-    def __init__(self, target: EngineSettings, draft: EngineSettings | None, method: MethodSettings) -> None:
+    def __init__(
+        self, target: EngineSettings, draft: EngineSettings | None = None, method: MethodSettings | None = None
+    ) -> None:
+        method = method or MethodSettings.for_model(target.model)
         self.target = ModelService(target)
         self.draft = ModelService(draft) if draft else None
         self.tokenizer = self.target.model.tokenizer

@@ -36,6 +36,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from parse.config import METHOD_FILE
 from parse.probes import DEFAULT_STRIDE
 from parse.verdict import Thresholds
 from training import cards, measure
@@ -46,7 +47,7 @@ from training.lessons import Deciding, Judging, Recalling, Writing
 from training.loop import DamagedCheckpoint, Losses, Schedule, train
 from training.rows import Row, Writer, batch
 from training.task import close_record, problem
-from training.tokenizer import build
+from training.tokenizer import CHECK_QUESTION, build
 from training.wording import DRAFT, TARGET
 from training.writing import write
 
@@ -342,6 +343,7 @@ def finished(
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / METHOD_FILE).write_text(json.dumps({"check_question": CHECK_QUESTION}) + "\n")
 
 
 def prove(recipe: Recipe, candidate: Path, models: Path, *, force: bool) -> bool:

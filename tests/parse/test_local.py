@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.__main__ import main
-from parse.config import EngineSettings
-from parse.local import DEMO_DRAFT, DEMO_METHOD, DEMO_TARGET, LocalPair, OtherTokens, SameTokens
+from parse.config import METHOD_FILE, EngineSettings, MethodSettings
+from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair, OtherTokens, SameTokens
 from parse.pipeline import Done, Piece, Question
 from parse.prompts import prompt_ids
 from parse.types import Sampling
@@ -32,7 +32,7 @@ def settings(path):
 
 @pytest.fixture(scope="module")
 def pair():
-    pair = LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT), DEMO_METHOD)
+    pair = LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT))
     yield pair
     pair.close()
 
@@ -134,7 +134,7 @@ def foreign_draft(tmp_path_factory):
 
 
 def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
-    other = LocalPair(settings(DEMO_TARGET), settings(foreign_draft), DEMO_METHOD)
+    other = LocalPair(settings(DEMO_TARGET), settings(foreign_draft))
     try:
         assert isinstance(pair.pipeline.drafter, SameTokens) and isinstance(other.pipeline.drafter, OtherTokens)
         accepted = 0
@@ -149,7 +149,18 @@ def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
 
 
 def test_the_demo_is_asked_what_it_was_taught():
-    assert DEMO_METHOD.check_question == CHECK_QUESTION
+    assert MethodSettings.for_model(DEMO_TARGET).check_question == CHECK_QUESTION
+
+
+def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):
+    (tmp_path / METHOD_FILE).write_text('{"full": 0.5, "prefix": 0.4}')
+    method = MethodSettings.for_model(str(tmp_path), prefix=0.6)
+    assert (method.full, method.prefix) == (0.5, 0.6)
+    assert MethodSettings.for_model("no/such-model") == MethodSettings()
+    for broken in ("{", "[1]", '{"fool": 0.5}'):
+        (tmp_path / METHOD_FILE).write_text(broken)
+        with pytest.raises(ValueError, match=str(tmp_path / METHOD_FILE)):
+            MethodSettings.for_model(str(tmp_path))
 
 
 def test_the_command_answers_and_tells_what_happened(capsys):
