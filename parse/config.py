@@ -21,7 +21,11 @@ class EngineSettings(Settings):
     """How one model is run."""
 
     model: str = Field(description="A directory, or an id on the Hugging Face hub.")
-    device: str = Field("auto", description='"cpu", "cuda", "cuda:1"; "auto" takes the first GPU if there is one.')
+    device: str = Field(
+        "auto",
+        description='"cpu", "cuda", "cuda:1", or "balanced": layers spread over all GPUs; "auto" takes the first GPU, '
+        "if there is one.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Arithmetic. Auto: float32 on a CPU, elsewhere what the checkpoint says."
     )

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from math import isfinite
 from typing import Protocol
 
@@ -98,7 +97,7 @@ class Engine:
             page_size = capacity if model.device.type == "cpu" else PAGE
             self._make_attention = attention_on(model.device)
         else:
-            self._make_attention = partial(PagedAttention, device=model.device)
+            self._make_attention = PagedAttention
         pages = contexts * capacity // page_size
         self._turns = CPU_TURNS if model.device.type == "cpu" else nullcontext()
         self.longest = min(capacity, pages * page_size)

@@ -16,6 +16,7 @@ from parse.engine.memory import Memory
 from parse.engine.paged import PAGE, attention_on
 from parse.engine.step import Span
 from parse.tree import probes
+from parse.types import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ class Model:
     ) -> None:
         refuse_unsupported(network)
         self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
-        self.device = network.device
+        self.device: torch.device = next(network.get_input_embeddings().parameters()).device
+        spread = any(parameter.device != self.device for parameter in network.parameters())
+        self._index_device = torch.device("cpu") if spread else self.device  # an index serves a tensor on any device
         config = network.config.get_text_config()
         self.vocabulary: int = config.vocab_size
         speed_up(network, linears=not int8)
@@ -49,8 +52,11 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", dtype: Dtype = "auto", int8: bool = False) -> "Model":
-        """`path` is a directory or a hub id. On a CPU "auto" computes in float32, elsewhere as the checkpoint says."""
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        """`path` is a directory or a hub id. On a CPU "auto" computes in float32, elsewhere as the checkpoint says.
+
+        "balanced" spreads the layers evenly over all GPUs.
+        """
+        chosen = _device(device)
         precision = "float32" if dtype == "auto" and chosen == "cpu" else dtype
         try:
             AutoConfig.from_pretrained(path)
@@ -73,7 +79,7 @@ class Model:
     ) -> Tensor:
         """Logits at the entries in `read` (None: at all), [entries, vocabulary], in float32."""
         rows = torch.tensor([tokens, positions], device=self.device)
-        keep = 0 if read is None else torch.tensor(read, dtype=torch.long, device=self.device)
+        keep = 0 if read is None else torch.tensor(read, dtype=torch.long, device=self._index_device)
         out = self.network(input_ids=rows[:1], position_ids=rows[1:], use_cache=False, logits_to_keep=keep, step=step)
         logits: Tensor = out.logits[0]
         return logits.float()
@@ -120,6 +126,16 @@ class Model:
 
     def _attend_with(self, implementation: str) -> None:
         self.network.set_attn_implementation(implementation)
+
+
+def _device(wanted: str) -> str:
+    gpus = torch.cuda.device_count()
+    here = ["cpu", *(["cuda", "balanced"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
+    if wanted == "auto":
+        return "cuda" if gpus else "cpu"
+    if wanted not in here:
+        raise RequestError("device", f"must be auto or one of {', '.join(here)}, got {wanted!r}")
+    return wanted
 
 
 def refuse_unsupported(network: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ so serves everything where the kernel cannot.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,11 +25,27 @@ ALIGNED = 8  # entries; SDPA's kernels copy a mask whose rows begin elsewhere
 
 
 def attention_on(device: torch.device) -> MakeAttention:
-    return row_attention if device.type == "cpu" else partial(PagedAttention, device=device)
+    return row_attention if device.type == "cpu" else PagedAttention
 
 
 class PagedAttention:
-    """The causal spans must come first."""
+    """The causal spans must come first. Every device that holds some of the layers is told of the step once."""
+
+    def __init__(self, memory: Memory, spans: Sequence[Span]) -> None:
+        self._memory, self._spans = memory, spans
+        self._on: dict[torch.device, _Pages] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        device = query.device
+        if device not in self._on:
+            self._on[device] = _Pages(self._memory, self._spans, device)
+        return self._on[device].attend(layer, query, key, value, scale, window)
+
+
+class _Pages:
+    """A step's pages, as the layers on one device need them."""
 
     def __init__(self, memory: Memory, spans: Sequence[Span], device: torch.device) -> None:
         self.memory, self.spans = memory, spans

@@ -11,6 +11,7 @@ from parse.engine.model import Model, ModelNotFound
 from parse.engine.programs import Ask
 from parse.prompts import prompt_ids
 from parse.tree import probes, proposals
+from parse.types import RequestError
 from tests.parse.engine.tiny import REFUSED, SERVED, VOCABULARY, alone, ask, build, paused, plain, serving
 from training.evaluate import MODELS
 from training.task import answer, problem
@@ -156,3 +157,9 @@ def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
         (logits,) = ask(engine, [], Ask(ids)).result()
     same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), ids).argmax(-1)
     assert same.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "balance"])
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
+    with pytest.raises(RequestError, match="device: must be auto or one of cpu.*" + device):
+        Model.load("anything", device=device)

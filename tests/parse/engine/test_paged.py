@@ -1,7 +1,6 @@
 import asyncio
 import random
 from copy import deepcopy
-from functools import partial
 
 import pytest
 import torch
@@ -54,7 +53,7 @@ class Bench:
         spans = [Span(*part) for part in parts]
         tokens = [token for span in spans for token in span.tokens()]
         positions = [position for span in spans for position in span.positions()]
-        attention = PagedAttention(self.memory, spans, self.model.device)
+        attention = PagedAttention(self.memory, spans)
         return self.model.forward(tokens, positions, attention, None).cpu().split([len(span) for span in spans])
 
 
@@ -234,7 +233,7 @@ def test_the_kernel_is_left_alone_with_what_it_does_not_take(dtype, width, value
 
 
 def test_a_model_checks_itself_in_the_way_of_its_device(tokenizer, kernel, monkeypatch):
-    monkeypatch.setattr(model, "attention_on", lambda device: partial(PagedAttention, device=device))
+    monkeypatch.setattr(model, "attention_on", lambda device: PagedAttention)
     Model(build("llama"), tokenizer)
     assert kernel == [(6, (-1, 0), 1)] * 2  # the plain part of what it asks, in each layer
 
