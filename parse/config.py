@@ -65,6 +65,9 @@ class MethodSettings(Settings):
     window: int = Field(
         16, ge=1, description="Tokens of draft first judged in mode progressive; twice as many each time after."
     )
+    draft_timeout_s: float = Field(
+        60.0, gt=0, description="The target does without a draft that takes longer than that many seconds."
+    )
     max_rounds: int = Field(3, ge=1, description="Drafts of one answer at most, in mode rounds.")
     correction_tokens: int = Field(
         16, ge=1, description="Tokens the target writes past an error before the drafter goes on, in mode rounds."

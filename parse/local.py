@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -66,13 +67,31 @@ class LocalPair:
         self, target: EngineSettings, draft: EngineSettings | None = None, method: MethodSettings | None = None
     ) -> None:
         method = method or MethodSettings.for_model(target.model)
+        self.draft: ModelService | None = None
         self.target = ModelService(target)
-        self.draft = ModelService(draft) if draft else None
-        self.tokenizer = self.target.model.tokenizer
-        check = check_ids(self.tokenizer, method.check_question, method.correct, method.incorrect)
-        drafter = drafter_for(self.draft, self.tokenizer) if self.draft else None
-        warms = self.target.model.device.type != "cpu"
-        self.pipeline = Pipeline(self.target, self.tokenizer, check, method, drafter, warms=warms)
+        try:
+            self.draft = ModelService(draft) if draft else None
+            self.tokenizer = self.target.model.tokenizer
+            check = check_ids(self.tokenizer, method.check_question, method.correct, method.incorrect)
+            drafter = drafter_for(self.draft, self.tokenizer) if self.draft else None
+        except BaseException:
+            self.close()
+            raise
+        self.pipeline = Pipeline(
+            self.target,
+            self.tokenizer,
+            check,
+            method,
+            drafter,
+            longest=self.target.max_context,
+            warms=self.target.model.device.type != "cpu",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         for service in (self.target, self.draft):

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ from parse.control import Control, Outcome
 from parse.engine.text import TextStream
 from parse.probes import cuts_at, cuts_every
 from parse.prompts import Check, Message
-from parse.types import Finish, Judged, Logprob, RequestError, Sampling, Tokens
+from parse.types import Finish, Judged, Logprob, RequestError, Sampling, Tokens, VerdictError, token_ids
 from parse.verdict import Thresholds, boundary
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ class Question:
     thresholds: Thresholds | None = None
     prediction: Sequence[int] | None = None
     """The caller's own draft, in the target's tokens."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise RequestError("mode", f"must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
 
 
 class Drafter(Protocol):
@@ -135,19 +139,24 @@ class Pipeline:
         settings: MethodSettings,
         drafter: Drafter | None = None,
         *,
+        longest: int | None = None,
         warms: bool = True,
     ) -> None:
-        """With `warms` the target reads the prompt while the drafter writes; else with the draft, in one pass.
+        """`longest`: tokens of prompt and answer together that the verifier takes.
 
-        That saves a pass where both share a processor and nothing is gained by being early.
+        With `warms` the target reads the prompt while the drafter writes; else with the draft, in one pass. That saves
+        a pass where both share a processor and nothing is gained by being early.
         """
-        self.warms = warms
+        self.longest, self.warms = longest, warms
         self.verifier, self.tokenizer, self.check, self.settings = verifier, tokenizer, check, settings
         self.drafter = drafter
         self.control = Control()
 
     async def answer(self, question: Question) -> AsyncGenerator[Event]:
         """The answer, piece by piece, with what was made of each draft, and at last what it took."""
+        if question.prediction is not None:
+            prediction = token_ids("prediction", question.prediction, len(self.tokenizer))
+            question = replace(question, prediction=prediction)
         mode, fallback = question.mode, None
         if mode == "auto":
             decision = self.control.decide()
@@ -172,9 +181,10 @@ class Pipeline:
 class _Draft:
     """Grows while it is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Sequence[int]) -> None:
+        self.before = tuple(before)  # the answer when it was begun
         self.ids: list[int] = []
-        self.tail = ""  # text after the last token, of one that holds the beginning of a stop string too
+        self.text: str | None = None  # of the whole answer, where it came to a stop string: not all its tokens' text
         self.ended = False  # by itself, or at a stop string
         self.done = False
         self._grown = asyncio.Event()
@@ -198,10 +208,14 @@ class _Answer:
         self.events: asyncio.Queue[Piece | Verdict | None] = asyncio.Queue()
         self.settings, self.verifier, self.drafter = pipeline.settings, pipeline.verifier, pipeline.drafter
         self.warms = pipeline.warms
+        limits = [question.sampling.max_tokens, pipeline.longest and pipeline.longest - len(question.prompt)]
+        self.most = min((limit for limit in limits if limit is not None), default=None)  # tokens of the answer
+        self.special = frozenset(pipeline.tokenizer.all_special_ids)
         self.tokenizer, self.check, self.control = pipeline.tokenizer, pipeline.check, pipeline.control
         self.thresholds = question.thresholds or pipeline.settings.thresholds()
         self.sampling = question.sampling
         self.text = TextStream(self.tokenizer, self.sampling.stop)
+        self._shown = 0  # characters
         self.output: list[int] = []
         self.finish: Finish | None = None
         self._last_origin: Origin = "target"
@@ -267,9 +281,7 @@ class _Answer:
 
     async def _exact(self) -> None:
         """The draft as a proposal, taken token by token: the target's own output, whatever was drafted."""
-        warming = self._warming()
         draft = await self._whole_draft()
-        await warming
         self._drafted += len(draft.ids)
         self._rounds += bool(draft.ids)
         await self._write(proposal=draft.ids)
@@ -277,8 +289,8 @@ class _Answer:
 
     async def _progressive(self) -> None:
         """Windows of the draft are judged while the next one is written; the first that fails ends the draft."""
-        warming = self._warming()
-        draft = _Draft()
+        warming = asyncio.create_task(self._warm())
+        draft = _Draft(self.output)
         drafting = asyncio.create_task(self._write_draft(draft, piece=self.settings.stride))
         asked, window = 0, self.settings.window
         try:
@@ -292,7 +304,7 @@ class _Answer:
                 cuts = [cut for cut in self._cuts(ids, ended=ended) if cut > asked]
                 if cuts:
                     known = ids if last else ids[: cuts[-1]]
-                    await self._judge(known, cuts, start=asked, ended=ended, tail=draft.tail)
+                    await self._judge(known, cuts, start=asked, ended=ended, text=draft.text)
                     if len(self.output) < cuts[-1]:
                         break
                     asked = cuts[-1]
@@ -316,22 +328,20 @@ class _Answer:
 
     async def _round(self) -> None:
         """A draft, judged, and what stands of it."""
-        warming = self._warming()
         draft = await self._whole_draft()
-        await warming
         if not draft.ids:
             return
         before, ids = len(self.output), tuple(draft.ids)
         self._drafted += len(ids)
         self._rounds += 1
-        await self._judge(ids, self._cuts(ids, ended=draft.ended), start=0, ended=draft.ended, tail=draft.tail)
+        await self._judge(ids, self._cuts(ids, ended=draft.ended), start=0, ended=draft.ended, text=draft.text)
         if self._boundary is None:
             self._boundary = len(self.output) - before
 
     async def _write(self, proposal: Sequence[int] = (), upto: int | None = None) -> None:
         """The target writes, to the end or up to that many tokens of output."""
         sampling = self.sampling
-        if upto is not None and upto < (sampling.max_tokens or upto + 1):
+        if upto is not None and upto < (self.most or upto + 1):
             sampling = replace(sampling, max_tokens=upto)
         else:
             upto = None
@@ -349,17 +359,20 @@ class _Answer:
         finally:
             self._write_s += time.perf_counter() - started
 
-    def _warming(self) -> asyncio.Task[None]:
-        """The target reads the prompt while the drafter writes."""
-        return asyncio.create_task(self._warm())
-
     async def _warm(self) -> None:
         if self.warms and not self.output:
             await self.verifier.warm(self.question.prompt)
 
     async def _whole_draft(self) -> _Draft:
-        draft = _Draft()
-        await self._write_draft(draft, piece=1 << 30)
+        """Meanwhile the target reads the prompt."""
+        draft = _Draft(self.output)
+        warming = asyncio.create_task(self._warm())
+        try:
+            await self._write_draft(draft, piece=1 << 30)
+            await warming
+        finally:
+            warming.cancel()
+            await asyncio.gather(warming, return_exceptions=True)
         return draft
 
     async def _write_draft(self, draft: _Draft, *, piece: int) -> None:
@@ -372,13 +385,20 @@ class _Answer:
                 return
             assert self.drafter is not None
             drafting = self.drafter.draft(self.question, self.output, piece=piece)
-            async with aclosing(drafting) as pieces:
+            async with asyncio.timeout(self.settings.draft_timeout_s), aclosing(drafting) as pieces:
                 async for tokens in pieces:
                     draft.ended = tokens.finish == "stop"
                     if self._cut_short(draft, tokens.ids):
                         break
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            self.fallback = "the drafter was cancelled"  # by somebody else
         except RequestError as error:  # too long for the drafter
             self.fallback = f"no draft: {error}"
+        except TimeoutError:
+            self.fallback = f"the drafter took longer than {self.settings.draft_timeout_s:g} s"
         except Exception as error:
             logger.warning("the drafter failed", exc_info=True)
             self.fallback = f"the drafter failed: {error}"
@@ -387,21 +407,23 @@ class _Answer:
             draft.grow((), done=True)
 
     def _cut_short(self, draft: _Draft, ids: Sequence[int]) -> bool:
-        """Lets the draft grow, up to a stop string and the token limit; says whether it came to one."""
-        cut = False
+        """Lets the draft grow, up to its end, a stop string and the token limit; says whether it came to one."""
+        ids, cut = token_ids("draft", ids, len(self.tokenizer)), False
+        if (end := next((place for place, token in enumerate(ids) if token in self.special), None)) is not None:
+            ids, cut, draft.ended = ids[:end], True, True
         if self.sampling.stop:
-            sofar = [*self.output, *draft.ids]
+            sofar = [*draft.before, *draft.ids]
             text = TextStream(self.tokenizer, self.sampling.stop)
             said = text.add([*sofar, *ids]) + text.end()
             if text.stopped is not None:
                 draft.ended = cut = True
-                while self._length([*sofar, *ids]) > len(said):
+                draft.text = said
+                while ids and self._length([*sofar, *ids]) > len(said):
                     ids = ids[:-1]
-                draft.tail = said[self._length([*sofar, *ids]) :]
-        if self.sampling.max_tokens is not None:
-            room = self.sampling.max_tokens - len(self.output) - len(draft.ids)
+        if self.most is not None:
+            room = max(0, self.most - len(draft.before) - len(draft.ids))
             if len(ids) > room:
-                ids, cut, draft.ended, draft.tail = ids[:room], True, False, ""
+                ids, cut, draft.ended, draft.text = ids[:room], True, False, None
         draft.grow(ids)
         return cut
 
@@ -417,7 +439,9 @@ class _Answer:
             return cuts_every(self.settings.stride, len(ids), ended=ended)
         return cuts_at(self.settings.places, pieces, stride=self.settings.stride, ended=ended)
 
-    async def _judge(self, ids: tuple[int, ...], cuts: Sequence[int], *, start: int, ended: bool, tail: str) -> None:
+    async def _judge(
+        self, ids: tuple[int, ...], cuts: Sequence[int], *, start: int, ended: bool, text: str | None
+    ) -> None:
         """What stands of the draft beyond its first `start` tokens, which are in the output already."""
         before = self.output[: len(self.output) - start]
         started = time.perf_counter()
@@ -431,27 +455,48 @@ class _Answer:
             logprobs=self.sampling.logprobs,
         )
         self._judge_s += time.perf_counter() - started
+        _check_verdict(judged, cuts, logprobs=self.sampling.logprobs is not None)
         kept = max(start, boundary(cuts, judged.correct, self.thresholds, ended=ended, rule=self.settings.rule))
         self._accepted += kept - start
         if ended and kept == len(ids):
             self.finish = "stop"
-        elif self.sampling.max_tokens is not None and len(before) + kept >= self.sampling.max_tokens:
+        elif self.most is not None and len(before) + kept >= self.most:
             self.finish = "length"
         whole = self.finish == "stop"
-        self._say(ids[start:kept], "draft", judged.logprobs[start:kept], tail=tail if whole else None)
+        self._say(ids[start:kept], "draft", judged.logprobs[start:kept], ends=whole, whole=text)
         rejected = "" if whole else self._decoded(ids[kept:])
         self.events.put_nowait(
             Verdict(len(before) + start, ids[start:], tuple(cuts), judged.correct, kept - start, rejected)
         )
 
-    def _say(self, ids: Sequence[int], origin: Origin, logprobs: Sequence[Logprob], *, tail: str | None = None) -> None:
-        """`tail` ends the text: it follows the last token, and nothing is held back any more."""
-        if not ids and not tail:
+    def _say(
+        self,
+        ids: Sequence[int],
+        origin: Origin,
+        logprobs: Sequence[Logprob],
+        *,
+        ends: bool = False,
+        whole: str | None = None,
+    ) -> None:
+        """Where the answer ends, nothing is held back any more; `whole`: its text, if not that of all its tokens."""
+        if not ids and not ends:
             return
         self._first = self._first or time.perf_counter()
         self._last_origin = origin
         self.output += ids
         text = self.text.add(ids)
-        if tail is not None:
-            text += self.text.end() + tail
+        if ends:
+            text += self.text.end()
+            text = text if whole is None else whole[self._shown :]
+        self._shown += len(text)
         self.events.put_nowait(Piece(text, tuple(ids), origin, tuple(logprobs)))
+
+
+def _check_verdict(judged: Judged, cuts: Sequence[int], *, logprobs: bool) -> None:
+    """A draft must not be accepted by a slip."""
+    if len(judged.correct) != len(cuts):
+        raise VerdictError(f"the verifier judged {len(judged.correct)} prefixes where it was asked about {len(cuts)}")
+    if not all(chance is None or 0.0 <= chance <= 1.0 for chance in judged.correct):
+        raise VerdictError(f"the verifier gave what is no probability: {judged.correct}")
+    if logprobs and cuts and len(judged.logprobs) < cuts[-1]:
+        raise VerdictError(f"the verifier gave {len(judged.logprobs)} log-probabilities for {cuts[-1]} tokens")

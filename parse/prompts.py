@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from parse.types import RequestError
@@ -61,6 +62,8 @@ def check_ids(
             "the chat template does not keep the generation prompt as a prefix of the answered conversation: "
             f"{opening!r} against {before!r}"
         )
+    if question.strip() not in suffix or SENTINEL in suffix:
+        raise TemplateError(f"the chat template does not put the check question once behind the answer: {suffix!r}")
     return _told_apart(tokenizer, suffix, correct, incorrect)
 
 
@@ -96,7 +99,10 @@ def _continued(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], wo
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     if not tokenizer.chat_template:
         raise TemplateError("the tokenizer has no chat template")
-    text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+    except JinjaError as error:
+        raise TemplateError(f"the chat template refuses the conversation: {error}") from error
     assert isinstance(text, str)
     return text
 

@@ -1,5 +1,6 @@
 """The values that travel between callers, pipeline and engine, and the errors they meet."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,7 +27,23 @@ class EngineStopped(RuntimeError):
     """The engine was shut down, or died, before the request was done."""
 
 
+class VerdictError(RuntimeError):
+    """A verifier's verdict does not fit what it was asked."""
+
+
+def token_ids(field: str, ids: Sequence[int], vocabulary: int) -> list[int]:
+    """The same as plain integers, each of them a token."""
+    try:
+        plain = [operator.index(token) for token in ids]
+    except TypeError as error:
+        raise RequestError(field, f"must hold token ids, whole numbers: {error}") from error
+    if plain and not (min(plain) >= 0 and max(plain) < vocabulary):
+        raise RequestError(field, f"token ids must lie in 0..{vocabulary - 1}")
+    return plain
+
+
 MAX_LOGPROBS = 20
+MAX_STOPS, LONGEST_STOP = 16, 256  # strings, characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +67,27 @@ class Sampling:
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("top_p", self.top_p, 0.0, 1.0, above=True)
-        _within("top_k", self.top_k, 0, None)
+        _within("top_k", self.top_k, 0, None, whole=True)
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, None, above=True)
-        for bias in self.logit_bias.values():
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias", f"must map token ids to numbers, got {self.logit_bias!r}")
+        for token, bias in self.logit_bias.items():
+            _within("logit_bias", token, 0, None, whole=True)
             _within("logit_bias", bias, -100.0, 100.0)
+        _within("seed", self.seed, None, None, whole=True)
         if self.max_tokens is not None:
-            _within("max_tokens", self.max_tokens, 1, None)
+            _within("max_tokens", self.max_tokens, 1, None, whole=True)
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
+            raise RequestError("stop", f"must be a list of strings, got {self.stop!r}")
         if not all(self.stop):
             raise RequestError("stop", "a stop string must not be empty")
+        if len(self.stop) > MAX_STOPS or any(len(text) > LONGEST_STOP for text in self.stop):
+            raise RequestError("stop", f"takes at most {MAX_STOPS} strings of {LONGEST_STOP} characters")
 
     @property
     def greedy(self) -> bool:
@@ -76,9 +101,13 @@ class Sampling:
         )
 
 
-def _within(name: str, value: float, low: float, high: float | None, *, above: bool = False) -> None:
+def _within(
+    name: str, value: object, low: float | None, high: float | None, *, above: bool = False, whole: bool = False
+) -> None:
     """NaN fails every comparison, so it is refused too."""
-    if not (low < value if above else low <= value) or (high is not None and not value <= high):
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise RequestError(name, f"must be a {'whole ' if whole else ''}number, got {value!r}")
+    if (low is not None and not (low < value if above else low <= value)) or (high is not None and not value <= high):
         bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high is not None else "")
         raise RequestError(name, f"must be {bounds}, got {value}")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -61,11 +62,14 @@ class Model:
         try:
             AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
-            network = AutoModelForCausalLM.from_pretrained(
-                path, dtype=precision, device_map=None if chosen == "cpu" else chosen
+            load: Any = AutoModelForCausalLM.from_pretrained
+            network, found = load(
+                path, dtype=precision, device_map=None if chosen == "cpu" else chosen, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelNotFound(f"{path} holds no causal language model that can be loaded: {error}") from error
+        if missing := sorted(found["missing_keys"]):  # they were filled with random numbers
+            raise ModelNotFound(f"{path} lacks {len(missing)} of its model's weights, {missing[0]} the first")
         if int8 and chosen != "cpu":
             raise UnsupportedModel("int8 is an option for CPUs; on a GPU load a quantised checkpoint")
         model = cls(network, tokenizer, str(path), int8=int8)

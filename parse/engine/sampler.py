@@ -71,7 +71,7 @@ class Sampler:
         if s.top_p < 1.0:
             ordered, ids = likely.sort(descending=True, stable=True)
             before = ordered.cumsum(0) - ordered  # the token that crosses the border is kept
-            likely[ids[before >= s.top_p]] = 0.0
+            likely[ids[(before >= s.top_p) & (before > 0)]] = 0.0  # the likeliest always stays
         if s.min_p > 0.0:
             likely = likely.masked_fill(likely < s.min_p * likely.max(), 0.0)
         return likely

@@ -10,13 +10,12 @@ from dataclasses import replace
 import torch
 
 from parse.config import EngineSettings
-from parse.engine.attention import UnsupportedModel
 from parse.engine.engine import Engine, Job, Load
 from parse.engine.model import Model
 from parse.engine.programs import Program, generate, judge, warm
 from parse.engine.text import TextStream
 from parse.prompts import Check
-from parse.types import Judged, RequestError, Sampling, Tokens
+from parse.types import Judged, RequestError, Sampling, Tokens, token_ids
 
 PLAIN = Sampling()
 QUIET_S = 0.02  # nobody reads faster
@@ -39,8 +38,8 @@ class ModelService:
         contexts = tokens // capacity
         if contexts < 1:
             needed = -(-capacity * self.model.bytes_per_token // 2**20)
-            raise UnsupportedModel(
-                f"memory_mb: {settings.memory_mb} MiB hold no context of {self.max_context} tokens, that takes {needed}"
+            raise RequestError(
+                "memory_mb", f"{settings.memory_mb} hold no context of {self.max_context} tokens, that takes {needed}"
             )
         self._bell = _Bell()
         self.engine = Engine(
@@ -61,7 +60,7 @@ class ModelService:
 
     async def warm(self, prompt: Sequence[int]) -> None:
         """Computes a prompt ahead of time."""
-        self._check_ids("prompt", prompt)
+        prompt = token_ids("prompt", prompt, self.model.vocabulary)
         self._check_length("prompt", len(prompt))
         await self._run(prompt, warm(), room=0)
 
@@ -82,9 +81,9 @@ class ModelService:
         nothing beyond a prefix that does not pass; nor where the question would reach beyond the positions the model
         knows.
         """
-        self._check_ids("prompt", prompt)
-        self._check_ids("draft", draft)
-        self._check_ids("check", (*check.suffix, *check.correct, *check.incorrect))
+        prompt = token_ids("prompt", prompt, self.model.vocabulary)
+        draft = token_ids("draft", draft, self.model.vocabulary)
+        token_ids("check", (*check.suffix, *check.correct, *check.incorrect), self.model.vocabulary)
         if not (check.suffix and check.correct and check.incorrect):
             raise RequestError("check", "must hold a question and both its answers")
         self._check_length("prompt", len(prompt))
@@ -127,10 +126,10 @@ class ModelService:
 
         The token limit, penalties, stop strings and seed regard the output as a whole. Leaving the iteration cancels.
         """
-        self._check_ids("prompt", prompt)
-        self._check_ids("output", output)
-        self._check_ids("proposal", proposal)
-        self._check_ids("logit_bias", list(sampling.logit_bias))
+        prompt = token_ids("prompt", prompt, self.model.vocabulary)
+        output = token_ids("output", output, self.model.vocabulary)
+        proposal = token_ids("proposal", proposal, self.model.vocabulary)
+        token_ids("logit_bias", list(sampling.logit_bias), self.model.vocabulary)
         self._check_length("prompt", len(prompt) + len(output), spare=1)
         room = self.max_context - len(prompt) - len(output)
         if sampling.max_tokens is not None:
@@ -171,10 +170,6 @@ class ModelService:
                 pass
         finally:
             self.engine.cancel(job)
-
-    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
-        if ids and not (min(ids) >= 0 and max(ids) < self.model.vocabulary):
-            raise RequestError(field, f"token ids must lie in 0..{self.model.vocabulary - 1}")
 
     def _check_length(self, field: str, length: int, spare: int = 0) -> None:
         if not length:

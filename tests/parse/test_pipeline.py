@@ -8,7 +8,7 @@ import pytest
 from parse.config import MethodSettings
 from parse.pipeline import Done, Piece, Pipeline, Question, Verdict
 from parse.prompts import check_ids
-from parse.types import Judged, Logprob, RequestError, Sampling, Tokens
+from parse.types import Judged, Logprob, RequestError, Sampling, Tokens, VerdictError
 from parse.verdict import Thresholds
 
 GREEDY = Sampling(temperature=0.0)
@@ -337,3 +337,112 @@ def test_auto_stops_drafting_that_does_not_pay_and_says_so(make):
     assert [usage.mode for usage in seen[3:11]] == ["off"] * 8
     assert "does not pay" in seen[3].fallback and "0% acceptance" in seen[3].fallback
     assert seen[11].mode == "rounds"  # a trial
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])
+@pytest.mark.parametrize("nonsense", [5000, -1, "a", 1.5, None])
+def test_nonsense_of_the_drafter_costs_only_its_draft(make, mode, nonsense):
+    ids, _, _, done = answered(make(Target(), Scripted([[nonsense]])), mode)
+    assert ids == OWN and done.usage.accepted == 0 and "no draft" in str(done.usage.fallback)
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])
+def test_a_drafter_that_hangs_or_is_cancelled_by_others_costs_only_its_draft(make, mode):
+    class Hanging:
+        async def draft(self, question, output, *, piece):
+            await asyncio.sleep(1000)
+            yield Tokens(())
+
+    class Gone:
+        async def draft(self, question, output, *, piece):
+            raise asyncio.CancelledError
+            yield Tokens(())
+
+    for drafter, why in ((Hanging(), "longer than 0.05 s"), (Gone(), "cancelled")):
+        ids, _, _, done = answered(make(Target(), drafter, draft_timeout_s=0.05), mode)
+        assert ids == OWN and why in str(done.usage.fallback)
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+def test_a_draft_ends_at_the_first_token_that_is_no_text(make, tokenizer, mode):
+    ids, _, _, done = answered(make(Target(), Scripted([[*RIGHT, tokenizer.eos_token_id, *RIGHT]], ended=False)), mode)
+    assert ids == RIGHT and done.finish == "stop"
+    ids, _, _, _ = answered(make(Target(), Scripted([[tokenizer.eos_token_id]])), mode)
+    assert ids == OWN
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+def test_a_draft_is_no_longer_than_what_the_verifier_takes(make, mode):
+    target = Target()
+    pipeline = make(target, Scripted([RIGHT, RIGHT, RIGHT]))
+    pipeline.longest = len(PROMPT) + 9
+    ids, *_ = answered(pipeline, mode)
+    assert ids[:8] == RIGHT[:8]
+    assert max(len(call[1]) + len(call[2]) for call in target.calls if call[0] == "judge") == len(PROMPT) + 9
+
+
+@pytest.mark.parametrize("piece", [1, 4, 1 << 30])
+@pytest.mark.parametrize("first", range(2, 18, 3))
+def test_a_stop_string_may_begin_in_one_piece_of_a_draft_and_end_in_the_next(make, tokenizer, first, piece):
+    words = [tokenizer.encode(f" {number}")[0] for number in range(10, 30)]
+    assert len(words) == 20
+    stop = tokenizer.decode(words[first : first + 2])[1:]
+    pipeline = make(Target(), Scripted([words]))
+    pipeline.settings = pipeline.settings.model_copy(update={"window": 4, "stride": min(piece, 4)})
+    _, pieces, _, done = answered(pipeline, "progressive", Sampling(temperature=0.0, stop=(stop,)))
+    whole = tokenizer.decode(words)
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)] and done.finish == "stop"
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Judged((0.99,)),
+        Judged((0.0,) * 5 + (1.0,)),
+        Judged(()),
+        Judged((7.0,) * 5),
+        Judged((float("nan"),) * 5),
+        Judged((0.99,) * 5),  # without the log-probabilities
+    ],
+)
+def test_a_verdict_that_does_not_fit_is_an_error_and_accepts_nothing(make, verdict):
+    class Slipping(Target):
+        async def judge(self, *_, **__):
+            return verdict
+
+    with pytest.raises(VerdictError):
+        answered(make(Slipping(), Scripted([RIGHT])), "full", Sampling(temperature=0.0, logprobs=0))
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])
+def test_who_leaves_leaves_nothing_running(make, mode):
+    class Slow(Target):
+        async def warm(self, prompt):
+            await asyncio.sleep(1000)
+
+    class Hanging:
+        async def draft(self, question, output, *, piece):
+            await asyncio.sleep(1000)
+            yield Tokens(())
+
+    async def leave():
+        pipeline = make(Slow(), Hanging())
+        answering = asyncio.create_task(anext(pipeline.answer(Question(PROMPT, mode=mode))))
+        await asyncio.sleep(0.01)
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(leave()) == set()
+
+
+@pytest.mark.parametrize("prediction", [[5000], [-1], ["a"], [1.5]])
+def test_a_prediction_that_is_none_is_refused_by_name(make, prediction):
+    for mode in ("full", "progressive", "rounds", "exact"):
+        with pytest.raises(RequestError, match="prediction: "):
+            answered(make(Target(), None), mode, prediction=prediction)
+
+
+def test_a_mode_that_is_none_is_refused_with_those_there_are():
+    with pytest.raises(RequestError, match=r"mode: must be one of auto, full.*got 'ful'"):
+        Question(PROMPT, mode="ful")  # type: ignore[arg-type]

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parse.config import EngineSettings
-from parse.engine.attention import UnsupportedModel
 from parse.engine.model import ModelNotFound
 from parse.engine.service import ModelService
 from parse.prompts import Check, check_ids, prompt_ids
@@ -554,7 +553,7 @@ def test_to_close_ends_all_streams(slow):
 
 
 def test_a_service_that_cannot_be_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(UnsupportedModel, match="memory_mb: 8 MiB hold no context of 600 tokens, that takes 23"):
+    with pytest.raises(RequestError, match="memory_mb: 8 hold no context of 600 tokens, that takes 23"):
         ModelService(settings(MODELS / "demo-target", memory_mb=8, max_context=600))
     with pytest.raises(ModelNotFound, match="nowhere"):
         ModelService(settings(tmp_path / "nowhere"))
