@@ -14,11 +14,9 @@ from typing import TextIO, get_args
 from transformers.utils import logging as transformers_logging
 
 from parse.config import EngineSettings
-from parse.engine.attention import UnsupportedModel
-from parse.engine.model import ModelNotFound
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.pipeline import Done, Mode, Piece, Question, Usage, Verdict
-from parse.prompts import TemplateError, prompt_ids
+from parse.prompts import prompt_ids
 from parse.types import RequestError, Sampling
 
 EXAMPLE = (
@@ -71,7 +69,8 @@ async def answer(pair: LocalPair, question: Question, page: Page) -> None:
             case Verdict():
                 page.write(event.rejected, "rejected")
             case Done():
-                page.write(f"\n{figures(event.usage)}\n", "figures")
+                cut = "; cut off at the token limit" if event.finish == "length" else ""
+                page.write(f"\n{figures(event.usage)}{cut}\n", "figures")
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -114,7 +113,7 @@ def main(given: Sequence[str] | None = None) -> None:
             asyncio.run(answer(pair, asked, Page(sys.stdout)))
         finally:
             pair.close()
-    except (RequestError, ModelNotFound, UnsupportedModel, TemplateError) as error:
+    except ValueError as error:  # all that is refused, with its reason
         sys.exit(f"python -m parse: {error}")
 
 

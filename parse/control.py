@@ -58,6 +58,8 @@ class Control:
         if not outcome.drafted:
             return
         self._seen += 1
+        if self._seen == 1:  # its time holds much that is done only once
+            return
         self.acceptance = _mean(self.acceptance, outcome.accepted / outcome.drafted)
         spent = outcome.total_s - outcome.write_s
         self.overhead_s = _mean(self.overhead_s, spent / outcome.drafted)

@@ -58,6 +58,8 @@ class Model:
         "balanced" spreads the layers evenly over all GPUs.
         """
         chosen = _device(device)
+        if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
+            raise ModelNotFound(f"{path} is no directory")
         precision = "float32" if dtype == "auto" and chosen == "cpu" else dtype
         try:
             AutoConfig.from_pretrained(path)

@@ -74,11 +74,18 @@ def test_another_round_is_worth_what_it_is_expected_to_save():
     control = Control()
     assert control.another_round_pays(10)  # nothing is known: try
     assert not control.another_round_pays(0)
-    control.learn(GOOD)  # a drafted token costs 1 ms and saves 0.8 * 10 ms
+    asked(control, 2, GOOD)  # a drafted token costs 1 ms and saves 0.8 * 10 ms
     assert control.another_round_pays(10)
     worse = Control()
-    worse.learn(BAD)
+    asked(worse, 2, BAD)
     assert not worse.another_round_pays(10)
+
+
+def test_the_first_request_counts_for_nothing_whatever_it_took():
+    control = Control()
+    control.learn(Outcome(drafted=100, accepted=80, written=20, total_s=60.0, write_s=0.2))
+    assert asked(control, 20, GOOD) == 20
+    assert control.gain is not None and control.gain > 0
 
 
 def test_every_decision_is_explained_by_figures():

@@ -176,7 +176,7 @@ def test_the_command_answers_and_tells_what_happened(capsys):
         ([""], "question: must not be empty"),
         ([QUESTION, "--max-tokens", "0"], "max_tokens: must be at least 1"),
         ([QUESTION, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
-        ([QUESTION, "--target", "/nowhere"], "/nowhere holds no causal language model"),
+        ([QUESTION, "--target", "/nowhere"], "/nowhere is no directory"),
         ([QUESTION * 200], "prompt: is"),
     ],
 )
