@@ -75,3 +75,23 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer):
 def test_a_conversation_that_cannot_be_rendered_is_refused_by_its_field(tokenizer, messages, field):
     with pytest.raises(RequestError, match=field):
         prompt_ids(tokenizer, messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no system messages') }}",
+        "{% if %}",
+        # Forgets every question but the first.
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{{ m.content }}{% elif loop.first %}U:{{ m.content }}\n"
+        "{% else %}\n{% endif %}{% endfor %}{% if messages[-1].role == 'user' %}A:{% endif %}",
+        # Says every answer twice.
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{{ m.content }}|{{ m.content }}{% else %}U:"
+        "{{ m.content }}\n{% endif %}{% endfor %}{% if messages[-1].role == 'user' %}A:{% endif %}",
+    ],
+)
+def test_a_template_that_fails_or_breaks_the_layout_is_refused(tokenizer, template):
+    broken = deepcopy(tokenizer)
+    broken.chat_template = template
+    with pytest.raises(TemplateError):
+        check_ids(broken)

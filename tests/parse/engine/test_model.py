@@ -1,4 +1,6 @@
+import json
 import random
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -163,3 +165,16 @@ def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
     with pytest.raises(RequestError, match="device: must be auto or one of cpu.*" + device):
         Model.load("anything", device=device)
+
+
+def test_a_folder_without_all_the_weights_or_with_others_is_refused(tmp_path):
+    folder = shutil.copytree(MODELS / "demo-draft", tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    for change, why in (({"num_hidden_layers": 3}, "lacks"), ({"hidden_size": 48}, "cannot|can be loaded")):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModelNotFound, match=why):
+            Model.load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ModelNotFound, match="can be loaded"):
+        Model.load(folder)

@@ -152,6 +152,21 @@ def test_logprobs_are_the_models_own(token, count, seed):
         ("presence_penalty", 2.5),
         ("frequency_penalty", -2.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", 1e-40),
+        ("temperature", "hot"),
+        ("temperature", None),
+        ("top_k", 1.5),
+        ("max_tokens", 1.5),
+        ("max_tokens", "5"),
+        ("logprobs", True),
+        ("seed", 0.5),
+        ("logit_bias", {1.5: 1.0}),
+        ("logit_bias", None),
+        ("stop", "a string is three"),
+        ("stop", [1]),
+        ("stop", ["x"] * 17),
+        ("stop", ["x" * 257]),
         ("logit_bias", {1: 101.0}),
         ("max_tokens", 0),
         ("logprobs", 21),
@@ -163,3 +178,8 @@ def test_sampling_out_of_bounds_is_refused_by_the_name_of_its_field(field, value
     with pytest.raises(RequestError, match=f"^{field}: ") as caught:
         Sampling(**{field: value})
     assert caught.value.field == field
+
+
+def test_the_likeliest_token_is_left_however_little_is_asked_for():
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    assert {Sampler(Sampling(seed=seed, top_p=1e-300), [], []).choose(logits) for seed in range(20)} == {1}

@@ -6,6 +6,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -427,6 +428,9 @@ def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
         ("prompt", lambda s: s.warm([-1])),
         ("prompt", lambda s: s.warm([1, 510])),
         ("prompt", lambda s: s.warm([1] * (CONTEXT + 1))),
+        ("prompt", lambda s: s.warm([1.5])),
+        ("prompt", lambda s: s.warm(["a"])),
+        ("prompt", lambda s: s.warm(list(np.array([range(20)]).T))),
         ("prompt", lambda s: write(s, [])),
         ("prompt", lambda s: write(s, [1, 510])),
         ("prompt", lambda s: write(s, [1] * CONTEXT)),
