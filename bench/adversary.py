@@ -11,8 +11,8 @@ import torch
 from bench.contenders import Ours
 from parse.config import EngineSettings
 from parse.local import LocalPair
-from parse.pipeline import Drafter, Question
 from parse.prompts import prompt_ids
+from parse.protocol import Drafter, Question
 from parse.types import Tokens
 from training import measure
 
@@ -43,7 +43,8 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
     )
     pair = LocalPair(target, draft)
     assert pair.pipeline.drafter is not None
-    pair.pipeline.drafter = Spoiler(pair.pipeline.drafter, wrong=pair.tokenizer.encode(" 98")[0])
+    spoiler = Spoiler(pair.pipeline.drafter, wrong=pair.tokenizer.encode(" 98")[0])
+    pair.pipeline = replace(pair.pipeline, drafter=spoiler)
     auto, off = Ours(pair, "auto"), Ours(pair, "off")
     prompts = [
         prompt_ids(pair.tokenizer, [{"role": "user", "content": problem.question}])

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parse.config import EngineSettings
 from parse.local import LocalPair
-from parse.pipeline import Done, Mode, Piece, Question
 from parse.probes import cuts_every
+from parse.protocol import Done, Mode, Piece, Question
 from parse.types import Sampling
 
 GREEDY = Sampling(temperature=0.0, max_tokens=240)

@@ -25,8 +25,9 @@ from transformers import AutoTokenizer
 from bench.contenders import GREEDY
 from parse.config import EngineSettings, MethodSettings
 from parse.engine.service import ModelService
-from parse.pipeline import Done, Pipeline, Question, Usage
+from parse.pipeline import Pipeline
 from parse.prompts import check_ids, prompt_ids
+from parse.protocol import Done, Question, Usage
 from parse.types import Sampling, Tokens
 from training import measure
 from training.evaluate import MODELS
@@ -120,7 +121,8 @@ async def compare(models: Path, prompts: Sequence[Sequence[int]], *, running: in
     drafter, service = RemoteDrafter(draft), ModelService(target)
     tokenizer = service.model.tokenizer
     method = MethodSettings.for_model(target.model)
-    pipeline = Pipeline(service, tokenizer, check_ids(tokenizer, method.check_question), method, drafter)
+    check = check_ids(tokenizer, method.check_question)
+    pipeline = Pipeline(verifier=service, tokenizer=tokenizer, check=check, settings=method, drafter=drafter)
     listening = asyncio.create_task(drafter.listen())
     await finished(pipeline, prompts[:2], 1)
     half = len(prompts) // 2
@@ -129,8 +131,8 @@ async def compare(models: Path, prompts: Sequence[Sequence[int]], *, running: in
         service.engine.forget()
         seconds, usages = await finished(pipeline, part, 1)
         alone_s += seconds
-        draft_s += sum(usage.draft_s for usage in usages)
-        target_s += sum(usage.judge_s + usage.write_s for usage in usages)
+        draft_s += sum(usage.seconds("draft") for usage in usages)
+        target_s += sum(usage.seconds("judge", "write") for usage in usages)
         service.engine.forget()
         together_s += (await finished(pipeline, part, in_flight))[0]
     drafter.close()

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
-from parse.pipeline import Done, Mode, Piece, Question, Usage, Verdict
 from parse.prompts import prompt_ids
+from parse.protocol import Done, Mode, Piece, Question, StageName, Usage, Verdict
 from parse.types import RequestError, Sampling
 
 EXAMPLE = (
@@ -54,8 +54,9 @@ def figures(usage: Usage) -> str:
     if usage.drafted:
         parts.append(f"accepted {usage.accepted} of {usage.drafted} drafted tokens in {usage.rounds} round(s)")
     parts.append(f"target wrote {usage.written}")
-    stages = {"draft": usage.draft_s, "judge": usage.judge_s, "write": usage.write_s, "total": usage.total_s}
-    parts.append(", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in stages.items()))
+    stages: list[StageName] = ["draft", "judge", "write"]
+    times = [f"{name} {usage.seconds(name) * 1e3:.0f} ms" for name in stages]
+    parts.append(", ".join([*times, f"total {usage.total_s * 1e3:.0f} ms"]))
     if usage.fallback:
         parts.append(usage.fallback)
     return "; ".join(parts)

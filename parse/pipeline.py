@@ -7,10 +7,9 @@ do not depend on one another; whatever happens to the drafter costs only speed.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,139 +17,43 @@ from parse.config import MethodSettings
 from parse.control import Control, Outcome
 from parse.engine.text import TextStream
 from parse.probes import cuts_at, cuts_every
-from parse.prompts import Check, Message
-from parse.types import Finish, Judged, Logprob, RequestError, Sampling, Tokens, VerdictError, token_ids
-from parse.verdict import Thresholds, boundary
+from parse.prompts import Check
+from parse.protocol import (
+    WHOLE,
+    Done,
+    Drafter,
+    Event,
+    Mode,
+    Origin,
+    Piece,
+    Question,
+    Stage,
+    StageName,
+    Usage,
+    Verdict,
+    Verifier,
+)
+from parse.types import Finish, Judged, Logprob, RequestError, VerdictError, token_ids
+from parse.verdict import boundary
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["auto", "full", "progressive", "rounds", "exact", "off"]
-Origin = Literal["draft", "target"]
 
-
-@dataclass(frozen=True)
-class Question:
-    """What is to be answered, and how."""
-
-    prompt: Sequence[int]  # in the target's tokens, up to and including the assistant header
-    messages: Sequence[Message] = ()  # for a drafter that reads them in a template of its own
-    sampling: Sampling = Sampling()
-    mode: Mode = "auto"
-    thresholds: Thresholds | None = None
-    prediction: Sequence[int] | None = None
-    """The caller's own draft, in the target's tokens."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise RequestError("mode", f"must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
-
-
-class Drafter(Protocol):
-    def draft(self, question: Question, output: Sequence[int], *, piece: int) -> AsyncGenerator[Tokens]:
-        """Writes on after `output`, in the target's tokens, in pieces of about that many."""
-        ...
-
-
-class Verifier(Protocol):
-    async def warm(self, prompt: Sequence[int]) -> None: ...
-
-    async def judge(
-        self,
-        prompt: Sequence[int],
-        draft: Sequence[int],
-        cuts: Sequence[int],
-        check: Check,
-        *,
-        full: float | None = None,
-        prefix: float | None = None,
-        logprobs: int | None = None,
-    ) -> Judged: ...
-
-    def generate(
-        self,
-        prompt: Sequence[int],
-        output: Sequence[int] = (),
-        sampling: Sampling = ...,
-        *,
-        proposal: Sequence[int] = (),
-        piece: int = 1,
-    ) -> AsyncGenerator[Tokens]: ...
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some of the answer, final."""
-
-    text: str
-    ids: tuple[int, ...]
-    origin: Origin
-    logprobs: tuple[Logprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was made of a draft: the first `kept` of its tokens stand."""
-
-    start: int  # tokens of the answer before it
-    draft: tuple[int, ...]
-    cuts: tuple[int, ...]
-    correct: tuple[float | None, ...]
-    kept: int
-    rejected: str  # the text of the rest
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What an answer took."""
-
-    mode: Mode
-    drafted: int = 0
-    accepted: int = 0
-    written: int = 0  # by the target
-    rounds: int = 0
-    boundary: int | None = None  # tokens of the first draft that were kept
-    draft_s: float = 0.0
-    judge_s: float = 0.0
-    write_s: float = 0.0
-    first_s: float = 0.0  # until the first of the answer
-    total_s: float = 0.0
-    fallback: str | None = None  # why the target answered alone after all
-
-    @property
-    def rejected(self) -> int:
-        return self.drafted - self.accepted
-
-
-@dataclass(frozen=True)
-class Done:
-    finish: Finish
-    usage: Usage
-
-
-Event = Piece | Verdict | Done
-
-
+@dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    def __init__(
-        self,
-        verifier: Verifier,
-        tokenizer: PreTrainedTokenizerBase,
-        check: Check,
-        settings: MethodSettings,
-        drafter: Drafter | None = None,
-        *,
-        longest: int | None = None,
-        warms: bool = True,
-    ) -> None:
-        """`longest`: tokens of prompt and answer together that the verifier takes.
+    """Answers questions with a verifier and, where there is one, a drafter."""
 
-        With `warms` the target reads the prompt while the drafter writes; else with the draft, in one pass. That saves
-        a pass where both share a processor and nothing is gained by being early.
-        """
-        self.longest, self.warms = longest, warms
-        self.verifier, self.tokenizer, self.check, self.settings = verifier, tokenizer, check, settings
-        self.drafter = drafter
-        self.control = Control()
+    verifier: Verifier
+    tokenizer: PreTrainedTokenizerBase  # the target's
+    check: Check
+    settings: MethodSettings
+    drafter: Drafter | None = None
+    longest: int | None = None
+    """Tokens of prompt and answer together that the verifier takes."""
+    warms: bool = True
+    """Does the target read the prompt while the drafter writes? Else with the draft, in one pass: that saves a pass
+    where both share a processor and nothing is gained by being early."""
+    control: Control = field(default_factory=Control)
 
     async def answer(self, question: Question) -> AsyncGenerator[Event]:
         """The answer, piece by piece, with what was made of each draft, and at last what it took."""
@@ -174,7 +77,9 @@ class Pipeline:
             await asyncio.gather(working, return_exceptions=True)
         usage = answer.usage()
         if usage.drafted and question.prediction is None:
-            self.control.learn(Outcome(usage.drafted, usage.accepted, usage.written, usage.total_s, usage.write_s))
+            self.control.learn(
+                Outcome(usage.drafted, usage.accepted, usage.written, usage.total_s, usage.seconds("write"))
+            )
         yield Done(answer.finish or "length", usage)
 
 
@@ -221,7 +126,8 @@ class _Answer:
         self._last_origin: Origin = "target"
         self._drafted = self._accepted = self._written = self._rounds = 0
         self._boundary: int | None = None
-        self._draft_s = self._judge_s = self._write_s = 0.0
+        self._cached: int | None = None
+        self._stages: list[Stage] = []
         self._started = time.perf_counter()
         self._first: float | None = None
 
@@ -234,9 +140,8 @@ class _Answer:
             self._written,
             self._rounds,
             self._boundary,
-            self._draft_s,
-            self._judge_s,
-            self._write_s,
+            self._cached or 0,
+            tuple(self._stages),
             (self._first or now) - self._started,
             now - self._started,
             self.fallback,
@@ -257,6 +162,19 @@ class _Answer:
                 self.events.put_nowait(Piece(rest, (), self._last_origin))
         finally:
             self.events.put_nowait(None)
+
+    @contextmanager
+    def _stage(self, name: StageName) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stages.append(Stage(name, start - self._started, time.perf_counter() - self._started))
+
+    def _found(self, cached: int) -> None:
+        """The first to read the prompt tells how much of it was known."""
+        if self._cached is None:
+            self._cached = min(cached, len(self.question.prompt))
 
     # The ways to an answer.
 
@@ -345,30 +263,31 @@ class _Answer:
             sampling = replace(sampling, max_tokens=upto)
         else:
             upto = None
-        started = time.perf_counter()
-        try:
-            writing = self.verifier.generate(self.question.prompt, self.output, sampling, proposal=proposal)
+        writing = self.verifier.generate(
+            self.question.prompt, self.output, sampling, proposal=proposal, piece=self.question.piece
+        )
+        with self._stage("write"):
             async with aclosing(writing) as pieces:
                 async for tokens in pieces:
+                    self._found(tokens.cached)
                     taken = tokens.accepted
                     self._accepted += taken
                     self._written += len(tokens.ids) - taken
                     self._say(tokens.ids[:taken], "draft", tokens.logprobs[:taken])
                     self._say(tokens.ids[taken:], "target", tokens.logprobs[taken:])
                     self.finish = None if tokens.finish == "length" and upto is not None else tokens.finish
-        finally:
-            self._write_s += time.perf_counter() - started
 
     async def _warm(self) -> None:
         if self.warms and not self.output:
-            await self.verifier.warm(self.question.prompt)
+            with self._stage("warm"):
+                self._found(await self.verifier.warm(self.question.prompt))
 
     async def _whole_draft(self) -> _Draft:
         """Meanwhile the target reads the prompt."""
         draft = _Draft(self.output)
         warming = asyncio.create_task(self._warm())
         try:
-            await self._write_draft(draft, piece=1 << 30)
+            await self._write_draft(draft, piece=WHOLE)
             await warming
         finally:
             warming.cancel()
@@ -377,7 +296,11 @@ class _Answer:
 
     async def _write_draft(self, draft: _Draft, *, piece: int) -> None:
         """Whatever goes wrong with the drafter, the target can do without."""
-        started = time.perf_counter()
+        with self._stage("draft"):
+            await self._take_draft(draft, piece=piece)
+        draft.grow((), done=True)
+
+    async def _take_draft(self, draft: _Draft, *, piece: int) -> None:
         try:
             if self.question.prediction is not None:
                 draft.ended = not self.output
@@ -402,9 +325,6 @@ class _Answer:
         except Exception as error:
             logger.warning("the drafter failed", exc_info=True)
             self.fallback = f"the drafter failed: {error}"
-        finally:
-            self._draft_s += time.perf_counter() - started
-            draft.grow((), done=True)
 
     def _cut_short(self, draft: _Draft, ids: Sequence[int]) -> bool:
         """Lets the draft grow, up to its end, a stop string and the token limit; says whether it came to one."""
@@ -444,17 +364,17 @@ class _Answer:
     ) -> None:
         """What stands of the draft beyond its first `start` tokens, which are in the output already."""
         before = self.output[: len(self.output) - start]
-        started = time.perf_counter()
-        judged = await self.verifier.judge(
-            (*self.question.prompt, *before),
-            ids,
-            cuts,
-            self.check,
-            full=self.thresholds.full if ended else None,
-            prefix=self.thresholds.prefix if self.settings.rule == "first_failure" else None,
-            logprobs=self.sampling.logprobs,
-        )
-        self._judge_s += time.perf_counter() - started
+        with self._stage("judge"):
+            judged = await self.verifier.judge(
+                (*self.question.prompt, *before),
+                ids,
+                cuts,
+                self.check,
+                full=self.thresholds.full if ended else None,
+                prefix=self.thresholds.prefix if self.settings.rule == "first_failure" else None,
+                logprobs=self.sampling.logprobs,
+            )
+        self._found(judged.cached)
         _check_verdict(judged, cuts, logprobs=self.sampling.logprobs is not None)
         kept = max(start, boundary(cuts, judged.correct, self.thresholds, ended=ended, rule=self.settings.rule))
         self._accepted += kept - start

@@ -131,6 +131,7 @@ class Tokens:
     logprobs: tuple[Logprob, ...] = ()
     finish: Finish | None = None  # set on the last piece: ended by itself or at a stop string, or cut off
     accepted: int = 0  # how many of these the proposal held already
+    cached: int = 0  # on the first piece: tokens of what it goes on from that were known
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +140,4 @@ class Judged:
 
     correct: tuple[float | None, ...]  # P(correct) at each cut; None where it no longer mattered
     logprobs: tuple[Logprob, ...] = ()  # the target's own, of the draft's tokens, where asked for
+    cached: int = 0  # tokens of prompt and draft that were known

@@ -45,6 +45,7 @@ class Job:
     listener: Listener
     context: Context | None = None
     begun: bool = False
+    cached: int = 0  # tokens that were found computed when it began
     ask: Ask = field(default_factory=lambda: Ask((), ()))
     progress: int = 0
     answers: list[Tensor] = field(default_factory=list)
@@ -204,7 +205,7 @@ class Engine:
             self._running.append(job)
             job.context, job.progress = context, context.computed
             if not job.begun:
-                job.begun = True
+                job.begun, job.cached = True, context.computed
                 self._advance(job, None)
             elif not job.missing:  # while it was set back, others have computed all it wanted
                 self._advance(job, NOTHING)

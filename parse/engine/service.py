@@ -58,11 +58,11 @@ class ModelService:
     def close(self) -> None:
         self.engine.stop()
 
-    async def warm(self, prompt: Sequence[int]) -> None:
-        """Computes a prompt ahead of time."""
+    async def warm(self, prompt: Sequence[int]) -> int:
+        """Computes a prompt ahead of time; says how many of its tokens were known."""
         prompt = token_ids("prompt", prompt, self.model.vocabulary)
         self._check_length("prompt", len(prompt))
-        await self._run(prompt, warm(), room=0)
+        return await self._run(prompt, warm(), room=0)
 
     async def judge(
         self,
@@ -109,9 +109,9 @@ class ModelService:
         )
         context = tokens[: len(tokens) - len(trunk)]
         nodes = max(len(check.suffix), min(PROBE_ROOM, len(cuts) * len(check.suffix)))
-        await self._run(context, program, room=len(trunk) + nodes)
+        cached = await self._run(context, program, room=len(trunk) + nodes)
         (verdict,) = judged
-        return replace(verdict, correct=(*verdict.correct, *[None] * (len(cuts) - len(fitting))))
+        return replace(verdict, correct=(*verdict.correct, *[None] * (len(cuts) - len(fitting))), cached=cached)
 
     async def generate(
         self,
@@ -157,17 +157,23 @@ class ModelService:
         job = Job([*prompt, *output][:-1], program, room + 1, mailbox)
         self.engine.submit(job)
         try:
+            cached = None
             async for tokens in mailbox:
+                if cached is None:
+                    cached = job.cached
+                    tokens = replace(tokens, cached=cached)
                 yield tokens
         finally:
             self.engine.cancel(job)
 
-    async def _run(self, tokens: Sequence[int], program: Program, room: int) -> None:
+    async def _run(self, tokens: Sequence[int], program: Program, room: int) -> int:
+        """Runs it to its end; says how many of the tokens were known."""
         mailbox = _Mailbox(self._bell)
         job = self.engine.submit(Job(list(tokens), program, room, mailbox))
         try:
             async for _ in mailbox:
                 pass
+            return job.cached
         finally:
             self.engine.cancel(job)
 

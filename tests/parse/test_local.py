@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.__main__ import main
 from parse.config import METHOD_FILE, EngineSettings, MethodSettings
-from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair, OtherTokens, SameTokens
-from parse.pipeline import Done, Piece, Question
+from parse.drafters import OtherTokens, SameTokens
+from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.prompts import prompt_ids
+from parse.protocol import Done, Piece, Question
 from parse.types import Sampling
 from training import measure
 from training.rows import Writer

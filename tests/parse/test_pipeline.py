@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from parse.config import MethodSettings
-from parse.pipeline import Done, Piece, Pipeline, Question, Verdict
+from parse.pipeline import Pipeline
 from parse.prompts import check_ids
+from parse.protocol import Done, Piece, Question, Verdict
 from parse.types import Judged, Logprob, RequestError, Sampling, Tokens, VerdictError
 from parse.verdict import Thresholds
 
@@ -28,6 +29,7 @@ class Target:
 
     async def warm(self, prompt):
         self.calls.append(("warm", tuple(prompt)))
+        return 0
 
     async def judge(self, prompt, draft, cuts, check, *, full=None, prefix=None, logprobs=None):
         self.calls.append(("judge", tuple(prompt), tuple(draft), tuple(cuts), full))
@@ -81,7 +83,8 @@ def make(tokenizer):
     check = check_ids(tokenizer, "Is this right so far?")
 
     def build(target, drafter, **settings):
-        return Pipeline(target, tokenizer, check, MethodSettings(stride=4, **settings), drafter)
+        method = MethodSettings(stride=4, **settings)
+        return Pipeline(verifier=target, tokenizer=tokenizer, check=check, settings=method, drafter=drafter)
 
     return build
 
@@ -374,8 +377,7 @@ def test_a_draft_ends_at_the_first_token_that_is_no_text(make, tokenizer, mode):
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
 def test_a_draft_is_no_longer_than_what_the_verifier_takes(make, mode):
     target = Target()
-    pipeline = make(target, Scripted([RIGHT, RIGHT, RIGHT]))
-    pipeline.longest = len(PROMPT) + 9
+    pipeline = replace(make(target, Scripted([RIGHT, RIGHT, RIGHT])), longest=len(PROMPT) + 9)
     ids, *_ = answered(pipeline, mode)
     assert ids[:8] == RIGHT[:8]
     assert max(len(call[1]) + len(call[2]) for call in target.calls if call[0] == "judge") == len(PROMPT) + 9
@@ -388,7 +390,8 @@ def test_a_stop_string_may_begin_in_one_piece_of_a_draft_and_end_in_the_next(mak
     assert len(words) == 20
     stop = tokenizer.decode(words[first : first + 2])[1:]
     pipeline = make(Target(), Scripted([words]))
-    pipeline.settings = pipeline.settings.model_copy(update={"window": 4, "stride": min(piece, 4)})
+    settings = pipeline.settings.model_copy(update={"window": 4, "stride": min(piece, 4)})
+    pipeline = replace(pipeline, settings=settings)
     _, pieces, _, done = answered(pipeline, "progressive", Sampling(temperature=0.0, stop=(stop,)))
     whole = tokenizer.decode(words)
     assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)] and done.finish == "stop"
@@ -446,3 +449,26 @@ def test_a_prediction_that_is_none_is_refused_by_name(make, prediction):
 def test_a_mode_that_is_none_is_refused_with_those_there_are():
     with pytest.raises(RequestError, match=r"mode: must be one of auto, full.*got 'ful'"):
         Question(PROMPT, mode="ful")  # type: ignore[arg-type]
+
+
+def test_stages_tell_when_each_thing_was_done_and_how_much_of_the_prompt_was_known(make):
+    @dataclass
+    class Remembering(Target):
+        async def warm(self, prompt):
+            await super().warm(prompt)
+            return 2
+
+        async def judge(self, *args, **kwargs):
+            return replace(await super().judge(*args, **kwargs), cached=len(PROMPT) + 5)
+
+    draft = [*RIGHT[:10], WRONG, *RIGHT[11:]]
+    for warms, cached in ((True, 2), (False, len(PROMPT))):
+        pipeline = replace(make(Remembering(), Scripted([draft])), warms=warms)
+        *_, done = answered(pipeline, "full")
+        usage = done.usage
+        stages = {stage.name: stage for stage in usage.stages}
+        assert list(stages) == (["warm"] if warms else []) + ["draft", "judge", "write"]
+        assert 0 <= stages["draft"].start <= stages["draft"].end <= stages["judge"].start <= stages["judge"].end
+        assert stages["judge"].end <= stages["write"].start <= stages["write"].end <= usage.total_s
+        assert usage.seconds("judge", "write") == usage.seconds("judge") + usage.seconds("write") > 0
+        assert usage.cached == cached

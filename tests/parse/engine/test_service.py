@@ -569,3 +569,22 @@ def test_the_question_of_the_chat_template_is_one_that_can_be_asked(service, tok
     check = check_ids(tokenizer, "Is it right?")
     verdict = asyncio.run(service.judge(prompt, draft, [10, 20], check))
     assert all(chance is not None and 0 <= chance <= 1 for chance in verdict.correct)
+
+
+def test_every_call_tells_how_much_it_found_known(path):
+    service = ModelService(settings(path))
+    prompt, draft = text(random.Random(1), 40), text(random.Random(2), 20)
+    sampling = replace(GREEDY, max_tokens=len(draft) + 2, ignore_eos=True)
+
+    async def calls():
+        cold = await service.warm(prompt)
+        again = await service.warm(prompt)
+        judged = await service.judge(prompt, draft, [len(draft)], CHECK)
+        written = await collect(service.generate(prompt, draft, sampling))
+        return cold, again, judged.cached, written
+
+    cold, again, judged, written = asyncio.run(calls())
+    service.close()
+    assert (cold, again, judged) == (0, len(prompt), len(prompt))
+    assert written[0].cached == len(prompt) + len(draft) - 1  # its last token is asked for anew
+    assert all(piece.cached == 0 for piece in written[1:])

@@ -1,0 +1,133 @@
+"""What goes into the pipeline and comes out of it, and what it asks of its two services."""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+from parse.prompts import Check, Message
+from parse.types import Finish, Judged, Logprob, RequestError, Sampling, Tokens
+from parse.verdict import Thresholds
+
+Mode = Literal["auto", "full", "progressive", "rounds", "exact", "off"]
+Origin = Literal["draft", "target"]
+WHOLE = 1 << 30  # tokens: a piece that holds whatever there is
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered, and how."""
+
+    prompt: Sequence[int]  # in the target's tokens, up to and including the assistant header
+    messages: Sequence[Message] = ()  # for a drafter that reads them in a template of its own
+    sampling: Sampling = Sampling()
+    mode: Mode = "auto"
+    thresholds: Thresholds | None = None
+    prediction: Sequence[int] | None = None
+    """The caller's own draft, in the target's tokens."""
+    piece: int = 1
+    """Tokens the target writes before they are passed on; fewer, larger pieces are cheaper where nobody reads along."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise RequestError("mode", f"must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+
+
+class Drafter(Protocol):
+    def draft(self, question: Question, output: Sequence[int], *, piece: int) -> AsyncGenerator[Tokens]:
+        """Writes on after `output`, in the target's tokens, in pieces of about that many."""
+        ...
+
+
+class Verifier(Protocol):
+    async def warm(self, prompt: Sequence[int]) -> int:
+        """Reads a prompt ahead of time; says how many of its tokens were known already."""
+        ...
+
+    async def judge(
+        self,
+        prompt: Sequence[int],
+        draft: Sequence[int],
+        cuts: Sequence[int],
+        check: Check,
+        *,
+        full: float | None = None,
+        prefix: float | None = None,
+        logprobs: int | None = None,
+    ) -> Judged: ...
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        sampling: Sampling = ...,
+        *,
+        proposal: Sequence[int] = (),
+        piece: int = 1,
+    ) -> AsyncGenerator[Tokens]: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of the answer, final."""
+
+    text: str
+    ids: tuple[int, ...]
+    origin: Origin
+    logprobs: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was made of a draft: the first `kept` of its tokens stand."""
+
+    start: int  # tokens of the answer before it
+    draft: tuple[int, ...]
+    cuts: tuple[int, ...]
+    correct: tuple[float | None, ...]
+    kept: int
+    rejected: str  # the text of the rest
+
+
+StageName = Literal["warm", "draft", "judge", "write"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """When something was done for an answer, in seconds since it was begun."""
+
+    name: StageName
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took."""
+
+    mode: Mode
+    drafted: int = 0
+    accepted: int = 0
+    written: int = 0  # by the target
+    rounds: int = 0
+    boundary: int | None = None  # tokens of the first draft that were kept
+    cached: int = 0  # tokens of the prompt that the target knew before
+    stages: tuple[Stage, ...] = ()
+    first_s: float = 0.0  # until the first of the answer
+    total_s: float = 0.0
+    fallback: str | None = None  # why the target answered alone after all
+
+    @property
+    def rejected(self) -> int:
+        return self.drafted - self.accepted
+
+    def seconds(self, *names: StageName) -> float:
+        return sum(stage.end - stage.start for stage in self.stages if stage.name in names)
+
+
+@dataclass(frozen=True)
+class Done:
+    finish: Finish
+    usage: Usage
+
+
+Event = Piece | Verdict | Done
