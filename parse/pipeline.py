@@ -61,7 +61,9 @@ class Pipeline:
             prediction = token_ids("prediction", question.prediction, len(self.tokenizer))
             question = replace(question, prediction=prediction)
         mode, fallback = question.mode, None
-        if mode == "auto":
+        if mode == "auto" and question.prediction is not None:
+            mode = self.settings.auto  # it costs nothing to have
+        elif mode == "auto":
             decision = self.control.decide()
             mode, fallback = (self.settings.auto, None) if decision.draft else ("off", decision.reason)
         if mode != "off" and self.drafter is None and question.prediction is None:

@@ -14,6 +14,9 @@ class RequestError(ValueError):
         self.field = field
         self.message = message
 
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str]]:
+        return type(self), (self.field, self.message)  # it may come from another process
+
 
 class NumericalError(RuntimeError):
     """The model returned logits that are not numbers."""

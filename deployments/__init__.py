@@ -1,0 +1,1 @@
+"""The method as a service: Ray Serve deployments behind the OpenAI API."""

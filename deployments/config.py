@@ -1,0 +1,58 @@
+"""What an operator may set: the `args` of an application in serve_config.yaml."""
+
+from pathlib import Path
+from typing import get_args
+
+from pydantic import Field
+
+from parse.config import EngineSettings, MethodSettings, Settings
+from parse.protocol import Mode
+
+HOUSE = Path(__file__).parents[1]
+
+
+class ApiSettings(Settings):
+    """What clients may ask for, and how many of them at once."""
+
+    model_name: str | None = Field(
+        None, min_length=1, description="The model's name in the API; the last part of the target's path by default."
+    )
+    modes: tuple[Mode, ...] = Field(get_args(Mode), min_length=1, description="The modes a request may choose.")
+    lowest_full: float = Field(0.5, ge=0, le=1, description="The least a request may set the threshold `full` to.")
+    lowest_prefix: float = Field(0.5, ge=0, le=1, description="The least a request may set the threshold `prefix` to.")
+    max_answers: int = Field(
+        64, ge=1, description="Answers worked on at the same time by one router: the depth of its pipeline."
+    )
+    max_waiting: int = Field(256, ge=0, description="Requests that may wait for that; further ones get a 503.")
+    max_choices: int = Field(16, ge=1, description="The most a request may set `n` to.")
+    request_timeout_s: float = Field(600.0, gt=0, description="A request that takes longer fails with 504.")
+    max_body_bytes: int = Field(2 * 2**20, ge=1024, description="A request's body may be as long as that.")
+    body_timeout_s: float = Field(30.0, gt=0, description="A client that takes longer to send its request gets a 408.")
+    api_keys_file: str | None = Field(
+        None, description="A file of bearer keys, one a line. With keys, every request to /v1 needs one of them."
+    )
+    api_keys_env: str = Field(
+        "PARSE_API_KEYS",
+        min_length=1,
+        description="The router's environment variable that may hold bearer keys, separated by commas. Without any "
+        "keys only clients on this machine are served.",
+    )
+
+
+class AppSettings(Settings):
+    """The pair, how drafts are judged, and the API. Replicas, autoscaling and resources stand in `deployments`."""
+
+    target: EngineSettings = Field(description="The model whose answers are served.")
+    draft: EngineSettings | None = Field(None, description="The model that drafts; null leaves the target alone.")
+    method: MethodSettings = Field(
+        MethodSettings(), description="What is not set is taken from parse.json beside the target, where there is one."
+    )
+    api: ApiSettings = ApiSettings()
+
+
+def located(model: str) -> str:
+    """A path that does not depend on where a process runs, or else the hub's id: our own models lie in the house."""
+    for folder in (Path(model).expanduser(), HOUSE / model):
+        if folder.is_dir():
+            return str(folder.resolve())
+    return model
