@@ -29,6 +29,7 @@ class OtherTokens:
 
     def __init__(self, service: ModelService, target: PreTrainedTokenizerBase) -> None:
         self.service, self.target = service, target
+        prompt_ids(service.model.tokenizer, [{"role": "user", "content": "Hello."}])  # fails now rather than later
 
     async def draft(self, question: Question, output: Sequence[int], *, piece: int) -> AsyncGenerator[Tokens]:
         mine = self.service.model.tokenizer

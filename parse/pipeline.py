@@ -33,7 +33,7 @@ from parse.protocol import (
     Verdict,
     Verifier,
 )
-from parse.types import Finish, Judged, Logprob, RequestError, VerdictError, token_ids
+from parse.types import Finish, Judged, Logprob, NoDraft, RequestError, VerdictError, token_ids
 from parse.verdict import boundary
 
 logger = logging.getLogger(__name__)
@@ -320,7 +320,7 @@ class _Answer:
             if task is None or task.cancelling():
                 raise
             self.fallback = "the drafter was cancelled"  # by somebody else
-        except RequestError as error:  # too long for the drafter
+        except (RequestError, NoDraft) as error:  # too long for the drafter, or it is busy
             self.fallback = f"no draft: {error}"
         except TimeoutError:
             self.fallback = f"the drafter took longer than {self.settings.draft_timeout_s:g} s"

@@ -30,6 +30,10 @@ class EngineStopped(RuntimeError):
     """The engine was shut down, or died, before the request was done."""
 
 
+class NoDraft(RuntimeError):
+    """There is no draft to be had now, for a reason that is nobody's fault."""
+
+
 class VerdictError(RuntimeError):
     """A verifier's verdict does not fit what it was asked."""
 
@@ -135,6 +139,19 @@ class Tokens:
     finish: Finish | None = None  # set on the last piece: ended by itself or at a stop string, or cut off
     accepted: int = 0  # how many of these the proposal held already
     cached: int = 0  # on the first piece: tokens of what it goes on from that were known
+
+
+def joined(pieces: Sequence[Tokens]) -> Tokens:
+    """As if they had come in one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Tokens(
+        tuple(token for piece in pieces for token in piece.ids),
+        tuple(logprob for piece in pieces for logprob in piece.logprobs),
+        pieces[-1].finish,
+        sum(piece.accepted for piece in pieces),
+        pieces[0].cached,
+    )
 
 
 @dataclass(frozen=True, slots=True)

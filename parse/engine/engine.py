@@ -139,6 +139,10 @@ class Engine:
         self._thread.join()
 
     @property
+    def alive(self) -> bool:
+        return not self._stopped and self._thread.is_alive()
+
+    @property
     def load(self) -> Load:
         cache = self._cache
         return Load(

@@ -15,7 +15,7 @@ from parse.engine.model import Model
 from parse.engine.programs import Program, generate, judge, warm
 from parse.engine.text import TextStream
 from parse.prompts import Check
-from parse.types import Judged, RequestError, Sampling, Tokens, token_ids
+from parse.types import Judged, RequestError, Sampling, Tokens, joined, token_ids
 
 PLAIN = Sampling()
 QUIET_S = 0.02  # nobody reads faster
@@ -266,19 +266,8 @@ class _Mailbox:
             while self._pieces:
                 pieces.append(self._pieces.popleft())
             if pieces:
-                yield _joined(pieces)
+                yield joined(pieces)
             if ended:
                 if self._error is not None:
                     raise self._error
                 return
-
-
-def _joined(pieces: Sequence[Tokens]) -> Tokens:
-    if len(pieces) == 1:
-        return pieces[0]
-    return Tokens(
-        tuple(token for piece in pieces for token in piece.ids),
-        tuple(logprob for piece in pieces for logprob in piece.logprobs),
-        pieces[-1].finish,
-        sum(piece.accepted for piece in pieces),
-    )
