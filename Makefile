@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup test lint models evaluate lock clean
+.PHONY: help setup serve test lint models evaluate lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -22,6 +22,9 @@ lint: setup  ## style, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+serve: setup  ## the demo pair behind the OpenAI API on port 8000, until Ctrl-C
+	$(BIN)/python -m deployments
 
 test: lint  ## lint, then every test
 	$(BIN)/pytest

@@ -49,6 +49,10 @@ class AppSettings(Settings):
     )
     api: ApiSettings = ApiSettings()
 
+    @property
+    def model_name(self) -> str:
+        return self.api.model_name or Path(self.target.model).name
+
 
 def located(model: str) -> str:
     """A path that does not depend on where a process runs, or else the hub's id: our own models lie in the house."""

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -46,8 +45,7 @@ class Router:
             self._watches["drafter"] = Watch("drafter", drafter)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        name = self._settings.api.model_name or Path(self._settings.target.model).name
-        return create_app(self, self._settings.api, name)
+        return create_app(self, self._settings.api, self._settings.model_name)
 
     @property
     def pipeline(self) -> Pipeline:

@@ -1,0 +1,196 @@
+"""From a configuration to a service that answers: Ray started, the application deployed, its progress told."""
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+import ray
+import yaml
+from pydantic import ValidationError
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
+
+from deployments.config import AppSettings
+
+BUILDER = "deployments.app:build"
+EXAMPLE = (
+    "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
+    "sixth Ben 80, seventh Sam 26. Who has the record now?"
+)
+SETTLED_S = 10.0  # so long Ray may take to place what there is room for
+TELL_AGAIN_S = 15.0
+OWN_CLUSTER: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+LOGS = "/tmp/ray/session_latest/logs/serve"
+
+
+class NotServing(RuntimeError):
+    """Why the wait is over."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What the wait looks at."""
+
+    name: str
+    wanted: int  # replicas
+    placed: int  # have a process
+    running: int  # and are ready
+    needs: Mapping[str, float]  # each of them
+
+    @property
+    def line(self) -> str:
+        if self.running == self.wanted:
+            return f"{self.name} ready"
+        return f"{self.name} {'loading' if self.placed == self.wanted else 'waiting for a place'}"
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
+    """Checked here, where its fault can be told in a line: all of it, and the settings of our application."""
+    try:
+        config = yaml.safe_load(path.read_text())
+        ServeDeploySchema.model_validate(config)
+        ours = [app for app in config["applications"] if app["import_path"] == BUILDER]
+        if len(ours) != 1:
+            raise NotServing(f"{path}: one application must have the import_path {BUILDER}")
+        return config, AppSettings.model_validate(ours[0].get("args", {}))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise NotServing(f"{path}: {faults}") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise NotServing(f"{path}: {error}") from error
+
+
+def check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise NotServing(f"port {port} of {host} cannot be had ({error.strerror}): see http_options") from error
+
+
+def _environment() -> str:
+    """What other commands need to reach our Ray."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    return "".join(f"{name}={os.environ[name]} " for name in names if name in os.environ)
+
+
+def deployments_of(details: Mapping[str, Any]) -> list[Deployment]:
+    found = []
+    for application in details["applications"].values():
+        for name, deployment in application["deployments"].items():
+            replicas = deployment["replicas"]
+            found.append(
+                Deployment(
+                    name=name,
+                    wanted=deployment["target_num_replicas"],
+                    placed=sum(replica.get("pid") is not None for replica in replicas),
+                    running=sum(replica["state"] == "RUNNING" for replica in replicas),
+                    needs=deployment["required_resources"] or {},
+                )
+            )
+    return found
+
+
+def missing(waiting: Sequence[Deployment], free: Mapping[str, float], total: Mapping[str, float]) -> str | None:
+    """What the cluster lacks for replicas that have found no place."""
+    lacks = []
+    for deployment in waiting:
+        for resource, amount in deployment.needs.items():
+            if amount > free.get(resource, 0.0):
+                has = f"{free.get(resource, 0.0):g} of {total.get(resource, 0.0):g} are free"
+                lacks.append(f"a replica of {deployment.name} needs {amount:g} {resource}, and {has}")
+    return "; ".join(lacks) or None
+
+
+def wait_until_ready(
+    details: Callable[[], Mapping[str, Any]],
+    answers: Callable[[], bool],
+    *,
+    timeout_s: float,
+) -> None:
+    """Tells what changes; ends with a reason if it cannot come to anything."""
+    started = told_at = time.monotonic()
+    told, unplaced_since = "", None
+    while True:
+        now = time.monotonic()
+        found = details()
+        for application in found["applications"].values():
+            if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+                reasons = [application["message"], *(d["message"] for d in application["deployments"].values())]
+                raise NotServing("the application cannot be deployed: " + "\n".join(filter(None, reasons)).strip())
+        parts = deployments_of(found)
+        if all(a["status"] == "RUNNING" for a in found["applications"].values()) and parts and answers():
+            return
+        line = ", ".join(part.line for part in parts) or "the application is being built"
+        if line != told or now - told_at > TELL_AGAIN_S:
+            tell(f"{now - started:4.0f} s  {line}")
+            told, told_at = line, now
+        unplaced = [part for part in parts if part.placed < part.wanted]
+        unplaced_since = (unplaced_since or now) if unplaced else None
+        settled = unplaced_since is not None and now - unplaced_since > SETTLED_S
+        if settled and (lack := missing(unplaced, ray.available_resources(), ray.cluster_resources())):
+            raise NotServing(f"the cluster cannot place all replicas: {lack}")
+        if now - started > timeout_s:
+            raise NotServing(f"not ready after {timeout_s:g} s: {line}; the logs are in {LOGS}")
+        time.sleep(0.25)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urlopen(f"{url}/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except (HTTPError, URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def greeting(url: str, model: str, dashboard: str) -> str:
+    content = EXAMPLE if model == "demo-target" else "What is the capital of France?"
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0})
+    return f"""
+Ready.
+
+  API        {url}/v1
+  documents  {url}/docs
+  Ray        {dashboard}
+  logs       {LOGS}
+  status     {_environment()}{Path(sys.executable).parent}/serve status
+
+curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
+"""
+
+
+def serve(path: Path, *, address: str | None, timeout_s: float) -> None:
+    config, settings = read_config(path)
+    http = HTTPOptionsSchema.model_validate(config.get("http_options", {}))
+    if address is None:
+        check_port(http.host, http.port)
+        tell("starting Ray")
+    cluster = ray.init(
+        address=address or "local",
+        namespace="serve",
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        **({} if address else OWN_CLUSTER),
+    )
+    dashboard = f"http://{cluster.dashboard_url}"
+    client = ServeSubmissionClient(dashboard)
+    tell(f"deploying {path}")
+    client.deploy_applications(config)
+    scheme, here = "https" if http.ssl_certfile else "http", http.host in ("0.0.0.0", "::")
+    url = f"{scheme}://{'127.0.0.1' if here else http.host}:{http.port}"
+    wait_until_ready(client.get_serve_details, lambda: is_ready(url), timeout_s=timeout_s)
+    tell(greeting(url, settings.model_name, dashboard))
+
+
+def tell(text: str) -> None:
+    print(text, flush=True)
