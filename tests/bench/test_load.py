@@ -1,0 +1,400 @@
+import asyncio
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI, Response
+from fastapi.responses import StreamingResponse
+
+from bench.client import Asking, Outcome, Reply, Report, ask, connected
+from bench.comparison import compared, table
+from bench.latency import Load, Round, Run, figures, overlap_s, percentile, spread
+from bench.load import closed_loop, main, open_loop, poisson
+from bench.questions import BadPrompts, Task, demo_tasks, prompt_tasks, recast
+from deployments.config import ApiSettings
+from deployments.http import create_app
+from parse.config import EngineSettings
+from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
+from tests.deployments.live import LocalBackend, served
+from training import measure
+from training.task import answer, problem
+
+SPREADS = "ttft_s", "itl_s", "latency_s"
+
+
+@pytest.fixture(scope="module")
+def server():
+    target, draft = (EngineSettings(model=model, threads=1) for model in (DEMO_TARGET, DEMO_DRAFT))
+    with (
+        LocalPair(target, draft) as pair,
+        served(create_app(LocalBackend(pair.pipeline), ApiSettings(), "demo-target")) as url,
+    ):
+        yield url
+
+
+def load(*options):
+    command = [sys.executable, "-m", "bench.load", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def found_by(*options):
+    done = load(*options, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# The command, against the demo pair.
+
+
+def test_modes_are_compared_on_the_same_problems(server, tmp_path):
+    figures_, picture = tmp_path / "load.json", tmp_path / "load.svg"
+    options = ("--requests", 4, "--concurrency", "1,2", "--compare", "off,full", "--rounds", 2, "--seed", 11)
+    done = load("--url", server, *options, "--json", figures_, "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures_.read_text())
+    assert [(run["mode"], run["concurrency"]) for run in found["runs"]] == [
+        ("off", 1),
+        ("full", 1),
+        ("off", 2),
+        ("full", 2),
+    ]
+    for run in found["runs"]:
+        assert run["requests"] == run["answered"] == 4 and run["errors"] == {} and len(run["rounds"]) == 2
+        assert run["answered_as"] == {run["mode"]: 4} and run["rate"] is None
+        assert run["requests_per_s"] == pytest.approx(4 / run["wall_s"])
+        assert run["tokens_per_s"] == pytest.approx(run["completion_tokens"] / run["wall_s"])
+        for name in SPREADS:
+            assert 0 <= run[name]["p50"] <= run[name]["p95"] <= run[name]["p99"]
+        assert run["ttft_s"]["mean"] <= run["latency_s"]["mean"] and 0 <= run["overlap_share"] <= 1
+        assert set(run["stages_s"]) == {"queue", "warm", "draft", "judge", "write"}
+        assert sum(run["stages_s"].values()) <= run["latency_s"]["mean"]
+    off, full = found["runs"][:2]
+    assert off["accuracy"] == 1.0 and off["accepted_share"] is None and off["stages_s"]["draft"] == 0
+    assert 0 < full["accepted_share"] <= 1 and full["stages_s"]["draft"] > 0
+    assert off["overlap_share"] == full["overlap_share"] == 0.0  # one at a time
+    assert found["ratios"].keys() == {"1", "2"}
+    assert found["ratios"]["1"]["full"]["tokens_per_s"] == pytest.approx(full["tokens_per_s"] / off["tokens_per_s"])
+    assert table(found) in done.stdout and "| 2 | full |" in done.stdout
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_tokens_are_those_the_server_counts(server):
+    found = found_by("--url", f"{server}/v1/", "--requests", 3, "--mode", "off", "--warmup", 1, "--seed", 12)
+    used = []
+    for task in demo_tasks(4, seed=12)[1:]:
+        body = {"model": "demo-target", "messages": task.messages, "temperature": 0, "parse": {"mode": "off"}}
+        used.append(httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60).json()["usage"])
+    assert found["runs"][0]["completion_tokens"] == sum(usage["completion_tokens"] for usage in used)
+
+
+def test_requests_may_arrive_at_a_rate_and_come_whole(server):
+    found = found_by("--url", server, "--requests", 3, "--rate", 20, "--mode", "full", "--no-stream", "--seed", 13)
+    (run,) = found["runs"]
+    assert run["rate"] == 20 and run["concurrency"] is None and run["answered"] == 3 and run["tokens_per_s"] > 0
+    assert set(run["ttft_s"].values()) == set(run["itl_s"].values()) == {None} and run["latency_s"]["p50"] > 0
+    assert found["ratios"].keys() == {"20/s"}
+
+
+def test_prompts_may_come_from_a_file(server, tmp_path):
+    given = problem("bench", 14, 0)
+    right = re.findall(r"\d+", answer(given))[-1]  # said in any wording
+    lines = [
+        {"prompt": given.question, "answer": right},
+        {"messages": [{"role": "user", "content": given.question}], "answer": "no such words"},
+        {"prompt": "Hello."},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    found = found_by("--url", server, "--prompts", file, "--requests", 3, "--warmup", 0, "--max-tokens", 200)
+    (run,) = found["runs"]
+    assert run["answered"] == 3 and run["accuracy"] == 0.5 and run["mode"] == "default"
+
+
+def test_what_the_server_refuses_is_counted_and_told(server):
+    done = load("--url", server, "--requests", 2, "--mode", "brilliant")
+    assert done.returncode == 1 and "2 of 400" in done.stdout
+    assert "load: 400: parse.mode" in done.stderr and "load: no request was answered" in done.stderr
+
+
+def test_a_server_that_is_not_there_is_one_clear_line():
+    done = load("--url", "http://127.0.0.1:9", "--requests", 1)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.strip().startswith("load: http://127.0.0.1:9 cannot be reached")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--requests", 0), "at least 1"),
+        (("--concurrency", "1,0"), "different positive numbers"),
+        (("--rate", "nan"), "different positive numbers"),
+        (("--compare", "off,off"), "different modes"),
+        (("--compare", "off,full", "--mode", "off"), "not allowed with"),
+        (("--requests", 2, "--rounds", 3), "more than there are requests"),
+        (("--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
+        (("--url", "nonsense"), "nonsense"),
+        (("--url", "http://here:http"), "is no address"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["load", *map(str, ("--url", "http://127.0.0.1:9", *options))])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code and complaint in f"{stopped.value.code} {capsys.readouterr().err}"
+
+
+# Errors.
+
+
+def broken_server():
+    """Does what the question tells it to do."""
+    app = FastAPI()
+
+    def event(body):
+        return f"data: {json.dumps(body)}\n\n"
+
+    async def stream(asked: str) -> AsyncIterator[str]:
+        yield event({"choices": [{"delta": {"content": "so far"}, "finish_reason": None}]})
+        if asked == "cut":
+            raise RuntimeError("on purpose")
+        if asked == "hang":
+            await asyncio.sleep(3)
+        if asked == "error":
+            yield event({"error": {"message": "it failed", "type": "server_error", "code": "internal_error"}})
+        if asked == "garbage":
+            yield "data: {\n\n"
+        if asked not in ("end", "hang"):
+            yield "data: [DONE]\n\n"
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: dict) -> Response:
+        asked = body["messages"][0]["content"]
+        if asked.isdecimal():
+            return Response(json.dumps({"error": {"message": "no", "code": "overloaded"}}), int(asked))
+        return StreamingResponse(stream(asked), media_type="text/event-stream")
+
+    return app
+
+
+def test_errors_are_counted_by_kind():
+    asked = "503 503 500 cut hang error garbage end fine".split()
+
+    async def outcomes(url):
+        async with connected(url, None) as client:
+            asking = partial(ask, client, Asking("any", timeout_s=1.0))
+            return await closed_loop(asking, [Task([{"role": "user", "content": word}]) for word in asked], 3)
+
+    with served(broken_server()) as url:
+        found = asyncio.run(outcomes(url))
+    assert figures([Round(found, 1.0, 0.0)])["errors"] == {
+        "503": 2,
+        "500": 1,
+        "RemoteProtocolError": 1,
+        "TimeoutError": 1,
+        "internal_error": 1,
+        "JSONDecodeError": 1,
+        "incomplete": 1,
+    }
+    details = {outcome.error: outcome.detail for outcome in found}
+    assert details["503"] == "no" and details["internal_error"] == "it failed"
+    (fine,) = [outcome.reply for outcome in found if outcome.reply]
+    assert fine.text == "so far" and fine.report is None and not fine.ended
+
+
+# The figures.
+
+
+def test_percentiles_are_those_of_numpy():
+    rng = random.Random(0)
+    for count in (1, 2, 3, 10, 101):
+        values = sorted(rng.random() for _ in range(count))
+        for share in (0.0, 0.5, 0.95, 0.99, 1.0):
+            assert percentile(values, share) == pytest.approx(np.percentile(values, share * 100))
+    assert spread([3.0, 1.0, 2.0]) == {"mean": 2.0, "p50": 2.0, "p95": pytest.approx(2.9), "p99": pytest.approx(2.98)}
+
+
+def test_what_cannot_be_known_is_null():
+    failed = Outcome(Task([]), 0.0, 1.0, error="503")
+    found = figures([Round([failed], 2.0, 0.1)])
+    assert found["requests"] == 1 and found["answered"] == 0 and found["requests_per_s"] == 0.0
+    for name in SPREADS:
+        assert set(found[name].values()) == {None}
+    assert found["accuracy"] is found["accepted_share"] is found["overlap_share"] is found["stages_s"]["draft"] is None
+    assert "| 1 of 503 |" in table(compared([Run("off", Load(1), [Round([failed], 2.0, 0.1)])]))
+
+
+def report(arrived, *stages, drafted=0, accepted=0):
+    return Report("full", drafted, accepted, 0, arrived, stages)
+
+
+def busy(reports, at, *sides):
+    return {
+        number
+        for number, one in enumerate(reports)
+        for name, start, end in one.stages
+        if name in sides and one.arrived + start <= at < one.arrived + end
+    }
+
+
+def test_overlap_is_that_of_a_fine_grid():
+    rng = random.Random(1)
+    names = "queue warm draft judge write".split()
+    for _ in range(20):
+        reports = []
+        for _ in range(rng.randint(1, 6)):
+            spans = [sorted(rng.randrange(100) for _ in range(2)) for _ in range(rng.randint(0, 6))]
+            stages = [(rng.choice(names), float(start), float(end)) for start, end in spans]
+            reports.append(report(float(rng.randrange(100)), *stages))
+        moments = [step + 0.5 for step in range(200)]  # nothing changes between whole numbers
+        together = [
+            any(one != other for one in busy(reports, at, "draft") for other in busy(reports, at, "judge", "write"))
+            for at in moments
+        ]
+        assert overlap_s(reports) == pytest.approx(sum(together))
+
+
+def test_overlap_by_hand():
+    first = report(100.0, ("draft", 0.0, 2.0), ("judge", 2.0, 5.0))
+    assert overlap_s([first]) == 0.0
+    assert overlap_s([first, report(101.0, ("draft", 0.0, 3.0))]) == pytest.approx(2.0)
+    own = report(0.0, ("draft", 0.0, 4.0), ("judge", 1.0, 2.0))  # windows judged while the same draft goes on
+    assert overlap_s([own]) == 0.0
+
+
+def test_figures_by_hand():
+    def outcome(due, came, tokens, right, **made):
+        reply = Reply("text", True, 10, tokens, report(0.0, ("draft", 0.0, 0.5), **made), came)
+        return Outcome(Task([], lambda text, ended: right), due, came[-1] + 1.0, reply)
+
+    rounds = [
+        Round([outcome(0.0, (1.0, 1.5, 3.0), 5, True, drafted=10, accepted=9)], 4.0, 0.4),
+        Round([outcome(10.0, (12.0,), 1, False, drafted=30, accepted=1)], 6.0, 0.1),
+    ]
+    found = figures(rounds)
+    assert found["requests_per_s"] == 0.2 and found["tokens_per_s"] == 0.6
+    assert found["ttft_s"]["mean"] == 1.5 and found["latency_s"]["mean"] == 3.5
+    assert found["itl_s"]["mean"] == 0.5 and found["pause_s"]["p99"] == 1.5  # the second has nothing between tokens
+    assert found["accepted_share"] == 0.25 and found["accuracy"] == 0.5 and found["stages_s"]["draft"] == 0.5
+    assert found["client_cpu_share"] == pytest.approx(0.05)
+
+
+def test_ratios_are_to_the_first_mode_with_medians_of_the_rounds():
+    def run(mode, *walls):
+        outcome = Outcome(Task([]), 0.0, 2.0, Reply("text", True, tokens=10))
+        return Run(mode, Load(8), [Round([outcome], wall, 0.0) for wall in walls])
+
+    found = compared([run("off", 1.0, 1.0, 1.0), run("full", 0.5, 0.25, 1.0)])["ratios"]["8"]
+    assert set(found["off"].pop("median").values()) == set(found["off"].values()) == {1.0}
+    assert found["full"]["requests_per_s"] == pytest.approx(3 / 1.75) == found["full"]["tokens_per_s"]
+    assert found["full"]["median"] == {"requests_per_s": 2.0, "tokens_per_s": 2.0, "latency_p50": 1.0}
+
+
+# How it is asked.
+
+
+class Slow:
+    """Answers after a while, and remembers how many were asked at the same time."""
+
+    def __init__(self) -> None:
+        self.under_way = self.most = 0
+
+    async def __call__(self, task: Task, due: float) -> Outcome:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        await asyncio.sleep(0.05)
+        self.under_way -= 1
+        return Outcome(task, due, time.perf_counter())
+
+
+def test_a_closed_loop_has_so_many_under_way():
+    slow = Slow()
+    assert len(asyncio.run(closed_loop(slow, [Task([])] * 7, 3))) == 7 and slow.most == 3
+
+
+def test_an_open_loop_waits_for_nobody_and_counts_from_the_arrival():
+    slow, arrivals = Slow(), [0.0, 0.01, 0.02, 0.03]
+
+    async def late(task, due):
+        time.sleep(0.05)  # a client that cannot keep to its schedule
+        return await slow(task, due)
+
+    together = asyncio.run(open_loop(slow, [Task([])] * 4, arrivals))
+    assert [outcome.due - together[0].due for outcome in together] == pytest.approx(arrivals) and slow.most == 4
+    assert asyncio.run(open_loop(late, [Task([])] * 4, arrivals))[-1].latency_s > 5 * 0.05 - 0.03
+
+
+def test_arrivals_are_seeded_and_poisson():
+    times = poisson(5.0, 20_000, "a")
+    assert times == poisson(5.0, 20_000, "a") != poisson(5.0, 20_000, "b")
+    gaps = np.diff([0.0, *times])
+    assert (
+        gaps.min() >= 0 and gaps.mean() == pytest.approx(0.2, rel=0.03) and gaps.std() == pytest.approx(0.2, rel=0.05)
+    )
+
+
+# What is asked.
+
+
+def test_the_demo_asks_the_problems_of_the_benchmarks():
+    problems = measure.problems(3, 6, split="bench")
+    tasks = demo_tasks(6, seed=3)
+    assert [task.messages[0]["content"] for task in tasks] == [given.question for given in problems]
+    for task, given, other in zip(tasks, problems, problems[1:] + problems[:1], strict=True):
+        assert task.right is not None and task.right(answer(given), True)
+        assert not task.right(answer(given), False) and not task.right(answer(given)[:-1], True)
+        assert not task.right(answer(other), True)
+
+
+def test_another_cast_changes_the_names_and_nothing_else(tokenizer):
+    for index in range(40):
+        given = problem("bench", 3, index)
+        other = recast(given, 2)
+        sizes = {(len(tokenizer.encode(one.question)), len(tokenizer.encode(answer(one)))) for one in (given, other)}
+        assert recast(given, 0) == given and len(sizes) == 1
+        assert other.question.split()[0] != given.question.split()[0]  # no common beginning to be cached
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "no JSON"),
+        ("[]", 'must be {"prompt"'),
+        ('{"answer": "x"}', 'must be {"prompt"'),
+        ('{"prompt": "x", "messages": []}', 'must be {"prompt"'),
+        ('{"prompt": ""}', "prompt: must be text"),
+        ('{"prompt": 1}', "prompt: must be text"),
+        ('{"messages": []}', "messages: must be a list"),
+        ('{"messages": ["x"]}', "messages: must be a list"),
+        ('{"prompt": "x", "answer": 7}', "answer: must be text"),
+        ('{"prompt": "x", "temperature": 1}', "temperature: not known"),
+    ],
+)
+def test_bad_lines_of_a_file_are_refused_by_number(tmp_path, line, complaint):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "fine"}}\n\n{line}\n')
+    with pytest.raises(BadPrompts, match="line 3: ") as refused:
+        prompt_tasks(file, 5)
+    assert complaint in str(refused.value)
+
+
+def test_a_file_begins_again_and_must_hold_something(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    with pytest.raises(BadPrompts):
+        prompt_tasks(file, 1)
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "answer": "yes"}\n')
+    tasks = prompt_tasks(file, 3)
+    assert [task.messages[0]["content"] for task in tasks] == ["a", "b", "a"]
+    assert tasks[0].right is None
+    assert tasks[1].right is not None and tasks[1].right("oh yes", False) and not tasks[1].right("no", True)
+    file.write_text("\n")
+    with pytest.raises(BadPrompts, match="holds no prompt"):
+        prompt_tasks(file, 1)
