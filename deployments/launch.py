@@ -26,7 +26,9 @@ EXAMPLE = (
     "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
     "sixth Ben 80, seventh Sam 26. Who has the record now?"
 )
-SETTLED_S = 10.0  # so long Ray may take to place what there is room for
+SETTLED_S = 5.0  # until the wanted replicas are known
+PLACED_S = 60.0  # a replica with a place may take that long to have a process
+ROUNDING = 1e-6
 TELL_AGAIN_S = 15.0
 OWN_CLUSTER: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
 LOGS = "/tmp/ray/session_latest/logs/serve"
@@ -101,15 +103,27 @@ def deployments_of(details: Mapping[str, Any]) -> list[Deployment]:
     return found
 
 
-def missing(waiting: Sequence[Deployment], free: Mapping[str, float], total: Mapping[str, float]) -> str | None:
-    """What the cluster lacks for replicas that have found no place."""
-    lacks = []
-    for deployment in waiting:
-        for resource, amount in deployment.needs.items():
+def lacking(parts: Sequence[Deployment], nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """What no waiting will bring: of each node, its resources."""
+    for resource in sorted({resource for part in parts for resource in part.needs}):
+        there = [node.get(resource, 0.0) for node in nodes]
+        for part in parts:
+            if part.needs.get(resource, 0.0) > max(there, default=0.0):
+                most = f"no node has more than {max(there, default=0.0):g}"
+                return f"a replica of {part.name} needs {part.needs[resource]:g} {resource}, and {most}"
+        wanted = sum(part.wanted * part.needs.get(resource, 0.0) for part in parts)
+        if wanted > sum(there) + ROUNDING:
+            return f"all replicas together need {wanted:g} {resource}, and there are {sum(there):g}"
+    return None
+
+
+def taken(waiting: Sequence[Deployment], free: Mapping[str, float]) -> str | None:
+    """What others have to give back first."""
+    for part in waiting:
+        for resource, amount in part.needs.items():
             if amount > free.get(resource, 0.0):
-                has = f"{free.get(resource, 0.0):g} of {total.get(resource, 0.0):g} are free"
-                lacks.append(f"a replica of {deployment.name} needs {amount:g} {resource}, and {has}")
-    return "; ".join(lacks) or None
+                return f"a replica of {part.name} needs {amount:g} {resource}, and {free.get(resource, 0.0):g} are free"
+    return None
 
 
 def wait_until_ready(
@@ -137,9 +151,13 @@ def wait_until_ready(
             told, told_at = line, now
         unplaced = [part for part in parts if part.placed < part.wanted]
         unplaced_since = (unplaced_since or now) if unplaced else None
-        settled = unplaced_since is not None and now - unplaced_since > SETTLED_S
-        if settled and (lack := missing(unplaced, ray.available_resources(), ray.cluster_resources())):
-            raise NotServing(f"the cluster cannot place all replicas: {lack}")
+        if unplaced_since is not None:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            lack = lacking(parts, nodes) if now - unplaced_since > SETTLED_S else None
+            if lack is None and now - unplaced_since > PLACED_S:
+                lack = taken(unplaced, ray.available_resources())
+            if lack:
+                raise NotServing(f"the cluster cannot place all replicas: {lack}")
         if now - started > timeout_s:
             raise NotServing(f"not ready after {timeout_s:g} s: {line}; the logs are in {LOGS}")
         time.sleep(0.25)

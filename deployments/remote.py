@@ -67,7 +67,7 @@ class RemoteVerifier:
         while True:
             handle = self._handle.options(method_name="generate", session_id=self._session.id, stream=True)
             try:
-                async for tokens in _items(handle.remote(prompt, said, sampling, left, piece)):
+                async for tokens in _items(_call(handle, prompt, said, sampling, left, piece)):
                     said += tokens.ids
                     left = left[len(tokens.ids) :] if tokens.accepted == len(tokens.ids) else ()
                     yield tokens
@@ -81,7 +81,7 @@ class RemoteVerifier:
         while True:
             handle = self._handle.options(method_name=method, session_id=self._session.id)
             try:
-                return await _result(handle.remote(*given))
+                return await _result(_call(handle, *given))
             except LOST as error:
                 await self._another(error)
 
@@ -107,10 +107,10 @@ class RemoteDrafter:
             try:
                 if piece >= WHOLE:
                     handle = self._handle.options(method_name="draft_whole", session_id=session)
-                    yield await _result(handle.remote(asked, output))
+                    yield await _result(_call(handle, asked, output))
                 else:
                     handle = self._handle.options(method_name="draft", session_id=session, stream=True)
-                    async for tokens in _items(handle.remote(asked, output, piece)):
+                    async for tokens in _items(_call(handle, asked, output, piece)):
                         yield tokens
             except BackPressureError:
                 raise NoDraft("the drafters are busy") from None
@@ -126,8 +126,7 @@ class Watch:
         self.trouble: str | None = None
         self._name, self._handle = name, handle.options(method_name="alive")
         self._waiting: set[asyncio.Timeout] = set()
-        # In a context of its own: Ray Serve would end calls made in a request's context with that request.
-        self._task = asyncio.get_running_loop().create_task(self._keep_asking(), context=contextvars.Context())
+        self._task = asyncio.get_running_loop().create_task(self._keep_asking())
 
     @asynccontextmanager
     async def while_it_answers(self) -> AsyncIterator[None]:
@@ -156,7 +155,7 @@ class Watch:
         while True:
             try:
                 async with asyncio.timeout(PATIENCE_S):
-                    await _result(self._handle.remote())
+                    await _result(_call(self._handle))
             except TimeoutError:
                 self._lost("does not answer")
             except Exception as error:
@@ -172,6 +171,16 @@ class Watch:
         now = asyncio.get_running_loop().time()
         for scope in self._waiting:
             scope.reschedule(now)
+
+
+def _call(handle: DeploymentHandle, *given: Any) -> Any:
+    """Outside of the request's context.
+
+    There Ray Serve gives every call the request's own id, by which it finds the caller who waits for a replica: of two
+    who wait at once, one would wait for ever. It would also end calls with the request in whose context they were
+    made; ours are ended by whoever made them.
+    """
+    return contextvars.Context().run(handle.remote, *given)
 
 
 async def _result(response: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from deployments.backend import Session
 from deployments.config import AppSettings
+from deployments.host import Description
 from deployments.http import create_app
 from deployments.remote import RemoteDrafter, RemoteVerifier, Watch
 from parse.config import MethodSettings
@@ -46,6 +47,10 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self, self._settings.api, self._settings.model_name)
+
+    async def describe(self) -> Description:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return Description(self._settings.model_name, "none", visible, self._pipeline.longest or 0, os.getpid())
 
     @property
     def pipeline(self) -> Pipeline:

@@ -1,0 +1,92 @@
+"""What the tests ask of a deployed service, and how they look behind it."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from ray import serve
+
+from deployments.host import Description
+from parse.engine.engine import Load
+from training import measure
+from training.task import Problem
+
+MODEL = "demo-target"
+LONG_ENOUGH_S = 90.0  # for whatever is waited for; nothing is said about how fast it comes
+
+
+def problems(count: int, seed: int = 3) -> list[Problem]:
+    return measure.problems(seed, count, split="service")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def chat(question: str, *, mode: str = "full", **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}]
+    return {"model": MODEL, "messages": turns, "temperature": 0, "parse": {"mode": mode}} | more
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=self.url, timeout=LONG_ENOUGH_S, limits=limits) as client:
+            yield client
+
+    async def ask(self, body: dict[str, Any]) -> httpx.Response:
+        async with self.client() as client:
+            return await client.post("/v1/chat/completions", json=body)
+
+    async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        response = await self.ask(body)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    async def loads(self, name: str) -> list[Load]:
+        """Of all replicas."""
+        handle = serve.get_deployment_handle(name, "parse")
+        return list(await handle.broadcast("load").results_async())
+
+    async def describe(self, name: str) -> list[Description]:
+        handle = serve.get_deployment_handle(name, "parse")
+        return list(await handle.broadcast("describe").results_async())
+
+    async def comes_to_rest(self) -> None:
+        async def resting() -> bool:
+            loads = [load for name in ("Verifier", "Drafter") for load in await self.loads(name)]
+            return bool(loads) and not any(load.running or load.waiting for load in loads)
+
+        await until(resting)
+        await until(resting)  # seen twice: between queue and engine a call is nowhere for a moment
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    last: Exception | None = None
+    end = time.monotonic() + LONG_ENOUGH_S
+    while time.monotonic() < end:
+        try:
+            if await holds():
+                return
+        except Exception as error:  # what is asked may be dead for a moment
+            last = error
+        await asyncio.sleep(0.2)
+    raise AssertionError(f"it never came: {last!r}")
+
+
+async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))

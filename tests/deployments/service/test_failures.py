@@ -1,0 +1,159 @@
+"""Parts that die, hang or have too much to do."""
+
+import asyncio
+import os
+import random
+import signal
+
+import httpx
+import pytest
+
+from tests.deployments.service.asking import chat, events, problems, until
+from training.task import check
+
+COUNT = problems(1)[0].question
+
+
+async def killed(service, name):
+    (replica,) = await service.describe(name)
+    os.kill(replica.pid, signal.SIGKILL)
+
+
+async def drafts_again(service):
+    async def drafting():
+        return (await service.answer(chat(COUNT)))["parse"]["drafted"] > 0
+
+    await until(drafting)
+
+
+def test_a_verifier_killed_amid_a_stream_is_not_noticed_but_by_the_report(service):
+    async def streamed(body, *, kill):
+        text, finish, report, chunks = "", None, None, 0
+        async with service.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200
+            async for event in events(response):
+                assert "error" not in event, event
+                choice = event["choices"][0]
+                text += choice["delta"].get("content") or ""
+                report = event.get("parse", report)
+                chunks += 1
+                if kill and chunks == 4:
+                    await killed(service, "Verifier")
+                finish = choice["finish_reason"]
+        return text, finish, report
+
+    async def compared():
+        for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 11, "max_tokens": 200, "ignore_eos": True}):
+            body = chat(COUNT, mode="off", stream=True) | sampling
+            *whole, _ = await streamed(body, kill=False)
+            *mended, report = await streamed(body, kill=True)
+            assert mended == whole and report["retries"] >= 1
+
+    asyncio.run(compared())
+
+
+def test_a_killed_drafter_costs_only_speed_and_comes_back(service):
+    async def ask():
+        await killed(service, "Drafter")
+        answers = [await service.answer(chat(problem.question)) for problem in problems(6)]
+        assert all(answer["choices"][0]["finish_reason"] == "stop" for answer in answers)
+        assert any(answer["parse"]["fallback"] for answer in answers)
+        await drafts_again(service)
+
+    asyncio.run(ask())
+
+
+def test_a_drafter_that_hangs_costs_only_speed_and_comes_back(service):
+    async def ask():
+        (drafter,) = await service.describe("Drafter")
+        os.kill(drafter.pid, signal.SIGSTOP)
+        try:
+            bodies = [chat(problem.question) for problem in problems(4)]
+            answers = await asyncio.gather(*(service.answer(body) for body in bodies))
+            assert all(answer["choices"][0]["finish_reason"] == "stop" for answer in answers)
+            assert all("does not answer" in answer["parse"]["fallback"] for answer in answers)
+            async with service.client() as client:
+                told = (await client.get("/ready")).json()
+            assert told["status"] == "degraded" and list(told["troubles"]) == ["drafter"]
+        finally:
+            os.kill(drafter.pid, signal.SIGCONT)
+        await drafts_again(service)
+
+    asyncio.run(ask())
+
+
+def test_a_client_that_leaves_frees_its_work_everywhere(service):
+    async def leave():
+        async with service.client() as client:
+            body = chat(COUNT, mode="off", stream=True, max_tokens=800, ignore_eos=True)
+            async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                async for _ in events(response):
+                    break
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post("/v1/chat/completions", json=body | {"stream": False}, timeout=0.3)
+        (before,) = await service.loads("Verifier")
+        await service.comes_to_rest()
+        (after,) = await service.loads("Verifier")
+        assert after.tokens - before.tokens < 2 * 800  # they did not write to the end
+
+    asyncio.run(leave())
+
+
+def test_of_200_requests_every_client_that_stays_gets_its_answer_whoever_dies(service):
+    rng = random.Random(5)
+    modes = ["full", "rounds", "progressive", "auto", "off"]
+    asked = [(p, rng.random() < 0.25, rng.choice(modes), rng.random() < 0.5) for p in problems(200)]
+    done = 0
+
+    async def one(client, places, problem, leaves, mode, stream):
+        nonlocal done
+        async with places:
+            body = chat(problem.question, mode=mode, stream=stream)
+            try:
+                if leaves:
+                    await client.post("/v1/chat/completions", json=body, timeout=rng.uniform(0.01, 0.5))
+                    return None
+                if not stream:
+                    response = await client.post("/v1/chat/completions", json=body)
+                    assert response.status_code == 200, response.text
+                    answer = response.json()
+                    return answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]
+                text, finish = "", None
+                async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                    assert response.status_code == 200
+                    async for event in events(response):
+                        assert "error" not in event, event
+                        text += event["choices"][0]["delta"].get("content") or ""
+                        finish = event["choices"][0]["finish_reason"] or finish
+                return text, finish
+            except httpx.TimeoutException:
+                assert leaves
+                return None
+            finally:
+                done += 1
+
+    async def reached(count):
+        async def there():
+            return done >= count
+
+        await until(there)
+
+    async def storm():
+        places = asyncio.Semaphore(12)
+        async with service.client() as client:
+            asking = [asyncio.create_task(one(client, places, *given)) for given in asked]
+            await reached(50)
+            await killed(service, "Drafter")
+            await reached(100)
+            await killed(service, "Verifier")
+            answers = await asyncio.gather(*asking)
+        await service.comes_to_rest()
+        return answers
+
+    answers = asyncio.run(storm())
+    stayed = [answer for answer, (_, leaves, *_) in zip(answers, asked, strict=True) if not leaves]
+    assert len(stayed) > 120
+    assert all(finish == "stop" and text for text, finish in stayed)
+    theirs = [problem for problem, leaves, *_ in asked if not leaves]
+    right = [check(problem, [text]).complete for (text, _), problem in zip(stayed, theirs, strict=True)]
+    assert sum(right) >= 0.95 * len(right)
