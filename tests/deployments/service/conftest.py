@@ -53,7 +53,8 @@ class Deployed:
         return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
     def clear(self) -> None:
-        serve.delete("parse")
+        if self._config:
+            serve.delete("parse")
         self._config = {}
 
     def service(self, deployments: Sequence[dict[str, Any]] = (), **args: Any) -> Service:
