@@ -69,5 +69,5 @@ class Host:
 
 def hide_gpus_not_given() -> None:
     """A replica that asked for no GPU would see them all."""
-    if not ray.get_gpu_ids():
+    if not (ray.is_initialized() and ray.get_gpu_ids()):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -151,16 +151,19 @@ def wait_until_ready(
             told, told_at = line, now
         unplaced = [part for part in parts if part.placed < part.wanted]
         unplaced_since = (unplaced_since or now) if unplaced else None
-        if unplaced_since is not None:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            lack = lacking(parts, nodes) if now - unplaced_since > SETTLED_S else None
-            if lack is None and now - unplaced_since > PLACED_S:
-                lack = taken(unplaced, ray.available_resources())
-            if lack:
-                raise NotServing(f"the cluster cannot place all replicas: {lack}")
+        if unplaced_since is not None and (lack := _lack(parts, unplaced, now - unplaced_since)):
+            raise NotServing(f"the cluster cannot place all replicas: {lack}")
         if now - started > timeout_s:
             raise NotServing(f"not ready after {timeout_s:g} s: {line}; the logs are in {LOGS}")
         time.sleep(0.25)
+
+
+def _lack(parts: Sequence[Deployment], unplaced: Sequence[Deployment], seconds: float) -> str | None:
+    """What those that have been without a process so long may be waiting for."""
+    if seconds < SETTLED_S:
+        return None
+    lack = lacking(parts, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return taken(unplaced, ray.available_resources()) if lack is None and seconds > PLACED_S else lack
 
 
 def is_ready(url: str) -> bool:

@@ -151,6 +151,9 @@ class Watch:
             logger.warning("the %s has trouble: %s", self._name, trouble)
         self.trouble = trouble
 
+    def close(self) -> None:
+        self._task.cancel()
+
     async def _keep_asking(self) -> None:
         while True:
             try:

@@ -1,0 +1,154 @@
+"""What is told while the application comes up, and why the wait ends."""
+
+import os
+import socket
+import stat
+
+import pytest
+import ray
+
+from deployments import __main__ as command
+from deployments import launch
+from deployments.launch import Deployment, NotServing, check_port, lacking, read_config, taken, wait_until_ready
+
+GPU_EACH = [
+    Deployment("Verifier", wanted=1, placed=0, running=0, needs={"CPU": 0.3, "GPU": 1}),
+    Deployment("Drafter", wanted=2, placed=1, running=0, needs={"CPU": 0.3, "GPU": 0.5}),
+]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([{"CPU": 4, "GPU": 2}], None),
+        ([{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}], None),
+        ([{"CPU": 4}], "a replica of Verifier needs 1 GPU, and no node has more than 0"),
+        ([{"CPU": 4, "GPU": 1}], "all replicas together need 2 GPU, and there are 1"),
+        ([{"CPU": 0.2, "GPU": 2}] * 9, "a replica of Verifier needs 0.3 CPU, and no node has more than 0.2"),
+        ([{"CPU": 0.6, "GPU": 2}], "all replicas together need 0.9 CPU, and there are 0.6"),
+    ],
+)
+def test_what_no_waiting_will_bring_is_named(nodes, message):
+    assert lacking(GPU_EACH, nodes) == message
+
+
+def test_what_others_hold_is_named():
+    assert taken(GPU_EACH, {"CPU": 4, "GPU": 1}) is None
+    assert taken(GPU_EACH, {"CPU": 4, "GPU": 0.5}) == "a replica of Verifier needs 1 GPU, and 0.5 are free"
+
+
+def details(status="DEPLOYING", message="", *, pid=None, state="STARTING"):
+    replica = {"state": state} | ({} if pid is None else {"pid": pid})
+    verifier = {
+        "message": "its constructor failed" if message else "",
+        "target_num_replicas": 1,
+        "required_resources": {"CPU": 0.3, "GPU": 1.0},
+        "replicas": [replica],
+    }
+    return {"applications": {"parse": {"status": status, "message": message, "deployments": {"Verifier": verifier}}}}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Its only node has no GPU."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 4})
+    monkeypatch.setattr(launch, "SETTLED_S", 0.0)
+
+
+def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
+    seen = [
+        {"applications": {}},
+        details(),
+        details(),
+        details(pid=1),
+        details(pid=1),
+        details("RUNNING", pid=1, state="RUNNING"),
+        details("RUNNING", pid=1, state="RUNNING"),
+    ]
+    answers = iter([False, True])
+    wait_until_ready(lambda: seen.pop(0), lambda: next(answers), timeout_s=60)
+    told = [line.split("s  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert told == [
+        "the application is being built",
+        "Verifier waiting for a place",
+        "Verifier loading",
+        "Verifier ready",
+    ]
+    assert not seen
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_wait_ends_where_there_is_no_place():
+    with pytest.raises(NotServing, match="needs 1 GPU, and no node has more than 0"):
+        wait_until_ready(details, lambda: False, timeout_s=60)
+
+
+def test_the_wait_ends_with_the_reasons_of_a_failure():
+    with pytest.raises(NotServing, match=r"cannot be deployed: wrong\nits constructor failed"):
+        wait_until_ready(lambda: details("DEPLOY_FAILED", "wrong"), lambda: False, timeout_s=60)
+
+
+def test_the_wait_ends_when_it_took_too_long():
+    with pytest.raises(NotServing, match=r"not ready after 0 s: Verifier loading; the logs are in"):
+        wait_until_ready(lambda: details(pid=1), lambda: False, timeout_s=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("applications: [", "while parsing"),
+        ("[]", "valid dictionary"),
+        ("applications: []", "one application must have the import_path deployments.app:build"),
+        ("applications: [{name: a, import_path: 'x:y'}]", "one application must have the import_path"),
+        ("applications: [{import_path: 'deployments.app:build', args: {}}]", "target: Field required"),
+        (
+            "applications: [{import_path: 'deployments.app:build', args: {target: {model: m, threats: 1}}}]",
+            "target.threats: Extra inputs are not permitted",
+        ),
+    ],
+)
+def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, message):
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(text)
+    with pytest.raises(NotServing, match=str(path)) as refused:
+        read_config(path)
+    assert message in str(refused.value)
+    with pytest.raises(NotServing, match="No such file"):
+        read_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_demo_is_served_on_this_machine_only():
+    config, settings = read_config(command.CONFIG)
+    assert config["http_options"]["host"] == "127.0.0.1" and settings.model_name == "demo-target"
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(NotServing, match=f"port {port} of 127.0.0.1 cannot be had"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_rays_ports_are_guarded_by_a_token_of_our_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(command, "TOKEN", tmp_path / "deep" / "token")
+    monkeypatch.setattr(command, "RAYS_OWN_TOKEN", tmp_path / "none")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")
+    command.guard_ray()
+    token = command.TOKEN.read_text()
+    assert len(token) == 64 and stat.S_IMODE(command.TOKEN.stat().st_mode) == 0o600
+    assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["RAY_AUTH_TOKEN_PATH"] == str(command.TOKEN)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    command.guard_ray()
+    assert command.TOKEN.read_text() == token
+
+
+def test_who_decided_about_tokens_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "TOKEN", tmp_path / "token")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    command.guard_ray()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled" and not command.TOKEN.exists()
