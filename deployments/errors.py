@@ -61,7 +61,7 @@ def api_error(error: BaseException) -> ApiError:
         case Overloaded(retry_after_s=seconds):
             return ApiError(503, str(error), code="overloaded", headers={"Retry-After": str(seconds)})
         case TimeoutError():
-            return ApiError(504, str(error) or "the request took too long", code="timeout")
+            return ApiError(504, "the request took too long", code="timeout")
         case HTTPException(status_code=400, detail=detail):  # by the framework, of what it could not decode
             return ApiError(400, f"body: {detail}", param="body", code="invalid_json")
         case HTTPException(status_code=status, detail=detail):
@@ -82,9 +82,10 @@ async def respond(_: HttpRequest, error: Exception) -> JSONResponse:
 
 
 def invalid(errors: Sequence[Any]) -> ApiError:
-    """Of several faults the one deepest in the request: with alternatives, that of the one that was meant."""
+    """Of several faults that of a value before that of a type, and then the deepest in the request: with
+    alternatives, that of the one that was meant."""
     paths = [(_path(error), error) for error in errors]
-    path, error = max(paths, key=lambda found: len(found[0]))
+    path, error = max(paths, key=lambda found: (not found[1]["type"].endswith("_type"), len(found[0])))
     context = error.get("ctx", {})
     if field := context.get("field"):
         path = [*path, field]
@@ -92,22 +93,22 @@ def invalid(errors: Sequence[Any]) -> ApiError:
         message = f"the body is no JSON: {context.get('error', 'it cannot be read')}"
         return ApiError(400, message, param="body", code="invalid_json")
     if not path:
-        return ApiError(400, f"body: {error['msg']}", param="body", code="invalid_value")
-    unknown = error["type"] == "extra_forbidden"
+        unread = isinstance(error.get("input"), bytes)  # by the framework, which goes by the content type
+        message = "must be JSON, sent as application/json" if unread else error["msg"]
+        return ApiError(400, f"body: {message}", param="body", code="invalid_value")
     nothing_allowed = error["type"] == "too_long" and context.get("max_length") == 0
-    message = "is not supported" if unknown or nothing_allowed else error["msg"]
+    unsupported = error["type"] == "unsupported" or nothing_allowed
+    message = "is not supported" if unsupported else error["msg"]
     name = _name(path)
-    return ApiError(400, f"{name}: {message}", param=name, code="unsupported_field" if unknown else "invalid_value")
+    return ApiError(400, f"{name}: {message}", param=name, code="unsupported_field" if unsupported else "invalid_value")
 
 
 def _path(error: Any) -> list[str | int]:
     """Its place in the request, without the names of the alternatives that were tried."""
-    place = list(error["loc"])[1:]
     path: list[str | int] = []
-    for step in place:
-        key_of_a_map = bool(path) and path[-1] == "logit_bias" and step != "[key]"
-        unknown = error["type"] == "extra_forbidden" and step is place[-1]
-        if isinstance(step, int) or step in FIELDS or key_of_a_map or unknown:
+    for step in error["loc"][1:]:
+        key_of_a_map = path == ["logit_bias"]
+        if isinstance(step, int) or step in FIELDS or key_of_a_map:
             path.append(step)
     return path if error["type"] != "json_invalid" else []
 

@@ -25,7 +25,7 @@ class Gate:
     def __init__(self, places: int, waiting: int) -> None:
         self.places, self.most_waiting = places, waiting
         self.free = places
-        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._line: deque[tuple[int, asyncio.Event]] = deque()  # places wanted; is it let in?
         self._mean_s = 1.0  # a request's time inside
 
     @property
@@ -51,13 +51,13 @@ class Gate:
         if len(self._line) >= self.most_waiting:
             expected = self._mean_s * (len(self._line) + 1) / self.places
             raise Overloaded(min(LONGEST_RETRY_S, max(1, ceil(expected))))
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = asyncio.Event()
         entry = (count, turn)
         self._line.append(entry)
         try:
-            await turn
+            await turn.wait()
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # let in and given up in the same moment
+            if turn.is_set():  # let in and given up in the same moment
                 self.free += count
             else:
                 self._line.remove(entry)
@@ -68,4 +68,4 @@ class Gate:
         while self._line and self._line[0][0] <= self.free:
             count, turn = self._line.popleft()
             self.free -= count
-            turn.set_result(None)
+            turn.set()

@@ -11,10 +11,12 @@ from hashlib import blake2b
 from typing import Any
 
 from fastapi import Depends, FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Send
 
 from deployments.backend import Backend, Session
 from deployments.config import ApiSettings
@@ -46,19 +48,21 @@ LONG_TEXT = 20_000  # characters, from which tokenizing would hold up the other 
 DESCRIPTION = (
     "The OpenAI API, answered by PARSE: one model drafts, a larger one keeps what is right and writes the rest."
 )
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": meaning}
-    for status, meaning in {
-        400: "The request cannot be served as it stands; `param` names the field.",
-        401: "A key is missing or wrong.",
-        404: "There is no such model.",
-        408: "The request took too long to arrive.",
-        413: "The request is too long.",
-        503: "Too many requests are waiting; `Retry-After` says when to try again.",
-        504: "The answer took too long.",
-    }.items()
+MEANINGS: dict[int | str, str] = {
+    400: "The request cannot be served as it stands; `param` names the field.",
+    401: "A key is missing or wrong.",
+    404: "There is no such model.",
+    408: "The request took too long to arrive.",
+    413: "The request is too long.",
+    503: "Too many requests are waiting; `Retry-After` says when to try again.",
+    504: "The answer took too long.",
+    "default": "Whatever else went wrong.",
 }
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": meaning} for status, meaning in MEANINGS.items()
+}
+CHUNK = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": CHUNK}}}}
 
 
 @dataclass(frozen=True)
@@ -80,24 +84,24 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str) -> Fast
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
     )
-    for kind in (ApiError, RequestValidationError, HTTPException):
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)
     bearer = Depends(HTTPBearer(auto_error=False, description="Where the server has keys."))
     serving = Serving(backend, settings, model_name)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED, dependencies=[bearer])
-    async def chat_completions(request: ChatRequest) -> Response:
-        return await serving.reply(serving.chat(request))
+    async def chat_completions(request: ChatRequest, http: HttpRequest) -> Response:
+        return await serving.reply(serving.chat(request), http.receive)
 
     @app.post("/v1/completions", response_model=Completion, responses=ERRORS | STREAMED, dependencies=[bearer])
-    async def completions(request: CompletionRequest) -> Response:
-        return await serving.reply(serving.completion(request))
+    async def completions(request: CompletionRequest, http: HttpRequest) -> Response:
+        return await serving.reply(serving.completion(request), http.receive)
 
-    @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=[bearer])
+    @app.get("/v1/models", responses=_errors(401, "default"), dependencies=[bearer])
     async def models() -> ModelList:
         return ModelList(data=[serving.card])
 
-    @app.get("/v1/models/{model:path}", responses={401: ERRORS[401], 404: ERRORS[404]}, dependencies=[bearer])
+    @app.get("/v1/models/{model:path}", responses=_errors(401, 404, "default"), dependencies=[bearer])
     async def model(model: str) -> ModelCard:
         serving.check_model(model)
         return serving.card
@@ -138,13 +142,13 @@ class Serving:
         prediction = None
         if request.prediction is not None:
             text = text_of(request.prediction.content)
-            prediction = await _aside(len(text), _encoded, tokenizer, text)
+            prediction = (await _aside(len(text), _encoded, tokenizer, text))[: self._pipeline.longest]
         key = request.prompt_cache_key or request.user or _beginning(turns)
         return self._asked(
             request,
             [prompt],
             key,
-            request.parse.mode or ("auto" if "auto" in self._settings.modes else self._settings.modes[0]),
+            request.parse.mode or self._usual("auto"),
             request.limit,
             request.wanted_logprobs,
             field="messages",
@@ -163,8 +167,8 @@ class Serving:
             if max(ids) >= len(tokenizer):
                 raise RequestError("prompt", f"token ids must lie in 0..{len(tokenizer) - 1}")
             prompts.append(ids)
-        self._check_choices(request.choices * len(prompts))
-        mode = request.parse.mode or "off"
+        self._check_choices(request.choices * len(prompts), "n" if request.choices > 1 else "prompt")
+        mode = request.parse.mode or self._usual("off")
         limit = DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
         key = request.user or _digest(str(prompts[0][:64]))
         return self._asked(request, prompts, key, mode, limit, request.logprobs, field="prompt")
@@ -223,27 +227,40 @@ class Serving:
             message = f"model: there is no {name[:100]!r} here, but {self.card.id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _check_choices(self, count: int) -> None:
+    def _usual(self, mode: Mode) -> Mode:
+        return mode if mode in self._settings.modes else self._settings.modes[0]
+
+    def _check_choices(self, count: int, field: str = "n") -> None:
         most = min(self._settings.max_choices, self._settings.max_answers)
         if count > most:
-            raise RequestError("n", f"answers to one request are limited to {most}, got {count}")
+            raise RequestError(field, f"answers to one request are limited to {most}, got {count}")
 
     # What is answered.
 
-    async def reply(self, asking: Awaitable[Asked]) -> Response:
+    async def reply(self, asking: Awaitable[Asked], receive: Receive) -> Response:
+        """Given up if the client leaves before there is anything to send, and nobody else would notice."""
+        replying = asyncio.ensure_future(self._reply(asking))
+        leaving = asyncio.ensure_future(_left(receive))
         try:
-            return await self._reply(await asking)
+            await asyncio.wait((replying, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not replying.done():
+                raise ApiError(499, "the client left")
+            return replying.result()
         except Exception as error:
             raise api_error(error) from error
+        finally:
+            replying.cancel()
+            leaving.cancel()
+            await asyncio.gather(replying, leaving, return_exceptions=True)
 
-    async def _reply(self, asked: Asked) -> Response:
+    async def _reply(self, asking: Awaitable[Asked]) -> Response:
+        asked = await asking
         happenings = self._answered(asked)
         if asked.stream:
             # The first must have happened before the status is sent: what fails at once fails with its own status.
             first = await anext(happenings)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            body = _streamed(asked, first, happenings)
-            return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+            return _Stream(asked, first, happenings, headers)
         async with aclosing(happenings):
             async for answer, event in happenings:
                 answer.take(event)
@@ -285,19 +302,36 @@ class Serving:
             await asyncio.gather(working, return_exceptions=True)
 
 
+class _Stream(StreamingResponse):
+    """However it ends, the answers end with it, and not only once nobody holds it any more."""
+
+    def __init__(
+        self,
+        asked: Asked,
+        first: tuple[Answer, Event],
+        rest: AsyncGenerator[tuple[Answer, Event]],
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(_streamed(asked, first, rest), media_type="text/event-stream", headers=headers)
+        self._rest = rest
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._rest):
+            await super().stream_response(send)
+
+
 async def _streamed(
     asked: Asked, first: tuple[Answer, Event], rest: AsyncGenerator[tuple[Answer, Event]]
 ) -> AsyncIterator[str]:
     replies = asked.replies
     try:
-        async with aclosing(rest):
-            for answer in asked.answers:
-                if opening := replies.opening(answer):
-                    yield opening
-            async for answer, event in _chained(first, rest):
-                answer.take(event)
-                if part := replies.part(answer, event):
-                    yield part
+        for answer in asked.answers:
+            if opening := replies.opening(answer):
+                yield opening
+        async for answer, event in _chained(first, rest):
+            answer.take(event)
+            if part := replies.part(answer, event):
+                yield part
         if asked.totals:
             yield replies.totals(asked.answers)
     except Exception as error:
@@ -311,6 +345,15 @@ async def _chained(
     yield first
     async for item in rest:
         yield item
+
+
+def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    return {status: ERRORS[status] for status in statuses}
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _aside(size: int, work: Any, *given: Any) -> Any:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.errors import ApiError
 
-GUARDED = "/v1"
+OPEN = frozenset({"/health", "/ready", "/docs", "/redoc", "/openapi.json"})  # to everybody
 
 
 def api_keys(file: str | None, variable: str) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ class Limits:
             await self._app(scope, receive, send)
             return
         try:
-            if scope["path"].startswith(GUARDED):
+            if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
                 self._admit(scope)
             body = await self._body(scope, receive)
         except ApiError as error:
@@ -56,12 +56,13 @@ class Limits:
     def _admit(self, scope: Scope) -> None:
         if not self._keys:
             client = scope.get("client")
-            if client and not ipaddress.ip_address(client[0]).is_loopback:
+            if client and not _on_this_machine(client[0]):
                 raise ApiError(401, "without keys only clients on the server's own machine are served", code="no_keys")
             return
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         # Every key is compared, in the same time whether or not it fits.
-        fits = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        sent = given.strip().encode("latin-1")  # the bytes as they came
+        fits = [hmac.compare_digest(sent, key) for key in self._keys]
         if kind.lower() != "bearer" or not any(fits):
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, "a bearer key of this server is needed", code="invalid_api_key", headers=headers)
@@ -85,7 +86,18 @@ class Limits:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            raise ApiError(408, "body: took too long to arrive", param="body", code="timeout") from None
+            headers = {"Connection": "close"}  # what comes of it later is not read any more
+            late = "body: took too long to arrive"
+            raise ApiError(408, late, param="body", code="timeout", headers=headers) from None
 
     def _too_long(self) -> ApiError:
         return ApiError(413, f"body: is longer than {self._max_body_bytes} bytes", param="body", code="too_long")
+
+
+def _on_this_machine(address: str) -> bool:
+    """A proxy may have put anything in its place."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback

@@ -4,17 +4,18 @@ Every field is either served or refused by its name; those listed with a fixed v
 because it is what happens anyway.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from parse.protocol import Mode, Usage, Verdict
-from parse.types import MAX_LOGPROBS, MAX_STOPS, RequestError, Sampling
+from parse.types import LONGEST_STOP, MAX_LOGPROBS, MAX_STOPS, RequestError, Sampling
 from parse.verdict import Thresholds
 
-INT64 = 2**63
+LARGEST = 9_223_372_036_854_776_000  # as the OpenAI API has it
+MOST_BIASES = 1024
 
 
 def _encodable(text: str) -> str:
@@ -26,10 +27,42 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+StopText = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
+PromptText = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenName = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # a token id: keys are strings in JSON
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _few(biases: Any) -> Any:
+    """Asked before any of them is looked at."""
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
+        raise PydanticCustomError("too_many", "Input should hold at most {most} of them", {"most": MOST_BIASES})
+    return biases
+
+
+Biases = Annotated[
+    dict[TokenName, Bias],
+    Field(max_length=MOST_BIASES, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(_few),
+]
 
 
 class Wire(BaseModel):
+    """What is wrong is told once: of a body full of it, a list of all faults would take the server seconds."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            for name in given:
+                if name not in cls.model_fields:
+                    shown = name.encode(errors="replace").decode()
+                    raise PydanticCustomError("unsupported", "is not supported", {"field": shown})
+        return given
 
 
 class TextPart(Wire):
@@ -37,7 +70,7 @@ class TextPart(Wire):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1)]
+Content = Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class ChatMessage(Wire):
@@ -78,19 +111,19 @@ class Request(Wire):
     """What both kinds of request have in common."""
 
     model: Text = Field(description="As /v1/models names it.")
-    max_tokens: int | None = Field(None, ge=1, le=INT64 - 1)
+    max_tokens: int | None = Field(None, ge=1, le=LARGEST)
     temperature: float | None = Field(None, ge=0, le=2, description="1 by default; 0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=INT64 - 1, description="0, the default, is no limit.")
+    top_k: int | None = Field(None, ge=0, le=LARGEST, description="0, the default, is no limit.")
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    logit_bias: dict[Text, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    seed: int | None = Field(None, ge=-INT64, le=INT64 - 1, description="The same seed gives the same answer.")
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    logit_bias: Biases | None = None
+    seed: int | None = Field(None, ge=-LARGEST, le=LARGEST, description="The same seed gives the same answer.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool = False
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=LARGEST)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, max_length=512, description="As prompt_cache_key, which comes first.")
@@ -128,7 +161,7 @@ class Request(Wire):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         return Sampling(
             **given,
-            logit_bias=_biases(self.logit_bias or {}),
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             seed=seed,
             stop=tuple(stop),
             max_tokens=max_tokens,
@@ -149,8 +182,8 @@ class Request(Wire):
 class ChatRequest(Request):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT64 - 1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096, fail_fast=True)
+    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prediction: Prediction | None = Field(None, description="A draft of your own, in place of the drafter's.")
@@ -192,10 +225,10 @@ class CompletionRequest(Request):
     """POST /v1/completions: text, or tokens, to go on from. There is no turn to judge, so by default none is."""
 
     prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=128)]
-        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]], Field(max_length=128)]
+        PromptText
+        | Annotated[list[PromptText], Field(min_length=1, max_length=128, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=128, fail_fast=True)]
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     # What happens anyway.
@@ -220,15 +253,6 @@ class CompletionRequest(Request):
 
 def text_of(content: Content) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    biases = {}
-    for token, bias in given.items():
-        if not (token.isascii() and token.isdecimal() and len(token) < 10):
-            raise RequestError(f"logit_bias.{token[:20]}", "must be named by a token id")
-        biases[int(token)] = bias
-    return biases
 
 
 def _refused(field: str, message: str) -> PydanticCustomError:
@@ -365,18 +389,6 @@ class ChatCompletion(BaseModel):
     parse: ParseReport | list[ParseReport] = Field(description="One, or with n above 1 one for each choice.")
 
 
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
-
-
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float]
@@ -403,12 +415,13 @@ class Completion(BaseModel):
 
 def usage_of(prompts: Sequence[int], answers: Sequence[int], usages: Sequence[Usage]) -> WireUsage:
     """Of all choices together; a prompt that several choices share counts once, as OpenAI counts."""
-    prompt, completion = sum(prompts), sum(answers)
+    prompt, completion, choices = sum(prompts), sum(answers), len(usages) // len(prompts)
+    cached = (min(usage.cached for usage in usages[at : at + choices]) for at in range(0, len(usages), choices))
     return WireUsage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        prompt_tokens_details=PromptDetails(cached_tokens=min(prompt, min((u.cached for u in usages), default=0))),
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(cached)),
         completion_tokens_details=CompletionDetails(
             accepted_prediction_tokens=sum(usage.accepted for usage in usages),
             rejected_prediction_tokens=sum(usage.rejected for usage in usages),

@@ -181,7 +181,7 @@ class ChatReplies:
         match happened:
             case Piece(text=text):
                 logprobs = self._logprobs([happened])
-                if not text and logprobs is None:
+                if not text and logprobs is None and not self.head.trace:
                     return None
                 return self._chunk(answer, {"content": text}, logprobs=logprobs, parse=self.head.shown(happened))
             case Verdict():
@@ -251,7 +251,7 @@ class CompletionReplies:
     def part(self, answer: Answer, happened: Event) -> str | None:
         match happened:
             case Piece(text=text):
-                if not text and not happened.logprobs:
+                if not text and not happened.logprobs and not self.head.trace:
                     return None
                 said = len(answer.text) - len(text)
                 return self._chunk(self._choice(answer, [happened], said, None), self.head.shown(happened))
@@ -292,8 +292,8 @@ class CompletionReplies:
 
 
 def sse(body: dict[str, Any]) -> str:
-    """As server-sent events write it."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """As server-sent events write it: in ASCII, for some clients end lines at characters beyond it."""
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 
 END = "data: [DONE]\n\n"

@@ -1,5 +1,6 @@
-"""The HTTP side over the demo pair in this process, on a real port."""
+"""The HTTP side over a pipeline in this process, on a real port."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,14 +27,19 @@ class LocalBackend:
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: FastAPI, *, log_level: str = "warning") -> Iterator[str]:
     """Its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    # Bound here, so that a port is known at once and early requests wait in its line.
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        config = uvicorn.Config(app, log_level=log_level, log_config=None, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs=dict(sockets=[port]), daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{port.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,0 +1,44 @@
+"""One demo pair for all tests of the HTTP side, and one server over it."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from deployments.config import ApiSettings
+from deployments.http import create_app
+from parse.config import EngineSettings
+from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
+from tests.deployments.live import LocalBackend, served
+
+MODEL = "demo-target"
+
+
+def settings(path: str) -> EngineSettings:
+    return EngineSettings(model=path, threads=1, max_context=1024, memory_mb=512)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[LocalPair]:
+    with LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT)) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="session")
+def address(pair: LocalPair) -> Iterator[str]:
+    with served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def client(address: str) -> Iterator[OpenAI]:
+    """The official one."""
+    with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def raw(address: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=60) as raw:
+        yield raw

@@ -1,0 +1,538 @@
+"""The official client, over the demo pair."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai import OpenAI
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from transformers import AutoModelForCausalLM
+
+from deployments.openai import ParseReport
+from parse.local import DEMO_TARGET, LocalPair
+from parse.prompts import prompt_ids
+from tests.deployments.conftest import MODEL
+from training import measure
+
+PROBLEMS = sorted(measure.problems(11, 60, split="client"), key=lambda problem: problem.steps)[:6]  # short ones
+MODES = ["off", "full", "progressive", "rounds", "exact", "auto"]
+OPEN: Any = [{"role": "user", "content": "Hello."}]  # the pair has much to say to what it does not know
+REPEATABLE = ["off", "full", "progressive", "exact"]  # the others weigh what drafts cost at the time
+
+
+def turns(place: int = 0) -> Any:
+    return [{"role": "user", "content": PROBLEMS[place].question}]
+
+
+def chat(client: OpenAI, messages: Any = None, mode: str = "off", trace: bool = False, **asked: Any) -> ChatCompletion:
+    asked = {"temperature": 0} | asked
+    body = {"parse": {"mode": mode, "trace": trace}}
+    return client.chat.completions.create(model=MODEL, messages=messages or turns(), extra_body=body, **asked)
+
+
+def chunks(
+    client: OpenAI, messages: Any = None, mode: str = "off", trace: bool = False, **asked: Any
+) -> list[ChatCompletionChunk]:
+    asked = {"temperature": 0} | asked
+    body = {"parse": {"mode": mode, "trace": trace}}
+    stream = client.chat.completions.create(
+        model=MODEL, messages=messages or turns(), extra_body=body, stream=True, **asked
+    )
+    return list(stream)
+
+
+def complete(client: OpenAI, prompt: Any, **asked: Any) -> Completion:
+    return client.completions.create(model=MODEL, prompt=prompt, **({"temperature": 0} | asked))
+
+
+def text_of(answer: ChatCompletion, choice: int = 0) -> str:
+    return answer.choices[choice].message.content or ""
+
+
+def joined(received: Iterable[ChatCompletionChunk], index: int = 0) -> str:
+    return "".join(choice.delta.content or "" for c in received for choice in c.choices if choice.index == index)
+
+
+def extra(answer: Any) -> Any:
+    assert answer.model_extra is not None
+    return answer.model_extra["parse"]
+
+
+def report(answer: Any) -> ParseReport:
+    return ParseReport.model_validate(extra(answer))
+
+
+def last_report(received: list[ChatCompletionChunk]) -> ParseReport:
+    (ending,) = [chunk for chunk in received if chunk.choices and chunk.choices[0].finish_reason]
+    return report(ending)
+
+
+@pytest.fixture(scope="module")
+def peer() -> Any:
+    return AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
+
+
+@pytest.fixture(scope="module")
+def begun(pair: LocalPair) -> list[list[int]]:
+    """Texts that are gone on from at length."""
+    return [prompt_ids(pair.tokenizer, turns(place)) for place in range(2)]
+
+
+def logits_of(peer: Any, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = peer(input_ids=torch.tensor([ids])).logits[0]
+    return logits
+
+
+@cache
+def _generated(peer: Any, *prompt: int) -> list[int]:
+    whole: list[int] = peer.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=240)[0].tolist()
+    return whole[len(prompt) :]
+
+
+def written(peer: Any, pair: LocalPair, messages: Any) -> list[int]:
+    """What the target writes by itself, its end token left out."""
+    *ids, end = _generated(peer, *prompt_ids(pair.tokenizer, messages))
+    assert end == pair.tokenizer.eos_token_id
+    return ids
+
+
+# Chat.
+
+
+def test_a_greedy_answer_is_what_the_library_writes(client, pair, peer):
+    for place in range(2):
+        answer = chat(client, turns(place))
+        ids = written(peer, pair, turns(place))
+        assert text_of(answer) == pair.tokenizer.decode(ids)
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(prompt_ids(pair.tokenizer, turns(place)))
+        assert answer.usage.completion_tokens == len(ids)
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(ids)
+
+
+def test_an_answer_is_addressed_as_the_api_does(client):
+    before = int(time.time())
+    first, second = chat(client, max_tokens=1), chat(client, max_tokens=1)
+    assert first.object == "chat.completion" and first.model == MODEL and first.id != second.id
+    assert before <= first.created <= second.created <= time.time()
+    assert first.choices[0].message.role == "assistant" and first.choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("mode", REPEATABLE)
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "seed": 5, "max_tokens": 40}, {"stop": ["Third", "move"]}]
+)
+def test_a_stream_is_the_answer_in_parts(client, mode, sampling):
+    whole = chat(client, mode=mode, **sampling)
+    received = chunks(client, mode=mode, **sampling)
+    assert joined(received) == text_of(whole) and text_of(whole)
+    assert received[0].choices[0].delta.role == "assistant"
+    assert all(chunk.object == "chat.completion.chunk" and chunk.model == MODEL for chunk in received)
+    assert len({chunk.id for chunk in received}) == 1
+    finishes = [choice.finish_reason for chunk in received for choice in chunk.choices]
+    assert finishes[-1] == whole.choices[0].finish_reason and set(finishes[:-1]) == {None}
+    assert all(chunk.usage is None for chunk in received)
+
+
+def test_the_first_words_come_before_the_last_are_written(client):
+    assert len([chunk for chunk in chunks(client) if chunk.choices[0].delta.content]) > 5
+
+
+def test_usage_comes_at_a_streams_end_where_it_is_asked_for(client):
+    whole = chat(client)
+    *received, totals = chunks(client, stream_options={"include_usage": True})
+    assert totals.choices == [] and totals.usage is not None and whole.usage is not None
+    assert totals.usage.completion_tokens == whole.usage.completion_tokens
+    assert totals.usage.prompt_tokens == whole.usage.prompt_tokens
+    assert all(chunk.choices and chunk.usage is None for chunk in received)
+
+
+@pytest.mark.parametrize("mode", ["off", "full", "exact"])
+def test_the_same_seed_gives_the_same_answer_and_choices_have_seeds_of_their_own(client, mode):
+    asked: Any = {"messages": OPEN, "mode": mode, "temperature": 1.5, "max_tokens": 16}
+    both = chat(client, n=2, seed=41, **asked)
+    one, other = chat(client, seed=41, **asked), chat(client, seed=42, **asked)
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert [text_of(both, 0), text_of(both, 1)] == [text_of(one), text_of(other)]
+    assert text_of(one) != text_of(other)
+    assert both.usage is not None and one.usage is not None and other.usage is not None
+    assert both.usage.prompt_tokens == one.usage.prompt_tokens
+    assert both.usage.completion_tokens == one.usage.completion_tokens + other.usage.completion_tokens
+    received = chunks(client, n=2, seed=41, **asked)
+    assert [joined(received, 0), joined(received, 1)] == [text_of(one), text_of(other)]
+
+
+def test_without_a_seed_answers_differ(client):
+    asked: Any = {"messages": OPEN, "temperature": 2.0, "max_tokens": 24}
+    answers = [text_of(chat(client, n=2, **asked), choice) for _ in range(2) for choice in range(2)]
+    assert len(set(answers)) == 4
+
+
+@pytest.mark.parametrize("mode", REPEATABLE)
+def test_log_probabilities_are_the_targets_own(client, pair, peer, mode):
+    answer = chat(client, mode=mode, logprobs=True, top_logprobs=3, max_tokens=40)
+    assert answer.choices[0].logprobs is not None and answer.usage is not None
+    entries = answer.choices[0].logprobs.content or []
+    assert len(entries) == answer.usage.completion_tokens
+    assert "".join(entry.token for entry in entries) == text_of(answer)
+    assert b"".join(bytes(entry.bytes or []) for entry in entries).decode() == text_of(answer)
+    names = {pair.tokenizer.decode([token]): token for token in range(len(pair.tokenizer))}
+    ids = [names[entry.token] for entry in entries]
+    prompt = prompt_ids(pair.tokenizer, turns())
+    wanted = logits_of(peer, [*prompt, *ids])[len(prompt) - 1 : -1].log_softmax(-1)
+    for row, token, entry in zip(wanted, ids, entries, strict=True):
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
+    streamed = chunks(client, mode=mode, logprobs=True, top_logprobs=3, max_tokens=40)
+    parts = [choice.logprobs.content or [] for c in streamed for choice in c.choices if choice.logprobs is not None]
+    assert [entry.token for part in parts for entry in part] == [entry.token for entry in entries]
+
+
+def test_log_probabilities_alone_name_no_others(client):
+    answer = chat(client, logprobs=True, max_tokens=4)
+    assert answer.choices[0].logprobs is not None
+    assert [entry.top_logprobs for entry in answer.choices[0].logprobs.content or []] == [[]] * 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_answer_ends_before_a_stop_string(client, pair, peer, mode):
+    whole = pair.tokenizer.decode(written(peer, pair, turns()))
+    for stop in (whole[20:24], [whole[-5:], "no such thing"], whole[:3]):
+        answer = chat(client, mode=mode, stop=stop)
+        strings = [stop] if isinstance(stop, str) else stop
+        assert not any(string in text_of(answer) for string in strings)
+        assert answer.choices[0].finish_reason == "stop"
+        if mode in ("off", "exact"):
+            assert text_of(answer) == whole[: min(whole.find(s) for s in strings if s in whole)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_an_answer_ends_at_its_limit(client, mode, name):
+    for limit in (1, 7, 16):
+        asked: Any = {name: limit}
+        answer = chat(client, mode=mode, **asked)
+        assert answer.usage is not None and answer.usage.completion_tokens == limit
+        assert answer.choices[0].finish_reason == "length"
+
+
+def test_an_answer_ends_where_the_context_does(client, pair):
+    long: Any = [{"role": "user", "content": " 53" * 990}]
+    answer = chat(client, long, logit_bias={str(pair.tokenizer.eos_token_id): -100})
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 1024 and answer.choices[0].finish_reason == "length"
+
+
+def test_what_is_said_in_parts_or_by_a_developer_is_the_same_to_the_model(client):
+    question = PROBLEMS[0].question
+    plain: Any = [{"role": "system", "content": "Answer step by step."}, {"role": "user", "content": question}]
+    halves = [{"type": "text", "text": text} for text in (question[:20], question[20:])]
+    parts: Any = [
+        {"role": "developer", "content": [{"type": "text", "text": "Answer step by step."}]},
+        {"role": "user", "content": halves},
+    ]
+    one, other = chat(client, plain), chat(client, parts)
+    assert text_of(one) == text_of(other)
+    assert one.usage is not None and other.usage is not None and one.usage.prompt_tokens == other.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact", "auto"])
+def test_a_right_prediction_is_taken_whole(client, pair, peer, mode):
+    own = written(peer, pair, turns())
+    text = pair.tokenizer.decode(own)
+    for content in (text, [{"type": "text", "text": part} for part in (text[:30], text[30:])]):
+        answer = chat(client, mode=mode, prediction={"type": "content", "content": content})
+        assert text_of(answer) == text
+        assert answer.usage is not None and answer.usage.completion_tokens_details is not None
+        assert answer.usage.completion_tokens_details.accepted_prediction_tokens == len(own)
+        assert answer.usage.completion_tokens_details.rejected_prediction_tokens == 0
+        assert report(answer).written == 0
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])
+def test_a_wrong_prediction_is_rejected(client, pair, peer, mode):
+    wrong = "So nobody has anything now. The answer is 3."
+    answer = chat(client, mode=mode, prediction={"type": "content", "content": wrong})
+    assert text_of(answer) == pair.tokenizer.decode(written(peer, pair, turns()))
+    assert answer.usage is not None and answer.usage.completion_tokens_details is not None
+    details = answer.usage.completion_tokens_details
+    assert details.rejected_prediction_tokens is not None and details.accepted_prediction_tokens is not None
+    assert details.rejected_prediction_tokens > 0
+    if mode != "rounds":  # there the rest of it is tried again further on
+        drafted = details.accepted_prediction_tokens + details.rejected_prediction_tokens
+        assert drafted == len(pair.tokenizer.encode(wrong, add_special_tokens=False))
+
+
+def test_a_bias_forbids_a_token_or_forces_it(client, pair):
+    free = chat(client, logprobs=True, max_tokens=8)
+    assert free.choices[0].logprobs is not None
+    first = (free.choices[0].logprobs.content or [])[0].token
+    (token,) = pair.tokenizer.encode(first, add_special_tokens=False)
+    without = chat(client, logprobs=True, max_tokens=40, logit_bias={str(token): -100})
+    assert without.choices[0].logprobs is not None
+    assert first not in [entry.token for entry in without.choices[0].logprobs.content or []]
+    forced = chat(client, max_tokens=5, logit_bias={str(token): 100})
+    assert text_of(forced) == first * 5
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(2.0, 0.0), (0.0, 2.0), (-2.0, 0.5), (1.5, 1.5)])
+def test_penalties_are_as_the_api_defines_them(client, pair, peer, presence, frequency):
+    prompt, ids = prompt_ids(pair.tokenizer, OPEN), list[int]()
+    for _ in range(40):
+        logits = logits_of(peer, [*prompt, *ids])[-1].clone()
+        for token, count in Counter(ids).items():
+            logits[token] -= presence + frequency * count
+        ids.append(int(logits.argmax()))
+        if ids[-1] == pair.tokenizer.eos_token_id:
+            ids.pop()
+            break
+    answer = chat(client, OPEN, presence_penalty=presence, frequency_penalty=frequency, max_tokens=40)
+    assert text_of(answer) == pair.tokenizer.decode(ids) != text_of(chat(client, OPEN, max_tokens=40))
+
+
+# Completions.
+
+
+def test_a_prompt_may_be_text_or_tokens_one_or_several(client, pair, begun):
+    texts, ids = [pair.tokenizer.decode(tokens) for tokens in begun], begun
+    alone = [complete(client, text, max_tokens=6) for text in texts]
+    assert [answer.choices[0].text for answer in alone] == [
+        complete(client, tokens, max_tokens=6).choices[0].text for tokens in ids
+    ]
+    for several in (texts, ids):
+        answer = complete(client, several, max_tokens=6)
+        assert [choice.text for choice in answer.choices] == [one.choices[0].text for one in alone]
+        assert [choice.index for choice in answer.choices] == [0, 1]
+        assert answer.usage is not None and answer.usage.prompt_tokens == sum(map(len, ids))
+        assert answer.usage.completion_tokens == 12
+
+
+def test_text_is_gone_on_from_as_the_library_does(client, pair, peer, begun):
+    wanted = peer.generate(torch.tensor([begun[0]]), do_sample=False, max_new_tokens=16)[0, len(begun[0]) :]
+    answer = complete(client, pair.tokenizer.decode(begun[0]))
+    assert answer.choices[0].text == pair.tokenizer.decode(wanted)  # 16 tokens are the API's default
+    assert answer.object == "text_completion" and answer.choices[0].finish_reason == "length"
+    assert report(answer).mode == "off"
+
+
+def test_choices_of_several_prompts_stand_in_order_with_seeds_of_their_own(client, pair):
+    prompts = [prompt_ids(pair.tokenizer, [{"role": "user", "content": text}]) for text in ("Hello.", "What?")]
+    asked: Any = {"temperature": 2.0, "max_tokens": 24}
+    answer = complete(client, prompts, n=2, seed=8, **asked)
+    wanted = [complete(client, prompt, seed=seed, **asked).choices[0].text for prompt in prompts for seed in (8, 9)]
+    assert [choice.text for choice in answer.choices] == wanted and len(set(wanted)) == 4
+    assert len(extra(answer)) == 4
+
+
+def test_a_completions_log_probabilities_stand_beside_its_text(client, pair, peer, begun):
+    ids = begun[0]
+    (choice,) = complete(client, ids, max_tokens=8, logprobs=2).choices
+    found = choice.logprobs
+    assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
+    assert "".join(found.tokens) == choice.text
+    assert [choice.text[o : o + len(t)] for o, t in zip(found.text_offset, found.tokens, strict=True)] == found.tokens
+    names = {pair.tokenizer.decode([token]): token for token in range(len(pair.tokenizer))}
+    said = [names[token] for token in found.tokens]
+    rows = logits_of(peer, [*ids, *said])[len(ids) - 1 : -1].log_softmax(-1)
+    wanted = [float(row[token]) for row, token in zip(rows, said, strict=True)]
+    assert found.token_logprobs == pytest.approx(wanted, abs=1e-3)
+    for row, top in zip(rows, found.top_logprobs, strict=True):
+        assert sorted(top.values(), reverse=True) == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
+
+
+def test_a_completion_is_streamed_too(client, begun):
+    asked: Any = {"model": MODEL, "prompt": begun[0], "max_tokens": 12, "logprobs": 1, "temperature": 0}
+    (whole,) = client.completions.create(**asked).choices
+    stream = client.completions.create(stream=True, stream_options={"include_usage": True}, **asked)
+    *received, totals = list(stream)
+    parts = [chunk.choices[0] for chunk in received]
+    assert "".join(part.text for part in parts) == whole.text
+    assert parts[-1].finish_reason == whole.finish_reason and {part.finish_reason for part in parts[:-1]} == {None}
+    assert totals.usage is not None and totals.usage.completion_tokens == 12 and totals.choices == []
+    assert whole.logprobs is not None
+    for name in ("tokens", "text_offset"):
+        streamed = [value for part in parts if part.logprobs for value in getattr(part.logprobs, name)]
+        assert streamed == getattr(whole.logprobs, name)
+
+
+def test_text_may_be_gone_on_from_with_drafts(client, pair):
+    prompt = prompt_ids(pair.tokenizer, turns())
+    answer = complete(client, prompt, max_tokens=200, extra_body={"parse": {"mode": "full"}})
+    assert report(answer).accepted > 0
+    assert answer.choices[0].text == text_of(chat(client, mode="full", max_tokens=200))
+
+
+# Models, and what cannot be served.
+
+
+def test_the_model_is_named(client):
+    (card,) = client.models.list().data
+    assert (card.id, card.object, client.models.retrieve(MODEL).id) == (MODEL, "model", MODEL)
+    assert card.model_extra is not None and card.model_extra["max_model_len"] == 1024
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another/one")
+
+
+def test_the_client_understands_what_is_refused(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(client, temperature=3)
+    assert (refused.value.param, refused.value.code) == ("temperature", "invalid_value")
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt", messages=turns())
+    assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
+    with pytest.raises(openai.BadRequestError) as wide:
+        chat(client, n=17)
+    assert wide.value.param == "n" and "16" in wide.value.message
+    with pytest.raises(openai.BadRequestError) as many:
+        complete(client, ["a"] * 17)
+    assert many.value.param == "prompt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_does_not_fit_the_context_is_refused(client, stream):
+    long: Any = [{"role": "user", "content": "53 " * 2000}]
+    asked: list[Any] = [{"messages": long}, {"messages": turns(), "max_tokens": 1000}]
+    for body in asked:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model=MODEL, stream=stream, **body)
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+        assert "1024" in refused.value.message
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, [5] * 1024, stream=stream)
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
+
+
+def test_what_just_fits_the_context_is_served_and_a_token_more_is_not(client):
+    answer = complete(client, [5] * 1000, max_tokens=24, extra_body={"ignore_eos": True})
+    assert answer.usage is not None and answer.usage.total_tokens == 1024
+    with pytest.raises(openai.BadRequestError):
+        complete(client, [5] * 1000, max_tokens=25)
+
+
+# What became of drafts.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_chooses_its_mode_and_is_told_what_came_of_it(client, mode):
+    answer = chat(client, mode=mode, trace=True)
+    told, usage = report(answer), answer.usage
+    assert usage is not None and usage.completion_tokens_details is not None and usage.prompt_tokens_details is not None
+    if mode != "auto":
+        assert told.mode == mode
+        assert (told.drafted > 0) == (told.rounds > 0) == (mode != "off")
+    assert told.accepted + told.written == usage.completion_tokens
+    assert told.accepted + told.rejected == told.drafted
+    assert usage.completion_tokens_details.accepted_prediction_tokens == told.accepted
+    assert usage.completion_tokens_details.rejected_prediction_tokens == told.rejected
+    assert usage.prompt_tokens_details.cached_tokens == told.cached <= usage.prompt_tokens
+    assert told.retries == 0 and (told.fallback is None or mode == "auto")
+    check_trace(told, text_of(answer), mode)
+    assert abs(told.arrived - time.time()) < 60
+
+
+def check_trace(told: ParseReport, text: str, mode: str) -> None:
+    assert told.pieces is not None and told.verdicts is not None
+    assert "".join(piece.text for piece in told.pieces) == text
+    counts: Counter[str] = Counter()
+    for piece in told.pieces:
+        counts[piece.origin] += piece.tokens
+    assert (counts["draft"], counts["target"]) == (told.accepted, told.written)
+    assert bool(told.verdicts) == (told.drafted > 0 and mode != "exact")
+    for verdict in told.verdicts:
+        assert len(verdict.cuts) == len(verdict.correct) and verdict.cuts == sorted(set(verdict.cuts))
+        assert all(chance is None or 0 <= chance <= 1 for chance in verdict.correct)
+    check_times(told)
+
+
+def check_times(told: ParseReport) -> None:
+    assert 0 <= told.first_s <= told.total_s
+    assert told.stages[0].name == "queue" and told.stages[0].start == 0
+    for stage in told.stages:
+        assert 0 <= stage.start <= stage.end <= told.total_s
+        assert stage.name == "queue" or stage.start >= told.stages[0].end
+    ends = [stage.end for stage in told.stages]
+    assert ends == sorted(ends)
+    assert {stage.name for stage in told.stages} >= ({"draft"} if told.drafted else {"write"})
+
+
+@pytest.mark.parametrize("mode", REPEATABLE)
+@pytest.mark.parametrize("asked", [{"stop": ["Third", "has"]}, {"max_tokens": 30, "logprobs": True}])
+def test_a_stream_tells_the_same(client, mode, asked):
+    told = report(chat(client, mode=mode, trace=True, **asked))
+    received = chunks(client, mode=mode, trace=True, **asked)
+    streamed = last_report(received)
+    names = ["mode", "accepted", "written", "rounds", "boundary", "fallback", "retries"]
+    if mode != "progressive":  # how far the drafter comes until it is stopped is a matter of time
+        names += ["drafted", "rejected"]
+    assert [getattr(told, name) for name in names] == [getattr(streamed, name) for name in names]
+    check_times(streamed)
+    shown = [extra(chunk) for chunk in received if "parse" in (chunk.model_extra or {})]
+    pieces = [part["piece"] for part in shown if "piece" in part]
+    verdicts = [part["verdict"] for part in shown if "verdict" in part]
+    assert told.pieces is not None and told.verdicts is not None
+    for origin, tokens in (("draft", told.accepted), ("target", told.written)):
+        assert sum(piece["tokens"] for piece in pieces if piece["origin"] == origin) == tokens
+        said = "".join(piece.text for piece in told.pieces if piece.origin == origin)
+        assert "".join(piece["text"] for piece in pieces if piece["origin"] == origin) == said
+    assert [(v["start"], v["cuts"], v["kept"], v["rejected"]) for v in verdicts] == [
+        (v.start, v.cuts, v.kept, v.rejected) for v in told.verdicts
+    ]
+
+
+def test_what_happened_is_told_in_full_only_where_it_is_asked_for(client):
+    told = report(chat(client, mode="full"))
+    assert told.pieces is None and told.verdicts is None and told.accepted > 0
+    received = chunks(client, mode="full")
+    assert [chunk for chunk in received if "parse" in (chunk.model_extra or {})] == received[-1:]
+    assert last_report(received).accepted == told.accepted
+
+
+def test_every_choice_has_a_report_of_its_own(client):
+    answer = chat(client, n=3, mode="full", seed=3, temperature=1.0, trace=True)
+    reports = [ParseReport.model_validate(given) for given in extra(answer)]
+    assert len(reports) == 3
+    for place, told in enumerate(reports):
+        check_trace(told, text_of(answer, place), "full")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == sum(told.accepted + told.written for told in reports)
+
+
+def test_exact_is_the_target_alone(client):
+    for place in range(2):
+        samplings: list[Any] = [{}, {"temperature": 1.0, "seed": place, "max_tokens": 60}]
+        for sampling in samplings:
+            exact, off = (chat(client, turns(place), mode=mode, **sampling) for mode in ("exact", "off"))
+            assert text_of(exact) == text_of(off) and exact.choices[0].finish_reason == off.choices[0].finish_reason
+
+
+def test_thresholds_are_obeyed_and_may_only_be_raised(client):
+    def answer(**options: float) -> ParseReport:
+        body = {"parse": {"mode": "full"} | options}
+        return report(
+            client.chat.completions.create(model=MODEL, messages=turns(), temperature=0, extra_body=body, seed=1)
+        )
+
+    assert answer(full=1.0, prefix=1.0).accepted == 0  # nothing is ever certain
+    assert answer(full=0.5, prefix=0.5).accepted >= answer().accepted > 0
+    for name in ("full", "prefix"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            answer(**{name: 0.49})
+        assert refused.value.param == f"parse.{name}"
+
+
+def test_what_was_read_before_is_told_as_cached(client, pair):
+    fresh: Any = [{"role": "user", "content": "A question nobody asked before: " + PROBLEMS[5].question}]
+    first, second = chat(client, fresh, max_tokens=2), chat(client, fresh, max_tokens=2)
+    assert first.usage is not None and first.usage.prompt_tokens_details is not None
+    assert second.usage is not None and second.usage.prompt_tokens_details is not None
+    length = first.usage.prompt_tokens
+    assert (first.usage.prompt_tokens_details.cached_tokens or 0) < 5  # the header
+    assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= length - 1

@@ -1,0 +1,96 @@
+"""Requests made up from our own OpenAPI document, against the server that wrote it."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any, cast
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import CheckFunction
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from deployments.config import ApiSettings
+from deployments.http import create_app
+from parse.config import MethodSettings
+from parse.local import LocalPair
+from parse.pipeline import Pipeline
+from parse.prompts import Check
+from parse.protocol import Verifier
+from tests.deployments.conftest import MODEL
+from tests.deployments.live import LocalBackend, served
+from training.tokenizer import build
+
+KEY = "a-key"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+# What the document says does not depend on who answers.
+NOBODY = Pipeline(
+    verifier=cast(Verifier, None), tokenizer=build(), check=Check((), (), ()), settings=MethodSettings(), longest=1
+)
+
+
+WRITTEN = create_app(LocalBackend(NOBODY), ApiSettings(), MODEL).openapi()
+SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def narrowed() -> dict[str, Any]:
+    """What this server serves of it: its model, its limits, and nothing that needs another field."""
+    written = deepcopy(WRITTEN)
+    schemas = written["components"]["schemas"]
+    most = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2}
+    for name in ("ChatRequest", "CompletionRequest"):
+        fields = schemas[name]["properties"]
+        fields["model"] = {"const": MODEL}
+        for field in fields.keys() & most.keys():
+            fields[field] = {"type": "integer", "minimum": 1, "maximum": most[field]}
+        fields["logit_bias"]["anyOf"][0]["patternProperties"] = {"^[1-4]?[0-9]$": {"enum": [-100, 0.5, 100]}}
+        for field in fields.keys() & {"top_logprobs", "stream_options", "best_of", "max_completion_tokens"}:
+            del fields[field]
+        schemas[name]["required"].append("max_tokens")
+    schemas["ChatRequest"]["properties"]["messages"]["maxItems"] = 3
+    for threshold in ("full", "prefix"):
+        schemas["ParseOptions"]["properties"][threshold] = {"type": "number", "minimum": 0.5, "maximum": 1}
+    *_, several, tokens, lists = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
+    tokens["items"] = lists["items"]["items"] = {"type": "integer", "minimum": 0, "maximum": 509}
+    several["maxItems"] = lists["maxItems"] = 2
+    return written
+
+
+document, served_here = schemathesis.openapi.from_dict(WRITTEN), schemathesis.openapi.from_dict(narrowed())
+document.config.generation.update(deterministic=True)
+served_here.config.generation.update(deterministic=True, modes=[schemathesis.GenerationMode.POSITIVE])
+
+
+@served_here.hook
+def map_body(_: schemathesis.HookContext, body: Any) -> Any:
+    """To a JSON schema 1.0 is a whole number. To us it is none, nor to OpenAI."""
+    match body:
+        case float() if body.is_integer():
+            return int(body)
+        case list():
+            return [map_body(_, value) for value in body]
+        case dict():
+            return {name: map_body(_, value) for name, value in body.items()}
+    return body
+
+
+@pytest.fixture(scope="module")
+def guarded(pair: LocalPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that has a key."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(KEY)
+    with served(create_app(LocalBackend(pair.pipeline), ApiSettings(api_keys_file=str(keys)), MODEL)) as address:
+        yield address
+
+
+@document.parametrize()
+@SETTINGS
+def test_every_answer_is_as_documented(case: schemathesis.Case, guarded: str) -> None:
+    excluded: list[CheckFunction] = [positive_data_acceptance]  # what it takes depends on the model and its limits
+    case.call_and_validate(guarded, headers=HEADERS, excluded_checks=excluded)
+
+
+@served_here.include(method="POST").parametrize()
+@SETTINGS
+def test_every_request_that_the_document_allows_is_served(case: schemathesis.Case, guarded: str) -> None:
+    case.call_and_validate(guarded, headers=HEADERS)
