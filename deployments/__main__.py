@@ -16,6 +16,16 @@ from deployments.config import HOUSE
 CONFIG = HOUSE / "serve_config.yaml"
 RAYS_OWN_TOKEN = Path.home() / ".ray" / "auth_token"
 TOKEN = Path.home() / ".cache" / "parse-serve" / "ray_token"
+# A replica's calls share one event loop, and go from replica to replica without Ray's object store: the models compute
+# in threads of their own. Measured: 1.3 times the requests one at a time, 1.5 times eight at a time.
+FASTER = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}  # no further open ports
+
+
+def prepare_ray() -> None:
+    """What Ray reads in its environment when it is imported."""
+    for name, value in FASTER.items():
+        os.environ.setdefault(name, value)
+    guard_ray()
 
 
 def guard_ray() -> None:
@@ -44,9 +54,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> None:
     args = arguments(given)
-    guard_ray()
-    # Only now: Ray reads its environment when it is imported.
-    import ray
+    prepare_ray()
+    import ray  # only now
 
     from deployments.launch import NotServing, serve
 

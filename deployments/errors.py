@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from deployments.gate import Overloaded
 from deployments.openai import ChatRequest, CompletionRequest, ErrorBody, Failure
 from parse.prompts import TemplateError
-from parse.types import RequestError
+from parse.types import EngineStopped, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,9 @@ def api_error(error: BaseException) -> ApiError:
             return ApiError(400, f"messages: {error}", param="messages", code="invalid_value")
         case Overloaded(retry_after_s=seconds):
             return ApiError(503, str(error), code="overloaded", headers={"Retry-After": str(seconds)})
+        case EngineStopped():
+            headers = {"Retry-After": "1"}
+            return ApiError(503, "no verifier could answer; try again", code="unavailable", headers=headers)
         case TimeoutError():
             return ApiError(504, "the request took too long", code="timeout")
         case HTTPException(status_code=400, detail=detail):  # by the framework, of what it could not decode

@@ -27,7 +27,7 @@ PLAIN = Sampling()
 LOST = (RayActorError, TaskCancelledError, EngineStopped, DeploymentUnavailableError)
 
 
-class VerifierLost(RuntimeError):
+class VerifierLost(EngineStopped):
     """Verifiers died on this request, one after the other."""
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deployments.__main__ import guard_ray
+from deployments.__main__ import prepare_ray
 from training.tokenizer import build
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-guard_ray()  # before anybody imports Ray
+prepare_ray()  # before anybody imports Ray
 torch.set_num_threads(2)
 
 

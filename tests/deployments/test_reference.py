@@ -1,19 +1,35 @@
-"""docs/configuration.md says what the settings say."""
+"""docs/configuration.md says what the settings say, and docs/api.md what the API is."""
 
+import json
+import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import yaml
 from annotated_types import MultipleOf
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OfficialChat
+from openai.types.completion_create_params import CompletionCreateParamsBase as OfficialCompletion
 from pydantic import BaseModel, Field
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
 from deployments.app import build
 from deployments.config import HOUSE, ApiSettings, AppSettings
+from deployments.http import MEANINGS
+from deployments.openai import (
+    ChatRequest,
+    CompletionRequest,
+    ParseOptions,
+    ParseReport,
+    StageTimes,
+    TracedPiece,
+    TracedVerdict,
+)
 from deployments.reference import deployments_of, meaning, page, typed
 from parse.config import EngineSettings, MethodSettings
+from parse.protocol import Mode, StageName
 
+HERE = "http://127.0.0.1:8000"
 PAGE = HOUSE / "docs" / "configuration.md"
 MODELS = [AppSettings, EngineSettings, MethodSettings, ApiSettings]
 
@@ -76,3 +92,43 @@ def test_limits_on_requests_follow_the_settings_that_the_page_names():
     assert limits(max_answers=65)["Router"] == limits(max_waiting=257)["Router"] == usual["Router"] + 1
     more = limits(max_running=33)
     assert more["Verifier"] > usual["Verifier"] and more["Drafter"] > usual["Drafter"]
+
+
+# docs/api.md is written by hand.
+
+API = (HOUSE / "docs" / "api.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "model", [ChatRequest, CompletionRequest, ParseOptions, ParseReport, StageTimes, TracedPiece, TracedVerdict]
+)
+def test_the_page_on_the_api_names_every_field(model):
+    assert [name for name in model.model_fields if f"`{name}`" not in API and f"`{name}:" not in API] == []
+
+
+def test_the_page_on_the_api_names_every_field_of_openais_that_is_refused():
+    for official, ours in ((OfficialChat, ChatRequest), (OfficialCompletion, CompletionRequest)):
+        refused = official.__annotations__.keys() - ours.model_fields.keys()
+        assert [name for name in sorted(refused) if f"`{name}`" not in API] == []
+
+
+def test_the_page_on_the_api_names_every_mode_stage_and_status():
+    names = [*get_args(Mode), *get_args(StageName), "queue"]
+    assert [name for name in names if f"`{name}`" not in API] == []
+    assert [status for status in MEANINGS if isinstance(status, int) and f"| {status} |" not in API] == []
+
+
+def test_the_python_example_runs(address, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", API, re.DOTALL)
+    assert HERE in example
+    exec(compile(example.replace(HERE, address), "docs/api.md", "exec"), {})
+    assert re.search(r"\d+ of \d+ drafted tokens accepted, \d+ written by the target", capsys.readouterr().out)
+
+
+def test_the_commands_for_the_shell_are_answered(raw):
+    commands = re.findall(rf"curl {HERE}(\S+) .*?-d '(.*?)'\n", API, re.DOTALL)
+    assert len(commands) == 2
+    for path, body in commands:
+        answer = raw.post(path, json=json.loads(body))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["parse"]["drafted"] > 0

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
@@ -68,6 +69,10 @@ class Response:
 FOREVER = object()
 
 
+def scripted(script: list) -> Any:
+    return Handle(script)
+
+
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
     monkeypatch.setattr(remote, "PAUSE_S", 0.001)
@@ -85,7 +90,7 @@ async def collect(stream):
 
 @pytest.mark.parametrize("loss", [ActorDiedError(), raised_there(EngineStopped("shut down"))])
 def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
-    handle = Handle(
+    handle = scripted(
         [
             [Tokens((10, 11), accepted=2), Tokens((12, 20), accepted=1), loss],
             [loss],
@@ -106,38 +111,38 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
 
 
 def test_of_a_proposal_taken_so_far_the_rest_is_proposed_again():
-    handle = Handle([[Tokens((10, 11), accepted=2), ActorDiedError()], [Tokens((12,), finish="stop", accepted=1)]])
+    handle = scripted([[Tokens((10, 11), accepted=2), ActorDiedError()], [Tokens((12,), finish="stop", accepted=1)]])
     asyncio.run(collect(RemoteVerifier(handle, Session("s")).generate((1,), (), GREEDY, proposal=(10, 11, 12))))
     assert handle.calls[1][1] == ((1,), (10, 11), GREEDY, (12,), 1)
 
 
 def test_a_stream_that_ends_before_the_answer_was_lost():
-    handle = Handle([[Tokens((10,))], [Tokens((11,), finish="length")]])
+    handle = scripted([[Tokens((10,))], [Tokens((11,), finish="length")]])
     pieces = asyncio.run(collect(RemoteVerifier(handle, Session("s")).generate((1,), (), GREEDY)))
     assert [tokens.ids for tokens in pieces] == [(10,), (11,)]
 
 
 def test_a_lost_judgement_is_asked_for_again_and_a_refused_one_is_not():
     verdict = Judged((0.5,))
-    handle = Handle([[ActorDiedError()], [verdict]])
+    handle = scripted([[ActorDiedError()], [verdict]])
     session = Session("s")
     assert asyncio.run(RemoteVerifier(handle, session).judge((1,), (2,), (1,), CHECK, full=0.9)) == verdict
     assert session.retries == 1 and handle.calls[0][1] == ((1,), (2,), (1,), CHECK, 0.9, None, None)
-    refusing = Handle([[raised_there(RequestError("draft", "is too long"))]])
+    refusing = scripted([[raised_there(RequestError("draft", "is too long"))]])
     with pytest.raises(RequestError, match=r"^draft: is too long$"):
         asyncio.run(RemoteVerifier(refusing, session).judge((1,), (2,), (1,), CHECK))
     assert len(refusing.calls) == 1
 
 
 def test_verifiers_that_die_one_after_the_other_end_the_request():
-    handle, session = Handle([[ActorDiedError()]]), Session("s")
+    handle, session = scripted([[ActorDiedError()]]), Session("s")
     with pytest.raises(VerifierLost):
         asyncio.run(RemoteVerifier(handle, session).warm((1,)))
     assert len(handle.calls) == remote.MOST_RETRIES + 1
 
 
 def test_whoever_gives_up_cancels_the_call():
-    handle = Handle([[FOREVER]])
+    handle = scripted([[FOREVER]])
 
     async def give_up():
         verifier = RemoteVerifier(handle, Session("s"))
@@ -164,11 +169,11 @@ async def drafted(handle, alive, *, piece=WHOLE, session=None):
 
 
 def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
-    whole = Handle([[Tokens((7, 8), finish="stop")]])
-    assert asyncio.run(drafted(whole, Handle([[None]]))) == [Tokens((7, 8), finish="stop")]
+    whole = scripted([[Tokens((7, 8), finish="stop")]])
+    assert asyncio.run(drafted(whole, scripted([[None]]))) == [Tokens((7, 8), finish="stop")]
     assert whole.calls[0][0] == {"method_name": "draft_whole", "session_id": "s"}
-    windows = Handle([[Tokens((7,)), Tokens((8,), finish="stop")]])
-    assert len(asyncio.run(drafted(windows, Handle([[None]]), piece=4))) == 2
+    windows = scripted([[Tokens((7,)), Tokens((8,), finish="stop")]])
+    assert len(asyncio.run(drafted(windows, scripted([[None]]), piece=4))) == 2
     assert windows.calls[0][0] == {"method_name": "draft", "session_id": "s", "stream": True}
     assert windows.calls[0][1] == (QUESTION, (4,), 4)
 
@@ -180,12 +185,12 @@ def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
 def test_what_goes_wrong_with_a_drafter_leaves_no_draft(error, reason):
     for piece in (WHOLE, 4):
         with pytest.raises(NoDraft, match=reason):
-            asyncio.run(drafted(Handle([[error]]), Handle([[None]]), piece=piece))
+            asyncio.run(drafted(scripted([[error]]), scripted([[None]]), piece=piece))
 
 
 def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers():
-    alive = Handle([[None], [None], [FOREVER], [FOREVER], [None]])
-    hanging, well = Handle([[FOREVER]]), Handle([[Tokens((7,), finish="stop")]])
+    alive = scripted([[None], [None], [FOREVER], [FOREVER], [None]])
+    hanging, well = scripted([[FOREVER]]), scripted([[Tokens((7,), finish="stop")]])
 
     async def requests():
         watch = Watch("drafter", alive)
@@ -206,8 +211,8 @@ def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers()
 
 def test_after_a_death_there_are_no_drafts_until_one_answers():
     async def requests():
-        watch = Watch("drafter", Handle([[None], [ActorDiedError()], [None]]))
-        dying = RemoteDrafter(Handle([[ActorDiedError()], [Tokens((7,))]]), Session("s"), watch)
+        watch = Watch("drafter", scripted([[None], [ActorDiedError()], [None]]))
+        dying = RemoteDrafter(scripted([[ActorDiedError()], [Tokens((7,))]]), Session("s"), watch)
         with pytest.raises(NoDraft, match="lost"):
             await collect(dying.draft(QUESTION, (), piece=WHOLE))
         with pytest.raises(NoDraft, match="ActorDiedError"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from deployments.host import Description
 from parse.engine.engine import Load
@@ -57,12 +58,10 @@ class Service:
 
     async def loads(self, name: str) -> list[Load]:
         """Of all replicas."""
-        handle = serve.get_deployment_handle(name, "parse")
-        return list(await handle.broadcast("load").results_async())
+        return list(await replicas(name).broadcast("load").results_async())
 
     async def describe(self, name: str) -> list[Description]:
-        handle = serve.get_deployment_handle(name, "parse")
-        return list(await handle.broadcast("describe").results_async())
+        return list(await replicas(name).broadcast("describe").results_async())
 
     async def comes_to_rest(self) -> None:
         async def resting() -> bool:
@@ -71,6 +70,14 @@ class Service:
 
         await until(resting)
         await until(resting)  # seen twice: between queue and engine a call is nowhere for a moment
+
+
+def replicas(name: str) -> DeploymentHandle:
+    """Of one deployment; the handle outlives the event loop of any test."""
+    handle = serve.get_deployment_handle(name, "parse")
+    if not handle.is_initialized:
+        handle._init(_run_router_in_separate_loop=True)
+    return handle
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:

@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
-    context = ray.init(num_cpus=4, num_gpus=2, include_dashboard=True, log_to_driver=False, namespace="serve")
+    quiet = dict(log_to_driver=False, namespace="serve")
+    context: Any = ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=True, **quiet)
     yield context.address_info["gcs_address"]
     serve.shutdown()
     ray.shutdown()
