@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
-    quiet = dict(log_to_driver=False, namespace="serve")
+    quiet: dict[str, Any] = dict(log_to_driver=False, namespace="serve")
     context: Any = ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=True, **quiet)
     yield context.address_info["gcs_address"]
     serve.shutdown()
