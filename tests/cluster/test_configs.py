@@ -1,0 +1,144 @@
+"""Everything that can be deployed fits the schemas of Ray Serve and of our settings."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import (
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    RayActorOptionsSchema,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
+
+from deployments.__main__ import FASTER
+from deployments.app import build
+from deployments.config import HOUSE, AppSettings
+from deployments.launch import BUILDER, NotServing, read_config
+from deployments.reference import deployments_of
+
+CLUSTER = HOUSE / "cluster"
+RAY_SERVICE = CLUSTER / "rayservice.yaml"
+CONFIGS = [HOUSE / "serve_config.yaml", *sorted(set(CLUSTER.glob("*.yaml")) - {RAY_SERVICE})]
+
+
+def embedded() -> str:
+    return str(yaml.safe_load(RAY_SERVICE.read_text())["spec"]["serveConfigV2"])
+
+
+TEXTS = {path.name: path.read_text() for path in CONFIGS} | {RAY_SERVICE.name: embedded()}
+
+
+@pytest.fixture(params=TEXTS, ids=str)
+def config(request) -> Any:
+    return yaml.safe_load(TEXTS[request.param])
+
+
+def application(config):
+    (found,) = config["applications"]
+    return found
+
+
+def test_it_fits_both_schemas(config):
+    ServeDeploySchema.model_validate(config)
+    assert application(config)["import_path"] == BUILDER
+    AppSettings.model_validate(application(config)["args"])
+
+
+def test_it_has_no_key_that_serve_would_pass_over(config):
+    """Its own schema lets them by."""
+    app = application(config)
+    assert config.keys() <= ServeDeploySchema.model_fields.keys()
+    assert config["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
+    assert app.keys() <= ServeApplicationSchema.model_fields.keys()
+    for deployment in app.get("deployments", []):
+        assert deployment.keys() <= DeploymentSchema.model_fields.keys()
+        assert deployment["ray_actor_options"].keys() <= RayActorOptionsSchema.model_fields.keys()
+
+
+def test_the_deployments_it_names_are_those_that_are_built(config):
+    app = application(config)
+    built = {deployment.name for deployment in deployments_of(build(AppSettings.model_validate(app["args"])))}
+    assert built == {"Router", "Verifier", "Drafter"}
+    assert {deployment["name"] for deployment in app.get("deployments", [])} <= built
+
+
+def test_each_names_the_cores_and_a_model_on_gpus_its_gpus(config):
+    """What a config leaves out of `ray_actor_options` is a whole core, and no GPU."""
+    app = application(config)
+    for deployment in app.get("deployments", []):
+        options = deployment["ray_actor_options"]
+        assert "num_cpus" in options
+        model = {"Verifier": "target", "Drafter": "draft"}.get(deployment["name"])
+        if model and app["args"][model].get("device") == "cuda":
+            assert options["num_gpus"] >= 1
+
+
+def test_without_a_draft_there_is_no_drafter():
+    built = deployments_of(build(AppSettings.model_validate({"target": {"model": "models/demo-target"}})))
+    assert {deployment.name for deployment in built} == {"Router", "Verifier"}
+
+
+def test_the_container_serves_what_make_serve_does_but_to_the_network():
+    here, container = (yaml.safe_load(TEXTS[name]) for name in ("serve_config.yaml", "serve_container.yaml"))
+    assert here["http_options"].pop("host") == "127.0.0.1" and container["http_options"].pop("host") == "0.0.0.0"
+    assert here == container
+
+
+def test_kubernetes_serves_what_the_config_for_gpus_says():
+    assert yaml.safe_load(embedded()) == yaml.safe_load(TEXTS["serve_gpu.yaml"])
+
+
+def test_the_page_on_deploying_names_what_there_is():
+    page = (HOUSE / "docs" / "deploying.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for deployment in yaml.safe_load(example)["deployments"]:
+        assert DeploymentSchema.model_validate(deployment).name in ("Router", "Verifier", "Drafter")
+    assert [name for name in FASTER if name not in page] == []
+    assert set(re.findall(r"cluster/([\w.]+)", page)) >= {path.name for path in CLUSTER.iterdir()} - {
+        "Dockerfile.dockerignore"
+    }
+
+
+@pytest.mark.parametrize("page", ["api.md", "configuration.md", "deploying.md"])
+def test_what_the_pages_link_to_is_there(page):
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", (HOUSE / "docs" / page).read_text()):
+        name, _, part = link.partition("#")
+        found = HOUSE / "docs" / name
+        assert found.exists(), link
+        heads = [line.lstrip("# ").lower() for line in found.read_text().splitlines() if line.startswith("#")]
+        assert not part or part in [re.sub(r"[^a-z0-9 -]", "", head).replace(" ", "-") for head in heads], link
+
+
+@pytest.mark.parametrize("name", ["serve_gpu.yaml", "rayservice.yaml"])
+def test_what_nobody_has_tried_says_so(name):
+    assert (CLUSTER / name).read_text().startswith("# NOT TRIED ON HARDWARE")
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (("args",), {"targett": {}}),
+        (("args", "target"), {"max_contexts": 1}),
+        (("args", "draft"), {"memory": 1}),
+        (("args", "method"), {"strude": 3}),
+        (("args", "method"), {"full": 1.5}),
+        (("args", "api"), {"key": "secret"}),
+        (("deployments", 0), {"num_replicas": -1}),
+        (("deployments", 0), {"autoscaling_config": {"min_replicas": 1}}),  # and num_replicas
+    ],
+)
+def test_wrong_keys_and_values_are_refused(place, wrong, tmp_path: Path):
+    config = yaml.safe_load(TEXTS["serve_gpu.yaml"])
+    part = application(config)
+    for step in place:
+        part = part[step]
+    part |= wrong
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises((NotServing, ValidationError)):
+        read_config(path)

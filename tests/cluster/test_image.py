@@ -1,0 +1,114 @@
+"""The Dockerfile, as far as it can be read without building it."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from deployments.config import HOUSE
+from deployments.launch import read_config
+
+DOCKERFILE = HOUSE / "cluster" / "Dockerfile"
+INSTRUCTIONS = {"FROM", "ARG", "ENV", "RUN", "COPY", "WORKDIR", "USER", "EXPOSE", "HEALTHCHECK", "CMD"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    rest: str
+    flags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.rest)
+
+
+def parsed(text: str) -> list[Instruction]:
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
+    found = []
+    for line in filter(None, map(str.strip, joined.splitlines())):
+        name, _, rest = line.partition(" ")
+        flags = {}
+        while flag := re.match(r"--([a-z-]+)=(\S+)\s+", rest):
+            flags[flag[1]] = flag[2]
+            rest = rest[flag.end() :]
+        found.append(Instruction(name, rest, flags))
+    return found
+
+
+@pytest.fixture(scope="module")
+def instructions() -> list[Instruction]:
+    return parsed(DOCKERFILE.read_text())
+
+
+def of(instructions, name):
+    return [instruction for instruction in instructions if instruction.name == name]
+
+
+def test_the_parser_joins_lines_and_reads_flags():
+    text = 'FROM a:1\n# no\nRUN x \\\n    # nor this\n    && y\nHEALTHCHECK --interval=1s --retries=3 CMD ["z"]\n'
+    first, second, third = parsed(text)
+    assert (first.name, first.rest) == ("FROM", "a:1")
+    assert second.rest == "x && y"
+    assert third.flags == {"interval": "1s", "retries": "3"} and third.rest == 'CMD ["z"]'
+
+
+def test_it_holds_known_instructions_and_one_base_of_a_full_version(instructions):
+    assert {instruction.name for instruction in instructions} <= INSTRUCTIONS
+    assert instructions[0].name == "FROM" and len(of(instructions, "FROM")) == 1
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-[a-z]+", instructions[0].rest)
+
+
+def test_everything_copied_exists(instructions):
+    for instruction in of(instructions, "COPY"):
+        *sources, target = instruction.words
+        assert all((HOUSE / source).exists() for source in sources), instruction
+        assert len(sources) == 1 or target.endswith("/")
+
+
+def test_every_package_and_the_demo_pair_are_copied(instructions):
+    copied = {source for instruction in of(instructions, "COPY") for source in instruction.words[:-1]}
+    listed = re.search(r"^packages = (\[.*\])$", (HOUSE / "pyproject.toml").read_text(), re.MULTILINE)
+    assert listed
+    assert {package.partition(".")[0] for package in json.loads(listed[1])} <= copied
+    assert {"models", "cluster", "serve_config.yaml", "requirements.lock", "pyproject.toml"} <= copied
+
+
+def test_what_is_installed_is_what_is_pinned(instructions):
+    (dependencies, package) = (run for run in of(instructions, "RUN") if "pip install" in run.rest)
+    assert "--constraint requirements.lock" in dependencies.rest
+    assert "--no-deps" in package.rest
+    pinned = {line.partition("==")[0].lower() for line in (HOUSE / "requirements.lock").read_text().splitlines()}
+    script = re.search(r"python -c '([^']*)'", dependencies.rest)
+    assert script
+    wanted = subprocess.run([sys.executable, "-c", script[1]], cwd=HOUSE, capture_output=True, text=True, check=True)
+    names = {re.split(r"[^A-Za-z0-9_-]", line)[0].lower() for line in wanted.stdout.splitlines()}
+    assert {"torch", "ray", "transformers"} <= names <= pinned
+
+
+def test_it_holds_no_secret_and_does_not_run_as_root(instructions):
+    assert not re.search(r"(KEY|TOKEN|SECRET|PASSWORD)\w*[= ]", "\n".join(i.rest for i in of(instructions, "ENV")))
+    assert {arg.rest.partition("=")[0] for arg in of(instructions, "ARG")} == {"TORCH_INDEX"}
+    (user,) = of(instructions, "USER")
+    assert user.rest == "1000"
+    assert instructions.index(user) < instructions.index(of(instructions, "CMD")[0])
+
+
+def test_it_serves_and_is_asked_for_its_health(instructions):
+    (command,), (check,), (port,) = (of(instructions, name) for name in ("CMD", "HEALTHCHECK", "EXPOSE"))
+    python, flag, module, config = json.loads(command.rest)
+    assert (python, flag, module) == ("python", "-m", "deployments")
+    served, _ = read_config(HOUSE / config)
+    assert served["http_options"] == {"host": "0.0.0.0", "port": int(port.rest)}
+    probe = json.loads(check.rest.removeprefix("CMD "))
+    compile(probe[2], "HEALTHCHECK", "exec")
+    assert f":{port.rest}/health" in probe[2]
+
+
+def test_it_says_that_nobody_has_tried_it():
+    assert DOCKERFILE.read_text().startswith("# NOT TRIED")
