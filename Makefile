@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup serve test lint models evaluate lock clean
+.PHONY: help setup serve test lint models evaluate docs lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,9 @@ models: setup  ## train the demo pair again (about an hour on two cores; goes on
 
 evaluate: setup  ## measure the demo pair
 	$(BIN)/python -m training.evaluate --problems 500 --seed 7
+
+docs: setup  ## write docs/configuration.md from the settings
+	$(BIN)/python -m deployments.reference > docs/configuration.md
 
 lock: setup  ## pin what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock

@@ -1,9 +1,9 @@
 """What an operator may set: the `args` of an application in serve_config.yaml."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from parse.config import EngineSettings, MethodSettings, Settings
 from parse.protocol import Mode
@@ -29,7 +29,9 @@ class ApiSettings(Settings):
     max_body_bytes: int = Field(2 * 2**20, ge=1024, description="A request's body may be as long as that.")
     body_timeout_s: float = Field(30.0, gt=0, description="A client that takes longer to send its request gets a 408.")
     api_keys_file: str | None = Field(
-        None, description="A file of bearer keys, one a line. With keys, every request to /v1 needs one of them."
+        None,
+        description="A file of bearer keys, one a line. With keys, every request needs one of them, but those for "
+        "/health, /ready and the documents.",
     )
     api_keys_env: str = Field(
         "PARSE_API_KEYS",
@@ -37,6 +39,12 @@ class ApiSettings(Settings):
         description="The router's environment variable that may hold bearer keys, separated by commas. Without any "
         "keys only clients on this machine are served.",
     )
+
+    @field_validator("modes", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, modes: Any) -> Any:
+        """YAML takes it for false."""
+        return ["off" if mode is False else mode for mode in modes] if isinstance(modes, list) else modes
 
 
 class AppSettings(Settings):
@@ -47,7 +55,7 @@ class AppSettings(Settings):
     method: MethodSettings = Field(
         MethodSettings(), description="What is not set is taken from parse.json beside the target, where there is one."
     )
-    api: ApiSettings = ApiSettings()
+    api: ApiSettings = Field(ApiSettings(), description="What clients may ask for, and how many of them at once.")
 
     @property
     def model_name(self) -> str:

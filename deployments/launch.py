@@ -17,7 +17,7 @@ import ray
 import yaml
 from pydantic import ValidationError
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
+from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, RayActorOptionsSchema, ServeDeploySchema
 
 from deployments.config import AppSettings
 
@@ -63,12 +63,25 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
         ours = [app for app in config["applications"] if app["import_path"] == BUILDER]
         if len(ours) != 1:
             raise NotServing(f"{path}: one application must have the import_path {BUILDER}")
+        _check_deployments(path, ours[0].get("deployments", []))
         return config, AppSettings.model_validate(ours[0].get("args", {}))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise NotServing(f"{path}: {faults}") from error
     except (OSError, yaml.YAMLError) as error:
         raise NotServing(f"{path}: {error}") from error
+
+
+def _check_deployments(path: Path, given: Sequence[Mapping[str, Any]]) -> None:
+    """Ray Serve passes over what it does not know."""
+    for deployment in given:
+        options = deployment.get("ray_actor_options") or {}
+        for place, keys, known in (
+            ("", deployment.keys(), DeploymentSchema.model_fields.keys()),
+            ("ray_actor_options.", options.keys(), RayActorOptionsSchema.model_fields.keys()),
+        ):
+            if unknown := sorted(keys - known):
+                raise NotServing(f"{path}: {deployment['name']}.{place}{unknown[0]}: is not known")
 
 
 def check_port(host: str, port: int) -> None:
@@ -184,7 +197,7 @@ Ready.
   documents  {url}/docs
   Ray        {dashboard}
   logs       {LOGS}
-  status     {_environment()}{Path(sys.executable).parent}/serve status
+  status     {_environment()}{Path(sys.executable).parent}/serve status --address {dashboard}
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
 """

@@ -114,7 +114,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def typed(field: FieldInfo) -> str:
-    """As one who writes YAML would say it: there `off`, for one, needs its quotes."""
+    """As one who writes YAML would say it."""
     kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
     said = ", ".join([_named(kind) for kind in kinds if kind is not NoneType] + _bounds(field))
     return f"{said}, or null" if NoneType in kinds else said

@@ -106,6 +106,15 @@ def test_the_wait_ends_when_it_took_too_long():
             "applications: [{import_path: 'deployments.app:build', args: {target: {model: m, threats: 1}}}]",
             "target.threats: Extra inputs are not permitted",
         ),
+        (
+            "applications: [{import_path: 'deployments.app:build', deployments: [{name: Router, num_replica: 2}]}]",
+            "Router.num_replica: is not known",
+        ),
+        (
+            "applications: [{import_path: 'deployments.app:build', "
+            "deployments: [{name: Drafter, ray_actor_options: {num_gpu: 1}}]}]",
+            "Drafter.ray_actor_options.num_gpu: is not known",
+        ),
     ],
 )
 def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, message):
@@ -116,6 +125,13 @@ def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, messa
     assert message in str(refused.value)
     with pytest.raises(NotServing, match="No such file"):
         read_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_mode_off_needs_no_quotes(tmp_path):
+    path = tmp_path / "serve_config.yaml"
+    args = "{target: {model: m}, api: {modes: [off, full]}}"
+    path.write_text(f"applications: [{{import_path: 'deployments.app:build', args: {args}}}]")
+    assert read_config(path)[1].api.modes == ("off", "full")
 
 
 def test_the_demo_is_served_on_this_machine_only():
