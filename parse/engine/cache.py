@@ -47,6 +47,11 @@ class Cache:
     def idle(self) -> int:
         return len(self._idle)
 
+    @property
+    def idle_pages(self) -> int:
+        """Held by what may be given up; with nobody at work, all that are not free."""
+        return len({page for context in list(self._idle) for page in context.pages})
+
     def in_the_making(self, tokens: Sequence[int]) -> bool:
         """Is another request computing right now what one with these tokens could share?"""
         known, length = self._longest(list(tokens))

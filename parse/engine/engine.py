@@ -69,6 +69,7 @@ class Load:
     prefix_hits: int  # and found there
     evictions: int
     pages_used: int
+    pages_idle: int  # of them, those that are kept only because somebody may come with the same beginning
     pages: int
 
 
@@ -154,6 +155,7 @@ class Engine:
             prefix_hits=cache.hits,
             evictions=cache.evictions,
             pages_used=cache.pages - cache.free_pages,
+            pages_idle=cache.idle_pages,
             pages=cache.pages,
         )
 

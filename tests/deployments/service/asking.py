@@ -64,9 +64,12 @@ class Service:
         return list(await replicas(name).broadcast("describe").results_async())
 
     async def comes_to_rest(self) -> None:
+        """Nobody is at work any more, and holds no memory."""
         async def resting() -> bool:
             loads = [load for name in ("Verifier", "Drafter") for load in await self.loads(name)]
-            return bool(loads) and not any(load.running or load.waiting for load in loads)
+            return bool(loads) and all(
+                not load.running and not load.waiting and load.pages_used == load.pages_idle for load in loads
+            )
 
         await until(resting)
         await until(resting)  # seen twice: between queue and engine a call is nowhere for a moment
