@@ -34,8 +34,8 @@ class VerifierLost(EngineStopped):
 class RemoteVerifier:
     """`parse.protocol.Verifier` for one request: what is lost with a replica is asked again of another."""
 
-    def __init__(self, handle: DeploymentHandle, session: Session) -> None:
-        self._handle, self._session = handle, session
+    def __init__(self, handle: DeploymentHandle, session: Session, watch: "Watch") -> None:
+        self._handle, self._session, self._watch = handle, session, watch
 
     async def warm(self, prompt: Sequence[int]) -> int:
         return await self._called("warm", prompt)
@@ -68,6 +68,7 @@ class RemoteVerifier:
             handle = self._handle.options(method_name="generate", session_id=self._session.id, stream=True)
             try:
                 async for tokens in _items(_call(handle, prompt, said, sampling, left, piece)):
+                    self._watch.heard()
                     said += tokens.ids
                     left = left[len(tokens.ids) :] if tokens.accepted == len(tokens.ids) else ()
                     yield tokens
@@ -81,7 +82,9 @@ class RemoteVerifier:
         while True:
             handle = self._handle.options(method_name=method, session_id=self._session.id)
             try:
-                return await _result(_call(handle, *given))
+                result = await _result(_call(handle, *given))
+                self._watch.heard()
+                return result
             except LOST as error:
                 await self._another(error)
 
@@ -107,10 +110,13 @@ class RemoteDrafter:
             try:
                 if piece >= WHOLE:
                     handle = self._handle.options(method_name="draft_whole", session_id=session)
-                    yield await _result(_call(handle, asked, output))
+                    draft = await _result(_call(handle, asked, output))
+                    self._watch.heard()
+                    yield draft
                 else:
                     handle = self._handle.options(method_name="draft", session_id=session, stream=True)
                     async for tokens in _items(_call(handle, asked, output, piece)):
+                        self._watch.heard()
                         yield tokens
             except BackPressureError:
                 raise NoDraft("the drafters are busy") from None
@@ -126,6 +132,7 @@ class Watch:
         self.trouble: str | None = None
         self._name, self._handle = name, handle.options(method_name="alive")
         self._waiting: set[asyncio.Timeout] = set()
+        self._heard = 0.0
         self._task = asyncio.get_running_loop().create_task(self._keep_asking())
 
     @asynccontextmanager
@@ -145,6 +152,10 @@ class Watch:
                 raise
             raise NoDraft(f"the {self._name} {self.trouble}") from None
 
+    def heard(self) -> None:
+        """It answered somebody. Where it has so much to do that our question waits in line, that says enough."""
+        self._heard = asyncio.get_running_loop().time()
+
     def suspect(self, trouble: str) -> None:
         """Until it answers again."""
         if self.trouble is None:
@@ -155,12 +166,15 @@ class Watch:
         self._task.cancel()
 
     async def _keep_asking(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            asked = loop.time()
             try:
                 async with asyncio.timeout(PATIENCE_S):
                     await _result(_call(self._handle))
             except TimeoutError:
-                self._lost("does not answer")
+                if self._heard < asked:
+                    self._lost("does not answer")
             except Exception as error:
                 self._lost(f"fails: {error}")
             else:

@@ -34,16 +34,16 @@ class Router:
         check = check_ids(tokenizer, method.check_question, method.correct, method.incorrect)
         self._verifier, self._drafter = verifier, drafter
         longest = (await verifier.describe.remote()).max_context
+        self._watches = {"verifier": Watch("verifier", verifier)}
+        if drafter is not None:
+            self._watches["drafter"] = Watch("drafter", drafter)
         self._pipeline = Pipeline(
-            verifier=RemoteVerifier(verifier, Session("")),
+            verifier=RemoteVerifier(verifier, Session(""), self._watches["verifier"]),
             tokenizer=tokenizer,
             check=check,
             settings=method,
             longest=longest,
         )
-        self._watches = {"verifier": Watch("verifier", verifier)}
-        if drafter is not None:
-            self._watches["drafter"] = Watch("drafter", drafter)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self, self._settings.api, self._settings.model_name)
@@ -57,7 +57,7 @@ class Router:
         return self._pipeline
 
     def session_pipeline(self, session: Session) -> Pipeline:
-        services: dict[str, Any] = {"verifier": RemoteVerifier(self._verifier, session)}
+        services: dict[str, Any] = {"verifier": RemoteVerifier(self._verifier, session, self._watches["verifier"])}
         if self._drafter is not None:
             services["drafter"] = RemoteDrafter(self._drafter, session, self._watches["drafter"])
         return replace(self._pipeline, **services)

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,7 @@ class Response:
 
 
 FOREVER = object()
+DEAF: Any = SimpleNamespace(heard=lambda: None)
 
 
 def scripted(script: list) -> Any:
@@ -98,7 +100,7 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
         ]
     )
     session = Session("s")
-    stream = RemoteVerifier(handle, session).generate((1, 2), (5,), GREEDY, proposal=(10, 11, 12, 13), piece=4)
+    stream = RemoteVerifier(handle, session, DEAF).generate((1, 2), (5,), GREEDY, proposal=(10, 11, 12, 13), piece=4)
     pieces = asyncio.run(collect(stream))
     assert [token for tokens in pieces for token in tokens.ids] == [10, 11, 12, 20, 21, 22]
     assert pieces[-1].finish == "stop" and session.retries == 2
@@ -112,13 +114,13 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
 
 def test_of_a_proposal_taken_so_far_the_rest_is_proposed_again():
     handle = scripted([[Tokens((10, 11), accepted=2), ActorDiedError()], [Tokens((12,), finish="stop", accepted=1)]])
-    asyncio.run(collect(RemoteVerifier(handle, Session("s")).generate((1,), (), GREEDY, proposal=(10, 11, 12))))
+    asyncio.run(collect(RemoteVerifier(handle, Session("s"), DEAF).generate((1,), (), GREEDY, proposal=(10, 11, 12))))
     assert handle.calls[1][1] == ((1,), (10, 11), GREEDY, (12,), 1)
 
 
 def test_a_stream_that_ends_before_the_answer_was_lost():
     handle = scripted([[Tokens((10,))], [Tokens((11,), finish="length")]])
-    pieces = asyncio.run(collect(RemoteVerifier(handle, Session("s")).generate((1,), (), GREEDY)))
+    pieces = asyncio.run(collect(RemoteVerifier(handle, Session("s"), DEAF).generate((1,), (), GREEDY)))
     assert [tokens.ids for tokens in pieces] == [(10,), (11,)]
 
 
@@ -126,18 +128,18 @@ def test_a_lost_judgement_is_asked_for_again_and_a_refused_one_is_not():
     verdict = Judged((0.5,))
     handle = scripted([[ActorDiedError()], [verdict]])
     session = Session("s")
-    assert asyncio.run(RemoteVerifier(handle, session).judge((1,), (2,), (1,), CHECK, full=0.9)) == verdict
+    assert asyncio.run(RemoteVerifier(handle, session, DEAF).judge((1,), (2,), (1,), CHECK, full=0.9)) == verdict
     assert session.retries == 1 and handle.calls[0][1] == ((1,), (2,), (1,), CHECK, 0.9, None, None)
     refusing = scripted([[raised_there(RequestError("draft", "is too long"))]])
     with pytest.raises(RequestError, match=r"^draft: is too long$"):
-        asyncio.run(RemoteVerifier(refusing, session).judge((1,), (2,), (1,), CHECK))
+        asyncio.run(RemoteVerifier(refusing, session, DEAF).judge((1,), (2,), (1,), CHECK))
     assert len(refusing.calls) == 1
 
 
 def test_verifiers_that_die_one_after_the_other_end_the_request():
     handle, session = scripted([[ActorDiedError()]]), Session("s")
     with pytest.raises(VerifierLost):
-        asyncio.run(RemoteVerifier(handle, session).warm((1,)))
+        asyncio.run(RemoteVerifier(handle, session, DEAF).warm((1,)))
     assert len(handle.calls) == remote.MOST_RETRIES + 1
 
 
@@ -145,7 +147,7 @@ def test_whoever_gives_up_cancels_the_call():
     handle = scripted([[FOREVER]])
 
     async def give_up():
-        verifier = RemoteVerifier(handle, Session("s"))
+        verifier = RemoteVerifier(handle, Session("s"), DEAF)
         judging = asyncio.create_task(verifier.judge((1,), (2,), (1,), CHECK))
         writing = asyncio.create_task(collect(verifier.generate((1,), (), GREEDY)))
         while len(handle.calls) < 2:
@@ -220,6 +222,22 @@ def test_after_a_death_there_are_no_drafts_until_one_answers():
         while watch.trouble:
             await asyncio.sleep(0.005)
         assert await collect(dying.draft(QUESTION, (), piece=WHOLE))
+        watch.close()
+
+    asyncio.run(asyncio.wait_for(requests(), 30))
+
+
+def test_one_that_answers_others_is_well_though_our_question_waits_in_line():
+    async def requests():
+        watch = Watch("verifier", scripted([[None], [FOREVER]]))
+        verifier = RemoteVerifier(scripted([[7]]), Session("s"), watch)
+        for _ in range(40):  # four times as long as its patience
+            assert await verifier.warm((1,)) == 7
+            await asyncio.sleep(0.005)
+        assert watch.trouble is None
+        while watch.trouble is None:
+            await asyncio.sleep(0.005)
+        assert watch.trouble == "does not answer"
         watch.close()
 
     asyncio.run(asyncio.wait_for(requests(), 30))

@@ -65,6 +65,7 @@ class Service:
 
     async def comes_to_rest(self) -> None:
         """Nobody is at work any more, and holds no memory."""
+
         async def resting() -> bool:
             loads = [load for name in ("Verifier", "Drafter") for load in await self.loads(name)]
             return bool(loads) and all(
