@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,17 @@ from urllib.request import urlopen
 
 import ray
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, RayActorOptionsSchema, ServeDeploySchema
+from ray.serve.schema import (
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    RayActorOptionsSchema,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
 
-from deployments.config import AppSettings
+from deployments.config import HOUSE, AppSettings, located
 
 BUILDER = "deployments.app:build"
 EXAMPLE = (
@@ -31,7 +37,6 @@ PLACED_S = 60.0  # a replica with a place may take that long to have a process
 ROUNDING = 1e-6
 TELL_AGAIN_S = 15.0
 OWN_CLUSTER: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
-LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
 class NotServing(RuntimeError):
@@ -63,7 +68,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
         ours = [app for app in config["applications"] if app["import_path"] == BUILDER]
         if len(ours) != 1:
             raise NotServing(f"{path}: one application must have the import_path {BUILDER}")
-        _check_deployments(path, ours[0].get("deployments", []))
+        for place, given, known in _parts(config, ours[0]):
+            if unknown := sorted(given.keys() - known.model_fields.keys()):
+                raise NotServing(f"{path}: {place}{unknown[0]}: is not known")
         return config, AppSettings.model_validate(ours[0].get("args", {}))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
@@ -72,16 +79,24 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
         raise NotServing(f"{path}: {error}") from error
 
 
-def _check_deployments(path: Path, given: Sequence[Mapping[str, Any]]) -> None:
-    """Ray Serve passes over what it does not know."""
-    for deployment in given:
-        options = deployment.get("ray_actor_options") or {}
-        for place, keys, known in (
-            ("", deployment.keys(), DeploymentSchema.model_fields.keys()),
-            ("ray_actor_options.", options.keys(), RayActorOptionsSchema.model_fields.keys()),
-        ):
-            if unknown := sorted(keys - known):
-                raise NotServing(f"{path}: {deployment['name']}.{place}{unknown[0]}: is not known")
+def _parts(
+    config: Mapping[str, Any], ours: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any], type[BaseModel]]]:
+    """With the keys each may have: Ray Serve passes over what it does not know."""
+    yield "", config, ServeDeploySchema
+    yield "http_options.", config.get("http_options") or {}, HTTPOptionsSchema
+    yield "applications.", ours, ServeApplicationSchema
+    for deployment in ours.get("deployments") or []:
+        name = f"{deployment['name']}."
+        yield name, deployment, DeploymentSchema
+        yield f"{name}ray_actor_options.", deployment.get("ray_actor_options") or {}, RayActorOptionsSchema
+
+
+def check_folder(field: str, model: str) -> None:
+    """What is meant as a folder should be one: else it would be looked for on the hub, for minutes."""
+    meant = model.startswith((".", "/", "~")) or ((HOUSE / model).parent != HOUSE and (HOUSE / model).parent.is_dir())
+    if meant and not Path(located(model)).is_dir():
+        raise NotServing(f"{field}.model: there is no folder {model}")
 
 
 def check_port(host: str, port: int) -> None:
@@ -144,6 +159,7 @@ def wait_until_ready(
     answers: Callable[[], bool],
     *,
     timeout_s: float,
+    logs: str,
 ) -> None:
     """Tells what changes; ends with a reason if it cannot come to anything."""
     started = told_at = time.monotonic()
@@ -167,7 +183,7 @@ def wait_until_ready(
         if unplaced_since is not None and (lack := _lack(parts, unplaced, now - unplaced_since)):
             raise NotServing(f"the cluster cannot place all replicas: {lack}")
         if now - started > timeout_s:
-            raise NotServing(f"not ready after {timeout_s:g} s: {line}; the logs are in {LOGS}")
+            raise NotServing(f"not ready after {timeout_s:g} s: {line}; the logs are in {logs}")
         time.sleep(0.25)
 
 
@@ -187,7 +203,7 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def greeting(url: str, model: str, dashboard: str) -> str:
+def greeting(url: str, model: str, dashboard: str, logs: str) -> str:
     content = EXAMPLE if model == "demo-target" else "What is the capital of France?"
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0})
     return f"""
@@ -196,7 +212,7 @@ Ready.
   API        {url}/v1
   documents  {url}/docs
   Ray        {dashboard}
-  logs       {LOGS}
+  logs       {logs}
   status     {_environment()}{Path(sys.executable).parent}/serve status --address {dashboard}
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
@@ -208,8 +224,11 @@ def serve(path: Path, *, address: str | None, timeout_s: float) -> None:
     http = HTTPOptionsSchema.model_validate(config.get("http_options", {}))
     if address is None:
         check_port(http.host, http.port)
+        check_folder("target", settings.target.model)
+        if settings.draft:
+            check_folder("draft", settings.draft.model)
         tell("starting Ray")
-    cluster = ray.init(
+    cluster: Any = ray.init(
         address=address or "local",
         namespace="serve",
         log_to_driver=False,
@@ -217,13 +236,14 @@ def serve(path: Path, *, address: str | None, timeout_s: float) -> None:
         **({} if address else OWN_CLUSTER),
     )
     dashboard = f"http://{cluster.dashboard_url}"
+    logs = f"{cluster.address_info['session_dir']}/logs/serve"
     client = ServeSubmissionClient(dashboard)
     tell(f"deploying {path}")
     client.deploy_applications(config)
     scheme, here = "https" if http.ssl_certfile else "http", http.host in ("0.0.0.0", "::")
     url = f"{scheme}://{'127.0.0.1' if here else http.host}:{http.port}"
-    wait_until_ready(client.get_serve_details, lambda: is_ready(url), timeout_s=timeout_s)
-    tell(greeting(url, settings.model_name, dashboard))
+    wait_until_ready(client.get_serve_details, lambda: is_ready(url), timeout_s=timeout_s, logs=logs)
+    tell(greeting(url, settings.model_name, dashboard, logs))
 
 
 def tell(text: str) -> None:

@@ -1,6 +1,7 @@
 """What is told while the application comes up, and why the wait ends."""
 
 import os
+import re
 import socket
 import stat
 
@@ -10,6 +11,7 @@ import ray
 from deployments import __main__ as command
 from deployments import launch
 from deployments.launch import Deployment, NotServing, check_port, lacking, read_config, taken, wait_until_ready
+from parse.local import DEMO_TARGET
 
 GPU_EACH = [
     Deployment("Verifier", wanted=1, placed=0, running=0, needs={"CPU": 0.3, "GPU": 1}),
@@ -67,7 +69,7 @@ def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
         details("RUNNING", pid=1, state="RUNNING"),
     ]
     answers = iter([False, True])
-    wait_until_ready(lambda: seen.pop(0), lambda: next(answers), timeout_s=60)
+    wait_until_ready(lambda: seen.pop(0), lambda: next(answers), timeout_s=60, logs="/logs")
     told = [line.split("s  ")[1] for line in capsys.readouterr().out.splitlines()]
     assert told == [
         "the application is being built",
@@ -81,17 +83,17 @@ def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
 @pytest.mark.usefixtures("cluster")
 def test_the_wait_ends_where_there_is_no_place():
     with pytest.raises(NotServing, match="needs 1 GPU, and no node has more than 0"):
-        wait_until_ready(details, lambda: False, timeout_s=60)
+        wait_until_ready(details, lambda: False, timeout_s=60, logs="/logs")
 
 
 def test_the_wait_ends_with_the_reasons_of_a_failure():
     with pytest.raises(NotServing, match=r"cannot be deployed: wrong\nits constructor failed"):
-        wait_until_ready(lambda: details("DEPLOY_FAILED", "wrong"), lambda: False, timeout_s=60)
+        wait_until_ready(lambda: details("DEPLOY_FAILED", "wrong"), lambda: False, timeout_s=60, logs="/logs")
 
 
 def test_the_wait_ends_when_it_took_too_long():
-    with pytest.raises(NotServing, match=r"not ready after 0 s: Verifier loading; the logs are in"):
-        wait_until_ready(lambda: details(pid=1), lambda: False, timeout_s=0)
+    with pytest.raises(NotServing, match=r"not ready after 0 s: Verifier loading; the logs are in /logs"):
+        wait_until_ready(lambda: details(pid=1), lambda: False, timeout_s=0, logs="/logs")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,11 @@ def test_the_wait_ends_when_it_took_too_long():
             "deployments: [{name: Drafter, ray_actor_options: {num_gpu: 1}}]}]",
             "Drafter.ray_actor_options.num_gpu: is not known",
         ),
+        (
+            "{http_options: {prot: 1}, applications: [{import_path: 'deployments.app:build', "
+            "args: {target: {model: m}}}]}",
+            "http_options.prot: is not known",
+        ),
     ],
 )
 def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, message):
@@ -125,6 +132,14 @@ def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, messa
     assert message in str(refused.value)
     with pytest.raises(NotServing, match="No such file"):
         read_config(tmp_path / "nowhere.yaml")
+
+
+def test_folders_that_are_not_there_are_named(tmp_path):
+    for there in (DEMO_TARGET, "models/demo-target", "Qwen/Qwen3-8B", "gpt2"):
+        launch.check_folder("target", there)
+    for nowhere in (str(tmp_path / "none"), "./none", "~/none-of-mine", "models/none"):
+        with pytest.raises(NotServing, match=f"draft.model: there is no folder {re.escape(nowhere)}"):
+            launch.check_folder("draft", nowhere)
 
 
 def test_the_mode_off_needs_no_quotes(tmp_path):
