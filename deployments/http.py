@@ -18,6 +18,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Send
 
+from deployments import playground
 from deployments.backend import Backend, Session
 from deployments.config import ApiSettings
 from deployments.errors import ApiError, api_error, respond
@@ -118,6 +119,7 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str) -> Fast
         status = "unavailable" if "verifier" in troubles else "degraded" if troubles else "ready"
         return JSONResponse({"status": status, "troubles": troubles}, 503 if status == "unavailable" else 200)
 
+    app.include_router(playground.router())
     return app
 
 

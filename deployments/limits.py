@@ -10,9 +10,10 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments import playground
 from deployments.errors import ApiError
 
-OPEN = frozenset({"/health", "/ready", "/docs", "/redoc", "/openapi.json"})  # to everybody
+OPEN = playground.PATHS | {"/health", "/ready", "/docs", "/redoc", "/openapi.json"}  # to everybody
 
 
 def api_keys(file: str | None, variable: str) -> tuple[str, ...]:

@@ -1,0 +1,43 @@
+"""The page at `/`: ask, and see what was drafted, kept and struck out. A few files that use the public API only."""
+
+from hashlib import blake2b
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+PAGE = "index.html"
+ASSETS = {"icon.svg": "image/svg+xml", "playground.css": "text/css", "main.js": "text/javascript"}
+# To everybody, as the documents of the API are: they are the same for all servers and hold no answer. Whoever may
+# not ask is told so by the API itself, and the page shows it. The empty path is `/` under a route prefix.
+PATHS = frozenset({"", "/", *(f"/playground/{name}" for name in ASSETS)})
+# Nothing from elsewhere, nothing inline, and no text that becomes markup: what models write is not to be trusted.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # kept, and asked after each time: a new version is seen at once
+}
+
+
+def router() -> APIRouter:
+    found = APIRouter()
+    _serve(found, "/", PAGE, "text/html")
+    for name, kind in ASSETS.items():
+        _serve(found, f"/playground/{name}", name, kind)
+    return found
+
+
+def _serve(router: APIRouter, path: str, name: str, kind: str) -> None:
+    content = (Path(__file__).parent / name).read_bytes()
+    headers = HEADERS | {"ETag": f'"{blake2b(content, digest_size=12).hexdigest()}"'}
+
+    async def file(request: Request) -> Response:
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers, media_type=kind)
+
+    router.add_route(path, file, include_in_schema=False)
