@@ -119,10 +119,10 @@ class RemoteDrafter:
                         self._watch.heard()
                         yield tokens
             except BackPressureError:
-                raise NoDraft("the drafters are busy") from None
+                raise NoDraft("busy", "the drafters are busy") from None
             except LOST as error:
                 self._watch.suspect(type(error).__name__)
-                raise NoDraft("the drafter was lost") from error
+                raise NoDraft("lost", "the drafter was lost") from error
 
 
 class Watch:
@@ -139,7 +139,7 @@ class Watch:
     async def while_it_answers(self) -> AsyncIterator[None]:
         """Raises NoDraft as soon as it does not."""
         if self.trouble:
-            raise NoDraft(f"the {self._name} {self.trouble}")
+            raise NoDraft("silent", f"the {self._name} {self.trouble}")
         try:
             async with asyncio.timeout(None) as scope:
                 self._waiting.add(scope)
@@ -150,7 +150,7 @@ class Watch:
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise NoDraft(f"the {self._name} {self.trouble}") from None
+            raise NoDraft("silent", f"the {self._name} {self.trouble}") from None
 
     def heard(self) -> None:
         """It answered somebody. Where it has so much to do that our question waits in line, that says enough."""

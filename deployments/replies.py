@@ -82,7 +82,7 @@ class Answer:
             written=usage.written,
             rounds=usage.rounds,
             boundary=usage.boundary,
-            fallback=usage.fallback,
+            fallback=usage.fallback.message if usage.fallback else None,
             cached=usage.cached,
             retries=self.session.retries,
             arrived=self.arrived,

@@ -58,7 +58,7 @@ def figures(usage: Usage) -> str:
     times = [f"{name} {usage.seconds(name) * 1e3:.0f} ms" for name in stages]
     parts.append(", ".join([*times, f"total {usage.total_s * 1e3:.0f} ms"]))
     if usage.fallback:
-        parts.append(usage.fallback)
+        parts.append(usage.fallback.message)
     return "; ".join(parts)
 
 

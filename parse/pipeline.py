@@ -23,6 +23,7 @@ from parse.protocol import (
     Done,
     Drafter,
     Event,
+    Fallback,
     Mode,
     Origin,
     Piece,
@@ -60,14 +61,18 @@ class Pipeline:
         if question.prediction is not None:
             prediction = token_ids("prediction", question.prediction, len(self.tokenizer))
             question = replace(question, prediction=prediction)
-        mode, fallback = question.mode, None
+        mode: Mode = question.mode
+        fallback: Fallback | None = None
         if mode == "auto" and question.prediction is not None:
             mode = self.settings.auto  # it costs nothing to have
         elif mode == "auto":
             decision = self.control.decide()
-            mode, fallback = (self.settings.auto, None) if decision.draft else ("off", decision.reason)
+            if decision.draft:
+                mode = self.settings.auto
+            else:
+                mode, fallback = "off", Fallback("does_not_pay", decision.reason)
         if mode != "off" and self.drafter is None and question.prediction is None:
-            mode, fallback = "off", "there is no drafter"
+            mode, fallback = "off", Fallback("none_there", "there is no drafter")
         answer = _Answer(self, question, mode, fallback)
         working = asyncio.create_task(answer.work())
         try:
@@ -110,7 +115,7 @@ class _Draft:
 class _Answer:
     """One answer on its way, and the ways to it."""
 
-    def __init__(self, pipeline: Pipeline, question: Question, mode: Mode, fallback: str | None) -> None:
+    def __init__(self, pipeline: Pipeline, question: Question, mode: Mode, fallback: Fallback | None) -> None:
         self.question, self.mode, self.fallback = question, mode, fallback
         self.events: asyncio.Queue[Piece | Verdict | None] = asyncio.Queue()
         self.settings, self.verifier, self.drafter = pipeline.settings, pipeline.verifier, pipeline.drafter
@@ -319,14 +324,16 @@ class _Answer:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            self.fallback = "the drafter was cancelled"  # by somebody else
-        except (RequestError, NoDraft) as error:  # too long for the drafter, or it is busy
-            self.fallback = f"no draft: {error}"
+            self.fallback = Fallback("lost", "the drafter was cancelled")  # by somebody else
+        except NoDraft as error:
+            self.fallback = Fallback(error.cause, f"no draft: {error}")
+        except RequestError as error:  # too long for the drafter
+            self.fallback = Fallback("refused", f"no draft: {error}")
         except TimeoutError:
-            self.fallback = f"the drafter took longer than {self.settings.draft_timeout_s:g} s"
+            self.fallback = Fallback("slow", f"the drafter took longer than {self.settings.draft_timeout_s:g} s")
         except Exception as error:
             logger.warning("the drafter failed", exc_info=True)
-            self.fallback = f"the drafter failed: {error}"
+            self.fallback = Fallback("failed", f"the drafter failed: {error}")
 
     def _cut_short(self, draft: _Draft, ids: Sequence[int]) -> bool:
         """Lets the draft grow, up to its end, a stop string and the token limit; says whether it came to one."""

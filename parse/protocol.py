@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from parse.prompts import Check, Message
-from parse.types import Finish, Judged, Logprob, RequestError, Sampling, Tokens
+from parse.types import FallbackCause, Finish, Judged, Logprob, RequestError, Sampling, Tokens
 from parse.verdict import Thresholds
 
 Mode = Literal["auto", "full", "progressive", "rounds", "exact", "off"]
@@ -101,6 +101,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """Why the target answered alone after all."""
+
+    cause: FallbackCause
+    message: str
+
+
+@dataclass(frozen=True)
 class Usage:
     """What an answer took."""
 
@@ -114,7 +122,7 @@ class Usage:
     stages: tuple[Stage, ...] = ()
     first_s: float = 0.0  # until the first of the answer
     total_s: float = 0.0
-    fallback: str | None = None  # why the target answered alone after all
+    fallback: Fallback | None = None
 
     @property
     def rejected(self) -> int:

@@ -30,8 +30,18 @@ class EngineStopped(RuntimeError):
     """The engine was shut down, or died, before the request was done."""
 
 
+FallbackCause = Literal["none_there", "does_not_pay", "busy", "lost", "silent", "slow", "refused", "failed"]
+
+
 class NoDraft(RuntimeError):
     """There is no draft to be had now, for a reason that is nobody's fault."""
+
+    def __init__(self, cause: FallbackCause, message: str) -> None:
+        super().__init__(message)
+        self.cause: FallbackCause = cause
+
+    def __reduce__(self) -> tuple[type["NoDraft"], tuple[FallbackCause, str]]:
+        return type(self), (self.cause, str(self))  # it may come from another process
 
 
 class VerdictError(RuntimeError):

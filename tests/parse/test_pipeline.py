@@ -272,7 +272,7 @@ def test_exact_proposes_the_draft_and_takes_what_the_target_says(make):
 def test_a_drafter_that_fails_costs_only_speed(make, mode, fault):
     ids, _, _, done = answered(make(Target(), Scripted([[fault]])), mode)
     assert ids == OWN and done.finish == "stop"
-    assert str(fault) in done.usage.fallback
+    assert str(fault) in done.usage.fallback.message
 
 
 def test_what_a_failing_drafter_had_written_is_judged_like_any_prefix(make):
@@ -290,7 +290,7 @@ def test_an_empty_draft_is_no_draft(make, mode):
 
 def test_without_a_drafter_the_target_answers_and_says_why(make):
     ids, _, _, done = answered(make(Target(), None), "full")
-    assert ids == OWN and done.usage.mode == "off" and "no drafter" in done.usage.fallback
+    assert ids == OWN and done.usage.mode == "off" and done.usage.fallback.cause == "none_there"
 
 
 def test_the_callers_own_draft_takes_the_drafters_place(make):
@@ -338,7 +338,7 @@ def test_auto_stops_drafting_that_does_not_pay_and_says_so(make):
     seen = [answered(pipeline, "auto")[3].usage for _ in range(12)]
     assert [usage.mode for usage in seen[:3]] == ["rounds"] * 3
     assert [usage.mode for usage in seen[3:11]] == ["off"] * 8
-    assert "does not pay" in seen[3].fallback and "0% acceptance" in seen[3].fallback
+    assert seen[3].fallback.cause == "does_not_pay" and "0% acceptance" in seen[3].fallback.message
     assert seen[11].mode == "rounds"  # a trial
 
 
