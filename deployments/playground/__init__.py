@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 PAGE = "index.html"
-ASSETS = {"icon.svg": "image/svg+xml", "playground.css": "text/css", "main.js": "text/javascript"}
+SCRIPTS = "api charts dom drafts examples main pane problems session theme transcript".split()
+ASSETS = {"icon.svg": "image/svg+xml", "playground.css": "text/css"} | {f"{n}.js": "text/javascript" for n in SCRIPTS}
 # To everybody, as the documents of the API are: they are the same for all servers and hold no answer. Whoever may
 # not ask is told so by the API itself, and the page shows it. The empty path is `/` under a route prefix.
 PATHS = frozenset({"", "/", *(f"/playground/{name}" for name in ASSETS)})

@@ -1,1 +1,286 @@
-"use strict";
+// The page: what is asked, of whom, and where the answers go.
+
+import { ask, Failure, models, readiness } from "./api.js";
+import { byId, element, seconds, times } from "./dom.js";
+import { EXAMPLES, MODES } from "./examples.js";
+import { Pane } from "./pane.js";
+import { explained } from "./problems.js";
+import { Session, tokens } from "./session.js";
+import { themes } from "./theme.js";
+
+const READY_EVERY_MS = 15_000;
+const KEY = "parse-key"; // in sessionStorage: this tab's own, and gone with it
+
+const session = new Session();
+let model = null;
+let panes = [];
+let asking = null; // the AbortController of what is on its way
+let last = null; // the last request, without its mode
+let count = 0;
+
+const announce = (text) => (byId("live").textContent = text);
+const number = (id) => (byId(id).value.trim() === "" ? null : Number(byId(id).value));
+
+// What is asked.
+
+function request() {
+  const body = { model, messages: [{ role: "user", content: byId("question").value }] };
+  for (const [field, id] of [["temperature", "temperature"], ["seed", "seed"], ["max_tokens", "max-tokens"]]) {
+    if (number(id) !== null) body[field] = number(id);
+  }
+  const own = byId("prediction").value;
+  if (own) body.prediction = { type: "content", content: own };
+  body.parse = { trace: true };
+  for (const name of ["full", "prefix"]) if (number(name) !== null) body.parse[name] = number(name);
+  return body;
+}
+
+function chosenModes() {
+  return byId("compare").checked ? [byId("mode").value, byId("mode-b").value] : [byId("mode").value];
+}
+
+async function start() {
+  if (!byId("form").reportValidity()) return;
+  stop();
+  const controller = new AbortController();
+  asking = controller;
+  for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+  for (const pane of panes) pane.leave();
+  panes = [];
+  byId("panes").replaceChildren();
+  byId("verdict").hidden = true;
+  last = request();
+  for (const mode of chosenModes()) open(mode);
+  await through(controller, panes);
+}
+
+/** `off` beside the last answer, with the same question. */
+async function measureOff() {
+  if (!last) return;
+  stop();
+  const controller = new AbortController();
+  asking = controller;
+  for (const pane of panes.slice(1)) pane.leave();
+  panes = panes.slice(0, 1);
+  await through(controller, [open("off")]);
+}
+
+function open(mode) {
+  const { full = null, prefix = null } = last.parse;
+  const pane = new Pane(mode, { thresholds: { full, prefix }, id: `pane-${++count}` });
+  panes.push(pane);
+  byId("panes").append(pane.root);
+  byId("panes").dataset.count = panes.length;
+  return pane;
+}
+
+/** One after the other: at the same time they would slow each other down. */
+async function through(controller, waiting) {
+  working(true);
+  try {
+    for (const pane of waiting) {
+      if (controller.signal.aborted) pane.stopped();
+      else await answer(pane, controller);
+    }
+    if (asking === controller) {
+      shareScale();
+      compare();
+    }
+  } finally {
+    if (asking === controller) {
+      asking = null;
+      working(false);
+    }
+  }
+}
+
+async function answer(pane, controller) {
+  pane.state = "asked";
+  announce(`Asked, mode ${pane.mode}.`);
+  try {
+    if (model === null) last.model = await whichModel();
+    const body = { ...last, parse: { ...last.parse, mode: pane.mode } };
+    if (pane.mode === "off") delete body.prediction; // nobody would look at it
+    for await (const happened of ask(body, { key: byId("key").value, signal: controller.signal })) {
+      if (controller.signal.aborted) break;
+      pane.take(happened);
+    }
+    if (controller.signal.aborted) pane.stopped();
+    else finished(pane, body);
+  } catch (error) {
+    if (controller.signal.aborted) pane.stopped();
+    else troubled(pane, error);
+  }
+}
+
+function finished(pane, body) {
+  pane.show();
+  if (!pane.report) throw new Failure("cut", "the answer has no end");
+  announce(pane.summary);
+  session.take(body.prediction ? `${pane.mode}, own draft` : pane.mode, pane.report);
+  showSession();
+}
+
+function troubled(pane, error) {
+  const failure = error instanceof Failure ? error : new Failure("lost", String(error));
+  pane.failed(failure); // its box announces itself
+  const field = failure.param && document.querySelector(`[data-param="${CSS.escape(failure.param)}"]`);
+  if (field) {
+    field.setAttribute("aria-invalid", "true");
+    const fold = field.closest("details");
+    if (fold) fold.open = true;
+  }
+  if (failure.status === 401 && failure.code !== "no_keys") byId("access").open = true;
+}
+
+function stop() {
+  if (!asking) return;
+  asking.abort();
+  asking = null;
+  for (const pane of panes) if (["waiting", "asked", "writing"].includes(pane.state)) pane.stopped();
+  working(false);
+  announce("Stopped.");
+}
+
+function working(is) {
+  const button = byId("stop");
+  if (!is && document.activeElement === button) byId("ask").focus();
+  button.disabled = !is;
+}
+
+// What is seen of them together.
+
+function shareScale() {
+  const totals = panes.map(({ report }) => report?.total_s ?? 0);
+  const most = Math.max(...totals);
+  for (const pane of panes) if (pane.report) pane.scaled(most);
+}
+
+function compare() {
+  const [a, b] = panes;
+  const line = byId("verdict");
+  line.hidden = true;
+  if (!a?.report || !b?.report || a.mode === b.mode) return;
+  const [slow, fast] = a.mode === "off" ? [a, b] : b.mode === "off" ? [b, a] : a.report.total_s > b.report.total_s ? [a, b] : [b, a];
+  const rate = ({ report }) => tokens(report) / Math.max(report.total_s, 1e-9);
+  const same = a.text === b.text ? "Both say the same, word for word." : "They say it in different words.";
+  line.replaceChildren(
+    element("b", {}, times(slow.report.total_s / fast.report.total_s)),
+    element(
+      "span",
+      {},
+      `as soon done with ${fast.mode} as with ${slow.mode}: ${seconds(fast.report.total_s)} against ` +
+        `${seconds(slow.report.total_s)}. In tokens per second ${times(rate(fast) / rate(slow))}. ${same}`,
+    ),
+  );
+  line.hidden = false;
+}
+
+function showSession() {
+  byId("session-empty").hidden = true;
+  byId("session").hidden = false;
+  byId("session-rows").replaceChildren(...session.drawn());
+  byId("no-baseline").hidden = session.hasBaseline;
+}
+
+// Who answers.
+
+async function whichModel() {
+  const found = await models(byId("key").value);
+  model = found[0].id;
+  byId("model").textContent = model;
+  byId("model").title = `takes ${found[0].max_model_len} tokens of prompt and answer`;
+  return model;
+}
+
+async function meet() {
+  try {
+    await whichModel();
+  } catch (error) {
+    byId("model").textContent = explained(error).title;
+    if (error.status === 401 && error.code !== "no_keys") byId("access").open = true;
+  }
+}
+
+async function lookAfter() {
+  if (document.hidden) return;
+  const { status, troubles } = await readiness();
+  const text = Object.entries(troubles ?? {}).map(([name, trouble]) => `${name}: ${trouble}`);
+  byId("ready").dataset.state = status;
+  byId("ready").title = text.join("\n");
+  const shown = text.length ? `${status}, no ${Object.keys(troubles).join(", ")}` : status;
+  if (byId("ready-text").textContent !== shown) byId("ready-text").textContent = shown;
+}
+
+// The form.
+
+function fill() {
+  for (const id of ["mode", "mode-b"]) {
+    byId(id).append(...Object.keys(MODES).map((mode) => element("option", { value: mode }, mode)));
+  }
+  byId("mode").value = "full";
+  byId("mode-b").value = "off";
+  for (const { name, question } of EXAMPLES) {
+    const button = element("button", { type: "button", class: "example", title: question }, name);
+    button.addEventListener("click", () => {
+      byId("question").value = question;
+      byId("question").focus();
+    });
+    byId("examples").append(element("li", {}, button));
+  }
+  byId("question").value = EXAMPLES[0].question;
+  try {
+    byId("key").value = sessionStorage.getItem(KEY) ?? "";
+  } catch {
+    // Without a place to keep it, it is asked for again.
+  }
+  if (/Mac|iPhone|iPad/.test(navigator.platform)) byId("ask-key").textContent = "⌘ ⏎";
+}
+
+function help() {
+  const two = byId("compare").checked;
+  byId("mode-b").disabled = !two;
+  const modes = [...new Set(chosenModes())];
+  byId("mode-help").replaceChildren(
+    ...modes.map((mode) => element("span", {}, element("b", {}, mode), ` ${MODES[mode]}`)),
+  );
+}
+
+function keep() {
+  try {
+    sessionStorage.setItem(KEY, byId("key").value);
+  } catch {
+    // It holds until the page is left.
+  }
+  meet();
+}
+
+function keyboard(event) {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    start();
+  } else if (event.key === "Escape" && asking) {
+    event.preventDefault();
+    stop();
+  }
+}
+
+themes();
+fill();
+help();
+for (const id of ["mode", "mode-b", "compare"]) byId(id).addEventListener("change", help);
+byId("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  start();
+});
+byId("stop").addEventListener("click", stop);
+byId("measure-off").addEventListener("click", measureOff);
+byId("key").addEventListener("change", keep);
+byId("show-rejected").addEventListener("change", (event) =>
+  byId("answers").classList.toggle("without-rejected", !event.target.checked),
+);
+document.addEventListener("keydown", keyboard);
+document.addEventListener("visibilitychange", lookAfter);
+meet();
+lookAfter();
+setInterval(lookAfter, READY_EVERY_MS);

@@ -1,0 +1,235 @@
+// Small charts, drawn to the width they are given; each has a table beside it that says the same.
+
+import { chance, element, percent, seconds, svg, table } from "./dom.js";
+
+const LEFT = 38;
+const RIGHT = 8;
+// In log-odds, so that 0.93 and 0.99 are as far apart as they mean.
+const [LOW, HIGH] = [0.005, 0.9995];
+const TICKS = [0.01, 0.1, 0.5, 0.9, 0.99];
+const odds = (p) => Math.log(p / (1 - p));
+const height = (p, top, bottom) => {
+  const inside = Math.min(Math.max(p, LOW), HIGH);
+  return bottom - ((odds(inside) - odds(LOW)) / (odds(HIGH) - odds(LOW))) * (bottom - top);
+};
+const n = (x) => Math.round(x * 10) / 10;
+
+/** P(correct) at every cut of every draft; `thresholds`: {full, prefix}, null where they are not known. */
+export function curve(drafts, thresholds, width) {
+  const [top, bottom, total] = [12, 120, 152];
+  const gap = 22;
+  const room = width - LEFT - RIGHT - gap * (drafts.length - 1);
+  const tokens = drafts.reduce((sum, { length }) => sum + Math.max(length, 1), 0);
+  const plot = svg("svg", {
+    class: "curve-plot",
+    width,
+    height: total,
+    viewBox: `0 0 ${width} ${total}`,
+    role: "img",
+    "aria-label": described(drafts, thresholds),
+  });
+  for (const p of TICKS) {
+    const y = n(height(p, top, bottom));
+    plot.append(
+      svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y, y2: y }),
+      svg("text", { class: "tick", x: LEFT - 7, y: y + 3.5, "text-anchor": "end" }, String(p)),
+    );
+  }
+  let x0 = LEFT;
+  for (const [number, draft] of drafts.entries()) {
+    const wide = (room * Math.max(draft.length, 1)) / tokens;
+    const x = (token) => n(x0 + (wide * token) / Math.max(draft.length, 1));
+    const edge = x(draft.kept);
+    plot.append(
+      svg("rect", { class: "zone kept", x: x0, y: top, width: n(edge - x0), height: bottom - top }),
+      svg("rect", { class: "zone lost", x: edge, y: top, width: n(Math.max(x0 + wide - edge, 0)), height: bottom - top }),
+      svg("line", { class: "edge", x1: edge, x2: edge, y1: top - 4, y2: bottom + 4 }),
+    );
+    const asked = draft.points.filter(({ p }) => p !== null);
+    const path = asked.map(({ cut, p }, at) => `${at ? "L" : "M"}${x(cut)} ${n(height(p, top, bottom))}`).join("");
+    if (path) plot.append(svg("path", { class: "line", d: path }));
+    for (const { cut, p, stands } of draft.points) plot.append(point(x(cut), p, stands, top, bottom, cut));
+    const labels = axis(draft, x, x0 + wide);
+    const name = drafts.length > 1 ? `draft ${number + 1}` : "tokens of the draft";
+    plot.append(...labels, svg("text", { class: "axis", x: n(x0 + wide / 2), y: total - 2, "text-anchor": "middle" }, name));
+    x0 += wide + gap;
+  }
+  plot.append(...lines(thresholds, width, top, bottom));
+  return plot;
+}
+
+function point(x, p, stands, top, bottom, cut) {
+  const y = n(p === null ? bottom : height(p, top, bottom));
+  const kind = p === null ? "unasked" : stands ? "stands" : "fails";
+  const label = svg("title", {}, `after ${cut} tokens: ${chance(p)}`);
+  // Not by colour alone: a disc stands, a cross falls, a bar was not asked.
+  const shape = { stands: `M${x - 3.2} ${y}a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0 -6.4 0`, unasked: `M${x} ${y - 4}v8` };
+  const cross = `M${x - 3} ${y - 3}l6 6m0 -6l-6 6`;
+  return svg("path", { class: `cut ${kind}`, d: shape[kind] ?? cross, "data-p": p ?? "" }, label);
+}
+
+/** 0, how much was kept, and the length, where they do not run into one another. */
+function axis({ kept, length }, x, end) {
+  const text = (token, anchor) => svg("text", { class: "tick", x: x(token), y: 135, "text-anchor": anchor }, String(token));
+  const found = [];
+  if (x(kept) - x(0) > 24 || kept === 0) found.push(text(0, "middle"));
+  if (kept > 0 && end - x(kept) > 26) found.push(text(kept, "middle"));
+  if (end - x(0) > 20) found.push(text(length, "end"));
+  return found;
+}
+
+function lines({ full, prefix }, width, top, bottom) {
+  const known = Object.entries({ full, prefix }).filter(([, p]) => p !== null);
+  const places = Object.fromEntries(known.map(([name, p]) => [name, height(p, top, bottom)]));
+  const below = { full: "prefix", prefix: "full" };
+  return known.flatMap(([name, p]) => {
+    const y = n(places[name]);
+    const other = places[below[name]];
+    // One label above its line and one below, where they are close together.
+    const under = other !== undefined && Math.abs(other - y) < 26 && (other < y || (other === y && name === "prefix"));
+    return [
+      svg("line", { class: `threshold ${name}`, x1: LEFT, x2: width - RIGHT, y1: y, y2: y }),
+      svg("text", { class: "threshold-name", x: width - RIGHT, y: under ? y + 12 : y - 4, "text-anchor": "end" }, `${name} ${p}`),
+    ];
+  });
+}
+
+function described(drafts, { full, prefix }) {
+  const parts = drafts.map(({ points, kept, length }, at) => {
+    const asked = points.filter(({ p }) => p !== null);
+    const last = asked.findLast(({ stands }) => stands);
+    const next = asked.find(({ stands }) => !stands);
+    const said = [`Draft ${at + 1}: ${points.length} cuts, ${kept} of ${length} tokens kept`];
+    if (last) said.push(`${chance(last.p)} at the last cut that stands`);
+    if (next) said.push(`${chance(next.p)} at the first that falls`);
+    return said.join(", ");
+  });
+  const known = Object.entries({ full, prefix }).filter(([, p]) => p !== null);
+  if (known.length) parts.push(`Thresholds: ${known.map(([name, p]) => `${name} ${p}`).join(", ")}`);
+  return `P(correct) at each cut. ${parts.join(". ")}.`;
+}
+
+export function cutsTable(drafts) {
+  const rows = drafts.flatMap(({ points }, at) =>
+    points.map(({ cut, p, stands }) => [`${at + 1}`, `${cut}`, chance(p), stands ? "stands" : "falls"]),
+  );
+  return table("P(correct) at each cut", ["Draft", "Tokens", "P(correct)", "So it"], rows);
+}
+
+const STAGES = ["queue", "warm", "draft", "judge", "write"];
+
+/** When each stage was at work; `most`: seconds of the axis, so that charts side by side can be held against each other. */
+export function gantt(stages, { first, total, most }, width) {
+  const [row, thick, top, left] = [19, 11, 16, 46];
+  const bottom = top + row * STAGES.length;
+  const high = bottom + 20;
+  const end = width - 58;
+  const x = (s) => n(left + ((end - left) * s) / Math.max(most, 1e-9));
+  const sums = sumsOf(stages);
+  const label = STAGES.filter((name) => sums[name] !== undefined).map((name) => `${name} ${seconds(sums[name])}`);
+  const plot = svg("svg", {
+    class: "gantt",
+    width,
+    height: high,
+    viewBox: `0 0 ${width} ${high}`,
+    role: "img",
+    "aria-label": `Stages: ${label.join(", ")}. They overlap. First words after ${seconds(first)}, all after ${seconds(total)}.`,
+  });
+  for (const tick of ticks(most)) {
+    plot.append(
+      svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: top, y2: bottom }),
+      svg("text", { class: "tick", x: x(tick), y: bottom + 14, "text-anchor": "middle" }, tick ? seconds(tick) : "0"),
+    );
+  }
+  for (const [place, name] of STAGES.entries()) {
+    const y = top + row * place;
+    const used = sums[name] !== undefined;
+    const style = used ? "tick stage" : "tick stage unused";
+    plot.append(svg("text", { class: style, x: left - 8, y: y + row / 2 + 3.5, "text-anchor": "end" }, name));
+    const own = stages.filter((stage) => stage.name === name);
+    for (const { start, end: until } of own) {
+      const bar = { class: `bar ${name}`, x: x(start), y: y + (row - thick) / 2, height: thick, rx: 2 };
+      plot.append(svg("rect", { ...bar, width: n(Math.max(x(until) - x(start), 1.5)) }));
+    }
+    if (used) {
+      const last = Math.max(...own.map((stage) => stage.end));
+      plot.append(svg("text", { class: "tick sum", x: x(last) + 6, y: y + row / 2 + 3.5 }, seconds(sums[name])));
+    }
+  }
+  const flip = x(first) > width - 150;
+  plot.append(
+    svg("line", { class: "edge", x1: x(first), x2: x(first), y1: top - 5, y2: bottom }),
+    svg("text", { class: "tick", x: x(first) + (flip ? -5 : 5), y: top - 4, "text-anchor": flip ? "end" : "start" }, "first words"),
+  );
+  return plot;
+}
+
+function sumsOf(stages) {
+  const sums = {};
+  for (const { name, start, end } of stages) sums[name] = (sums[name] ?? 0) + end - start;
+  return sums;
+}
+
+function ticks(most) {
+  const raw = most / 4;
+  const power = 10 ** Math.floor(Math.log10(raw || 1));
+  const step = [1, 2, 5, 10].map((k) => k * power).find((size) => size >= raw) ?? raw;
+  return Array.from({ length: Math.floor(most / step + 1e-9) + 1 }, (_, k) => k * step);
+}
+
+export function stagesTable(stages) {
+  const rows = stages.map(({ name, start, end }) => [name, seconds(start), seconds(end), seconds(end - start)]);
+  return table("Stages in the order they began", ["Stage", "From", "Until", "Took"], rows);
+}
+
+/** Acceptance of one answer after the other. */
+export function sparkline(shares, width = 132, high = 26) {
+  const x = (at) => n(shares.length > 1 ? 5 + ((width - 10) * at) / (shares.length - 1) : width / 2);
+  const y = (share) => n(high - 4 - (high - 8) * share);
+  const path = shares.map((share, at) => `${at ? "L" : "M"}${x(at)} ${y(share)}`).join("");
+  return svg(
+    "svg",
+    { class: "spark", width, height: high, viewBox: `0 0 ${width} ${high}`, "aria-hidden": "true" },
+    svg("line", { class: "grid", x1: 0, x2: width, y1: y(1), y2: y(1) }),
+    svg("line", { class: "grid", x1: 0, x2: width, y1: y(0), y2: y(0) }),
+    svg("path", { class: "line", d: path }),
+    ...shares.map((share, at) =>
+      svg("circle", { class: "dot", cx: x(at), cy: y(share), r: 2.6 }, svg("title", {}, percent(share))),
+    ),
+  );
+}
+
+/** A bar from nothing, with a line where `off` ends. */
+export function ratio(value, most, width = 170, high = 16) {
+  const x = (amount) => n((width * amount) / Math.max(most, 1));
+  const slower = value < 1 ? " slower" : "";
+  return svg(
+    "svg",
+    { class: `ratio${slower}`, width, height: high, viewBox: `0 0 ${width} ${high}`, "aria-hidden": "true" },
+    svg("rect", { class: "track", x: 0, y: 3, width, height: high - 6, rx: 2 }),
+    svg("rect", { class: "fill", x: 0, y: 3, width: x(value), height: high - 6, rx: 2 }),
+    svg("line", { class: "edge", x1: x(1), x2: x(1), y1: 0, y2: high }),
+  );
+}
+
+/** Draws again whenever the width changes. */
+export function fitted(box, draw) {
+  let drawn = 0;
+  const watch = new ResizeObserver(() => {
+    const width = Math.floor(box.clientWidth);
+    if (width > 0 && width !== drawn) {
+      drawn = width;
+      box.replaceChildren(draw(Math.max(width, 220)));
+    }
+  });
+  watch.observe(box);
+  return {
+    again: () => {
+      drawn = Math.floor(box.clientWidth);
+      if (drawn > 0) box.replaceChildren(draw(Math.max(drawn, 220)));
+    },
+    end: () => watch.disconnect(),
+  };
+}
+
+export const nothing = (text) => element("p", { class: "help" }, text);

@@ -1,0 +1,172 @@
+"""A real browser, and the playground as somebody before it uses it.
+
+`python -m tests.deployments.browser docs/images` takes the pictures in docs/playground.md again.
+"""
+
+import argparse
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
+
+BROWSER, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+MISSING = next((f"{path} is not installed" for path in (BROWSER, DRIVER) if not path.exists()), None)
+PATIENCE_S = 30
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync --window-size=1440,1000"
+).split()
+
+
+@contextmanager
+def browsing(*flags: str) -> Iterator[Chrome]:
+    with tempfile.TemporaryDirectory(prefix="playground-") as profile:
+        options = ChromeOptions()
+        options.binary_location = str(BROWSER)
+        for flag in (*FLAGS, *flags, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        browser = Chrome(options=options, service=Service(str(DRIVER)))  # both named, so that nothing is downloaded
+        try:
+            yield browser
+        finally:
+            browser.quit()
+
+
+@dataclass(frozen=True)
+class Playground:
+    browser: Chrome
+
+    def open(self, address: str) -> None:
+        self.browser.get(f"{address}/")
+        self.until(lambda: self.one("#model").text != "…", "the page asks which model there is")
+
+    def one(self, selector: str) -> WebElement:
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector: str) -> Sequence[WebElement]:
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def run(self, script: str, *given: Any) -> Any:
+        return self.browser.execute_script(script, *given)
+
+    def until(self, true: Callable[[], Any], what: str) -> Any:
+        return WebDriverWait(self.browser, PATIENCE_S, poll_frequency=0.05).until(lambda _: true(), what)
+
+    def write(self, selector: str, text: str) -> None:
+        field = self.one(selector)
+        if not field.is_displayed():
+            self.run("arguments[0].closest('details').open = true", field)
+        field.clear()
+        field.send_keys(text)
+
+    def put(self, selector: str, text: str) -> None:
+        """What no keyboard types."""
+        self.run("arguments[0].value = arguments[1]", self.one(selector), text)
+
+    def choose(self, selector: str, value: str) -> None:
+        self.one(f"{selector} option[value='{value}']").click()
+
+    def ask(self, question: str | None = None, *, mode: str = "full", against: str | None = None) -> None:
+        if question is not None:
+            self.put("#question", question)
+        self.choose("#mode", mode)
+        if self.one("#compare").is_selected() != (against is not None):
+            self.one("#compare").click()
+        if against is not None:
+            self.choose("#mode-b", against)
+        self.one("#ask").click()
+
+    def ended(self) -> Sequence[str]:
+        """The states of the answers, once none is on its way."""
+        return self.until(
+            lambda: (
+                (states := self.run("return [...document.querySelectorAll('.pane')].map(p => p.dataset.state)"))
+                and not {"waiting", "asked", "writing"} & set(states)
+                and states
+            ),
+            "the answers end",
+        )
+
+    def runs(self, pane: int = 0) -> list[tuple[str, str]]:
+        """Kind and text."""
+        script = """return [...document.querySelectorAll('.pane')[arguments[0]].querySelectorAll('.run')]
+            .map(r => [['accepted', 'written', 'rejected'].find(k => r.classList.contains(k)), r.textContent])"""
+        return [(kind, text) for kind, text in self.run(script, pane)]
+
+    def report(self, name: str, pane: int = 0) -> str:
+        script = "return document.querySelectorAll('.pane')[arguments[0]].querySelector(arguments[1])?.textContent"
+        return str(self.run(script, pane, f"[data-report={name}]"))
+
+    def press(self, *keys: str) -> None:
+        self.browser.switch_to.active_element.send_keys(*keys)
+
+    def console(self) -> list[str]:
+        entries: list[dict[str, Any]] = self.browser.get_log("browser")  # type: ignore[no-untyped-call]
+        return [str(entry["message"]) for entry in entries if entry["level"] == "SEVERE"]
+
+
+ASK = Keys.CONTROL + Keys.ENTER
+
+
+def pictures(folder: Path, address: str) -> None:
+    """Two modes side by side, in both themes; the second time, when every part has run once."""
+    for theme in ("light", "dark"):
+        with browsing("--force-device-scale-factor=1.5") as browser:
+            page = Playground(browser)
+            page.open(address)
+            while page.one("#theme-name").text != theme:
+                page.one("#theme").click()
+            page.write("#full", "0.97")
+            page.write("#prefix", "0.93")
+            for example in page.all(".example")[:4]:
+                example.click()
+                page.ask(mode="full", against="off")
+                page.ended()
+            page.all(".example")[1].click()
+            page.ask(mode="full", against="off")
+            page.ended()
+            page.run("document.activeElement.blur(); scrollTo(0, 0)")
+            height = page.run(
+                "return Math.max(...[...document.querySelectorAll('main')].map(m => m.scrollHeight)) + 60"
+            )
+            browser.set_window_size(1440, min(int(height), 1500))
+            picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+            few = picture.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            few.save(folder / f"playground-{theme}.png", optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.deployments.browser")
+    parser.add_argument("folder", type=Path, help="where the pictures go")
+    parser.add_argument("--url", help="a server that serves the demo pair; else one is started in this process")
+    args = parser.parse_args()
+    if args.url:
+        pictures(args.folder, args.url)
+        return
+    from deployments.config import ApiSettings
+    from deployments.http import create_app
+    from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
+    from tests.deployments.conftest import MODEL, settings
+    from tests.deployments.live import LocalBackend, served
+
+    with (
+        LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT)) as pair,
+        served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address,
+    ):
+        pictures(args.folder, address)
+
+
+if __name__ == "__main__":
+    main()
