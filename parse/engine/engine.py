@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Protocol
 
 import torch
@@ -19,6 +18,7 @@ from parse.engine.memory import Memory
 from parse.engine.model import Model
 from parse.engine.paged import PAGE, PagedAttention, attention_on
 from parse.engine.programs import Answer, Ask, Program
+from parse.engine.sampler import Draw, choose
 from parse.engine.step import Span
 from parse.engine.turns import CPU_TURNS
 from parse.tree import TokenTree
@@ -49,6 +49,7 @@ class Job:
     ask: Ask = field(default_factory=lambda: Ask((), ()))
     progress: int = 0
     answers: list[Tensor] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)  # a token at each of what the answers hold
     cancelled: bool = False
 
     @property
@@ -247,7 +248,7 @@ class Engine:
         assert job.context is not None
         job.tokens = list(job.context.tokens)
         self._cache.close(job.context)
-        job.context, job.progress, job.answers = None, 0, []
+        job.context, job.progress, job.answers, job.chosen = None, 0, [], []
         self._running.remove(job)
         self._waiting.appendleft(job)
 
@@ -258,7 +259,7 @@ class Engine:
 
     def _run(self, plan: list[tuple[Job, Span]]) -> None:
         try:
-            best, logits, reads = self._forward([span for _, span in plan], [_wanted(job, span) for job, span in plan])
+            chosen, logits, reads = self._forward(plan)
         except Exception as error:
             if len(plan) == 1:
                 logger.exception("a request failed in the model")
@@ -273,37 +274,36 @@ class Engine:
             job.context.computed = min(span.last, len(job.context.tokens))
             if last > first:
                 job.answers.append(logits[first:last])
+                job.chosen += chosen[first:last]
             if not job.missing:
-                whole = job.answers[0] if len(job.answers) == 1 else None
-                if whole is not None and len(whole) == last - first:
-                    self._advance(job, Answer(whole, best[first:last]))
-                else:
-                    whole = torch.cat(job.answers) if job.answers else logits[:0]
-                    self._advance(job, Answer(whole, whole.argmax(-1).tolist()))
+                answers = job.answers or [logits[:0]]
+                whole = answers[0] if len(answers) == 1 else torch.cat(answers)
+                self._advance(job, Answer(whole, job.chosen))
 
-    def _forward(
-        self, spans: Sequence[Span], wanted: Sequence[Sequence[int]]
-    ) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
-        """The likeliest tokens and the logits at the wanted places of each span, and where in them each span's lie."""
+    def _forward(self, plan: Sequence[tuple[Job, Span]]) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
+        """The tokens chosen and the logits at the wanted places of all spans, and where in them each span's lie."""
         tokens: list[int] = []
         positions: list[int] = []
         read: list[int] = []
         reads: list[tuple[int, int]] = []
-        for span, places in zip(spans, wanted, strict=True):
-            start = len(tokens)
+        draws: list[Draw | None] = []
+        for job, span in plan:
+            start, places = len(tokens), _wanted(job, span)
             tokens += span.tokens()
             positions += span.positions()
             reads.append((len(read), len(read) + len(places)))
             read += [start + place for place in places]
-        attention = self._make_attention(self._memory, spans)
+            known = len(job.chosen)
+            draws += job.ask.draws[known : known + len(places)] or [None] * len(places)
+        attention = self._make_attention(self._memory, [span for _, span in plan])
         with self._turns:
             logits = self.model.forward(tokens, positions, attention, None if len(read) == len(tokens) else read)
         self._steps += 1
         self._tokens += len(tokens)
-        highest, best = logits.max(-1) if read else (logits.new_zeros(0), logits.new_zeros(0, dtype=torch.long))
-        if not all(map(isfinite, highest.tolist())):
+        chosen = choose(logits, draws)
+        if -1 in chosen:
             raise NumericalError("the model returned logits that are not finite")
-        return best.tolist(), logits, reads
+        return chosen, logits, reads
 
     def _advance(self, job: Job, answer: Answer | None) -> None:
         """Lets the program decide on an answer (None: start it), and takes what it asks next."""
@@ -324,7 +324,7 @@ class Engine:
                 tokens = nodes.tokens.tolist() if isinstance(nodes, TokenTree) else nodes
                 self._cache.commit(context, tokens[:keep])
             job.progress = context.computed
-            job.answers = []
+            job.answers, job.chosen = [], []
         if not job.missing:
             self._advance(job, NOTHING)
 

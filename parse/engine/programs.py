@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parse.engine.sampler import Sampler, logprob
+from parse.engine.sampler import Draw, Sampler, logprobs
 from parse.engine.text import TextStream
 from parse.prompts import Check
 from parse.tree import TokenTree, probes
@@ -25,12 +25,13 @@ class Ask:
     nodes: TokenTree | Sequence[int]
     read: Sequence[int] | None = None
     keep: int = 0  # of the nodes run before, how many from the first on now belong to the context
+    draws: Sequence[Draw] = ()  # how a token is chosen at each of those read; (): the likeliest
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     logits: Tensor  # [wanted, vocabulary]
-    best: list[int]  # the likeliest token at each
+    chosen: Sequence[int]  # the token at each
 
 
 Program = Generator[Ask, Answer, None]
@@ -64,18 +65,17 @@ def generate(
     run = [(output or prompt)[-1], *proposal[: max(0, room - 1)]]
     keep = 0
     written: list[int] = []
-    logprobs: list[Logprob] = []
+    likely: list[Logprob] = []
     left, accepted = room, 0
     while True:
-        answer = yield Ask(run, keep=keep)
+        answer = yield Ask(run, keep=keep, draws=sampler.draws(run[1:]))
         finish: Finish | None = None
-        for place, best in enumerate(answer.best):
-            token = best if sampler.plain else sampler.choose(answer.logits[place])
+        for place, token in enumerate(answer.chosen):
             if token in ends:
                 finish = "stop"
                 break
             if sampling.logprobs is not None:
-                logprobs.append(logprob(answer.logits[place], token, sampling.logprobs))
+                likely += logprobs(answer.logits[place : place + 1], [token], sampling.logprobs)
             sampler.take(token)
             written.append(token)
             left -= 1
@@ -89,8 +89,8 @@ def generate(
             if finish or not proposed:
                 break
         if finish or len(written) >= piece:
-            emit(Tokens(tuple(written), tuple(logprobs), finish, accepted))
-            written, logprobs, accepted = [], [], 0
+            emit(Tokens(tuple(written), tuple(likely), finish, accepted))
+            written, likely, accepted = [], [], 0
         if finish:
             yield Ask((), read=(), keep=place + 1)  # the next turn will begin with it
             return
@@ -117,12 +117,12 @@ def judge(
     pass costs beyond its tokens decides. Where `trunk`, the prompt's last token and the draft, is given, the context
     lacks it, and the draft's log-probabilities are wanted as well, with those of the `top` likeliest beside them.
     """
-    logprobs: list[Logprob] = []
+    likely: list[Logprob] = []
     keep = 0
     if trunk:
         answer = yield Ask(trunk)
         keep = len(trunk)
-        logprobs = [logprob(row, token, top) for row, token in zip(answer.logits[:-1], trunk[1:], strict=True)]
+        likely = logprobs(answer.logits[:-1], trunk[1:], top)
     width = len(check.suffix)
     group = size = max(1, most // width)
     order = list(range(len(cuts)))
@@ -142,4 +142,4 @@ def judge(
         prefixes = [answered[place] for place in asked if full is None or place < len(cuts) - 1]
         if prefix is not None and any(p < prefix for p in prefixes):
             break
-    done(Judged(tuple(answered.get(place) for place in range(len(cuts))), tuple(logprobs)))
+    done(Judged(tuple(answered.get(place) for place in range(len(cuts))), tuple(likely)))

@@ -1,12 +1,15 @@
-"""From logits to a token, the same whatever else is in the batch.
+"""From logits to tokens, all of a step at once, and each the same whatever else is in the step.
 
 Everything follows from the logits, the tokens so far, and one uniform number drawn for (seed, position): no generator
-is advanced, so a text that is continued elsewhere, or proposed beforehand by a draft, comes out the same.
+is advanced, so a text that is continued elsewhere, or proposed beforehand by a draft, comes out the same. Nothing here
+waits for the device but what hands the result over.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +17,20 @@ from torch import Tensor
 from parse.types import Logprob, Sampling
 
 COLDEST = 1e-30  # a temperature as good as zero; divided by much less, logits are no numbers any more
+AT_ONCE = 1 << 23  # logits; what is computed from them on the way takes several times their memory
+AT_ONCE_ON_CPU = 1 << 16  # more than its caches hold would take twice as long
+
+Setting = TypeVar("Setting", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """All that decides on a token beside its logits."""
+
+    sampling: Sampling
+    drawn: float  # in [0, 1)
+    read: Collection[int]  # of the prompt; both only as far as penalties ask for them
+    written: Mapping[int, int]  # how often each token
 
 
 class Sampler:
@@ -22,67 +39,163 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: Iterable[int], output: Sequence[int]) -> None:
         self.sampling = sampling
         self.position = len(output)
-        self._written = Counter(output)
-        self._read = set(prompt) if sampling.repetition_penalty != 1.0 else set()
+        self._written = Counter(output) if sampling.adjusts else Counter()
+        self._read = frozenset(prompt) if sampling.repetition_penalty != 1.0 else frozenset()
 
     def take(self, token: int) -> None:
         self.position += 1
         if self.sampling.adjusts:
             self._written[token] += 1
 
-    @property
-    def plain(self) -> bool:
-        """Is the token to take simply the likeliest?"""
-        return self.sampling.greedy and not self.sampling.adjusts
+    def draws(self, proposal: Sequence[int] = ()) -> list[Draw]:
+        """For the next token, and for the one behind each of those proposed, were all of them up to there taken.
 
-    def choose(self, logits: Tensor) -> int:
-        """`logits`: [vocabulary]"""
-        adjusted = self._adjusted(logits) if self.sampling.adjusts else logits
-        if self.sampling.greedy:
-            return int(adjusted.argmax())
-        likely = self._probabilities(adjusted)
-        # Float64: with many tokens, single precision would lose the rare ones' shares.
-        reached = likely.double().cumsum(0)
-        drawn = uniform(self.sampling.seed, self.position) * float(reached[-1])
-        return min(int(torch.searchsorted(reached, drawn, right=True)), int(likely.nonzero()[-1]))
+        None at all where simply the likeliest is to be taken.
+        """
+        s, written = self.sampling, self._written
+        if s.greedy and not s.adjusts:
+            return []
+        draws = []
+        for place, token in enumerate((None, *proposal)):
+            if s.adjusts:  # a copy each: they are for different moments
+                written = written + Counter(() if token is None else (token,))
+            drawn = 0.0 if s.greedy else uniform(s.seed, self.position + place)
+            draws.append(Draw(s, drawn, self._read, written))
+        return draws
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        s, logits = self.sampling, logits.clone()
-        if s.repetition_penalty != 1.0 and (seen := self._read | self._written.keys()):
-            at = torch.tensor(sorted(seen), device=logits.device)
-            values = logits[at]
-            logits[at] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
-        if (s.presence_penalty or s.frequency_penalty) and self._written:
-            at = torch.tensor(list(self._written), device=logits.device)
-            counts = torch.tensor(list(self._written.values()), device=logits.device)
-            logits[at] -= s.presence_penalty + s.frequency_penalty * counts
-        if s.logit_bias:
-            at = torch.tensor(list(s.logit_bias), device=logits.device)
-            logits[at] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
+
+def choose(logits: Tensor, draws: Sequence[Draw | None] = ()) -> list[int]:
+    """The token at each row of [n, vocabulary]: as its draw says, the likeliest without one; -1 for what is no number.
+
+    The only moment in a step at which the device is waited for.
+    """
+    if not len(logits):
+        return []
+    highest, tokens = logits.max(-1)
+    drawn = [row for row, draw in enumerate(draws) if draw is not None]
+    together = max(1, (AT_ONCE_ON_CPU if logits.is_cpu else AT_ONCE) // logits.shape[-1])
+    for start in range(0, len(drawn), together):
+        rows = drawn[start : start + together]
+        some = [draw for row in rows if (draw := draws[row]) is not None]
+        if len(rows) == len(logits):
+            tokens = _drawn(logits, some)
+        else:
+            at = torch.tensor(rows, device=logits.device)
+            tokens.index_copy_(0, at, _drawn(logits[at], some))
+    chosen: list[int] = torch.where(highest.isfinite(), tokens, -1).tolist()
+    return chosen
+
+
+def _drawn(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """[n]"""
+    adjusted = _adjusted(logits, draws)
+    greedy = [draw.sampling.greedy for draw in draws]
+    if all(greedy):
+        return adjusted.argmax(-1)
+    likely = _probabilities(adjusted, [draw.sampling for draw in draws])
+    # Float64: with many tokens, single precision would lose the rare ones' shares.
+    reached = likely.double().cumsum(-1)
+    whole = reached[:, -1:].contiguous()
+    wanted = _column([draw.drawn for draw in draws], reached) * whole
+    last = torch.searchsorted(reached, whole)  # of those that can come; rounding must not lead beyond
+    tokens = torch.searchsorted(reached, wanted, right=True).minimum(last)[:, 0]
+    return (
+        torch.where(torch.tensor(greedy, device=logits.device), adjusted.argmax(-1), tokens) if any(greedy) else tokens
+    )
+
+
+def _adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """After the repetition penalty, then those for presence and frequency, then the bias."""
+    if not any(draw.sampling.adjusts for draw in draws):
         return logits
+    flat = logits.flatten().clone()
+    repeated: dict[int, float] = {}
+    added: dict[int, float] = {}
+    biased: dict[int, float] = {}
+    for row, draw in enumerate(draws):
+        s, start = draw.sampling, row * logits.shape[-1]
+        if s.repetition_penalty != 1.0:
+            repeated |= {start + token: s.repetition_penalty for token in {*draw.read, *draw.written}}
+        if s.presence_penalty or s.frequency_penalty:
+            added |= {
+                start + token: -s.presence_penalty - s.frequency_penalty * count
+                for token, count in draw.written.items()
+            }
+        biased |= {start + token: bias for token, bias in s.logit_bias.items()}
+    if repeated:
+        at, penalty = _at(repeated, flat)
+        values = flat[at]
+        flat[at] = torch.where(values > 0, values / penalty, values * penalty)
+    for terms in (added, biased):
+        if terms:
+            at, term = _at(terms, flat)
+            flat[at] += term
+    return flat.view(logits.shape)
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        """After temperature, then top-k, then top-p, then min-p."""
-        s = self.sampling
-        logits = logits / max(s.temperature, COLDEST)
-        if 0 < s.top_k < len(logits):
-            logits = logits.masked_fill(logits < logits.topk(s.top_k).values[-1], -torch.inf)
-        likely = logits.softmax(-1)
-        if s.top_p < 1.0:
-            ordered, ids = likely.sort(descending=True, stable=True)
-            before = ordered.cumsum(0) - ordered  # the token that crosses the border is kept
-            likely[ids[(before >= s.top_p) & (before > 0)]] = 0.0  # the likeliest always stays
-        if s.min_p > 0.0:
-            likely = likely.masked_fill(likely < s.min_p * likely.max(), 0.0)
-        return likely
+
+def _probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """After temperature, then top-k, then top-p, then min-p."""
+    # Always by a tensor: a division by a number may be rounded otherwise, and what the others want must not show.
+    logits = logits / _column([max(s.temperature, COLDEST) for s in samplings], logits)
+    logits = _where([s.top_k if s.top_k < logits.shape[-1] else 0 for s in samplings], 0, logits, _top_k)
+    likely = logits.softmax(-1)
+    likely = _where([s.top_p for s in samplings], 1.0, likely, _top_p)
+    return _where([s.min_p for s in samplings], 0.0, likely, _min_p)
 
 
-def logprob(logits: Tensor, token: int, top: int) -> Logprob:
-    """The model's own, before temperature, penalties and bias, with the `top` likeliest beside it."""
-    logprobs = logits.log_softmax(-1)
-    likeliest = logprobs.topk(top) if top else None
-    others = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True) if likeliest else ()
-    return Logprob(float(logprobs[token]), tuple(others))
+def _top_k(logits: Tensor, limits: Sequence[int]) -> Tensor:
+    most = logits.topk(max(limits)).values
+    least = most.gather(-1, torch.tensor(limits, device=logits.device)[:, None] - 1)
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def _top_p(likely: Tensor, shares: Sequence[float]) -> Tensor:
+    ordered, ids = likely.sort(descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered  # the token that crosses the border is kept
+    beyond = (before >= _column(shares, likely)) & (before > 0)  # the likeliest always stays
+    return likely.scatter(-1, ids, ordered.masked_fill_(beyond, 0.0))
+
+
+def _min_p(likely: Tensor, shares: Sequence[float]) -> Tensor:
+    return likely.masked_fill(likely < _column(shares, likely) * likely.amax(-1, keepdim=True), 0.0)
+
+
+def _where(
+    settings: Sequence[Setting], unset: Setting, rows: Tensor, change: Callable[[Tensor, Sequence[Setting]], Tensor]
+) -> Tensor:
+    """The change made to those of the rows for which it is set."""
+    which = [row for row, setting in enumerate(settings) if setting != unset]
+    if not which:
+        return rows
+    if len(which) == len(rows):
+        return change(rows, settings)
+    at = torch.tensor(which, device=rows.device)
+    return rows.index_copy(0, at, change(rows[at], [settings[row] for row in which]))
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """[n, 1]"""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _at(terms: Mapping[int, float], flat: Tensor) -> tuple[Tensor, Tensor]:
+    places = torch.tensor(list(terms), device=flat.device)
+    return places, torch.tensor(list(terms.values()), dtype=flat.dtype, device=flat.device)
+
+
+def logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Logprob]:
+    """The model's own at each row, before temperature, penalties and bias, with the `top` likeliest beside it."""
+    whole = logits.logsumexp(-1, keepdim=True)
+    at = torch.tensor(tokens, device=logits.device)[:, None]
+    own: list[float] = (logits.gather(-1, at) - whole)[:, 0].tolist()
+    if not top:
+        return [Logprob(logprob) for logprob in own]
+    likeliest = logits.topk(top)
+    others = zip(likeliest.indices.tolist(), (likeliest.values - whole).tolist(), strict=True)
+    return [
+        Logprob(logprob, tuple(zip(ids, values, strict=True)))
+        for logprob, (ids, values) in zip(own, others, strict=True)
+    ]
 
 
 def uniform(seed: int, position: int) -> float:

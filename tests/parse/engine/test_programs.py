@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parse.engine.programs import Answer, generate, judge, warm
-from parse.engine.sampler import Sampler
+from parse.engine.sampler import Sampler, choose
 from parse.engine.text import TextStream
 from parse.prompts import Check
 from parse.tree import TokenTree
@@ -40,7 +40,7 @@ def write(sampling, output=(), *, room=12, ends=(), table=TABLE, prompt=PROMPT, 
             nodes = tokens(ask)
             logits = table[nodes]
             runs += bool(nodes)
-            ask = program.send(Answer(logits, logits.argmax(-1).tolist()))
+            ask = program.send(Answer(logits, choose(logits, ask.draws)))
             assert ask.keep <= len(nodes)
             context += nodes[: ask.keep]
     except StopIteration:
@@ -218,7 +218,7 @@ def verdicts(probabilities, cuts, *, most=100, at_once=False, full=None, prefix=
             else:
                 assert tokens(ask) == list(trunk)
                 logits = TABLE[tokens(ask)]
-            ask = program.send(Answer(logits, logits.argmax(-1).tolist()))
+            ask = program.send(Answer(logits, choose(logits, ask.draws)))
     except StopIteration:
         assert kept == len(trunk)
         (verdict,) = done

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parse.engine.sampler import Sampler, logprob, uniform
+from parse.engine.sampler import Sampler, choose, logprobs, uniform
 from parse.types import RequestError, Sampling
 from tests.parse.engine.chance import surprising
 
@@ -55,6 +55,11 @@ samplings = st.builds(
 tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=6)
 
 
+def next_token(sampler, logits):
+    [token] = choose(logits[None], sampler.draws())
+    return token
+
+
 @given(samplings, tokens, tokens, st.integers(0, 10**6))
 def test_tokens_are_chosen_by_the_definitions(sampling, prompt, output, seed):
     sampler = Sampler(sampling, prompt, output[:2])
@@ -62,7 +67,7 @@ def test_tokens_are_chosen_by_the_definitions(sampling, prompt, output, seed):
         sampler.take(token)
     for logits in 2 * torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(seed)):
         before = logits.clone()
-        token = sampler.choose(logits)
+        token = next_token(sampler, logits)
         assert torch.equal(logits, before)
         borders = np.cumsum(probabilities(logits, sampling, prompt, output))
         drawn = uniform(sampling.seed, len(output))
@@ -77,9 +82,42 @@ def test_what_is_chosen_depends_on_nothing_but_the_tokens_so_far(sampling, promp
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
     at_once, one_by_one = Sampler(sampling, prompt, output), Sampler(sampling, prompt, [])
     for token in output:
-        one_by_one.choose(logits)
+        next_token(one_by_one, logits)
         one_by_one.take(token)
-    assert at_once.choose(logits) == one_by_one.choose(logits)
+    assert next_token(at_once, logits) == next_token(one_by_one, logits)
+
+
+@given(
+    st.lists(st.tuples(samplings, tokens, tokens), min_size=1, max_size=9),
+    st.integers(0, 10**6),
+    st.sampled_from([3, 99]),
+)
+def test_what_is_chosen_is_the_same_whatever_else_is_in_the_batch(requests, seed, together):
+    logits = 2 * torch.randn(len(requests), VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    samplers = [Sampler(*request) for request in requests]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parse.engine.sampler.AT_ONCE_ON_CPU", together * VOCABULARY)
+        chosen = choose(logits, [next(iter(sampler.draws()), None) for sampler in samplers])
+    assert chosen == [next_token(sampler, row) for sampler, row in zip(samplers, logits, strict=True)]
+
+
+@given(samplings, tokens, tokens, tokens, st.integers(0, 10**6))
+def test_what_follows_a_proposal_is_chosen_ahead_as_it_would_be_afterwards(sampling, prompt, output, proposal, seed):
+    logits = 2 * torch.randn(len(proposal) + 1, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    sampler = Sampler(sampling, prompt, output)
+    ahead = choose(logits, sampler.draws(proposal))
+    for token, row, place in zip(ahead, logits, range(len(logits)), strict=True):
+        assert token == next_token(sampler, row)
+        sampler.take(*proposal[place : place + 1] or [0])
+
+
+def test_what_is_no_number_is_told_and_troubles_nobody_else():
+    logits = torch.zeros(4, VOCABULARY)
+    logits[:, 3] = 9.0
+    logits[1, 5], logits[2, 5] = torch.nan, torch.inf
+    assert choose(logits) == [3, -1, -1, 3]
+    assert choose(logits, Sampler(Sampling(top_k=1, top_p=0.9, min_p=0.1), [], []).draws([0] * 3)) == [3, -1, -1, 3]
+    assert choose(logits[:0]) == []
 
 
 def test_tokens_come_as_often_as_they_should():
@@ -89,7 +127,7 @@ def test_tokens_come_as_often_as_they_should():
         drawn = np.zeros(len(logits), int)
         for position in range(4000):
             sampler = Sampler(sampling, [], [0] * position)
-            drawn[sampler.choose(logits)] += 1
+            drawn[next_token(sampler, logits)] += 1
         assert not surprising(drawn, wanted)
         assert surprising(drawn, probabilities(logits, Sampling(temperature=1.3), [], []))
 
@@ -107,33 +145,36 @@ def test_the_numbers_drawn_are_uniform_over_positions_and_over_seeds():
 @pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-38, 1e-20, 1e-3])
 def test_the_smallest_temperatures_are_as_good_as_greedy(temperature):
     logits = torch.tensor([1.0, 30.0, 29.0, -torch.inf])
-    assert all(Sampler(Sampling(temperature=temperature, seed=seed), [], []).choose(logits) == 1 for seed in range(50))
+    assert all(
+        next_token(Sampler(Sampling(temperature=temperature, seed=seed), [], []), logits) == 1 for seed in range(50)
+    )
 
 
 def test_what_cannot_come_never_does(monkeypatch):
     logits = torch.full((1000,), -torch.inf)
     logits[[10, 500]] = 0.0
-    chosen = {Sampler(Sampling(seed=seed), [], []).choose(logits) for seed in range(200)}
+    chosen = {next_token(Sampler(Sampling(seed=seed), [], []), logits) for seed in range(200)}
     assert chosen == {10, 500}
-    assert {Sampler(Sampling(seed=s, top_k=1), [], []).choose(torch.tensor([0.0, 0.1])) for s in range(50)} == {1}
+    assert {next_token(Sampler(Sampling(seed=s, top_k=1), [], []), torch.tensor([0.0, 0.1])) for s in range(50)} == {1}
     for drawn, least_or_most in ((0.0, 10), (1 - 2**-53, 500)):
         monkeypatch.setattr("parse.engine.sampler.uniform", lambda *_, drawn=drawn: drawn)
-        assert Sampler(Sampling(), [], []).choose(logits) == least_or_most
+        assert next_token(Sampler(Sampling(), [], []), logits) == least_or_most
 
 
 def test_equals_share():
     """Of equal tokens at the border top_k keeps all; top_p takes no more than it needs."""
     logits = torch.zeros(8)
-    assert {Sampler(Sampling(seed=s, top_k=3), [], []).choose(logits) for s in range(300)} == set(range(8))
-    assert {Sampler(Sampling(seed=s, top_p=0.49), [], []).choose(logits) for s in range(300)} == set(range(4))
-    assert Sampler(Sampling(temperature=0.0), [], []).choose(logits) == 0
+    assert {next_token(Sampler(Sampling(seed=s, top_k=3), [], []), logits) for s in range(300)} == set(range(8))
+    assert {next_token(Sampler(Sampling(seed=s, top_p=0.49), [], []), logits) for s in range(300)} == set(range(4))
+    assert next_token(Sampler(Sampling(temperature=0.0), [], []), logits) == 0
 
 
 @given(st.integers(0, VOCABULARY - 1), st.integers(0, VOCABULARY), st.integers(0, 10**6))
 def test_logprobs_are_the_models_own(token, count, seed):
     logits = 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
     wanted = torch.log(torch.exp(logits.double()) / torch.exp(logits.double()).sum())
-    got = logprob(logits, token, count)
+    [before, got] = logprobs(torch.stack([-logits, logits]), [0, token], count)
+    assert before.logprob == logprobs(-logits[None], [0], 0)[0].logprob
     assert got.logprob == pytest.approx(float(wanted[token]), abs=1e-5)
     assert [t for t, _ in got.top] == wanted.argsort(descending=True)[:count].tolist()
     assert [value for _, value in got.top] == pytest.approx(sorted(wanted.tolist(), reverse=True)[:count], abs=1e-5)
@@ -182,4 +223,4 @@ def test_sampling_out_of_bounds_is_refused_by_the_name_of_its_field(field, value
 
 def test_the_likeliest_token_is_left_however_little_is_asked_for():
     logits = torch.tensor([0.0, 3.0, 1.0])
-    assert {Sampler(Sampling(seed=seed, top_p=1e-300), [], []).choose(logits) for seed in range(20)} == {1}
+    assert {next_token(Sampler(Sampling(seed=seed, top_p=1e-300), [], []), logits) for seed in range(20)} == {1}

@@ -155,7 +155,7 @@ def ask(engine: Engine, tokens: Sequence[int], *asks: Ask) -> Reply:
     def program() -> Program:
         for each in asks:
             answer = yield each
-            assert answer.best == answer.logits.argmax(-1).tolist()
+            assert answer.chosen == answer.logits.argmax(-1).tolist()
             reply.logits.append(answer.logits.clone())
 
     room = sum(each.keep for each in asks) + max(len(each.nodes) for each in asks)
