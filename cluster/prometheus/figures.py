@@ -1,0 +1,127 @@
+"""The figures that say how the service does, each a query over a view of it."""
+
+from cluster.prometheus.queries import View, grouped, or_none, share, share_or_none
+from deployments import metrics
+
+JUDGED = 'mode!~"exact|off"'  # answers whose drafts were judged
+COMPARED = 'mode!="exact"'  # in exact, what the target writes and what it accepts come from the same passes
+FAILURES = 'outcome=~"overloaded|unavailable|timeout|failed"'
+THEIR_OWN = 'outcome!~"invalid|unauthorized|left"'  # what clients do to themselves is no failure of the service
+UNWANTED = 'cause!="does_not_pay"'  # the service's own choice
+LOST = 'cause!="stopped"'  # replicas that are stopped end their work first, and are no trouble
+
+
+def accepted(view: View, by: tuple[str, ...] = ()) -> str:
+    """Share of drafted tokens that stand in answers."""
+    return share_or_none(view.rate(metrics.ACCEPTED, by=by), view.rate(metrics.DRAFTED, by=by))
+
+
+def answer_tokens(view: View, condition: str = COMPARED, by: tuple[str, ...] = ()) -> str:
+    """Tokens of answers a second, whoever wrote them."""
+    conditions = (condition,) if condition else ()
+    answers = view.count(metrics.ANSWER, *conditions, by=by)
+    parts = (metrics.ACCEPTED, metrics.WRITTEN)
+    return " + ".join(or_none(view.rate(part, *conditions, by=by), answers) for part in parts)
+
+
+def pace(view: View) -> str:
+    """Seconds that the target takes to write a token itself."""
+    everywhere = view.without("mode")  # its pace is its own, whichever modes are looked at
+    return share(everywhere.total(metrics.STAGE, 'stage="write"', COMPARED), everywhere.rate(metrics.WRITTEN, COMPARED))
+
+
+def speed_up(view: View, condition: str = COMPARED, by: tuple[str, ...] = ()) -> str:
+    """How long the target alone would have taken for the same tokens, over the time that was taken, waiting aside."""
+    matched = f" on ({', '.join(view.by)}) group_left ()" if by else ""
+    alone = f"({answer_tokens(view, condition, by)}) *{matched} ({pace(view)})"
+    queued = view.total(metrics.STAGE, 'stage="queue"', condition, by=by)
+    answering = view.total(metrics.ANSWER, condition, by=by)
+    return f"{alone} / ({answering} - {or_none(queued, answering)} > 0)"
+
+
+def failures(view: View) -> str:
+    """Share of requests that the service failed, of those that were its to answer."""
+    return share_or_none(view.rate(metrics.REQUESTS, FAILURES), view.rate(metrics.REQUESTS, THEIR_OWN))
+
+
+def overlap(view: View) -> str:
+    """Of the time in which drafter or verifier worked, the share in which both did."""
+    drafter, verifier, both = (view.rate(metrics.BUSY, f'part="{part}"') for part in ("drafter", "verifier", "both"))
+    either = f"{drafter} + {verifier} - {or_none(both, verifier)}"
+    return share(or_none(both, verifier), f"({either})")
+
+
+def waiting(view: View) -> str:
+    """Requests that wait, over the places there are."""
+    return share(view.gauge(metrics.WAITING), view.gauge(metrics.PLACES))
+
+
+def in_use(view: View) -> str:
+    return share(view.gauge(metrics.ANSWERING), view.gauge(metrics.PLACES))
+
+
+def fallbacks(view: View) -> str:
+    """Share of answers that were to have a draft, and had none for want of a drafter that works."""
+    everywhere = view.without("mode")  # fallbacks are counted by their cause
+    return share_or_none(everywhere.rate(metrics.FALLBACKS, UNWANTED), everywhere.rate(metrics.ANSWERS))
+
+
+def audited(view: View) -> str:
+    """Answers that were answered again, over the window."""
+    return view.increase(metrics.AUDITS, 'result=~"agree|disagree"')
+
+
+def disagreement(view: View) -> str:
+    """Of them, the share in which the target alone came to another result."""
+    return share_or_none(view.increase(metrics.AUDITS, 'result="disagree"'), audited(view))
+
+
+def lost_calls(view: View) -> str:
+    return view.increase(metrics.RETRIES, LOST)
+
+
+def unreached(view: View) -> str:
+    return view.increase(metrics.UNREACHED)
+
+
+def trouble(view: View) -> str:
+    return view.gauge(metrics.TROUBLE, by=("part",), how="max")
+
+
+def verdicts(view: View, verdict: str) -> str:
+    """Share of judged answers with that verdict."""
+    judged = view.rate(metrics.VERDICTS, 'verdict!="skipped"')
+    return share_or_none(view.rate(metrics.VERDICTS, f'verdict="{verdict}"'), judged)
+
+
+def batch(view: View, by: tuple[str, ...] = ()) -> str:
+    return share(view.rate(metrics.ENGINE_BATCHED, by=by), view.rate(metrics.ENGINE_STEPS, by=by))
+
+
+def busy(view: View, by: tuple[str, ...] = ()) -> str:
+    """Share of its time that an engine spends in passes, averaged over engines."""
+    return view.aggregated("avg", f"rate({view.series(metrics.ENGINE_BUSY)}[{view.window}])", by)
+
+
+def cache_hits(view: View, by: tuple[str, ...] = ()) -> str:
+    return share_or_none(view.rate(metrics.ENGINE_FOUND, by=by), view.rate(metrics.ENGINE_LOOKED, by=by))
+
+
+def pages(view: View, state: str, by: tuple[str, ...] = ()) -> str:
+    """Share of an engine's pages in that state."""
+    return share(view.gauge(metrics.ENGINE_PAGES, f'state="{state}"', by=by), view.gauge(metrics.ENGINE_PAGES, by=by))
+
+
+def known_prompt(view: View) -> str:
+    return share_or_none(view.rate(metrics.CACHED_TOKENS), view.rate(metrics.PROMPT_TOKENS))
+
+
+def proposals_accepted(view: View, by: tuple[str, ...]) -> str:
+    return share_or_none(view.rate(metrics.PROPOSED_ACCEPTED, by=by), view.rate(metrics.PROPOSED, by=by))
+
+
+def stage_of_answer(view: View) -> str:
+    """Seconds of each stage that come to an answer."""
+    answers = grouped(view.count(metrics.ANSWER))
+    kept = ", ".join(view.by)
+    return f"{view.total(metrics.STAGE, by=('stage',))} / on ({kept}) group_left () ({answers} > 0)"

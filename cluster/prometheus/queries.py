@@ -1,0 +1,110 @@
+"""PromQL over the declared metrics: what dashboards, recording rules and alerts share.
+
+A query names no metric, label or value by hand that `deployments.metrics` does not declare.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from deployments.metrics import Counter, Gauge, Histogram, Metric
+
+IDENTITY = ("application", "deployment", "replica")  # both ways out put them on every series
+CONDITION = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
+
+
+@dataclass(frozen=True)
+class View:
+    """By which way the series came, whose they are, how far a rate looks back, and what is kept apart."""
+
+    prefix: str = ""
+    window: str = "5m"
+    where: Mapping[str, str] = field(default_factory=dict)  # label -> pattern; counts where a metric has the label
+    by: tuple[str, ...] = ()
+
+    def without(self, label: str) -> "View":
+        return replace(self, where={known: value for known, value in self.where.items() if known != label})
+
+    def over(self, window: str) -> "View":
+        return replace(self, window=window)
+
+    def series(self, metric: Metric, *conditions: str, part: str = "") -> str:
+        for condition in conditions:
+            _check(metric, condition)
+        having = (*IDENTITY, *metric.labels)
+        chosen = [f'{label}=~"{value}"' for label, value in self.where.items() if label in having]
+        inside = ",".join([*chosen, *conditions])
+        return f"{self.prefix}{metric.name}{part}" + (f"{{{inside}}}" if inside else "")
+
+    def aggregated(self, how: str, inner: str, by: tuple[str, ...] = ()) -> str:
+        kept = tuple(dict.fromkeys((*self.by, *by)))
+        return f"{how} by ({', '.join(kept)}) ({inner})" if kept else f"{how}({inner})"
+
+    def rate(self, metric: Counter, *conditions: str, by: tuple[str, ...] = ()) -> str:
+        return self.aggregated("sum", f"rate({self.series(metric, *conditions)}[{self.window}])", by)
+
+    def increase(self, metric: Counter, *conditions: str, by: tuple[str, ...] = ()) -> str:
+        return self.aggregated("sum", f"increase({self.series(metric, *conditions)}[{self.window}])", by)
+
+    def total(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
+        """Of what was observed, a second."""
+        return self.aggregated("sum", f"rate({self.series(metric, *conditions, part='_sum')}[{self.window}])", by)
+
+    def count(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
+        """Of observations, a second."""
+        return self.aggregated("sum", f"rate({self.series(metric, *conditions, part='_count')}[{self.window}])", by)
+
+    def mean(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
+        return share(self.total(metric, *conditions, by=by), self.count(metric, *conditions, by=by))
+
+    def buckets(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
+        inner = f"rate({self.series(metric, *conditions, part='_bucket')}[{self.window}])"
+        return self.aggregated("sum", inner, (*by, "le"))
+
+    def quantile(self, q: float, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
+        return f"histogram_quantile({q}, {self.buckets(metric, *conditions, by=by)})"
+
+    def gauge(self, metric: Gauge, *conditions: str, by: tuple[str, ...] = (), how: str = "sum") -> str:
+        return self.aggregated(how, self.series(metric, *conditions), by)
+
+
+def _check(metric: Metric, condition: str) -> None:
+    found = CONDITION.fullmatch(condition)
+    if not found:
+        raise ValueError(f"{condition}: not a condition")
+    label, operator, value = found.groups()
+    declared = metric.labels.get(label, ())
+    for wanted in value.split("|") if "~" in operator else (value,):
+        if wanted not in declared:
+            raise ValueError(f"{metric.name}: {condition}: {wanted} is not declared for {label}")
+
+
+def share(part: str, whole: str) -> str:
+    """Nothing at all where there is no whole: no traffic is neither good nor bad."""
+    return f"{grouped(part)} / ({whole} > 0)"
+
+
+def or_none(part: str, whole: str) -> str:
+    """Zero where the whole has a series and the part none: a way out may leave out what has never happened."""
+    return f"({part} or 0 * {grouped(whole)})"
+
+
+def share_or_none(part: str, whole: str) -> str:
+    return share(or_none(part, whole), whole)
+
+
+def grouped(expression: str) -> str:
+    """In parentheses, unless it is one call."""
+    plain = re.fullmatch(r"[\w:]+( by \([\w, ]+\) )?\(.*\)", expression, re.DOTALL)
+    return expression if (plain or expression.startswith("(")) and _one_call(expression) else f"({expression})"
+
+
+def _one_call(expression: str) -> bool:
+    """Whether the parenthesis that closes at the end is the only one at its depth, `by (...)` aside."""
+    bare = re.sub(r"^[\w:]+ by \([\w, ]+\) ", "", expression)
+    depth = 0
+    for at, letter in enumerate(bare):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0 and letter == ")":
+            return at == len(bare) - 1
+    return False

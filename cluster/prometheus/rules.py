@@ -1,0 +1,52 @@
+"""Recording rules: the figures of an application, under one name by whichever way its series came.
+
+The label `source` tells the ways apart, `router` and `ray`; dashboards do without these rules, alerts are made of them.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from cluster.prometheus import figures
+from cluster.prometheus.queries import View
+from deployments import metrics
+
+SOURCES: Mapping[str, str] = MappingProxyType({"router": "", "ray": "ray_"})  # and what their names begin with
+APPLICATION = ("application",)
+
+RECORDS: Mapping[str, Callable[[View], str]] = MappingProxyType(
+    {
+        "application:parse_requests:rate5m": lambda view: view.rate(metrics.REQUESTS),
+        "application:parse_failures:ratio_rate5m": figures.failures,
+        "application:parse_answer_tokens:rate5m": lambda view: figures.answer_tokens(view, ""),
+        "application:parse_drafted_tokens:rate5m": lambda view: view.rate(metrics.DRAFTED),
+        "application:parse_accepted:ratio_rate5m": figures.accepted,
+        "application:parse_speed_up:ratio_rate5m": figures.speed_up,
+        "application:parse_judged_speed_up:ratio_rate5m": lambda view: figures.speed_up(view, figures.JUDGED),
+        "application:parse_overlap:ratio_rate5m": figures.overlap,
+        "application:parse_fallbacks:ratio_rate5m": figures.fallbacks,
+        "application:parse_answer_seconds:p95_5m": lambda view: view.quantile(0.95, metrics.ANSWER),
+        "application:parse_first_token_seconds:p95_5m": lambda view: view.quantile(0.95, metrics.FIRST_TOKEN),
+        "application:parse_waiting:ratio": figures.waiting,
+        "application:parse_trouble:max": figures.trouble,
+        "application:parse_lost_calls:increase15m": lambda view: figures.lost_calls(view.over("15m")),
+        "application:parse_unreached_replicas:increase2m": lambda view: figures.unreached(view.over("2m")),
+        "application:parse_audited:increase1h": lambda view: figures.audited(view.over("1h")),
+        "application:parse_disagreement:ratio_increase1h": lambda view: figures.disagreement(view.over("1h")),
+    }
+)
+
+
+def rules() -> dict[str, Any]:
+    return {
+        "groups": [
+            {
+                "name": f"parse-{source}",
+                "rules": [
+                    {"record": name, "expr": figure(View(prefix=prefix, by=APPLICATION)), "labels": {"source": source}}
+                    for name, figure in RECORDS.items()
+                ],
+            }
+            for source, prefix in SOURCES.items()
+        ]
+    }
