@@ -141,6 +141,11 @@ export function gantt(stages, { first, total, most }, width) {
       svg("text", { class: "tick", x: x(tick), y: bottom + 14, "text-anchor": "middle" }, tick ? seconds(tick) : "0"),
     );
   }
+  const flip = x(first) > width - 150;
+  plot.append(
+    svg("line", { class: "edge", x1: x(first), x2: x(first), y1: top - 5, y2: bottom }),
+    svg("text", { class: "tick", x: x(first) + (flip ? -5 : 5), y: top - 4, "text-anchor": flip ? "end" : "start" }, "first words"),
+  );
   for (const [place, name] of STAGES.entries()) {
     const y = top + row * place;
     const used = sums[name] !== undefined;
@@ -153,14 +158,11 @@ export function gantt(stages, { first, total, most }, width) {
     }
     if (used) {
       const last = Math.max(...own.map((stage) => stage.end));
-      plot.append(svg("text", { class: "tick sum", x: x(last) + 6, y: y + row / 2 + 3.5 }, seconds(sums[name])));
+      const after = x(last) + 6;
+      const crossed = after < x(first) + 3 && x(first) < after + 46;
+      plot.append(svg("text", { class: "tick sum", x: crossed ? x(first) + 5 : after, y: y + row / 2 + 3.5 }, seconds(sums[name])));
     }
   }
-  const flip = x(first) > width - 150;
-  plot.append(
-    svg("line", { class: "edge", x1: x(first), x2: x(first), y1: top - 5, y2: bottom }),
-    svg("text", { class: "tick", x: x(first) + (flip ? -5 : 5), y: top - 4, "text-anchor": flip ? "end" : "start" }, "first words"),
-  );
   return plot;
 }
 
@@ -200,12 +202,12 @@ export function sparkline(shares, width = 132, high = 26) {
 }
 
 /** A bar from nothing, with a line where `off` ends. */
-export function ratio(value, most, width = 170, high = 16) {
+export function ratio(value, most, { baseline = false, width = 190, high = 16 } = {}) {
   const x = (amount) => n((width * amount) / Math.max(most, 1));
-  const slower = value < 1 ? " slower" : "";
+  const kind = baseline ? " baseline" : value < 1 ? " slower" : "";
   return svg(
     "svg",
-    { class: `ratio${slower}`, width, height: high, viewBox: `0 0 ${width} ${high}`, "aria-hidden": "true" },
+    { class: `ratio${kind}`, width, height: high, viewBox: `0 0 ${width} ${high}`, "aria-hidden": "true" },
     svg("rect", { class: "track", x: 0, y: 3, width, height: high - 6, rx: 2 }),
     svg("rect", { class: "fill", x: 0, y: 3, width: x(value), height: high - 6, rx: 2 }),
     svg("line", { class: "edge", x1: x(1), x2: x(1), y1: 0, y2: high }),

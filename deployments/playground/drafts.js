@@ -10,13 +10,11 @@ export function drafts(pieces, verdicts) {
     const base = behindTheTarget(pieces, start);
     let draft = found.at(-1);
     if (draft?.base !== base) found.push((draft = { base, length: 0, kept: 0, points: [] }));
-    // A window's cuts count from the draft's beginning, or from its own.
-    const before = start - base;
-    const shift = before && cuts.length && cuts[0] <= before ? before : 0;
+    const before = start - base; // of the draft, in the windows before this one
     draft.kept = before + kept;
     for (const [place, cut] of cuts.entries()) {
-      draft.points.push({ cut: cut + shift, p: correct[place], stands: cut + shift <= draft.kept });
-      draft.length = cut + shift;
+      draft.points.push({ cut: before + cut, p: correct[place], stands: cut <= kept });
+      draft.length = before + cut;
     }
   }
   return found;

@@ -48,7 +48,6 @@ async function start() {
   for (const pane of panes) pane.leave();
   panes = [];
   byId("panes").replaceChildren();
-  byId("verdict").hidden = true;
   last = request();
   for (const mode of chosenModes()) open(mode);
   await through(controller, panes);
@@ -77,6 +76,7 @@ function open(mode) {
 /** One after the other: at the same time they would slow each other down. */
 async function through(controller, waiting) {
   working(true);
+  compare({ over: false });
   try {
     for (const pane of waiting) {
       if (controller.signal.aborted) pane.stopped();
@@ -84,7 +84,7 @@ async function through(controller, waiting) {
     }
     if (asking === controller) {
       shareScale();
-      compare();
+      compare({ over: true });
     }
   } finally {
     if (asking === controller) {
@@ -139,6 +139,7 @@ function stop() {
   asking = null;
   for (const pane of panes) if (["waiting", "asked", "writing"].includes(pane.state)) pane.stopped();
   working(false);
+  compare({ over: true });
   announce("Stopped.");
 }
 
@@ -156,12 +157,17 @@ function shareScale() {
   for (const pane of panes) if (pane.report) pane.scaled(most);
 }
 
-function compare() {
+function compare({ over }) {
   const [a, b] = panes;
   const line = byId("verdict");
-  line.hidden = true;
-  if (!a?.report || !b?.report || a.mode === b.mode) return;
-  const [slow, fast] = a.mode === "off" ? [a, b] : b.mode === "off" ? [b, a] : a.report.total_s > b.report.total_s ? [a, b] : [b, a];
+  line.hidden = !b;
+  if (!b) return;
+  if (!a.report || !b.report) {
+    const why = over ? "is not known: not both came to their end." : "is known when both are done; they are asked one after the other.";
+    line.replaceChildren(element("b", {}, "–"), element("span", {}, `How ${a.mode} compares with ${b.mode} ${why}`));
+    return;
+  }
+  const [fast, slow] = a.report.total_s <= b.report.total_s ? [a, b] : [b, a];
   const rate = ({ report }) => tokens(report) / Math.max(report.total_s, 1e-9);
   const same = a.text === b.text ? "Both say the same, word for word." : "They say it in different words.";
   line.replaceChildren(
@@ -169,11 +175,10 @@ function compare() {
     element(
       "span",
       {},
-      `as soon done with ${fast.mode} as with ${slow.mode}: ${seconds(fast.report.total_s)} against ` +
-        `${seconds(slow.report.total_s)}. In tokens per second ${times(rate(fast) / rate(slow))}. ${same}`,
+      `${fast.mode} is done in ${seconds(fast.report.total_s)}, ${slow.mode} in ${seconds(slow.report.total_s)}. ` +
+        `In tokens per second: ${times(rate(fast) / rate(slow))}. ${same}`,
     ),
   );
-  line.hidden = false;
 }
 
 function showSession() {

@@ -23,6 +23,7 @@ export class Pane {
     this.pieces = [];
     this.verdicts = [];
     this.report = null;
+    this.judged = 0;
     this.most = 0; // seconds of the stages' axis
     this.root = byId("pane").content.firstElementChild.cloneNode(true);
     this.part = (selector) => this.root.querySelector(selector);
@@ -67,11 +68,16 @@ export class Pane {
     this.frame = null;
     this.transcript.show(runs(this.pieces, this.verdicts));
     this.drafts = drafts(this.pieces, this.verdicts);
-    if (this.judged !== this.verdicts.length) {
+    if (this.judged < this.verdicts.length) {
       this.judged = this.verdicts.length;
       this.curve.again();
-      this.part(".curve .table").replaceChildren(...(this.judged ? [cutsTable(this.drafts)] : []));
+      this.told(".curve", cutsTable(this.drafts));
     }
+  }
+
+  told(chart, table) {
+    this.part(`${chart} .table`).replaceChildren(table);
+    this.part(`${chart} .numbers`).hidden = false;
   }
 
   drawnCurve(width) {
@@ -104,7 +110,8 @@ export class Pane {
     figure("rate", (tokens(report) / Math.max(report.total_s, 1e-9)).toFixed(0));
     figure("share", report.drafted ? percent(report.accepted / report.drafted) : "no draft");
     this.part(".figures").replaceChildren(...figures(report, finish));
-    this.part(".stages .table").replaceChildren(stagesTable(report.stages));
+    this.part(".report").hidden = false;
+    this.told(".stages", stagesTable(report.stages));
     this.stages.again();
     this.curve.again();
   }

@@ -57,7 +57,7 @@ export class Session {
           { "data-figure": "speedup" },
           speedup === null
             ? element("span", { class: "faint" }, "not known yet")
-            : element("span", { class: "with-chart" }, ratio(speedup, most), element("b", {}, times(speedup))),
+            : element("span", { class: "with-chart" }, ratio(speedup, most, { baseline: name === "off" }), element("b", {}, times(speedup))),
         ),
       ),
     );

@@ -113,11 +113,11 @@ class Playground:
         self.browser.switch_to.active_element.send_keys(*keys)
 
     def console(self) -> list[str]:
-        entries: list[dict[str, Any]] = self.browser.get_log("browser")  # type: ignore[no-untyped-call]
+        entries: list[dict[str, Any]] = self.browser.get_log("browser")
         return [str(entry["message"]) for entry in entries if entry["level"] == "SEVERE"]
 
 
-ASK = Keys.CONTROL + Keys.ENTER
+ASK, BACK = Keys.CONTROL + Keys.ENTER, Keys.SHIFT + Keys.TAB
 
 
 def pictures(folder: Path, address: str) -> None:
@@ -130,18 +130,17 @@ def pictures(folder: Path, address: str) -> None:
                 page.one("#theme").click()
             page.write("#full", "0.97")
             page.write("#prefix", "0.93")
-            for example in page.all(".example")[:4]:
-                example.click()
-                page.ask(mode="full", against="off")
-                page.ended()
+            for mode, against in (("full", "off"), ("rounds", None)):
+                for example in page.all(".example"):
+                    example.click()
+                    page.ask(mode=mode, against=against)
+                    page.ended()
             page.all(".example")[1].click()
             page.ask(mode="full", against="off")
             page.ended()
             page.run("document.activeElement.blur(); scrollTo(0, 0)")
-            height = page.run(
-                "return Math.max(...[...document.querySelectorAll('main')].map(m => m.scrollHeight)) + 60"
-            )
-            browser.set_window_size(1440, min(int(height), 1500))
+            there, wanted = page.run("return [innerHeight, document.documentElement.scrollHeight]")
+            browser.set_window_size(1440, browser.get_window_size()["height"] + max(0, wanted - there))
             picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
             few = picture.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
             few.save(folder / f"playground-{theme}.png", optimize=True)

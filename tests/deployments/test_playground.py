@@ -1,0 +1,803 @@
+"""The page at /, in a real browser before the real demo pair, and before servers that do not behave."""
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from deployments import playground
+from deployments.config import ApiSettings
+from deployments.gate import Overloaded
+from deployments.http import create_app
+from parse.local import LocalPair
+from parse.pipeline import Pipeline
+from parse.protocol import Done, Event, Fallback, Piece, Question, Stage, Usage, Verdict
+from tests.deployments.conftest import MODEL
+from tests.deployments.live import LocalBackend, served
+
+try:
+    from selenium.webdriver.common.keys import Keys
+
+    from tests.deployments.browser import ASK, BACK, MISSING, Playground, browsing
+except ImportError as missing:
+    MISSING = f"{missing.name} is not installed"
+
+FILES = sorted(path for path in Path(playground.__file__).parent.iterdir() if path.suffix != ".py" and path.is_file())
+CHAT = "/v1/chat/completions"
+TIMES = "\N{MULTIPLICATION SIGN}"
+# The draft is wrong from the third line on; the target corrects it.
+KIM = (
+    "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
+    "sixth Ben 80, seventh Sam 26. Who has the record now?"
+)
+HOSTILE = (
+    "<img src=x onerror=\"window.hacked='img'\"><script>window.hacked='script'</script></script></textarea>"
+    "<svg onload=alert(1)>&lt;b&gt; \u202eesrever\u202c \u2066isolated\u2069 \u200f javascript:alert(1) ${7*7}\n"
+)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    if MISSING:
+        pytest.skip(f"no browser: {MISSING}")
+    with browsing() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator["Playground"]:
+    yield Playground(browser)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    browser.get("about:blank")  # whatever it still asks for ends here
+    browser.get_log("browser")
+
+
+# Servers.
+
+Script = Callable[[Question], AsyncIterator[Event]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted(Pipeline):
+    """Says what it is told to."""
+
+    script: Script
+
+    async def answer(self, question: Question) -> AsyncGenerator[Event]:
+        async for event in self.script(question):
+            yield event
+
+
+@contextmanager
+def saying(pair: LocalPair, script: Script, model: str = MODEL, **settings: Any) -> Iterator[str]:
+    whole = pair.pipeline
+    parts = dict(verifier=whole.verifier, tokenizer=whole.tokenizer, check=whole.check, settings=whole.settings)
+    pipeline = Scripted(**parts, longest=whole.longest, script=script)
+    with served(create_app(LocalBackend(pipeline), ApiSettings(**settings), model)) as address:
+        yield address
+
+
+@contextmanager
+def answering(chat: Callable[[], Response]) -> Iterator[str]:
+    """The page over a server of which nothing but the answer to a chat is to be expected."""
+    app = FastAPI()
+    app.include_router(playground.router())
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        return {"data": [{"id": MODEL, "max_model_len": 100}]}
+
+    @app.get("/ready")
+    async def ready() -> Any:
+        return {"status": "degraded", "troubles": {"drafter": HOSTILE}}
+
+    @app.post(CHAT)
+    async def completions(_: Request) -> Response:
+        return chat()
+
+    with served(app, log_level="critical") as address:
+        yield address
+
+
+def piece(text: str, origin: Any = "target", tokens: int = 1) -> Piece:
+    return Piece(text, (0,) * tokens, origin)
+
+
+def done(**usage: Any) -> Done:
+    stages = (Stage("draft", 0.0, 0.1), Stage("judge", 0.1, 0.2))
+    return Done("stop", Usage("full", **usage, stages=stages, first_s=0.1, total_s=0.5))
+
+
+# What the files are.
+
+
+def test_the_page_and_its_parts_are_there_for_everybody_and_for_nothing_but_themselves(pair, monkeypatch):
+    monkeypatch.setenv("PARSE_API_KEYS", "a-key")
+    with served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address:
+        for path in ("/", *(f"/playground/{name}" for name in playground.ASSETS)):
+            reply = httpx.get(f"{address}{path}")
+            assert reply.status_code == 200, path
+            policy = {part.split()[0]: part.split()[1:] for part in reply.headers["content-security-policy"].split(";")}
+            assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == ["'none'"]
+            assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == ["'self'"]
+            assert policy["frame-ancestors"] == ["'none'"]
+            assert reply.headers["x-content-type-options"] == "nosniff"
+            again = httpx.get(f"{address}{path}", headers={"If-None-Match": reply.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+            assert httpx.head(f"{address}{path}").status_code == 200
+            assert httpx.post(f"{address}{path}").status_code == 405
+        for path in ("/playground/", "/playground/__init__.py", "/playground/../http.py", "/index.html"):
+            assert httpx.get(f"{address}{path}").status_code == 401
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+        paths = httpx.get(f"{address}/openapi.json").json()["paths"]
+        assert paths and not any("playground" in path or path == "/" for path in paths)
+
+
+def test_every_file_is_served():
+    assert {path.name for path in FILES} == {playground.PAGE, *playground.ASSETS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_file_reads_markup_or_comes_from_elsewhere(path):
+    text = path.read_text()
+    assert not re.search(r"(inner|outer)HTML|AdjacentHTML|document\.write|\beval\b|new Function|DOMParser", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|url\(|@import|\s(href|src)=\"/", text)
+    if path.suffix == ".html":
+        assert not re.search(r"\sstyle=|\son\w+=|<style|<script[^>]*>[^<]", text)
+
+
+# What it shows.
+
+
+def asked(address: str, mode: str, **fields: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": KIM}], "temperature": 0, **fields}
+    reply = httpx.post(f"{address}{CHAT}", json=body | {"parse": {"mode": mode, "trace": True}}, timeout=60)
+    return dict(reply.raise_for_status().json())
+
+
+def struck(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each rejected part, and what of the answer stands before it."""
+    found = []
+    for verdict in report["verdicts"]:
+        tokens, before = 0, ""
+        for part in report["pieces"]:
+            if tokens < verdict["start"] + verdict["kept"]:
+                before += part["text"]
+            tokens += part["tokens"]
+        if verdict["rejected"]:
+            found.append((before, verdict["rejected"]))
+    return found
+
+
+def said(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
+    return "".join(text for kind, text in runs if kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("mode", "fields"),
+    [
+        ("full", {}),
+        ("rounds", {}),
+        ("progressive", {}),
+        ("exact", {}),
+        ("off", {}),
+        ("full", {"temperature": 0.9, "seed": 7, "max_tokens": 70}),
+    ],
+)
+def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, address, mode, fields):
+    asked(address, mode, **fields)  # both read the question before
+    told = asked(address, mode, **fields)
+    report = told["parse"]
+    page.open(address)
+    for name, value in fields.items():
+        page.write(f"#{name.replace('_', '-')}", str(value))
+    page.ask(KIM, mode=mode)
+    assert page.ended() == ["done"]
+
+    runs = page.runs()
+    assert said(runs, "accepted", "written") == told["choices"][0]["message"]["content"]
+    for kind, origin in (("accepted", "draft"), ("written", "target")):
+        assert said(runs, kind) == "".join(part["text"] for part in report["pieces"] if part["origin"] == origin)
+    shown = [
+        (said(runs[:place], "accepted", "written"), text)
+        for place, (kind, text) in enumerate(runs)
+        if kind == "rejected"
+    ]
+    assert shown == struck(report)
+    assert mode not in ("full", "rounds", "progressive") or (shown and said(runs, "accepted"))
+
+    for name in ("mode", "drafted", "accepted", "rejected", "written", "rounds", "retries"):
+        assert page.report(name) == str(report[name]), name
+    assert page.report("boundary") == str(report["boundary"] if report["boundary"] is not None else "none")
+    assert float(page.report("total_s")) >= float(page.report("first_s")) > 0
+
+    correct = [p for verdict in report["verdicts"] for p in verdict["correct"]]
+    points = page.run("return [...document.querySelectorAll('.cut')].map(c => c.dataset.p)")
+    assert len(points) == len(correct) == len(page.all(".curve tbody tr"))
+    expected = [p if p is None else pytest.approx(p, abs=1e-3) for p in correct]
+    assert [float(p) if p else None for p in points] == expected
+    stages = page.run("return [...document.querySelectorAll('.bar')].map(b => b.classList[1])")
+    assert sorted(stages) == sorted(stage["name"] for stage in report["stages"])
+
+
+def test_each_cut_lies_where_the_draft_was_cut(page, address):
+    """Of the windows of one draft, one after the other; of drafts of their own, each from its own beginning."""
+    page.open(address)
+    told = asked(address, "progressive")["parse"]
+    page.ask(KIM, mode="progressive")
+    page.ended()
+    cuts = [int(row.split()[1]) for row in page.run(TABLE)]
+    kept = sum(verdict["kept"] for verdict in told["verdicts"])
+    assert cuts == sorted(set(cuts)) and len(told["verdicts"]) > 1
+    assert [int(row.split()[1]) for row in page.run(TABLE) if row.endswith("stands")][-1] == kept
+    told = asked(address, "rounds")["parse"]
+    page.ask(KIM, mode="rounds")
+    page.ended()
+    rows = [row.split() for row in page.run(TABLE)]
+    assert [(int(row[0]), int(row[1])) for row in rows] == [
+        (number + 1, cut) for number, verdict in enumerate(told["verdicts"]) for cut in verdict["cuts"]
+    ]
+
+
+TABLE = """return [...document.querySelectorAll('.curve tbody tr')]
+    .map(row => [...row.cells].map(cell => cell.textContent).join(' '))"""
+
+
+def test_thresholds_are_sent_and_drawn(page, address):
+    page.open(address)
+    page.write("#full", "0.97")
+    page.write("#prefix", "0.5")
+    page.ask(KIM)
+    page.ended()
+    assert page.run("return [...document.querySelectorAll('.threshold-name')].map(t => t.textContent)") == [
+        "full 0.97",
+        "prefix 0.5",
+    ]
+    assert "Thresholds: full 0.97, prefix 0.5" in str(page.one(".curve svg").get_attribute("aria-label"))
+
+
+def test_a_draft_of_ones_own_takes_the_drafters_place(page, address):
+    page.open(address)
+    page.write("#prediction", "First, Uma scores 73")
+    page.ask(KIM, mode="exact")
+    page.ended()
+    assert page.runs()[0] == ("accepted", "First, Uma scores 73")
+    assert "exact, own draft" in page.one("#session-rows").text
+
+
+def test_two_modes_stand_side_by_side_and_the_speed_up_is_told(page, address):
+    page.open(address)
+    page.ask(KIM, mode="full", against="off")
+    assert page.ended() == ["done", "done"]
+    left, right = page.all(".pane")
+    assert left.rect["y"] == right.rect["y"] and left.rect["x"] < right.rect["x"]
+    assert said(page.runs(1), "written") == asked(address, "off")["choices"][0]["message"]["content"]
+    seconds = [float(page.report("total_s", pane)) for pane in (0, 1)]
+    ratio = float(page.one("#verdict b").text.removesuffix(TIMES))
+    assert ratio == pytest.approx(max(seconds) / min(seconds), rel=0.02)
+    rate = {
+        row.get_attribute("data-mode"): row.find_element("css selector", "td:nth-child(4)").text
+        for row in page.all("#session-rows tr")
+    }
+    shown = page.one("#session-rows tr[data-mode=full] [data-figure=speedup]").text
+    assert float(shown.removesuffix(TIMES)) == pytest.approx(int(rate["full"]) / int(rate["off"]), rel=0.02)
+    assert not page.one("#no-baseline").is_displayed()
+    assert page.run("return performance.getEntriesByType('resource').every(e => e.name.startsWith(location.origin))")
+    assert page.run("return performance.getEntriesByType('resource').length") > len(playground.ASSETS)
+    assert page.console() == []
+
+
+def test_there_is_no_speed_up_before_the_target_alone_was_measured(page, address):
+    page.open(address)
+    page.ask(KIM)
+    page.ended()
+    assert "not known yet" in page.one("#session-rows").text and page.one("#no-baseline").is_displayed()
+    page.one("#measure-off").click()
+    page.until(lambda: len(page.all(".pane")) == 2, "the target is asked")
+    assert page.ended() == ["done", "done"]
+    assert not page.one("#no-baseline").is_displayed()
+    assert page.one("#session-rows tr[data-mode=full] [data-figure=speedup]").text.endswith(TIMES)
+
+
+@pytest.mark.parametrize("example", range(6))
+def test_the_examples_are_what_their_names_say(address, page, example):
+    if example == 0:
+        page.open(address)
+        EXAMPLES[:] = page.run("return [...document.querySelectorAll('.example')].map(b => [b.textContent, b.title])")
+    name, question = EXAMPLES[example]
+    told = asked(address, "full", messages=[{"role": "user", "content": question}])["parse"]
+    share = told["accepted"] / told["drafted"]
+    low, high = {"half": (0.3, 0.7), "near": (0.6, 0.95), "doubt": (0.6, 0.99), "early": (0.1, 0.5)}.get(
+        next((word for word in ("half", "near", "doubt", "early") if word in name), ""),
+        (0.0, 0.0) if "wrong" in name else (1.0, 1.0),
+    )
+    assert low <= share <= high, name
+    if "doubt" in name:
+        assert any(0.1 < p < 0.9 for p in told["verdicts"][0]["correct"])
+
+
+EXAMPLES: list[list[str]] = []
+
+
+# As it comes.
+
+
+@dataclass
+class Slow:
+    """Says a part, and the rest when it may."""
+
+    may_go_on: threading.Event = field(default_factory=threading.Event)
+    left: threading.Event = field(default_factory=threading.Event)
+
+    async def __call__(self, _: Question) -> AsyncIterator[Event]:
+        try:
+            yield piece("A beginning ", "draft", 2)
+            yield Verdict(0, (0,) * 4, (2, 4), (0.99, 0.02), 2, "that was wrong")
+            while not self.may_go_on.is_set():
+                await asyncio.sleep(0.005)
+            for word in range(200):
+                yield piece(f"{word} ")
+            yield done(drafted=4, accepted=2, written=200)
+        finally:
+            self.left.set()
+
+
+def test_words_are_shown_as_they_come_and_told_once(page, pair):
+    slow = Slow()
+    with saying(pair, slow) as address:
+        page.open(address)
+        page.run(
+            """window.told = [];
+            new MutationObserver(() => told.push(document.getElementById('live').textContent))
+                .observe(document.getElementById('live'), {childList: true, characterData: true, subtree: true});"""
+        )
+        page.ask("Well?")
+        page.until(lambda: len(page.runs()) == 2, "the first words are shown before the last are written")
+        assert page.runs() == [("accepted", "A beginning "), ("rejected", "that was wrong")]
+        pane = page.one(".pane")
+        assert (pane.get_attribute("data-state"), pane.get_attribute("aria-busy")) == ("writing", "true")
+        assert len(page.all(".cut")) == 2  # so is what the judge thought of them
+        slow.may_go_on.set()
+        assert page.ended() == ["done"] and pane.get_attribute("aria-busy") == "false"
+        assert page.runs()[2] == ("written", "".join(f"{word} " for word in range(200)))
+        told = page.run("return told")
+        assert len(told) == 2 and "2 of 4 drafted tokens accepted, 200 written by the target" in told[-1]
+
+
+@pytest.mark.parametrize("way", ["Escape", "button"])
+def test_an_answer_can_be_stopped_and_what_had_come_stays(page, pair, way):
+    slow = Slow()
+    with saying(pair, slow) as address:
+        page.open(address)
+        page.ask("Well?", against="off")
+        page.until(lambda: page.runs(), "the first words")
+        if way == "Escape":
+            page.press(Keys.ESCAPE)
+        else:
+            page.one("#stop").click()
+        assert page.ended() == ["stopped", "stopped"]
+        assert slow.left.wait(20), "the server goes on for nobody"
+        assert said(page.runs(), "accepted") == "A beginning "
+        assert not page.one("#stop").is_enabled() and page.run("return document.activeElement.id") != "stop"
+        assert "Stopped" in str(page.one("#live").get_attribute("textContent"))
+        assert page.console() == []
+        slow.may_go_on.set()
+        page.ask("Again?")  # and it can be asked again
+        assert page.ended() == ["done"]
+
+
+def test_events_are_read_however_their_bytes_are_cut(page, address):
+    page.open(address)
+    stream = 'data: {"a":"ü𝄞"}\r\n\r\n: a comment\ndata: one\ndata:two\n\nevent: x\ndata: [DONE]\n\ndata: never ended'
+    script = """
+        const [text, size, tell] = arguments;
+        import('./playground/api.js').then(async ({events}) => {
+            const bytes = new TextEncoder().encode(text), found = [];
+            const parts = new ReadableStream({start(to) {
+                for (let at = 0; at < bytes.length; at += size) to.enqueue(bytes.slice(at, at + size));
+                to.close();
+            }});
+            for await (const data of events(parts)) found.push(data);
+            tell(found);
+        });"""
+    for size in (1, 2, 3, 7, 1000):
+        assert page.browser.execute_async_script(script, stream, size) == ['{"a":"ü𝄞"}', "one\ntwo", "[DONE]"]
+
+
+def test_what_was_rejected_finds_its_place_even_before_the_words_do(page, address):
+    page.open(address)
+    script = """
+        const [pieces, verdicts, tell] = arguments;
+        import('./playground/transcript.js')
+            .then(({runs}) => tell(runs(pieces, verdicts).map(run => [run.kind, run.text])));"""
+    pieces = [
+        dict(text="a b ", origin="draft", tokens=2),
+        dict(text="c", origin="target", tokens=1),
+        dict(text="", origin="target", tokens=1),
+        dict(text=" d", origin="draft", tokens=1),
+        dict(text="!", origin="draft", tokens=0),
+    ]
+    verdicts = [dict(start=0, kept=2, rejected="x"), dict(start=4, kept=1, rejected="y")]
+    expected = [
+        ["accepted", "a b "],
+        ["rejected", "x"],
+        ["written", "c"],
+        ["accepted", " d!"],
+        ["rejected", "y"],
+    ]
+    assert page.browser.execute_async_script(script, pieces, verdicts) == expected
+    assert page.browser.execute_async_script(script, pieces, verdicts[::-1]) == expected
+    assert page.browser.execute_async_script(script, pieces[:1], verdicts[:1]) == expected[:2]
+    assert page.browser.execute_async_script(script, [], verdicts) == []  # they wait for their words
+
+
+# What goes wrong.
+
+
+def failing(error: Exception, *before: Event) -> Script:
+    async def script(_: Question) -> AsyncIterator[Event]:
+        for event in before:
+            yield event
+        raise error
+
+    return script
+
+
+def problem(page: "Playground") -> str:
+    assert page.ended() == ["failed"]
+    box = page.one(".problem")
+    assert box.get_attribute("role") == "alert"
+    return str(box.text)
+
+
+@pytest.mark.parametrize(
+    ("script", "told", "shown"),
+    [
+        (failing(Overloaded(7)), "The server is busy.*Ask again in 7 seconds", ""),
+        (failing(RuntimeError("secret")), "The server failed.*Ask again", ""),
+        (failing(RuntimeError("secret"), piece("Half of")), "The answer broke off.*What had arrived stays", "Half of"),
+    ],
+    ids=["503", "500", "an error in the stream"],
+)
+def test_a_failure_says_what_to_do_and_leaves_what_had_come(page, pair, script, told, shown):
+    with saying(pair, script) as address:
+        page.open(address)
+        page.ask("Well?")
+        text = problem(page)
+        assert re.search(told, text, re.DOTALL) and "secret" not in text
+        assert said(page.runs(), "written") == shown
+        assert not page.one("#stop").is_enabled()
+
+
+def chunk(text: str) -> str:
+    delta = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    shown = {"piece": {"text": text, "origin": "target", "tokens": 1}}
+    return f"data: {json.dumps({'choices': [delta], 'parse': shown})}\n\n"
+
+
+def breaking(*, politely: bool) -> Response:
+    async def parts() -> AsyncIterator[str]:
+        yield chunk("Half of")
+        if not politely:
+            await asyncio.sleep(0.05)  # the half is on its way
+            raise ConnectionError("the server dies")
+
+    return StreamingResponse(parts(), media_type="text/event-stream")
+
+
+def refusing(status: int, message: str, code: str | None = None, **more: Any) -> Response:
+    return JSONResponse({"error": {"message": message, "code": code, "param": None, "type": "x"} | more}, status)
+
+
+@pytest.mark.parametrize(
+    ("chat", "told", "shown"),
+    [
+        (lambda: breaking(politely=False), "connection was lost.*What had arrived stays", "Half of"),
+        (lambda: breaking(politely=True), "stream was cut off.*What had arrived stays", "Half of"),
+        (lambda: Response("Internal Server Error", 500), "The server failed", ""),
+        (lambda: Response("Bad gateway", 502, media_type="text/html"), "The server failed", ""),
+        (lambda: refusing(401, "no", "no_keys"), "its own machine only.*through a tunnel", ""),
+        (lambda: refusing(404, "no", "model_not_found"), "does not take this", ""),
+        (lambda: refusing(413, "no", "too_long"), "too long.*Shorten", ""),
+        (lambda: refusing(504, "no", "timeout"), "too long", ""),
+        (lambda: refusing(400, HOSTILE, param="a']\"b"), "Change a'", ""),
+        (lambda: Response("data: no json\n\n", media_type="text/event-stream"), "cut off", ""),
+        (lambda: Response("data: [DONE]\n\n", media_type="text/event-stream"), "cut off", ""),
+    ],
+    ids="lost cut 500 502 no-keys 404 413 504 400 no-json empty".split(),
+)
+def test_a_server_that_does_not_behave_is_survived(page, chat, told, shown):
+    with answering(chat) as address:
+        page.open(address)
+        page.ask("Well?")
+        assert re.search(told, problem(page), re.DOTALL)
+        assert said(page.runs(), "written") == shown
+        assert page.run("return window.hacked") is None
+
+
+def test_a_server_that_is_gone_is_told_of(page, pair):
+    with saying(pair, Slow()) as address:
+        page.open(address)
+    page.ask("Well?")
+    assert "The connection was lost" in problem(page)
+
+
+def test_a_field_that_is_refused_is_marked(page, address):
+    page.open(address)
+    page.write("#prefix", "0.1")
+    page.ask(KIM)
+    assert "Change parse.prefix" in problem(page) and "at least 0.5" in problem(page)
+    assert page.run("return [...document.querySelectorAll('[aria-invalid]')].map(f => f.id)") == ["prefix"]
+    page.write("#prefix", "0.9")
+    page.ask(KIM)
+    assert page.ended() == ["done"] and not page.all("[aria-invalid]")
+
+
+def test_a_key_is_asked_for_sent_and_kept_in_this_tab_only(page, pair, monkeypatch):
+    monkeypatch.setenv("PARSE_API_KEYS", "open-sesame")
+    with served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address:
+        page.open(address)
+        assert page.one("#model").text == "A key is needed" and page.one("#key").is_displayed()
+        page.ask(KIM)
+        assert "Enter one of the server" in problem(page)
+        page.write("#key", "wrong")
+        page.ask()
+        assert "A key is needed" in problem(page)
+        page.write("#key", "open-sesame")
+        page.ask()
+        assert page.ended() == ["done"]
+        page.until(lambda: page.one("#model").text == MODEL, "the model is known")
+        elsewhere = page.run("return [JSON.stringify(localStorage), location.href, document.cookie].join()")
+        assert "sesame" not in elsewhere
+        assert page.one("#key").get_attribute("type") == "password"
+        page.open(address)
+        assert page.run("return document.getElementById('key').value") == "open-sesame"
+        assert page.one("#model").text == MODEL
+
+
+# Hostile text.
+
+
+def test_what_a_model_writes_never_becomes_markup(page, pair):
+    async def script(_: Question) -> AsyncIterator[Event]:
+        yield piece(HOSTILE, "draft", 3)
+        yield Verdict(0, (0,) * 6, (3, 6), (0.99, 0.01), 3, HOSTILE)
+        yield piece(HOSTILE)
+        yield done(drafted=6, accepted=3, written=1, fallback=Fallback("failed", HOSTILE))
+
+    with saying(pair, script, model=HOSTILE.strip()) as address:
+        page.open(address)
+        before = page.run("return document.querySelectorAll('img, script, svg *, iframe').length")
+        page.ask(HOSTILE, mode="full")
+        assert page.ended() == ["done"]
+        assert page.runs() == [("accepted", HOSTILE), ("rejected", HOSTILE), ("written", HOSTILE)]
+        assert page.report("fallback") == HOSTILE
+        assert page.run("return document.getElementById('model').textContent") == HOSTILE.strip()
+        assert page.run("return window.hacked") is None
+        assert page.run("return document.querySelectorAll('img, iframe, script:not([src])').length") == 0
+        assert before == 1  # the page's own script
+        isolated = "return [...document.querySelectorAll('.pane .run')].map(r => getComputedStyle(r).unicodeBidi)"
+        assert page.run(isolated) == ["isolate"] * 3
+        assert page.console() == []
+
+
+def test_the_browser_itself_would_refuse_what_slips_through(page, address):
+    page.open(address)
+    trying = """try { document.body.innerHTML = '<b>'; return 'taken' } catch (error) { return error.name }"""
+    assert page.run(trying) == "TypeError"
+    page.run("""const s = document.createElement('script'); s.setAttribute('src', 'data:,window.hacked=1');
+        try { document.head.append(s) } catch {}""")
+    assert page.run("return window.hacked") is None
+
+
+# Whoever uses it.
+
+
+def test_everything_can_be_done_from_the_keyboard(page, pair):
+    slow = Slow()
+    with saying(pair, slow) as address:
+        page.open(address)
+        page.run("document.activeElement.blur()")
+        reached = []
+        for _ in range(40):
+            page.press(Keys.TAB)
+            name = page.run("const a = document.activeElement; return a.id || a.className || a.textContent")
+            if name in reached[:1]:
+                break
+            assert page.run(
+                """const s = getComputedStyle(document.activeElement);
+                return s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 1"""
+            ), f"{name} does not show that it has the focus"
+            reached.append(name)
+            if name == "ask":
+                break
+        wanted = "skip theme question example mode compare temperature seed max-tokens ask".split()
+        assert [name for name in wanted if name in reached] == wanted
+        page.one("#question").clear()
+        page.press("Anybody there?", ASK)
+        page.until(lambda: page.runs(), "it is asked")
+        page.press(Keys.ESCAPE)
+        assert page.ended() == ["stopped"]
+        page.run("document.getElementById('mode').focus()")
+        page.press("off")
+        slow.may_go_on.set()
+        page.press(ASK)
+        page.until(lambda: page.ended() == ["done"], "asked again from a list of choices")
+        assert page.one("h3").text == "off"
+        page.run("document.getElementById('ask').focus()")
+        page.press(*[BACK] * 3, Keys.TAB)
+        assert page.run("return document.activeElement.matches(':focus-visible')")
+
+
+def test_every_control_has_a_name(page, address):
+    page.open(address)
+    page.ask(KIM)
+    page.ended()
+    nameless = page.run(
+        """return [...document.querySelectorAll('button, input, select, textarea, summary, [role=region], [role=img]')]
+            .filter(c => !(c.labels?.length || c.textContent.trim() || c.getAttribute('aria-label')))
+            .map(c => c.outerHTML)"""
+    )
+    assert nameless == []
+    assert page.run(
+        """const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
+        const named = [...document.querySelectorAll('[for], [aria-labelledby], [aria-describedby]')].flatMap(e =>
+            ['for', 'aria-labelledby', 'aria-describedby'].map(a => e.getAttribute(a)).filter(Boolean));
+        return new Set(ids).size === ids.length && named.every(id => ids.includes(id))"""
+    )
+    levels = page.run("return [...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1])")
+    assert levels[0] == 1 and all(after <= before + 1 for before, after in pairwise(levels))
+
+
+CONTRASTS = """
+    // The backgrounds of all that it stands on, in the order they are painted.
+    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const luminance = (layers) => {
+        for (const color of layers) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1) }
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255)
+            .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const under = (node) => node ? [...under(node.parentElement), getComputedStyle(node).backgroundColor] : [];
+    const shown = [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length);
+    return shown.map(e => {
+        const ground = under(e), style = getComputedStyle(e);
+        const ink = e instanceof SVGElement ? style.fill : style.color;
+        const [a, b] = [luminance(ground), luminance([...ground, ink])].sort((x, y) => y - x);
+        return [`${e.tagName} ${e.getAttribute('class') ?? ''} ${e.id}`, (a + 0.05) / (b + 0.05)];
+    })"""
+WORDS = (
+    ".run, p, label, legend, summary, h1, h2, h3, h4, dt, dd, small, th, td, .thin, .state, button:not(:disabled), "
+    "kbd, svg text, input, select:not(:disabled), textarea, .faint, .problem *"
+)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_words_can_be_read_in_both_themes(page, address, theme):
+    page.open(address)
+    while page.one("#theme-name").text != theme:
+        page.one("#theme").click()
+    page.write("#full", "0.97")
+    page.ask(KIM, mode="full")
+    page.ended()
+    page.write("#full", "0.1")
+    pale = dict(page.run(CONTRASTS, WORDS))
+    page.ask(KIM, mode="full")
+    page.ended()
+    pale |= dict(page.run(CONTRASTS, WORDS))
+    assert len(pale) > 40
+    assert {name: ratio for name, ratio in pale.items() if ratio < 4.5} == {}
+    page.open(address)
+    assert page.one("#theme-name").text == theme  # remembered
+    page.run("localStorage.clear()")
+
+
+def test_the_theme_is_the_systems_until_another_is_chosen(page, address):
+    page.open(address)
+
+    def dark(system: str) -> bool:
+        media = {"features": [{"name": "prefers-color-scheme", "value": system}]}
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        color = page.run("return getComputedStyle(document.documentElement).backgroundColor")
+        return int(re.findall(r"\d+", color)[0]) < 128
+
+    for system, name, shown in [("dark", "system", True), ("light", "system", False)]:
+        assert (dark(system), page.one("#theme-name").text) == (shown, name)
+    page.one("#theme").click()
+    assert page.one("#theme-name").text == "light" and not dark("dark")
+    page.one("#theme").click()
+    assert page.one("#theme-name").text == "dark" and dark("light")
+    page.one("#theme").click()
+    assert page.one("#theme-name").text == "system"
+
+
+def test_whoever_is_disturbed_by_motion_sees_none(page, pair):
+    slow = Slow()
+    with saying(pair, slow) as address:
+        page.open(address)
+        page.ask("Well?")
+        page.until(lambda: page.runs(), "the first words")
+        moves = "return getComputedStyle(document.querySelector('.state'), '::before').animationName"
+        for value, name in (("no-preference", "breathe"), ("reduce", "none")):
+            media = {"features": [{"name": "prefers-reduced-motion", "value": value}]}
+            page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            assert page.run(moves) == name
+        slow.may_go_on.set()
+        page.ended()
+
+
+@pytest.mark.parametrize("width", [360, 700, 1000, 2560])
+def test_it_fits_from_a_telephone_to_a_wall(page, pair, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+
+    async def script(_: Question) -> AsyncIterator[Event]:
+        yield piece("long" * 200 + "\n", "draft", 3)
+        yield Verdict(0, (0,) * 40, tuple(range(1, 41)), (0.99,) * 3 + (0.01,) * 37, 3, "wrong " * 100)
+        yield done(drafted=40, accepted=3)
+
+    with saying(pair, script) as address:
+        page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        page.open(address)
+        page.ask("Well?", against="rounds")
+        assert page.ended() == ["done", "done"]
+        page.until(lambda: len(page.all(".curve svg")) == 2, "the charts are drawn")
+        there, needed = page.run("return [innerWidth, document.documentElement.scrollWidth]")
+        assert needed <= there == width
+        beyond = """return [...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect())
+            .filter(r => r.right > innerWidth || r.left < 0).length"""
+        assert page.run(beyond) == 0
+
+
+def test_it_lies_under_any_prefix(page, pair):
+    inner = create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)
+    outer = FastAPI()
+    outer.mount("/some/prefix", inner)
+    with served(outer) as address:
+        page.open(f"{address}/some/prefix")
+        page.ask(KIM)
+        assert page.ended() == ["done"]
+        places = page.run("return performance.getEntriesByType('resource').map(e => new URL(e.name).pathname)")
+        assert places and all(place.startswith("/some/prefix/") for place in places)
+        assert page.console() == []
+
+
+def test_without_the_last_slash_of_a_prefix_one_is_led_there(pair, monkeypatch):
+    """As Ray Serve calls it: the path with its prefix, and the prefix as the root of it."""
+    monkeypatch.setenv("PARSE_API_KEYS", "a-key")
+    app = create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)
+
+    async def asked(path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app, root_path="/parse")
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.get(path)
+
+    led = asyncio.run(asked("/parse"))
+    assert (led.status_code, led.headers["location"]) == (307, "http://here/parse/")
+    assert asyncio.run(asked("/parse/")).status_code == 200
+    assert asyncio.run(asked("/parse/v1/models")).status_code == 401
+
+
+def test_how_the_server_is_doing_is_told(page, pair):
+    backend = LocalBackend(pair.pipeline)
+    for wrong, shown in [
+        ({}, "ready"),
+        ({"drafter": "it is away"}, "degraded, no drafter"),
+        ({"verifier": "it is away"}, "unavailable, no verifier"),
+    ]:
+        with served(create_app(replace(backend, wrong=wrong), ApiSettings(), MODEL)) as address:
+            page.open(address)
+            page.until(lambda shown=shown: page.one("#ready-text").text == shown, shown)
+            assert page.one("#ready").get_attribute("title") == "\n".join(f"{k}: {v}" for k, v in wrong.items())
