@@ -166,7 +166,7 @@ ALERTS = (
         comparison="> 0.2",
         holds="15m",
         severity="warning",
-        summary="{{ $value | humanizePercentage }} of audited answers of {{ $labels.application }} are not the target's.",
+        summary="{{ $value | humanizePercentage }} of the audits of {{ $labels.application }} disagree.",
         description=(
             "The target alone comes to other results than what it let pass. Raise full and prefix, and compare "
             "answers of mode full and off. Where many answers are right, a part of it is expected."

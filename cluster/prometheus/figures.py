@@ -44,6 +44,11 @@ def failures(view: View) -> str:
     return share_or_none(view.rate(metrics.REQUESTS, FAILURES), view.rate(metrics.REQUESTS, THEIR_OWN))
 
 
+def cut_short(view: View) -> str:
+    """Share of answers that ended at a limit."""
+    return share_or_none(view.rate(metrics.ANSWERS, 'finish="length"'), view.rate(metrics.ANSWERS))
+
+
 def overlap(view: View) -> str:
     """Of the time in which drafter or verifier worked, the share in which both did."""
     drafter, verifier, both = (view.rate(metrics.BUSY, f'part="{part}"') for part in ("drafter", "verifier", "both"))
@@ -125,3 +130,26 @@ def stage_of_answer(view: View) -> str:
     answers = grouped(view.count(metrics.ANSWER))
     kept = ", ".join(view.by)
     return f"{view.total(metrics.STAGE, by=('stage',))} / on ({kept}) group_left () ({answers} > 0)"
+
+
+def proposals_by_place(view: View) -> str:
+    """The places as two digits, so that they stand in order."""
+    accepted_at = proposals_accepted(view, ("position",))
+    return f'label_replace({accepted_at}, "position", "0$1", "position", "([0-9])")'
+
+
+def at_work(view: View) -> str:
+    """Share of a router's time, averaged over routers."""
+    return view.aggregated("avg", f"rate({view.series(metrics.BUSY)}[{view.window}])", ("part",))
+
+
+def rounds(view: View) -> str:
+    """Drafts for each answer that had one judged."""
+    judged = view.rate(metrics.VERDICTS, 'verdict!="skipped"', by=("mode",))
+    return share(view.rate(metrics.ROUNDS, by=("mode",)), judged)
+
+
+def reporting(view: View) -> tuple[str, str]:
+    """Routers, and engines, by a gauge that each of them has."""
+    routers, engines = view.series(metrics.PLACES), view.series(metrics.ENGINE_RUNNING)
+    return view.aggregated("count", routers, ("deployment",)), view.aggregated("count", engines, ("deployment",))

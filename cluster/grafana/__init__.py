@@ -1,0 +1,1 @@
+"""Dashboards, written with Grafana's own SDK."""

@@ -1,0 +1,125 @@
+"""What the four dashboards have in common: variables, links, rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.models.dashboard import (
+    Dashboard,
+    DashboardCursorSync,
+    DashboardLinkType,
+    VariableOption,
+    VariableRefresh,
+    VariableSort,
+)
+
+from cluster.grafana.panels import PROMETHEUS, Query, Shape
+from cluster.prometheus.queries import View
+from deployments import metrics
+from deployments.metrics import Histogram, Metric
+
+TAG = "parse"
+PREFIX, WINDOW = "${prefix}", "$__rate_interval"
+OF_SERVICE = View(PREFIX, WINDOW, {"application": "$application", "mode": "$mode"})
+OF_ENGINES = View(PREFIX, WINDOW, {"application": "$application", "deployment": "$deployment", "replica": "$replica"})
+# Grafana takes a text from both sides of " : " and trims it: the blank behind the first is an empty value.
+WAYS = "/metrics of the router :  ,Ray's pipeline : ray_"
+SERVICE_VARIABLES, ENGINE_VARIABLES = ("application", "mode"), ("application", "deployment", "replica")
+
+
+@dataclass(frozen=True)
+class Row:
+    title: str
+    panels: Sequence[Shape]
+
+
+@dataclass(frozen=True)
+class Board:
+    name: str
+    title: str
+    description: str
+    variables: Sequence[str]
+    rows: Sequence[Row]
+
+    def built(self) -> Dashboard:
+        board = (
+            dashboard.Dashboard(self.title)
+            .uid(f"parse-{self.name}")
+            .description(self.description)
+            .tags([TAG])
+            .refresh("10s")
+            .time("now-30m", "now")
+            .timezone("browser")
+            .tooltip(DashboardCursorSync.CROSSHAIR)
+            .editable()
+            .link(
+                dashboard.DashboardLink("PARSE")
+                .type(DashboardLinkType.DASHBOARDS)
+                .tags([TAG])
+                .include_vars(True)
+                .keep_time(True)
+            )
+            .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+            .with_variable(
+                dashboard.CustomVariable("prefix")
+                .label("By way of")
+                .values(WAYS)
+                .current(VariableOption(selected=True, text="/metrics of the router", value=""))
+            )
+        )
+        for name in self.variables:
+            board.with_variable(VARIABLES[name]())
+        for row in self.rows:
+            board.with_row(dashboard.Row(row.title))
+            for panel in row.panels:
+                board.with_panel(panel)
+        built = board.build()
+        for number, placed in enumerate(built.panels or (), start=1):
+            placed.id_val = number
+        return built
+
+
+def _asked(name: str, label: str, metric: Metric, within: str = "") -> dashboard.QueryVariable:
+    """All values that a label has."""
+    return (
+        dashboard.QueryVariable(name)
+        .label(label)
+        .datasource(PROMETHEUS)
+        .query(f"label_values({PREFIX}{metric.name}{within}, {name})")
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(VariableSort.ALPHABETICAL_ASC)
+        .multi(True)
+        .include_all(True)
+        .all_value(".*")
+        .current(ALL)
+    )
+
+
+def _modes() -> dashboard.CustomVariable:
+    values = ",".join(metrics.MODE["mode"])
+    return (
+        dashboard.CustomVariable("mode")
+        .label("Mode")
+        .values(values)
+        .multi(True)
+        .include_all(True)
+        .all_value(".*")
+        .current(ALL)
+    )
+
+
+ALL = VariableOption(selected=True, text="All", value="$__all")
+IN_APPLICATION = '{application=~"$application"}'
+VARIABLES = {
+    "application": lambda: _asked("application", "Application", metrics.REQUESTS),
+    "mode": _modes,
+    "deployment": lambda: _asked("deployment", "Model", metrics.ENGINE_STEPS, IN_APPLICATION),
+    "replica": lambda: _asked(
+        "replica", "Replica", metrics.ENGINE_STEPS, '{application=~"$application",deployment=~"$deployment"}'
+    ),
+}
+
+
+def percentiles(view: View, metric: Histogram, *, of: Sequence[int] = (50, 95, 99), where: str = "") -> list[Query]:
+    conditions = (where,) if where else ()
+    return [Query(view.quantile(percent / 100, metric, *conditions), f"p{percent}") for percent in of]

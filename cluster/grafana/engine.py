@@ -1,0 +1,252 @@
+"""What the engines of drafters and verifiers do, replica by replica."""
+
+from cluster.grafana.boards import ENGINE_VARIABLES, OF_ENGINES, Board, Row
+from cluster.grafana.panels import (
+    BAD,
+    CALM,
+    CAUTION,
+    GOOD,
+    PER_SECOND,
+    SHARE,
+    TOGETHER,
+    TOKENS_PER_SECOND,
+    About,
+    Query,
+    bars,
+    lines,
+    tile,
+)
+from cluster.prometheus import figures
+from deployments import metrics
+
+VIEW = OF_ENGINES
+OF_ROUTERS = VIEW.without("deployment").without("replica")
+EACH = ("deployment", "replica")
+NAMED = "{{deployment}} {{replica}}"
+
+NOW = Row(
+    "Now",
+    [
+        tile(
+            About(
+                "Tokens",
+                "Tokens that went through the models, a second: prompts, drafts, probes and what was written. Falling "
+                "under the same load: look at batch and prefix cache.",
+                TOKENS_PER_SECOND,
+            ),
+            VIEW.rate(metrics.ENGINE_TOKENS),
+            plain=TOGETHER,
+        ),
+        tile(
+            About(
+                "Passes",
+                "Forward passes a second, of all engines. None while calls are running: an engine hangs.",
+                PER_SECOND,
+            ),
+            VIEW.rate(metrics.ENGINE_STEPS),
+            plain=TOGETHER,
+        ),
+        tile(
+            About(
+                "Batch",
+                "Calls that share a pass, on average. Near 1 under load: requests come one by one, and the device is "
+                "used badly.",
+            ),
+            figures.batch(VIEW),
+            plain=TOGETHER,
+            decimals=1,
+        ),
+        tile(
+            About(
+                "Busy",
+                "Share of their time that engines spend in passes, on average. Near 100%: at their limit, add "
+                "replicas.",
+                SHARE,
+            ),
+            figures.busy(VIEW),
+            [(0.8, CAUTION), (0.95, BAD)],
+            plain=GOOD,
+        ),
+        tile(
+            About(
+                "Prefix cache",
+                "Share of tokens looked for that the prefix cache knew. Low: calls of a request do not meet the "
+                "replica that knows it, or memory is short.",
+                SHARE,
+            ),
+            figures.cache_hits(VIEW),
+            [(0.2, CAUTION), (0.5, GOOD)],
+            plain=BAD,
+        ),
+        tile(
+            About(
+                "Pages in use",
+                "Share of the pages for keys and values that running calls hold. Near 100%: calls have to wait for "
+                "memory, raise memory_mb.",
+                SHARE,
+            ),
+            figures.pages(VIEW, "used"),
+            [(0.8, CAUTION), (0.95, BAD)],
+            plain=GOOD,
+        ),
+    ],
+)
+
+PASSES = Row(
+    "Passes",
+    [
+        lines(
+            About(
+                "Tokens by replica",
+                "Tokens computed a second. Replicas of one deployment far apart: sessions weigh unevenly, or a device "
+                "is slow.",
+                TOKENS_PER_SECOND,
+            ),
+            Query(VIEW.rate(metrics.ENGINE_TOKENS, by=EACH), NAMED),
+        ),
+        lines(
+            About(
+                "Passes by replica",
+                "Forward passes a second. One at zero while calls are running: it hangs, and its health check will "
+                "replace it.",
+                PER_SECOND,
+            ),
+            Query(VIEW.rate(metrics.ENGINE_STEPS, by=EACH), NAMED),
+        ),
+        lines(
+            About(
+                "Batch by replica",
+                "Calls that share a pass, on average. The larger, the more is done with one reading of the weights; at "
+                "max_running calls begin to wait.",
+            ),
+            Query(figures.batch(VIEW, by=EACH), NAMED),
+        ),
+        lines(
+            About(
+                "Busy by replica",
+                "Share of its time that an engine spends in passes. At the dashed line it has nothing to give.",
+                SHARE,
+            ),
+            Query(figures.busy(VIEW, by=EACH), NAMED),
+            limit=(0.95, BAD),
+            most=1.0,
+        ),
+        lines(
+            About(
+                "Calls running",
+                "Calls an engine is at work on. Much below max_running while calls wait: memory is what they wait for.",
+            ),
+            Query(VIEW.gauge(metrics.ENGINE_RUNNING, by=EACH), NAMED),
+        ),
+        lines(
+            About(
+                "Calls waiting",
+                "Calls that wait for an engine. More than a few for minutes: add replicas, or memory.",
+            ),
+            Query(VIEW.gauge(metrics.ENGINE_WAITING, by=EACH), NAMED),
+        ),
+    ],
+)
+
+MEMORY = Row(
+    "Memory and prefix cache",
+    [
+        lines(
+            About(
+                "Pages",
+                "Pages for keys and values: used by running calls, idle (kept for those who come with the same "
+                "beginning), free. No idle and no free ones: calls wait for memory.",
+                "none",
+            ),
+            Query(VIEW.gauge(metrics.ENGINE_PAGES, by=("state",)), "{{state}}"),
+            stacked=True,
+        ),
+        lines(
+            About(
+                "Pages in use by replica",
+                "Share of an engine's pages that running calls hold. At the dashed line calls are set back or wait.",
+                SHARE,
+            ),
+            Query(figures.pages(VIEW, "used", by=EACH), NAMED),
+            limit=(0.95, BAD),
+            most=1.0,
+        ),
+        lines(
+            About(
+                "Evictions",
+                "Pages of the prefix cache that were given up for others, a second. Many while hits fall: too little "
+                "memory for the conversations there are.",
+                PER_SECOND,
+            ),
+            Query(VIEW.rate(metrics.ENGINE_EVICTIONS, by=EACH), NAMED),
+        ),
+        lines(
+            About(
+                "Prefix-cache hits by replica",
+                "Share of tokens looked for that an engine's prefix cache knew. A replica far below the others has "
+                "just started, or meets other conversations.",
+                SHARE,
+                width=12,
+            ),
+            Query(figures.cache_hits(VIEW, by=EACH), NAMED),
+            most=1.0,
+        ),
+        lines(
+            About(
+                "Prompts known already",
+                "Share of prompt tokens that the verifier knew when a request came. Low where clients hold long "
+                "conversations: set prompt_cache_key.",
+                SHARE,
+                width=12,
+            ),
+            Query(figures.known_prompt(OF_ROUTERS), "known"),
+            most=1.0,
+        ),
+    ],
+)
+
+PROPOSALS = Row(
+    "Token by token: what the target is offered and takes",
+    [
+        lines(
+            About(
+                "Proposed tokens",
+                "Tokens proposed to the target's token-by-token rule, a second, by the method that proposes. None: no "
+                "request asks for mode exact.",
+                TOKENS_PER_SECOND,
+            ),
+            Query(OF_ROUTERS.rate(metrics.PROPOSED, by=("method",)), "{{method}}"),
+            stacked=True,
+        ),
+        lines(
+            About(
+                "Accepted share by method",
+                "Share of proposed tokens that the target would have written itself. Low: the method does not know "
+                "the target's words.",
+                SHARE,
+            ),
+            Query(figures.proposals_accepted(OF_ROUTERS, by=("method",)), "{{method}}"),
+            most=1.0,
+        ),
+        bars(
+            About(
+                "Accepted share by place",
+                "Share of proposed tokens that were accepted, by their place in the proposal. It falls with the place; "
+                "where it nears zero, longer proposals are for nothing.",
+                SHARE,
+            ),
+            Query(figures.proposals_by_place(OF_ROUTERS), "{{position}}"),
+            [(0.3, CAUTION), (0.6, GOOD)],
+            plain=CALM,
+            most=1.0,
+        ),
+    ],
+)
+
+ENGINE = Board(
+    "engine",
+    "PARSE / Engine",
+    "What each replica computes, how full it is, and what its cache spares it.",
+    ENGINE_VARIABLES,
+    [NOW, PASSES, MEMORY, PROPOSALS],
+)

@@ -1,0 +1,216 @@
+"""The shapes that the dashboards' panels have, and the colours of what they show."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TypeVar
+
+from grafana_foundation_sdk.builders import bargauge, common, dashboard, heatmap, prometheus, stat, statetimeline
+from grafana_foundation_sdk.builders import timeseries as series
+from grafana_foundation_sdk.models.common import (
+    BarGaugeDisplayMode,
+    BigValueColorMode,
+    BigValueGraphMode,
+    GraphTresholdsStyleMode,
+    LegendDisplayMode,
+    LegendPlacement,
+    SortOrder,
+    StackingMode,
+    TooltipDisplayMode,
+    VisibilityMode,
+    VizOrientation,
+)
+from grafana_foundation_sdk.models.dashboard import (
+    DataSourceRef,
+    DynamicConfigValue,
+    FieldColorModeId,
+    Threshold,
+    ThresholdsMode,
+    ValueMap,
+    ValueMappingResult,
+)
+from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+from deployments.metrics import OF_ENGINES, OF_ROUTERS
+
+DRAFT, TARGET, REJECTED = "#2fb89d", "#9c82f5", "#e0675e"  # as on the playground
+TOGETHER, CAUTION, CALM = "#5aa0e6", "#e3a63a", "#8a93a6"
+GOOD, BAD = DRAFT, REJECTED
+
+# A series of that name has that colour wherever it is shown.
+COLOURS: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("accepted", "draft", "drafter", "Drafter", "whole", "agree", "rounds", "kept", "ok"), DRAFT),
+        **dict.fromkeys(("written", "write", "verifier", "Verifier", "off", "used"), TARGET),
+        **dict.fromkeys(("rejected", "none", "disagree", "failed", "not kept", "p99", "died"), REJECTED),
+        **dict.fromkeys(
+            ("judge", "both", "partial", "full", "idle", "p50", "Router", "running", "answering"), TOGETHER
+        ),
+        **dict.fromkeys(("queue", "waiting", "overloaded", "p95", "exact", "busy"), CAUTION),
+        **dict.fromkeys(("warm", "skipped", "left", "free", "auto", "dropped", "places", "does_not_pay"), CALM),
+        "progressive": "#8fc46b",
+        "timeout": "#d9822b",
+        "unavailable": "#b5485d",
+    }
+)
+LABEL_VALUES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        label: frozenset(
+            value for metric in (*OF_ROUTERS, *OF_ENGINES) for value in metric.labels.get(label, ()) if value in COLOURS
+        )
+        for label in {label for metric in (*OF_ROUTERS, *OF_ENGINES) for label in metric.labels}
+    }
+    | {"deployment": frozenset(("Router", "Drafter", "Verifier"))}
+)
+
+PROMETHEUS = DataSourceRef(type_val="prometheus", uid="${datasource}")
+SHARE, SECONDS, TIMES = "percentunit", "s", "suffix:x"
+PER_SECOND, TOKENS_PER_SECOND, REQUESTS_PER_SECOND = "suffix: /s", "suffix: tok/s", "reqps"
+
+Steps = Sequence[tuple[float, str]]
+S = TypeVar("S", series.Panel, stat.Panel, heatmap.Panel, bargauge.Panel, statetimeline.Panel)
+Shape = series.Panel | stat.Panel | heatmap.Panel | bargauge.Panel | statetimeline.Panel
+
+
+@dataclass(frozen=True)
+class Query:
+    expression: str
+    legend: str = ""
+
+    def names(self) -> frozenset[str]:
+        """Of its series, those that have a colour of their own."""
+        label = re.fullmatch(r"\{\{(\w+)\}\}", self.legend)
+        return LABEL_VALUES.get(label[1], frozenset()) if label else frozenset((self.legend,)) & COLOURS.keys()
+
+
+@dataclass(frozen=True)
+class About:
+    """What every panel tells of itself."""
+
+    title: str
+    description: str  # what it shows, and what a bad value means
+    unit: str = "short"
+    width: int = 8  # of 24
+    height: int = 8
+
+
+def tile(about: About, expression: str, steps: Steps = (), *, plain: str = CALM, decimals: int | None = None) -> Shape:
+    """One figure, large, one of six in a row; its colour says whether it is well."""
+    panel = (
+        _described(stat.Panel(), replace(about, width=4, height=5))
+        .with_target(_target(Query(expression), "A"))
+        .thresholds(_thresholds(steps, plain))
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
+        .color_mode(BigValueColorMode.VALUE)
+        .graph_mode(BigValueGraphMode.AREA)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        .no_value("-")
+    )
+    return panel if decimals is None else panel.decimals(decimals)
+
+
+def lines(
+    about: About,
+    *queries: Query,
+    stacked: bool = False,
+    limit: tuple[float, str] | None = None,
+    most: float | None = None,
+) -> Shape:
+    """Over time. The limit is drawn as a dashed line."""
+    panel = (
+        _described(series.Panel(), about)
+        .min(0)
+        .line_width(1 if stacked else 2)
+        .fill_opacity(45 if stacked else 8)
+        .show_points(VisibilityMode.NEVER)
+        .span_nulls(False)
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
+        .legend(
+            common.VizLegendOptions()
+            .show_legend(True)
+            .display_mode(LegendDisplayMode.LIST)
+            .placement(LegendPlacement.BOTTOM)
+            .calcs(["lastNotNull"])
+        )
+        .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING))
+    )
+    if stacked:
+        panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
+    if most is not None:
+        panel.max(most)
+    if limit:
+        panel.thresholds(_thresholds([limit], "transparent"))
+        panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.DASHED))
+    for at, query in enumerate(queries):
+        panel.with_target(_target(query, chr(ord("A") + at)))
+    for name in sorted(frozenset().union(*(query.names() for query in queries))):
+        panel.override_by_name(name, [DynamicConfigValue("color", {"mode": "fixed", "fixedColor": COLOURS[name]})])
+    return panel
+
+
+def heat(about: About, expression: str, colour: str) -> Shape:
+    """Where the values of a histogram lie, over time."""
+    return (
+        _described(heatmap.Panel(), about)
+        .with_target(_target(Query(expression, "{{le}}"), "A").format(PromQueryFormat.HEATMAP))
+        .calculate(False)
+        .color(heatmap.HeatmapColorOptions().mode(HeatmapColorMode.OPACITY).fill(colour).exponent(0.5).steps(64))
+        .y_axis(heatmap.YAxisConfig().unit(about.unit))
+        .cell_gap(1)
+        .filter_values(heatmap.FilterValueRange().le(1e-9))
+        .show_legend()
+        .show_tooltip()
+    )
+
+
+def bars(about: About, query: Query, steps: Steps = (), *, plain: str = CALM, most: float | None = None) -> Shape:
+    """One bar for each series, as it is now."""
+    panel = (
+        _described(bargauge.Panel(), about)
+        .with_target(_target(query, "A").instant())
+        .thresholds(_thresholds(steps, plain))
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
+        .display_mode(BarGaugeDisplayMode.BASIC)
+        .orientation(VizOrientation.VERTICAL)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        .min(0)
+        .no_value("-")
+    )
+    return panel if most is None else panel.max(most)
+
+
+def states(about: About, query: Query, words: Mapping[int, tuple[str, str]]) -> Shape:
+    """How long something was what: of each value, the word and the colour."""
+    results = {str(value): ValueMappingResult(text=word, color=colour) for value, (word, colour) in words.items()}
+    return (
+        _described(statetimeline.Panel(), about)
+        .with_target(_target(query, "A"))
+        .mappings([ValueMap(options=results)])
+        .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
+        .show_value(VisibilityMode.NEVER)
+        .merge_values(True)
+        .fill_opacity(70)
+        .legend(common.VizLegendOptions().show_legend(True).placement(LegendPlacement.BOTTOM))
+    )
+
+
+def _described(panel: S, about: About) -> S:
+    return (
+        panel.title(about.title)
+        .description(about.description)
+        .datasource(PROMETHEUS)
+        .unit(about.unit)
+        .span(about.width)
+        .height(about.height)
+    )
+
+
+def _target(query: Query, ref: str) -> prometheus.Dataquery:
+    return prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(ref).range()
+
+
+def _thresholds(steps: Steps, plain: str) -> dashboard.ThresholdsConfig:
+    found = [Threshold(value=None, color=plain), *(Threshold(value=value, color=colour) for value, colour in steps)]
+    return dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(found)
