@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from parse.engine.attention import MakeAttention
 from parse.engine.cache import Cache, Context
+from parse.engine.graphs import graphs_for
 from parse.engine.memory import Memory
 from parse.engine.model import Model
 from parse.engine.paged import PAGE, PagedAttention, attention_on
@@ -65,6 +67,8 @@ class Load:
     running: int
     waiting: int
     steps: int
+    step_calls: int  # requests in them, added up: over the steps, the mean batch
+    busy_s: float  # spent in them
     tokens: int  # computed
     prefix_tokens: int  # looked for in the cache
     prefix_hits: int  # and found there
@@ -86,12 +90,15 @@ class Engine:
         max_running: int,
         step_tokens: int,
         page_size: int | None = None,
+        graphs: bool = False,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
         """Memory for `contexts` rows of `capacity` tokens; at most `step_tokens` are computed in one pass.
 
         On a CPU a row lies in one piece. On other devices, or given a `page_size`, rows lie in small pages and take no
         more of them than they need, so that there may be more rows.
+
+        With `graphs`, steps of single tokens are recorded and replayed where the device can do that.
         """
         self.model, self.max_running, self.step_tokens = model, max_running, step_tokens
         self._after_step = after_step  # called whenever listeners may have been told something
@@ -104,12 +111,14 @@ class Engine:
         pages = contexts * capacity // page_size
         self._turns = CPU_TURNS if model.device.type == "cpu" else nullcontext()
         self.longest = min(capacity, pages * page_size)
-        self._memory = Memory(pages, page_size)
+        self._memory = Memory(pages + graphs, page_size)  # one that is nobody's
+        self._graphs = graphs_for(model, self._memory, pages, self.longest) if graphs else None
         self._cache = Cache(pages, page_size, self._memory.copy)
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._steps = self._tokens = 0
+        self._steps = self._step_calls = self._tokens = 0
+        self._busy_s = 0.0
         self._stopped = self._forgetful = False
         self._thread = threading.Thread(target=self._work, name=f"engine {model.name}", daemon=True)
         self._thread.start()
@@ -151,6 +160,8 @@ class Engine:
             running=len(self._running),
             waiting=len(self._waiting) + self._inbox.qsize(),
             steps=self._steps,
+            step_calls=self._step_calls,
+            busy_s=self._busy_s,
             tokens=self._tokens,
             prefix_tokens=cache.lookups,
             prefix_hits=cache.hits,
@@ -168,7 +179,10 @@ class Engine:
                     self._take_in()
                     self._admit()
                     if plan := self._granted(self._plan()):
+                        began = time.perf_counter()
                         self._run(plan)
+                        self._busy_s += time.perf_counter() - began
+                        self._step_calls += len(plan)
                     self._after_step()
         except BaseException as fault:
             logger.exception("the engine's thread died")
@@ -282,28 +296,38 @@ class Engine:
 
     def _forward(self, plan: Sequence[tuple[Job, Span]]) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
         """The tokens chosen and the logits at the wanted places of all spans, and where in them each span's lie."""
-        tokens: list[int] = []
-        positions: list[int] = []
         read: list[int] = []
         reads: list[tuple[int, int]] = []
         draws: list[Draw | None] = []
+        size = 0
         for job, span in plan:
-            start, places = len(tokens), _wanted(job, span)
-            tokens += span.tokens()
-            positions += span.positions()
+            places = _wanted(job, span)
             reads.append((len(read), len(read) + len(places)))
-            read += [start + place for place in places]
+            read += [size + place for place in places]
+            size += len(span)
             known = len(job.chosen)
             draws += job.ask.draws[known : known + len(places)] or [None] * len(places)
-        attention = self._make_attention(self._memory, [span for _, span in plan])
-        with self._turns:
-            logits = self.model.forward(tokens, positions, attention, None if len(read) == len(tokens) else read)
+        logits = self._logits([span for _, span in plan], None if len(read) == size else read)
         self._steps += 1
-        self._tokens += len(tokens)
+        self._tokens += size
         chosen = choose(logits, draws)
         if -1 in chosen:
             raise NumericalError("the model returned logits that are not finite")
         return chosen, logits, reads
+
+    def _logits(self, spans: Sequence[Span], read: Sequence[int] | None) -> Tensor:
+        """[entries, vocabulary], at the entries in `read`, or all."""
+        alike = read is None and all(len(span) == 1 and span.causal for span in spans)
+        if alike and self._graphs and (logits := self._graphs.replay(spans)) is not None:
+            return logits
+        tokens = [token for span in spans for token in span.tokens()]
+        positions = [position for span in spans for position in span.positions()]
+        attention = self._make_attention(self._memory, spans)
+        with self._turns:
+            logits = self.model.forward(tokens, positions, attention, read)
+        if alike and self._graphs:
+            self._graphs.record(spans, logits)
+        return logits
 
     def _advance(self, job: Job, answer: Answer | None) -> None:
         """Lets the program decide on an answer (None: start it), and takes what it asks next."""

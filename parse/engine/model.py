@@ -42,8 +42,9 @@ class Model:
         refuse_unsupported(network)
         self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
         self.device: torch.device = next(network.get_input_embeddings().parameters()).device
-        spread = any(parameter.device != self.device for parameter in network.parameters())
-        self._index_device = torch.device("cpu") if spread else self.device  # an index serves a tensor on any device
+        self.spread = any(parameter.device != self.device for parameter in network.parameters())
+        # An index serves a tensor on any device.
+        self._index_device = torch.device("cpu") if self.spread else self.device
         config = network.config.get_text_config()
         self.vocabulary: int = config.vocab_size
         speed_up(network, linears=not int8)
@@ -86,7 +87,11 @@ class Model:
         """Logits at the entries in `read` (None: at all), [entries, vocabulary], in float32."""
         rows = torch.tensor([tokens, positions], device=self.device)
         keep = 0 if read is None else torch.tensor(read, dtype=torch.long, device=self._index_device)
-        out = self.network(input_ids=rows[:1], position_ids=rows[1:], use_cache=False, logits_to_keep=keep, step=step)
+        return self.logits(rows[:1], rows[1:], step, keep)
+
+    def logits(self, tokens: Tensor, positions: Tensor, step: Attention, keep: Tensor | int) -> Tensor:
+        """The same of tensors, tokens and positions [1, T]; `keep` is an index, or 0 for all."""
+        out = self.network(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep, step=step)
         logits: Tensor = out.logits[0]
         return logits.float()
 

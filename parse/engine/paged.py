@@ -114,7 +114,7 @@ class _Texts:
     keys: Tensor  # [spans], how many
     pages: Tensor  # [spans, pages]
     most_queries: int
-    most_keys: int
+    most_keys: int  # or more
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
         """query [T, heads, width], keys and values [pages, page size, key heads, width] -> [T, heads, width]."""
@@ -142,6 +142,44 @@ class _Texts:
         )
         assert isinstance(out, Tensor)
         return out
+
+
+class CannotReplay(RuntimeError):
+    """Of a step that cannot be recorded and replayed."""
+
+
+class DecodingAttention:
+    """Single tokens at the ends of their rows, told of by tensors alone.
+
+    What is done, and with which arguments, depends on the tensors' shapes and not on what they hold.
+    """
+
+    def __init__(self, memory: Memory, lengths: Tensor, pages: Tensor) -> None:
+        """lengths [rows], pages [rows, most], both long and on the device"""
+        self._memory = memory
+        rows, size = len(lengths), memory.page_size
+        last = lengths - 1
+        self._slots = pages.gather(1, (last // size)[:, None])[:, 0] * size + last % size
+        bounds = torch.arange(rows + 1, device=lengths.device, dtype=torch.int32)
+        self._texts = _Texts(
+            size=rows,
+            query_bounds=bounds,
+            key_bounds=torch.cat([bounds[:1], lengths.cumsum(0).int()]),
+            keys=lengths.int(),
+            pages=pages.int(),
+            most_queries=1,
+            most_keys=pages.shape[1] * size,
+        )
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        self._memory.write(layer, self._slots, key, value)
+        keys, values = self._memory.paged(layer)
+        asked = query[0].transpose(0, 1)  # [T, heads, width]
+        if not kernel_serves(asked, values):  # the other way lays out masks by what is in them
+            raise CannotReplay("its attention does not go by the kernel that reads pages")
+        return self._texts.attend(asked, keys, values, scale, window).unsqueeze(0)
 
 
 class _Gathered:

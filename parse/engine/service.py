@@ -25,7 +25,7 @@ PROBE_ROOM = 1024  # tokens beyond the longest context, for the probes hung on i
 class ModelService:
     """One model, many callers. Every call stands alone: what calls share they find in the cache."""
 
-    def __init__(self, settings: EngineSettings, model: Model | None = None) -> None:
+    def __init__(self, settings: EngineSettings, model: Model | None = None, *, graphs: bool = False) -> None:
         """Loads the model that the settings name, unless it is given."""
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -48,6 +48,7 @@ class ModelService:
             capacity=tokens // contexts,  # small pages make use of the odd rest
             max_running=settings.max_running,
             step_tokens=settings.step_tokens,
+            graphs=graphs,
             after_step=self._bell.ring,
         )
 
