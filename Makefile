@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup serve test lint models evaluate docs lock clean
+.PHONY: help setup serve monitoring test tools lint models evaluate docs dashboards lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,7 +26,13 @@ lint: setup  ## style, types and the direction of imports
 serve: setup  ## the demo pair behind the OpenAI API on port 8000, until Ctrl-C
 	$(BIN)/python -m deployments
 
-test: lint  ## lint, then every test
+monitoring: setup  ## Prometheus, and Grafana where it is installed, beside `make serve`, until Ctrl-C
+	$(BIN)/python -m cluster.monitoring $(if $(PORT),--port $(PORT))
+
+tools:  ## Debian's Prometheus and Chromium, which some tests run (as root; else it says what is missing)
+	@cluster/tools.sh
+
+test: lint tools  ## lint, then every test
 	$(BIN)/pytest
 
 models: setup  ## train the demo pair again (about an hour on two cores; goes on where it was interrupted)
@@ -35,8 +41,13 @@ models: setup  ## train the demo pair again (about an hour on two cores; goes on
 evaluate: setup  ## measure the demo pair
 	$(BIN)/python -m training.evaluate --problems 500 --seed 7
 
-docs: setup  ## write docs/configuration.md from the settings
+docs: setup  ## write the pages that are made from code
 	$(BIN)/python -m deployments.reference > docs/configuration.md
+	$(BIN)/python -m deployments.metrics_reference > docs/metrics.md
+
+dashboards: setup  ## write Grafana's dashboards and Prometheus' rules from cluster/
+	$(BIN)/python -m cluster.grafana
+	$(BIN)/python -m cluster.prometheus
 
 lock: setup  ## pin what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock

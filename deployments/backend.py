@@ -1,8 +1,13 @@
 """What the HTTP side needs of whoever answers."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from opentelemetry.context import Context
+
+from deployments.exposition import Figures
+from deployments.metrics import LostCause, Meters
 from parse.pipeline import Pipeline
 
 
@@ -11,7 +16,13 @@ class Session:
     """Calls that belong together: they meet the same replica, until one is lost with it."""
 
     key: str
-    retries: int = 0
+    request_id: str = ""
+    trace: Context | None = None  # of the answer they are made for
+    lost: list[LostCause] = field(default_factory=list)
+
+    @property
+    def retries(self) -> int:
+        return len(self.lost)
 
     @property
     def id(self) -> str:
@@ -28,4 +39,15 @@ class Backend(Protocol):
 
     def troubles(self) -> dict[str, str]:
         """Which part does not answer at the moment, and what is wrong with it."""
+        ...
+
+    @property
+    def meters(self) -> Meters: ...
+
+    def measure(self) -> None:
+        """Tells the figures that are not told as things happen."""
+        ...
+
+    async def others(self) -> Sequence[Figures]:
+        """The figures of all other replicas that can be reached in time."""
         ...

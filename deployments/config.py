@@ -1,5 +1,6 @@
 """What an operator may set: the `args` of an application in serve_config.yaml."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,6 +48,38 @@ class ApiSettings(Settings):
         return ["off" if mode is False else mode for mode in modes] if isinstance(modes, list) else modes
 
 
+class AuditSettings(Settings):
+    """Answers with accepted drafts, asked again of the target alone: the running price of being lossy."""
+
+    share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="The share of them that is audited, at moments when the service has nothing else to do.",
+    )
+    result: str | None = Field(
+        None,
+        min_length=1,
+        description="A regular expression for what counts in an answer: its last match, or the groups of that. Two "
+        "answers agree where it is the same. Without one, or where the target's answer has no match, `gap` decides.",
+    )
+    gap: float = Field(
+        0.5,
+        ge=0,
+        description="They also agree where the target finds its own answer likelier by no more than that: the mean "
+        "log-probability of a token, the difference.",
+    )
+
+    @field_validator("result")
+    @classmethod
+    def _compiles(cls, result: str | None) -> str | None:
+        try:
+            re.compile(result or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from error
+        return result
+
+
 class AppSettings(Settings):
     """The pair, how drafts are judged, and the API. Replicas, autoscaling and resources stand in `deployments`."""
 
@@ -56,6 +89,7 @@ class AppSettings(Settings):
         MethodSettings(), description="What is not set is taken from parse.json beside the target, where there is one."
     )
     api: ApiSettings = Field(ApiSettings(), description="What clients may ask for, and how many of them at once.")
+    audit: AuditSettings = Field(AuditSettings(), description="How often the price of being lossy is measured.")
 
     @property
     def model_name(self) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from deployments.gate import Overloaded
+from deployments.journal import account_of
 from deployments.openai import ChatRequest, CompletionRequest, ErrorBody, Failure
 from parse.prompts import TemplateError
 from parse.types import EngineStopped, RequestError
@@ -80,8 +81,10 @@ def _encodable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-async def respond(_: HttpRequest, error: Exception) -> JSONResponse:
-    return api_error(error).response()
+async def respond(request: HttpRequest, error: Exception) -> JSONResponse:
+    told = api_error(error)
+    account_of(request.scope).failed(told.status, told.body.error.code)
+    return told.response()
 
 
 def invalid(errors: Sequence[Any]) -> ApiError:

@@ -27,15 +27,33 @@ class Gate:
         self.free = places
         self._line: deque[tuple[int, asyncio.Event]] = deque()  # places wanted; is it let in?
         self._mean_s = 1.0  # a request's time inside
+        self._rests, self._wanted = asyncio.Event(), asyncio.Event()
+        self._rests.set()
 
     @property
     def waiting(self) -> int:
         return len(self._line)
 
+    async def rests(self, seconds: float) -> None:
+        """Comes back when nobody has been inside for that long."""
+        while True:
+            await self._rests.wait()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._wanted.wait()
+            except TimeoutError:
+                return
+
+    async def is_wanted(self) -> None:
+        """Comes back when somebody is inside."""
+        await self._wanted.wait()
+
     @asynccontextmanager
     async def entered(self, count: int) -> AsyncIterator[None]:
         """Holds that many places."""
         await self._enter(count)
+        self._rests.clear()
+        self._wanted.set()
         started = time.monotonic()
         try:
             yield
@@ -43,6 +61,9 @@ class Gate:
             self._mean_s += WEIGHT * (time.monotonic() - started - self._mean_s)
             self.free += count
             self._let_in()
+            if self.free == self.places:
+                self._wanted.clear()
+                self._rests.set()
 
     async def _enter(self, count: int) -> None:
         if not self._line and count <= self.free:

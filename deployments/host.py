@@ -1,11 +1,15 @@
 """A model in a replica of its own: on the devices it was given, warmed up, and watched."""
 
+import asyncio
 import os
 import time
 from dataclasses import dataclass
 
 import ray
 
+from deployments import logs, metrics
+from deployments.exposition import Figures
+from deployments.metrics import TELL_EVERY_S, Meters
 from parse.config import EngineSettings
 from parse.engine.engine import Load
 from parse.engine.service import ModelService
@@ -30,9 +34,12 @@ class Host:
     """What drafters and verifiers have in common."""
 
     def __init__(self, settings: EngineSettings) -> None:
+        logs.join_serve()
         hide_gpus_not_given()
         self.service = ModelService(settings)
         self._steps, self._progressed = 0, time.monotonic()
+        self._meters = Meters(metrics.OF_ENGINES, deployment=type(self).__name__)
+        self._telling: asyncio.Task[None] | None = None
 
     async def warm_up(self) -> None:
         """What is done only once, before anybody waits for it: kernels compiled, memory touched."""
@@ -44,6 +51,7 @@ class Host:
         async for _ in self.service.generate(prompt, sampling=greedy):
             pass
         self.service.engine.forget()
+        self._telling = asyncio.create_task(self._keep_telling())
 
     def check_health(self) -> None:
         """Raises where only a new replica helps; Ray Serve asks, and replaces this one."""
@@ -60,6 +68,30 @@ class Host:
 
     async def load(self) -> Load:
         return self.service.load
+
+    async def figures(self) -> Figures:
+        self._measure()
+        return self._meters.figures()
+
+    async def _keep_telling(self) -> None:
+        while True:
+            self._measure()
+            await asyncio.sleep(TELL_EVERY_S)
+
+    def _measure(self) -> None:
+        load, meters = self.service.load, self._meters
+        meters.set(metrics.ENGINE_RUNNING, load.running)
+        meters.set(metrics.ENGINE_WAITING, load.waiting)
+        meters.set(metrics.ENGINE_PAGES, load.pages_used - load.pages_idle, state="used")
+        meters.set(metrics.ENGINE_PAGES, load.pages_idle, state="idle")
+        meters.set(metrics.ENGINE_PAGES, load.pages - load.pages_used, state="free")
+        meters.reach(metrics.ENGINE_STEPS, load.steps)
+        meters.reach(metrics.ENGINE_BATCHED, load.step_calls)
+        meters.reach(metrics.ENGINE_TOKENS, load.tokens)
+        meters.reach(metrics.ENGINE_BUSY, load.busy_s)
+        meters.reach(metrics.ENGINE_LOOKED, load.prefix_tokens)
+        meters.reach(metrics.ENGINE_FOUND, load.prefix_hits)
+        meters.reach(metrics.ENGINE_EVICTIONS, load.evictions)
 
     async def describe(self) -> Description:
         model = self.service.model

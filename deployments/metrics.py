@@ -11,13 +11,15 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 import prometheus_client as prometheus
-from prometheus_client.metrics_core import Metric as Family
 from ray import serve
 
+from deployments.exposition import Figures, Origin
 from parse.protocol import Mode, StageName
 from parse.types import FallbackCause, Finish
 
 prometheus.disable_created_metrics()  # a second series for each, of no use to us
+
+RAY: Any = serve.metrics  # its types know of one label only
 
 Labels = Mapping[str, tuple[str, ...]]
 Outcome = Literal["ok", "invalid", "unauthorized", "overloaded", "unavailable", "timeout", "left", "failed"]
@@ -28,6 +30,8 @@ AuditResult = Literal["agree", "disagree", "dropped"]
 Part = Literal["drafter", "verifier", "both"]
 PageState = Literal["used", "idle", "free"]
 
+TELL_EVERY_S = 5.0  # Ray forgets a gauge that is not told again for 20 s
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
 GAPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -36,7 +40,7 @@ TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 POSITIONS = (*map(str, range(1, 17)), "17+")
 
-MODE: dict[str, tuple[str, ...]] = {"mode": get_args(Mode)}
+MODE: dict[str, tuple[str, ...]] = {"mode": tuple(mode for mode in get_args(Mode) if mode != "auto")}  # what was done
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Counter:
             made.labels(*values)  # it starts from zero, or the first of its kind would be missed by rate()
         return made
 
-    def to_ray(self) -> serve.metrics.Counter:
-        return serve.metrics.Counter(self.name, self.help, tuple(self.labels))
+    def to_ray(self) -> Any:
+        return RAY.Counter(self.name, self.help, tuple(self.labels))
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Gauge:
     def here(self, registry: prometheus.CollectorRegistry) -> prometheus.Gauge:
         return prometheus.Gauge(self.name, self.help, tuple(self.labels), registry=registry)
 
-    def to_ray(self) -> serve.metrics.Gauge:
-        return serve.metrics.Gauge(self.name, self.help, tuple(self.labels))
+    def to_ray(self) -> Any:
+        return RAY.Gauge(self.name, self.help, tuple(self.labels))
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Histogram:
     def here(self, registry: prometheus.CollectorRegistry) -> prometheus.Histogram:
         return prometheus.Histogram(self.name, self.help, tuple(self.labels), registry=registry, buckets=self.buckets)
 
-    def to_ray(self) -> serve.metrics.Histogram:
-        return serve.metrics.Histogram(self.name, self.help, list(self.buckets), tuple(self.labels))
+    def to_ray(self) -> Any:
+        return RAY.Histogram(self.name, self.help, list(self.buckets), tuple(self.labels))
 
 
 Metric = Counter | Gauge | Histogram
@@ -241,13 +245,18 @@ OF_ENGINES: tuple[Metric, ...] = (
 
 
 class Meters:
-    """The figures of one process."""
+    """The figures of one replica, or of a process of its own."""
 
-    def __init__(self, metrics: Sequence[Metric]) -> None:
+    def __init__(self, metrics: Sequence[Metric], *, deployment: str) -> None:
+        context = serve.context._get_internal_replica_context()
+        self.origin = (
+            Origin("local", deployment, "local")
+            if context is None
+            else Origin(context.app_name, context.deployment, context.replica_tag)
+        )
         self._registry = prometheus.CollectorRegistry()
         self._here: dict[str, Any] = {metric.name: metric.here(self._registry) for metric in metrics}
-        in_ray = serve.context._get_internal_replica_context() is not None
-        self._to_ray: dict[str, Any] = {metric.name: metric.to_ray() for metric in metrics} if in_ray else {}
+        self._to_ray: dict[str, Any] = {metric.name: metric.to_ray() for metric in metrics} if context else {}
         self._reached: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def add(self, metric: Counter, amount: float = 1, **labels: str) -> None:
@@ -273,8 +282,8 @@ class Meters:
         if self._to_ray:
             self._to_ray[metric.name].observe(value, labels)
 
-    def families(self) -> list[Family]:
-        return list(self._registry.collect())
+    def figures(self) -> Figures:
+        return Figures(self.origin, list(self._registry.collect()))
 
     def _labelled(self, metric: Metric, labels: Mapping[str, str]) -> Any:
         for name, value in labels.items():

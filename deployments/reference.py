@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from ray.serve import Application, Deployment
 
 from deployments.app import build
-from deployments.config import ApiSettings, AppSettings
+from deployments.config import ApiSettings, AppSettings, AuditSettings
 from parse.config import EngineSettings, MethodSettings
 
 PLAIN: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -94,6 +94,7 @@ def page() -> str:
             "set here goes before them.",
         ),
         section("`api`", ApiSettings),
+        section("`audit`", AuditSettings),
         RESOURCES + table(("", *PROPERTIES), [deployment_row(found) for found in made_by_default()]) + MORE_RESOURCES,
     ]
     return "\n".join(parts)

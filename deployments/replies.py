@@ -40,15 +40,23 @@ class Answer:
     prompt_tokens: int
     session: Session
     arrived: float  # seconds since 1970
+    streamed: bool = False
     waited_s: float = 0.0  # from its arrival until it was begun
+    gaps: list[float] = field(default_factory=list)  # between two parts of a stream, for a token of the later one
     pieces: list[Piece] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     done: Done | None = None
+    _spoke: float | None = None
 
     def take(self, event: Event) -> None:
         match event:
             case Piece():
                 self.pieces.append(event)
+                if self.streamed and event.ids:
+                    now = time.perf_counter()
+                    if self._spoke is not None:
+                        self.gaps.append((now - self._spoke) / len(event.ids))
+                    self._spoke = now
             case Verdict():
                 self.verdicts.append(event)
             case Done():

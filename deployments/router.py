@@ -9,11 +9,17 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from transformers import AutoTokenizer
 
+from deployments import logs, metrics
 from deployments.backend import Session
 from deployments.config import AppSettings
+from deployments.exposition import Figures
+from deployments.gathering import gathered
 from deployments.host import Description
 from deployments.http import create_app
-from deployments.remote import RemoteDrafter, RemoteVerifier, Watch
+from deployments.metrics import Meters
+from deployments.overlap import Overlap
+from deployments.remote import RemoteDrafter, RemoteVerifier
+from deployments.watch import Watch
 from parse.config import MethodSettings
 from parse.pipeline import Pipeline
 from parse.prompts import check_ids
@@ -26,6 +32,7 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: AppSettings, verifier: DeploymentHandle, drafter: DeploymentHandle | None
     ) -> None:
+        logs.join_serve()
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it needs no GPU and takes no memory of one
         self._settings = settings
         target = settings.target.model
@@ -34,9 +41,12 @@ class Router:
         check = check_ids(tokenizer, method.check_question, method.correct, method.incorrect)
         self._verifier, self._drafter = verifier, drafter
         longest = (await verifier.describe.remote()).max_context
-        self._watches = {"verifier": Watch("verifier", verifier)}
+        self._overlap = Overlap()
+        self._meters = Meters(metrics.OF_ROUTERS, deployment="Router")
+        self._routers = serve.get_deployment_handle(self._meters.origin.deployment, self._meters.origin.application)
+        self._watches = {"verifier": Watch("verifier", verifier, self._overlap)}
         if drafter is not None:
-            self._watches["drafter"] = Watch("drafter", drafter)
+            self._watches["drafter"] = Watch("drafter", drafter, self._overlap)
         self._pipeline = Pipeline(
             verifier=RemoteVerifier(verifier, Session(""), self._watches["verifier"]),
             tokenizer=tokenizer,
@@ -46,11 +56,38 @@ class Router:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self, self._settings.api, self._settings.model_name)
+        return create_app(self, self._settings.api, self._settings.model_name, self._settings.audit)
 
     async def describe(self) -> Description:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return Description(self._settings.model_name, "none", visible, self._pipeline.longest or 0, os.getpid())
+
+    async def figures(self) -> Figures:
+        return self._meters.figures()
+
+    @property
+    def meters(self) -> Meters:
+        return self._meters
+
+    def measure(self) -> None:
+        overlap = self._overlap
+        overlap.tell()
+        for part, seconds in (
+            ("drafter", overlap.drafter_s),
+            ("verifier", overlap.verifier_s),
+            ("both", overlap.both_s),
+        ):
+            self._meters.reach(metrics.BUSY, seconds, part=part)
+        for name, watch in self._watches.items():
+            self._meters.set(metrics.TROUBLE, watch.trouble is not None, part=name)
+
+    async def others(self) -> list[Figures]:
+        """A scrape reaches one router only: it tells of all."""
+        handles = {"Verifier": self._verifier, "Router": self._routers}
+        if self._drafter is not None:
+            handles["Drafter"] = self._drafter
+        own = self._meters.origin
+        return [found for found in await gathered(handles, self._meters) if found.origin != own]
 
     @property
     def pipeline(self) -> Pipeline:

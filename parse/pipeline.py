@@ -395,7 +395,14 @@ class _Answer:
         self._say(ids[start:kept], "draft", judged.logprobs[start:kept], ends=whole, whole=text)
         rejected = "" if whole else self._decoded(ids[kept:])
         self.events.put_nowait(
-            Verdict(len(before) + start, ids[start:], tuple(cuts), judged.correct, kept - start, rejected)
+            Verdict(
+                len(before) + start,
+                ids[start:],
+                tuple(cut - start for cut in cuts),
+                judged.correct,
+                kept - start,
+                rejected,
+            )
         )
 
     def _say(

@@ -78,7 +78,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was made of a draft: the first `kept` of its tokens stand."""
+    """What was made of a draft, or of a window of one: the first `kept` of its tokens stand."""
 
     start: int  # tokens of the answer before it
     draft: tuple[int, ...]

@@ -11,6 +11,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from deployments.backend import Session
+from deployments.exposition import Figures
+from deployments.metrics import OF_ROUTERS, Meters
 from parse.pipeline import Pipeline
 
 
@@ -18,12 +20,19 @@ from parse.pipeline import Pipeline
 class LocalBackend:
     pipeline: Pipeline
     wrong: dict[str, str] = field(default_factory=dict)
+    meters: Meters = field(default_factory=lambda: Meters(OF_ROUTERS, deployment="Router"))
 
     def session_pipeline(self, _: Session) -> Pipeline:
         return self.pipeline
 
     def troubles(self) -> dict[str, str]:
         return self.wrong
+
+    def measure(self) -> None:
+        pass
+
+    async def others(self) -> list[Figures]:
+        return []
 
 
 @contextmanager

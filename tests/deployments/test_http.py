@@ -19,8 +19,9 @@ import pytest
 from openai import OpenAI
 from starlette.requests import ClientDisconnect
 
+from deployments.asking import Asked, Reader
 from deployments.config import ApiSettings
-from deployments.http import Asked, Serving, create_app
+from deployments.http import create_app
 from deployments.openai import ChatRequest, CompletionRequest
 from parse.local import LocalPair
 from parse.protocol import Verifier
@@ -261,7 +262,7 @@ def test_clients_that_leave_while_they_send_are_forgotten(pair):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/v2", 404),
         ("GET", "/v1", 404),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/v1/models/other", 404),
@@ -547,10 +548,10 @@ def test_a_stream_that_nobody_reads_frees_the_engine(pair, raw):
 
 
 def understood(pair: LocalPair, body: dict[str, Any], **settings: Any) -> Asked:
-    serving = Serving(LocalBackend(pair.pipeline), ApiSettings(**settings), MODEL)
+    reader = Reader(pair.pipeline, ApiSettings(**settings), MODEL)
     if "prompt" in body:
-        return asyncio.run(serving.completion(CompletionRequest.model_validate({"model": MODEL} | body)))
-    return asyncio.run(serving.chat(ChatRequest.model_validate({"model": MODEL, "messages": HELLO} | body)))
+        return asyncio.run(reader.completion(CompletionRequest.model_validate({"model": MODEL} | body)))
+    return asyncio.run(reader.chat(ChatRequest.model_validate({"model": MODEL, "messages": HELLO} | body)))
 
 
 def test_a_prediction_beyond_the_context_is_not_looked_at(pair):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
 from deployments.app import build
-from deployments.config import HOUSE, ApiSettings, AppSettings
+from deployments.config import HOUSE, ApiSettings, AppSettings, AuditSettings
 from deployments.http import MEANINGS
 from deployments.openai import (
     ChatRequest,
@@ -31,7 +31,7 @@ from parse.protocol import Mode, StageName
 
 HERE = "http://127.0.0.1:8000"
 PAGE = HOUSE / "docs" / "configuration.md"
-MODELS = [AppSettings, EngineSettings, MethodSettings, ApiSettings]
+MODELS = [AppSettings, EngineSettings, MethodSettings, ApiSettings, AuditSettings]
 
 
 def examples() -> Iterator[str]:

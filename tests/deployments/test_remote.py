@@ -1,6 +1,7 @@
 """Calls over handles that lose their replicas, hang, or are busy; the handles are scripted."""
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from deployments import remote
+from deployments import remote, watch
 from deployments.backend import Session
-from deployments.remote import RemoteDrafter, RemoteVerifier, VerifierLost, Watch
+from deployments.overlap import Overlap
+from deployments.remote import RemoteDrafter, RemoteVerifier, VerifierLost
+from deployments.watch import Watch
 from parse.prompts import Check
 from parse.protocol import WHOLE, Question
 from parse.types import EngineStopped, Judged, NoDraft, RequestError, Sampling, Tokens
@@ -68,7 +71,7 @@ class Response:
 
 
 FOREVER = object()
-DEAF: Any = SimpleNamespace(heard=lambda: None)
+DEAF: Any = SimpleNamespace(heard=lambda: None, at_work=nullcontext)
 
 
 def scripted(script: list) -> Any:
@@ -78,8 +81,8 @@ def scripted(script: list) -> Any:
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
     monkeypatch.setattr(remote, "PAUSE_S", 0.001)
-    monkeypatch.setattr(remote, "WATCH_EVERY_S", 0.01)
-    monkeypatch.setattr(remote, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(watch, "WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr(watch, "PATIENCE_S", 0.05)
 
 
 def raised_there(error):
@@ -162,7 +165,7 @@ def test_whoever_gives_up_cancels_the_call():
 
 
 async def drafted(handle, alive, *, piece=WHOLE, session=None):
-    watch = Watch("drafter", alive)
+    watch = Watch("drafter", alive, Overlap())
     try:
         drafter = RemoteDrafter(handle, session or Session("s"), watch)
         return await collect(drafter.draft(QUESTION, (4,), piece=piece))
@@ -195,7 +198,7 @@ def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers()
     hanging, well = scripted([[FOREVER]]), scripted([[Tokens((7,), finish="stop")]])
 
     async def requests():
-        watch = Watch("drafter", alive)
+        watch = Watch("drafter", alive, Overlap())
         drafters = {name: RemoteDrafter(h, Session("s"), watch) for name, h in (("h", hanging), ("w", well))}
         with pytest.raises(NoDraft, match="the drafter does not answer"):
             await collect(drafters["h"].draft(QUESTION, (), piece=WHOLE))
@@ -213,7 +216,7 @@ def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers()
 
 def test_after_a_death_there_are_no_drafts_until_one_answers():
     async def requests():
-        watch = Watch("drafter", scripted([[None], [ActorDiedError()], [None]]))
+        watch = Watch("drafter", scripted([[None], [ActorDiedError()], [None]]), Overlap())
         dying = RemoteDrafter(scripted([[ActorDiedError()], [Tokens((7,))]]), Session("s"), watch)
         with pytest.raises(NoDraft, match="lost"):
             await collect(dying.draft(QUESTION, (), piece=WHOLE))
@@ -229,7 +232,7 @@ def test_after_a_death_there_are_no_drafts_until_one_answers():
 
 def test_one_that_answers_others_is_well_though_our_question_waits_in_line():
     async def requests():
-        watch = Watch("verifier", scripted([[None], [FOREVER]]))
+        watch = Watch("verifier", scripted([[None], [FOREVER]]), Overlap())
         verifier = RemoteVerifier(scripted([[7]]), Session("s"), watch)
         for _ in range(40):  # four times as long as its patience
             assert await verifier.warm((1,)) == 7

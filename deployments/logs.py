@@ -1,0 +1,16 @@
+"""Our logs, where Ray Serve's are: in its files and format, with the id of the request they belong to."""
+
+import logging
+
+from ray import serve
+
+OURS = ("deployments", "parse")
+SERVES = "ray.serve"
+
+
+def join_serve() -> None:
+    """In a replica Serve sets up its own logger only; what is told elsewhere would be lost, or without its request."""
+    if serve.context._get_internal_replica_context() is None:
+        return
+    for name in OURS:
+        logging.getLogger(name).parent = logging.getLogger(SERVES)

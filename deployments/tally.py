@@ -1,0 +1,68 @@
+"""From a finished answer to the figures it adds to."""
+
+from deployments import metrics
+from deployments.metrics import POSITIONS, Meters, VerdictKind
+from deployments.replies import Answer
+from parse.protocol import Usage, Verdict
+
+OPEN_END = len(POSITIONS) - 1  # positions beyond that share the last name
+
+
+def tally(meters: Meters, answer: Answer) -> None:
+    usage, finish = answer.ended.usage, answer.ended.finish
+    mode = usage.mode
+    meters.add(metrics.ANSWERS, mode=mode, finish=finish)
+    meters.add(metrics.VERDICTS, mode=mode, verdict=_verdict(usage))
+    meters.add(metrics.PROMPT_TOKENS, answer.prompt_tokens)
+    meters.add(metrics.CACHED_TOKENS, usage.cached)
+    meters.add(metrics.DRAFTED, usage.drafted, mode=mode)
+    meters.add(metrics.ACCEPTED, usage.accepted, mode=mode)
+    meters.add(metrics.REJECTED, usage.rejected, mode=mode)
+    meters.add(metrics.WRITTEN, usage.written, mode=mode)
+    meters.add(metrics.ROUNDS, usage.rounds, mode=mode)
+    if usage.drafted:
+        meters.observe(metrics.ACCEPTED_SHARE, usage.accepted / usage.drafted, mode=mode)
+    if usage.boundary is not None:
+        meters.observe(metrics.BOUNDARY, usage.boundary, mode=mode)
+    if usage.fallback is not None:
+        meters.add(metrics.FALLBACKS, cause=usage.fallback.cause)
+    if mode == "exact":
+        _proposals(meters, usage)
+    for verdict in answer.verdicts:
+        _chances(meters, verdict)
+    _times(meters, answer)
+
+
+def _verdict(usage: Usage) -> VerdictKind:
+    if not usage.drafted:
+        return "skipped"
+    if not usage.accepted:
+        return "none"
+    return "partial" if usage.rejected else "whole"
+
+
+def _proposals(meters: Meters, usage: Usage) -> None:
+    """The rule takes tokens up to the first that differs."""
+    for metric, count in ((metrics.PROPOSED, usage.drafted), (metrics.PROPOSED_ACCEPTED, usage.accepted)):
+        for position in POSITIONS[: min(count, OPEN_END)]:
+            meters.add(metric, method="draft", position=position)
+        meters.add(metric, count - OPEN_END, method="draft", position=POSITIONS[-1])
+
+
+def _chances(meters: Meters, verdict: Verdict) -> None:
+    for cut, chance in zip(verdict.cuts, verdict.correct, strict=True):
+        if chance is not None:
+            kept = cut <= verdict.kept
+            meters.observe(metrics.CORRECT, chance, kept="yes" if kept else "no")
+
+
+def _times(meters: Meters, answer: Answer) -> None:
+    usage = answer.ended.usage
+    mode = usage.mode
+    meters.observe(metrics.STAGE, answer.waited_s, stage="queue", mode=mode)
+    for stage in usage.stages:
+        meters.observe(metrics.STAGE, stage.end - stage.start, stage=stage.name, mode=mode)
+    meters.observe(metrics.FIRST_TOKEN, answer.waited_s + usage.first_s, mode=mode)
+    meters.observe(metrics.ANSWER, answer.waited_s + usage.total_s, mode=mode)
+    for gap in answer.gaps:
+        meters.observe(metrics.BETWEEN_TOKENS, gap, mode=mode)
