@@ -39,7 +39,7 @@ def run(threads: int) -> dict[str, Any]:
         peer: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
     try:
         # The system hands memory out when it is first touched, which is not what is measured here.
-        asyncio.run(_read(service, texts(2 * max(BATCHES), PROMPT, seed=0)))
+        asyncio.run(read(service, texts(2 * max(BATCHES), PROMPT, seed=0)))
         return {
             "model": f"Llama, {LAYERS} layers x {WIDTH}, random weights, float32",
             "threads": threads,
@@ -78,7 +78,7 @@ def decoding(service: ModelService, peer: PreTrainedModel, batch: int) -> dict[s
 
     def theirs() -> float:
         rows = torch.tensor(prompts)
-        return batch * (ANSWER - 1) / (_generate_s(peer, rows, ANSWER) - _generate_s(peer, rows, 1))
+        return batch * (ANSWER - 1) / (generate_s(peer, rows, ANSWER) - generate_s(peer, rows, 1))
 
     return _side_by_side(ours, theirs)
 
@@ -89,10 +89,10 @@ def reading(service: ModelService, peer: PreTrainedModel, batch: int) -> dict[st
 
     def ours() -> float:
         prompts = texts(batch, PROMPT, seed=1000 * batch + next(fresh))
-        return batch * PROMPT / asyncio.run(_read(service, prompts))
+        return batch * PROMPT / asyncio.run(read(service, prompts))
 
     def theirs() -> float:
-        return batch * PROMPT / _generate_s(peer, torch.tensor(texts(batch, PROMPT, seed=7)), 1)
+        return batch * PROMPT / generate_s(peer, torch.tensor(texts(batch, PROMPT, seed=7)), 1)
 
     return _side_by_side(ours, theirs)
 
@@ -179,7 +179,7 @@ def memory() -> dict[str, float]:
             async with places:
                 draw = random.Random(seed)
                 prompt = [draw.randrange(512) for _ in range(draw.randint(4, 40))]
-                await _drain(service, prompt, Sampling(seed=seed, max_tokens=4, ignore_eos=True))
+                await drain(service, prompt, Sampling(seed=seed, max_tokens=4, ignore_eos=True))
 
         await asyncio.gather(*(one(seed) for seed in range(first, first + count)))
 
@@ -209,28 +209,30 @@ async def _warmed(service: ModelService, prompts: list[list[int]]) -> float:
     for prompt in prompts:
         await service.warm(prompt)
     started = time.perf_counter()
-    await asyncio.gather(*(_drain(service, prompt, GREEDY) for prompt in prompts))
+    await asyncio.gather(*(drain(service, prompt, GREEDY) for prompt in prompts))
     return (time.perf_counter() - started) * (ANSWER - 1) / ANSWER
 
 
-async def _read(service: ModelService, prompts: list[list[int]]) -> float:
+async def read(service: ModelService, prompts: list[list[int]]) -> float:
     started = time.perf_counter()
     once = Sampling(temperature=0.0, max_tokens=1)
-    await asyncio.gather(*(_drain(service, prompt, once) for prompt in prompts))
+    await asyncio.gather(*(drain(service, prompt, once) for prompt in prompts))
     return time.perf_counter() - started
 
 
-async def _drain(service: ModelService, prompt: list[int], sampling: Sampling) -> None:
+async def drain(service: ModelService, prompt: list[int], sampling: Sampling) -> None:
     async for _ in service.generate(prompt, sampling=sampling):
         pass
 
 
 @torch.inference_mode()
-def _generate_s(peer: PreTrainedModel, rows: torch.Tensor, tokens: int) -> float:
+def generate_s(peer: PreTrainedModel, rows: torch.Tensor, tokens: int) -> float:
     started = time.perf_counter()
     peer.generate(  # type: ignore[operator]
         rows, attention_mask=torch.ones_like(rows), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
     )
+    if rows.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 

@@ -1,0 +1,39 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from bench import gpu
+
+
+@pytest.mark.parametrize("name", gpu.SHAPES)
+def test_the_bounds_count_the_weights_of_the_model(name):
+    shape = gpu.SHAPES[name]
+    network = gpu.build(shape, torch.device("meta"), torch.bfloat16)
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    embedding = shape.vocabulary * shape.width
+    least = gpu.costs(shape, 2)
+    assert least.step_bytes == pytest.approx(2 * (weights - (0 if shape.tied else embedding)), rel=1e-3)
+    assert least.token_flops == pytest.approx(2 * (weights - (1 if shape.tied else 2) * embedding), rel=1e-2)
+
+
+def test_the_program_can_be_tried_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "ANSWER", 4)
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    out = tmp_path / "figures.json"
+    command = f"gpu --shape tiny --device cpu --batches 3,1 --context 40 --json {out}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    gpu.main()
+    figures = json.loads(out.read_text())
+    assert list(figures["recorded"]["decode_ms"]) == ["1", "3"]
+    assert all(ms > 0 for way in ("generate", "ordinary", "recorded") for ms in figures[way]["decode_ms"].values())
+    assert "| 3 |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "there is no GPU here" in capsys.readouterr().err
