@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PROMETHEUS_PORT ?= 9090
 
 .PHONY: help setup serve monitoring test tools lint models evaluate docs dashboards lock clean
 
@@ -27,7 +28,7 @@ serve: setup  ## the demo pair behind the OpenAI API on port 8000, until Ctrl-C
 	$(BIN)/python -m deployments
 
 monitoring: setup  ## Prometheus, and Grafana where it is installed, beside `make serve`, until Ctrl-C
-	$(BIN)/python -m cluster.monitoring $(if $(PORT),--port $(PORT))
+	$(BIN)/python -m cluster.monitoring --port $(PROMETHEUS_PORT)
 
 tools:  ## Debian's Prometheus and Chromium, which some tests run (as root; else it says what is missing)
 	@cluster/tools.sh

@@ -1,0 +1,182 @@
+"""What dashboards and alerts ask, and a real Prometheus to ask it of."""
+
+import json
+import math
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+import yaml
+
+from cluster.grafana.__main__ import FOLDER
+from cluster.monitoring import LOOPBACK, Program, Running
+from cluster.prometheus.alerts import ALERTS
+from cluster.prometheus.rules import rules
+from deployments.config import HOUSE
+
+RULES = HOUSE / "cluster" / "prometheus"
+PREFIXES = ("", "ray_")
+
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("promtool")),
+    reason="prometheus and promtool are not installed: `make tools`, or apt-get install prometheus",
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query, and who asks it."""
+
+    where: str
+    expression: str
+
+    def __str__(self) -> str:
+        return self.where
+
+
+def dashboards() -> dict[str, Any]:
+    """As they are checked in."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def replaced(expression: str, *, prefix: str, rate_interval: str, shown: str) -> str:
+    """As Grafana would with everything chosen."""
+    for name, value in (
+        ("${prefix}", prefix),
+        ("$__rate_interval", rate_interval),
+        ("$__range", shown),
+        ("$application", ".*"),
+        ("$deployment", ".*"),
+        ("$replica", ".*"),
+        ("$mode", ".*"),
+    ):
+        expression = expression.replace(name, value)
+    assert "$" not in expression.replace('"0$1"', ""), expression  # label_replace's own
+    return expression
+
+
+def dashboard_queries(*, prefix: str = "", rate_interval: str = "1m", shown: str = "15m") -> list[Asked]:
+    return [
+        Asked(
+            f"{name}: {panel['title']} {target['refId']}",
+            replaced(target["expr"], prefix=prefix, rate_interval=rate_interval, shown=shown),
+        )
+        for name, dashboard in dashboards().items()
+        for panel in panels(dashboard)
+        for target in panel["targets"]
+    ]
+
+
+def recorded_queries(*, prefix: str = "") -> list[Asked]:
+    """The recording rules, by what they are computed from."""
+    (group,) = [group for group in rules()["groups"] if group["name"] == f"parse-{'ray' if prefix else 'router'}"]
+    return [Asked(rule["record"], rule["expr"]) for rule in group["rules"]]
+
+
+def alert_queries() -> list[Asked]:
+    """Without what they are compared with: over recorded series, and so for both prefixes."""
+    return [Asked(alert.name, alert.expression) for alert in ALERTS]
+
+
+def alerts_whole() -> list[Asked]:
+    return [Asked(alert.name, alert.expr) for alert in ALERTS]
+
+
+class QueryFailed(AssertionError):
+    """In Prometheus' words."""
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    url: str
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The series there are now, each with `metric` and `value`."""
+        return list(self._get("/api/v1/query", query=expression)["result"])
+
+    def has_data(self, expression: str) -> bool:
+        """A series with a number: what is divided by nothing is none."""
+        return any(not math.isnan(float(found["value"][1])) for found in self.query(expression))
+
+    def without_data(self, asked: Sequence[Asked], *, within_s: float) -> list[Asked]:
+        """Those that have brought nothing until then, each asked until it brings something."""
+        until = time.monotonic() + within_s
+        left = list(asked)
+        while True:
+            left = [one for one in left if not self.has_data(one.expression)]
+            if not left or time.monotonic() > until:
+                return left
+            time.sleep(0.5)
+
+    def firing(self) -> set[str]:
+        return {found["metric"]["alertname"] for found in self.query('ALERTS{alertstate="firing"}')}
+
+    def targets(self) -> list[dict[str, Any]]:
+        return list(self._get("/api/v1/targets")["activeTargets"])
+
+    def rule_faults(self) -> list[str]:
+        """What went wrong in recording rules and alerts when they were last evaluated."""
+        groups = self._get("/api/v1/rules")["groups"]
+        found = [rule for group in groups for rule in group["rules"]]
+        return [f"{rule['name']}: {rule['lastError']}" for rule in found if rule.get("lastError")]
+
+    def _get(self, path: str, **parameters: str) -> Any:
+        try:
+            with urlopen(f"{self.url}{path}?{urlencode(parameters)}", timeout=10) as response:
+                answer = json.load(response)
+        except HTTPError as error:
+            raise QueryFailed(f"{parameters}: {error.read().decode()}") from error
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+
+@contextmanager
+def prometheus(
+    folder: Path,
+    *targets: str,
+    discovery: Path | None = None,
+    interval: str = "1s",
+    key: str | None = None,
+) -> Iterator[Prometheus]:
+    """A real one, with our rules and alerts: it scrapes /metrics of the targets (host:port), and Ray's by its file."""
+    jobs: list[dict[str, Any]] = []
+    if targets:
+        credentials = {"authorization": {"credentials": key}} if key else {}
+        jobs.append({"job_name": "parse", "static_configs": [{"targets": list(targets)}], **credentials})
+    if discovery:
+        jobs.append({"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "1s"}]})
+    config = {
+        "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": "1s"},
+        "rule_files": [str(RULES / "rules.yml"), str(RULES / "alerts.yml")],
+        "scrape_configs": jobs,
+    }
+    path = folder / "prometheus.yml"
+    path.write_text(yaml.safe_dump(config))
+    found = shutil.which("prometheus")
+    assert found, "see needs_prometheus"
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    command = [
+        found,
+        f"--config.file={path}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={LOOPBACK}:{port}",
+        "--log.level=warn",
+    ]
+    program = Program("Prometheus", command, f"http://{LOOPBACK}:{port}", "/-/ready", folder / "prometheus.log")
+    with Running(program):
+        yield Prometheus(program.url)
