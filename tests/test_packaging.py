@@ -1,9 +1,13 @@
 """What is installed with us."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+from zipfile import ZipFile
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -48,3 +52,24 @@ def test_every_package_of_ours_is_installed():
         for folder in (HOUSE / ours).rglob("__init__.py")
     }
     assert there == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_a_wheel_holds_all_that_runs(tmp_path):
+    """Of each package every module, and what lies beside them and is read or served."""
+    house = tmp_path / "house"  # a build leaves things behind
+    for ours in OURS:
+        shutil.copytree(HOUSE / ours, house / ours, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(HOUSE / name, house / name)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=house, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = {path.relative_to(HOUSE).as_posix() for ours in OURS for path in (HOUSE / ours).rglob("*.py")}
+    wanted |= {"parse/py.typed"}
+    wanted |= {
+        path.relative_to(HOUSE).as_posix()
+        for path in (HOUSE / "deployments/playground").iterdir()
+        if path.suffix in (".html", ".css", ".js", ".svg")
+    }
+    assert held == wanted

@@ -50,6 +50,8 @@ async function start() {
   byId("panes").replaceChildren();
   last = request();
   for (const mode of chosenModes()) open(mode);
+  const answers = byId("answers");
+  if (answers.getBoundingClientRect().top > innerHeight / 2) answers.scrollIntoView(); // on a telephone, where it lies below
   await through(controller, panes);
 }
 

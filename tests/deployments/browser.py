@@ -1,6 +1,6 @@
 """A real browser, and the playground as somebody before it uses it.
 
-`python -m tests.deployments.browser docs/images` takes the pictures in docs/playground.md again.
+`.venv/bin/python -m tests.deployments.browser docs/images` takes the pictures in docs/playground.md again.
 """
 
 import argparse
@@ -101,7 +101,7 @@ class Playground:
 
     def runs(self, pane: int = 0) -> list[tuple[str, str]]:
         """Kind and text."""
-        script = """return [...document.querySelectorAll('.pane')[arguments[0]].querySelectorAll('.run')]
+        script = """return [...document.querySelectorAll('.pane')[arguments[0]]?.querySelectorAll('.run') ?? []]
             .map(r => [['accepted', 'written', 'rejected'].find(k => r.classList.contains(k)), r.textContent])"""
         return [(kind, text) for kind, text in self.run(script, pane)]
 
