@@ -20,10 +20,17 @@ TOKEN = Path.home() / ".cache" / "parse-serve" / "ray_token"
 # in threads of their own. Measured: 1.3 times the requests one at a time, 1.5 times eight at a time.
 FASTER = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}  # no further open ports
 
+OTEL_ENDPOINTS = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+TRACES = {
+    "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.tracing:otlp",
+    "RAY_SERVE_TRACING_SAMPLING_RATIO": "1.0",
+}
+
 
 def prepare_ray() -> None:
     """What Ray reads in its environment when it is imported."""
-    for name, value in FASTER.items():
+    wanted = FASTER | (TRACES if any(name in os.environ for name in OTEL_ENDPOINTS) else {})
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
     guard_ray()
 

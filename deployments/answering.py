@@ -11,7 +11,7 @@ from fastapi.responses import Response, StreamingResponse
 from opentelemetry.context import get_current
 from starlette.types import Receive, Send
 
-from deployments import metrics
+from deployments import logs, metrics
 from deployments.asking import Asked
 from deployments.audit import Auditor
 from deployments.backend import Backend, Session
@@ -52,6 +52,7 @@ class Serving:
     async def _keep_telling(self) -> None:
         while True:
             self._measure()
+            logs.flush()
             await asyncio.sleep(metrics.TELL_EVERY_S)
 
     def _measure(self) -> None:

@@ -18,6 +18,8 @@ from parse.config import EngineSettings
 # One session, one replica, as long as it has room.
 AFFINITY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 HEALTH: dict[str, Any] = {"health_check_period_s": 5, "health_check_timeout_s": 20}
+# A line for every request is written by the router's journal; one for every call between replicas would drown it.
+LOGGING = {"encoding": "JSON", "enable_access_log": False}
 SPARE = 64  # requests beyond those answered or waiting: somebody must tell the others that there are too many
 
 
@@ -42,6 +44,7 @@ def build(args: AppSettings) -> Application:
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=args.api.max_answers + args.api.max_waiting + SPARE,
         graceful_shutdown_timeout_s=args.api.request_timeout_s,
+        logging_config=LOGGING,
         **HEALTH,
     )
     return router(Router).bind(settings, verifier, drafter)
@@ -52,7 +55,7 @@ def _hosting(kind: type[Host], settings: EngineSettings, gpus: float) -> Deploym
         name=kind.__name__,
         ray_actor_options={"num_cpus": 0.3, "num_gpus": 0 if settings.device == "cpu" else gpus},
         max_ongoing_requests=2 * settings.max_running,
-        logging_config={"enable_access_log": False},  # a line for every call would drown the rest
+        logging_config=LOGGING,
         request_router_config=RequestRouterConfig(request_router_class=AFFINITY),  # type: ignore[arg-type]
         **HEALTH,
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextvars
-from collections.abc import AsyncGenerator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,10 @@ def stage(name: StageName, session: Session) -> Iterator[Within]:
 
 
 def call(handle: DeploymentHandle, within: Within, *given: Any) -> Any:
+    return apart(within, handle.remote, *given)
+
+
+def apart(within: Within, function: Callable[..., Any], *given: Any) -> Any:
     """Outside of the request's context.
 
     There Ray Serve gives every call the request's own inner id, by which it finds the caller who waits for a replica:
@@ -60,7 +64,7 @@ def call(handle: DeploymentHandle, within: Within, *given: Any) -> Any:
     """
     fresh = contextvars.Context()
     fresh.run(within.enter)
-    return fresh.run(handle.remote, *given)
+    return fresh.run(function, *given)
 
 
 async def result(response: Any) -> Any:

@@ -1,12 +1,12 @@
 """The figures of all replicas of a deployment, fetched from each."""
 
 import asyncio
-import contextvars
 from collections.abc import Mapping
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments import metrics
+from deployments.calls import ALONE, apart
 from deployments.exposition import Figures
 from deployments.metrics import Meters
 
@@ -25,7 +25,7 @@ async def _told(handle: DeploymentHandle) -> tuple[list[Figures], int]:
     """And how many are missing."""
     try:
         async with asyncio.timeout(PATIENCE_S):
-            broadcast = contextvars.Context().run(handle.broadcast, "figures")
+            broadcast = apart(ALONE, handle.broadcast, "figures")
             # What the class offers in public waits for all of them, or for none.
             replicas = await broadcast._fetch_replica_results_async()
     except Exception:  # there are none, or they are not known at the moment

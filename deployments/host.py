@@ -76,6 +76,7 @@ class Host:
     async def _keep_telling(self) -> None:
         while True:
             self._measure()
+            logs.flush()
             await asyncio.sleep(TELL_EVERY_S)
 
     def _measure(self) -> None:

@@ -7,6 +7,7 @@ from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
 from deployments import playground
@@ -28,6 +29,7 @@ from deployments.openai import (
 )
 
 NO_AUDIT = AuditSettings()
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}  # Ray Serve's is around it
 DESCRIPTION = (
     "The OpenAI API, answered by PARSE: one model drafts, a larger one keeps what is right and writes the rest."
 )
@@ -54,7 +56,9 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-strea
 def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: AuditSettings = NO_AUDIT) -> FastAPI:
     reader = Reader(backend.pipeline, settings, model_name)
     serving = Serving(backend, settings, audit)
-    app = FastAPI(title="parse-serve", version="1", description=DESCRIPTION, lifespan=serving.running)
+    app = FastAPI(
+        title="parse-serve", version="1", description=DESCRIPTION, lifespan=serving.running, telemetry=NO_TELEMETRY
+    )
     app.add_middleware(
         Limits,
         keys=api_keys(settings.api_keys_file, settings.api_keys_env),

@@ -14,3 +14,9 @@ def join_serve() -> None:
         return
     for name in OURS:
         logging.getLogger(name).parent = logging.getLogger(SERVES)
+
+
+def flush() -> None:
+    """Where Serve is set to throughput, it gathers a thousand lines before it writes them."""
+    for handler in logging.getLogger(SERVES).handlers:
+        handler.flush()
