@@ -63,6 +63,8 @@ async function measureOff() {
   asking = controller;
   for (const pane of panes.slice(1)) pane.leave();
   panes = panes.slice(0, 1);
+  byId("answers").focus({ preventScroll: true }); // the button is about to go
+  byId("panes").scrollIntoView({ block: "nearest" });
   await through(controller, [open("off")]);
 }
 

@@ -3,6 +3,8 @@
 import { percent, element, times } from "./dom.js";
 import { ratio, sparkline } from "./charts.js";
 
+const SHOWN = 40; // answers in a line of 130 pixels
+
 export class Session {
   constructor() {
     this.modes = new Map(); // by name: the reports, in order
@@ -27,7 +29,7 @@ export class Session {
         return {
           name,
           answers: reports.length,
-          shares: reports.filter((one) => one.drafted).map((one) => one.accepted / one.drafted),
+          shares: reports.filter((one) => one.drafted).map((one) => one.accepted / one.drafted).slice(-SHOWN),
           accepted: drafted ? sum(reports, ({ accepted }) => accepted) / drafted : null,
           rate: rate(reports),
           speedup: baseline ? rate(reports) / baseline : null,

@@ -320,6 +320,7 @@ def test_there_is_no_speed_up_before_the_target_alone_was_measured(page, address
     page.until(lambda: len(page.all(".pane")) == 2, "the target is asked")
     assert page.ended() == ["done", "done"]
     assert not page.one("#no-baseline").is_displayed()
+    assert page.run("return document.activeElement.id") == "answers"  # not lost with the button
     assert page.one("#session-rows tr[data-mode=full] [data-figure=speedup]").text.endswith(TIMES)
 
 
@@ -555,6 +556,16 @@ def test_a_field_that_is_refused_is_marked(page, address):
     page.write("#prefix", "0.9")
     page.ask(KIM)
     assert page.ended() == ["done"] and not page.all("[aria-invalid]")
+
+
+def test_a_mode_that_the_operator_does_not_allow_is_named(page, pair):
+    with served(create_app(LocalBackend(pair.pipeline), ApiSettings(modes=("full", "off")), MODEL)) as address:
+        page.open(address)
+        page.ask(KIM, mode="rounds", against="off")
+        assert page.ended() == ["failed", "done"]
+        assert "parse.mode" in page.one(".problem").text and "full, off" in page.one(".problem").text
+        assert page.one("#mode").get_attribute("aria-invalid") == "true"
+        assert "not both came to their end" in page.one("#verdict").text
 
 
 def test_a_key_is_asked_for_sent_and_kept_in_this_tab_only(page, pair, monkeypatch):
