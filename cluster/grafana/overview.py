@@ -20,6 +20,7 @@ from cluster.prometheus import figures
 from deployments import metrics
 
 VIEW = OF_SERVICE
+ASKED = VIEW.without("mode")  # requests are counted by what they asked for, answers by what was done
 
 NOW = Row(
     "Now",
@@ -50,11 +51,11 @@ NOW = Row(
         tile(
             About(
                 "Requests",
-                "Requests that ended, a second, whatever became of them. None at all, where there should be some: look "
-                "at what is before the service.",
+                "Requests that ended, a second, in whatever mode and with whatever outcome. None at all, where there "
+                "should be some: look at what is before the service.",
                 REQUESTS_PER_SECOND,
             ),
-            VIEW.rate(metrics.REQUESTS),
+            ASKED.rate(metrics.REQUESTS),
             plain=TOGETHER,
         ),
         tile(
@@ -132,7 +133,7 @@ TRAFFIC = Row(
                 "service.",
                 REQUESTS_PER_SECOND,
             ),
-            Query(VIEW.rate(metrics.REQUESTS, by=("outcome",)), "{{outcome}}"),
+            Query(ASKED.rate(metrics.REQUESTS, by=("outcome",)), "{{outcome}}"),
             stacked=True,
         ),
         lines(
@@ -202,7 +203,7 @@ FAILURES = Row(
                 REQUESTS_PER_SECOND,
                 width=12,
             ),
-            Query(VIEW.rate(metrics.REQUESTS, figures.FAILURES, by=("outcome",)), "{{outcome}}"),
+            Query(ASKED.rate(metrics.REQUESTS, figures.FAILURES, by=("outcome",)), "{{outcome}}"),
             stacked=True,
         ),
         lines(

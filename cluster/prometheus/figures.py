@@ -6,7 +6,7 @@ from deployments import metrics
 JUDGED = 'mode!~"exact|off"'  # answers whose drafts were judged
 COMPARED = 'mode!="exact"'  # in exact, what the target writes and what it accepts come from the same passes
 FAILURES = 'outcome=~"overloaded|unavailable|timeout|failed"'
-THEIR_OWN = 'outcome!~"invalid|unauthorized|left"'  # what clients do to themselves is no failure of the service
+OURS = 'outcome!~"invalid|unauthorized|left"'  # what clients do to themselves is no failure of the service
 UNWANTED = 'cause!="does_not_pay"'  # the service's own choice
 LOST = 'cause!="stopped"'  # replicas that are stopped end their work first, and are no trouble
 
@@ -41,7 +41,8 @@ def speed_up(view: View, condition: str = COMPARED, by: tuple[str, ...] = ()) ->
 
 def failures(view: View) -> str:
     """Share of requests that the service failed, of those that were its to answer."""
-    return share_or_none(view.rate(metrics.REQUESTS, FAILURES), view.rate(metrics.REQUESTS, THEIR_OWN))
+    everywhere = view.without("mode")  # requests are counted by what they asked for, answers by what was done
+    return share_or_none(everywhere.rate(metrics.REQUESTS, FAILURES), everywhere.rate(metrics.REQUESTS, OURS))
 
 
 def cut_short(view: View) -> str:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from deployments.config import HOUSE
 from deployments.launch import read_config
@@ -83,11 +84,12 @@ def test_what_is_installed_is_what_is_pinned(instructions):
     (dependencies, package) = (run for run in of(instructions, "RUN") if "pip install" in run.rest)
     assert "--constraint requirements.lock" in dependencies.rest
     assert "--no-deps" in package.rest
-    pinned = {line.partition("==")[0].lower() for line in (HOUSE / "requirements.lock").read_text().splitlines()}
+    lock = (HOUSE / "requirements.lock").read_text().splitlines()
+    pinned = {str(canonicalize_name(line.partition("==")[0])) for line in lock}
     script = re.search(r"python -c '([^']*)'", dependencies.rest)
     assert script
     wanted = subprocess.run([sys.executable, "-c", script[1]], cwd=HOUSE, capture_output=True, text=True, check=True)
-    names = {re.split(r"[^A-Za-z0-9_-]", line)[0].lower() for line in wanted.stdout.splitlines()}
+    names = {str(canonicalize_name(re.split(r"[^A-Za-z0-9_-]", line)[0])) for line in wanted.stdout.splitlines()}
     assert {"torch", "ray", "transformers"} <= names <= pinned
 
 

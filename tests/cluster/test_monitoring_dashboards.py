@@ -1,0 +1,150 @@
+"""The dashboards that are checked in: what is on them, and whether it is there at all."""
+
+import re
+from itertools import pairwise
+
+import pytest
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+import deployments.metrics
+from cluster.grafana.__main__ import FOLDER, written
+from deployments.config import HOUSE
+from deployments.metrics import Counter, Gauge, Histogram, Metric
+from tests.cluster.querying import PREFIXES, dashboard_queries, dashboards, panels
+
+BOARDS = dashboards()
+PANELS = [
+    pytest.param(panel, id=f"{name}: {panel['title']}") for name, board in BOARDS.items() for panel in panels(board)
+]
+DECLARED = {
+    found.name: found for found in vars(deployments.metrics).values() if isinstance(found, Counter | Gauge | Histogram)
+}
+OF_EVERY_SERIES = {"application", "deployment", "replica"}
+SERIES = re.compile(r"(\w*?)(parse_[a-z_]+)(?:\{([^}]*)\})?")
+
+
+def test_they_are_what_the_code_makes():
+    for path, text in written().items():
+        assert path.read_text() == text, f"{path.name} is not up to date: make dashboards"
+    assert set(written()) == set(FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_grafana_s_own_schema_reads_them(name):
+    again = Dashboard.from_json(BOARDS[name])
+    assert again.title == BOARDS[name]["title"]
+    assert len(again.panels or ()) == len(BOARDS[name]["panels"])
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_each_leads_to_the_others_and_keeps_what_was_chosen(name):
+    board = BOARDS[name]
+    assert board["uid"] == f"parse-{name}" and board["tags"] == ["parse"] and board["refresh"] == "10s"
+    (link,) = board["links"]
+    assert link["tags"] == ["parse"] and link["includeVars"] and link["keepTime"]
+    names = [variable["name"] for variable in board["templating"]["list"]]
+    assert names[:3] == ["datasource", "prefix", "application"]
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_the_prefix_is_nothing_or_ray_as_grafana_reads_it(name):
+    (prefix,) = [variable for variable in BOARDS[name]["templating"]["list"] if variable["name"] == "prefix"]
+    found = [re.fullmatch(r"\s*(.+)\s:\s(.+)", option) for option in prefix["query"].split(",")]
+    assert [option and option[2].strip() for option in found] == list(PREFIXES)
+
+
+@pytest.mark.parametrize("panel", PANELS)
+def test_every_panel_says_what_it_shows_and_what_is_bad(panel):
+    said = panel["description"]
+    assert len(said) > 60 and said.endswith(".")
+    assert re.search(r"[:;,.] ", said), "one sentence on what it shows, one on what is bad"
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    assert panel["targets"]
+
+
+@pytest.mark.parametrize("panel", PANELS)
+def test_ratios_are_of_counters_and_rates_go_by_grafana_s_interval(panel):
+    for target in panel["targets"]:
+        for window in re.findall(r"\[([$\w]+)\]", target["expr"]):
+            assert window in ("$__rate_interval", "$__range", "15m", "1h")
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_panels_fill_rows_and_do_not_overlap(name):
+    taken: dict[tuple[int, int], str] = {}
+    rows: dict[int, int] = {}
+    for panel in BOARDS[name]["panels"]:
+        place = panel["gridPos"]
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert (x, y) not in taken, (panel["title"], taken[x, y])
+                taken[x, y] = panel["title"]
+        rows[place["y"]] = rows.get(place["y"], 0) + place["w"]
+    assert set(rows.values()) == {24}
+    ids = [panel["id"] for panel in BOARDS[name]["panels"]]
+    assert all(before < after for before, after in pairwise(ids))
+
+
+def named(expression: str) -> list[tuple[str, Metric, set[str]]]:
+    """Of each series: what its name begins with, the metric, the labels that choose it."""
+    found = []
+    for prefix, name, chosen in SERIES.findall(expression):
+        base = name if name in DECLARED else re.sub(r"_(bucket|sum|count)$", "", name)
+        assert base in DECLARED, f"{name} is not declared"
+        assert base == name or isinstance(DECLARED[base], Histogram), name
+        assert base != name or not isinstance(DECLARED[base], Histogram), f"{name} is a histogram"
+        found.append((prefix, DECLARED[base], set(re.findall(r"(\w+)(?:=~|!~|!=|=)", chosen))))
+    return found
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_no_query_names_what_is_not_declared(prefix):
+    for asked in dashboard_queries(prefix=prefix):
+        for began, metric, labels in named(asked.expression):
+            assert began == prefix, asked
+            assert labels <= OF_EVERY_SERIES | metric.labels.keys(), asked
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_every_declared_metric_is_shown_somewhere(prefix):
+    shown = {metric.name for asked in dashboard_queries(prefix=prefix) for _, metric, _ in named(asked.expression)}
+    assert shown == DECLARED.keys()
+
+
+def test_a_label_that_is_kept_is_one_that_the_series_have():
+    for asked in dashboard_queries():
+        metrics = [metric for _, metric, _ in named(asked.expression)]
+        having = OF_EVERY_SERIES | {"le"} | {label for metric in metrics for label in metric.labels}
+        for kept in re.findall(r"by \(([^)]*)\)", asked.expression):
+            assert set(kept.split(", ")) <= having, asked
+
+
+def test_legends_name_labels_that_are_kept():
+    for board in BOARDS.values():
+        for panel in panels(board):
+            for target in panel["targets"]:
+                kept = {label for group in re.findall(r"by \(([^)]*)\)", target["expr"]) for label in group.split(", ")}
+                assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= kept, panel["title"]
+
+
+def test_a_name_has_one_colour_on_all_of_them():
+    colours: dict[str, set[str]] = {}
+    for board in BOARDS.values():
+        for panel in panels(board):
+            for override in panel["fieldConfig"]["overrides"]:
+                (made,) = override["properties"]
+                colours.setdefault(override["matcher"]["options"], set()).add(made["value"]["fixedColor"])
+    assert all(len(found) == 1 for found in colours.values())
+    assert colours["accepted"] == colours["drafter"] != colours["written"] == colours["verifier"]
+
+
+def test_their_colours_are_those_of_the_playground():
+    style = (HOUSE / "deployments" / "playground" / "playground.css").read_text()
+    for name, colour in (("accepted", "#2fb89d"), ("written", "#9c82f5"), ("rejected", "#e0675e")):
+        assert re.search(rf"--{name}-line: light-dark\(#\w+, {colour}\)", style), name
+
+
+def test_the_page_on_monitoring_tells_of_each():
+    page = (HOUSE / "docs" / "monitoring.md").read_text()
+    assert [board["title"] for board in BOARDS.values() if board["title"].removeprefix("PARSE / ") not in page] == []

@@ -1,0 +1,207 @@
+"""`make monitoring` and `make tools`, as programs."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+import yaml
+
+from cluster.monitoring import LOOPBACK, PROVISIONING, free_port, grafana
+from deployments.config import HOUSE
+from tests.cluster.querying import needs_prometheus
+
+TOOLS = HOUSE / "cluster" / "tools.sh"
+# Stands for Grafana's server: tells who it is, and says that it is well.
+GRAFANA = """#!{python}
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+class Well(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+Path("{told}").write_text(json.dumps({{"arguments": sys.argv[1:], "pid": os.getpid()}}))
+HTTPServer((os.environ["GF_SERVER_HTTP_ADDR"], int(os.environ["GF_SERVER_HTTP_PORT"])), Well).serve_forever()
+"""
+
+
+def only_prometheus(folder: Path) -> str:
+    """A path on which no Grafana is found."""
+    found = shutil.which("prometheus")
+    assert found, "see needs_prometheus"
+    (folder / "prometheus").symlink_to(found)
+    return str(folder)
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@contextmanager
+def monitoring(data: Path, *arguments: str, path: str = os.environ["PATH"]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "cluster.monitoring", "--data", str(data), *arguments]
+    process = subprocess.Popen(
+        command, cwd=HOUSE, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def told_until(process: subprocess.Popen[str], word: str) -> str:
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if word in line:
+            return "".join(lines)
+    raise AssertionError(f"it has ended: {''.join(lines)} {process.stderr and process.stderr.read()}")
+
+
+def answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@needs_prometheus
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, way):
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, told=tmp_path / "told.json"))
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        with monitoring(tmp_path / "data", "--port", str(port), "--grafana-port", str(port), path=path) as process:
+            told = told_until(process, "Until Ctrl-C")
+            source, shown = re.findall(r"^(?:Prometheus|Grafana) +(\S+)", told, re.MULTILINE)
+            assert not source.endswith(f":{port}"), "somebody else has that one"
+            assert source != shown
+            assert answers(f"{source}/-/ready") and answers(shown)
+            with urlopen(f"{source}/api/v1/rules", timeout=5) as response:
+                assert len(json.load(response)["data"]["groups"]) == 3
+            with urlopen(f"{source}/api/v1/status/config", timeout=5) as response:
+                assert "prom_metrics_service_discovery.json" in response.read().decode()
+            process.send_signal(way)
+            rest, faults = process.communicate(timeout=30)
+            assert process.returncode == 0 and rest.endswith("Stopped.\n") and not faults
+        assert not answers(f"{source}/-/ready")
+        stood_in = json.loads((tmp_path / "told.json").read_text())
+        assert stood_in["arguments"][0] == "server" and not running(stood_in["pid"])
+
+
+def test_grafana_is_given_the_source_and_the_dashboards_and_may_be_looked_at_only(tmp_path, monkeypatch):
+    script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, told=tmp_path / "told.json"))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    program = grafana("http://127.0.0.1:9", tmp_path, 3)
+    assert program
+    settings = program.settings
+    assert settings["GF_SERVER_HTTP_ADDR"] == LOOPBACK
+    assert (settings["GF_AUTH_ANONYMOUS_ENABLED"], settings["GF_AUTH_ANONYMOUS_ORG_ROLE"]) == ("true", "Viewer")
+    (source,) = PROVISIONING.glob("datasources/*")
+    (boards,) = PROVISIONING.glob("dashboards/*")
+    (datasource,) = yaml.safe_load(source.read_text())["datasources"]
+    (provider,) = yaml.safe_load(boards.read_text())["providers"]
+    assert settings[datasource["url"].lstrip("$")] == "http://127.0.0.1:9"
+    folder = Path(settings[provider["options"]["path"].lstrip("$")])
+    assert len(list(folder.glob("*.json"))) == 4
+
+
+@needs_prometheus
+def test_a_prometheus_that_does_not_start_is_said_why(tmp_path):
+    (tmp_path / "wrong.yml").write_text("scrape: []")
+    with monitoring(tmp_path / "data", "--config", str(tmp_path / "wrong.yml")) as process:
+        _, faults = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Prometheus has ended" in faults and "field scrape not found" in faults
+
+
+@needs_prometheus
+def test_a_prometheus_that_dies_ends_it(tmp_path):
+    with monitoring(tmp_path / "data", path=only_prometheus(tmp_path)) as process:
+        told_until(process, "Until Ctrl-C")
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        _, faults = process.communicate(timeout=30)
+    assert process.returncode == 1 and "Prometheus has ended (-9)" in faults
+
+
+def test_without_prometheus_it_says_how_to_get_it(tmp_path):
+    with monitoring(tmp_path / "data", path=str(tmp_path)) as process:
+        said, faults = process.communicate(timeout=30)
+    assert process.returncode == 1 and not said
+    assert "apt-get install --no-install-recommends prometheus" in faults
+
+
+def test_a_port_that_is_taken_is_passed_over():
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        assert free_port(port) > port
+    assert free_port(port) == port
+
+
+def tools(folder: Path, *, root: bool, there: Sequence[str] = (), fails: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """What it says, and how it called apt-get, on a machine made up of scripts."""
+    called = folder / "called"
+    failing = "|".join(f"*{word}*" for word in fails) or "nothing"
+    script(folder / "id", f"#!/bin/sh\necho {0 if root else 1000}\n")
+    script(folder / "timeout", '#!/bin/sh\nshift\nexec "$@"\n')
+    script(folder / "apt-get", f'#!/bin/sh\necho "$@" >> {called}\ncase "$*" in {failing}) exit 100;; esac\n')
+    for name in there:
+        script(folder / name, "#!/bin/sh\n")
+    done = subprocess.run(
+        ["/bin/sh", str(TOOLS)], env={"PATH": str(folder)}, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert not done.stderr
+    return done.stdout, called.read_text().splitlines() if called.exists() else []
+
+
+ALL_THERE = ("prometheus", "promtool", "chromium", "chromedriver")
+
+
+def test_tools_that_are_there_are_left_alone(tmp_path):
+    assert tools(tmp_path, root=True, there=ALL_THERE) == ("", [])
+
+
+def test_root_gets_what_is_missing_and_nothing_more(tmp_path):
+    said, called = tools(tmp_path, root=True, there=ALL_THERE[:2])
+    assert said == "Installing chromium chromium-driver\n"
+    (call,) = called
+    assert call.endswith("install --yes --no-install-recommends chromium chromium-driver") and call.startswith("-qq")
+
+
+def test_lists_of_packages_are_brought_up_to_date_where_a_package_is_not_found(tmp_path):
+    said, called = tools(tmp_path, root=True, there=ALL_THERE[2:], fails=["prometheus"])
+    assert [call.split()[5] for call in called] == ["install", "update", "install"]
+    assert "Without prometheus some tests are skipped" in said
+
+
+def test_others_are_told_the_command(tmp_path):
+    said, called = tools(tmp_path, root=False)
+    assert not called
+    assert re.findall(r"sudo (.*)", said) == [
+        "apt-get install --no-install-recommends prometheus",
+        "apt-get install --no-install-recommends chromium chromium-driver",
+    ]

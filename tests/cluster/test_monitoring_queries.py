@@ -1,0 +1,232 @@
+"""Every query is asked of a real Prometheus, over figures whose meaning is known beforehand."""
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from cluster.monitoring import LOOPBACK
+from cluster.prometheus import figures
+from cluster.prometheus.queries import View
+from deployments import metrics
+from deployments.exposition import page
+from deployments.metrics import Meters
+from tests.cluster.querying import (
+    PREFIXES,
+    QueryFailed,
+    alert_queries,
+    alerts_whole,
+    dashboard_queries,
+    needs_prometheus,
+    prometheus,
+    recorded_queries,
+)
+
+pytestmark = needs_prometheus
+TICK_S = 0.2
+HAPPENED = re.compile(r"^(?!#)(parse_\w+)(.*) (?!0\.0$)(\S+)$", re.MULTILINE)
+
+
+class Service:
+    """Routers and engines as they would tell of themselves: in each tick the same happens."""
+
+    def __init__(self) -> None:
+        self.router = Meters(metrics.OF_ROUTERS, deployment="Router")
+        self.engines = [Meters(metrics.OF_ENGINES, deployment=name) for name in ("Drafter", "Verifier")]
+
+    def page(self) -> bytes:
+        """By both ways on one page; the second leaves out what has never happened, as Ray does."""
+        everyone = (self.router, *self.engines)
+        text = page([meters.figures() for meters in everyone], "text/plain")[0].decode()
+        by_ray = [f"ray_{name}{labels} {value}" for name, labels, value in HAPPENED.findall(text)]
+        return "\n".join([text, *by_ray, ""]).encode()
+
+    def tick(self) -> None:
+        self._answer("off", times=1, written=50, write_s=0.5, total_s=0.6, queue_s=0.1)
+        self._answer("rounds", times=2, written=10, write_s=0.1, total_s=0.3, queue_s=0.05, accepted=40, rejected=10)
+        self._answer("exact", times=1, written=5, write_s=7.0, total_s=9.0, queue_s=0.0, accepted=5, rejected=5)
+        self._happen()
+        for meters in self.engines:
+            self._compute(meters)
+
+    def _answer(
+        self,
+        mode: str,
+        *,
+        times: int,
+        written: int,
+        write_s: float,
+        total_s: float,
+        queue_s: float,
+        accepted: int = 0,
+        rejected: int = 0,
+    ) -> None:
+        tell = self.router
+        for _ in range(times):
+            tell.add(metrics.REQUESTS, mode=mode, outcome="ok")
+            tell.add(metrics.ANSWERS, mode=mode, finish="stop")
+            tell.add(metrics.VERDICTS, mode=mode, verdict="partial" if accepted else "skipped")
+            tell.add(metrics.PROMPT_TOKENS, 100)
+            tell.add(metrics.CACHED_TOKENS, 25)
+            tell.add(metrics.DRAFTED, accepted + rejected, mode=mode)
+            tell.add(metrics.ACCEPTED, accepted, mode=mode)
+            tell.add(metrics.REJECTED, rejected, mode=mode)
+            tell.add(metrics.WRITTEN, written, mode=mode)
+            tell.observe(metrics.STAGE, queue_s, mode=mode, stage="queue")
+            tell.observe(metrics.STAGE, write_s, mode=mode, stage="write")
+            tell.observe(metrics.FIRST_TOKEN, total_s / 2, mode=mode)
+            tell.observe(metrics.BETWEEN_TOKENS, 0.01, mode=mode)
+            tell.observe(metrics.ANSWER, total_s, mode=mode)
+            if accepted:
+                tell.add(metrics.ROUNDS, 2, mode=mode)
+                tell.observe(metrics.ACCEPTED_SHARE, accepted / (accepted + rejected), mode=mode)
+                tell.observe(metrics.BOUNDARY, accepted, mode=mode)
+
+    def _happen(self) -> None:
+        tell = self.router
+        tell.observe(metrics.CORRECT, 0.98, kept="yes")
+        tell.observe(metrics.CORRECT, 0.03, kept="no")
+        for part, seconds in (("drafter", 0.06), ("verifier", 0.1), ("both", 0.04)):
+            tell.add(metrics.BUSY, seconds, part=part)
+        for gauge, value in ((metrics.ANSWERING, 6), (metrics.PLACES, 8), (metrics.WAITING, 2)):
+            tell.set(gauge, value)
+        tell.set(metrics.TROUBLE, 1, part="drafter")
+        tell.set(metrics.TROUBLE, 0, part="verifier")
+        tell.add(metrics.REQUESTS, mode="rounds", outcome="timeout")
+        tell.add(metrics.REQUESTS, mode="unknown", outcome="invalid")
+        tell.add(metrics.RETRIES, cause="died")
+        tell.add(metrics.FALLBACKS, cause="busy")
+        tell.add(metrics.CANCELLATIONS, cause="timeout")
+        tell.add(metrics.PROPOSED, 10, method="draft", position="1")
+        tell.add(metrics.PROPOSED_ACCEPTED, 5, method="draft", position="1")
+        tell.add(metrics.AUDITS, 3, result="agree")
+        tell.add(metrics.AUDITS, 1, result="disagree")
+        tell.observe(metrics.AUDIT_GAP, 0.2)
+        tell.add(metrics.UNREACHED, part="Verifier")
+
+    @staticmethod
+    def _compute(tell: Meters) -> None:
+        tell.set(metrics.ENGINE_RUNNING, 3)
+        tell.set(metrics.ENGINE_WAITING, 1)
+        for state, pages in (("used", 60), ("idle", 30), ("free", 10)):
+            tell.set(metrics.ENGINE_PAGES, pages, state=state)
+        tell.add(metrics.ENGINE_STEPS, 10)
+        tell.add(metrics.ENGINE_BATCHED, 25)
+        tell.add(metrics.ENGINE_TOKENS, 400)
+        tell.add(metrics.ENGINE_BUSY, 0.1)
+        tell.add(metrics.ENGINE_LOOKED, 100)
+        tell.add(metrics.ENGINE_FOUND, 40)
+        tell.add(metrics.ENGINE_EVICTIONS, 2)
+
+
+@contextmanager
+def served(service: Service) -> Iterator[str]:
+    """host:port"""
+    lock, over = threading.Lock(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with lock:  # a tick is seen whole or not at all
+                body = service.page()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    def live() -> None:
+        while not over.wait(TICK_S):
+            with lock:
+                service.tick()
+
+    with ThreadingHTTPServer((LOOPBACK, 0), Handler) as server:
+        threads = [threading.Thread(target=server.serve_forever), threading.Thread(target=live)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield f"{LOOPBACK}:{server.server_address[1]}"
+        finally:
+            over.set()
+            server.shutdown()
+            for thread in threads:
+                thread.join()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    service = Service()
+    service.tick()
+    with served(service) as target, prometheus(tmp_path_factory.mktemp("prometheus"), target) as made:
+        until = time.monotonic() + 30
+        while not made.has_data("application:parse_speed_up:ratio_rate5m"):
+            assert time.monotonic() < until, made.targets()
+            time.sleep(0.2)
+        yield made
+
+
+EVERYTHING = {prefix: [*dashboard_queries(prefix=prefix), *recorded_queries(prefix=prefix)] for prefix in PREFIXES}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_every_query_brings_data(asked, prefix):
+    assert asked.without_data(EVERYTHING[prefix], within_s=10) == []
+
+
+def test_every_alert_can_be_asked(asked):
+    assert asked.without_data(alert_queries(), within_s=10) == []
+    for one in alerts_whole():
+        asked.query(one.expression)
+    assert asked.rule_faults() == []
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(
+    ("figure", "expected"),
+    [
+        # 0.7 s for 70 tokens are 10 ms each; 150 tokens took 1 s, waiting aside.
+        (figures.speed_up, 1.5),
+        (lambda view: figures.speed_up(view, figures.JUDGED), 2.0),
+        (figures.accepted, 85 / 110),
+        (figures.overlap, 1 / 3),
+        (figures.failures, 1 / 5),
+        (figures.waiting, 0.25),
+        (figures.in_use, 0.75),
+        (figures.fallbacks, 1 / 4),
+        (figures.disagreement, 1 / 4),
+        (figures.batch, 2.5),
+        (figures.cache_hits, 0.4),
+        (figures.known_prompt, 0.25),
+        (lambda view: figures.pages(view, "used"), 0.6),
+        (lambda view: figures.verdicts(view, "partial"), 1.0),
+        (lambda view: figures.verdicts(view, "whole"), 0.0),
+        (lambda view: view.mean(metrics.AUDIT_GAP), 0.2),
+    ],
+)
+def test_figures_say_what_has_happened(asked, prefix, figure, expected):
+    (found,) = asked.query(figure(View(prefix, "1m")))
+    assert float(found["value"][1]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_speed_up_by_mode(asked, prefix):
+    found = asked.query(figures.speed_up(View(prefix, "1m"), by=("mode",)))
+    gains = {series["metric"]["mode"]: float(series["value"][1]) for series in found}
+    assert {mode: gain for mode, gain in gains.items() if gain == gain} == pytest.approx({"off": 1.0, "rounds": 2.0})
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_the_pace_is_the_target_s_whichever_mode_is_looked_at(asked, prefix):
+    chosen = View(prefix, "1m", {"mode": "rounds"})
+    (found,) = asked.query(figures.speed_up(chosen))
+    assert float(found["value"][1]) == pytest.approx(2.0)
+
+
+def test_what_is_no_query_is_refused(asked):
+    with pytest.raises(QueryFailed, match="parse error"):
+        asked.query("sum(rate(")

@@ -1,0 +1,112 @@
+"""Recording rules and alerts, as Prometheus' own tool reads and tries them."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.prometheus.__main__ import written
+from cluster.prometheus.alerts import ALERTS
+from cluster.prometheus.queries import View, grouped, share_or_none
+from deployments import metrics
+from deployments.config import HOUSE
+from tests.cluster.querying import RULES, needs_prometheus
+
+TRIED = sorted((RULES / "tests").glob("*.yml"))
+PAGE = (HOUSE / "docs" / "monitoring.md").read_text()
+
+
+def promtool(*arguments: str | Path) -> str:
+    command = ["promtool", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_files_are_what_the_code_makes():
+    for path, text in written().items():
+        assert path.read_text() == text, f"{path.name} is not up to date: make dashboards"
+
+
+@needs_prometheus
+def test_the_configuration_is_one():
+    assert "2 rule files found" in promtool("check", "config", RULES / "prometheus.yml")
+
+
+@needs_prometheus
+def test_the_rules_are_rules():
+    promtool("check", "rules", "--lint=all", "--lint-fatal", RULES / "rules.yml", RULES / "alerts.yml")
+
+
+@needs_prometheus
+@pytest.mark.parametrize("path", TRIED, ids=lambda path: path.stem)
+def test_alerts_fire_when_they_should_and_only_then(path):
+    promtool("test", "rules", path)
+
+
+@needs_prometheus
+@pytest.mark.parametrize("path", TRIED, ids=lambda path: path.stem)
+def test_and_so_they_do_for_the_series_of_ray_s_pipeline(path, tmp_path):
+    text = path.read_text().replace("../", f"{RULES}/").replace("'parse_", "'ray_parse_")
+    (tmp_path / path.name).write_text(text)
+    promtool("test", "rules", tmp_path / path.name)
+
+
+@needs_prometheus
+def test_both_ways_at_once_call_nobody_twice(tmp_path):
+    text = (RULES / "tests" / "failures.yml").read_text().replace("../", f"{RULES}/")
+    series = [line for line in text.splitlines() if "{series: 'parse_" in line]
+    doubled = text.replace(
+        series[0], "\n".join([*(line.replace("'parse_", "'ray_parse_") for line in series), series[0]])
+    )
+    (tmp_path / "doubled.yml").write_text(doubled)
+    promtool("test", "rules", tmp_path / "doubled.yml")
+
+
+def test_each_alert_is_tried():
+    texts = {path.stem: path.read_text() for path in TRIED}
+    stems = {alert: re.sub(r"(?<=.)(?=[A-Z])", "_", alert.name.removeprefix("Parse")).lower() for alert in ALERTS}
+    assert texts.keys() == {*stems.values(), "healthy", "quiet"}
+    for alert, stem in stems.items():
+        assert f'alertname="{alert.name}",severity="{alert.severity}"' in texts[stem]
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
+def test_each_alert_says_what_to_do_and_where_to_read_on(alert):
+    annotations = alert.rule()["annotations"]
+    page, _, anchor = annotations["runbook"].partition("#")
+    assert page == "docs/monitoring.md"
+    heads = [line.lstrip("# ").lower() for line in PAGE.splitlines() if line.startswith("#")]
+    assert anchor in heads
+    assert annotations["summary"].endswith(".") and len(annotations["description"]) > 80
+    assert alert.holds.endswith("m")
+
+
+def test_the_page_tells_of_no_alert_that_is_gone():
+    assert set(re.findall(r"^#+ (Parse\w+)$", PAGE, re.MULTILINE)) == {alert.name for alert in ALERTS}
+
+
+def test_the_scrapes_are_of_the_router_and_of_ray():
+    config = yaml.safe_load((RULES / "prometheus.yml").read_text())
+    service = yaml.safe_load((HOUSE / "serve_config.yaml").read_text())["http_options"]
+    router, ray = config["scrape_configs"]
+    assert router["static_configs"] == [{"targets": [f"{service['host']}:{service['port']}"]}]
+    assert ray["file_sd_configs"][0]["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
+
+
+@pytest.mark.parametrize(
+    "condition", ['mood="full"', 'mode="ful"', 'mode=~"full|of"', "mode", 'mode="full",finish="stop"']
+)
+def test_a_query_names_nothing_that_is_not_declared(condition):
+    with pytest.raises(ValueError, match=r"is not declared|not a condition"):
+        View().rate(metrics.DRAFTED, condition)
+
+
+def test_parentheses_are_written_where_they_are_needed():
+    assert grouped("sum(a)") == "sum(a)" and grouped("(a + b)") == "(a + b)"
+    assert grouped("sum by (x, y) (rate(a[5m]))") == "sum by (x, y) (rate(a[5m]))"
+    assert grouped("sum(a) / sum(b)") == "(sum(a) / sum(b))"
+    assert grouped("(a) + (b)") == "((a) + (b))"
+    assert share_or_none("sum(a)", "sum(b)") == "(sum(a) or 0 * sum(b)) / (sum(b) > 0)"
