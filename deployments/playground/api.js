@@ -3,9 +3,9 @@
 /** What went wrong, in the API's own words where there are any. */
 export class Failure extends Error {
   /** kind: "refused" (a status), "broken" (an error within the stream), "cut" (no end), "lost" (no connection). */
-  constructor(kind, message, { status = null, code = null, param = null, retryAfter = null } = {}) {
+  constructor(kind, message, { status = null, code = null, param = null, retryAfter = null, request = null } = {}) {
     super(message);
-    Object.assign(this, { kind, status, code, param, retryAfter });
+    Object.assign(this, { kind, status, code, param, retryAfter, request });
   }
 }
 
@@ -25,9 +25,13 @@ async function called(path, { key = "", ...options } = {}) {
   return response;
 }
 
+/** Its name in the server's log. */
+const named = (response) => response.headers.get("X-Request-Id");
+
 async function refusal(response) {
   const given = Number(response.headers.get("Retry-After") ?? NaN);
-  const about = { status: response.status, retryAfter: Number.isFinite(given) ? given : null };
+  const retryAfter = Number.isFinite(given) ? given : null;
+  const about = { status: response.status, retryAfter, request: named(response) };
   try {
     const { error } = await response.json();
     return new Failure("refused", String(error.message), { ...about, code: error.code, param: error.param });
@@ -62,7 +66,16 @@ export async function* ask(body, { key, signal }) {
     body: JSON.stringify({ ...body, stream: true }),
   });
   if (!response.ok) throw await refusal(response);
-  for await (const data of events(response.body)) {
+  try {
+    yield* happenings(response.body);
+  } catch (error) {
+    if (error instanceof Failure) error.request = named(response);
+    throw error;
+  }
+}
+
+async function* happenings(stream) {
+  for await (const data of events(stream)) {
     if (data === "[DONE]") return;
     const chunk = parsed(data);
     if (chunk.error) {

@@ -179,7 +179,7 @@ function compare({ over }) {
     element(
       "span",
       {},
-      `${fast.mode} is done in ${seconds(fast.report.total_s)}, ${slow.mode} in ${seconds(slow.report.total_s)}. ` +
+      `${fast.mode} is the faster: done in ${seconds(fast.report.total_s)}, ${slow.mode} in ${seconds(slow.report.total_s)}. ` +
         `In tokens per second: ${times(rate(fast) / rate(slow))}. ${same}`,
     ),
   );

@@ -132,7 +132,13 @@ export class Pane {
     this.stages.again();
     const { title, advice } = explained(failure);
     const box = this.part(".problem");
-    box.replaceChildren(element("strong", {}, title), element("q", {}, failure.message), element("span", {}, advice));
+    const id = failure.request && element("small", {}, `Request ${failure.request} in the server’s log`);
+    box.replaceChildren(
+      element("strong", {}, title),
+      element("q", {}, failure.message),
+      element("span", {}, advice),
+      ...(id ? [id] : []),
+    );
     box.hidden = false;
   }
 

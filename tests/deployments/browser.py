@@ -21,7 +21,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 BROWSER, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-MISSING = next((f"{path} is not installed" for path in (BROWSER, DRIVER) if not path.exists()), None)
+MISSING = next((f"{path} is not installed (make tools)" for path in (BROWSER, DRIVER) if not path.exists()), None)
 PATIENCE_S = 30
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "

@@ -298,13 +298,13 @@ def test_two_modes_stand_side_by_side_and_the_speed_up_is_told(page, address):
     assert said(page.runs(1), "written") == asked(address, "off")["choices"][0]["message"]["content"]
     seconds = [float(page.report("total_s", pane)) for pane in (0, 1)]
     ratio = float(page.one("#verdict b").text.removesuffix(TIMES))
-    assert ratio == pytest.approx(max(seconds) / min(seconds), rel=0.02)
+    assert ratio == pytest.approx(max(seconds) / min(seconds), rel=0.05)
     rate = {
         row.get_attribute("data-mode"): row.find_element("css selector", "td:nth-child(4)").text
         for row in page.all("#session-rows tr")
     }
     shown = page.one("#session-rows tr[data-mode=full] [data-figure=speedup]").text
-    assert float(shown.removesuffix(TIMES)) == pytest.approx(int(rate["full"]) / int(rate["off"]), rel=0.02)
+    assert float(shown.removesuffix(TIMES)) == pytest.approx(int(rate["full"]) / int(rate["off"]), rel=0.05)
     assert not page.one("#no-baseline").is_displayed()
     assert page.run("return performance.getEntriesByType('resource').every(e => e.name.startsWith(location.origin))")
     assert page.run("return performance.getEntriesByType('resource').length") > len(playground.ASSETS)
@@ -324,24 +324,16 @@ def test_there_is_no_speed_up_before_the_target_alone_was_measured(page, address
     assert page.one("#session-rows tr[data-mode=full] [data-figure=speedup]").text.endswith(TIMES)
 
 
-@pytest.mark.parametrize("example", range(6))
-def test_the_examples_are_what_their_names_say(address, page, example):
-    if example == 0:
-        page.open(address)
-        EXAMPLES[:] = page.run("return [...document.querySelectorAll('.example')].map(b => [b.textContent, b.title])")
-    name, question = EXAMPLES[example]
-    told = asked(address, "full", messages=[{"role": "user", "content": question}])["parse"]
-    share = told["accepted"] / told["drafted"]
-    low, high = {"half": (0.3, 0.7), "near": (0.6, 0.95), "doubt": (0.6, 0.99), "early": (0.1, 0.5)}.get(
-        next((word for word in ("half", "near", "doubt", "early") if word in name), ""),
-        (0.0, 0.0) if "wrong" in name else (1.0, 1.0),
-    )
-    assert low <= share <= high, name
-    if "doubt" in name:
-        assert any(0.1 < p < 0.9 for p in told["verdicts"][0]["correct"])
-
-
-EXAMPLES: list[list[str]] = []
+def test_the_examples_are_what_their_names_say(page, address):
+    page.open(address)
+    examples = page.run("return [...document.querySelectorAll('.example')].map(b => [b.textContent, b.title])")
+    kept = {"half-way": (0.3, 0.7), "near": (0.6, 0.95), "doubt": (0.6, 0.99), "early": (0.1, 0.5), "wrong": (0, 0)}
+    assert len(examples) == 6
+    for name, question in examples:
+        told = asked(address, "full", messages=[{"role": "user", "content": question}])["parse"]
+        low, high = next((share for word, share in kept.items() if word in name), (1, 1))
+        assert low <= told["accepted"] / told["drafted"] <= high, name
+        assert ("doubt" in name) == any(p and 0.1 < p < 0.9 for p in told["verdicts"][0]["correct"]), name
 
 
 # As it comes.
@@ -490,6 +482,7 @@ def test_a_failure_says_what_to_do_and_leaves_what_had_come(page, pair, script, 
         page.ask("Well?")
         text = problem(page)
         assert re.search(told, text, re.DOTALL) and "secret" not in text
+        assert re.search(r"Request [0-9a-f-]{8,} in the server", text)
         assert said(page.runs(), "written") == shown
         assert not page.one("#stop").is_enabled()
 
@@ -504,7 +497,6 @@ def breaking(*, politely: bool) -> Response:
     async def parts() -> AsyncIterator[str]:
         yield chunk("Half of")
         if not politely:
-            await asyncio.sleep(0.05)  # the half is on its way
             raise ConnectionError("the server dies")
 
     return StreamingResponse(parts(), media_type="text/event-stream")
