@@ -1,9 +1,10 @@
 """The HTTP side over a pipeline in this process, on a real port."""
 
+import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,6 +15,9 @@ from deployments.backend import Session
 from deployments.exposition import Figures
 from deployments.metrics import OF_ROUTERS, Meters
 from parse.pipeline import Pipeline
+from parse.types import Sampling, Tokens
+
+PATIENCE_S = 20
 
 
 @dataclass
@@ -52,3 +56,41 @@ def served(app: FastAPI, *, log_level: str = "warning") -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@dataclass
+class Writer:
+    """A verifier that writes some tokens, and then fails, or waits until it may go on."""
+
+    tokens: Sequence[int] = ()
+    error: Exception | None = None
+    may_go_on: threading.Event = field(default_factory=threading.Event)
+    busy: int = 0
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        *,
+        proposal: Sequence[int] = (),
+        piece: int = 1,
+    ) -> AsyncGenerator[Tokens]:
+        self.busy += 1
+        try:
+            if self.tokens:
+                yield Tokens(tuple(self.tokens))
+            if self.error is not None:
+                raise self.error
+            while not self.may_go_on.is_set():
+                await asyncio.sleep(0.005)
+            yield Tokens((300,), finish="stop")
+        finally:
+            self.busy -= 1
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.01)

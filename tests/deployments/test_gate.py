@@ -262,3 +262,41 @@ def test_nothing_leaks_however_comings_and_goings_meet(places, actions, pauses):
         assert all(v.task.cancelled() or v.task.exception() is None for v in visitors)
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
+    async def seen():
+        gate = Gate(2, 5)
+        resting = asyncio.ensure_future(gate.rests(0.05))
+        visitors = [Visitor(gate, count) for _ in range(3)]  # some of them wait
+        await settled()
+        wanted = asyncio.ensure_future(gate.is_wanted())
+        await asyncio.wait_for(wanted, 1)
+        for visitor in visitors:
+            await asyncio.sleep(0.06)
+            assert not resting.done()
+            visitor.leave()
+            await settled()
+        await asyncio.wait_for(resting, 5)
+        assert gate.free == 2
+        later = asyncio.ensure_future(gate.is_wanted())
+        await settled()
+        assert not later.done()
+        later.cancel()
+
+    asyncio.run(seen())
+
+
+def test_who_comes_meanwhile_keeps_it_from_resting():
+    async def seen():
+        gate = Gate(1, 5)
+        resting = asyncio.ensure_future(gate.rests(0.1))
+        for _ in range(10):
+            await asyncio.sleep(0.02)
+            async with gate.entered(1):
+                pass
+            assert not resting.done()
+        await asyncio.wait_for(resting, 5)
+
+    asyncio.run(seen())

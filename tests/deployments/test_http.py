@@ -4,12 +4,11 @@ import asyncio
 import json
 import logging
 import socket
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -25,47 +24,15 @@ from deployments.http import create_app
 from deployments.openai import ChatRequest, CompletionRequest
 from parse.local import LocalPair
 from parse.protocol import Verifier
-from parse.types import Sampling, Tokens
+from parse.types import Tokens
 from tests.deployments.conftest import MODEL
-from tests.deployments.live import LocalBackend, served
+from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
 ASKED: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 2, "parse": {"mode": "off"}}
 JSON = {"content-type": "application/json"}
-PATIENCE_S = 20
 CLIENTS = {"openai", "httpx", "httpx2", "httpcore", "httpcore2"}  # their logs show what they send
-
-
-@dataclass
-class Writer:
-    """A verifier that writes some tokens, and then fails, or waits until it may go on."""
-
-    tokens: Sequence[int] = ()
-    error: Exception | None = None
-    may_go_on: threading.Event = field(default_factory=threading.Event)
-    busy: int = 0
-
-    async def generate(
-        self,
-        prompt: Sequence[int],
-        output: Sequence[int] = (),
-        sampling: Sampling | None = None,
-        *,
-        proposal: Sequence[int] = (),
-        piece: int = 1,
-    ) -> AsyncGenerator[Tokens]:
-        self.busy += 1
-        try:
-            if self.tokens:
-                yield Tokens(tuple(self.tokens))
-            if self.error is not None:
-                raise self.error
-            while not self.may_go_on.is_set():
-                await asyncio.sleep(0.005)
-            yield Tokens((300,), finish="stop")
-        finally:
-            self.busy -= 1
 
 
 @contextmanager
@@ -83,13 +50,6 @@ def connected(address: str, body: bytes, *, length: int | None = None) -> Iterat
         head = f"POST {CHAT} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body)
         yield client
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.01)
 
 
 def told(response: httpx.Response, status: int) -> dict[str, Any]:
