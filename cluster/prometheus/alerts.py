@@ -136,7 +136,7 @@ ALERTS = (
     ),
     Alert(
         name="ParseAcceptanceCollapsed",
-        expression=recorded("application:parse_accepted:ratio_rate5m"),
+        expression=recorded("application:parse_judged_accepted:ratio_rate5m"),
         comparison="< 0.3",
         holds="10m",
         severity="warning",
@@ -145,7 +145,7 @@ ALERTS = (
             "Drafts cost, and are thrown away. Were models, templates or thresholds changed, or do clients ask "
             "something new? See P(correct) on the dashboard of quality. Until then mode off, or auto, saves the cost."
         ),
-        guard=f"{recorded('application:parse_drafted_tokens:rate5m')} > 1",
+        guard=f"{recorded('application:parse_judged_tokens:rate5m')} > 1",
     ),
     Alert(
         name="ParseDraftingCosts",

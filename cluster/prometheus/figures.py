@@ -11,9 +11,11 @@ UNWANTED = 'cause!="does_not_pay"'  # the service's own choice
 LOST = 'cause!="stopped"'  # replicas that are stopped end their work first, and are no trouble
 
 
-def accepted(view: View, by: tuple[str, ...] = ()) -> str:
+def accepted(view: View, *conditions: str, by: tuple[str, ...] = ()) -> str:
     """Share of drafted tokens that stand in answers."""
-    return share_or_none(view.rate(metrics.ACCEPTED, by=by), view.rate(metrics.DRAFTED, by=by))
+    return share_or_none(
+        view.rate(metrics.ACCEPTED, *conditions, by=by), view.rate(metrics.DRAFTED, *conditions, by=by)
+    )
 
 
 def answer_tokens(view: View, condition: str = COMPARED, by: tuple[str, ...] = ()) -> str:
@@ -83,11 +85,12 @@ def disagreement(view: View) -> str:
 
 
 def lost_calls(view: View) -> str:
-    return view.increase(metrics.RETRIES, LOST)
+    """None are lost as long as routers report and count none."""
+    return or_none(view.increase(metrics.RETRIES, LOST), view.gauge(metrics.PLACES))
 
 
 def unreached(view: View) -> str:
-    return view.increase(metrics.UNREACHED)
+    return or_none(view.increase(metrics.UNREACHED), view.gauge(metrics.PLACES))
 
 
 def trouble(view: View) -> str:

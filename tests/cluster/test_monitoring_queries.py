@@ -193,6 +193,7 @@ def test_every_alert_can_be_asked(asked):
         (figures.speed_up, 1.5),
         (lambda view: figures.speed_up(view, figures.JUDGED), 2.0),
         (figures.accepted, 85 / 110),
+        (lambda view: figures.accepted(view, figures.JUDGED), 0.8),
         (figures.overlap, 1 / 3),
         (figures.failures, 1 / 5),
         (figures.waiting, 0.25),
