@@ -165,7 +165,12 @@ class Running:
             self.process.wait()
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def stop(signum: int, _: object) -> None:
+    for each in STOPPING:  # impatience must not leave anything running
+        signal.signal(each, lambda *_: None)
     raise KeyboardInterrupt
 
 
@@ -193,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder for what is recorded")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of Prometheus")
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGINT, stop)  # a shell's background job would have it ignored
-    signal.signal(signal.SIGTERM, stop)
+    for each in STOPPING:
+        signal.signal(each, stop)  # a shell's background jobs would have some of them ignored
     try:
         run(given.port, given.grafana_port, given.data.resolve(), given.config.resolve())
     except KeyboardInterrupt:

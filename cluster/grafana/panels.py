@@ -30,7 +30,7 @@ from grafana_foundation_sdk.models.dashboard import (
     ValueMap,
     ValueMappingResult,
 )
-from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
+from grafana_foundation_sdk.models.heatmap import HeatmapColorMode, HeatmapColorScale
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from deployments.metrics import OF_ENGINES, OF_ROUTERS
@@ -156,7 +156,13 @@ def heat(about: About, expression: str, colour: str) -> Shape:
         _described(heatmap.Panel(), about)
         .with_target(_target(Query(expression, "{{le}}"), "A").format(PromQueryFormat.HEATMAP))
         .calculate(False)
-        .color(heatmap.HeatmapColorOptions().mode(HeatmapColorMode.OPACITY).fill(colour).exponent(0.5).steps(64))
+        .color(
+            heatmap.HeatmapColorOptions()
+            .mode(HeatmapColorMode.OPACITY)
+            .fill(colour)
+            .scale(HeatmapColorScale.EXPONENTIAL)
+            .exponent(0.5)
+        )
         .y_axis(heatmap.YAxisConfig().unit(about.unit))
         .cell_gap(1)
         .filter_values(heatmap.FilterValueRange().le(1e-9))

@@ -88,7 +88,7 @@ def running(pid: int) -> bool:
 
 
 @needs_prometheus
-@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, way):
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
@@ -105,6 +105,7 @@ def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, way):
             with urlopen(f"{source}/api/v1/status/config", timeout=5) as response:
                 assert "prom_metrics_service_discovery.json" in response.read().decode()
             process.send_signal(way)
+            process.send_signal(signal.SIGINT)  # as the impatient do
             rest, faults = process.communicate(timeout=30)
             assert process.returncode == 0 and rest.endswith("Stopped.\n") and not faults
         assert not answers(f"{source}/-/ready")
