@@ -39,7 +39,7 @@ class Service:
         self.engines = [Meters(metrics.OF_ENGINES, deployment=name) for name in ("Drafter", "Verifier")]
 
     def page(self) -> bytes:
-        """By both ways on one page; the second leaves out what has never happened, as Ray does."""
+        """By both ways on one page; the second leaves out what has never happened."""
         everyone = (self.router, *self.engines)
         text = page([meters.figures() for meters in everyone], "text/plain")[0].decode()
         by_ray = [f"ray_{name}{labels} {value}" for name, labels, value in HAPPENED.findall(text)]
