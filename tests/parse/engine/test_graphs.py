@@ -5,21 +5,27 @@ import logging
 import random
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from parse.engine import engine as engines
 from parse.engine import paged
+from parse.engine.attention import STEP_ATTENTION
+from parse.engine.cache import Context
 from parse.engine.graphs import Graphs, NothingAskedBack, graphs_for, rows_for
 from parse.engine.memory import Memory
 from parse.engine.model import Model
-from parse.engine.paged import CannotReplay, DecodingAttention
+from parse.engine.paged import CannotReplay, DecodingAttention, PagedAttention
 from parse.engine.programs import Ask
-from parse.types import Cancelled
+from parse.engine.sampler import Sampler, choose, logprobs
+from parse.engine.step import Span
+from parse.tree import probes
+from parse.types import Cancelled, Sampling
 from tests.parse.engine.test_paged import ATOL, Writing, gpu, outputs, text
 from tests.parse.engine.tiny import SERVED, VOCABULARY, ask, build, paused, plain, serving
 
@@ -40,7 +46,7 @@ class Tape(TorchDispatchMode):
     def play(self):
         for func, args, kwargs, out in self.done:
             again = func(*args, **kwargs)
-            for old, new in zip(*map(torch.utils._pytree.tree_leaves, (out, again)), strict=True):
+            for old, new in zip(*map(tree_leaves, (out, again)), strict=True):
                 if old.data_ptr() != new.data_ptr():  # neither a view nor changed in place
                     old.copy_(new)
 
@@ -277,6 +283,50 @@ def test_what_stays_on_the_device_may_be_recorded():
         x[torch.tensor([1, 2])] = x[torch.tensor([3, 0])] * 2 + torch.tensor(1.0)
         x.copy_(x.to(torch.bfloat16).cumsum(0))
     assert x.tolist() == [0.0, 7.0, 8.0, 11.0]
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses mixtures, as GPUs do; single numbers may come from anywhere, and so may what is copied."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        if func not in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            assert len({tensor.device for tensor in tensors}) <= 1, func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("kind", KERNEL)
+def test_what_lies_on_a_device_meets_nothing_that_lies_elsewhere(kind, by_kernel, tokenizer, monkeypatch):
+    """Seen on the device that computes nothing."""
+    meta = torch.device("meta")
+    with meta:
+        network = build(kind, max_position_embeddings=1024).bfloat16()
+    monkeypatch.setattr("parse.engine.model.speed_up", lambda *_, **__: 0)  # compares, and here is nothing to compare
+    monkeypatch.setattr(Model, "_self_check", lambda tiny: tiny._attend_with(STEP_ATTENTION))
+    monkeypatch.setattr(paged, "_has_kernel", lambda device: by_kernel)
+    tiny, memory = Model(network, tokenizer), Memory(9, paged.PAGE)
+    contexts = [Context(list(range(100))) for _ in range(4)]
+    for number, context in enumerate(contexts):
+        context.pages = [2 * number, 2 * number + 1]
+    (a, b, c, d), forest = contexts, probes([10, 90], [1, 2, 3])
+    spans = [Span(a, [5], 100, 101), Span(b, [6], 100, 101), Span(c, (), 0, 60), Span(d, forest, 100, 106)]
+    tokens = [token for span in spans for token in span.tokens()]
+    positions = [position for span in spans for position in span.positions()]
+    with torch.inference_mode(), OneDevice():
+        logits = tiny.forward(tokens, positions, PagedAttention(memory, spans), [0, 1, 64])
+        assert (logits.device, logits.shape) == (meta, (3, VOCABULARY))
+        table = torch.zeros(4, 6, dtype=torch.long, device=meta)
+        step = DecodingAttention(memory, table[:, 1], table[:, 2:])
+        with NothingAskedBack(), suppress(*([] if by_kernel else [CannotReplay])):
+            assert tiny.logits(table[None, :, 0], table[None, :, 1], step, 0).device == meta
+    adjusted = dict(frequency_penalty=0.4, repetition_penalty=1.2, logit_bias={3: 1.0})
+    everything = Sampling(top_p=0.9, top_k=5, min_p=0.1, **adjusted)  # type: ignore[arg-type]
+    draws = [*Sampler(everything, [1, 2], [3]).draws([4]), *Sampler(Sampling(), [1], []).draws()]
+    for last_of_all in (lambda: choose(logits, draws), lambda: logprobs(logits, [1, 2, 3], 2)):
+        with OneDevice(), pytest.raises(NotImplementedError, match="out of meta") as caught:
+            last_of_all()
+        assert any("tolist()" in str(entry.statement) for entry in caught.traceback)  # nothing is asked for before
 
 
 def test_on_a_cpu_nothing_is_recorded(tokenizer):
