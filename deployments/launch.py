@@ -168,9 +168,8 @@ def wait_until_ready(
         now = time.monotonic()
         found = details()
         for application in found["applications"].values():
-            if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
-                reasons = [application["message"], *(d["message"] for d in application["deployments"].values())]
-                raise NotServing("the application cannot be deployed: " + "\n".join(filter(None, reasons)).strip())
+            if application["status"] == "DEPLOY_FAILED":  # from UNHEALTHY it may recover
+                raise NotServing(f"the application cannot be deployed: {_reasons(application)}")
         parts = deployments_of(found)
         if all(a["status"] == "RUNNING" for a in found["applications"].values()) and parts and answers():
             return
@@ -183,8 +182,14 @@ def wait_until_ready(
         if unplaced_since is not None and (lack := _lack(parts, unplaced, now - unplaced_since)):
             raise NotServing(f"the cluster cannot place all replicas: {lack}")
         if now - started > timeout_s:
-            raise NotServing(f"not ready after {timeout_s:g} s: {line}; the logs are in {logs}")
+            reasons = " ".join(filter(None, map(_reasons, found["applications"].values())))
+            raise NotServing(f"not ready after {timeout_s:g} s: {line}; the logs are in {logs}; {reasons}".strip("; "))
         time.sleep(0.25)
+
+
+def _reasons(application: Mapping[str, Any]) -> str:
+    reasons = [application["message"], *(found["message"] for found in application["deployments"].values())]
+    return "\n".join(filter(None, reasons)).strip()
 
 
 def _lack(parts: Sequence[Deployment], unplaced: Sequence[Deployment], seconds: float) -> str | None:

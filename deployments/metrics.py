@@ -5,7 +5,7 @@ In production Ray's own pipeline takes it from every process to Prometheus, unde
 but those declared with it, so what a client sends never becomes one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, get_args
@@ -51,12 +51,20 @@ class Counter:
 
     def here(self, registry: prometheus.CollectorRegistry) -> prometheus.Counter:
         made = prometheus.Counter(self.name, self.help, tuple(self.labels), registry=registry)
-        for values in product(*self.labels.values()) if self.labels else ():
-            made.labels(*values)  # it starts from zero, or the first of its kind would be missed by rate()
+        if self.labels:
+            for labels in self._all():
+                made.labels(**labels)
         return made
 
     def to_ray(self) -> Any:
-        return RAY.Counter(self.name, self.help, tuple(self.labels))
+        made = RAY.Counter(self.name, self.help, tuple(self.labels))
+        for labels in self._all():
+            made._record(0.0, labels)  # `inc` takes no zero
+        return made
+
+    def _all(self) -> Iterator[dict[str, str]]:
+        """They start from zero, or rate() would miss the first of each kind."""
+        return (dict(zip(self.labels, values, strict=True)) for values in product(*self.labels.values()))
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,16 @@ def test_the_wait_ends_with_the_reasons_of_a_failure():
 
 
 def test_the_wait_ends_when_it_took_too_long():
-    with pytest.raises(NotServing, match=r"not ready after 0 s: Verifier loading; the logs are in /logs"):
+    with pytest.raises(NotServing, match=r"not ready after 0 s: Verifier loading; the logs are in /logs$"):
         wait_until_ready(lambda: details(pid=1), lambda: False, timeout_s=0, logs="/logs")
+
+
+def test_what_is_unhealthy_may_recover_and_is_told_if_it_does_not():
+    sick, well = details("UNHEALTHY", "a replica died", pid=1), details("RUNNING", pid=1, state="RUNNING")
+    seen = [sick, sick, well]
+    wait_until_ready(lambda: seen.pop(0), lambda: True, timeout_s=60, logs="/logs")
+    with pytest.raises(NotServing, match=r"not ready after 0 s: .*; the logs are in /logs; a replica died"):
+        wait_until_ready(lambda: sick, lambda: True, timeout_s=0, logs="/logs")
 
 
 @pytest.mark.parametrize(

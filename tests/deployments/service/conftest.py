@@ -1,9 +1,11 @@
 """A real Ray with two pretended GPUs, and the application deployed on it as its users deploy it."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from ray import serve
 
 from parse.local import DEMO_DRAFT, DEMO_TARGET
 from tests.deployments.service.asking import Service, free_port
+from tests.deployments.service.spans import Spans
 
+RAYS_PORTS = range(10002, 20000)  # of its workers
+TRACED = {"exporter_import_path": "deployments.tracing:otlp", "sampling_ratio": 1.0}
 SMALL = {"threads": 1, "memory_mb": 256, "max_context": 1024}
 
 
@@ -24,33 +29,62 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             item.add_marker("ray")
 
 
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    logs: Path  # Ray Serve's
+    metrics: str  # where Ray exports them, host:port
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
-    quiet: dict[str, Any] = dict(log_to_driver=False, namespace="serve")
+def spans() -> Iterator[Spans]:
+    with Spans.collected() as spans:
+        yield spans
+
+
+@pytest.fixture(scope="session")
+def cluster(spans: Spans) -> Iterator[Cluster]:
+    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = spans.url  # of no effect before a deployment wants traces
+    port = free_port(outside=RAYS_PORTS)
+    quiet: dict[str, Any] = dict(log_to_driver=False, namespace="serve", _metrics_export_port=port)
     context: Any = ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=True, **quiet)
-    yield context.address_info["gcs_address"]
+    info = context.address_info
+    yield Cluster(info["gcs_address"], Path(info["session_dir"]) / "logs" / "serve", f"127.0.0.1:{port}")
     serve.shutdown()
     ray.shutdown()
+    del os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
 
 
 class Deployed:
     """Deploys one after the other on the same cluster; what is deployed already stays."""
 
-    def __init__(self, cluster: str, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster, self._folder = cluster, folder
         self._port = free_port()
         self._config: dict[str, Any] = {}
 
-    def deploy(self, deployments: Sequence[dict[str, Any]] = (), **args: Any) -> subprocess.CompletedProcess[str]:
+    def deploy(
+        self, deployments: Sequence[dict[str, Any]] = (), *, traced: bool = False, **args: Any
+    ) -> subprocess.CompletedProcess[str]:
         args = {"target": {"model": DEMO_TARGET, **SMALL}, "draft": {"model": DEMO_DRAFT, **SMALL}} | args
         application = {"name": "parse", "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
         config = {
             "http_options": {"host": "127.0.0.1", "port": self._port},
             "applications": [application | {"deployments": list(deployments)}],
+            "tracing_config": TRACED | {"enabled": traced},
         }
         path = self._folder / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "deployments", str(path), "--address", self._cluster, "--timeout", "120"]
+        command = [
+            sys.executable,
+            "-m",
+            "deployments",
+            str(path),
+            "--address",
+            self._cluster.address,
+            "--timeout",
+            "120",
+        ]
         return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
     def clear(self) -> None:
@@ -68,7 +102,7 @@ class Deployed:
 
 
 @pytest.fixture(scope="session")
-def deployed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+def deployed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     return Deployed(cluster, tmp_path_factory.mktemp("deployed"))
 
 

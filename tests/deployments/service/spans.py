@@ -1,0 +1,50 @@
+"""A collector of traces, as OpenTelemetry's protocol has them."""
+
+import gzip
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+
+@dataclass(frozen=True)
+class Span:
+    name: str
+    trace: bytes
+    id: bytes
+    parent: bytes
+
+
+@dataclass
+class Spans:
+    url: str
+    found: list[Span] = field(default_factory=list)
+
+    @classmethod
+    @contextmanager
+    def collected(cls) -> Iterator["Spans"]:
+        class Collector(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    for scope in resource.scope_spans:
+                        for span in scope.spans:
+                            spans.found.append(Span(span.name, span.trace_id, span.span_id, span.parent_span_id))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+            spans = cls(f"http://127.0.0.1:{server.server_port}")
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            try:
+                yield spans
+            finally:
+                server.shutdown()

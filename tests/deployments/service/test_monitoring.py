@@ -1,0 +1,220 @@
+"""A live deployment under a load that has everything in it, watched by a real Prometheus, on both ways."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from deployments.gathering import PATIENCE_S
+from tests.cluster.querying import (
+    Prometheus,
+    alert_queries,
+    dashboard_queries,
+    needs_prometheus,
+    prometheus,
+    recorded_queries,
+)
+from tests.deployments.service.asking import Service, chat, events, problems, until
+
+IN_TIME_S = 5.0  # half of what Prometheus allows by default
+QUICKLY_S = 30.0
+MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
+SETTINGS = {
+    "audit": {"share": 1.0, "result": r"(\d+)\D*$"},
+    "api": {"max_answers": 4, "max_waiting": 4, "request_timeout_s": 60.0},
+}
+
+
+class Seen:
+    """What clients were told, added up."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+
+    def answer(self, report: dict, usage: dict) -> None:
+        self.requests["ok"] += 1
+        for name in ("drafted", "accepted", "rejected", "written"):
+            self.tokens[f"parse_{name}_tokens_total"] += report[name]
+        self.tokens["parse_prompt_tokens_total"] += usage["prompt_tokens"]
+        self.tokens["parse_cached_prompt_tokens_total"] += usage["prompt_tokens_details"]["cached_tokens"]
+
+
+async def one(client: httpx.AsyncClient, seen: Seen, question: str, mode: str, number: int) -> None:
+    body = chat(question, mode=mode)
+    if number % 9 == 8:  # leaves
+        try:
+            await client.post("/v1/chat/completions", json=body, timeout=0.02)
+        except httpx.TimeoutException:
+            return
+    if number % 2:
+        response = await client.post("/v1/chat/completions", json=body)
+        if response.status_code == 200:
+            seen.answer(response.json()["parse"], response.json()["usage"])
+        else:
+            assert response.status_code == 503, response.text
+        return
+    whole: dict = {}
+    stream = body | {"stream": True, "stream_options": {"include_usage": True}}
+    async with client.stream("POST", "/v1/chat/completions", json=stream) as response:
+        if response.status_code != 200:
+            assert response.status_code == 503
+            return
+        async for event in events(response):
+            whole |= {name: event[name] for name in ("parse", "usage") if event.get(name)}
+    seen.answer(whole["parse"], whole["usage"])
+
+
+async def load(service: Service, seen: Seen) -> None:
+    """Bursts with more than there is room for, pauses in which audits find their moment, and some faults."""
+    rng = random.Random(7)
+    asked = problems(72, seed=9)
+    async with service.client() as client:
+        for burst in range(6):
+            some = asked[12 * burst : 12 * burst + 12]
+            await asyncio.gather(
+                *(one(client, seen, problem.question, rng.choice(MODES), n) for n, problem in enumerate(some))
+            )
+            await client.post("/v1/chat/completions", json={"surprise": 1})
+            if burst == 2:
+                (drafter,) = await service.describe("Drafter")
+                os.kill(drafter.pid, signal.SIGKILL)
+                await asyncio.gather(*(one(client, seen, problem.question, "full", 1) for problem in some[:3]))
+            if burst == 3:
+                (verifier,) = await service.describe("Verifier")
+                asking = asyncio.create_task(one(client, seen, some[0].question, "off", 1))
+                await asyncio.sleep(0.1)
+                os.kill(verifier.pid, signal.SIGKILL)
+                await asking
+            await asyncio.sleep(2.0)
+
+
+def total(watching: Prometheus, metric: str) -> float:
+    return sum(float(found["value"][1]) for found in watching.query(metric))
+
+
+@needs_prometheus
+def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cluster, tmp_path):
+    service = deployed.service(**SETTINGS)
+    seen = Seen()
+    before = httpx.get(f"{service.url}/metrics").text
+    assert 'outcome="ok"' in before
+    port = service.url.removeprefix("http://")
+    with prometheus(tmp_path, port, cluster.metrics) as watching:
+        asyncio.run(load(service, seen))
+        for prefix in ("", "ray_"):
+            asked = [*dashboard_queries(prefix=prefix), *recorded_queries(prefix=prefix)]
+            assert len(asked) > 60
+            left = watching.without_data(asked, within_s=QUICKLY_S)
+            assert not left, [(one.where, one.expression) for one in left]
+        left = watching.without_data(alert_queries(), within_s=QUICKLY_S)
+        assert not left, [(one.where, one.expression) for one in left]
+        assert watching.rule_faults() == []
+
+        # Clients and Prometheus have counted the same, on both ways.
+        expected = {**seen.tokens, 'parse_requests_total{outcome="ok"}': seen.requests["ok"]}
+
+        def differences() -> dict[str, tuple[float, float]]:
+            found = {
+                f"{prefix}{name}": total(watching, f"{prefix}{name}") for prefix in ("", "ray_") for name in expected
+            }
+            wanted = {f"{prefix}{name}": float(n) for prefix in ("", "ray_") for name, n in expected.items()}
+            return {name: (found[name], wanted[name]) for name in wanted if found[name] != wanted[name]}
+
+        async def equal() -> bool:
+            return not differences()
+
+        try:
+            asyncio.run(until(equal))
+        except AssertionError:
+            raise AssertionError(differences()) from None
+    assert seen.requests["ok"] > 40 and seen.tokens["parse_rejected_tokens_total"] > 100
+
+
+def reports(text: str) -> Counter[str]:
+    """Of how many replicas each deployment's figures are."""
+    found = {
+        (sample.labels["deployment"], sample.labels["replica"])
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    return Counter(deployment for deployment, _ in found)
+
+
+def unreached(text: str) -> float:
+    families = text_string_to_metric_families(text)
+    samples = [sample for family in families for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == "parse_unreached_replicas_total")
+
+
+def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_up_nobody(deployed):
+    service = deployed.service(deployments=[{"name": "Router", "num_replicas": 2}])
+
+    async def asked():
+        seen = Seen()
+        async with service.client() as client:
+            await asyncio.gather(*(one(client, seen, problem.question, "full", 1) for problem in problems(8)))
+            assert seen.requests["ok"] == 8
+
+            async def all_told(counts: dict[str, int]) -> bool:
+                return reports((await client.get("/metrics")).text) == counts
+
+            await until(lambda: all_told({"Router": 2, "Verifier": 1, "Drafter": 1}))
+            for _ in range(6):  # whichever router answers
+                text = (await client.get("/metrics")).text
+                samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+                drafted = sum(s.value for s in samples if s.name == "parse_drafted_tokens_total")
+                assert drafted == seen.tokens["parse_drafted_tokens_total"]
+            (drafter,) = await service.describe("Drafter")
+            os.kill(drafter.pid, signal.SIGSTOP)
+            try:
+                response = await client.get("/metrics", timeout=IN_TIME_S)
+                assert reports(response.text) == {"Router": 2, "Verifier": 1}
+                await until(lambda: counted(client))
+            finally:
+                os.kill(drafter.pid, signal.SIGKILL)  # a stopped one as well
+            response = await client.get("/metrics", timeout=IN_TIME_S)
+            assert response.status_code == 200 and reports(response.text)["Verifier"] == 1
+            await until(lambda: all_told({"Router": 2, "Verifier": 1, "Drafter": 1}))
+
+    async def counted(client: httpx.AsyncClient) -> bool:
+        return unreached((await client.get("/metrics", timeout=IN_TIME_S)).text) > 0
+
+    assert PATIENCE_S < IN_TIME_S
+    asyncio.run(asked())
+
+
+def test_the_log_tells_of_each_request_by_its_id(deployed, cluster):
+    service = deployed.service()
+
+    async def asked() -> str:
+        async with service.client() as client:
+            response = await client.post("/v1/chat/completions", json=chat("Xylophone?", mode="off", max_tokens=4))
+            request_id = response.headers["x-request-id"]
+            assert "," not in request_id  # told once
+
+            async def told() -> bool:
+                return any(line.get("request_id") == request_id and "outcome" in line for line in lines(cluster.logs))
+
+            await until(told)
+            return str(request_id)
+
+    request_id = asyncio.run(asked())
+    (line,) = [line for line in lines(cluster.logs) if line.get("request_id") == request_id and "outcome" in line]
+    assert line["outcome"] == "ok" and line["status"] == 200 and line["written"] == 4 and line["mode"] == "off"
+    assert not any("Xylophone" in path.read_text() for path in cluster.logs.glob("replica_*"))
+
+
+def lines(logs: Path) -> list[dict]:
+    return [
+        json.loads(line)
+        for path in logs.glob("replica_parse_Router_*.log")
+        for line in path.read_text().splitlines()
+        if line.startswith("{")
+    ]

@@ -1,0 +1,45 @@
+"""One request, one trace, over all replicas that had to do with it."""
+
+import asyncio
+
+from tests.deployments.service.asking import chat, problems, until
+
+
+def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans):
+    deployed.clear()  # replicas that run already would go on without
+    service = deployed.service(traced=True)
+
+    async def asked():
+        for problem, mode in zip(problems(4), ("full", "exact", "full", "exact"), strict=True):
+            await service.answer(chat(problem.question, mode=mode))
+
+        async def told():
+            return sum(span.name == "answer" for span in spans.found) >= 4 and any(
+                span.name == "replica_handle_request Verifier generate" for span in spans.found
+            )
+
+        await until(told)
+
+    asyncio.run(asked())
+    by_id = {span.id: span for span in spans.found}
+
+    def within(span):
+        """The names of all it is a part of."""
+        names = []
+        while (span := by_id.get(span.parent)) is not None:
+            names.append(span.name)
+        return names
+
+    for deployment, method, stage in (
+        ("Drafter", "draft_whole", "draft"),
+        ("Verifier", "judge", "judge"),
+        ("Verifier", "generate", "write"),
+    ):
+        inner = [span for span in spans.found if span.name == f"replica_handle_request {deployment} {method}"]
+        assert inner, sorted({span.name for span in spans.found})
+        for span in inner:
+            assert within(span)[:3] == [f"route_to_replica {deployment} {method}", stage, "answer"]
+            assert "replica_handle_request Router __call__" in within(span)
+    traces = {span.trace for span in spans.found if span.name == "answer"}
+    assert len(traces) == 4
+    assert not [span.name for span in spans.found if span.name.endswith((" alive", " figures", " GET /ready"))]
