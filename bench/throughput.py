@@ -6,14 +6,17 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 
 from parse.config import EngineSettings
+from parse.engine.attention import Attention
 from parse.engine.model import Model
 from parse.engine.service import ModelService
 from parse.prompts import Check
@@ -25,6 +28,7 @@ LAYERS, WIDTH, VOCABULARY = 12, 256, 8192
 PROMPT, DRAFT, ANSWER = 256, 256, 128  # tokens
 CUTS, SUFFIX = 16, 16
 BATCHES = (1, 4, 8, 16)
+HOST_BATCHES = (1, 8, 32)
 ROUNDS = 5  # everything is measured that often, in turns; the medians count
 GREEDY = Sampling(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
 
@@ -46,6 +50,7 @@ def run(threads: int) -> dict[str, Any]:
             "decode": {str(batch): decoding(service, peer, batch) for batch in BATCHES},
             "prompts": {str(batch): reading(service, peer, batch) for batch in BATCHES},
             "verification": verification(service, peer),
+            "host_ms": host(),
             "memory": memory(),
         }
     finally:
@@ -158,8 +163,36 @@ def verification(service: ModelService, peer: PreTrainedModel) -> dict[str, floa
     }
 
 
-def memory() -> dict[str, float]:
-    """Resident memory after the first thousand short requests, and after ten thousand."""
+def host() -> dict[str, dict[str, float]]:
+    """Milliseconds of a decode step that are no model's: what it costs on whatever device."""
+    model, logits = small(), torch.randn(max(HOST_BATCHES), 512, generator=torch.Generator().manual_seed(0))
+
+    def idle(tokens: Sequence[int], positions: Sequence[int], step: Attention, read: Sequence[int] | None) -> Tensor:
+        return logits[: len(tokens if read is None else read)]
+
+    model.forward = idle  # type: ignore[method-assign]
+    service = ModelService(EngineSettings(model="idle", memory_mb=64, max_context=256), model)
+    ways = {"greedy": Sampling(temperature=0.0, max_tokens=128, ignore_eos=True)}
+    ways["sampled"] = replace(ways["greedy"], temperature=0.8, top_p=0.95)
+
+    async def steps(batch: int, sampling: Sampling) -> float:
+        prompts = [[10 + number] * 64 for number in range(batch)]
+        for prompt in prompts:
+            await service.warm(prompt)
+        before, started = service.load.steps, time.perf_counter()
+        await asyncio.gather(*(drain(service, prompt, sampling) for prompt in prompts))
+        return (time.perf_counter() - started) / (service.load.steps - before) * 1e3
+
+    try:
+        return {
+            way: {str(b): statistics.median(asyncio.run(steps(b, how)) for _ in range(ROUNDS)) for b in HOST_BATCHES}
+            for way, how in ways.items()
+        }
+    finally:
+        service.close()
+
+
+def small() -> Model:
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=32,
@@ -169,8 +202,13 @@ def memory() -> dict[str, float]:
         max_position_embeddings=256,
     )
     torch.manual_seed(0)
-    model = Model(AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(MODELS / "demo-target"))
-    service = ModelService(EngineSettings(model="random", memory_mb=64, max_context=256), model)
+    network = AutoModelForCausalLM.from_config(config)
+    return Model(network, AutoTokenizer.from_pretrained(MODELS / "demo-target"))
+
+
+def memory() -> dict[str, float]:
+    """Resident memory after the first thousand short requests, and after ten thousand."""
+    service = ModelService(EngineSettings(model="random", memory_mb=64, max_context=256), small())
 
     async def requests(first: int, count: int) -> None:
         places = asyncio.Semaphore(32)
@@ -258,6 +296,9 @@ def table(result: Mapping[str, Any]) -> str:
         f"{CUTS} cached prefixes: {v['packed_ms']:.0f} ms, {v['in_decode_steps']:.1f} decode steps; one by one "
         f"{v['naive_ms']:.0f} ms, {v['cheaper_than_naive']:.0f} times; under a dense mask {v['dense_mask_ms']:.0f} ms"
     )
+    for way, steps in result["host_ms"].items():
+        told = ", ".join(f"{ms:.2f} ms for {batch}" for batch, ms in steps.items())
+        lines.append(f"A {way} step around a model that computes nothing: {told}")
     m = result["memory"]
     lines.append(
         f"10,000 short requests: {m['after_1000_mb']:.0f} MB after 1,000, {m['after_10000_mb']:.0f} MB at the end"

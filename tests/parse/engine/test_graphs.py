@@ -358,7 +358,7 @@ def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokeni
     assert not caplog.records
     for got in answers[1:]:
         for one, other in zip(got, answers[0], strict=True):
-            assert float((one - other).abs().mean()) < 0.03 * float(other.abs().mean())
+            assert float((one - other).abs().mean()) < 0.05 * float(other.abs().mean())
 
 
 @pytest.mark.parametrize("device", [gpu])
