@@ -133,6 +133,11 @@ STAGE = Histogram(
     SECONDS,
     MODE | {"stage": ("queue", *get_args(StageName))},
 )
+SPENT = Counter(
+    "parse_spent_seconds_total",
+    "Time spent on answers, from arrival to end, and of it in each stage: what the histograms say in buckets, exactly.",
+    MODE | {"on": ("answer", "queue", *get_args(StageName))},
+)
 FIRST_TOKEN = Histogram("parse_first_token_seconds", "From arrival to the first of an answer.", SECONDS, MODE)
 BETWEEN_TOKENS = Histogram(
     "parse_inter_token_seconds",
@@ -221,6 +226,7 @@ OF_ROUTERS: tuple[Metric, ...] = (
     BOUNDARY,
     CORRECT,
     STAGE,
+    SPENT,
     FIRST_TOKEN,
     BETWEEN_TOKENS,
     ANSWER,

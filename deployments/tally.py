@@ -59,10 +59,13 @@ def _chances(meters: Meters, verdict: Verdict) -> None:
 def _times(meters: Meters, answer: Answer) -> None:
     usage = answer.ended.usage
     mode = usage.mode
-    meters.observe(metrics.STAGE, answer.waited_s, stage="queue", mode=mode)
-    for stage in usage.stages:
-        meters.observe(metrics.STAGE, stage.end - stage.start, stage=stage.name, mode=mode)
+    stages = [("queue", answer.waited_s), *((stage.name, stage.end - stage.start) for stage in usage.stages)]
+    for name, seconds in stages:
+        meters.observe(metrics.STAGE, seconds, stage=name, mode=mode)
+        meters.add(metrics.SPENT, seconds, on=name, mode=mode)
+    whole = answer.waited_s + usage.total_s
+    meters.observe(metrics.ANSWER, whole, mode=mode)
+    meters.add(metrics.SPENT, whole, on="answer", mode=mode)
     meters.observe(metrics.FIRST_TOKEN, answer.waited_s + usage.first_s, mode=mode)
-    meters.observe(metrics.ANSWER, answer.waited_s + usage.total_s, mode=mode)
     for gap in answer.gaps:
         meters.observe(metrics.BETWEEN_TOKENS, gap, mode=mode)

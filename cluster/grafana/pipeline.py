@@ -98,7 +98,7 @@ STAGES = Row(
                 "written. They overlap. Much write: drafts are rejected early; much queue: too few places.",
                 SECONDS,
             ),
-            Query(figures.stage_of_answer(VIEW), "{{stage}}"),
+            Query(figures.stage_of_answer(VIEW), "{{on}}"),
             stacked=True,
         ),
         lines(

@@ -29,15 +29,15 @@ def answer_tokens(view: View, condition: str = COMPARED, by: tuple[str, ...] = (
 def pace(view: View) -> str:
     """Seconds that the target takes to write a token itself."""
     everywhere = view.without("mode")  # its pace is its own, whichever modes are looked at
-    return share(everywhere.total(metrics.STAGE, 'stage="write"', COMPARED), everywhere.rate(metrics.WRITTEN, COMPARED))
+    return share(everywhere.rate(metrics.SPENT, 'on="write"', COMPARED), everywhere.rate(metrics.WRITTEN, COMPARED))
 
 
 def speed_up(view: View, condition: str = COMPARED, by: tuple[str, ...] = ()) -> str:
     """How long the target alone would have taken for the same tokens, over the time that was taken, waiting aside."""
     matched = f" on ({', '.join(view.by)}) group_left ()" if by else ""
     alone = f"({answer_tokens(view, condition, by)}) *{matched} ({pace(view)})"
-    queued = view.total(metrics.STAGE, 'stage="queue"', condition, by=by)
-    answering = view.total(metrics.ANSWER, condition, by=by)
+    queued = view.rate(metrics.SPENT, 'on="queue"', condition, by=by)
+    answering = view.rate(metrics.SPENT, 'on="answer"', condition, by=by)
     return f"{alone} / ({answering} - {or_none(queued, answering)} > 0)"
 
 
@@ -133,7 +133,8 @@ def stage_of_answer(view: View) -> str:
     """Seconds of each stage that come to an answer."""
     answers = grouped(view.count(metrics.ANSWER))
     kept = ", ".join(view.by)
-    return f"{view.total(metrics.STAGE, by=('stage',))} / on ({kept}) group_left () ({answers} > 0)"
+    spent = view.rate(metrics.SPENT, 'on!="answer"', by=("on",))
+    return f"{spent} / on ({kept}) group_left () ({answers} > 0)"
 
 
 def proposals_by_place(view: View) -> str:

@@ -81,6 +81,8 @@ class Service:
             tell.observe(metrics.FIRST_TOKEN, total_s / 2, mode=mode)
             tell.observe(metrics.BETWEEN_TOKENS, 0.01, mode=mode)
             tell.observe(metrics.ANSWER, total_s, mode=mode)
+            for on, seconds in (("queue", queue_s), ("write", write_s), ("answer", total_s)):
+                tell.add(metrics.SPENT, seconds, on=on, mode=mode)
             if accepted:
                 tell.add(metrics.ROUNDS, 2, mode=mode)
                 tell.observe(metrics.ACCEPTED_SHARE, accepted / (accepted + rejected), mode=mode)
