@@ -121,13 +121,16 @@ ASK, BACK = Keys.CONTROL + Keys.ENTER, Keys.SHIFT + Keys.TAB
 
 
 def pictures(folder: Path, address: str) -> None:
-    """Two modes side by side, in both themes; the second time, when every part has run once."""
+    """Two modes side by side, in both themes. On a machine that is busy otherwise they show odd figures."""
     for theme in ("light", "dark"):
         with browsing("--force-device-scale-factor=1.5") as browser:
             page = Playground(browser)
             page.open(address)
             while page.one("#theme-name").text != theme:
                 page.one("#theme").click()
+            page.ask(mode="rounds", against="off")  # every part has run once
+            page.ended()
+            page.open(address)
             page.write("#full", "0.97")
             page.write("#prefix", "0.93")
             for mode, against in (("full", "off"), ("rounds", None)):

@@ -493,10 +493,14 @@ def chunk(text: str) -> str:
     return f"data: {json.dumps({'choices': [delta], 'parse': shown})}\n\n"
 
 
-def breaking(*, politely: bool) -> Response:
+def breaking(now: threading.Event | None = None) -> Response:
+    """Ends as if that were all, or without a word."""
+
     async def parts() -> AsyncIterator[str]:
         yield chunk("Half of")
-        if not politely:
+        if now is not None:
+            while not now.is_set():
+                await asyncio.sleep(0.005)
             raise ConnectionError("the server dies")
 
     return StreamingResponse(parts(), media_type="text/event-stream")
@@ -509,8 +513,7 @@ def refusing(status: int, message: str, code: str | None = None, **more: Any) ->
 @pytest.mark.parametrize(
     ("chat", "told", "shown"),
     [
-        (lambda: breaking(politely=False), "connection was lost.*What had arrived stays", "Half of"),
-        (lambda: breaking(politely=True), "stream was cut off.*What had arrived stays", "Half of"),
+        (breaking, "stream was cut off.*What had arrived stays", "Half of"),
         (lambda: Response("Internal Server Error", 500), "The server failed", ""),
         (lambda: Response("Bad gateway", 502, media_type="text/html"), "The server failed", ""),
         (lambda: refusing(401, "no", "no_keys"), "its own machine only.*through a tunnel", ""),
@@ -521,7 +524,7 @@ def refusing(status: int, message: str, code: str | None = None, **more: Any) ->
         (lambda: Response("data: no json\n\n", media_type="text/event-stream"), "cut off", ""),
         (lambda: Response("data: [DONE]\n\n", media_type="text/event-stream"), "cut off", ""),
     ],
-    ids="lost cut 500 502 no-keys 404 413 504 400 no-json empty".split(),
+    ids="cut 500 502 no-keys 404 413 504 400 no-json empty".split(),
 )
 def test_a_server_that_does_not_behave_is_survived(page, chat, told, shown):
     with answering(chat) as address:
@@ -530,6 +533,17 @@ def test_a_server_that_does_not_behave_is_survived(page, chat, told, shown):
         assert re.search(told, problem(page), re.DOTALL)
         assert said(page.runs(), "written") == shown
         assert page.run("return window.hacked") is None
+
+
+def test_a_connection_that_is_lost_is_told_of_and_what_had_come_stays(page):
+    now = threading.Event()
+    with answering(lambda: breaking(now)) as address:
+        page.open(address)
+        page.ask("Well?")
+        page.until(page.runs, "the first words")
+        now.set()
+        assert re.search("connection was lost.*What had arrived stays", problem(page), re.DOTALL)
+        assert page.runs() == [("written", "Half of")]
 
 
 def test_a_server_that_is_gone_is_told_of(page, pair):
