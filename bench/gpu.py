@@ -214,12 +214,14 @@ def of_the_engine(model: Model, plan: Plan, graphs: bool) -> dict[str, Any]:
         reading = median_ms(lambda: read(service, texts(READERS, plan.context, seed=next(fresh))))
         judge = {str(cuts): median_ms(partial(judged, service, plan, cuts)) for cuts in CUTS}
         beside = median_ms(partial(judged_beside_writers, service, plan, CUTS[0]))
+        load = service.load
     return {
         "decode_ms": {batch: ms / ANSWER for batch, ms in decode.items()},
         "sampled_ms": {batch: ms / ANSWER for batch, ms in sampled.items()},
         "prompt_tokens_per_s": READERS * plan.context / reading * 1e3,
         "judge_ms": judge,
         "judge_beside_writers_ms": beside,
+        "replayed_share": load.replayed / load.steps,
     }
 
 
@@ -321,8 +323,10 @@ def table(result: Mapping[str, Any]) -> str:
         share = least / recorded["decode_ms"][batch]
         sampled = recorded["sampled_ms"][batch]
         lines.append(f"| {batch} | {' | '.join(f'{ms:.2f}' for ms in cells)} | {share:.0%} | {sampled:.2f} |")
-    reading, most = ordinary["prompt_tokens_per_s"], bound["prompt_tokens_per_s"]
     lines.append("")
+    share = recorded["replayed_share"]
+    lines.append(f"Recorded: {share:.0%} of all steps were replayed, prompts and judging among them.")
+    reading, most = ordinary["prompt_tokens_per_s"], bound["prompt_tokens_per_s"]
     lines.append(
         f"Prompts: {reading:.0f} tokens/s, {reading / most:.0%} of what multiplying allows; generate() "
         f"{library['prompt_tokens_per_s']:.0f}"

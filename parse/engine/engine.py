@@ -76,6 +76,7 @@ class Load:
     pages_used: int
     pages_idle: int  # of them, those that are kept only because somebody may come with the same beginning
     pages: int
+    replayed: int = 0  # of the steps
 
 
 class Engine:
@@ -117,7 +118,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._steps = self._step_calls = self._tokens = 0
+        self._steps = self._step_calls = self._tokens = self._replayed = 0
         self._busy_s = 0.0
         self._stopped = self._forgetful = False
         self._thread = threading.Thread(target=self._work, name=f"engine {model.name}", daemon=True)
@@ -169,6 +170,7 @@ class Engine:
             pages_used=cache.pages - cache.free_pages,
             pages_idle=cache.idle_pages,
             pages=cache.pages,
+            replayed=self._replayed,
         )
 
     def _work(self) -> None:
@@ -287,7 +289,8 @@ class Engine:
             job.progress = span.last
             job.context.computed = min(span.last, len(job.context.tokens))
             if last > first:
-                job.answers.append(logits[first:last])
+                answer = logits[first:last]
+                job.answers.append(answer.clone() if job.missing else answer)  # the next step may write there
                 job.chosen += chosen[first:last]
             if not job.missing:
                 answers = job.answers or [logits[:0]]
@@ -319,6 +322,7 @@ class Engine:
         """[entries, vocabulary], at the entries in `read`, or all."""
         alike = read is None and all(len(span) == 1 and span.causal for span in spans)
         if alike and self._graphs and (logits := self._graphs.replay(spans)) is not None:
+            self._replayed += 1
             return logits
         tokens = [token for span in spans for token in span.tokens()]
         positions = [position for span in spans for position in span.positions()]

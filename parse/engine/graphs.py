@@ -172,6 +172,7 @@ class CudaRecorder:
         with (
             _RECORDING,
             torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),  # and back, which a recording that breaks off forgets
             torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
         ):
             logits = work()

@@ -30,7 +30,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    logits: Tensor  # [wanted, vocabulary]
+    logits: Tensor  # [wanted, vocabulary], until the program asks again
     chosen: Sequence[int]  # the token at each
 
 

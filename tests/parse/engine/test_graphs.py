@@ -17,7 +17,7 @@ from parse.engine import engine as engines
 from parse.engine import paged
 from parse.engine.attention import STEP_ATTENTION
 from parse.engine.cache import Context
-from parse.engine.graphs import Graphs, NothingAskedBack, graphs_for, rows_for
+from parse.engine.graphs import CudaRecorder, Graphs, NothingAskedBack, graphs_for, rows_for
 from parse.engine.memory import Memory
 from parse.engine.model import Model
 from parse.engine.paged import CannotReplay, DecodingAttention, PagedAttention
@@ -182,6 +182,17 @@ def test_who_leaves_a_replayed_step_leaves_the_others_as_they_were(tokenizer, re
         got = torch.cat(reply.result())
         torch.testing.assert_close(got, plain(reference, [3, 4, 5, *said])[3:], atol=ATOL, rtol=0)
         assert max(replayed) == 4 and min(replayed) == 1
+        assert engine.load.replayed == len(replayed)
+
+
+def test_what_is_asked_for_in_several_steps_outlives_those_that_are_replayed_between(tokenizer, recorder):
+    network = build("llama")
+    reference = deepcopy(network)
+    said = [7, 8, 9, 10, 11, 12]
+    with serving(Model(network, tokenizer), **PAGES, step_tokens=1, graphs=True) as engine, counted(engine) as replayed:
+        got = torch.cat(ask(engine, [3, 4, 5], Ask(said[:3]), Ask(said[3:], keep=3)).result())
+    torch.testing.assert_close(got, plain(reference, [3, 4, 5, *said])[3:], atol=ATOL, rtol=0)
+    assert replayed == [1] * 5
 
 
 def test_rows_that_nobody_needs_write_to_no_page_that_is_somebodys(tokenizer, recorder):
@@ -359,6 +370,20 @@ def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokeni
     for got in answers[1:]:
         for one, other in zip(got, answers[0], strict=True):
             assert float((one - other).abs().mean()) < 0.05 * float(other.abs().mean())
+
+
+@pytest.mark.parametrize("device", [gpu])
+def test_a_gpu_goes_on_after_a_recording_that_broke_off(device):
+    x, recorder = torch.ones(3, device=device), CudaRecorder(torch.device(device))
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: x + x.sum().item())
+    assert torch.cuda.current_stream() == before
+    recorder.try_out(lambda: x + 1)
+    y, replay = recorder.record(lambda: x + 1)
+    x.fill_(4.0)
+    replay()
+    assert y.tolist() == [5.0] * 3
 
 
 @pytest.mark.parametrize("device", [gpu])
