@@ -348,13 +348,26 @@ class Engine:
             self._finish(job, error)
             return
         if answer is not None:
-            if keep := job.ask.keep:
-                tokens = nodes.tokens.tolist() if isinstance(nodes, TokenTree) else nodes
-                self._cache.commit(context, tokens[:keep])
+            if job.ask.keep:
+                self._keep(context, nodes, job.ask.keep)
             job.progress = context.computed
             job.answers, job.chosen = [], []
         if not job.missing:
             self._advance(job, NOTHING)
+
+    def _keep(self, context: Context, nodes: TokenTree | Sequence[int], path: Sequence[int]) -> None:
+        """Keys and values of the path close up behind the context: what stood between them is given up."""
+        known = len(context.tokens)
+        moves = [(known + node, known + place) for place, node in enumerate(path) if node != place]
+        if moves:
+            sources, targets = zip(*moves, strict=True)
+            self._memory.move(self._slots(context, sources), self._slots(context, targets))
+        tokens = nodes.tokens if isinstance(nodes, TokenTree) else nodes
+        self._cache.commit(context, [int(tokens[node]) for node in path])
+
+    def _slots(self, context: Context, entries: Sequence[int]) -> list[int]:
+        size = self._cache.page_size
+        return [context.pages[entry // size] * size + entry % size for entry in entries]
 
     def _finish(self, job: Job, error: BaseException | None) -> None:
         if job in self._running:

@@ -1,6 +1,6 @@
 """The keys and values of all contexts: per layer, two tensors of token slots."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,6 +39,14 @@ class Memory:
     def copy(self, source: int, target: int, count: int) -> None:
         """The first `count` slots of a page into another page."""
         self._each(lambda slots: self._page(slots, target)[:count].copy_(self._page(slots, source)[:count]))
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Slots to other slots, all of them read before any is written."""
+
+        def moved(slots: Tensor) -> None:
+            slots[torch.tensor(targets, device=slots.device)] = slots[torch.tensor(sources, device=slots.device)]
+
+        self._each(moved)
 
     @property
     def bytes(self) -> int:

@@ -24,7 +24,7 @@ class Ask:
 
     nodes: TokenTree | Sequence[int]
     read: Sequence[int] | None = None
-    keep: int = 0  # of the nodes run before, how many from the first on now belong to the context
+    keep: Sequence[int] = ()  # of the nodes run before, the path from a root on that now belongs to the context
     draws: Sequence[Draw] = ()  # how a token is chosen at each of those read; (): the likeliest
 
 
@@ -63,7 +63,7 @@ def generate(
     sampler = Sampler(sampling, prompt, output)
     ends = () if sampling.ignore_eos else ends
     run = [(output or prompt)[-1], *proposal[: max(0, room - 1)]]
-    keep = 0
+    keep: Sequence[int] = ()
     written: list[int] = []
     likely: list[Logprob] = []
     left, accepted = room, 0
@@ -92,9 +92,9 @@ def generate(
             emit(Tokens(tuple(written), tuple(likely), finish, accepted))
             written, likely, accepted = [], [], 0
         if finish:
-            yield Ask((), read=(), keep=place + 1)  # the next turn will begin with it
+            yield Ask((), read=(), keep=range(place + 1))  # the next turn will begin with it
             return
-        keep, run = place + 1, [token]
+        keep, run = range(place + 1), [token]
 
 
 def judge(
@@ -118,10 +118,10 @@ def judge(
     lacks it, and the draft's log-probabilities are wanted as well, with those of the `top` likeliest beside them.
     """
     likely: list[Logprob] = []
-    keep = 0
+    keep: Sequence[int] = ()
     if trunk:
         answer = yield Ask(trunk)
-        keep = len(trunk)
+        keep = range(len(trunk))
         likely = logprobs(answer.logits[:-1], trunk[1:], top)
     width = len(check.suffix)
     group = size = max(1, most // width)
@@ -134,7 +134,7 @@ def judge(
         asked, order, size = sorted(order[:size]), order[size:], group
         tree = probes([prompt + cuts[place] for place in asked], check.suffix)
         answer = yield Ask(tree, read=range(width - 1, len(tree), width), keep=keep)
-        keep = 0
+        keep = ()
         words = [answer.logits[:, list(ids)].logsumexp(-1) for ids in (check.correct, check.incorrect)]
         answered.update(zip(asked, torch.stack(words).softmax(0)[0].tolist(), strict=True))
         if full is not None and answered[len(cuts) - 1] >= full:

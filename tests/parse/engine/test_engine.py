@@ -8,8 +8,9 @@ import torch
 
 from parse.engine.model import Model
 from parse.engine.programs import Ask, warm
+from parse.tree import proposals
 from parse.types import Cancelled, EngineStopped, NumericalError
-from tests.parse.engine.tiny import VOCABULARY, ask, build, paused, plain, serving, submit
+from tests.parse.engine.tiny import VOCABULARY, alone, ask, build, paused, plain, serving, submit
 
 ROWS: dict[str, int] = {}
 PAGES = dict(page_size=8)
@@ -37,7 +38,7 @@ def memory(request):
 
 
 def one_by_one(tokens):
-    return [Ask([token], keep=bool(place)) for place, token in enumerate(tokens)]
+    return [Ask([token], keep=range(bool(place))) for place, token in enumerate(tokens)]
 
 
 def right(reference, context, tokens, logits):
@@ -68,7 +69,7 @@ class Stream:
 
     def _program(self):
         for step in range(10**6):
-            yield Ask([step % POISON], read=(), keep=0)
+            yield Ask([step % POISON], read=())
             with self._moved:
                 self.steps += 1
                 self._moved.notify_all()
@@ -169,7 +170,7 @@ def test_whose_text_holds_what_the_model_cannot_compute_fails_alone(model, refer
 def test_whose_program_fails_fails_alone(model, reference, memory, caplog):
     def failing(steps):
         for _ in range(steps):
-            yield Ask([1], keep=0)
+            yield Ask([1])
         raise ZeroDivisionError
 
     with serving(model, **memory) as engine:
@@ -357,9 +358,39 @@ def test_speculation_leaves_no_trace_of_what_was_not_kept(model, reference, memo
     said = text(1, 12)
     asks = []
     for place, token in enumerate(said):
-        asks.append(Ask([token, *text(100 + place, 5)], read=[0], keep=bool(place)))
+        asks.append(Ask([token, *text(100 + place, 5)], read=[0], keep=range(bool(place))))
     with serving(model, **memory) as engine:
         assert right(reference, text(2, 20), said, ask(engine, text(2, 20), *asks).result())
         seen = settled(engine)
         ask(engine, [*text(2, 20), *said], Ask([1])).result()
         assert engine.load.prefix_hits - seen.prefix_hits == 20 + len(said) - 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_path_through_a_tree_becomes_part_of_the_context_wherever_its_nodes_stood(model, reference, memory, seed):
+    """Others beside it do the same, and what is asked next sees the path and nothing of its neighbours."""
+    rng = random.Random(seed)
+    requests = []
+    for number in range(3):
+        context, asks, said = text(seed + 10 * number, 9 + number), [], []
+        keep: tuple[int, ...] = ()
+        for _ in range(4):
+            tokens = text(rng.random(), 9)
+            parents = [-1, *(rng.randrange(node) for node in range(1, 9))]
+            tree, place = proposals(tokens, parents)
+            asks.append(Ask(tree, keep=keep))
+            path = [rng.randrange(9)]
+            while parents[path[0]] >= 0:
+                path.insert(0, parents[path[0]])
+            keep = tuple(int(place[node]) for node in path)
+            said.append((context, tree))
+            context = [*context, *(tokens[node] for node in path)]
+        requests.append((said, context, [*asks, Ask(text(99, 3), keep=keep)]))
+    with serving(model, **memory) as engine:
+        with paused(engine):
+            replies = [ask(engine, said[0][0], *asks) for said, _, asks in requests]
+        answers = [reply.result() for reply in replies]
+    for (said, context, _), (*trees, last) in zip(requests, answers, strict=True):
+        for (before, tree), logits in zip(said, trees, strict=True):
+            torch.testing.assert_close(logits, alone(reference, before, tree), atol=1e-4, rtol=0)
+        assert right(reference, context, text(99, 3), [last])

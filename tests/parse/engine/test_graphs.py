@@ -173,7 +173,7 @@ def test_who_leaves_a_replayed_step_leaves_the_others_as_they_were(tokenizer, re
     with serving(Model(network, tokenizer), **PAGES, graphs=True) as engine, counted(engine) as replayed:
         with paused(engine):
             writing = [Writing(engine, text(random.Random(seed), 20), 90) for seed in range(3)]
-            reply = ask(engine, [3, 4, 5], *[Ask([token], keep=int(i > 0)) for i, token in enumerate(said)])
+            reply = ask(engine, [3, 4, 5], *[Ask([token], keep=range(i > 0)) for i, token in enumerate(said)])
         for number, each in enumerate(writing):
             while len(each.ids) < 5 * number + 5:
                 time.sleep(0.001)
@@ -190,7 +190,7 @@ def test_what_is_asked_for_in_several_steps_outlives_those_that_are_replayed_bet
     reference = deepcopy(network)
     said = [7, 8, 9, 10, 11, 12]
     with serving(Model(network, tokenizer), **PAGES, step_tokens=1, graphs=True) as engine, counted(engine) as replayed:
-        got = torch.cat(ask(engine, [3, 4, 5], Ask(said[:3]), Ask(said[3:], keep=3)).result())
+        got = torch.cat(ask(engine, [3, 4, 5], Ask(said[:3]), Ask(said[3:], keep=range(3))).result())
     torch.testing.assert_close(got, plain(reference, [3, 4, 5, *said])[3:], atol=ATOL, rtol=0)
     assert replayed == [1] * 5
 
@@ -355,7 +355,7 @@ def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokeni
     tiny = Model(network.bfloat16().to(device), tokenizer)
     contexts = [text(random.Random(seed), size) for seed, size in enumerate((700, 300, 20, 255, 256))]
     said = text(random.Random(9), 40)
-    asks = [Ask([token], keep=int(i > 0)) for i, token in enumerate(said)]
+    asks = [Ask([token], keep=range(i > 0)) for i, token in enumerate(said)]
     sizes = dict(contexts=8, capacity=1024, step_tokens=2048)
     answers = []
     for graphed in (False, True):

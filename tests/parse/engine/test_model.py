@@ -38,8 +38,8 @@ def test_a_forest_in_packed_and_chunked_steps_answers_as_separate_texts_do(kind,
     with serving(Model(network, tokenizer), step_tokens=19) as engine:
         with paused(engine):
             judging = ask(engine, context, Ask(asked))
-            writing = ask(engine, short, *(Ask([token], keep=bool(i)) for i, token in enumerate(spoken)))
-            guessing = ask(engine, other, *(Ask(guess, keep=2 * bool(i)) for i, guess in enumerate(guesses)))
+            writing = ask(engine, short, *(Ask([token], keep=range(bool(i))) for i, token in enumerate(spoken)))
+            guessing = ask(engine, other, *(Ask(guess, keep=range(2 * bool(i))) for i, guess in enumerate(guesses)))
             growing = ask(engine, other[:20], Ask(tree))
         judged, written, guessed, grown = (r.result() for r in (judging, writing, guessing, growing))
         before = engine.load

@@ -310,7 +310,7 @@ def test_pages_hold_more_requests_than_rows_do(tokenizer):
     for pages in ({}, dict(page_size=8)):
         with serving(tiny, contexts=2, **pages) as engine:
             with paused(engine):
-                replies = [ask(engine, text(random.Random(i), 20), Ask([1]), Ask([2], keep=1)) for i in range(8)]
+                replies = [ask(engine, text(random.Random(i), 20), Ask([1]), Ask([2], keep=(0,))) for i in range(8)]
                 submit(engine, [5], watching(engine, running))
             for reply in replies:
                 reply.result()
@@ -351,12 +351,12 @@ def test_a_request_that_outgrows_what_it_announced_fails_alone(pages, tokenizer)
 
     def greedy():
         for _ in range(1000):
-            yield Ask([1], keep=1)
+            yield Ask([1], keep=(0,))
 
     with serving(Model(network, tokenizer), contexts=2, capacity=64, **pages) as engine:
         with paused(engine):
             outgrowing = submit(engine, text(random.Random(0), 40), greedy(), 4)
-            other = ask(engine, [3, 4, 5], *[Ask([6], keep=int(i > 0)) for i in range(50)])
+            other = ask(engine, [3, 4, 5], *[Ask([6], keep=range(i > 0)) for i in range(50)])
         with pytest.raises(RequestError, match="64"):
             outgrowing.result()
         got = torch.cat(other.result())

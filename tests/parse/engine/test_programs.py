@@ -41,8 +41,7 @@ def write(sampling, output=(), *, room=12, ends=(), table=TABLE, prompt=PROMPT, 
             logits = table[nodes]
             runs += bool(nodes)
             ask = program.send(Answer(logits, choose(logits, ask.draws)))
-            assert ask.keep <= len(nodes)
-            context += nodes[: ask.keep]
+            context += [nodes[node] for node in ask.keep]
     except StopIteration:
         return pieces, context, runs
 
@@ -203,7 +202,7 @@ def verdicts(probabilities, cuts, *, most=100, at_once=False, full=None, prefix=
     try:
         ask = next(program)
         while True:
-            kept += ask.keep
+            kept += len(ask.keep)
             if isinstance(ask.nodes, TokenTree):
                 read = list(ask.read or ())
                 assert tokens(ask) == [1, 2, 3] * len(read)

@@ -158,7 +158,7 @@ def ask(engine: Engine, tokens: Sequence[int], *asks: Ask) -> Reply:
             assert answer.chosen == answer.logits.argmax(-1).tolist()
             reply.logits.append(answer.logits.clone())
 
-    room = sum(each.keep for each in asks) + max(len(each.nodes) for each in asks)
+    room = sum(len(each.keep) for each in asks) + max(len(each.nodes) for each in asks)
     reply.job = engine.submit(Job(list(tokens), program(), room, reply))
     return reply
 
