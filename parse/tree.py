@@ -38,6 +38,18 @@ class TokenTree:
         return (node <= node[:, None]) & (node[:, None] < self.end)
 
 
+def child(nodes: TokenTree | Sequence[int], node: int, token: int) -> int | None:
+    """The node below that one which holds the token. Of a chain, mere token ids will do."""
+    if not isinstance(nodes, TokenTree):
+        return node + 1 if node + 1 < len(nodes) and nodes[node + 1] == token else None
+    below = node + 1
+    while below < nodes.end[node]:
+        if nodes.tokens[below] == token:
+            return below
+        below = int(nodes.end[below])
+    return None
+
+
 def chain(tokens: Sequence[int]) -> TokenTree:
     size = len(tokens)
     return TokenTree(np.asarray(tokens, np.int64), np.full(size, size), np.arange(size))

@@ -14,7 +14,8 @@ from torch import Tensor
 from parse.engine.sampler import Draw, Sampler, logprobs
 from parse.engine.text import TextStream
 from parse.prompts import Check
-from parse.tree import TokenTree, probes
+from parse.speculate.proposal import Proposal, Proposer
+from parse.tree import TokenTree, child, probes, proposals
 from parse.types import Finish, Judged, Logprob, Sampling, Tokens
 
 
@@ -52,49 +53,71 @@ def generate(
     emit: Callable[[Tokens], None],
     text: TextStream | None = None,
     proposal: Sequence[int] = (),
+    proposer: Proposer | None = None,
     piece: int = 1,
 ) -> Program:
     """Writes on after `prompt` and `output`, of which all but the last token are the context.
 
     At most `room` tokens, the end token not among them, handed to `emit` in pieces of at least `piece`. `text` watches
-    for stop strings. Tokens of `proposal` are run together and taken as long as they are what would have been chosen
-    anyway.
+    for stop strings. Tokens of `proposal`, and then whatever the proposer has to offer, are run together and taken as
+    long as they are what would have been chosen anyway.
     """
     sampler = Sampler(sampling, prompt, output)
     ends = () if sampling.ignore_eos else ends
-    run = [(output or prompt)[-1], *proposal[: max(0, room - 1)]]
+    last, given = (output or prompt)[-1], len(proposal) > 0
+    nodes: TokenTree | Sequence[int] = [last, *proposal[: max(0, room - 1)]]
+    if proposer is not None:
+        proposer.take((*prompt, *output), None)
+        if not given:
+            nodes = _hung(last, proposer.propose(room - 1))
     keep: Sequence[int] = ()
     written: list[int] = []
     likely: list[Logprob] = []
     left, accepted = room, 0
     while True:
-        answer = yield Ask(run, keep=keep, draws=sampler.draws(run[1:]))
+        answer = yield Ask(nodes, keep=keep, draws=sampler.draws(nodes))
         finish: Finish | None = None
-        for place, token in enumerate(answer.chosen):
+        node: int | None = 0
+        path, taken = [], []
+        while node is not None:
+            path.append(node)
+            token = answer.chosen[node]
             if token in ends:
                 finish = "stop"
                 break
             if sampling.logprobs is not None:
-                likely += logprobs(answer.logits[place : place + 1], [token], sampling.logprobs)
+                likely += logprobs(answer.logits[node : node + 1], [token], sampling.logprobs)
             sampler.take(token)
-            written.append(token)
+            taken.append(token)
             left -= 1
-            proposed = place + 1 < len(run) and run[place + 1] == token
-            accepted += proposed
+            node = child(nodes, node, token)
+            accepted += given and node is not None
             if text is not None:
                 text.add((token,))
                 finish = "stop" if text.stopped is not None else None
             if finish is None and not left:
                 finish = "length"
-            if finish or not proposed:
+            if finish:
                 break
+        written += taken
         if finish or len(written) >= piece:
             emit(Tokens(tuple(written), tuple(likely), finish, accepted))
             written, likely, accepted = [], [], 0
         if finish:
-            yield Ask((), read=(), keep=range(place + 1))  # the next turn will begin with it
+            yield Ask((), read=(), keep=path)  # the next turn will begin with it
             return
-        keep, run = range(place + 1), [token]
+        given, keep, nodes = False, path, taken[-1:]
+        if proposer is not None:
+            proposer.take(taken, None)
+            nodes = _hung(taken[-1], proposer.propose(left - 1))
+
+
+def _hung(token: int, proposal: Proposal) -> TokenTree | Sequence[int]:
+    """The proposal below the last token of the text."""
+    if list(proposal.parents) == list(range(-1, len(proposal.tokens) - 1)):
+        return [token, *proposal.tokens]
+    tree, _ = proposals([token, *proposal.tokens], [-1, *(parent + 1 for parent in proposal.parents)])
+    return tree
 
 
 def judge(

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from parse.tree import TokenTree, chain
 from parse.types import Logprob, Sampling
 
 COLDEST = 1e-30  # a temperature as good as zero; divided by much less, logits are no numbers any more
@@ -47,19 +48,24 @@ class Sampler:
         if self.sampling.adjusts:
             self._written[token] += 1
 
-    def draws(self, proposal: Sequence[int] = ()) -> list[Draw]:
-        """For the next token, and for the one behind each of those proposed, were all of them up to there taken.
+    def draws(self, nodes: TokenTree | Sequence[int] = (0,)) -> list[Draw]:
+        """For the token behind each node: the root is the last token of the text, the others might follow it.
 
         None at all where simply the likeliest is to be taken.
         """
-        s, written = self.sampling, self._written
+        s = self.sampling
         if s.greedy and not s.adjusts:
             return []
-        draws = []
-        for place, token in enumerate((None, *proposal)):
+        tree = nodes if isinstance(nodes, TokenTree) else chain(nodes)
+        draws: list[Draw] = []
+        above: list[Counter[int]] = []  # of the nodes on the way to this one, what was written with each
+        for token, depth in zip(tree.tokens.tolist(), tree.depth.tolist(), strict=True):
+            del above[depth:]
+            written = above[-1] if above else self._written
             if s.adjusts:  # a copy each: they are for different moments
-                written = written + Counter(() if token is None else (token,))
-            drawn = 0.0 if s.greedy else uniform(s.seed, self.position + place)
+                written = written + Counter((token,) if depth else ())
+            above.append(written)
+            drawn = 0.0 if s.greedy else uniform(s.seed, self.position + depth)
             draws.append(Draw(s, drawn, self._read, written))
         return draws
 

@@ -333,7 +333,7 @@ def test_what_lies_on_a_device_meets_nothing_that_lies_elsewhere(kind, by_kernel
             assert tiny.logits(table[None, :, 0], table[None, :, 1], step, 0).device == meta
     adjusted = dict(frequency_penalty=0.4, repetition_penalty=1.2, logit_bias={3: 1.0})
     everything = Sampling(top_p=0.9, top_k=5, min_p=0.1, **adjusted)  # type: ignore[arg-type]
-    draws = [*Sampler(everything, [1, 2], [3]).draws([4]), *Sampler(Sampling(), [1], []).draws()]
+    draws = [*Sampler(everything, [1, 2], [3]).draws([0, 4]), *Sampler(Sampling(), [1], []).draws()]
     for last_of_all in (lambda: choose(logits, draws), lambda: logprobs(logits, [1, 2, 3], 2)):
         with OneDevice(), pytest.raises(NotImplementedError, match="out of meta") as caught:
             last_of_all()

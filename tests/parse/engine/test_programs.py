@@ -1,6 +1,7 @@
 """Programs driven by hand over a model that is a table: what follows depends on the last token alone."""
 
 import math
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from parse.engine.programs import Answer, generate, judge, warm
 from parse.engine.sampler import Sampler, choose
 from parse.engine.text import TextStream
 from parse.prompts import Check
+from parse.speculate.proposal import Proposal
 from parse.tree import TokenTree
 from parse.types import Judged, Sampling
 from tests.parse.engine.chance import surprising
@@ -86,6 +88,67 @@ def test_a_proposal_changes_nothing_but_the_number_of_runs(sampling, room, endin
         wanted = TABLE[last].log_softmax(-1)
         assert got.logprob == pytest.approx(float(wanted[token]), abs=1e-5)
         assert [other for other, _ in got.top] == wanted.topk(sampling.logprobs).indices.tolist()
+
+
+class Guesser:
+    """Proposes a tree at random, in which the right tokens stand as far as it is told that they should."""
+
+    def __init__(self, text, seed, right):
+        self.text, self.rng, self.right = [*PROMPT, *text], random.Random(seed), right
+        self.taken = []
+
+    def take(self, tokens, features):
+        assert features is None
+        self.taken += tokens
+        assert self.taken == self.text[: len(self.taken)]
+
+    def propose(self, most):
+        coming = self.text[len(self.taken) :][: self.rng.randint(0, self.right)]
+        tokens, parents = [], []
+        trunk = [-1]
+        for _ in range(self.rng.randint(0, 4)):
+            tokens.append(self.rng.randrange(VOCABULARY))
+            parents.append(self.rng.randrange(-1, len(tokens) - 1))
+        for token in coming:
+            parents.append(trunk[-1])
+            tokens.append(token)
+            trunk.append(len(tokens) - 1)
+        return Proposal(tuple(tokens[: max(0, most)]), tuple(parents[: max(0, most)]))
+
+
+@given(samplings, st.integers(1, 12), st.integers(1, 3), st.integers(0, 5), st.integers(0, 99), st.booleans())
+def test_a_proposer_changes_nothing_but_the_number_of_runs(sampling, room, piece, right, seed, proposed):
+    plain, _, _ = write(sampling, room=room, ends={END})
+    text = ids(plain)
+    options = dict(proposal=text[:2]) if proposed else {}
+    guesser = Guesser(text, seed, right)
+    pieces, context, runs = write(sampling, room=room, ends={END}, piece=piece, proposer=guesser, **options)
+    assert ids(pieces) == text and pieces[-1].finish == plain[-1].finish
+    assert [logprob for each in pieces for logprob in each.logprobs] == [
+        logprob for each in plain for logprob in each.logprobs
+    ]
+    assert context == [*PROMPT, *text][: len(context)] and len(context) >= len(PROMPT) + len(text) - 1
+    assert runs <= len(text) + 1
+    assert sum(piece.accepted for piece in pieces) <= (2 if proposed else 0)
+
+
+def test_a_proposer_that_is_right_saves_runs_and_siblings_may_hold_the_right_token():
+    sampling = Sampling(temperature=1.0, seed=5, ignore_eos=True)
+    text = ids(write(sampling, room=12)[0])
+
+    class Knowing:
+        size = 0
+
+        def take(self, tokens, features):
+            self.size += len(tokens)
+
+        def propose(self, most):
+            first, second = [*PROMPT, *text, 0, 0][self.size : self.size + 2]
+            wrong = (first + 1) % VOCABULARY
+            return Proposal((wrong, wrong, first, second), (-1, 0, -1, 2))
+
+    pieces, _, runs = write(sampling, room=12, proposer=Knowing())
+    assert ids(pieces) == text and runs == 4  # three tokens each
 
 
 @given(samplings, st.data())

@@ -105,7 +105,7 @@ def test_what_is_chosen_is_the_same_whatever_else_is_in_the_batch(requests, seed
 def test_what_follows_a_proposal_is_chosen_ahead_as_it_would_be_afterwards(sampling, prompt, output, proposal, seed):
     logits = 2 * torch.randn(len(proposal) + 1, VOCABULARY, generator=torch.Generator().manual_seed(seed))
     sampler = Sampler(sampling, prompt, output)
-    ahead = choose(logits, sampler.draws(proposal))
+    ahead = choose(logits, sampler.draws([0, *proposal]))
     for token, row, place in zip(ahead, logits, range(len(logits)), strict=True):
         assert token == next_token(sampler, row)
         sampler.take(*proposal[place : place + 1] or [0])
@@ -116,7 +116,7 @@ def test_what_is_no_number_is_told_and_troubles_nobody_else():
     logits[:, 3] = 9.0
     logits[1, 5], logits[2, 5] = torch.nan, torch.inf
     assert choose(logits) == [3, -1, -1, 3]
-    assert choose(logits, Sampler(Sampling(top_k=1, top_p=0.9, min_p=0.1), [], []).draws([0] * 3)) == [3, -1, -1, 3]
+    assert choose(logits, Sampler(Sampling(top_k=1, top_p=0.9, min_p=0.1), [], []).draws([0] * 4)) == [3, -1, -1, 3]
     assert choose(logits[:0]) == []
 
 
