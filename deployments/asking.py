@@ -11,7 +11,7 @@ from typing import Any
 from deployments.backend import Session
 from deployments.config import ApiSettings
 from deployments.errors import ApiError
-from deployments.openai import ChatRequest, CompletionRequest, ModelCard, Request, text_of
+from deployments.openai import ChatRequest, CompletionRequest, ModelCard, Offer, Request, text_of
 from deployments.replies import Answer, ChatReplies, CompletionReplies, Head, Replies, new_id
 from deployments.vocabulary import Vocabulary
 from parse.pipeline import Pipeline
@@ -45,7 +45,15 @@ class Reader:
     def __init__(self, pipeline: Pipeline, settings: ApiSettings, model_name: str) -> None:
         self._pipeline, self._settings = pipeline, settings
         self._vocabulary = Vocabulary(pipeline.tokenizer)
-        self.card = ModelCard(id=model_name, created=int(time.time()), max_model_len=pipeline.longest or 0)
+        usual = pipeline.settings.thresholds()
+        offer = Offer(
+            modes=list(settings.modes),
+            full=usual.full,
+            prefix=usual.prefix,
+            lowest_full=settings.lowest_full,
+            lowest_prefix=settings.lowest_prefix,
+        )
+        self.card = ModelCard(id=model_name, created=int(time.time()), max_model_len=pipeline.longest or 0, parse=offer)
 
     async def chat(self, request: ChatRequest) -> Asked:
         self.check_model(request.model)

@@ -275,12 +275,23 @@ class ErrorBody(BaseModel):
     error: Failure
 
 
+class Offer(BaseModel):
+    """What a request may choose in `parse`, and what holds where it chooses nothing."""
+
+    modes: list[Mode]
+    full: float = Field(description="P(correct) from which a whole draft is accepted.")
+    prefix: float = Field(description="P(correct) from which a prefix passes.")
+    lowest_full: float
+    lowest_prefix: float
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "parse-serve"
     max_model_len: int
+    parse: Offer
 
 
 class ModelList(BaseModel):

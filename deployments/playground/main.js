@@ -13,6 +13,7 @@ const KEY = "parse-key"; // in sessionStorage: this tab's own, and gone with it
 
 const session = new Session();
 let model = null;
+let offer = { modes: null, full: null, prefix: null }; // of the server; null: not known yet
 let panes = [];
 let asking = null; // the AbortController of what is on its way
 let last = null; // the last request, without its mode
@@ -69,7 +70,7 @@ async function measureOff() {
 }
 
 function open(mode) {
-  const { full = null, prefix = null } = last.parse;
+  const { full = offer.full, prefix = offer.prefix } = last.parse;
   const pane = new Pane(mode, { thresholds: { full, prefix }, id: `pane-${++count}` });
   panes.push(pane);
   byId("panes").append(pane.root);
@@ -199,7 +200,21 @@ async function whichModel() {
   model = found[0].id;
   byId("model").textContent = model;
   byId("model").title = `takes ${found[0].max_model_len} tokens of prompt and answer`;
+  offered(found[0].parse);
   return model;
+}
+
+/** The server's own thresholds hold where none are set, and it may serve some modes only. */
+function offered(parse) {
+  offer = { ...offer, ...parse };
+  for (const name of ["full", "prefix"]) if (offer[name] !== null) byId(name).placeholder = offer[name];
+  for (const option of document.querySelectorAll("#mode option, #mode-b option")) {
+    option.disabled = offer.modes !== null && !offer.modes.includes(option.value);
+  }
+  for (const id of ["mode", "mode-b"]) {
+    const [first] = byId(id).querySelectorAll("option:not(:disabled)");
+    if (byId(id).selectedOptions[0]?.disabled && first) byId(id).value = first.value;
+  }
 }
 
 async function meet() {

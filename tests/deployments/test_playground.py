@@ -21,6 +21,7 @@ from deployments import playground
 from deployments.config import ApiSettings
 from deployments.gate import Overloaded
 from deployments.http import create_app
+from parse.control import Control
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
 from parse.protocol import Done, Event, Fallback, Piece, Question, Stage, Usage, Verdict
@@ -194,6 +195,20 @@ def said(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
     return "".join(text for kind, text in runs if kind in kinds)
 
 
+class Hopeful(Control):
+    """Whether another round pays is measured otherwise, and so not the same each time."""
+
+    def another_round_pays(self, missing: int) -> bool:
+        return missing > 0
+
+
+@pytest.fixture(scope="module")
+def steady(pair):
+    pipeline = replace(pair.pipeline, control=Hopeful())
+    with served(create_app(LocalBackend(pipeline), ApiSettings(), MODEL)) as address:
+        yield address
+
+
 @pytest.mark.parametrize(
     ("mode", "fields"),
     [
@@ -205,7 +220,8 @@ def said(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
         ("full", {"temperature": 0.9, "seed": 7, "max_tokens": 70}),
     ],
 )
-def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, address, mode, fields):
+def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, mode, fields):
+    address = steady
     asked(address, mode, **fields)  # both read the question before
     told = asked(address, mode, **fields)
     report = told["parse"]
@@ -278,6 +294,18 @@ def test_thresholds_are_sent_and_drawn(page, address):
         "prefix 0.5",
     ]
     assert "Thresholds: full 0.97, prefix 0.5" in str(page.one(".curve svg").get_attribute("aria-label"))
+
+
+def test_where_none_are_set_the_servers_thresholds_are_drawn(page, address):
+    (card,) = httpx.get(f"{address}/v1/models").json()["data"]
+    page.open(address)
+    page.ask(KIM)
+    page.ended()
+    assert page.run("return [...document.querySelectorAll('.threshold-name')].map(t => t.textContent)") == [
+        f"full {card['parse']['full']}",
+        f"prefix {card['parse']['prefix']}",
+    ]
+    assert page.one("#full").get_attribute("placeholder") == str(card["parse"]["full"])
 
 
 def test_a_draft_of_ones_own_takes_the_drafters_place(page, address):
@@ -564,9 +592,14 @@ def test_a_field_that_is_refused_is_marked(page, address):
     assert page.ended() == ["done"] and not page.all("[aria-invalid]")
 
 
-def test_a_mode_that_the_operator_does_not_allow_is_named(page, pair):
+def test_a_mode_that_the_operator_does_not_allow_cannot_be_chosen(page, pair):
     with served(create_app(LocalBackend(pair.pipeline), ApiSettings(modes=("full", "off")), MODEL)) as address:
         page.open(address)
+        page.until(lambda: page.one("#model").text == MODEL, "the model is known")
+        allowed = "return [...document.querySelectorAll('#mode option:not(:disabled)')].map(o => o.value)"
+        assert page.run(allowed) == ["full", "off"]
+        # Who chooses it all the same is told by the API which field is at fault.
+        page.run("document.querySelectorAll('option').forEach(o => { o.disabled = false })")
         page.ask(KIM, mode="rounds", against="off")
         assert page.ended() == ["failed", "done"]
         assert "parse.mode" in page.one(".problem").text and "full, off" in page.one(".problem").text
