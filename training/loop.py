@@ -1,4 +1,4 @@
-"""The training loop: two optimizers, one schedule, checkpoints that survive an interruption, a log to plot from.
+"""The training loop: optimizers, one schedule, checkpoints that survive an interruption, a log to plot from.
 
 A stage is a pure function of its seed and step number, so resuming needs no state but weights, moments and the step.
 """
@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 SAVE_EVERY_S = 90.0  # the most that an interruption can cost
@@ -27,6 +28,19 @@ Losses = Callable[[int], Iterator[tuple[Tensor, dict[str, float]]]]
 
 class DamagedCheckpoint(RuntimeError):
     """A file that should hold a checkpoint does not, or holds one of something else."""
+
+
+class Rates(Protocol):
+    """A frozen dataclass: what was trained on other rates is not gone on with."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def steps(self) -> int: ...
+
+    def at(self, step: int) -> tuple[float, ...]:
+        """The rate of each optimizer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,43 @@ class Schedule:
         return self.rate * up * down, self.embeddings * up * down
 
 
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up and half a cosine down to nothing, for a single optimizer."""
+
+    steps: int
+    rate: float
+    warmup: int = 50
+
+    def at(self, step: int) -> tuple[float, ...]:
+        up = min(1.0, (step + 1) / self.warmup)
+        return (self.rate * up * 0.5 * (1 + math.cos(math.pi * step / self.steps)),)
+
+
+def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, norms and small heads."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.ndim == 2 and id(p) not in embeddings and min(p.shape) > 1]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in learning if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def adamw(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)]
+
+
 def train(
     folder: Path,
     model: nn.Module,
     losses: Losses,
-    schedule: Schedule,
+    schedule: Rates,
     *,
+    optimized_by: Callable[[nn.Module], list[Optimizer]] = muon_and_adamw,
     snapshot: Callable[[int], bool] | None = None,
     snapshot_every: int = 0,
 ) -> None:
@@ -60,7 +105,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, log = folder / "state.pt", folder / "log.jsonl"
-    optimizers = _optimizers(model)
+    optimizers = optimized_by(model)
     step, spent = _resume(state, model, optimizers, schedule)
     started = saved = time.monotonic()
     seen: dict[str, list[float]] = defaultdict(list)
@@ -95,22 +140,7 @@ def train(
                 return
 
 
-def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings, norms and small heads."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    learning = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learning if p.ndim == 2 and id(p) not in embeddings and min(p.shape) > 1]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in learning if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-def _resume(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], schedule: Schedule
-) -> tuple[int, float]:
+def _resume(path: Path, model: nn.Module, optimizers: list[Optimizer], schedule: Rates) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
     state = load_checkpoint(path)
@@ -131,8 +161,8 @@ def _resume(
 def _save(
     path: Path,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    schedule: Schedule,
+    optimizers: list[Optimizer],
+    schedule: Rates,
     step: int,
     seconds: float,
 ) -> None:

@@ -1,0 +1,154 @@
+"""EAGLE-3: a head drafts token by token, each guess of a feature fed back with the token that was guessed.
+
+What it has drafted is forgotten with the next tokens of the text, whose true features take its place.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parse.speculate.checkpoint import load_head
+from parse.speculate.head import Attend, Head, HeadError, Rotation, Target
+from parse.speculate.proposal import Proposal
+from parse.speculate.texts import UNSEEN, Text, attention, read
+
+
+class Eagle3:
+    """A head ready to draft, for any number of requests.
+
+    Its tree: the `beam` likeliest tokens come first; then `depth` times each of the beam's nodes gets its `beam`
+    likeliest children, and the best of those by probability from the root on are the next beam. Of all nodes seen
+    the likeliest are proposed. With `beam=1` that is a chain of `depth + 1` tokens.
+    """
+
+    def __init__(self, head: Head, embedding: Tensor, *, depth: int = 7, beam: int = 10) -> None:
+        config = head.config
+        if config.num_hidden_layers != 1 or config.parallel_tokens != 1:
+            raise HeadError("not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass")
+        if depth < 0 or not 1 <= beam <= config.draft_vocab_size:
+            raise HeadError(f"depth must be at least 0 and beam in 1..{config.draft_vocab_size}, got {depth}, {beam}")
+        self.head, self.embedding, self.depth, self.beam = head, embedding, depth, beam
+        self._rotation = Rotation(config, head.fc)
+
+    @classmethod
+    def load(cls, path: str | Path, network: PreTrainedModel, *, depth: int = 7, beam: int = 10) -> Self:
+        return cls(*load_head(path, Target.of(network)), depth=depth, beam=beam)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Which of the target's `hidden_states` are its features, side by side."""
+        return self.head.config.taps
+
+    def proposer(self) -> "Eagle3Proposer":
+        return Eagle3Proposer(self)
+
+    @torch.inference_mode()
+    def propose(self, proposers: "Sequence[Eagle3Proposer]", most: int) -> list[Proposal]:
+        """For all of them, in the same passes."""
+        if most < 1:
+            return [Proposal()] * len(proposers)
+        ready = [proposer.text for proposer in proposers if proposer.text.ready]
+        found = iter(self._trees(ready, min(self.depth, most - 1), most) if ready else ())
+        return [next(found) if proposer.text.ready else Proposal() for proposer in proposers]
+
+    def _trees(self, texts: Sequence[Text], depth: int, most: int) -> list[Proposal]:
+        """Below, R texts have B nodes in their beams, and every level adds N nodes: first B, then B * B."""
+        count, beam = len(texts), self.beam
+        for text in texts:
+            text.reserve(self.head, depth * beam)
+        hidden = read(self.head, self.embedding, self._rotation, texts)  # [R, 1, H]
+        scores, tokens = self._children(hidden)  # [R, 1, B]
+        scores, tokens = scores[:, 0], tokens[:, 0]
+        hidden = hidden.expand(-1, beam, -1)
+        all_scores, all_tokens = [scores], [tokens]  # [R, N] each
+        all_parents = [tokens.new_full((count, beam), -1)]
+        node = torch.arange(beam, device=tokens.device).expand(count, -1)  # of the beam, among all nodes
+        # [R, B, depth * B]: which of the drafted elements each of the beam's sees; a chain sees them all.
+        mask = hidden.new_full((count, beam, depth * beam), UNSEEN) if beam > 1 else None
+        own = torch.arange(beam, device=tokens.device)
+        for level in range(depth):
+            if mask is not None:
+                mask[:, own, level * beam + own] = 0.0
+            hidden = self._expand(texts, tokens, hidden, level, mask)
+            likely, children = self._children(hidden)
+            sums = (scores[..., None] + likely).flatten(1)  # [R, B * B]
+            children = children.flatten(1)
+            all_scores.append(sums)
+            all_tokens.append(children)
+            all_parents.append(node.repeat_interleave(beam, 1))
+            if level == depth - 1:
+                break
+            scores, best = sums.topk(beam)
+            node = beam * (1 + level * beam) + best
+            tokens = children.gather(1, best)
+            above = best // beam
+            hidden = hidden.gather(1, above[..., None].expand(hidden.shape))
+            if mask is not None:
+                mask = mask.gather(1, above[..., None].expand(mask.shape))
+        return _likeliest(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), most)
+
+    def _children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and target's tokens of the likeliest behind each, [..., B]."""
+        likely, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.beam)
+        return likely, self.head.to_target[tokens]
+
+    def _expand(self, texts: Sequence[Text], tokens: Tensor, hidden: Tensor, level: int, mask: Tensor | None) -> Tensor:
+        """What the head makes of the beam's nodes, [R, B, H]."""
+        shape, beam = hidden.shape, self.beam
+        rotation = self._rotation.at([text.length - 1 + level for text in texts for _ in range(beam)])
+        return self.head(
+            self.embedding[tokens.flatten()],
+            hidden.reshape(-1, shape[-1]),
+            rotation,
+            self._drafting(texts, level, mask),
+        ).view(shape)
+
+    def _drafting(self, texts: Sequence[Text], level: int, mask: Tensor | None) -> Attend:
+        beam = self.beam
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out = []
+            for place, text in enumerate(texts):
+                rows = slice(place * beam, (place + 1) * beam)
+                start, end = text.known + level * beam, text.known + (level + 1) * beam
+                text.keys[layer, :, start:end] = key[rows].transpose(0, 1)
+                text.values[layer, :, start:end] = value[rows].transpose(0, 1)
+                seen = None
+                if mask is not None:
+                    seen = mask.new_zeros(beam, end)
+                    seen[:, text.known :] = mask[place, :, : end - text.known]
+                out.append(attention(query[rows], text.keys[layer, :, :end], text.values[layer, :, :end], seen))
+            return out[0] if len(out) == 1 else torch.cat(out)
+
+        return attend
+
+
+class Eagle3Proposer:
+    """For one request; the keys and values of its text are its own."""
+
+    def __init__(self, method: Eagle3) -> None:
+        self._method = method
+        self.text = Text()
+
+    def take(self, tokens: Sequence[int], features: Tensor | None) -> None:
+        self.text.take(tokens, features)
+
+    def propose(self, most: int) -> Proposal:
+        return self._method.propose([self], most)[0]
+
+
+def _likeliest(scores: Tensor, tokens: Tensor, parents: Tensor, most: int) -> list[Proposal]:
+    """Of each row's nodes; a child is never likelier than its parent, and among equals the earlier one counts."""
+    chosen = scores.sort(descending=True, stable=True).indices[:, :most].sort().values
+    place = parents.new_full(parents.shape, -1)
+    place.scatter_(1, chosen, torch.arange(chosen.shape[1], device=place.device).expand(chosen.shape))
+    above = parents.gather(1, chosen)
+    above = torch.where(above >= 0, place.gather(1, above.clamp(min=0)), above)
+    return [
+        Proposal(tuple(row), tuple(up))
+        for row, up in zip(tokens.gather(1, chosen).tolist(), above.tolist(), strict=True)
+    ]

@@ -1,0 +1,234 @@
+"""The network of an EAGLE-3 head: the next token, from what the target made of one token and what it wrote behind it.
+
+Element i joins the target's *feature* of token i, hidden states of a few layers side by side, with the embedding of
+token i + 1. What comes out is a guess of the feature of token i + 1, and through `lm_head` of token i + 2. So a guess
+can be fed back in place of a feature, with the token that was guessed.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, silu
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+ROPE_KINDS = "default", "linear", "llama3", "yarn"  # those whose frequencies do not follow the length of the text
+
+Index = slice | Tensor | tuple[Tensor, ...]
+"""Of elements, all that indexing a tensor understands."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, queries [..., Q, heads, d], keys and values [..., T, key heads, d] to [..., Q, heads * d]."""
+
+
+class HeadError(ValueError):
+    """A head that cannot be used, or does not fit its target."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a head has to fit."""
+
+    layers: int
+    embedding: Tensor  # [vocabulary, H]
+
+    @classmethod
+    def of(cls, network: PreTrainedModel) -> Self:
+        weight = network.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return cls(network.config.get_text_config().num_hidden_layers, weight.detach())
+
+    @property
+    def vocabulary(self) -> int:
+        return self.embedding.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.embedding.shape[1]
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The usual ones: low, middle and high, as indices into `hidden_states`."""
+        return 2, self.layers // 2, self.layers - 3
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Sizes, under the names they have in config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    target_hidden_size: int
+    taps: tuple[int, ...]  # indices into the target's `hidden_states`; k is what enters its layer k
+    num_hidden_layers: int = 1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    parallel_tokens: int = 1  # tokens proposed in one pass (parallel.py)
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise HeadError(
+                f"num_attention_heads, {self.num_attention_heads}, must be a multiple of num_key_value_heads, "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise HeadError(f"head_dim must be even, got {self.head_dim}")
+        if self.rope_kind not in ROPE_KINDS:
+            raise HeadError(f"rope_scaling must be one of {', '.join(ROPE_KINDS)}, got {self.rope_kind!r}")
+
+    @property
+    def rope_kind(self) -> str:
+        scaling = self.rope_scaling or {}
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+    @property
+    def feature_size(self) -> int:
+        return len(self.taps) * self.target_hidden_size
+
+
+class Head(nn.Module):
+    """Linear weights are [out, in], those that read the same input in one."""
+
+    to_target: Tensor  # [draft vocabulary], the target's token for each of the head's
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.fc = _weight(width, config.feature_size)
+        self.layers = nn.ModuleList(Layer(config, first=k == 0) for k in range(config.num_hidden_layers))
+        self.norm = nn.Parameter(torch.ones(width))
+        self.lm_head = _weight(config.draft_vocab_size, width)
+        self.register_buffer("to_target", torch.arange(config.draft_vocab_size))
+        if config.parallel_tokens > 1:
+            self.mask_embedding = nn.Parameter(0.02 * torch.randn(width))
+            self.mask_hidden = nn.Parameter(0.02 * torch.randn(width))
+
+    def fused(self, features: Tensor) -> Tensor:
+        """[..., taps * H] to [..., H]"""
+        return linear(features, self.fc)
+
+    def forward(
+        self,
+        embedded: Tensor,  # [..., T, H], of the tokens
+        hidden: Tensor,  # [..., T, H], fused features of the tokens before them, or guesses of those
+        rotation: tuple[Tensor, Tensor],  # of their positions, from `Rotation`
+        attend: Attend,
+        keep: Index | None = None,
+    ) -> Tensor:
+        """Guesses of the next features, of those elements that `keep` names (None: of all)."""
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            hidden = layer(
+                hidden, embedded if number == 0 else None, rotation, number, attend, keep if number == last else None
+            )
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., draft vocabulary]"""
+        return linear(rms_norm(hidden, self.norm.shape, self.norm, self.config.rms_norm_eps), self.lm_head)
+
+
+class Layer(nn.Module):
+    """A decoder layer; the first attends from embedding and feature side by side, and adds to the latter as it came."""
+
+    def __init__(self, config: HeadConfig, *, first: bool) -> None:
+        super().__init__()
+        self.heads, self.key_heads, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.epsilon = config.rms_norm_eps
+        hidden = config.hidden_size
+        self.input_layernorm = nn.Parameter(torch.ones(hidden))
+        self.hidden_norm = nn.Parameter(torch.ones(hidden)) if first else None
+        self.post_attention_layernorm = nn.Parameter(torch.ones(hidden))
+        self.qkv = _weight((self.heads + 2 * self.key_heads) * self.width, 2 * hidden if first else hidden)
+        self.o = _weight(hidden, self.heads * self.width)
+        self.gate_up = _weight(2 * config.intermediate_size, hidden)
+        self.down = _weight(hidden, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden: Tensor,  # [..., T, H]
+        embedded: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        number: int,
+        attend: Attend,
+        keep: Index | None,
+    ) -> Tensor:
+        if embedded is None:
+            entering = self._normed(hidden, self.input_layernorm)
+        else:
+            assert self.hidden_norm is not None
+            normed = self._normed(embedded, self.input_layernorm), self._normed(hidden, self.hidden_norm)
+            entering = torch.cat(normed, -1)
+        # [..., T, heads + 2 key heads, d]: queries, keys, values
+        rows = linear(entering, self.qkv).unflatten(-1, (-1, self.width))
+        turned = rotated(rows[..., : self.heads + self.key_heads, :], rotation)
+        query, key = turned.split((self.heads, self.key_heads), -2)
+        if keep is not None:
+            query, hidden = query[keep], hidden[keep]
+        hidden = hidden + linear(attend(number, query, key, rows[..., -self.key_heads :, :]), self.o)
+        gate, up = linear(self._normed(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, -1)
+        return hidden + linear(silu(gate) * up, self.down)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight.shape, weight, self.epsilon)
+
+
+class Rotation:
+    """Cosines and sines of positions, made as far as they are asked for."""
+
+    def __init__(self, config: HeadConfig, like: Tensor) -> None:
+        self._like = like
+        scaling = config.rope_scaling or {}
+        width = config.head_dim
+        self._scale = 1.0
+        if config.rope_kind == "default":
+            self._frequencies = 1.0 / config.rope_theta ** (torch.arange(0, width, 2).float() / width)
+        else:
+            given = LlamaConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_attention_heads,
+                head_dim=width,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters={**scaling, "rope_type": config.rope_kind, "rope_theta": config.rope_theta},
+            )
+            self._frequencies, self._scale = ROPE_INIT_FUNCTIONS[config.rope_kind](given, torch.device("cpu"))
+        self._cos = self._sin = torch.empty(0, 1, width)
+
+    def at(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[positions, 1, d] each."""
+        self._reach(max(positions) + 1)
+        places = torch.tensor(positions, device=self._cos.device)
+        return self._cos[places], self._sin[places]
+
+    def _reach(self, longest: int) -> None:
+        if longest <= len(self._cos):
+            return
+        size = 1 << max(9, math.ceil(math.log2(longest)))
+        angles = torch.outer(torch.arange(size).float(), self._frequencies)[:, None]
+        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        # `rotated` swaps the halves without changing a sign, so the sign stands here.
+        self._cos, self._sin = (
+            torch.cat(halves, -1).to(self._like.device, self._like.dtype) for halves in ((cos, cos), (-sin, sin))
+        )
+
+
+def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions of x [..., heads, d], its halves paired as in Llama."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _weight(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(rows, columns) / math.sqrt(columns))

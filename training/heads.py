@@ -1,0 +1,98 @@
+"""The command lines of training a head: outputs, training, figures, card; each goes on where it was interrupted."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from parse.speculate.checkpoint import save_head
+from parse.speculate.head import Head, HeadError
+from parse.types import RequestError
+from training.acceptance import figures, held_out
+from training.checkpoints import BrokenModel, load_model, load_tokenizer
+from training.evaluate import MODELS
+from training.head_cards import write_card
+from training.loop import DamagedCheckpoint
+from training.outputs import Output, beginnings, open_target, read_outputs, read_prompts, write_outputs
+from training.plots import draw_log
+
+DEMO = MODELS / "demo-target"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OWN_SHARE, OWN_MOST = 0.05, 200  # of a target's outputs, kept for the figures where they are not of the demo task
+
+Trained = Callable[[PreTrainedModel, Sequence[Output], Path], Head]
+
+
+def arguments(name: str, page: str, *, steps: int, rate: float, texts: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m training.{name}", description=page, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--outputs", type=Path, metavar="JSONL", help="what the target wrote, by training.outputs")
+    given.add_argument("--prompts", type=Path, metavar="JSONL", help="what it is to answer; else the demo task")
+    parser.add_argument("--target", type=Path, default=DEMO, help="folder of the target")
+    parser.add_argument("--out", type=Path, default=MODELS / f"demo-{name}", help="folder of the head")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="checkpoints, log, outputs")
+    parser.add_argument("--count", type=int, default=4000, help="outputs written if none are given")
+    parser.add_argument("--longest", type=int, default=512, help="tokens of such an output")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of its prompt and itself")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--rate", type=float, default=rate, help="the highest learning rate")
+    parser.add_argument("--texts", type=int, default=texts, help="outputs in a batch")
+    parser.add_argument("--draft-vocabulary", type=int, metavar="N", help="the N tokens written most; else all")
+    parser.add_argument("--intermediate", type=int, help="width of the MLP; else the target's")
+    parser.add_argument("--memory-mb", type=int, default=4096, help="features kept instead of computed again")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights written")
+    parser.add_argument("--held-out", type=int, default=200, help="answers the figures are measured on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
+    return parser
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the arguments is the recipe's."""
+    names = "steps", "rate", "texts", "draft_vocabulary", "intermediate", "memory_mb", "seed"
+    return {name: getattr(args, name) for name in names}
+
+
+def run(args: argparse.Namespace, train: Trained) -> None:
+    """Trains a head and puts it into its folder, with its figures."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        _run(args, train)
+    except (BrokenModel, DamagedCheckpoint, HeadError, RequestError, ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+def _run(args: argparse.Namespace, train: Trained) -> None:
+    texts = read_outputs(args.outputs or _outputs(args))
+    network = load_model(args.target)
+    nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu")
+    demo = not (args.outputs or args.prompts)
+    kept = 0 if demo else min(OWN_MOST, max(1, round(OWN_SHARE * len(texts))))
+    head = train(network, texts[: len(texts) - kept], args.runs)
+    save_head(head, args.out, dtype=DTYPES[args.dtype])
+    log = args.runs / "log.jsonl"
+    told = json.loads(log.read_text().splitlines()[-1])
+    draw_log(log, args.out / "training.svg", [key for key in told if key.startswith("same")])
+    proof = held_out(str(args.target), args.held_out, args.seed, args.threads) if demo else texts[-kept:]
+    write_card(args.out, args.target.name, figures(args.out, network, proof), len(texts) - kept, args.steps)
+
+
+def _outputs(args: argparse.Namespace) -> Path:
+    path: Path = args.runs / "outputs.jsonl"
+    service = open_target(str(args.target), args.threads, args.context)
+    try:
+        tokenizer = load_tokenizer(args.target)
+        begun = read_prompts(args.prompts, tokenizer) if args.prompts else beginnings(tokenizer, args.seed)
+        write_outputs(service, begun, args.count, path, longest=args.longest)
+    finally:
+        service.close()
+    return path

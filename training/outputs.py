@@ -1,0 +1,162 @@
+"""What a target writes by itself: the lessons of heads that are to foresee it.
+
+    python -m training.outputs --target models/demo-target --count 4000 --out runs/outputs.jsonl
+    python -m training.outputs --target some/model --prompts prompts.jsonl --out runs/outputs.jsonl
+
+Without `--prompts` it answers the demo task's questions: every other time from the start, else going on after the
+beginning of a right answer in the draft's wording, as happens behind an accepted prefix. A line of prompts holds
+`messages`, or `prompt`, a text asked as a user's question. An interrupted run goes on behind the last whole line.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from parse.config import EngineSettings
+from parse.engine.service import ModelService
+from parse.prompts import prompt_ids
+from parse.protocol import WHOLE
+from parse.types import RequestError, Sampling
+from training.task import answer, problem
+from training.wording import DRAFT
+
+SPLIT = "speculation"  # of the task's problems; the proof has one of its own
+AT_ONCE = 64  # written together, and lost together by an interruption
+
+
+@dataclass(frozen=True)
+class Output:
+    prompt: list[int]
+    output: list[int]  # with the end token, if it ended by itself
+    begun: int  # of its tokens, how many others wrote
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.output
+
+
+Beginning = tuple[list[int], list[int]]
+"""A prompt, and the tokens of an answer that are there already."""
+
+
+def beginnings(tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT) -> Iterator[Beginning]:
+    """Of the demo task, without end: plain prompts and begun answers in turn, both of either family."""
+    index = 0
+    while True:
+        given = problem(split, seed, index)
+        begun: list[int] = []
+        if index // 2 % 2:
+            whole = tokenizer.encode(answer(given, DRAFT), add_special_tokens=False)
+            begun = whole[: random.Random(f"{split}/{seed}/{index}/cut").randrange(1, len(whole))]
+        yield prompt_ids(tokenizer, [{"role": "user", "content": given.question}]), begun
+        index += 1
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Beginning]:
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line)
+                messages = found.get("messages") or [{"role": "user", "content": found["prompt"]}]
+                ids = prompt_ids(tokenizer, messages)
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: no prompt ({error})") from error
+            yield ids, []
+
+
+def read_outputs(path: Path) -> list[Output]:
+    """All whole lines; a torn last one is what an interruption left."""
+    found = []
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                found.append(Output(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: no output ({error})") from error
+    return found
+
+
+async def written(
+    service: ModelService, begun: Sequence[Beginning], longest: int, *, temperature: float = 0.0
+) -> list[Output]:
+    """What the target makes of each, all of them at once."""
+
+    async def one(prompt: list[int], start: list[int]) -> Output:
+        sampling = Sampling(temperature=temperature, max_tokens=len(start) + longest)
+        output, finish = list(start), None
+        async for tokens in service.generate(prompt, start, sampling, piece=WHOLE):
+            output += tokens.ids
+            finish = tokens.finish
+        return Output(prompt, output + [_end(service)] * (finish == "stop"), len(start))
+
+    return await asyncio.gather(*(one(*given) for given in begun))
+
+
+def write_outputs(
+    service: ModelService, begun: Iterable[Beginning], count: int, path: Path, *, longest: int, temperature: float = 0.0
+) -> None:
+    """Appends to `path` until it holds `count` lines, or there are no more prompts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = len(read_outputs(path)) if path.exists() else 0
+    if done:
+        whole = path.read_text()
+        path.write_text(whole[: whole.rindex("\n") + 1])
+    rest = islice(begun, done, count)
+    with path.open("a") as out, tqdm(total=count, initial=done, desc=path.name, unit="answer") as bar:
+        while group := list(islice(rest, AT_ONCE)):
+            for output in asyncio.run(written(service, group, longest, temperature=temperature)):
+                out.write(json.dumps(asdict(output)) + "\n")
+            out.flush()
+            bar.update(len(group))
+
+
+def _end(service: ModelService) -> int:
+    """The end token; where there are several, the one of the tokenizer."""
+    own = service.model.tokenizer.eos_token_id
+    return own if isinstance(own, int) and own in service.model.ends else min(service.model.ends)
+
+
+def open_target(model: str, threads: int | None, longest: int) -> ModelService:
+    return ModelService(EngineSettings(model=model, threads=threads, max_running=AT_ONCE, max_context=longest))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.outputs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", default="models/demo-target", help="a directory, or an id on the Hugging Face hub")
+    parser.add_argument("--prompts", type=Path, metavar="JSONL", help="instead of the demo task's")
+    parser.add_argument("--out", type=Path, default=Path("runs/outputs.jsonl"))
+    parser.add_argument("--count", type=int, default=4000, help="outputs in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=int, default=512, help="tokens written at most for one output")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of the longest prompt and output together")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
+    args = parser.parse_args()
+    service = None
+    try:
+        service = open_target(args.target, args.threads, args.context)
+        tokenizer = service.model.tokenizer
+        begun = read_prompts(args.prompts, tokenizer) if args.prompts else beginnings(tokenizer, args.seed)
+        write_outputs(service, begun, args.count, args.out, longest=args.longest, temperature=args.temperature)
+    except (ValueError, OSError, RequestError) as error:
+        sys.exit(str(error))
+    finally:
+        if service is not None:
+            service.close()
+
+
+if __name__ == "__main__":
+    main()
