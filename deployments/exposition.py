@@ -27,7 +27,10 @@ class Figures:
 
 def page(figures: Sequence[Figures], accept: str) -> tuple[bytes, str]:
     """In the format that the reader prefers; and the name of that format."""
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except TypeError:  # the version asked for is none: what everybody reads is no worse an answer than an error
+        encode, content_type = choose_encoder("")
     return encode(_Together(figures)), content_type
 
 

@@ -33,8 +33,10 @@ async def _told(handle: DeploymentHandle) -> tuple[list[Figures], int]:
     if not replicas:
         return [], 1
     asked = [asyncio.ensure_future(replica.get_async()) for replica in replicas]
-    await asyncio.wait(asked, timeout=PATIENCE_S)
-    found = [one.result() for one in asked if one.done() and not one.cancelled() and one.exception() is None]
-    for one in asked:
-        one.cancel()
+    try:
+        await asyncio.wait(asked, timeout=PATIENCE_S)
+        found = [one.result() for one in asked if one.done() and not one.cancelled() and one.exception() is None]
+    finally:  # also where the scrape itself is given up
+        for one in asked:
+            one.cancel()
     return found, len(asked) - len(found)

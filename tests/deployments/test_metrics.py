@@ -109,6 +109,14 @@ def test_replicas_stand_side_by_side_on_one_page(accept, read):
         assert found["parse_eggs_total", labels] == eggs
 
 
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+@pytest.mark.parametrize("version", ["x", "1.x", "", "2.0.0", "9" * 5000, "\xb2"])
+def test_a_version_that_nobody_knows_is_no_reason_to_tell_nothing(kind, version):
+    meters = Meters((COUNTER,), deployment="Coop")
+    text, _ = page([meters.figures()], f"{kind}; version={version}")
+    assert b"\nparse_eggs_total{" in text
+
+
 def test_the_page_on_metrics_is_what_the_declarations_make_of_it():
     there = (HOUSE / "docs" / "metrics.md").read_text()
     assert there == reference_page(), "python -m deployments.metrics_reference > docs/metrics.md"
