@@ -1,6 +1,7 @@
 """Every request comes to an account: what became of it is counted, and told in a line of the log."""
 
 import logging
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 ANSWERING = frozenset({"/v1/chat/completions", "/v1/completions"})
 ID_HEADER = "x-request-id"
 LONGEST_ID = 128
+NOT_OF_A_WORD = re.compile("[^!-~]")  # in an id it would end the line of the log, or begin another figure in it
 KEY = "parse.account"
 LEFT = 499  # the status of who left before there was one
 OUTCOMES: Mapping[int, Outcome] = {401: "unauthorized", LEFT: "left", 503: "unavailable", 504: "timeout"}
@@ -67,7 +69,7 @@ class Journal:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(ID_HEADER)  # by Ray Serve's proxy, which then tells it to the client as well
-        account = scope[KEY] = Account(given[:LONGEST_ID] if given else uuid.uuid4().hex)
+        account = scope[KEY] = Account(_plain(given) if given else uuid.uuid4().hex)
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -99,6 +101,10 @@ class Journal:
         told = _told(account, outcome)
         if logger.isEnabledFor(level):
             logger.log(level, " ".join(f"{name}={value}" for name, value in told.items()), extra=told)
+
+
+def _plain(given: str) -> str:
+    return NOT_OF_A_WORD.sub("?", given[:LONGEST_ID])
 
 
 def _told(account: Account, outcome: Outcome) -> dict[str, Any]:

@@ -263,5 +263,17 @@ def test_every_request_has_an_id_and_a_line_without_a_word_of_it(pair, caplog):
     assert secret not in caplog.text
 
 
+def test_an_id_is_one_word_of_the_line(pair, caplog):
+    caplog.set_level(logging.INFO, logger="deployments.journal")
+    forged = "a outcome=failed\t\x85\xfcb" + "c" * 200
+    with serving(pair) as client:
+        client.post(CHAT, json={}, headers={b"X-Request-Id": forged.encode("latin-1")})
+        until(lambda: any(r.name == "deployments.journal" for r in caplog.records))
+    (line,) = (record for record in caplog.records if record.name == "deployments.journal")
+    known = vars(line)["request_id"]
+    assert known.startswith("a?outcome=failed???bc") and len(known) == 128
+    assert line.getMessage().split()[:2] == [f"request_id={known}", "outcome=invalid"]
+
+
 def _samples(meters: Meters, name: str) -> list[Any]:
     return [sample for family in meters.figures().families for sample in family.samples if sample.name == name]
