@@ -1,6 +1,7 @@
 """`make monitoring`: Prometheus beside a service on this machine, and Grafana where it is installed, until Ctrl-C."""
 
 import argparse
+import fcntl
 import os
 import shutil
 import signal
@@ -8,12 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "prometheus" / "prometheus.yml"
@@ -22,6 +23,8 @@ PROVISIONING = HERE / "grafana" / "provisioning"
 DATA = HERE.parent / ".monitoring"
 LOOPBACK = "127.0.0.1"
 NEARBY = 20  # ports that are tried behind the one that was asked for
+LAST_PORT = 65535
+DIRECTLY = build_opener(ProxyHandler({}))  # a proxy of the environment knows nothing of this machine
 STARTED_S = 60.0
 STOPPED_S = 20.0
 NO_PROMETHEUS = """Prometheus is not installed. On Debian or Ubuntu, as root:
@@ -99,7 +102,8 @@ def grafana(source: str, data: Path, port: int) -> Program | None:
 
 def free_port(wanted: int) -> int:
     """That one, or the next that nobody has."""
-    for port in range(wanted, wanted + NEARBY):
+    last = min(wanted + NEARBY - 1, LAST_PORT)
+    for port in range(max(wanted, 1), last + 1):  # 0 would be any port, and not known to us
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -107,7 +111,23 @@ def free_port(wanted: int) -> int:
             except OSError:
                 continue
             return port
-    raise NotStarting(f"no port is free from {wanted} to {wanted + NEARBY - 1}")
+    raise NotStarting(f"no port is free from {wanted} to {last}" if wanted <= last else f"there is no port {wanted}")
+
+
+@contextmanager
+def alone_in(data: Path) -> Iterator[None]:
+    """Debian's Prometheus takes no lock of its own: two of them would spoil what each other records."""
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        lock = (data / "lock").open("w")
+    except OSError as error:
+        raise NotStarting(f"nothing can be recorded in {data}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NotStarting(f"another one records in {data}: stop it, or choose another folder (--data)") from None
+        yield
 
 
 class Running:
@@ -148,7 +168,7 @@ class Running:
         while time.monotonic() < until:
             self.check()
             try:
-                with urlopen(self.program.url + self.program.ready, timeout=2) as answer:
+                with DIRECTLY.open(self.program.url + self.program.ready, timeout=2) as answer:
                     if answer.status == 200:
                         return
             except (URLError, TimeoutError, ConnectionError):
@@ -176,6 +196,7 @@ def stop(signum: int, _: object) -> None:
 
 def run(port: int, grafana_port: int, data: Path, config: Path) -> None:
     with ExitStack() as stack:
+        stack.enter_context(alone_in(data))
         source = stack.enter_context(Running(prometheus(config, data, free_port(port))))
         running = [source]
         tell(f"Prometheus  {source.program.url}   (what it scrapes: {source.program.url}/targets)")

@@ -149,6 +149,47 @@ def test_a_prometheus_that_dies_ends_it(tmp_path):
     assert process.returncode == 1 and "Prometheus has ended (-9)" in faults
 
 
+@needs_prometheus
+def test_two_do_not_record_in_one_folder(tmp_path):
+    path, data = only_prometheus(tmp_path), tmp_path / "with a space"
+    with monitoring(data, path=path) as first:
+        told_until(first, "Until Ctrl-C")
+        with monitoring(data, path=path) as second:
+            said, faults = second.communicate(timeout=30)
+        assert (second.returncode, said) == (1, "") and f"another one records in {data}" in faults
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=30)
+    with monitoring(data, path=path) as third:
+        told_until(third, "Until Ctrl-C")
+        third.send_signal(signal.SIGINT)
+        third.communicate(timeout=30)
+
+
+@needs_prometheus
+def test_a_proxy_is_not_asked_for_what_is_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with monitoring(tmp_path / "data", path=only_prometheus(tmp_path)) as process:
+        told_until(process, "Until Ctrl-C")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+@needs_prometheus
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (("--port", "70000"), "there is no port 70000"),
+        (("--data", "/dev/null/there"), "nothing can be recorded in /dev/null/there: Not a directory"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(tmp_path, arguments, fault):
+    with monitoring(tmp_path / "data", *arguments) as process:
+        said, faults = process.communicate(timeout=30)
+    assert (process.returncode, said, faults) == (1, "", f"{fault}\n")
+
+
 def test_without_prometheus_it_says_how_to_get_it(tmp_path):
     with monitoring(tmp_path / "data", path=str(tmp_path)) as process:
         said, faults = process.communicate(timeout=30)
@@ -161,6 +202,7 @@ def test_a_port_that_is_taken_is_passed_over():
         port = taken.getsockname()[1]
         assert free_port(port) > port
     assert free_port(port) == port
+    assert free_port(0) > 0
 
 
 def tools(folder: Path, *, root: bool, there: Sequence[str] = (), fails: Sequence[str] = ()) -> tuple[str, list[str]]:
