@@ -21,8 +21,9 @@ from deployments.exposition import page
 from deployments.gate import Gate
 from deployments.journal import LEFT, Account, account_of
 from deployments.replies import END, Answer, sse
-from deployments.tracing import tracer
-from parse.protocol import Event, Question
+from deployments.tracing import spanned, tracer
+from parse.pipeline import Pipeline
+from parse.protocol import Done, Event, Question
 
 
 class Serving:
@@ -32,7 +33,11 @@ class Serving:
         self._backend, self._meters = backend, backend.meters
         self._timeout_s = settings.request_timeout_s
         self._gate = Gate(settings.max_answers, settings.max_waiting)
-        self._auditor = Auditor(audit, self._gate, self._meters, lambda: backend.session_pipeline(Session("audit")))
+        self._auditor = Auditor(audit, self._gate, self._meters, self._alone)
+
+    def _alone(self) -> Pipeline:
+        """For what no client has asked for."""
+        return self._backend.session_pipeline(Session("audit", trace=get_current()))
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
@@ -133,11 +138,13 @@ class Serving:
         async def one(question: Question, answer: Answer) -> None:
             answer.waited_s = time.perf_counter() - began
             pipeline = self._backend.session_pipeline(answer.session)
-            with tracer.start_as_current_span("answer", attributes={"parse.mode": question.mode}):
+            with tracer.start_as_current_span("answer", attributes={"parse.asked": question.mode}) as span:
                 answer.session.trace = get_current()
                 async with aclosing(pipeline.answer(question)) as events:
                     async for event in events:
                         happened.put_nowait((answer, event))
+                        if isinstance(event, Done):
+                            span.set_attributes(spanned(event.usage))
 
         async def all_of_them() -> None:
             try:

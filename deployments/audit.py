@@ -18,6 +18,7 @@ from deployments.config import AuditSettings
 from deployments.gate import Gate
 from deployments.metrics import AuditResult, Meters
 from deployments.replies import Answer
+from deployments.tracing import tracer
 from parse.pipeline import Pipeline
 from parse.protocol import WHOLE, Mode, Piece, Question
 
@@ -90,7 +91,10 @@ class Auditor:
             await asyncio.gather(auditing, wanted, return_exceptions=True)
 
     async def _audit(self, case: Case) -> AuditResult:
-        pipeline = self._pipeline()
+        with tracer.start_as_current_span("audit", attributes={"request_id": case.request_id}):
+            return await self._compared(case, self._pipeline())
+
+    async def _compared(self, case: Case, pipeline: Pipeline) -> AuditResult:
         alone = replace(case.question, mode="off", prediction=None, piece=WHOLE)
         pieces = [event async for event in pipeline.answer(alone) if isinstance(event, Piece)]
         text, ids = "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.ids]

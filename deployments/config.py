@@ -32,7 +32,7 @@ class ApiSettings(Settings):
     api_keys_file: str | None = Field(
         None,
         description="A file of bearer keys, one a line. With keys, every request needs one of them, but those for "
-        "/health, /ready and the documents.",
+        "/health, /ready, the documents and the playground.",
     )
     api_keys_env: str = Field(
         "PARSE_API_KEYS",
@@ -61,7 +61,8 @@ class AuditSettings(Settings):
         None,
         min_length=1,
         description="A regular expression for what counts in an answer: its last match, or the groups of that. Two "
-        "answers agree where it is the same. Without one, or where the target's answer has no match, `gap` decides.",
+        "answers agree where it is the same. Without one, or where the target's answer has no match, `gap` decides. "
+        r"For the demo pair it is the last number: `(\d+)\D*$`.",
     )
     gap: float = Field(
         0.5,

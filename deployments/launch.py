@@ -208,19 +208,22 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def greeting(url: str, model: str, dashboard: str, logs: str) -> str:
+def greeting(url: str, model: str, dashboard: str, logs: str, *, keys: bool) -> str:
     content = EXAMPLE if model == "demo-target" else "What is the capital of France?"
+    key = " -H 'Authorization: Bearer <one of your keys>'" if keys else ""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0})
     return f"""
 Ready.
 
   API        {url}/v1
+  to try     {url}/
   documents  {url}/docs
+  figures    {url}/metrics, and with dashboards: make monitoring
   Ray        {dashboard}
   logs       {logs}
   status     {_environment()}{Path(sys.executable).parent}/serve status --address {dashboard}
 
-curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
+curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'
 """
 
 
@@ -248,7 +251,8 @@ def serve(path: Path, *, address: str | None, timeout_s: float) -> None:
     scheme, here = "https" if http.ssl_certfile else "http", http.host in ("0.0.0.0", "::")
     url = f"{scheme}://{'127.0.0.1' if here else http.host}:{http.port}"
     wait_until_ready(client.get_serve_details, lambda: is_ready(url), timeout_s=timeout_s, logs=logs)
-    tell(greeting(url, settings.model_name, dashboard, logs))
+    keys = bool(settings.api.api_keys_file or os.environ.get(settings.api.api_keys_env))
+    tell(greeting(url, settings.model_name, dashboard, logs, keys=keys))
 
 
 def tell(text: str) -> None:

@@ -3,6 +3,7 @@
 import logging
 
 from ray import serve
+from transformers.utils.logging import disable_progress_bar
 
 OURS = ("deployments", "parse")
 SERVES = "ray.serve"
@@ -12,6 +13,7 @@ def join_serve() -> None:
     """In a replica Serve sets up its own logger only; what is told elsewhere would be lost, or without its request."""
     if serve.context._get_internal_replica_context() is None:
         return
+    disable_progress_bar()
     for name in OURS:
         logging.getLogger(name).parent = logging.getLogger(SERVES)
 

@@ -5,14 +5,26 @@ where OTEL_EXPORTER_OTLP_ENDPOINT is set.
 """
 
 import logging
+import os
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+from parse.protocol import Usage
+
 tracer = trace.get_tracer("parse")
-BY_ITSELF = (" alive", " figures", " describe", " GET /ready", " GET /health", " GET /metrics")  # ends of span names
+CALLS_OF_OUR_OWN = frozenset({"alive", "figures", "describe"})
+NO_REQUESTS = frozenset({"/ready", "/health", "/metrics"})
+OTEL_TIMEOUTS = "OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"
+TIMEOUT_S = 5.0  # half of what it would be; nobody waits for it but who shuts down
+
+
+def spanned(usage: Usage) -> dict[str, str | int]:
+    """What a span of an answer says of it."""
+    counts = {name: getattr(usage, name) for name in ("drafted", "accepted", "written", "rounds", "cached")}
+    return {"parse.mode": usage.mode} | {f"parse.{name}": count for name, count in counts.items()}
 
 
 def otlp() -> list[SpanProcessor]:
@@ -22,12 +34,15 @@ def otlp() -> list[SpanProcessor]:
     no request anything. Nor should it fill the logs.
     """
     logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
-    return [_OfRequests(OTLPSpanExporter(timeout=5))]
+    timeout = None if any(name in os.environ for name in OTEL_TIMEOUTS) else TIMEOUT_S
+    return [_OfRequests(OTLPSpanExporter(timeout=timeout))]
 
 
 class _OfRequests(BatchSpanProcessor):
     """What the service asks of itself every second would fill the store of traces."""
 
     def on_end(self, span: ReadableSpan) -> None:
-        if not span.name.endswith(BY_ITSELF):
+        known = span.attributes or {}
+        route = known.get("route", known.get("http.route", ""))
+        if known.get("call_method") not in CALLS_OF_OUR_OWN and not str(route).endswith(tuple(NO_REQUESTS)):
             super().on_end(span)

@@ -204,7 +204,8 @@ AUDITS = Row(
             About(
                 "Gap",
                 "By how much the target finds its own answer likelier than the one that was sent, in nats a token. "
-                "Near zero: it would have said much the same; over 0.5: it would not.",
+                "Near zero: it would have said much the same. Large: in other words, which is bad only where no result "
+                "is compared.",
                 "suffix: nats",
             ),
             *percentiles(VIEW.over("1h"), metrics.AUDIT_GAP, of=(50, 95)),
