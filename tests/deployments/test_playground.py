@@ -142,8 +142,11 @@ def test_the_page_and_its_parts_are_there_for_everybody_and_for_nothing_but_them
             assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == ["'self'"]
             assert policy["frame-ancestors"] == ["'none'"]
             assert reply.headers["x-content-type-options"] == "nosniff"
-            again = httpx.get(f"{address}{path}", headers={"If-None-Match": reply.headers["etag"]})
-            assert (again.status_code, again.content) == (304, b"")
+            tag = reply.headers["etag"]
+            for known in (tag, f"W/{tag}", f'"another", {tag}'):
+                again = httpx.get(f"{address}{path}", headers={"If-None-Match": known})
+                assert (again.status_code, again.content) == (304, b"")
+            assert httpx.get(f"{address}{path}", headers={"If-None-Match": '"another"'}).status_code == 200
             assert httpx.head(f"{address}{path}").status_code == 200
             assert httpx.post(f"{address}{path}").status_code == 405
         for path in ("/playground/", "/playground/__init__.py", "/playground/../http.py", "/index.html"):
