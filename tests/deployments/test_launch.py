@@ -173,7 +173,8 @@ def test_a_port_that_is_taken_is_named():
 
 
 def test_rays_ports_are_guarded_by_a_token_of_our_own(tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # so that it is afterwards as it was
+    monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setattr(command, "TOKEN", tmp_path / "deep" / "token")
     monkeypatch.setattr(command, "RAYS_OWN_TOKEN", tmp_path / "none")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")
