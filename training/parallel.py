@@ -76,7 +76,7 @@ def losses(head: Head, network: PreTrainedModel, library: Library, recipe: Paral
 
     def of(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
         given = library.batch(shuffled(len(library.texts), recipe.texts, recipe.seed, step), recipe.ahead)
-        given = some(given, recipe.share, hash((recipe.seed, step)))
+        given = some(given, recipe.share, 1_000_003 * recipe.seed + step)
         logits = foreseen(head, embeddings, rotation, given)
         total, told = torch.zeros((), device=head.fc.device), {}
         for ahead in range(recipe.ahead):

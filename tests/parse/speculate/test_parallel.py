@@ -1,0 +1,85 @@
+from itertools import product
+
+import pytest
+import torch
+
+from parse.speculate.checkpoint import load_head
+from parse.speculate.eagle3 import Eagle3
+from parse.speculate.head import HeadError
+from parse.speculate.parallel import Parallel
+from parse.speculate.proposal import Proposal
+from tests.parse.speculate import naive
+from tests.parse.speculate.test_eagle3 import EMBEDDING, FEATURES, MORE, TARGET, TEXT
+
+AHEAD = 4
+
+
+def head_of(tmp_path, layers=2):
+    config = naive.sizes(num_hidden_layers=layers, parallel_tokens=AHEAD)
+    tensors = naive.checkpoint(config)
+    return config, tensors, *load_head(naive.write(tmp_path, config, tensors), TARGET)
+
+
+def logprobs(config, tensors, size):
+    """[AHEAD, draft vocabulary], behind the first `size` tokens."""
+    tokens = [*TEXT, *MORE][1:size]
+    embedded = torch.cat([EMBEDDING[torch.tensor(tokens)], tensors["mask_embedding"].expand(AHEAD - 1, -1)])
+    fused = FEATURES[: size - 1] @ tensors["fc.weight"].T
+    hidden = torch.cat([fused, tensors["mask_hidden"].expand(AHEAD - 1, -1)])
+    out = naive.run(tensors, config, embedded, hidden, range(len(hidden)))
+    return naive.logits(tensors, config, out[-AHEAD:]).log_softmax(-1)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_chain_is_the_likeliest_token_of_each_place(tmp_path, layers):
+    config, tensors, head, embedding = head_of(tmp_path, layers)
+    proposer = Parallel(head, embedding).proposer()
+    proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
+    for size in (len(TEXT), len(TEXT) + 1, len(TEXT) + 3):
+        new = [*TEXT, *MORE][proposer.text.length : size]
+        proposer.take(new, FEATURES[size - 1 - len(new) : size - 1])
+        likeliest = logprobs(config, tensors, size).argmax(-1).tolist()
+        tokens = tuple(naive.target_token(tensors, token) for token in likeliest)
+        assert proposer.propose(9) == Proposal(tokens, (-1, 0, 1, 2))
+        assert proposer.propose(2) == Proposal(tokens[:2], (-1, 0))
+
+
+@pytest.mark.parametrize(("beam", "most"), [(2, 7), (3, 20), (3, 500)])
+def test_a_tree_holds_the_likeliest_rows_of_choices(tmp_path, beam, most):
+    config, tensors, head, embedding = head_of(tmp_path)
+    proposer = Parallel(head, embedding, beam=beam).proposer()
+    proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
+    likely, tokens = logprobs(config, tensors, len(TEXT)).topk(beam)
+    scores = {
+        tuple(naive.target_token(tensors, int(tokens[place, k])) for place, k in enumerate(ranks)): sum(
+            float(likely[place, k]) for place, k in enumerate(ranks)
+        )
+        for size in range(1, AHEAD + 1)
+        for ranks in product(range(beam), repeat=size)
+    }
+    proposal = proposer.propose(most)
+    assert naive.paths(proposal) == set(sorted(scores, key=scores.__getitem__, reverse=True)[:most])
+    assert all(parent < node for node, parent in enumerate(proposal.parents))
+
+
+def test_many_requests_at_once_are_as_each_alone(tmp_path):
+    *_, head, embedding = head_of(tmp_path)
+    method = Parallel(head, embedding, beam=2)
+    alone, together = [], [method.proposer() for _ in range(3)]
+    for proposer, length in zip(together, (len(TEXT), 1, 5), strict=True):
+        other = method.proposer()
+        for taker in (proposer, other):
+            taker.take(TEXT[:length], FEATURES[: length - 1] if length > 1 else None)
+        alone.append(other.propose(6))
+    assert method.propose(together, 6) == alone
+    assert alone[1] == Proposal()
+
+
+def test_each_head_is_for_its_own_method(tmp_path):
+    *_, head, embedding = head_of(tmp_path / "parallel")
+    with pytest.raises(HeadError, match="not an EAGLE-3 head"):
+        Eagle3(head, embedding)
+    config = naive.sizes()
+    single = naive.write(tmp_path / "single", config, naive.checkpoint(config))
+    with pytest.raises(HeadError, match="not a parallel head"):
+        Parallel(*load_head(single, TARGET))

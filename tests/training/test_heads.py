@@ -1,0 +1,158 @@
+"""What both heads are taught by, against the same written out anchor by anchor."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from parse.speculate.checkpoint import save_head
+from parse.speculate.head import Rotation, Target
+from tests.parse.speculate import naive
+from tests.training.test_foresight import target, texts
+from training import eagle3, loop, parallel
+from training.foresight import Library, shuffled, some
+from training.loop import DamagedCheckpoint
+
+RECIPE = eagle3.Recipe(steps=4, rate=1e-2, warmup=2, texts=2, ahead=3, draft_vocabulary=18)
+PARALLEL = parallel.ParallelRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=3, draft_vocabulary=18, share=0.8)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return target()
+
+
+def new_parallel(network, given):
+    return eagle3.new_head(network, given, PARALLEL, layers=PARALLEL.layers, parallel=PARALLEL.ahead)
+
+
+def written_out(head, folder):
+    """Its tensors, and its config, as the naive head takes them."""
+    save_head(head, folder)
+    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+
+def soft_loss(tensors, wanted, found):
+    """None where the target would say what the head cannot."""
+    chosen = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
+    if int(wanted.argmax()) not in chosen.tolist():
+        return None
+    probabilities = wanted[chosen].softmax(-1)
+    return -sum(float(p) * float(q) for p, q in zip(probabilities, found.log_softmax(-1), strict=True))
+
+
+def summed(by_step, decay):
+    return sum(decay**step * sum(found) / len(found) for step, found in enumerate(by_step) if found)
+
+
+def states(network, text, taps):
+    with torch.no_grad():
+        out = network(torch.tensor([text.tokens]), output_hidden_states=True)
+    # Features and what the target's own head reads are kept in half precision.
+    features = torch.cat([out.hidden_states[tap][0] for tap in taps], -1).half().float()
+    return features, network.lm_head(out.hidden_states[-1][0].half().float()).detach()
+
+
+def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_path):
+    given = texts()
+    head = eagle3.new_head(network, given, RECIPE)
+    library = Library(network, head.config.taps, given, memory_mb=10)
+    ((loss, told),) = eagle3.losses(head, network, library, RECIPE)(2)
+    tensors, config = written_out(head, tmp_path)
+    embedding = network.get_input_embeddings().weight.detach()
+    by_step: list[list[float]] = [[] for _ in range(RECIPE.ahead)]
+    for text in (given[k] for k in shuffled(len(given), RECIPE.texts, RECIPE.seed, 2)):
+        features, logits = states(network, text, head.config.taps)
+        for anchor in range(len(text.prompt) + text.begun - 2, len(text.tokens) - 2):
+            elements = range(anchor + 1)
+            tokens = [text.tokens[element + 1] for element in elements]
+            chain = naive.Chain(tensors, config, embedding, tokens, features[: anchor + 1], elements)
+            for step in range(RECIPE.ahead):
+                if anchor + 2 + step >= len(text.tokens):
+                    break
+                if step:
+                    chain = chain.longer(text.tokens[anchor + 1 + step])
+                found = naive.logits(tensors, config, chain.last())
+                if (one := soft_loss(tensors, logits[anchor + 1 + step], found)) is not None:
+                    by_step[step].append(one)
+    assert loss.item() == pytest.approx(summed(by_step, 0.8), rel=1e-4)
+    assert told["loss"] == pytest.approx(loss.item())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_path):
+    given = texts()
+    head = new_parallel(network, given)
+    library = Library(network, head.config.taps, given, memory_mb=10)
+    ((loss, _),) = parallel.losses(head, network, library, PARALLEL)(1)
+    tensors, config = written_out(head, tmp_path)
+    embedding = network.get_input_embeddings().weight.detach()
+    chosen = shuffled(len(given), PARALLEL.texts, PARALLEL.seed, 1)
+    kept = some(library.batch(chosen, PARALLEL.ahead), PARALLEL.share, 1)
+    by_step: list[list[float]] = [[] for _ in range(PARALLEL.ahead)]
+    for row, text in enumerate(given[k] for k in chosen):
+        features, logits = states(network, text, head.config.taps)
+        for anchor in kept.anchors[row][kept.valid[row, :, 0]].tolist():
+            tokens = torch.tensor(text.tokens[1 : anchor + 2])
+            masks = [tensors[name].expand(PARALLEL.ahead - 1, -1) for name in ("mask_embedding", "mask_hidden")]
+            embedded = torch.cat([embedding[tokens], masks[0]])
+            hidden = torch.cat([features[: anchor + 1] @ tensors["fc.weight"].T, masks[1]])
+            out = naive.run(tensors, config, embedded, hidden, range(len(hidden)))[anchor:]
+            for step in range(PARALLEL.ahead):
+                if anchor + 2 + step < len(text.tokens):
+                    found = naive.logits(tensors, config, out[step])
+                    if (one := soft_loss(tensors, logits[anchor + 1 + step], found)) is not None:
+                        by_step[step].append(one)
+    assert loss.item() == pytest.approx(summed(by_step, 0.8), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+@pytest.mark.parametrize(("method", "recipe"), [(eagle3, RECIPE), (parallel, PARALLEL)])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(network, tmp_path, monkeypatch, method, recipe):
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    given = texts(7)
+    recipe = replace(recipe, memory_mb=0)  # what is kept was extracted in other batches, and rounded a little otherwise
+    whole = method.trained(network, given, recipe, tmp_path / "a")
+    batches = method.shuffled
+
+    def stopped(count, size, seed, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return batches(count, size, seed, step)
+
+    monkeypatch.setattr(method, "shuffled", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        method.trained(network, given, recipe, tmp_path / "b")
+    monkeypatch.setattr(method, "shuffled", batches)
+    resumed = method.trained(network, given, recipe, tmp_path / "b")
+    again = method.trained(network, given, recipe, tmp_path / "c")
+    for one, other, third in zip(whole.parameters(), resumed.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
+    with pytest.raises(DamagedCheckpoint, match="another schedule"):
+        method.trained(network, given, replace(recipe, steps=5), tmp_path / "b")
+
+
+def test_training_brings_the_loss_down(network, tmp_path):
+    recipe = replace(RECIPE, steps=12, rate=3e-2)
+    given = texts(6)
+    head = eagle3.new_head(network, given, recipe)
+    library = Library(network, head.config.taps, given, memory_mb=10)
+    losses = eagle3.losses(head, network, library, recipe)
+    before = next(losses(0))[0].item()
+    loop.train(tmp_path, head, losses, recipe.schedule, optimized_by=loop.adamw)
+    assert next(losses(0))[0].item() < 0.8 * before
+
+
+def test_a_head_begins_with_what_its_target_reads_by(network):
+    given = texts()
+    head = eagle3.new_head(network, given, RECIPE)
+    assert torch.equal(head.lm_head, network.lm_head.weight[head.to_target])
+    assert head.config.taps == Target.of(network).taps
+    assert Rotation(head.config, head.fc).at([5])[0].shape == (1, 1, 4)
+    other = eagle3.new_head(network, given, RECIPE)
+    assert all(torch.equal(one, two) for one, two in zip(head.parameters(), other.parameters(), strict=True))
