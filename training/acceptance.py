@@ -70,11 +70,12 @@ def acceptance(
     for text in texts:
         rows = torch.tensor([text.tokens], device=network.device)
         states = network(input_ids=rows, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-        features = torch.cat([states[tap][0] for tap in taps], -1)  # [T, taps * H]
+        features = torch.cat([states[tap][0] for tap in taps], -1) if taps else None  # [T, taps * H]
         proposer, known, at = new(), 0, len(text.prompt) + text.begun
         while at < len(text.tokens):
             began = time.perf_counter()
-            proposer.take(text.tokens[known:at], features[max(0, known - 1) : at - 1])
+            new_ones = None if features is None else features[max(0, known - 1) : at - 1]
+            proposer.take(text.tokens[known:at], new_ones)
             proposal = proposer.propose(most)
             seconds.append(time.perf_counter() - began)
             lengths.append(followed(proposal, text.tokens[at:]))

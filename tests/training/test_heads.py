@@ -1,12 +1,14 @@
 """What both heads are taught by, against the same written out anchor by anchor."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from parse.local import DEMO_TARGET
 from parse.speculate.checkpoint import save_head
 from parse.speculate.head import Rotation, Target
 from tests.parse.speculate import naive
@@ -17,6 +19,15 @@ from training.loop import DamagedCheckpoint
 
 RECIPE = eagle3.Recipe(steps=4, rate=1e-2, warmup=2, texts=2, ahead=3, draft_vocabulary=18)
 PARALLEL = parallel.ParallelRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=3, draft_vocabulary=18, share=0.8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations as small as these only wait for one another on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +157,30 @@ def test_training_brings_the_loss_down(network, tmp_path):
     before = next(losses(0))[0].item()
     loop.train(tmp_path, head, losses, recipe.schedule, optimized_by=loop.adamw)
     assert next(losses(0))[0].item() < 0.8 * before
+
+
+@pytest.mark.parametrize("method", [eagle3, parallel])
+def test_the_command_line_makes_a_head_with_its_card(tmp_path, monkeypatch, capsys, method):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Kim has {k} shells."}) + "\n" for k in range(6)))
+    name = method.__name__.split(".")[-1]
+    said = f"{name} --target {DEMO_TARGET} --prompts {prompts} --out {tmp_path / 'head'} --runs {tmp_path / 'runs'}"
+    small = f"{said} --count 6 --longest 9 --steps 2 --texts 2 --dtype float16 --threads 1".split()
+    monkeypatch.setattr(sys, "argv", small)
+    method.main()
+    names = {"config.json", "model.safetensors", "README.md", "figures.json", "training.svg"}
+    assert {file.name for file in (tmp_path / "head").iterdir()} == names
+    assert "5 texts that the target wrote" in (tmp_path / "head" / "README.md").read_text()
+    before = (tmp_path / "head" / "model.safetensors").read_bytes()
+    method.main()  # goes on where it was: at the end
+    assert (tmp_path / "head" / "model.safetensors").read_bytes() == before
+    monkeypatch.setattr(sys, "argv", [*small, "--outputs", "x.jsonl"])
+    with pytest.raises(SystemExit):
+        method.main()
+    assert "not allowed with argument" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [name, "--outputs", str(tmp_path / "nowhere.jsonl")])
+    with pytest.raises(SystemExit, match=r"nowhere\.jsonl"):
+        method.main()
 
 
 def test_a_head_begins_with_what_its_target_reads_by(network):

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+import torch
+
+from parse.speculate.ngram import NgramProposer
+from parse.speculate.proposal import Proposal
+from tests.training.test_foresight import target, texts
+from training import eagle3, parallel
+from training.acceptance import acceptance, figures, followed
+from training.head_cards import write_card
+from training.heads import save_head
+from training.outputs import Output
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations as small as these only wait for one another on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_tree_is_followed_along_the_text():
+    tree = Proposal((5, 6, 7, 8, 9), (-1, -1, 1, 1, 3))
+    assert followed(tree, [6, 8, 9, 1]) == 3
+    assert followed(tree, [6, 8]) == 2
+    assert followed(tree, [5, 7]) == 1
+    assert followed(tree, [9]) == 0
+    assert followed(Proposal(), [1]) == 0
+
+
+class Knowing:
+    """Proposes what will stand there, one token too few at a time, or nonsense."""
+
+    def __init__(self, text, right, seen):
+        self.text, self.right, self.seen, self.length = text, right, seen, 0
+
+    def take(self, tokens, features):
+        assert self.text[self.length : self.length + len(tokens)] == list(tokens)
+        assert len(features) == len(tokens) - (self.length == 0)
+        self.seen += features[:, 0].tolist()
+        self.length += len(tokens)
+
+    def propose(self, most):
+        tokens = self.text[self.length : self.length + most] if self.right else [39] * most
+        return Proposal(tokens, range(-1, len(tokens) - 1))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_passes_are_counted_and_every_feature_comes_once(right):
+    network = target()
+    text = Output([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], 1)
+    seen: list[float] = []
+    found = acceptance(lambda: Knowing(text.tokens, right, seen), (2,), network, [text], most=2)
+    assert found.tokens == 6  # the first of the output was there
+    assert found.passes == (2 if right else 6)
+    assert found.length == found.tokens / found.passes
+    assert found.accepted_at == ((1.0, 1.0) if right else ())
+    with torch.no_grad():
+        states = network(torch.tensor([text.tokens]), output_hidden_states=True).hidden_states[2][0, :, 0]
+    assert seen == pytest.approx(states[: len(seen)].tolist(), abs=1e-5)
+
+
+def test_methods_without_features_are_measured_alike():
+    found = acceptance(NgramProposer, (), target(), [Output([1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3], 0)], most=4)
+    assert found.tokens == 7
+    assert found.passes < 7
+
+
+@pytest.mark.parametrize(("method", "recipe"), [(eagle3, eagle3.Recipe), (parallel, parallel.ParallelRecipe)])
+def test_a_card_holds_the_figures(tmp_path, method, recipe):
+    network, given = target(), texts(6)
+    head = method.trained(network, given, recipe(steps=2, ahead=3, texts=2), tmp_path / "run")
+    save_head(head, folder := tmp_path / "head")
+    found = figures(folder, network, given)
+    write_card(folder, "some-target", found, texts=6, steps=2)
+    card = (folder / "README.md").read_text()
+    told = json.loads((folder / "figures.json").read_text())
+    assert "for `some-target`" in card
+    for way in ("chain", "tree"):
+        for kind in ("plain", "continued"):
+            length = told["ways"][way]["of"][kind]["mean_accepted_length"]
+            assert length >= 1
+            assert f"| {way}, {kind} | " in card
+            assert f"{length:.2f}" in card
