@@ -3,13 +3,13 @@ import json
 import pytest
 import torch
 
+from parse.speculate.checkpoint import save_head
 from parse.speculate.ngram import NgramProposer
 from parse.speculate.proposal import Proposal
 from tests.training.test_foresight import target, texts
 from training import eagle3, parallel
 from training.acceptance import acceptance, figures, followed
 from training.head_cards import write_card
-from training.heads import save_head
 from training.outputs import Output
 
 
