@@ -37,7 +37,7 @@ class Serving:
 
     def _alone(self) -> Pipeline:
         """For what no client has asked for."""
-        return self._backend.session_pipeline(Session("audit", trace=get_current()))
+        return self._backend.session_pipeline(Session("audit", trace=get_current(), counted=False))
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 LOSSY: frozenset[Mode] = frozenset({"full", "progressive", "rounds"})
 MOST_WAITING = 256
 MOST_TRIES = 8
+TAIL = 2000  # characters, of which the last match counts: others wait while it is looked for
 QUIET_S = 0.25  # between two requests of one client the service is not idle
 
 
@@ -95,7 +96,9 @@ class Auditor:
             return await self._compared(case, self._pipeline())
 
     async def _compared(self, case: Case, pipeline: Pipeline) -> AuditResult:
-        alone = replace(case.question, mode="off", prediction=None, piece=WHOLE)
+        # Two samples of one model differ by chance: what is compared with is the likeliest.
+        sampling = replace(case.question.sampling, temperature=0.0)
+        alone = replace(case.question, mode="off", sampling=sampling, prediction=None, piece=WHOLE)
         pieces = [event async for event in pipeline.answer(alone) if isinstance(event, Piece)]
         text, ids = "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.ids]
         sent, own = [await _likelihood(pipeline, case.question.prompt, answer) for answer in (case.ids, ids)]
@@ -111,7 +114,7 @@ class Auditor:
         if self._result is None:
             return None
         last = None
-        for last in self._result.finditer(text):  # noqa: B007
+        for last in self._result.finditer(text[-TAIL:]):  # noqa: B007
             pass
         return None if last is None else last.groups() or (last.group(),)
 

@@ -18,6 +18,7 @@ class Session:
     key: str
     request_id: str = ""
     trace: Context | None = None  # of the answer they are made for
+    counted: bool = True  # as work for a client
     lost: list[LostCause] = field(default_factory=list)
 
     @property

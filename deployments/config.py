@@ -55,14 +55,14 @@ class AuditSettings(Settings):
         0.0,
         ge=0,
         le=1,
-        description="The share of them that is audited, at moments when the service has nothing else to do.",
+        description="The share of them that is audited, at moments when its router has nothing else to do.",
     )
     result: str | None = Field(
         None,
         min_length=1,
         description="A regular expression for what counts in an answer: its last match, or the groups of that. Two "
         "answers agree where it is the same. Without one, or where the target's answer has no match, `gap` decides. "
-        r"For the demo pair it is the last number: `(\d+)\D*$`.",
+        "For the demo pair it is a number, `\\d+`. It is looked for in the last 2000 characters.",
     )
     gap: float = Field(
         0.5,

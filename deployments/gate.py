@@ -59,11 +59,7 @@ class Gate:
             yield
         finally:
             self._mean_s += WEIGHT * (time.monotonic() - started - self._mean_s)
-            self.free += count
-            self._let_in()
-            if self.free == self.places:
-                self._wanted.clear()
-                self._rests.set()
+            self._give_back(count)
 
     async def _enter(self, count: int) -> None:
         if not self._line and count <= self.free:
@@ -79,11 +75,18 @@ class Gate:
             await turn.wait()
         except asyncio.CancelledError:
             if turn.is_set():  # let in and given up in the same moment
-                self.free += count
+                self._give_back(count)
             else:
                 self._line.remove(entry)
-            self._let_in()
+                self._let_in()
             raise
+
+    def _give_back(self, count: int) -> None:
+        self.free += count
+        self._let_in()
+        if self.free == self.places:
+            self._wanted.clear()
+            self._rests.set()
 
     def _let_in(self) -> None:
         while self._line and self._line[0][0] <= self.free:

@@ -35,6 +35,7 @@ class Account:
     """What becomes known of a request while it is served."""
 
     request_id: str
+    path: str
     mode: Mode | Literal["unknown"] = "unknown"
     answers: Sequence[Answer] = ()
     status: int | None = None
@@ -53,9 +54,8 @@ class Account:
 
 
 def account_of(scope: Scope) -> Account:
-    """Requests for anything but answers have one too, which nobody reads."""
-    found = scope.get(KEY)
-    return found if isinstance(found, Account) else Account("")
+    found: Account = scope[KEY]
+    return found
 
 
 class Journal:
@@ -65,11 +65,12 @@ class Journal:
         self._app, self._meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) not in ANSWERING:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         given = Headers(scope=scope).get(ID_HEADER)  # by Ray Serve's proxy, which then tells it to the client as well
-        account = scope[KEY] = Account(_plain(given) if given else uuid.uuid4().hex)
+        account = scope[KEY] = Account(_plain(given) if given else uuid.uuid4().hex, _plain(path))
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -84,9 +85,12 @@ class Journal:
             account.failed(500)
             raise
         finally:
-            self._close(account)
+            if path in ANSWERING:
+                self._count(account)
+            if path in ANSWERING or 400 <= (account.status or 0) < 500:
+                self._log(account)
 
-    def _close(self, account: Account) -> None:
+    def _count(self, account: Account) -> None:
         outcome, meters = account.close(), self._meters
         meters.add(metrics.REQUESTS, mode=account.mode, outcome=outcome)
         if outcome in CANCELLED:
@@ -97,9 +101,12 @@ class Journal:
                 meters.add(metrics.RETRIES, cause=cause)
             if outcome == "ok":
                 tally(meters, answer)
+
+    def _log(self, account: Account) -> None:
+        outcome = account.close()
         level = logging.WARNING if outcome in SERIOUS else logging.INFO
-        told = _told(account, outcome)
         if logger.isEnabledFor(level):
+            told = _told(account, outcome)
             logger.log(level, " ".join(f"{name}={value}" for name, value in told.items()), extra=told)
 
 
@@ -111,6 +118,7 @@ def _told(account: Account, outcome: Outcome) -> dict[str, Any]:
     """No word of what was asked or answered."""
     told: dict[str, Any] = {
         "request_id": account.request_id,
+        "path": account.path,
         "outcome": outcome,
         "status": account.status,
         "mode": account.mode,

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import playground
 from deployments.errors import ApiError
+from deployments.journal import LEFT
 
 OPEN = playground.PATHS | {"/health", "/ready", "/docs", "/redoc", "/openapi.json"}  # to everybody
 
@@ -79,7 +80,7 @@ class Limits:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the client left before its request was complete")
+                        raise ApiError(LEFT, "the client left before its request was complete")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > self._max_body_bytes:

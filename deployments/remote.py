@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,9 @@ class RemoteVerifier:
     def __init__(self, handle: DeploymentHandle, session: Session, watch: Watch) -> None:
         self._handle, self._session, self._watch = handle, session, watch
 
+    def _at_work(self) -> AbstractContextManager[None]:
+        return self._watch.at_work() if self._session.counted else nullcontext()
+
     async def warm(self, prompt: Sequence[int]) -> int:
         with stage("warm", self._session) as within:
             return await self._called("warm", within, prompt)
@@ -57,7 +61,7 @@ class RemoteVerifier:
         prefix: float | None = None,
         logprobs: int | None = None,
     ) -> Judged:
-        with stage("judge", self._session) as within, self._watch.at_work():
+        with stage("judge", self._session) as within, self._at_work():
             return await self._called("judge", within, prompt, draft, cuts, check, full, prefix, logprobs)
 
     async def generate(
@@ -71,7 +75,7 @@ class RemoteVerifier:
     ) -> AsyncGenerator[Tokens]:
         """A retry goes on from what has been passed on already."""
         said, left = tuple(output), tuple(proposal)
-        with stage("write", self._session) as within, self._watch.at_work():
+        with stage("write", self._session) as within, self._at_work():
             while True:
                 handle = self._handle.options(method_name="generate", session_id=self._session.id, stream=True)
                 try:

@@ -17,7 +17,7 @@ from deployments.replies import Answer
 from parse.protocol import Done, Piece, Question, Usage
 from parse.types import Judged, Logprob, Sampling
 
-NUMBER = r"(\d+)\D*$"
+NUMBER = r"\d+"
 QUESTION = Question((1, 2), sampling=Sampling(temperature=0.0, max_tokens=9), mode="full", prediction=(7,))
 
 

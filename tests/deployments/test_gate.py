@@ -288,6 +288,22 @@ def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
     asyncio.run(seen())
 
 
+def test_it_rests_when_who_was_let_in_leaves_in_the_same_moment():
+    async def seen():
+        gate = Gate(1, 5)
+        first, heir = Visitor(gate, 1), Visitor(gate, 1)
+        await settled()
+        first.leave()
+        while gate.waiting:  # until the heir is let in, which it does not know yet
+            await asyncio.sleep(0)
+        heir.give_up()
+        await settled()
+        assert gate.free == 1
+        await asyncio.wait_for(gate.rests(0.01), 5)
+
+    asyncio.run(seen())
+
+
 def test_who_comes_meanwhile_keeps_it_from_resting():
     async def seen():
         gate = Gate(1, 5)

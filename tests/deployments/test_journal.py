@@ -203,8 +203,10 @@ def test_why_the_target_wrote_alone_is_told_by_name(pair):
 
 def test_lost_calls_are_counted_even_if_the_answer_was_not_given():
     meters = Meters(OF_ROUTERS, deployment="Router")
-    account = Account("id", answers=[Answer(0, 5, Session("s", lost=["died", "died", "stopped"]), 0.0)])
-    Journal(cast(Any, None), meters=meters)._close(account)
+    account = Account(
+        "id", "/v1/completions", answers=[Answer(0, 5, Session("s", lost=["died", "died", "stopped"]), 0.0)]
+    )
+    Journal(cast(Any, None), meters=meters)._count(account)
     lost = {sample.labels["cause"]: sample.value for sample in _samples(meters, "parse_retries_total")}
     assert lost == {"died": 2.0, "cancelled": 0.0, "stopped": 1.0, "unavailable": 0.0}
 
@@ -272,7 +274,20 @@ def test_an_id_is_one_word_of_the_line(pair, caplog):
     (line,) = (record for record in caplog.records if record.name == "deployments.journal")
     known = vars(line)["request_id"]
     assert known.startswith("a?outcome=failed???bc") and len(known) == 128
-    assert line.getMessage().split()[:2] == [f"request_id={known}", "outcome=invalid"]
+    assert line.getMessage().split()[:3] == [f"request_id={known}", f"path={CHAT}", "outcome=invalid"]
+
+
+def test_who_is_refused_elsewhere_finds_his_request_in_the_log_too(pair, caplog, monkeypatch):
+    monkeypatch.setenv("OUR_TEST_KEYS", "right")
+    caplog.set_level(logging.INFO, logger="deployments.journal")
+    with serving(pair, api_keys_env="OUR_TEST_KEYS") as client:
+        refused = client.get("/v1/models")
+        client.get("/health")
+        until(lambda: any(record.name == "deployments.journal" for record in caplog.records))
+        (line,) = [vars(record) for record in caplog.records if record.name == "deployments.journal"]
+        assert line["request_id"] == refused.headers["x-request-id"]
+        assert (line["path"], line["outcome"], line["status"]) == ("/v1/models", "unauthorized", 401)
+        assert outcomes(client, Authorization="Bearer right") == {}
 
 
 def _samples(meters: Meters, name: str) -> list[Any]:

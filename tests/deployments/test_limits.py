@@ -205,7 +205,7 @@ def test_a_client_that_does_not_go_on_is_told_so_and_let_go():
 
 
 def test_a_client_that_leaves_is_not_waited_for():
-    assert asked(part(b"{", more=True), LEFT).status == 400
+    assert asked(part(b"{", more=True), LEFT).status == 499
 
 
 @pytest.mark.parametrize("path", ["/health", CHAT])
