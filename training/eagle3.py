@@ -10,7 +10,7 @@ Each step feeds back the head's own guess of the feature in place of the true on
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from parse.speculate.head import Head, HeadConfig, Rotation, Target
+from parse.speculate.checkpoint import load_head
+from parse.speculate.head import Head, HeadConfig, HeadError, Rotation, Target
 from training import heads
 from training.foresight import Batch, Library, by_frequency, shuffled, wholly
 from training.loop import Cosine, Losses, adamw, train
@@ -38,6 +39,7 @@ class Recipe:
     draft_vocabulary: int | None = None  # None: all tokens that the target ever wrote
     intermediate: int | None = None  # None: the target's
     seed: int = 0
+    start: Path | None = None  # a head to go on from; its sizes and vocabulary stay
     memory_mb: int = 4096  # features are kept as far as that goes, and extracted again beyond
 
     @property
@@ -48,8 +50,16 @@ class Recipe:
 def new_head(
     network: PreTrainedModel, texts: Sequence[Output], recipe: Recipe, *, layers: int = 1, parallel: int = 1
 ) -> Head:
-    """Sizes are the target's, and so is `lm_head` to begin with."""
+    """Sizes are the target's, and so is `lm_head` to begin with; unless there is a head to start from."""
     target, config = Target.of(network), network.config.get_text_config()
+    if recipe.start:
+        head, own = load_head(recipe.start, target)
+        if (head.config.parallel_tokens > 1) != (parallel > 1):
+            raise HeadError(f"{recipe.start} holds a head of another method")
+        if not torch.equal(own, target.embedding):
+            raise HeadError(f"{recipe.start} brings embeddings of its own, which are not trained here")
+        head.config = replace(head.config, parallel_tokens=parallel)
+        return head.float().requires_grad_(True)
     chosen = by_frequency(texts, target.vocabulary, recipe.draft_vocabulary)
     torch.manual_seed(recipe.seed)
     rope = dict(config.rope_parameters)
@@ -157,7 +167,7 @@ def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: Recipe, f
 
 def main() -> None:
     usual = Recipe()
-    args = heads.arguments("eagle3", __doc__, steps=usual.steps, rate=usual.rate, texts=usual.texts).parse_args()
+    args = heads.arguments("eagle3", __doc__, usual.steps, usual.rate, usual.texts, usual.ahead).parse_args()
     recipe = Recipe(**heads.chosen(args))
     heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder))
 

@@ -22,7 +22,7 @@ is of no use without its target. The layout is that of EAGLE-3's authors{extra};
 | --- | --- |
 | parameters | {parameters:.2f} million, {layers} layer{plural}, {vocabulary} of the target's {whole} tokens |
 | reads | `hidden_states` {taps} of the target |
-| trained | {steps} steps on {texts} texts that the target wrote |
+| trained | {trained} that the target wrote |
 
 ## What it scores
 
@@ -49,7 +49,7 @@ EAGLE3, PARALLEL = "An EAGLE-3 head", "A parallel head"
 EXTRA = ", with further layers, `mask_embedding` and `mask_hidden` beside it"
 
 
-def write_card(folder: Path, target: str, found: Mapping[str, Any], texts: int, steps: int) -> None:
+def write_card(folder: Path, target: str, found: Mapping[str, Any], trained: str) -> None:
     """Into the folder of the head."""
     config = json.loads((folder / "config.json").read_text())
     parallel = "parallel_tokens" in config
@@ -71,8 +71,7 @@ def write_card(folder: Path, target: str, found: Mapping[str, Any], texts: int, 
         vocabulary=config["draft_vocab_size"],
         whole=config["vocab_size"],
         taps=", ".join(map(str, config["eagle_aux_hidden_state_layer_ids"])),
-        steps=steps,
-        texts=texts,
+        trained=trained,
         proof=found["texts"],
         lengths="\n".join(
             f"| {name} | {of['proposed']:.1f} | {of['mean_accepted_length']:.2f} | {of['propose_ms']:.2f} |"

@@ -29,7 +29,7 @@ OWN_SHARE, OWN_MOST = 0.05, 200  # of a target's outputs, kept for the figures w
 Trained = Callable[[PreTrainedModel, Sequence[Output], Path], Head]
 
 
-def arguments(name: str, page: str, *, steps: int, rate: float, texts: int) -> argparse.ArgumentParser:
+def arguments(name: str, page: str, steps: int, rate: float, texts: int, ahead: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m training.{name}", description=page, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,6 +45,8 @@ def arguments(name: str, page: str, *, steps: int, rate: float, texts: int) -> a
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--rate", type=float, default=rate, help="the highest learning rate")
     parser.add_argument("--texts", type=int, default=texts, help="outputs in a batch")
+    parser.add_argument("--ahead", type=int, default=ahead, help="tokens foreseen from each anchor")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a head to go on from, instead of a new one")
     parser.add_argument("--draft-vocabulary", type=int, metavar="N", help="the N tokens written most; else all")
     parser.add_argument("--intermediate", type=int, help="width of the MLP; else the target's")
     parser.add_argument("--memory-mb", type=int, default=4096, help="features kept instead of computed again")
@@ -57,7 +59,7 @@ def arguments(name: str, page: str, *, steps: int, rate: float, texts: int) -> a
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
     """What of the arguments is the recipe's."""
-    names = "steps", "rate", "texts", "draft_vocabulary", "intermediate", "memory_mb", "seed"
+    names = "steps", "rate", "texts", "ahead", "draft_vocabulary", "intermediate", "start", "memory_mb", "seed"
     return {name: getattr(args, name) for name in names}
 
 
@@ -83,7 +85,8 @@ def _run(args: argparse.Namespace, train: Trained) -> None:
     told = json.loads(log.read_text().splitlines()[-1])
     draw_log(log, args.out / "training.svg", [key for key in told if key.startswith("same")])
     proof = held_out(str(args.target), args.held_out, args.seed, args.threads) if demo else texts[-kept:]
-    write_card(args.out, args.target.name, figures(args.out, network, proof), len(texts) - kept, args.steps)
+    steps = f"{args.steps} steps" + (" on from an earlier head" if args.start else "")
+    write_card(args.out, args.target.name, figures(args.out, network, proof), f"{steps}, {len(texts) - kept} texts")
 
 
 def _outputs(args: argparse.Namespace) -> Path:

@@ -98,11 +98,10 @@ def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: ParallelR
 
 def main() -> None:
     usual = ParallelRecipe()
-    parser = heads.arguments("parallel", __doc__, steps=usual.steps, rate=usual.rate, texts=usual.texts)
-    parser.add_argument("--ahead", type=int, default=usual.ahead, help="tokens proposed in a pass")
+    parser = heads.arguments("parallel", __doc__, usual.steps, usual.rate, usual.texts, usual.ahead)
     parser.add_argument("--layers", type=int, default=usual.layers, help="of the head")
     args = parser.parse_args()
-    recipe = ParallelRecipe(**heads.chosen(args), ahead=args.ahead, layers=args.layers)
+    recipe = ParallelRecipe(**heads.chosen(args), layers=args.layers)
     heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder))
 
 

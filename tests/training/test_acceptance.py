@@ -75,7 +75,7 @@ def test_a_card_holds_the_figures(tmp_path, method, recipe):
     head = method.trained(network, given, recipe(steps=2, ahead=3, texts=2), tmp_path / "run")
     save_head(head, folder := tmp_path / "head")
     found = figures(folder, network, given)
-    write_card(folder, "some-target", found, texts=6, steps=2)
+    write_card(folder, "some-target", found, "2 steps, 6 texts")
     card = (folder / "README.md").read_text()
     told = json.loads((folder / "figures.json").read_text())
     assert "for `some-target`" in card

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from parse.local import DEMO_TARGET
-from parse.speculate.checkpoint import save_head
-from parse.speculate.head import Rotation, Target
+from parse.speculate.checkpoint import load_head, save_head
+from parse.speculate.head import HeadError, Rotation, Target
 from tests.parse.speculate import naive
 from tests.training.test_foresight import target, texts
 from training import eagle3, loop, parallel
@@ -170,7 +170,7 @@ def test_the_command_line_makes_a_head_with_its_card(tmp_path, monkeypatch, caps
     method.main()
     names = {"config.json", "model.safetensors", "README.md", "figures.json", "training.svg"}
     assert {file.name for file in (tmp_path / "head").iterdir()} == names
-    assert "5 texts that the target wrote" in (tmp_path / "head" / "README.md").read_text()
+    assert "2 steps, 5 texts that the target wrote" in (tmp_path / "head" / "README.md").read_text()
     before = (tmp_path / "head" / "model.safetensors").read_bytes()
     method.main()  # goes on where it was: at the end
     assert (tmp_path / "head" / "model.safetensors").read_bytes() == before
@@ -181,6 +181,21 @@ def test_the_command_line_makes_a_head_with_its_card(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [name, "--outputs", str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(SystemExit, match=r"nowhere\.jsonl"):
         method.main()
+
+
+def test_training_may_go_on_from_a_head(network, tmp_path):
+    given = texts()
+    for name, head in (("eagle3", eagle3.new_head(network, given, RECIPE)), ("parallel", new_parallel(network, given))):
+        save_head(head, tmp_path / name)
+    recipe = replace(RECIPE, start=tmp_path / "eagle3", draft_vocabulary=7, seed=5)
+    head = eagle3.new_head(network, given, recipe)
+    before, _ = load_head(tmp_path / "eagle3", Target.of(network))
+    assert all(torch.equal(one, other) for one, other in zip(head.parameters(), before.parameters(), strict=True))
+    eagle3.trained(network, given, recipe, tmp_path / "run")
+    with pytest.raises(HeadError, match="a head of another method"):
+        eagle3.new_head(network, given, replace(recipe, start=tmp_path / "parallel"))
+    wider = eagle3.new_head(network, given, replace(PARALLEL, start=tmp_path / "parallel"), layers=2, parallel=5)
+    assert wider.config.parallel_tokens == 5
 
 
 def test_a_head_begins_with_what_its_target_reads_by(network):
