@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from parse.speculate.checkpoint import load_head
 from parse.speculate.eagle3 import Eagle3
-from parse.speculate.head import HeadConfig, HeadError, Target
+from parse.speculate.head import HeadError, Target
 from parse.speculate.parallel import Parallel
 from parse.speculate.proposal import Proposal, Proposer
 from training.checkpoints import BrokenModel, load_model
@@ -109,11 +109,10 @@ class Way:
     how: Mapping[str, int]  # of the method
 
 
-def ways(config: HeadConfig) -> dict[str, Way]:
+def ways(parallel_tokens: int) -> dict[str, Way]:
     """A chain, and a tree of twice its size."""
-    if config.parallel_tokens > 1:
-        size = config.parallel_tokens
-        return {"chain": Way(size, {"beam": 1}), "tree": Way(2 * size, {"beam": 4})}
+    if parallel_tokens > 1:
+        return {"chain": Way(parallel_tokens, {"beam": 1}), "tree": Way(2 * parallel_tokens, {"beam": 4})}
     return {"chain": Way(8, {"depth": 7, "beam": 1}), "tree": Way(16, {"depth": 7, "beam": 4})}
 
 
@@ -130,7 +129,7 @@ def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> di
     }
     head, _ = load_head(path, Target.of(network))
     found: dict[str, Any] = {"texts": len(texts), "ways": {}}
-    for name, way in ways(head.config).items():
+    for name, way in ways(head.config.parallel_tokens).items():
         method = method_of(path, network, way.how)
         found["ways"][name] = {
             "most": way.most,

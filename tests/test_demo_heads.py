@@ -1,0 +1,41 @@
+"""The heads that ship: what their cards promise holds on other problems."""
+
+import json
+
+import pytest
+import torch
+
+from training.acceptance import acceptance, held_out, method_of, ways
+from training.checkpoints import load_model
+from training.evaluate import MODELS
+
+COUNT = 8
+SLACK = 0.8  # on so few answers
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_model(MODELS / "demo-target")
+
+
+@pytest.fixture(scope="module")
+def texts():
+    before = torch.get_num_threads()
+    yield held_out(str(MODELS / "demo-target"), COUNT, seed=77, threads=1)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel"])
+def test_a_pass_yields_what_the_card_says(network, texts, name):
+    said = json.loads((MODELS / name / "figures.json").read_text())["ways"]["chain"]["of"]
+    chain = ways(json.loads((MODELS / name / "config.json").read_text()).get("parallel_tokens", 1))["chain"]
+    method = method_of(MODELS / name, network, chain.how)
+    for kind in ("plain", "continued"):
+        some = [text for text in texts if bool(text.begun) == (kind == "continued")]
+        found = acceptance(method.proposer, method.taps, network, some, chain.most)
+        assert found.length > max(5.0, SLACK * said[kind]["mean_accepted_length"])
+
+
+@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel"])
+def test_a_head_is_small(name):
+    assert (MODELS / name / "model.safetensors").stat().st_size < 2 << 20
