@@ -110,10 +110,14 @@ class Way:
 
 
 def ways(parallel_tokens: int) -> dict[str, Way]:
-    """A chain, and a tree of twice its size."""
+    """Chains, and a tree of twice the size."""
     if parallel_tokens > 1:
         return {"chain": Way(parallel_tokens, {"beam": 1}), "tree": Way(2 * parallel_tokens, {"beam": 4})}
-    return {"chain": Way(8, {"depth": 7, "beam": 1}), "tree": Way(16, {"depth": 7, "beam": 4})}
+    return {
+        "chain": Way(8, {"depth": 7, "beam": 1}),
+        "long chain": Way(12, {"depth": 11, "beam": 1}),
+        "tree": Way(16, {"depth": 7, "beam": 4}),
+    }
 
 
 def method_of(path: Path, network: PreTrainedModel, how: Mapping[str, int]) -> Eagle3 | Parallel:

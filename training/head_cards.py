@@ -15,8 +15,9 @@ library_name: parse-serve
 ---
 # {name}
 
-{what} for `{target}`: it proposes tokens, which the target then checks in one pass. It has no embeddings of its own and
-is of no use without its target. The layout is that of EAGLE-3's authors{extra}; `parse.speculate` loads it.
+{what} for `{target}`: it proposes tokens, which the target then checks in one pass.
+It has no embeddings of its own and is of no use without its target. `parse.speculate` loads it; the layout is that of
+EAGLE-3's authors{extra}.
 
 | | |
 | --- | --- |

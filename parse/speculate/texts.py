@@ -9,10 +9,12 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from parse.speculate.head import Attend, Head, Index, Rotation
 
 UNSEEN = float("-inf")
+FEW = 32  # queries
 
 
 class Text:
@@ -122,10 +124,15 @@ def _reading(texts: Sequence[Text], sizes: Sequence[int], last: int, top: int) -
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Queries [Q, heads, d] over keys [key heads, T, d], with an additive mask [Q, T], to [Q, heads * d].
 
-    For the few queries of a draft plain products take less time than the CPU's fused kernel.
+    For the few queries of a draft plain products take less time than the CPU's fused kernel; for the many of a prompt
+    they would take too much memory.
     """
     size, heads, width = query.shape
     groups = keys.shape[0]
+    if size > FEW:
+        rows = query.transpose(0, 1)[None], keys[None], values[None]
+        fused = scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=groups != heads)
+        return fused[0].transpose(0, 1).reshape(size, -1)
     scores = torch.bmm(
         (query * (1 / math.sqrt(width))).transpose(0, 1).reshape(groups, -1, width), keys.transpose(1, 2)
     )

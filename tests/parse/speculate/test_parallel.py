@@ -75,6 +75,21 @@ def test_many_requests_at_once_are_as_each_alone(tmp_path):
     assert alone[1] == Proposal()
 
 
+def test_a_long_prompt_is_read_as_if_it_came_in_pieces(tmp_path):
+    *_, head, embedding = head_of(tmp_path)
+    method = Parallel(head, embedding)
+    tokens = torch.randint(40, (600,), generator=torch.Generator().manual_seed(5)).tolist()
+    features = torch.randn(599, 48, generator=torch.Generator().manual_seed(6))
+    whole, pieces = method.proposer(), method.proposer()
+    whole.take(tokens, features)
+    pieces.take(tokens[:20], features[:19])
+    for end in range(40, 601, 20):
+        pieces.propose(2)
+        pieces.take(tokens[end - 20 : end], features[end - 21 : end - 1])
+    assert whole.propose(4) == pieces.propose(4)
+    torch.testing.assert_close(whole.text.keys[:, :, :599], pieces.text.keys[:, :, :599], atol=1e-4, rtol=1e-4)
+
+
 def test_each_head_is_for_its_own_method(tmp_path):
     *_, head, embedding = head_of(tmp_path / "parallel")
     with pytest.raises(HeadError, match="not an EAGLE-3 head"):
