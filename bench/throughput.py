@@ -167,8 +167,10 @@ def host() -> dict[str, dict[str, float]]:
     """Milliseconds of a decode step that are no model's: what it costs on whatever device."""
     model, logits = small(), torch.randn(max(HOST_BATCHES), 512, generator=torch.Generator().manual_seed(0))
 
-    def idle(tokens: Sequence[int], positions: Sequence[int], step: Attention, read: Sequence[int] | None) -> Tensor:
-        return logits[: len(tokens if read is None else read)]
+    def idle(
+        tokens: Sequence[int], positions: Sequence[int], step: Attention, read: Sequence[int] | None
+    ) -> tuple[Tensor, None]:
+        return logits[: len(tokens if read is None else read)], None
 
     model.forward = idle  # type: ignore[method-assign]
     service = ModelService(EngineSettings(model="idle", memory_mb=64, max_context=256), model)

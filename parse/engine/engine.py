@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -295,7 +296,7 @@ class Engine:
             if not job.missing:
                 answers = job.answers or [logits[:0]]
                 whole = answers[0] if len(answers) == 1 else torch.cat(answers)
-                self._advance(job, Answer(whole, job.chosen))
+                self._advance(job, Answer(whole, job.chosen, partial(self._features, job.context)))
 
     def _forward(self, plan: Sequence[tuple[Job, Span]]) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
         """The tokens chosen and the logits at the wanted places of all spans, and where in them each span's lie."""
@@ -321,15 +322,18 @@ class Engine:
     def _logits(self, spans: Sequence[Span], read: Sequence[int] | None) -> Tensor:
         """[entries, vocabulary], at the entries in `read`, or all."""
         alike = read is None and all(len(span) == 1 and span.causal for span in spans)
-        if alike and self._graphs and (logits := self._graphs.replay(spans)) is not None:
+        if alike and self._graphs and not self.model.taps and (known := self._graphs.replay(spans)) is not None:
             self._replayed += 1
-            return logits
+            return known
         tokens = [token for span in spans for token in span.tokens()]
         positions = [position for span in spans for position in span.positions()]
         attention = self._make_attention(self._memory, spans)
         with self._turns:
-            logits = self.model.forward(tokens, positions, attention, read)
-        if alike and self._graphs:
+            logits, features = self.model.forward(tokens, positions, attention, read)
+        if features is not None:
+            at = [slot for span in spans for slot in self._slots(span.context, range(span.first, span.last))]
+            self._memory.note(at, features)
+        elif alike and self._graphs:
             self._graphs.record(spans, logits)
         return logits
 
@@ -368,6 +372,12 @@ class Engine:
     def _slots(self, context: Context, entries: Sequence[int]) -> list[int]:
         size = self._cache.page_size
         return [context.pages[entry // size] * size + entry % size for entry in entries]
+
+    def _features(self, context: Context, entries: Sequence[int]) -> Tensor:
+        """[entries, width], of the row: the context and the nodes behind it."""
+        features = self._memory.features
+        assert features is not None, "asked of a model without taps"
+        return features[torch.tensor(self._slots(context, entries), device=features.device)]
 
     def _finish(self, job: Job, error: BaseException | None) -> None:
         if job in self._running:

@@ -102,7 +102,7 @@ class Graphs:
         def work() -> Tensor:
             step = DecodingAttention(self._memory, table[:, LENGTH], table[:, PAGES:])
             tokens, positions = table[None, :, TOKEN], table[None, :, LENGTH] - 1
-            return self._model.logits(tokens.contiguous(), positions, step, 0)
+            return self._model.run(tokens.contiguous(), positions, step, 0)[0]
 
         with NothingAskedBack():
             self._recorder.try_out(work)

@@ -1,4 +1,8 @@
-"""The keys and values of all contexts: per layer, two tensors of token slots."""
+"""The keys and values of all contexts: per layer, two tensors of token slots.
+
+Where somebody foresees the model by its hidden states, these lie beside them: whoever finds a beginning computed finds
+its features too.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -17,6 +21,7 @@ class Memory:
         self.keys: dict[int, Tensor] = {}  # per layer, [slots, key heads, width]
         self.values: dict[int, Tensor] = {}
         self._by_head: dict[int, tuple[Tensor, Tensor]] = {}  # the same, seen as models shape it
+        self.features: Tensor | None = None  # [slots, width]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts what a step computed, [1, heads, T, width], where it belongs.
@@ -30,6 +35,12 @@ class Memory:
         rows[0].index_copy_(2, slots, keys)
         rows[1].index_copy_(2, slots, values)
         return rows
+
+    def note(self, slots: Sequence[int], features: Tensor) -> None:
+        """features [T, width], of the tokens in those slots."""
+        if self.features is None:
+            self.features = features.new_zeros(self.pages * self.page_size, features.shape[-1])
+        self.features[torch.tensor(slots, device=features.device)] = features
 
     def paged(self, layer: int) -> tuple[Tensor, Tensor]:
         """[pages, page size, heads, width]"""
@@ -75,6 +86,8 @@ class Memory:
         for tensors in (self.keys, self.values):
             for slots in tensors.values():
                 change(slots)
+        if self.features is not None:
+            change(self.features)
 
 
 def _by_head(slots: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class Model:
         config = network.config.get_text_config()
         self.vocabulary: int = config.vocab_size
         speed_up(network, linears=not int8)
+        self.taps: tuple[int, ...] = ()  # which of the hidden states are wanted beside the logits
         self.longest: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.ends = _end_tokens(network, tokenizer)
         self.bytes_per_token = self._self_check()
@@ -83,17 +84,24 @@ class Model:
     @torch.inference_mode()
     def forward(
         self, tokens: Sequence[int], positions: Sequence[int], step: Attention, read: Sequence[int] | None
-    ) -> Tensor:
-        """Logits at the entries in `read` (None: at all), [entries, vocabulary], in float32."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits at the entries in `read` (None: at all), [entries, vocabulary], in float32; and where there are taps,
+        the features of all entries, [T, taps * width]."""
         rows = torch.tensor([tokens, positions], device=self.device)
         keep = 0 if read is None else torch.tensor(read, dtype=torch.long, device=self._index_device)
-        return self.logits(rows[:1], rows[1:], step, keep)
+        return self.run(rows[:1], rows[1:], step, keep)
 
-    def logits(self, tokens: Tensor, positions: Tensor, step: Attention, keep: Tensor | int) -> Tensor:
+    def run(
+        self, tokens: Tensor, positions: Tensor, step: Attention, keep: Tensor | int
+    ) -> tuple[Tensor, Tensor | None]:
         """The same of tensors, tokens and positions [1, T]; `keep` is an index, or 0 for all."""
-        out = self.network(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep, step=step)
+        tapped: dict[str, Any] = {"output_hidden_states": list(self.taps)} if self.taps else {}
+        out = self.network(
+            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep, step=step, **tapped
+        )
+        features = torch.cat([out.hidden_states[tap][0] for tap in self.taps], -1) if self.taps else None
         logits: Tensor = out.logits[0]
-        return logits.float()
+        return logits.float(), features
 
     def _self_check(self) -> int:
         """Runs a small tree in packed steps and as separate texts, and compares; returns the cache's bytes a token.
@@ -126,7 +134,7 @@ class Model:
         spans = [Span(context, probes(cuts, suffix), first, last) for first, last in ((0, 6), (6, 20))]
         self._attend_with(STEP_ATTENTION)
         attend = attention_on(self.device)
-        packed = [self.forward(span.tokens(), span.positions(), attend(memory, [span]), None) for span in spans]
+        packed = [self.forward(span.tokens(), span.positions(), attend(memory, [span]), None)[0] for span in spans]
         self._attend_with("sdpa" if self.network._supports_sdpa else "eager")
         alone = [
             self.network(input_ids=torch.tensor([text[:cut] + suffix], device=self.device), use_cache=False)

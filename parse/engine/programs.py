@@ -33,6 +33,7 @@ class Ask:
 class Answer:
     logits: Tensor  # [wanted, vocabulary], until the program asks again
     chosen: Sequence[int]  # the token at each
+    features: Callable[[Sequence[int]], Tensor] | None = None  # of entries: the context's tokens, and then the nodes
 
 
 Program = Generator[Ask, Answer, None]
@@ -54,20 +55,26 @@ def generate(
     text: TextStream | None = None,
     proposal: Sequence[int] = (),
     proposer: Proposer | None = None,
+    featured: bool = False,
     piece: int = 1,
 ) -> Program:
     """Writes on after `prompt` and `output`, of which all but the last token are the context.
 
     At most `room` tokens, the end token not among them, handed to `emit` in pieces of at least `piece`. `text` watches
     for stop strings. Tokens of `proposal`, and then whatever the proposer has to offer, are run together and taken as
-    long as they are what would have been chosen anyway.
+    long as they are what would have been chosen anyway. A proposer that is `featured` foresees the model by its
+    features, and so begins behind the first token.
     """
     sampler = Sampler(sampling, prompt, output)
     ends = () if sampling.ignore_eos else ends
     last, given = (output or prompt)[-1], len(proposal) > 0
     nodes: TokenTree | Sequence[int] = [last, *proposal[: max(0, room - 1)]]
-    if proposer is not None:
-        proposer.take((*prompt, *output), None)
+    context = len(prompt) + len(output) - 1
+    untold: Sequence[int] = (*prompt, *output)  # to the proposer
+    entries: Sequence[int] = range(context)
+    if proposer is not None and not featured:
+        proposer.take(untold, None)
+        untold = ()
         if not given:
             nodes = _hung(last, proposer.propose(room - 1))
     keep: Sequence[int] = ()
@@ -108,8 +115,12 @@ def generate(
             return
         given, keep, nodes = False, path, taken[-1:]
         if proposer is not None:
-            proposer.take(taken, None)
+            features = None
+            if featured and answer.features is not None:
+                features = answer.features([*entries, *(context + node for node in path)])
+            proposer.take((*untold, *taken), features)
             nodes = _hung(taken[-1], proposer.propose(left - 1))
+            context, untold, entries = context + len(path), (), ()
 
 
 def _hung(token: int, proposal: Proposal) -> TokenTree | Sequence[int]:

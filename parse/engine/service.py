@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,6 +15,8 @@ from parse.engine.model import Model
 from parse.engine.programs import Program, generate, judge, warm
 from parse.engine.text import TextStream
 from parse.prompts import Check
+from parse.speculate.guard import Guarded
+from parse.speculate.proposal import Foresight
 from parse.types import Judged, RequestError, Sampling, Tokens, joined, token_ids
 
 PLAIN = Sampling()
@@ -25,13 +27,23 @@ PROBE_ROOM = 1024  # tokens beyond the longest context, for the probes hung on i
 class ModelService:
     """One model, many callers. Every call stands alone: what calls share they find in the cache."""
 
-    def __init__(self, settings: EngineSettings, model: Model | None = None, *, graphs: bool = False) -> None:
-        """Loads the model that the settings name, unless it is given."""
+    def __init__(
+        self,
+        settings: EngineSettings,
+        model: Model | None = None,
+        *,
+        graphs: bool = False,
+        foresight: Callable[[Model], Foresight] | None = None,
+    ) -> None:
+        """Loads the model that the settings name, unless it is given. `foresight` makes what proposes its tokens."""
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.model = model or Model.load(
             settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8
         )
+        self._foresight = foresight(self.model) if foresight else None
+        if self._foresight:
+            self.model.taps = self._foresight.taps
         self.max_context = min(settings.max_context, self.model.longest)
         capacity = self.max_context + PROBE_ROOM
         tokens = settings.memory_mb * 2**20 // self.model.bytes_per_token
@@ -153,6 +165,8 @@ class ModelService:
             emit=mailbox.put,
             text=text,
             proposal=proposal,
+            proposer=Guarded(self._foresight.proposer(), self.model.vocabulary) if self._foresight else None,
+            featured=bool(self.model.taps),
             piece=piece,
         )
         job = Job([*prompt, *output][:-1], program, room + 1, mailbox)

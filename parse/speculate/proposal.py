@@ -19,6 +19,22 @@ class Proposal:
     parents: Sequence[int] = ()
 
 
+NOTHING = Proposal()
+
+
+class Foresight(Protocol):
+    """A method, for any number of requests."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Which of the target's `hidden_states`, side by side, are the features that it reads; (): none."""
+        ...
+
+    def proposer(self) -> "Proposer":
+        """For one request."""
+        ...
+
+
 class Proposer(Protocol):
     """Of one request. It is called in the engine's thread, and should be quick."""
 

@@ -267,7 +267,7 @@ def test_no_model_that_is_served_asks_its_device_for_a_value_while_it_decodes(ki
     tiny = Model(build(kind), tokenizer)
     rows = torch.tensor([[1, 2, 3], [5, 6, 2]])
     with torch.inference_mode(), NothingAskedBack():
-        tiny.logits(rows[:1], rows[1:], Blind(), 0)
+        tiny.run(rows[:1], rows[1:], Blind(), 0)
 
 
 @pytest.mark.parametrize(
@@ -325,12 +325,12 @@ def test_what_lies_on_a_device_meets_nothing_that_lies_elsewhere(kind, by_kernel
     tokens = [token for span in spans for token in span.tokens()]
     positions = [position for span in spans for position in span.positions()]
     with torch.inference_mode(), OneDevice():
-        logits = tiny.forward(tokens, positions, PagedAttention(memory, spans), [0, 1, 64])
+        logits, _ = tiny.forward(tokens, positions, PagedAttention(memory, spans), [0, 1, 64])
         assert (logits.device, logits.shape) == (meta, (3, VOCABULARY))
         table = torch.zeros(4, 6, dtype=torch.long, device=meta)
         step = DecodingAttention(memory, table[:, 1], table[:, 2:])
         with NothingAskedBack(), suppress(*([] if by_kernel else [CannotReplay])):
-            assert tiny.logits(table[None, :, 0], table[None, :, 1], step, 0).device == meta
+            assert tiny.run(table[None, :, 0], table[None, :, 1], step, 0)[0].device == meta
     adjusted = dict(frequency_penalty=0.4, repetition_penalty=1.2, logit_bias={3: 1.0})
     everything = Sampling(top_p=0.9, top_k=5, min_p=0.1, **adjusted)  # type: ignore[arg-type]
     draws = [*Sampler(everything, [1, 2], [3]).draws([0, 4]), *Sampler(Sampling(), [1], []).draws()]

@@ -54,7 +54,8 @@ class Bench:
         tokens = [token for span in spans for token in span.tokens()]
         positions = [position for span in spans for position in span.positions()]
         attention = PagedAttention(self.memory, spans)
-        return self.model.forward(tokens, positions, attention, None).cpu().split([len(span) for span in spans])
+        logits, _ = self.model.forward(tokens, positions, attention, None)
+        return logits.cpu().split([len(span) for span in spans])
 
 
 def mixed_steps(bench, scale=1):
