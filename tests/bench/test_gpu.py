@@ -1,5 +1,6 @@
 import json
 import sys
+from math import isfinite
 
 import pytest
 import torch
@@ -27,7 +28,10 @@ def test_the_program_can_be_tried_without_a_gpu(tmp_path, monkeypatch, capsys):
     gpu.main()
     figures = json.loads(out.read_text())
     assert list(figures["recorded"]["decode_ms"]) == ["1", "3"]
-    assert all(ms > 0 for way in ("generate", "ordinary", "recorded") for ms in figures[way]["decode_ms"].values())
+    # Of so few tokens the times mean nothing: differences of them may even be negative.
+    assert all(
+        isfinite(ms) for way in ("generate", "ordinary", "recorded") for ms in figures[way]["decode_ms"].values()
+    )
     assert "| 3 |" in capsys.readouterr().out
 
 
