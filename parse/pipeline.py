@@ -34,7 +34,18 @@ from parse.protocol import (
     Verdict,
     Verifier,
 )
-from parse.types import Finish, Judged, Logprob, NoDraft, RequestError, VerdictError, token_ids
+from parse.types import (
+    Finish,
+    Judged,
+    Logprob,
+    Method,
+    NoDraft,
+    RequestError,
+    Speculated,
+    VerdictError,
+    summed,
+    token_ids,
+)
 from parse.verdict import boundary
 
 logger = logging.getLogger(__name__)
@@ -51,6 +62,8 @@ class Pipeline:
     drafter: Drafter | None = None
     longest: int | None = None
     """Tokens of prompt and answer together that the verifier takes."""
+    methods: tuple[Method, ...] = ()
+    """By which the verifier can write several tokens in a pass; the first, where a question names none."""
     warms: bool = True
     """Does the target read the prompt while the drafter writes? Else with the draft, in one pass: that saves a pass
     where both share a processor and nothing is gained by being early."""
@@ -134,6 +147,7 @@ class _Answer:
         self._drafted = self._accepted = self._written = self._rounds = 0
         self._boundary: int | None = None
         self._cached: int | None = None
+        self._speculated: Speculated | None = None
         self._stages: list[Stage] = []
         self._started = time.perf_counter()
         self._first: float | None = None
@@ -152,6 +166,7 @@ class _Answer:
             (self._first or now) - self._started,
             now - self._started,
             self.fallback,
+            self._speculated,
         )
 
     async def work(self) -> None:
@@ -271,12 +286,18 @@ class _Answer:
         else:
             upto = None
         writing = self.verifier.generate(
-            self.question.prompt, self.output, sampling, proposal=proposal, piece=self.question.piece
+            self.question.prompt,
+            self.output,
+            sampling,
+            proposal=proposal,
+            piece=self.question.piece,
+            speculation=self.question.speculation,
         )
         with self._stage("write"):
             async with aclosing(writing) as pieces:
                 async for tokens in pieces:
                     self._found(tokens.cached)
+                    self._speculated = summed((self._speculated, tokens.speculated))
                     taken = tokens.accepted
                     self._accepted += taken
                     self._written += len(tokens.ids) - taken

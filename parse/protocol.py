@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from parse.prompts import Check, Message
-from parse.types import FallbackCause, Finish, Judged, Logprob, RequestError, Sampling, Tokens
+from parse.types import (
+    FallbackCause,
+    Finish,
+    Judged,
+    Logprob,
+    MethodChoice,
+    RequestError,
+    Sampling,
+    Speculated,
+    Tokens,
+)
 from parse.verdict import Thresholds
 
 Mode = Literal["auto", "full", "progressive", "rounds", "exact", "off"]
@@ -26,10 +36,15 @@ class Question:
     """The caller's own draft, in the target's tokens."""
     piece: int = 1
     """Tokens the target writes before they are passed on; fewer, larger pieces are cheaper where nobody reads along."""
+    speculation: MethodChoice | None = None
+    """How the target writes several tokens in a pass, "none": one by one; by default as its settings say."""
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise RequestError("mode", f"must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if self.speculation not in (None, *get_args(MethodChoice)):
+            choices = ", ".join(get_args(MethodChoice))
+            raise RequestError("speculation", f"must be one of {choices}, got {self.speculation!r}")
 
 
 class Drafter(Protocol):
@@ -63,6 +78,7 @@ class Verifier(Protocol):
         *,
         proposal: Sequence[int] = (),
         piece: int = 1,
+        speculation: MethodChoice | None = None,
     ) -> AsyncGenerator[Tokens]: ...
 
 
@@ -123,10 +139,16 @@ class Usage:
     first_s: float = 0.0  # until the first of the answer
     total_s: float = 0.0
     fallback: Fallback | None = None
+    speculated: Speculated | None = None  # while the target wrote
 
     @property
     def rejected(self) -> int:
         return self.drafted - self.accepted
+
+    @property
+    def passed(self) -> int:
+        """Tokens that came of the target's passes: in mode exact those of the draft as well."""
+        return self.written + (self.accepted if self.mode == "exact" else 0)
 
     def seconds(self, *names: StageName) -> float:
         return sum(stage.end - stage.start for stage in self.stages if stage.name in names)

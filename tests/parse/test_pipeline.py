@@ -9,7 +9,7 @@ from parse.config import MethodSettings
 from parse.pipeline import Pipeline
 from parse.prompts import check_ids
 from parse.protocol import Done, Piece, Question, Verdict
-from parse.types import Judged, Logprob, RequestError, Sampling, Tokens, VerdictError
+from parse.types import Judged, Logprob, RequestError, Sampling, Speculated, Tokens, VerdictError
 from parse.verdict import Thresholds
 
 GREEDY = Sampling(temperature=0.0)
@@ -36,7 +36,7 @@ class Target:
         correct = tuple(0.01 if WRONG in draft[:cut] else 0.99 for cut in cuts)
         return Judged(correct, tuple(Logprob(-float(token)) for token in draft) if logprobs is not None else ())
 
-    async def generate(self, prompt, output=(), sampling=GREEDY, *, proposal=(), piece=1):
+    async def generate(self, prompt, output=(), sampling=GREEDY, *, proposal=(), piece=1, speculation=None):
         self.calls.append(("generate", tuple(prompt), tuple(output), sampling, tuple(proposal)))
         limit = len(self.tokens) if sampling.max_tokens is None else sampling.max_tokens
         try:
@@ -449,6 +449,45 @@ def test_a_prediction_that_is_none_is_refused_by_name(make, prediction):
 def test_a_mode_that_is_none_is_refused_with_those_there_are():
     with pytest.raises(RequestError, match=r"mode: must be one of auto, full.*got 'ful'"):
         Question(PROMPT, mode="ful")  # type: ignore[arg-type]
+
+
+@dataclass
+class Speculating(Target):
+    """Says of each piece that it came of a pass with two tokens proposed, of which the first was right."""
+
+    asked: list = field(default_factory=list)
+
+    async def generate(self, *given, speculation=None, **named):
+        self.asked.append(speculation)
+        async for tokens in super().generate(*given, **named):
+            yield replace(tokens, speculated=Speculated(speculation or "parallel", 1, (1, 1), (1, 0)))
+
+
+@pytest.mark.parametrize("choice", [None, "eagle3"])
+def test_the_question_s_choice_is_asked_for_each_time_the_target_writes_and_what_came_of_it_adds_up(make, choice):
+    target, drafter = Speculating(), Scripted([[*RIGHT[:5], WRONG, *RIGHT[6:]], [WRONG] * 20])
+    ids, _, _, done = answered(make(target, drafter, correction_tokens=3, max_rounds=2), "rounds", speculation=choice)
+    assert ids == RIGHT[:4] + OWN[4:]
+    assert target.asked == [choice] * 3  # two corrections, and the rest
+    passes = 16 + 3  # one for each token, and one for the end of each time
+    assert done.usage.speculated == Speculated(choice or "parallel", passes, (passes, passes), (passes, 0))
+    assert done.usage.passed == done.usage.written == 16
+
+
+def test_in_exact_what_stands_of_the_draft_came_of_the_target_s_passes_too(make):
+    *_, done = answered(make(Speculating(), Scripted([[*OWN[:6], WRONG]])), "exact")
+    assert (done.usage.written, done.usage.passed) == (14, 20)
+
+
+def test_where_the_target_writes_nothing_or_token_by_token_nothing_was_speculated(make):
+    for target, mode in ((Speculating(), "full"), (Target(), "off")):
+        *_, done = answered(make(target, Scripted([RIGHT])), mode)
+        assert done.usage.speculated is None
+
+
+def test_a_method_that_is_none_is_refused_with_those_there_are():
+    with pytest.raises(RequestError, match=r"speculation: must be one of draft_model, .*none, got 'eagle'"):
+        Question(PROMPT, speculation="eagle")  # type: ignore[arg-type]
 
 
 def test_stages_tell_when_each_thing_was_done_and_how_much_of_the_prompt_was_known(make):
