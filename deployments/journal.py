@@ -16,6 +16,7 @@ from deployments.metrics import CancelCause, Meters, Outcome
 from deployments.replies import Answer
 from deployments.tally import tally
 from parse.protocol import Mode
+from parse.types import summed
 
 logger = logging.getLogger(__name__)
 
@@ -134,5 +135,8 @@ def _told(account: Account, outcome: Outcome) -> dict[str, Any]:
         "written": sum(usage.written for usage in usages),
         "retries": sum(answer.session.retries for answer in account.answers),
     }
+    if speculated := summed(usage.speculated for usage in usages):
+        passed = sum(usage.passed for usage in usages if usage.speculated)
+        told |= {"speculation": speculated.method, "tokens_per_pass": round(passed / speculated.passes, 2)}
     fallbacks = [usage.fallback.cause for usage in usages if usage.fallback]
     return told | ({"fallback": ",".join(fallbacks)} if fallbacks else {})

@@ -15,7 +15,7 @@ from ray import serve
 
 from deployments.exposition import Figures, Origin
 from parse.protocol import Mode, StageName
-from parse.types import FallbackCause, Finish
+from parse.types import FallbackCause, Finish, Method
 
 prometheus.disable_created_metrics()  # a second series for each, of no use to us
 
@@ -41,6 +41,7 @@ NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 POSITIONS = (*map(str, range(1, 17)), "17+")
 
 MODE: dict[str, tuple[str, ...]] = {"mode": tuple(mode for mode in get_args(Mode) if mode != "auto")}  # what was done
+PROPOSALS: Labels = {"method": ("draft", *get_args(Method)), "position": POSITIONS}
 
 
 @dataclass(frozen=True)
@@ -166,15 +167,25 @@ CANCELLATIONS = Counter(
     "Requests that were given up: the client left before anything was sent, or while it read, or it took too long.",
     {"cause": get_args(CancelCause)},
 )
+PASSES = Counter(
+    "parse_target_passes_total",
+    "Passes of the target while it wrote answers several tokens at a time, by the method that proposed them; those "
+    "without a proposal are among them.",
+    {"method": get_args(Method)},
+)
+PASSED = Counter(
+    "parse_target_pass_tokens_total",
+    "Tokens of answers that came of them; in mode exact those of the draft as well.",
+    {"method": get_args(Method)},
+)
 PROPOSED = Counter(
     "parse_proposed_tokens_total",
-    "Tokens proposed to the target's token-by-token rule, by their place in the proposal.",
-    {"method": ("draft",), "position": POSITIONS},
+    "Tokens proposed to the target, to be taken as long as it would have written them, by who proposed them (draft: "
+    "the draft of mode exact) and their place in the proposal.",
+    PROPOSALS,
 )
 PROPOSED_ACCEPTED = Counter(
-    "parse_proposed_accepted_tokens_total",
-    "Of them, those the target would have written.",
-    {"method": ("draft",), "position": POSITIONS},
+    "parse_proposed_accepted_tokens_total", "Of them, those the target would have written.", PROPOSALS
 )
 AUDITS = Counter(
     "parse_audits_total",
@@ -238,6 +249,8 @@ OF_ROUTERS: tuple[Metric, ...] = (
     RETRIES,
     FALLBACKS,
     CANCELLATIONS,
+    PASSES,
+    PASSED,
     PROPOSED,
     PROPOSED_ACCEPTED,
     AUDITS,

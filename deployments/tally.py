@@ -1,5 +1,7 @@
 """From a finished answer to the figures it adds to."""
 
+from collections.abc import Sequence
+
 from deployments import metrics
 from deployments.metrics import POSITIONS, Meters, VerdictKind
 from deployments.replies import Answer
@@ -26,8 +28,12 @@ def tally(meters: Meters, answer: Answer) -> None:
         meters.observe(metrics.BOUNDARY, usage.boundary, mode=mode)
     if usage.fallback is not None:
         meters.add(metrics.FALLBACKS, cause=usage.fallback.cause)
-    if mode == "exact":
-        _proposals(meters, usage)
+    if mode == "exact":  # the rule takes tokens of the draft up to the first that differs
+        _proposed(meters, "draft", [1] * usage.drafted, [1] * usage.accepted)
+    if speculated := usage.speculated:
+        meters.add(metrics.PASSES, speculated.passes, method=speculated.method)
+        meters.add(metrics.PASSED, usage.passed, method=speculated.method)
+        _proposed(meters, speculated.method, speculated.proposed, speculated.accepted)
     for verdict in answer.verdicts:
         _chances(meters, verdict)
     _times(meters, answer)
@@ -41,12 +47,11 @@ def _verdict(usage: Usage) -> VerdictKind:
     return "partial" if usage.rejected else "whole"
 
 
-def _proposals(meters: Meters, usage: Usage) -> None:
-    """The rule takes tokens up to the first that differs."""
-    for metric, count in ((metrics.PROPOSED, usage.drafted), (metrics.PROPOSED_ACCEPTED, usage.accepted)):
-        for position in POSITIONS[: min(count, OPEN_END)]:
-            meters.add(metric, method="draft", position=position)
-        meters.add(metric, count - OPEN_END, method="draft", position=POSITIONS[-1])
+def _proposed(meters: Meters, method: str, proposed: Sequence[int], accepted: Sequence[int]) -> None:
+    """Tokens at each place of the proposals."""
+    for metric, counts in ((metrics.PROPOSED, proposed), (metrics.PROPOSED_ACCEPTED, accepted)):
+        for position, count in zip(POSITIONS, (*counts[:OPEN_END], sum(counts[OPEN_END:])), strict=False):
+            meters.add(metric, count, method=method, position=position)
 
 
 def _chances(meters: Meters, verdict: Verdict) -> None:

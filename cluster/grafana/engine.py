@@ -210,32 +210,54 @@ PROPOSALS = Row(
     [
         lines(
             About(
-                "Proposed tokens",
-                "Tokens proposed to the target's token-by-token rule, a second, by the method that proposes. None: no "
-                "request asks for mode exact.",
-                TOKENS_PER_SECOND,
+                "Tokens per pass",
+                "Tokens that the target writes in a pass, where a method proposes what may follow. At the dashed line "
+                "it might as well write one by one: the method gains nothing here.",
             ),
-            Query(OF_ROUTERS.rate(metrics.PROPOSED, by=("method",)), "{{method}}"),
-            stacked=True,
+            Query(figures.tokens_per_pass(OF_ROUTERS, by=("method",)), "{{method}}"),
+            limit=(1.0, BAD),
         ),
         lines(
             About(
                 "Accepted share by method",
-                "Share of proposed tokens that the target would have written itself. Low: the method does not know "
-                "the target's words.",
+                "Share of proposed tokens that the target would have written itself; draft is the draft of mode exact. "
+                "Low: the method does not know the target's words.",
                 SHARE,
             ),
             Query(figures.proposals_accepted(OF_ROUTERS, by=("method",)), "{{method}}"),
             most=1.0,
         ),
+        lines(
+            About(
+                "Proposed tokens",
+                "Tokens proposed to the target, a second, by the method that proposes. None: the target's settings "
+                "name no method, and no request asks for mode exact.",
+                TOKENS_PER_SECOND,
+            ),
+            Query(OF_ROUTERS.rate(metrics.PROPOSED, by=("method",)), "{{method}}"),
+            stacked=True,
+        ),
         bars(
             About(
                 "Accepted share by place",
-                "Share of proposed tokens that were accepted, by their place in the proposal. It falls with the place; "
-                "where it nears zero, longer proposals are for nothing.",
+                "Share of a method's tokens that were accepted, by their place in the proposal. It falls with the "
+                "place; where it nears zero, longer proposals are for nothing.",
+                SHARE,
+                width=16,
+            ),
+            Query(figures.proposals_by_place(OF_ROUTERS, figures.METHODS), "{{method}} {{position}}"),
+            [(0.3, CAUTION), (0.6, GOOD)],
+            plain=CALM,
+            most=1.0,
+        ),
+        bars(
+            About(
+                "Accepted share by place, drafts",
+                "The same of whole drafts in mode exact. Low from the first places on: the draft model words things "
+                "otherwise than the target, and mode full or rounds would keep more.",
                 SHARE,
             ),
-            Query(figures.proposals_by_place(OF_ROUTERS), "{{position}}"),
+            Query(figures.proposals_by_place(OF_ROUTERS, figures.DRAFTS), "{{position}}"),
             [(0.3, CAUTION), (0.6, GOOD)],
             plain=CALM,
             most=1.0,

@@ -8,6 +8,7 @@ COMPARED = 'mode!="exact"'  # in exact, what the target writes and what it accep
 FAILURES = 'outcome=~"overloaded|unavailable|timeout|failed"'
 OURS = 'outcome!~"invalid|unauthorized|left"'  # what clients do to themselves is no failure of the service
 UNWANTED = 'cause!="does_not_pay"'  # the service's own choice
+DRAFTS, METHODS = 'method="draft"', 'method!="draft"'  # who proposes tokens to the target
 LOST = 'cause!="stopped"'  # replicas that are stopped end their work first, and are no trouble
 
 
@@ -125,8 +126,14 @@ def known_prompt(view: View) -> str:
     return share_or_none(view.rate(metrics.CACHED_TOKENS), view.rate(metrics.PROMPT_TOKENS))
 
 
-def proposals_accepted(view: View, by: tuple[str, ...]) -> str:
-    return share_or_none(view.rate(metrics.PROPOSED_ACCEPTED, by=by), view.rate(metrics.PROPOSED, by=by))
+def tokens_per_pass(view: View, by: tuple[str, ...] = ()) -> str:
+    """Of passes in which the target may write several."""
+    return share(view.rate(metrics.PASSED, by=by), view.rate(metrics.PASSES, by=by))
+
+
+def proposals_accepted(view: View, *conditions: str, by: tuple[str, ...]) -> str:
+    accepted = view.rate(metrics.PROPOSED_ACCEPTED, *conditions, by=by)
+    return share_or_none(accepted, view.rate(metrics.PROPOSED, *conditions, by=by))
 
 
 def stage_of_answer(view: View) -> str:
@@ -137,9 +144,9 @@ def stage_of_answer(view: View) -> str:
     return f"{spent} / on ({kept}) group_left () ({answers} > 0)"
 
 
-def proposals_by_place(view: View) -> str:
+def proposals_by_place(view: View, condition: str) -> str:
     """The places as two digits, so that they stand in order."""
-    accepted_at = proposals_accepted(view, ("position",))
+    accepted_at = proposals_accepted(view, condition, by=("method", "position"))
     return f'label_replace({accepted_at}, "position", "0$1", "position", "([0-9])")'
 
 

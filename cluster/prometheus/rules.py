@@ -24,6 +24,7 @@ RECORDS: Mapping[str, Callable[[View], str]] = MappingProxyType(
         "application:parse_judged_accepted:ratio_rate5m": lambda view: figures.accepted(view, figures.JUDGED),
         "application:parse_speed_up:ratio_rate5m": figures.speed_up,
         "application:parse_judged_speed_up:ratio_rate5m": lambda view: figures.speed_up(view, figures.JUDGED),
+        "application:parse_tokens_per_pass:ratio_rate5m": figures.tokens_per_pass,
         "application:parse_overlap:ratio_rate5m": figures.overlap,
         "application:parse_fallbacks:ratio_rate5m": figures.fallbacks,
         "application:parse_answer_seconds:p95_5m": lambda view: view.quantile(0.95, metrics.ANSWER),

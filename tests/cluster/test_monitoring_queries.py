@@ -105,6 +105,11 @@ class Service:
         tell.add(metrics.CANCELLATIONS, cause="timeout")
         tell.add(metrics.PROPOSED, 10, method="draft", position="1")
         tell.add(metrics.PROPOSED_ACCEPTED, 5, method="draft", position="1")
+        tell.add(metrics.PASSES, 4, method="parallel")
+        tell.add(metrics.PASSED, 14, method="parallel")
+        for position, accepted in (("1", 4), ("12", 1)):
+            tell.add(metrics.PROPOSED, 4, method="parallel", position=position)
+            tell.add(metrics.PROPOSED_ACCEPTED, accepted, method="parallel", position=position)
         tell.add(metrics.AUDITS, 3, result="agree")
         tell.add(metrics.AUDITS, 1, result="disagree")
         tell.observe(metrics.AUDIT_GAP, 0.2)
@@ -204,6 +209,7 @@ def test_every_alert_can_be_asked(asked):
         (figures.disagreement, 1 / 4),
         (figures.batch, 2.5),
         (figures.cache_hits, 0.4),
+        (figures.tokens_per_pass, 3.5),
         (figures.known_prompt, 0.25),
         (lambda view: figures.pages(view, "used"), 0.6),
         (lambda view: figures.verdicts(view, "partial"), 1.0),
@@ -221,6 +227,22 @@ def test_speed_up_by_mode(asked, prefix):
     found = asked.query(figures.speed_up(View(prefix, "1m"), by=("mode",)))
     gains = {series["metric"]["mode"]: float(series["value"][1]) for series in found}
     assert {mode: gain for mode, gain in gains.items() if gain == gain} == pytest.approx({"off": 1.0, "rounds": 2.0})
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_what_is_proposed_by_who_proposes_it_and_where(asked, prefix):
+    view = View(prefix, "1m")
+    shares = {
+        series["metric"]["method"]: float(series["value"][1])
+        for series in asked.query(figures.proposals_accepted(view, by=("method",)))
+    }
+    assert {method: share for method, share in shares.items() if share == share} == pytest.approx(
+        {"draft": 0.5, "parallel": 5 / 8}
+    )
+    for condition, expected in ((figures.DRAFTS, {"01": 0.5}), (figures.METHODS, {"01": 1.0, "12": 0.25})):
+        found = asked.query(figures.proposals_by_place(view, condition))
+        places = {series["metric"]["position"]: float(series["value"][1]) for series in found}
+        assert {place: share for place, share in places.items() if share == share} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
