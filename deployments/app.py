@@ -63,7 +63,10 @@ def _hosting(kind: type[Host], settings: EngineSettings, gpus: float) -> Deploym
 
 
 def _located(settings: EngineSettings) -> EngineSettings:
-    return settings.model_copy(update={"model": located(settings.model)})
+    ways = tuple(
+        way.model_copy(update={"head": located(way.head)}) if way.head else way for way in settings.speculation
+    )
+    return settings.model_copy(update={"model": located(settings.model), "speculation": ways})
 
 
 def _gpus_each(models: Sequence[EngineSettings]) -> float:

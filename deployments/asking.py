@@ -52,6 +52,8 @@ class Reader:
             prefix=usual.prefix,
             lowest_full=settings.lowest_full,
             lowest_prefix=settings.lowest_prefix,
+            methods=[*pipeline.methods, "none"],
+            speculation=pipeline.methods[0] if pipeline.methods else "none",
         )
         self.card = ModelCard(id=model_name, created=int(time.time()), max_model_len=pipeline.longest or 0, parse=offer)
 
@@ -111,6 +113,9 @@ class Reader:
         settings, pipeline = self._settings, self._pipeline
         if mode not in settings.modes:
             raise RequestError("parse.mode", f"must be one of {', '.join(settings.modes)} here, got {mode}")
+        speculation, methods = request.parse.speculation, self.card.parse.methods
+        if speculation is not None and speculation not in methods:
+            raise RequestError("parse.speculation", f"must be one of {', '.join(methods)} here, got {speculation}")
         thresholds = request.thresholds(
             pipeline.settings.thresholds(), lowest_full=settings.lowest_full, lowest_prefix=settings.lowest_prefix
         )
@@ -131,7 +136,7 @@ class Reader:
                 if any(token >= len(pipeline.tokenizer) for token in sampling.logit_bias):
                     raise RequestError("logit_bias", f"token ids must lie in 0..{len(pipeline.tokenizer) - 1}")
                 piece = 1 if stream else UNREAD_PIECE
-                questions.append(Question(prompt, messages, sampling, mode, thresholds, prediction, piece))
+                questions.append(Question(prompt, messages, sampling, mode, thresholds, prediction, piece, speculation))
                 answers.append(Answer(len(answers), len(prompt), Session(key), arrived, stream))
         chat = field == "messages"
         head = Head(

@@ -14,7 +14,7 @@ from parse.config import EngineSettings
 from parse.engine.engine import Load
 from parse.engine.service import ModelService
 from parse.prompts import Check
-from parse.types import Sampling
+from parse.types import MethodChoice, Sampling
 
 STUCK_S = 30.0  # a step takes no longer than that
 
@@ -48,8 +48,10 @@ class Host:
         check = Check(suffix=(0,), correct=(0,), incorrect=(1,))
         await self.service.judge(prompt, prompt, range(8, size + 1, 8), check, logprobs=0)
         greedy = Sampling(temperature=0.0, max_tokens=size, ignore_eos=True)
-        async for _ in self.service.generate(prompt, sampling=greedy):
-            pass
+        choices: tuple[MethodChoice, ...] = (*self.service.methods, "none")
+        for choice in choices:
+            async for _ in self.service.generate(prompt, sampling=greedy, speculation=choice):
+                pass
         self.service.engine.forget()
         self._telling = asyncio.create_task(self._keep_telling())
 

@@ -26,6 +26,7 @@ from ray.serve.schema import (
 )
 
 from deployments.config import HOUSE, AppSettings, located
+from parse.config import EngineSettings
 
 BUILDER = "deployments.app:build"
 EXAMPLE = (
@@ -92,11 +93,18 @@ def _parts(
         yield f"{name}ray_actor_options.", deployment.get("ray_actor_options") or {}, RayActorOptionsSchema
 
 
+def check_folders(field: str, settings: EngineSettings) -> None:
+    check_folder(f"{field}.model", settings.model)
+    for way in settings.speculation:
+        if way.head:
+            check_folder(f"{field}.speculation.head", way.head)
+
+
 def check_folder(field: str, model: str) -> None:
     """What is meant as a folder should be one: else it would be looked for on the hub, for minutes."""
     meant = model.startswith((".", "/", "~")) or ((HOUSE / model).parent != HOUSE and (HOUSE / model).parent.is_dir())
     if meant and not Path(located(model)).is_dir():
-        raise NotServing(f"{field}.model: there is no folder {model}")
+        raise NotServing(f"{field}: there is no folder {model}")
 
 
 def check_port(host: str, port: int) -> None:
@@ -232,9 +240,9 @@ def serve(path: Path, *, address: str | None, timeout_s: float) -> None:
     http = HTTPOptionsSchema.model_validate(config.get("http_options", {}))
     if address is None:
         check_port(http.host, http.port)
-        check_folder("target", settings.target.model)
+        check_folders("target", settings.target)
         if settings.draft:
-            check_folder("draft", settings.draft.model)
+            check_folders("draft", settings.draft)
         tell("starting Ray")
     cluster: Any = ray.init(
         address=address or "local",

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from parse.protocol import Mode, Usage, Verdict
-from parse.types import LONGEST_STOP, MAX_LOGPROBS, MAX_STOPS, RequestError, Sampling
+from parse.types import LONGEST_STOP, MAX_LOGPROBS, MAX_STOPS, Method, MethodChoice, RequestError, Sampling
 from parse.verdict import Thresholds
 
 LARGEST = 9_223_372_036_854_776_000  # as the OpenAI API has it
@@ -99,9 +99,14 @@ class PlainText(Wire):
 
 
 class ParseOptions(Wire):
-    """How drafts are used for this request."""
+    """How drafts are used for this request, and how the target writes."""
 
     mode: Mode | None = Field(None, description="The operator's choice by default.")
+    speculation: MethodChoice | None = Field(
+        None,
+        description="By which method the target writes several tokens in a pass; none: one by one. The text is the "
+        "same. The operator's choice by default.",
+    )
     full: float | None = Field(None, ge=0, le=1, description="P(correct) from which a whole draft is accepted.")
     prefix: float | None = Field(None, ge=0, le=1, description="P(correct) from which a prefix passes.")
     trace: bool = Field(False, description="Tell who wrote which part, what was rejected, and P(correct) at every cut.")
@@ -283,6 +288,8 @@ class Offer(BaseModel):
     prefix: float = Field(description="P(correct) from which a prefix passes.")
     lowest_full: float
     lowest_prefix: float
+    methods: list[MethodChoice] = Field(description="What `speculation` may be.")
+    speculation: MethodChoice
 
 
 class ModelCard(BaseModel):
@@ -323,6 +330,26 @@ class TracedPiece(BaseModel):
     tokens: int
 
 
+class ProposalPlace(BaseModel):
+    """Of all proposals of a method, the tokens at one place."""
+
+    proposed: int
+    accepted: int
+    share: float = Field(description="Accepted of what was proposed.")
+
+
+class SpeculationReport(BaseModel):
+    """What came of writing several tokens in a pass."""
+
+    method: Method
+    passes: int = Field(description="Of the target, while it wrote; with proposals and without.")
+    tokens: int = Field(description="Of the answer, that came of them; in mode exact those of the draft as well.")
+    tokens_per_pass: float
+    proposed: int
+    accepted: int
+    places: list[ProposalPlace] = Field(description="The next token first, then the one behind it, and so on.")
+
+
 class ParseReport(BaseModel):
     """What happened on the way to the answer."""
 
@@ -335,6 +362,7 @@ class ParseReport(BaseModel):
     boundary: int | None = Field(description="Tokens of the first draft that were kept.")
     fallback: str | None = Field(description="Why the target answered alone after all.")
     cached: int = Field(description="Tokens of the prompt that its verifier knew already.")
+    speculation: SpeculationReport | None = Field(description="Null where the target wrote nothing, or one by one.")
     retries: int = Field(description="Calls to a verifier that were lost with it and made again.")
     arrived: float = Field(description="When the request arrived, in seconds since 1970.")
     first_s: float
@@ -437,6 +465,22 @@ def usage_of(prompts: Sequence[int], answers: Sequence[int], usages: Sequence[Us
             accepted_prediction_tokens=sum(usage.accepted for usage in usages),
             rejected_prediction_tokens=sum(usage.rejected for usage in usages),
         ),
+    )
+
+
+def speculation_report(usage: Usage) -> SpeculationReport | None:
+    found = usage.speculated
+    if found is None:
+        return None
+    places = zip(found.proposed, found.accepted, strict=True)
+    return SpeculationReport(
+        method=found.method,
+        passes=found.passes,
+        tokens=usage.passed,
+        tokens_per_pass=usage.passed / found.passes,
+        proposed=sum(found.proposed),
+        accepted=sum(found.accepted),
+        places=[ProposalPlace(proposed=of, accepted=n, share=n / of) for of, n in places],
     )
 
 

@@ -17,7 +17,7 @@ from deployments.metrics import LostCause
 from deployments.watch import Watch
 from parse.prompts import Check
 from parse.protocol import WHOLE, Question
-from parse.types import EngineStopped, Judged, NoDraft, Sampling, Tokens
+from parse.types import EngineStopped, Judged, MethodChoice, NoDraft, Sampling, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class RemoteVerifier:
         *,
         proposal: Sequence[int] = (),
         piece: int = 1,
+        speculation: MethodChoice | None = None,
     ) -> AsyncGenerator[Tokens]:
         """A retry goes on from what has been passed on already."""
         said, left = tuple(output), tuple(proposal)
@@ -79,7 +80,8 @@ class RemoteVerifier:
             while True:
                 handle = self._handle.options(method_name="generate", session_id=self._session.id, stream=True)
                 try:
-                    async for tokens in items(call(handle, within, prompt, said, sampling, left, piece)):
+                    writing = call(handle, within, prompt, said, sampling, left, piece, speculation)
+                    async for tokens in items(writing):
                         self._watch.heard()
                         said += tokens.ids
                         left = left[len(tokens.ids) :] if tokens.accepted == len(tokens.ids) else ()

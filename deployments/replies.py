@@ -24,6 +24,7 @@ from deployments.openai import (
     TopLogprob,
     TracedPiece,
     WireUsage,
+    speculation_report,
     traced,
     usage_of,
 )
@@ -92,6 +93,7 @@ class Answer:
             boundary=usage.boundary,
             fallback=usage.fallback.message if usage.fallback else None,
             cached=usage.cached,
+            speculation=speculation_report(usage),
             retries=self.session.retries,
             arrived=self.arrived,
             first_s=self.waited_s + usage.first_s,

@@ -53,6 +53,7 @@ class Router:
             check=check,
             settings=method,
             longest=longest,
+            methods=tuple(way.method for way in settings.target.speculation),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from deployments.host import Host
 from parse.config import EngineSettings
 from parse.prompts import Check
-from parse.types import Judged, Sampling, Tokens
+from parse.types import Judged, MethodChoice, Sampling, Tokens
 
 
 class Verifier(Host):
@@ -38,7 +38,11 @@ class Verifier(Host):
         sampling: Sampling,
         proposal: Sequence[int],
         piece: int,
+        speculation: MethodChoice | None,
     ) -> AsyncGenerator[Tokens]:
-        async with aclosing(self.service.generate(prompt, output, sampling, proposal=proposal, piece=piece)) as pieces:
+        writing = self.service.generate(
+            prompt, output, sampling, proposal=proposal, piece=piece, speculation=speculation
+        )
+        async with aclosing(writing) as pieces:
             async for tokens in pieces:
                 yield tokens

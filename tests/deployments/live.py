@@ -15,7 +15,7 @@ from deployments.backend import Session
 from deployments.exposition import Figures
 from deployments.metrics import OF_ROUTERS, Meters
 from parse.pipeline import Pipeline
-from parse.types import Sampling, Tokens
+from parse.types import MethodChoice, Sampling, Speculated, Tokens
 
 PATIENCE_S = 20
 
@@ -64,6 +64,7 @@ class Writer:
 
     tokens: Sequence[int] = ()
     error: Exception | None = None
+    speculated: Speculated | None = None  # of those tokens
     may_go_on: threading.Event = field(default_factory=threading.Event)
     busy: int = 0
 
@@ -75,11 +76,12 @@ class Writer:
         *,
         proposal: Sequence[int] = (),
         piece: int = 1,
+        speculation: MethodChoice | None = None,
     ) -> AsyncGenerator[Tokens]:
         self.busy += 1
         try:
             if self.tokens:
-                yield Tokens(tuple(self.tokens))
+                yield Tokens(tuple(self.tokens), speculated=self.speculated)
             if self.error is not None:
                 raise self.error
             while not self.may_go_on.is_set():

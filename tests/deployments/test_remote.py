@@ -103,14 +103,16 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
         ]
     )
     session = Session("s")
-    stream = RemoteVerifier(handle, session, DEAF).generate((1, 2), (5,), GREEDY, proposal=(10, 11, 12, 13), piece=4)
+    stream = RemoteVerifier(handle, session, DEAF).generate(
+        (1, 2), (5,), GREEDY, proposal=(10, 11, 12, 13), piece=4, speculation="ngram"
+    )
     pieces = asyncio.run(collect(stream))
     assert [token for tokens in pieces for token in tokens.ids] == [10, 11, 12, 20, 21, 22]
     assert pieces[-1].finish == "stop" and session.retries == 2
     assert [given[1:] for _, given in handle.calls] == [
-        ((5,), GREEDY, (10, 11, 12, 13), 4),
-        ((5, 10, 11, 12, 20), GREEDY, (), 4),
-        ((5, 10, 11, 12, 20), GREEDY, (), 4),
+        ((5,), GREEDY, (10, 11, 12, 13), 4, "ngram"),
+        ((5, 10, 11, 12, 20), GREEDY, (), 4, "ngram"),
+        ((5, 10, 11, 12, 20), GREEDY, (), 4, "ngram"),
     ]
     assert [options["session_id"] for options, _ in handle.calls] == ["s", "s/1", "s/2"]
 
@@ -118,7 +120,7 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
 def test_of_a_proposal_taken_so_far_the_rest_is_proposed_again():
     handle = scripted([[Tokens((10, 11), accepted=2), ActorDiedError()], [Tokens((12,), finish="stop", accepted=1)]])
     asyncio.run(collect(RemoteVerifier(handle, Session("s"), DEAF).generate((1,), (), GREEDY, proposal=(10, 11, 12))))
-    assert handle.calls[1][1] == ((1,), (10, 11), GREEDY, (12,), 1)
+    assert handle.calls[1][1] == ((1,), (10, 11), GREEDY, (12,), 1, None)
 
 
 def test_a_stream_that_ends_before_the_answer_was_lost():
