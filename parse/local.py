@@ -37,6 +37,7 @@ class LocalPair:
             settings=method,
             drafter=drafter,
             longest=self.target.max_context,
+            methods=self.target.methods,
             warms=self.target.model.device.type != "cpu",
         )
 

@@ -8,20 +8,26 @@ from openai import OpenAI
 
 from deployments.config import ApiSettings
 from deployments.http import create_app
-from parse.config import EngineSettings
-from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
+from parse.config import EngineSettings, SpeculationSettings
+from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
 from tests.deployments.live import LocalBackend, served
 
 MODEL = "demo-target"
 
 
-def settings(path: str) -> EngineSettings:
-    return EngineSettings(model=path, threads=1, max_context=1024, memory_mb=512)
+WAYS = (
+    SpeculationSettings(method="parallel", head=str(DEMO / "demo-parallel")),
+    SpeculationSettings(method="ngram"),
+)
+
+
+def settings(path: str, *ways: SpeculationSettings) -> EngineSettings:
+    return EngineSettings(model=path, threads=1, max_context=1024, memory_mb=512, speculation=ways)
 
 
 @pytest.fixture(scope="session")
 def pair() -> Iterator[LocalPair]:
-    with LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT)) as pair:
+    with LocalPair(settings(DEMO_TARGET, *WAYS), settings(DEMO_DRAFT)) as pair:
         yield pair
 
 

@@ -27,6 +27,7 @@ from parse.protocol import Verifier
 from parse.types import Tokens
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
+from training.measure import problems
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
@@ -536,6 +537,47 @@ def test_modes_the_operator_does_not_allow_are_refused(pair):
         for mode in ("auto", "rounds", "exact", "progressive"):
             error = told(post(address, ASKED | {"parse": {"mode": mode}}), 400)
             assert error["param"] == "parse.mode" and "full, off" in error["message"]
+
+
+def test_a_request_chooses_its_method_the_text_stays_and_the_report_tells_what_came_of_it(address):
+    (card,) = httpx.get(f"{address}/v1/models").json()["data"]
+    assert (card["parse"]["methods"], card["parse"]["speculation"]) == (["parallel", "ngram", "none"], "parallel")
+    question: list[Any] = [{"role": "user", "content": problems(3, 1, split="service")[0].question}]
+    body = ASKED | {"messages": question, "temperature": 0, "max_tokens": 60}
+    texts = set()
+    for choice in (None, "parallel", "ngram", "none"):
+        answer = post(address, body | {"parse": {"mode": "off", "speculation": choice}}).json()
+        texts.add(answer["choices"][0]["message"]["content"])
+        came, written = answer["parse"]["speculation"], answer["parse"]["written"]
+        if choice == "none":
+            assert came is None
+            continue
+        assert came["method"] == (choice or "parallel") and came["tokens"] == written
+        assert came["tokens_per_pass"] == came["tokens"] / came["passes"]
+        # A pass writes what it accepts and one token more; only the last may come to an end before.
+        assert came["tokens"] <= came["passes"] + came["accepted"] <= came["tokens"] + 1
+        assert came["proposed"] == sum(place["proposed"] for place in came["places"])
+        assert came["accepted"] == sum(place["accepted"] for place in came["places"])
+        assert choice == "ngram" or came["tokens_per_pass"] > 2
+    assert len(texts) == 1
+
+
+def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(address, pair):
+    error = told(post(address, ASKED | {"parse": {"speculation": "eagle3"}}), 400)
+    assert (error["param"], error["code"]) == ("parse.speculation", "invalid_value")
+    assert "parallel, ngram, none here, got eagle3" in error["message"]
+    with served(create_app(LocalBackend(replace(pair.pipeline, methods=())), ApiSettings(), MODEL)) as bare:
+        offer = httpx.get(f"{bare}/v1/models").json()["data"][0]["parse"]
+        assert (offer["methods"], offer["speculation"]) == (["none"], "none")
+        assert told(post(bare, ASKED | {"parse": {"speculation": "ngram"}}), 400)["param"] == "parse.speculation"
+        answer = post(bare, ASKED | {"parse": {"mode": "off", "speculation": "none"}})
+        assert answer.json()["parse"]["speculation"] is None
+
+
+def test_completions_choose_a_method_too(pair):
+    asked = understood(pair, {"prompt": "x", "n": 2, "parse": {"speculation": "ngram"}})
+    assert [question.speculation for question in asked.questions] == ["ngram"] * 2
+    assert understood(pair, {"prompt": "x"}).questions[0].speculation is None
 
 
 def test_what_belongs_together_meets_the_same_replica(pair):

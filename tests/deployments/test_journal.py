@@ -23,7 +23,7 @@ from deployments.replies import Answer
 from deployments.tally import tally
 from parse.local import LocalPair
 from parse.protocol import Done, Piece, Stage, Usage, Verdict
-from parse.types import NoDraft
+from parse.types import NoDraft, Speculated
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
 from training.measure import problems
@@ -31,6 +31,7 @@ from training.measure import problems
 CHAT = "/v1/chat/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
 MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
+CHOICES = (None, "ngram", "parallel", "none", None)
 OWN = Origin("local", "Router", "local")
 HOSTILE = 'x"} 1\nparse_requests_total{mode="<b>"} 9\n'
 
@@ -89,6 +90,7 @@ def test_figures_add_up_to_exactly_what_clients_were_told(pair):
         for number, problem in enumerate(problems(8, 18, split="service")):
             mode = MODES[number % len(MODES)]
             body = asked(problem.question, mode, temperature=0, max_tokens=40 if number > 12 else None)
+            body["parse"]["speculation"] = CHOICES[number % len(CHOICES)]
             if number % 12 > 5:
                 told = streamed(client, body)
                 finish = told["finish"]
@@ -112,14 +114,26 @@ def test_figures_add_up_to_exactly_what_clients_were_told(pair):
             expected["parse_answer_seconds_count", (done,)] += 1
             expected["parse_boundary_tokens_count", (done,)] += report["boundary"] is not None
             expected["parse_boundary_tokens_sum", (done,)] += report["boundary"] or 0
+            if done == "exact":
+                expected["parse_proposed_tokens_total", ("draft",)] += report["drafted"]
+                expected["parse_proposed_accepted_tokens_total", ("draft",)] += report["accepted"]
+            if speculation := report["speculation"]:
+                method = speculation["method"]
+                expected["parse_target_passes_total", (method,)] += speculation["passes"]
+                expected["parse_target_pass_tokens_total", (method,)] += speculation["tokens"]
+                expected["parse_proposed_tokens_total", (method,)] += speculation["proposed"]
+                expected["parse_proposed_accepted_tokens_total", (method,)] += speculation["accepted"]
             for stage in report["stages"]:
                 expected["parse_stage_seconds_count", (done, stage["name"])] += 1
         until(lambda: sum(outcomes(client).values()) == 18)
-        found = figures(client)
+        found: Tallies = Tallies()
+        for (name, labels), n in figures(client).items():
+            found[name, labels[:1] if name.startswith("parse_proposed_") else labels] += n  # of all places together
     exact = {key: value for key, value in found.items() if key[0] in {name for name, _ in expected}}
     assert exact == {key: value for key, value in expected.items() if value}
     assert found["parse_inter_token_seconds_count", ("off",)] > 0
     drafted = sum(n for (name, _), n in expected.items() if name == "parse_drafted_tokens_total")
+    assert all(expected["parse_target_passes_total", (method,)] for method in ("parallel", "ngram"))
     assert drafted > 500 and any(labels[1:] == ("partial",) for name, labels in found if name == "parse_verdicts_total")
 
 
@@ -217,10 +231,50 @@ def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
     answer.take(Piece("a", (1, 2, 3), "draft"))
     answer.take(Done("stop", Usage("exact", drafted=20, accepted=3, written=4)))
     tally(meters, answer)
-    proposed = {s.labels["position"]: s.value for s in _samples(meters, "parse_proposed_tokens_total")}
-    accepted = {s.labels["position"]: s.value for s in _samples(meters, "parse_proposed_accepted_tokens_total")}
+    proposed, accepted = (
+        {s.labels["position"]: s.value for s in _samples(meters, name) if s.labels["method"] == "draft"}
+        for name in ("parse_proposed_tokens_total", "parse_proposed_accepted_tokens_total")
+    )
     assert proposed == {**{str(place): 1.0 for place in range(1, 17)}, "17+": 4.0}
     assert {place for place, n in accepted.items() if n} == {"1", "2", "3"} and sum(accepted.values()) == 3
+
+
+def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_with_what_came_of_them():
+    meters = Meters(OF_ROUTERS, deployment="Router")
+    proposed, accepted = (9,) * 18, (8, 5, *[0] * 15, 2)
+    for mode, drafted in (("off", {}), ("exact", {"drafted": 4, "accepted": 3})):
+        answer = Answer(0, 5, Session("s"), 0.0)
+        usage = Usage(mode, **drafted, written=20, speculated=Speculated("eagle3", 9, proposed, accepted))
+        answer.take(Done("stop", usage))
+        tally(meters, answer)
+
+    def told(name: str, method: str) -> dict[str, float]:
+        samples = [s for s in _samples(meters, name) if s.labels["method"] == method and s.value]
+        return {s.labels.get("position", ""): s.value for s in samples}
+
+    assert told("parse_target_passes_total", "eagle3") == {"": 18.0}
+    assert told("parse_target_pass_tokens_total", "eagle3") == {"": 20.0 + 20.0 + 3.0}
+    places = {**{str(place): 18.0 for place in range(1, 17)}, "17+": 36.0}
+    assert told("parse_proposed_tokens_total", "eagle3") == places
+    assert told("parse_proposed_accepted_tokens_total", "eagle3") == {"1": 16.0, "2": 10.0, "17+": 4.0}
+    assert told("parse_proposed_tokens_total", "draft") == dict.fromkeys("1234", 1.0)
+    assert told("parse_proposed_accepted_tokens_total", "draft") == dict.fromkeys("123", 1.0)
+    assert not told("parse_proposed_tokens_total", "parallel")
+
+
+def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, caplog):
+    caplog.set_level(logging.INFO, logger="deployments.journal")
+    writer = Writer((300, 301, 302, 303, 304), speculated=Speculated("ngram", 2, (2, 1, 1), (2, 1, 0)))
+    writer.may_go_on.set()
+    alone = Writer((300, 301))
+    alone.may_go_on.set()
+    for verifier in (writer, alone):
+        with serving(pair, verifier=verifier, drafter=None) as client:
+            assert client.post(CHAT, json=asked(n=2)).status_code == 200
+    until(lambda: len([r for r in caplog.records if r.name == "deployments.journal"]) == 2)
+    first, second = (vars(record) for record in caplog.records if record.name == "deployments.journal")
+    assert (first["speculation"], first["tokens_per_pass"]) == ("ngram", 3.0)  # six in two passes, twice
+    assert "speculation" not in second and "tokens_per_pass" not in second
 
 
 def test_chances_are_told_by_whether_the_prefix_was_kept():

@@ -18,7 +18,7 @@ from deployments.openai import (
     usage_of,
 )
 from parse.protocol import Usage
-from parse.types import RequestError, Sampling
+from parse.types import RequestError, Sampling, Speculated
 from parse.verdict import Thresholds
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -219,6 +219,9 @@ def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
         ({"prediction": {"type": "content"}}, "prediction.content"),
         ({"prediction": {"type": "content", "content": [{"type": "image_url"}]}}, "prediction.content[0].type"),
         ({"parse": {"mode": "best"}}, "parse.mode"),
+        ({"parse": {"speculation": "eagle"}}, "parse.speculation"),
+        ({"parse": {"speculation": True}}, "parse.speculation"),
+        ({"parse": {"speculation": ["ngram"]}}, "parse.speculation"),
         ({"parse": {"full": 1.1}}, "parse.full"),
         ({"parse": {"prefix": float("nan")}}, "parse.prefix"),
         ({"parse": {"trace": 1}}, "parse.trace"),
@@ -382,6 +385,12 @@ def test_whatever_a_field_holds_it_is_taken_or_named(model, field, value):
 
 
 # What is counted.
+
+
+def test_a_method_s_proposals_are_no_draft():
+    usage = Usage("off", written=12, speculated=Speculated("parallel", 4, (4, 4, 4), (4, 3, 1)))
+    details = usage_of([5], [12], [usage]).completion_tokens_details
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (0, 0)
 
 
 def test_a_prompt_of_several_choices_counts_once_and_the_answers_each():

@@ -9,7 +9,7 @@ from deployments.backend import Session
 from deployments.replies import Answer, ChatReplies, CompletionReplies, Head, sse
 from deployments.vocabulary import Vocabulary
 from parse.protocol import Done, Event, Piece, Usage
-from parse.types import Logprob
+from parse.types import Logprob, Speculated
 
 
 def head(*, trace: bool = False, usage: bool = False) -> Head:
@@ -102,6 +102,24 @@ def test_waiting_for_a_place_counts_among_the_times():
     told = waited.report(trace=False)
     assert (told.first_s, told.total_s) == (2.5, 3.0)
     assert [(stage.name, stage.start, stage.end) for stage in told.stages] == [("queue", 0.0, 2.0)]
+
+
+def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
+    usage = Usage("rounds", drafted=9, accepted=4, written=10, speculated=Speculated("eagle3", 4, (4, 2), (3, 2)))
+    told = answer(Done("stop", usage)).report(trace=False).speculation
+    assert told is not None
+    places = [{"proposed": 4, "accepted": 3, "share": 0.75}, {"proposed": 2, "accepted": 2, "share": 1.0}]
+    counted = {"method": "eagle3", "passes": 4, "tokens": 10, "proposed": 6, "accepted": 5, "places": places}
+    assert told.model_dump() == counted | {"tokens_per_pass": 2.5}
+
+
+def test_a_method_that_proposed_nothing_wrote_all_the_same():
+    told = answer(Done("stop", Usage("off", written=3, speculated=Speculated("ngram", 3)))).report(trace=False)
+    assert told.speculation is not None and (told.speculation.tokens_per_pass, told.speculation.places) == (1.0, [])
+
+
+def test_where_no_method_was_at_work_the_report_says_so():
+    assert answer(Done("stop", Usage("off", written=3))).report(trace=False).speculation is None
 
 
 def test_an_answer_of_nothing_is_an_answer(tokenizer):
