@@ -41,3 +41,6 @@ export const MODES = {
   exact: "Draft tokens stand as long as the target would have written them. Nothing is asked.",
   off: "The target alone.",
 };
+
+/** Of methods whose names say too little. */
+export const WORDS = { draft_model: "draft model", ngram: "n-grams", none: "one token a pass" };

@@ -2,7 +2,7 @@
 
 import { ask, Failure, models, readiness } from "./api.js";
 import { byId, element, seconds, times } from "./dom.js";
-import { EXAMPLES, MODES } from "./examples.js";
+import { EXAMPLES, MODES, WORDS } from "./examples.js";
 import { Pane } from "./pane.js";
 import { explained } from "./problems.js";
 import { Session, tokens } from "./session.js";
@@ -13,10 +13,10 @@ const KEY = "parse-key"; // in sessionStorage: this tab's own, and gone with it
 
 const session = new Session();
 let model = null;
-let offer = { modes: null, full: null, prefix: null }; // of the server; null: not known yet
+let offer = { modes: null, full: null, prefix: null, methods: null, speculation: null }; // of the server; null: not known yet
 let panes = [];
 let asking = null; // the AbortController of what is on its way
-let last = null; // the last request, without its mode
+let last = null; // the last request, without its mode and method
 let count = 0;
 
 const announce = (text) => (byId("live").textContent = text);
@@ -36,9 +36,13 @@ function request() {
   return body;
 }
 
-function chosenModes() {
-  return byId("compare").checked ? [byId("mode").value, byId("mode-b").value] : [byId("mode").value];
+/** Of each answer that is asked for: {mode, method}. */
+function chosen() {
+  const ways = ["", "-b"].map((which) => ({ mode: byId(`mode${which}`).value, method: byId(`method${which}`).value }));
+  return byId("compare").checked ? ways : ways.slice(0, 1);
 }
+
+const several = () => (offer.methods?.length ?? 0) > 1;
 
 async function start() {
   if (!byId("form").reportValidity()) return;
@@ -50,7 +54,7 @@ async function start() {
   panes = [];
   byId("panes").replaceChildren();
   last = request();
-  for (const mode of chosenModes()) open(mode);
+  for (const way of chosen()) open(way);
   const answers = byId("answers");
   if (answers.getBoundingClientRect().top > innerHeight / 2) answers.scrollIntoView(); // on a telephone, where it lies below
   await through(controller, panes);
@@ -66,12 +70,18 @@ async function measureOff() {
   panes = panes.slice(0, 1);
   byId("answers").focus({ preventScroll: true }); // the button is about to go
   byId("panes").scrollIntoView({ block: "nearest" });
-  await through(controller, [open("off")]);
+  await through(controller, [open({ mode: "off", method: offer.speculation })]);
 }
 
-function open(mode) {
+function open({ mode, method }) {
   const { full = offer.full, prefix = offer.prefix } = last.parse;
-  const pane = new Pane(mode, { thresholds: { full, prefix }, id: `pane-${++count}` });
+  const usual = !several() || method === offer.speculation;
+  const pane = new Pane(mode, {
+    method,
+    name: usual ? mode : `${mode}, ${method}`,
+    thresholds: { full, prefix },
+    id: `pane-${++count}`,
+  });
   panes.push(pane);
   byId("panes").append(pane.root);
   byId("panes").dataset.count = panes.length;
@@ -101,10 +111,11 @@ async function through(controller, waiting) {
 
 async function answer(pane, controller) {
   pane.state = "asked";
-  announce(`Asked, mode ${pane.mode}.`);
+  announce(`Asked, mode ${pane.name}.`);
   try {
     if (model === null) last.model = await whichModel();
     const body = { ...last, parse: { ...last.parse, mode: pane.mode } };
+    if (several()) body.parse.speculation = pane.method || offer.speculation;
     if (pane.mode === "off") delete body.prediction; // nobody would look at it
     for await (const happened of ask(body, { key: byId("key").value, signal: controller.signal })) {
       if (controller.signal.aborted) break;
@@ -122,7 +133,7 @@ function finished(pane, body) {
   pane.show();
   if (!pane.report) throw new Failure("cut", "the answer has no end");
   announce(pane.summary);
-  session.take(body.prediction ? `${pane.mode}, own draft` : pane.mode, pane.report);
+  session.take(body.prediction ? `${pane.name}, own draft` : pane.name, pane.report);
   showSession();
 }
 
@@ -169,7 +180,7 @@ function compare({ over }) {
   if (!b) return;
   if (!a.report || !b.report) {
     const why = over ? "is not known: not both came to their end." : "is known when both are done; they are asked one after the other.";
-    line.replaceChildren(element("b", {}, "–"), element("span", {}, `How ${a.mode} compares with ${b.mode} ${why}`));
+    line.replaceChildren(element("b", {}, "–"), element("span", {}, `How ${a.name} compares with ${b.name} ${why}`));
     return;
   }
   const [fast, slow] = a.report.total_s <= b.report.total_s ? [a, b] : [b, a];
@@ -180,7 +191,7 @@ function compare({ over }) {
     element(
       "span",
       {},
-      `${fast.mode} is the faster: done in ${seconds(fast.report.total_s)}, ${slow.mode} in ${seconds(slow.report.total_s)}. ` +
+      `${fast.name} is the faster: done in ${seconds(fast.report.total_s)}, ${slow.name} in ${seconds(slow.report.total_s)}. ` +
         `In tokens per second: ${times(rate(fast) / rate(slow))}. ${same}`,
     ),
   );
@@ -214,6 +225,18 @@ function offered(parse) {
   for (const id of ["mode", "mode-b"]) {
     const [first] = byId(id).querySelectorAll("option:not(:disabled)");
     if (byId(id).selectedOptions[0]?.disabled && first) byId(id).value = first.value;
+  }
+  offeredMethods();
+}
+
+/** Where there is only one way to write, there is nothing to choose. */
+function offeredMethods() {
+  byId("methods").hidden = !several();
+  const methods = offer.methods ?? [];
+  for (const id of ["method", "method-b"]) {
+    const before = byId(id).value;
+    byId(id).replaceChildren(...methods.map((method) => element("option", { value: method }, WORDS[method] ?? method)));
+    byId(id).value = methods.includes(before) ? before : offer.speculation;
   }
 }
 
@@ -263,8 +286,8 @@ function fill() {
 
 function help() {
   const two = byId("compare").checked;
-  byId("mode-b").disabled = !two;
-  const modes = [...new Set(chosenModes())];
+  for (const id of ["mode-b", "method-b"]) byId(id).disabled = !two;
+  const modes = [...new Set(chosen().map(({ mode }) => mode))];
   byId("mode-help").replaceChildren(
     ...modes.map((mode) => element("span", {}, element("b", {}, mode), ` ${MODES[mode]}`)),
   );

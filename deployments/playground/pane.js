@@ -17,8 +17,10 @@ const STATES = {
 };
 
 export class Pane {
-  constructor(mode, { thresholds, id }) {
+  constructor(mode, { method, name, thresholds, id }) {
     this.mode = mode;
+    this.method = method;
+    this.name = name;
     this.thresholds = thresholds;
     this.pieces = [];
     this.verdicts = [];
@@ -29,10 +31,10 @@ export class Pane {
     this.part = (selector) => this.root.querySelector(selector);
     const title = this.part("h3");
     title.id = `${id}-title`;
-    title.textContent = mode;
+    title.textContent = name;
     this.root.dataset.mode = mode;
     this.root.setAttribute("aria-labelledby", title.id);
-    this.part(".transcript").setAttribute("aria-label", `Answer, mode ${mode}`);
+    this.part(".transcript").setAttribute("aria-label", `Answer, mode ${name}`);
     this.transcript = new Transcript(this.part(".transcript"));
     this.curve = fitted(this.part(".curve .plot"), (width) => this.drawnCurve(width));
     this.stages = fitted(this.part(".stages .plot"), (width) => this.drawnStages(width));
@@ -146,7 +148,7 @@ export class Pane {
   get summary() {
     const { drafted, accepted, written, total_s: total } = this.report;
     const draft = drafted ? `${accepted} of ${drafted} drafted tokens accepted` : "no draft";
-    return `Mode ${this.mode} is done after ${seconds(total)}: ${draft}, ${written} written by the target.`;
+    return `Mode ${this.name} is done after ${seconds(total)}: ${draft}, ${written} written by the target.`;
   }
 
   leave() {
@@ -155,6 +157,18 @@ export class Pane {
     this.stages.end();
     this.root.remove();
   }
+}
+
+/** A server that knows of no methods tells nothing of them. */
+function passed(speculation) {
+  if (!speculation) return [];
+  const { method, passes, tokens_per_pass: each, proposed, accepted } = speculation;
+  return [
+    ["speculation", method, "how the target wrote"],
+    ["passes", passes, "of the target, while it wrote"],
+    ["tokens_per_pass", each.toFixed(2), "that came of them"],
+    ["proposed", `${accepted} of ${proposed}`, "tokens, that were taken"],
+  ];
 }
 
 function figures(report, finish) {
@@ -166,6 +180,7 @@ function figures(report, finish) {
     ["written", report.written, "by the target"],
     ["rounds", report.rounds, "drafts judged"],
     ["boundary", report.boundary ?? "none", "tokens kept of the first draft"],
+    ...passed(report.speculation),
     ["cached", report.cached, "tokens of the prompt known before"],
     ["retries", report.retries, "calls made again"],
     ["fallback", report.fallback ?? "none", "why the target went alone"],

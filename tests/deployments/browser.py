@@ -78,7 +78,14 @@ class Playground:
     def choose(self, selector: str, value: str) -> None:
         self.one(f"{selector} option[value='{value}']").click()
 
-    def ask(self, question: str | None = None, *, mode: str = "full", against: str | None = None) -> None:
+    def ask(
+        self,
+        question: str | None = None,
+        *,
+        mode: str = "full",
+        against: str | None = None,
+        methods: tuple[str, str] | None = None,
+    ) -> None:
         if question is not None:
             self.put("#question", question)
         self.choose("#mode", mode)
@@ -86,6 +93,8 @@ class Playground:
             self.one("#compare").click()
         if against is not None:
             self.choose("#mode-b", against)
+        for field, method in zip(("#method", "#method-b"), methods or (), strict=False):
+            self.choose(field, method)
         self.one("#ask").click()
 
     def ended(self) -> Sequence[str]:
@@ -160,11 +169,11 @@ def main() -> None:
     from deployments.config import ApiSettings
     from deployments.http import create_app
     from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
-    from tests.deployments.conftest import MODEL, settings
+    from tests.deployments.conftest import MODEL, WAYS, settings
     from tests.deployments.live import LocalBackend, served
 
     with (
-        LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT)) as pair,
+        LocalPair(settings(DEMO_TARGET, *WAYS), settings(DEMO_DRAFT)) as pair,
         served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address,
     ):
         pictures(args.folder, address)

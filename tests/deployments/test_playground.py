@@ -311,6 +311,38 @@ def test_where_none_are_set_the_servers_thresholds_are_drawn(page, address):
     assert page.one("#full").get_attribute("placeholder") == str(card["parse"]["full"])
 
 
+def test_a_method_is_chosen_beside_the_mode_and_the_report_shows_what_came_of_a_pass(page, address):
+    page.open(address)
+    page.until(lambda: page.one("#methods").is_displayed(), "the methods are known")
+    assert page.run("return [...document.querySelectorAll('#method option')].map(o => o.value)") == [
+        "parallel",
+        "ngram",
+        "none",
+    ]
+    assert page.run("return document.getElementById('method').value") == "parallel"  # the server's
+    page.ask(KIM, mode="off", against="off", methods=("parallel", "none"))
+    assert page.ended() == ["done", "done"]
+    assert page.runs(0) == page.runs(1)
+    written, passes = int(page.report("written")), int(page.report("passes"))
+    assert page.report("tokens_per_pass") == f"{written / passes:.2f}" and written > 2 * passes
+    taken, proposed = map(int, page.report("proposed").split(" of "))
+    assert page.report("speculation") == "parallel" and written - passes <= taken <= proposed
+    assert not page.all(".pane:last-child [data-report=speculation]")
+    assert [title.text for title in page.all("h3")] == ["off", "off, none"]
+    rows = page.run("return [...document.querySelectorAll('#session-rows tr')].map(row => row.dataset.mode)")
+    assert rows == ["off", "off, none"]
+    assert page.console() == []
+
+
+def test_where_the_target_writes_in_one_way_there_is_no_method_to_choose(page, pair):
+    with served(create_app(LocalBackend(replace(pair.pipeline, methods=())), ApiSettings(), MODEL)) as address:
+        page.open(address)
+        page.until(lambda: page.one("#model").text == MODEL, "the model is known")
+        assert not page.one("#methods").is_displayed()
+        page.ask(KIM, mode="full")
+        assert page.ended() == ["done"]
+
+
 def test_a_draft_of_ones_own_takes_the_drafters_place(page, address):
     page.open(address)
     page.write("#prediction", "First, Uma scores 73")
