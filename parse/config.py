@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from parse.probes import DEFAULT_STRIDE, Places
 from parse.prompts import QUESTION
+from parse.types import Method
 from parse.verdict import Rule, Thresholds
 
 METHOD_FILE = "parse.json"  # beside a model's weights: settings of the method that it was made for
@@ -15,6 +16,36 @@ METHOD_FILE = "parse.json"  # beside a model's weights: settings of the method t
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpeculationSettings(Settings):
+    """How several tokens are proposed at once. The text stays the model's own; only the number of passes changes."""
+
+    method: Method = Field(
+        description='"eagle3" and "parallel": a trained head; "space": the model itself, by masks; "draft_model": a '
+        'small model beside it; "ngram": what followed the same words before.'
+    )
+    head: str | None = Field(
+        None,
+        description="A directory, or an id on the Hugging Face hub: of the head, of the adapters for space (null: the "
+        "model itself was tuned to read its tokenizer's mask token), of the small model. ngram takes none.",
+    )
+    tokens: int | None = Field(
+        None, ge=1, le=64, description="Most tokens proposed at once; null: as many as the method is good for."
+    )
+    beam: int = Field(
+        1, ge=1, le=16, description="eagle3, parallel: 1 proposes a chain; more, a tree that is as wide at each place."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.method == "ngram" and self.head is not None:
+            raise ValueError("ngram takes no head")
+        if self.method in ("eagle3", "parallel", "draft_model") and self.head is None:
+            raise ValueError(f"{self.method} needs a head")
+        if self.beam > 1 and self.method not in ("eagle3", "parallel"):
+            raise ValueError(f"{self.method} proposes chains only, beam must be 1")
+        return self
 
 
 class EngineSettings(Settings):
@@ -41,6 +72,17 @@ class EngineSettings(Settings):
         ge=1,
         description="Most tokens computed in one pass: more is faster in all, and stalls streams longer.",
     )
+    speculation: tuple[SpeculationSettings, ...] = Field(
+        (), description="Ways to write several tokens in a pass. The first is taken where a request names none."
+    )
+
+    @field_validator("speculation")
+    @classmethod
+    def _once_each(cls, ways: tuple[SpeculationSettings, ...]) -> tuple[SpeculationSettings, ...]:
+        methods = [way.method for way in ways]
+        if len(set(methods)) < len(methods):
+            raise ValueError(f"each method may be named once, got {', '.join(methods)}")
+        return ways
 
 
 class MethodSettings(Settings):

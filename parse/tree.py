@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
+MASK = -1
+"""Stands in a node for no token: the model is only to say what it foresees there."""
+
 
 @dataclass(frozen=True)
 class TokenTree:

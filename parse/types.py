@@ -1,8 +1,10 @@
 """The values that travel between callers, pipeline and engine, and the errors they meet."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import zip_longest
 from typing import Literal
 
 
@@ -139,6 +141,32 @@ class Logprob:
 
 Finish = Literal["stop", "length"]
 
+Method = Literal["draft_model", "ngram", "eagle3", "parallel", "space"]
+"""Ways to propose several of the target's next tokens at once."""
+
+MethodChoice = Literal["draft_model", "ngram", "eagle3", "parallel", "space", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Speculated:
+    """What came of a method's proposals."""
+
+    method: Method
+    passes: int = 0  # of the target, with proposals and without, each of which wrote at least a token
+    proposed: tuple[int, ...] = ()  # tokens, at each place of the proposals
+    accepted: tuple[int, ...] = ()  # of them; both are as long as the longest proposal
+
+    def __add__(self, other: "Speculated") -> "Speculated":
+        def added(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(a + b for a, b in zip_longest(one, two, fillvalue=0))
+
+        return Speculated(
+            other.method,
+            self.passes + other.passes,
+            added(self.proposed, other.proposed),
+            added(self.accepted, other.accepted),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -149,6 +177,7 @@ class Tokens:
     finish: Finish | None = None  # set on the last piece: ended by itself or at a stop string, or cut off
     accepted: int = 0  # how many of these the proposal held already
     cached: int = 0  # on the first piece: tokens of what it goes on from that were known
+    speculated: Speculated | None = None  # in the passes that wrote these
 
 
 def joined(pieces: Sequence[Tokens]) -> Tokens:
@@ -161,7 +190,14 @@ def joined(pieces: Sequence[Tokens]) -> Tokens:
         pieces[-1].finish,
         sum(piece.accepted for piece in pieces),
         pieces[0].cached,
+        summed(piece.speculated for piece in pieces),
     )
+
+
+def summed(parts: Iterable[Speculated | None]) -> Speculated | None:
+    """All that there is, None if nothing is."""
+    there = [part for part in parts if part is not None]
+    return reduce(Speculated.__add__, there) if there else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def test_a_pass_yields_what_the_card_says(network, texts, name):
     method = method_of(MODELS / name, network, chain.how)
     for kind in ("plain", "continued"):
         some = [text for text in texts if bool(text.begun) == (kind == "continued")]
-        found = acceptance(method.proposer, method.taps, network, some, chain.most)
+        found = acceptance(method, network, some, chain.most)
         assert found.length > max(5.0, SLACK * said[kind]["mean_accepted_length"])
 
 

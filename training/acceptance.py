@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from parse.speculate.checkpoint import load_head
 from parse.speculate.eagle3 import Eagle3
 from parse.speculate.head import HeadError, Target
 from parse.speculate.parallel import Parallel
-from parse.speculate.proposal import Proposal, Proposer
+from parse.speculate.proposal import Foresight, Proposal, Wish
 from training.checkpoints import BrokenModel, load_model
 from training.evaluate import MODELS, rounded
 from training.outputs import AT_ONCE, Output, beginnings, open_target, read_outputs, written
@@ -61,22 +61,21 @@ def followed(proposal: Proposal, text: Sequence[int]) -> int:
 
 
 @torch.inference_mode()
-def acceptance(
-    new: Callable[[], Proposer], taps: Sequence[int], network: PreTrainedModel, texts: Sequence[Output], most: int
-) -> Acceptance:
+def acceptance(method: Foresight[Any], network: PreTrainedModel, texts: Sequence[Output], most: int) -> Acceptance:
     lengths: list[int] = []
     seconds: list[float] = []
     passes = tokens = nodes = 0
     for text in texts:
         rows = torch.tensor([text.tokens], device=network.device)
         states = network(input_ids=rows, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+        taps = method.taps
         features = torch.cat([states[tap][0] for tap in taps], -1) if taps else None  # [T, taps * H]
-        proposer, known, at = new(), 0, len(text.prompt) + text.begun
+        proposer, known, at = method.proposer(), 0, len(text.prompt) + text.begun
         while at < len(text.tokens):
             began = time.perf_counter()
             new_ones = None if features is None else features[max(0, known - 1) : at - 1]
-            proposer.take(text.tokens[known:at], new_ones)
-            proposal = proposer.propose(most)
+            proposer.take(text.tokens[known:at], new_ones, None)
+            (proposal,) = method.propose([Wish(proposer, most)])
             seconds.append(time.perf_counter() - began)
             lengths.append(followed(proposal, text.tokens[at:]))
             nodes += len(proposal.tokens)
@@ -138,11 +137,7 @@ def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> di
         found["ways"][name] = {
             "most": way.most,
             **way.how,
-            "of": {
-                kind: _told(acceptance(method.proposer, method.taps, network, some, way.most))
-                for kind, some in kinds.items()
-                if some
-            },
+            "of": {kind: _told(acceptance(method, network, some, way.most)) for kind, some in kinds.items() if some},
         }
     return found
 

@@ -91,13 +91,13 @@ def new_head(
 
 
 class Distillation:
-    """What the target would say, over the head's vocabulary."""
+    """What the target would say, over those of its tokens that are chosen."""
 
-    def __init__(self, head: Head, network: PreTrainedModel) -> None:
+    def __init__(self, chosen: Tensor, network: PreTrainedModel) -> None:
         self._read = network.get_output_embeddings()
-        self._chosen = head.to_target
-        self._known = torch.zeros(head.config.vocab_size, dtype=torch.bool, device=self._chosen.device)
-        self._known[self._chosen] = True
+        self._chosen = chosen
+        self._known = torch.zeros(Target.of(network).vocabulary, dtype=torch.bool, device=chosen.device)
+        self._known[chosen] = True
 
     @torch.no_grad()
     def wanted(self, top: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ def unrolled(head: Head, embeddings: Tensor, rotation: Rotation, given: Batch) -
 
 
 def losses(head: Head, network: PreTrainedModel, library: Library, recipe: Recipe) -> Losses:
-    distillation, embeddings = Distillation(head, network), Target.of(network).embedding
+    distillation, embeddings = Distillation(head.to_target, network), Target.of(network).embedding
     rotation = Rotation(head.config, head.fc)
 
     def of(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:

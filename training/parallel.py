@@ -71,7 +71,7 @@ def foreseen(head: Head, embeddings: Tensor, rotation: Rotation, given: Batch) -
 
 
 def losses(head: Head, network: PreTrainedModel, library: Library, recipe: ParallelRecipe) -> Losses:
-    distillation, embeddings = Distillation(head, network), Target.of(network).embedding
+    distillation, embeddings = Distillation(head.to_target, network), Target.of(network).embedding
     rotation = Rotation(head.config, head.fc)
 
     def of(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:

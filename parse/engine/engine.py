@@ -24,6 +24,9 @@ from parse.engine.programs import Answer, Ask, Program
 from parse.engine.sampler import Draw, choose
 from parse.engine.step import Span
 from parse.engine.turns import CPU_TURNS
+from parse.speculate.costs import Costs
+from parse.speculate.proposal import Proposal
+from parse.speculate.speculation import Wished
 from parse.tree import TokenTree
 from parse.types import Cancelled, EngineStopped, NumericalError, RequestError
 
@@ -93,6 +96,7 @@ class Engine:
         step_tokens: int,
         page_size: int | None = None,
         graphs: bool = False,
+        costs: Costs | None = None,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
         """Memory for `contexts` rows of `capacity` tokens; at most `step_tokens` are computed in one pass.
@@ -100,9 +104,10 @@ class Engine:
         On a CPU a row lies in one piece. On other devices, or given a `page_size`, rows lie in small pages and take no
         more of them than they need, so that there may be more rows.
 
-        With `graphs`, steps of single tokens are recorded and replayed where the device can do that.
+        With `graphs`, steps of single tokens are recorded and replayed where the device can do that. `costs` are told
+        what passes take.
         """
-        self.model, self.max_running, self.step_tokens = model, max_running, step_tokens
+        self.model, self.max_running, self.step_tokens, self.costs = model, max_running, step_tokens, costs
         self._after_step = after_step  # called whenever listeners may have been told something
         self._make_attention: MakeAttention
         if page_size is None:
@@ -120,7 +125,9 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._steps = self._step_calls = self._tokens = self._replayed = 0
-        self._busy_s = 0.0
+        self._busy_s = self._foreseeing_s = 0.0
+        self._written = self._noted = 0  # tokens that were kept, and how many of them the costs know
+        self._wishes: list[tuple[Job, Wished]] = []
         self._stopped = self._forgetful = False
         self._thread = threading.Thread(target=self._work, name=f"engine {model.name}", daemon=True)
         self._thread.start()
@@ -181,11 +188,12 @@ class Engine:
                 while not self._stopped:
                     self._take_in()
                     self._admit()
+                    began = time.perf_counter()
+                    self._foresee()
                     if plan := self._granted(self._plan()):
-                        began = time.perf_counter()
                         self._run(plan)
-                        self._busy_s += time.perf_counter() - began
                         self._step_calls += len(plan)
+                        self._busy_s += time.perf_counter() - began
                     self._after_step()
         except BaseException as fault:
             logger.exception("the engine's thread died")
@@ -234,6 +242,19 @@ class Engine:
             elif not job.missing:  # while it was set back, others have computed all it wanted
                 self._advance(job, NOTHING)
 
+    def _foresee(self) -> None:
+        """What programs wish to have foreseen, for all of them at once."""
+        while self._wishes:
+            began = time.perf_counter()
+            wishes = [(job, wished) for job, wished in self._wishes if job.context is not None]
+            self._wishes = []
+            for way in {id(wished.way): wished.way for _, wished in wishes}.values():
+                asking = [(job, wished.wish) for job, wished in wishes if wished.way is way]
+                proposals = way.propose([wish for _, wish in asking])
+                for (job, _), proposal in zip(asking, proposals, strict=True):
+                    self._advance(job, proposal)
+            self._foreseeing_s += time.perf_counter() - began
+
     def _plan(self) -> list[tuple[Job, Span]]:
         """Requests that need a single token first, in the order of their pages; the rest shares what is left."""
         singles = [job for job in self._running if job.missing == 1]
@@ -275,6 +296,8 @@ class Engine:
         return job, Span(job.context, job.ask.nodes, job.progress, job.progress + count)
 
     def _run(self, plan: list[tuple[Job, Span]]) -> None:
+        writing = all(job.ask.read is None and span.first >= len(span.context.tokens) for job, span in plan)
+        began = time.perf_counter()
         try:
             chosen, logits, reads = self._forward(plan)
         except Exception as error:
@@ -297,6 +320,11 @@ class Engine:
                 answers = job.answers or [logits[:0]]
                 whole = answers[0] if len(answers) == 1 else torch.cat(answers)
                 self._advance(job, Answer(whole, job.chosen, partial(self._features, job.context)))
+        if self.costs is not None and writing:
+            seconds = time.perf_counter() - began
+            self.costs.passed(sum(len(span) for _, span in plan), seconds)
+            self.costs.wrote(self._written - self._noted, seconds + self._foreseeing_s)
+        self._noted, self._foreseeing_s = self._written, 0.0
 
     def _forward(self, plan: Sequence[tuple[Job, Span]]) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
         """The tokens chosen and the logits at the wanted places of all spans, and where in them each span's lie."""
@@ -337,13 +365,10 @@ class Engine:
             self._graphs.record(spans, logits)
         return logits
 
-    def _advance(self, job: Job, answer: Answer | None) -> None:
-        """Lets the program decide on an answer (None: start it), and takes what it asks next."""
-        context = job.context
-        assert context is not None
-        nodes = job.ask.nodes
+    def _advance(self, job: Job, said: Answer | Proposal | None) -> None:
+        """Lets the program decide on what it asked for (None: start it), and takes what it asks next."""
         try:
-            job.ask = job.program.send(answer) if answer is not None else next(job.program)
+            asked = job.program.send(said)
         except StopIteration:
             self._finish(job, None)
             return
@@ -351,11 +376,15 @@ class Engine:
             logger.exception("a request failed on its answer")
             self._finish(job, error)
             return
-        if answer is not None:
-            if job.ask.keep:
-                self._keep(context, nodes, job.ask.keep)
-            job.progress = context.computed
-            job.answers, job.chosen = [], []
+        if isinstance(asked, Wished):
+            self._wishes.append((job, asked))
+            return
+        context, nodes, job.ask = job.context, job.ask.nodes, asked
+        assert context is not None
+        if asked.keep:
+            self._keep(context, nodes, asked.keep)
+        job.progress = context.computed
+        job.answers, job.chosen = [], []
         if not job.missing:
             self._advance(job, NOTHING)
 
@@ -368,6 +397,7 @@ class Engine:
             self._memory.move(self._slots(context, sources), self._slots(context, targets))
         tokens = nodes.tokens if isinstance(nodes, TokenTree) else nodes
         self._cache.commit(context, [int(tokens[node]) for node in path])
+        self._written += len(path)
 
     def _slots(self, context: Context, entries: Sequence[int]) -> list[int]:
         size = self._cache.page_size

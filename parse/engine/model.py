@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from parse.engine.kernels import speed_up
 from parse.engine.memory import Memory
 from parse.engine.paged import PAGE, attention_on
 from parse.engine.step import Span
-from parse.tree import probes
+from parse.tree import MASK, probes
 from parse.types import RequestError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,19 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}  # 
 
 class ModelNotFound(ValueError):
     """Not a directory or a hub id with a causal language model."""
+
+
+class Masks(Protocol):
+    """What the network reads where a node holds a mask, and how it is changed there."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """[width]"""
+        ...
+
+    def at(self, rows: Tensor) -> AbstractContextManager[None]:
+        """For a pass in which these entries are masks."""
+        ...
 
 
 class Model:
@@ -49,6 +63,7 @@ class Model:
         self.vocabulary: int = config.vocab_size
         speed_up(network, linears=not int8)
         self.taps: tuple[int, ...] = ()  # which of the hidden states are wanted beside the logits
+        self.masks: Masks | None = None
         self.longest: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.ends = _end_tokens(network, tokenizer)
         self.bytes_per_token = self._self_check()
@@ -89,15 +104,33 @@ class Model:
         the features of all entries, [T, taps * width]."""
         rows = torch.tensor([tokens, positions], device=self.device)
         keep = 0 if read is None else torch.tensor(read, dtype=torch.long, device=self._index_device)
-        return self.run(rows[:1], rows[1:], step, keep)
+        if MASK not in tokens:
+            return self.run(rows[:1], rows[1:], step, keep)
+        assert self.masks is not None, "no masks are known to this model"
+        masks = torch.tensor([entry for entry, token in enumerate(tokens) if token == MASK], device=self.device)
+        embedded = self.network.get_input_embeddings()(rows[:1].clamp(min=0))
+        embedded[:, masks] = self.masks.embedding
+        with self.masks.at(masks):
+            return self.run(None, rows[1:], step, keep, embedded=embedded)
 
     def run(
-        self, tokens: Tensor, positions: Tensor, step: Attention, keep: Tensor | int
+        self,
+        tokens: Tensor | None,
+        positions: Tensor,
+        step: Attention,
+        keep: Tensor | int,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same of tensors, tokens and positions [1, T]; `keep` is an index, or 0 for all."""
+        """The same of tensors, positions and either tokens [1, T] or embeddings; `keep` is an index, or 0 for all."""
         tapped: dict[str, Any] = {"output_hidden_states": list(self.taps)} if self.taps else {}
         out = self.network(
-            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep, step=step, **tapped
+            input_ids=tokens,
+            inputs_embeds=embedded,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=keep,
+            step=step,
+            **tapped,
         )
         features = torch.cat([out.hidden_states[tap][0] for tap in self.taps], -1) if self.taps else None
         logits: Tensor = out.logits[0]

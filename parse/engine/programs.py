@@ -7,6 +7,7 @@ again elsewhere.
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from torch import Tensor
 from parse.engine.sampler import Draw, Sampler, logprobs
 from parse.engine.text import TextStream
 from parse.prompts import Check
-from parse.speculate.proposal import Proposal, Proposer
-from parse.tree import TokenTree, child, probes, proposals
-from parse.types import Finish, Judged, Logprob, Sampling, Tokens
+from parse.speculate.proposal import NOTHING, Foreseen, Proposal, chained
+from parse.speculate.speculation import Speculation, Wished
+from parse.tree import MASK, TokenTree, child, probes, proposals
+from parse.types import Finish, Judged, Logprob, Sampling, Speculated, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ class Answer:
     features: Callable[[Sequence[int]], Tensor] | None = None  # of entries: the context's tokens, and then the nodes
 
 
-Program = Generator[Ask, Answer, None]
+Program = Generator[Ask | Wished, Any, None]
+"""Is sent an Answer for an Ask, and a Proposal for a wish."""
 
 
 def warm() -> Program:
@@ -53,36 +56,35 @@ def generate(
     room: int,
     emit: Callable[[Tokens], None],
     text: TextStream | None = None,
-    proposal: Sequence[int] = (),
-    proposer: Proposer | None = None,
-    featured: bool = False,
+    given: Sequence[int] = (),
+    speculation: Speculation | None = None,
     piece: int = 1,
 ) -> Program:
     """Writes on after `prompt` and `output`, of which all but the last token are the context.
 
     At most `room` tokens, the end token not among them, handed to `emit` in pieces of at least `piece`. `text` watches
-    for stop strings. Tokens of `proposal`, and then whatever the proposer has to offer, are run together and taken as
-    long as they are what would have been chosen anyway. A proposer that is `featured` foresees the model by its
-    features, and so begins behind the first token.
+    for stop strings. Tokens of `given`, and then whatever speculation has to offer, are run together and taken as long
+    as they are what would have been chosen anyway.
     """
     sampler = Sampler(sampling, prompt, output)
     ends = () if sampling.ignore_eos else ends
-    last, given = (output or prompt)[-1], len(proposal) > 0
-    nodes: TokenTree | Sequence[int] = [last, *proposal[: max(0, room - 1)]]
-    context = len(prompt) + len(output) - 1
+    last, context = (output or prompt)[-1], len(prompt) + len(output) - 1
+    proposal = chained(given[: max(0, room - 1)])
     untold: Sequence[int] = (*prompt, *output)  # to the proposer
     entries: Sequence[int] = range(context)
-    if proposer is not None and not featured:
-        proposer.take(untold, None)
+    if speculation is not None and not speculation.featured:
+        speculation.take(untold, None, None)
         untold = ()
-        if not given:
-            nodes = _hung(last, proposer.propose(room - 1))
+        if not given and (wished := speculation.wish(room - 1)):
+            proposal = yield wished
     keep: Sequence[int] = ()
     written: list[int] = []
     likely: list[Logprob] = []
+    speculated: Speculated | None = None
     left, accepted = room, 0
     while True:
-        answer = yield Ask(nodes, keep=keep, draws=sampler.draws(nodes))
+        nodes = _hung(last, proposal)
+        answer: Answer = yield Ask(nodes, keep=keep, draws=sampler.draws(nodes))
         finish: Finish | None = None
         node: int | None = 0
         path, taken = [], []
@@ -98,7 +100,6 @@ def generate(
             taken.append(token)
             left -= 1
             node = child(nodes, node, token)
-            accepted += given and node is not None
             if text is not None:
                 text.add((token,))
                 finish = "stop" if text.stopped is not None else None
@@ -107,25 +108,46 @@ def generate(
             if finish:
                 break
         written += taken
+        matched = len(taken) - (node is None)  # of the proposal
+        if given:
+            accepted += matched
+        if speculation is not None:
+            came = speculation.came(NOTHING if given else proposal, matched)
+            speculated = came if speculated is None else speculated + came
         if finish or len(written) >= piece:
-            emit(Tokens(tuple(written), tuple(likely), finish, accepted))
-            written, likely, accepted = [], [], 0
+            emit(Tokens(tuple(written), tuple(likely), finish, accepted, speculated=speculated))
+            written, likely, accepted, speculated = [], [], 0, None
         if finish:
             yield Ask((), read=(), keep=path)  # the next turn will begin with it
             return
-        given, keep, nodes = False, path, taken[-1:]
-        if proposer is not None:
+        last, given, keep, proposal = taken[-1], (), path, NOTHING
+        if speculation is not None:
             features = None
-            if featured and answer.features is not None:
+            if speculation.featured and answer.features is not None:
                 features = answer.features([*entries, *(context + node for node in path)])
-            proposer.take((*untold, *taken), features)
-            nodes = _hung(taken[-1], proposer.propose(left - 1))
+            speculation.take((*untold, *taken), features, _foreseen(nodes, path[-1], answer))
             context, untold, entries = context + len(path), (), ()
+            if wished := speculation.wish(left - 1):
+                proposal = yield wished
+
+
+def _foreseen(nodes: TokenTree | Sequence[int], node: int, answer: Answer) -> Foreseen | None:
+    """What the masks behind that node say."""
+    masks = []
+    mask = child(nodes, node, MASK)
+    while mask is not None:
+        masks.append(mask)
+        mask = child(nodes, mask, MASK)
+    if not masks:
+        return None
+    tokens = [answer.chosen[mask] for mask in masks]
+    chances = answer.logits[masks].softmax(-1)[range(len(masks)), tokens]
+    return Foreseen(tokens, chances.tolist())
 
 
 def _hung(token: int, proposal: Proposal) -> TokenTree | Sequence[int]:
     """The proposal below the last token of the text."""
-    if list(proposal.parents) == list(range(-1, len(proposal.tokens) - 1)):
+    if list(proposal.parents) == list(range(-1, len(proposal.parents) - 1)):
         return [token, *proposal.tokens]
     tree, _ = proposals([token, *proposal.tokens], [-1, *(parent + 1 for parent in proposal.parents)])
     return tree

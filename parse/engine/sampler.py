@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from parse.tree import TokenTree, chain
+from parse.tree import MASK, TokenTree, chain
 from parse.types import Logprob, Sampling
 
 COLDEST = 1e-30  # a temperature as good as zero; divided by much less, logits are no numbers any more
@@ -63,7 +63,7 @@ class Sampler:
             del above[depth:]
             written = above[-1] if above else self._written
             if s.adjusts:  # a copy each: they are for different moments
-                written = written + Counter((token,) if depth else ())
+                written = written + Counter((token,) if depth and token != MASK else ())
             above.append(written)
             drawn = 0.0 if s.greedy else uniform(s.seed, self.position + depth)
             draws.append(Draw(s, drawn, self._read, written))

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -14,10 +14,12 @@ from parse.engine.engine import Engine, Job, Load
 from parse.engine.model import Model
 from parse.engine.programs import Program, generate, judge, warm
 from parse.engine.text import TextStream
+from parse.engine.timing import pass_seconds
 from parse.prompts import Check
-from parse.speculate.guard import Guarded
-from parse.speculate.proposal import Foresight
-from parse.types import Judged, RequestError, Sampling, Tokens, joined, token_ids
+from parse.speculate.costs import Costs
+from parse.speculate.methods import bytes_per_token, ways
+from parse.speculate.speculation import Way
+from parse.types import Judged, Method, MethodChoice, RequestError, Sampling, Tokens, joined, token_ids
 
 PLAIN = Sampling()
 QUIET_S = 0.02  # nobody reads faster
@@ -33,26 +35,29 @@ class ModelService:
         model: Model | None = None,
         *,
         graphs: bool = False,
-        foresight: Callable[[Model], Foresight] | None = None,
     ) -> None:
-        """Loads the model that the settings name, unless it is given. `foresight` makes what proposes its tokens."""
+        """Loads the model that the settings name, unless it is given, and what proposes its tokens."""
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.model = model or Model.load(
             settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8
         )
-        self._foresight = foresight(self.model) if foresight else None
-        if self._foresight:
-            self.model.taps = self._foresight.taps
+        costs = Costs()
+        self._ways = ways(settings, self.model, costs)
         self.max_context = min(settings.max_context, self.model.longest)
         capacity = self.max_context + PROBE_ROOM
-        tokens = settings.memory_mb * 2**20 // self.model.bytes_per_token
+        if self._ways:
+            costs.begin(pass_seconds(self.model))
+        bytes_each = self.model.bytes_per_token + bytes_per_token(list(self._ways.values()), self.model)
+        tokens = settings.memory_mb * 2**20 // bytes_each
         contexts = tokens // capacity
         if contexts < 1:
-            needed = -(-capacity * self.model.bytes_per_token // 2**20)
+            needed = -(-capacity * bytes_each // 2**20)
             raise RequestError(
                 "memory_mb", f"{settings.memory_mb} hold no context of {self.max_context} tokens, that takes {needed}"
             )
+        for way in self._ways.values():
+            way.foresight.reserve(contexts, tokens // contexts)
         self._bell = _Bell()
         self.engine = Engine(
             self.model,
@@ -61,8 +66,14 @@ class ModelService:
             max_running=settings.max_running,
             step_tokens=settings.step_tokens,
             graphs=graphs,
+            costs=costs if self._ways else None,
             after_step=self._bell.ring,
         )
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Of speculation, the usual one first."""
+        return tuple(self._ways)
 
     @property
     def load(self) -> Load:
@@ -134,10 +145,12 @@ class ModelService:
         *,
         proposal: Sequence[int] = (),
         piece: int = 1,
+        speculation: MethodChoice | None = None,
     ) -> AsyncGenerator[Tokens]:
         """Writes on after `output`; what has been written since the last time it was asked comes in one piece.
 
-        The token limit, penalties, stop strings and seed regard the output as a whole. Leaving the iteration cancels.
+        How fast depends on `speculation` (None: the usual method), what never does. The token limit, penalties, stop
+        strings and seed regard the output as a whole. Leaving the iteration cancels.
         """
         prompt = token_ids("prompt", prompt, self.model.vocabulary)
         output = token_ids("output", output, self.model.vocabulary)
@@ -149,6 +162,7 @@ class ModelService:
             room = min(room, sampling.max_tokens - len(output))
         if room < 1:
             raise RequestError("output", f"leaves nothing of max_tokens, {sampling.max_tokens}")
+        way = self._way(speculation)
         text = None
         if sampling.stop:
             text = TextStream(self.model.tokenizer, sampling.stop)
@@ -164,9 +178,8 @@ class ModelService:
             room=room,
             emit=mailbox.put,
             text=text,
-            proposal=proposal,
-            proposer=Guarded(self._foresight.proposer(), self.model.vocabulary) if self._foresight else None,
-            featured=bool(self.model.taps),
+            given=proposal,
+            speculation=way.begin() if way else None,
             piece=piece,
         )
         job = Job([*prompt, *output][:-1], program, room + 1, mailbox)
@@ -191,6 +204,16 @@ class ModelService:
             return job.cached
         finally:
             self.engine.cancel(job)
+
+    def _way(self, choice: MethodChoice | None) -> Way | None:
+        if choice is None:
+            return next(iter(self._ways.values()), None)
+        if choice == "none":
+            return None
+        if choice not in self._ways:
+            offered = ", ".join(("none", *self._ways))
+            raise RequestError("speculation", f"must be one of {offered}, got {choice!r}")
+        return self._ways[choice]
 
     def _check_length(self, field: str, length: int, spare: int = 0) -> None:
         if not length:

@@ -39,7 +39,7 @@ MASKS: dict[str, tuple[str, ...]] = {name: (name,) for name in ("mask_embedding"
 def load_head(path: str | Path, target: Target) -> tuple[Head, Tensor]:
     """The head, on the device and in the arithmetic of its target, and the embeddings it reads tokens by."""
     folder = str(path)
-    config = _config(_file(folder, CONFIG), target)
+    config = _config(file_of(folder, CONFIG), target)
     file, tensors = _tensors(folder)
     embedding = tensors.pop("embed_tokens.weight", target.embedding)
     if embedding.shape[1] != config.hidden_size:
@@ -191,10 +191,10 @@ def _taps(found: Mapping[str, Any], target: Target, path: str) -> tuple[int, ...
 def _tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
     """The file, and what it holds."""
     try:
-        file = _file(folder, WEIGHTS)
+        file = file_of(folder, WEIGHTS)
     except HeadError:
         try:
-            file = _file(folder, PICKLED)
+            file = file_of(folder, PICKLED)
         except HeadError:
             raise HeadError(f"{folder} holds neither {WEIGHTS} nor {PICKLED}") from None
     try:
@@ -204,7 +204,7 @@ def _tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
     return file, dict(found)
 
 
-def _file(folder: str, name: str) -> str:
+def file_of(folder: str, name: str) -> str:
     """Of a directory or of the hub."""
     try:
         file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)

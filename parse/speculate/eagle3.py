@@ -3,6 +3,7 @@
 What it has drafted is forgotten with the next tokens of the text, whose true features take its place.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -12,17 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parse.speculate.checkpoint import load_head
-from parse.speculate.head import Attend, Head, HeadError, Rotation, Target
-from parse.speculate.proposal import Proposal
-from parse.speculate.texts import UNSEEN, Text, attention, read
+from parse.speculate.head import Attend, Head, HeadError, Target
+from parse.speculate.proposal import Proposal, Wish
+from parse.speculate.texts import UNSEEN, HeadMethod, Text, attention, read
 
 
-class Eagle3:
+class Eagle3(HeadMethod):
     """A head ready to draft, for any number of requests.
 
     Its tree: the `beam` likeliest tokens come first; then `depth` times each of the beam's nodes gets its `beam`
     likeliest children, and the best of those by probability from the root on are the next beam. Of all nodes seen
-    the likeliest are proposed. With `beam=1` that is a chain of `depth + 1` tokens.
+    the likeliest are proposed, down to the floor; once the whole beam lies below it, nobody drafts on. With `beam=1`
+    that is a chain of `depth + 1` tokens.
     """
 
     def __init__(self, head: Head, embedding: Tensor, *, depth: int = 7, beam: int = 10) -> None:
@@ -31,32 +33,17 @@ class Eagle3:
             raise HeadError("not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass")
         if depth < 0 or not 1 <= beam <= config.draft_vocab_size:
             raise HeadError(f"depth must be at least 0 and beam in 1..{config.draft_vocab_size}, got {depth}, {beam}")
-        self.head, self.embedding, self.depth, self.beam = head, embedding, depth, beam
-        self._rotation = Rotation(config, head.fc)
+        super().__init__(head, embedding)
+        self.depth, self.beam = depth, beam
 
     @classmethod
     def load(cls, path: str | Path, network: PreTrainedModel, *, depth: int = 7, beam: int = 10) -> Self:
         return cls(*load_head(path, Target.of(network)), depth=depth, beam=beam)
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Which of the target's `hidden_states` are its features, side by side."""
-        return self.head.config.taps
-
-    def proposer(self) -> "Eagle3Proposer":
-        return Eagle3Proposer(self)
-
-    @torch.inference_mode()
-    def propose(self, proposers: "Sequence[Eagle3Proposer]", most: int) -> list[Proposal]:
-        """For all of them, in the same passes."""
-        if most < 1:
-            return [Proposal()] * len(proposers)
-        ready = [proposer.text for proposer in proposers if proposer.text.ready]
-        found = iter(self._trees(ready, min(self.depth, most - 1), most) if ready else ())
-        return [next(found) if proposer.text.ready else Proposal() for proposer in proposers]
-
-    def _trees(self, texts: Sequence[Text], depth: int, most: int) -> list[Proposal]:
+    def _trees(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
         """Below, R texts have B nodes in their beams, and every level adds N nodes: first B, then B * B."""
+        texts = [wish.proposer for wish in wishes]
+        depth = min(self.depth, max(wish.most for wish in wishes) - 1)
         count, beam = len(texts), self.beam
         for text in texts:
             text.reserve(self.head, depth * beam)
@@ -70,7 +57,11 @@ class Eagle3:
         # [R, B, depth * B]: which of the drafted elements each of the beam's sees; a chain sees them all.
         mask = hidden.new_full((count, beam, depth * beam), UNSEEN) if beam > 1 else None
         own = torch.arange(beam, device=tokens.device)
+        floors = scores.new_tensor([_log(wish.floor) for wish in wishes])
         for level in range(depth):
+            # Elsewhere than on a CPU, to ask takes longer than to go on.
+            if scores.is_cpu and bool((scores[:, 0] < floors).all()):
+                break
             if mask is not None:
                 mask[:, own, level * beam + own] = 0.0
             hidden = self._expand(texts, tokens, hidden, level, mask)
@@ -89,7 +80,7 @@ class Eagle3:
             hidden = hidden.gather(1, above[..., None].expand(hidden.shape))
             if mask is not None:
                 mask = mask.gather(1, above[..., None].expand(mask.shape))
-        return _likeliest(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), most)
+        return _likeliest(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), wishes)
 
     def _children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target's tokens of the likeliest behind each, [..., B]."""
@@ -127,28 +118,26 @@ class Eagle3:
         return attend
 
 
-class Eagle3Proposer:
-    """For one request; the keys and values of its text are its own."""
-
-    def __init__(self, method: Eagle3) -> None:
-        self._method = method
-        self.text = Text()
-
-    def take(self, tokens: Sequence[int], features: Tensor | None) -> None:
-        self.text.take(tokens, features)
-
-    def propose(self, most: int) -> Proposal:
-        return self._method.propose([self], most)[0]
-
-
-def _likeliest(scores: Tensor, tokens: Tensor, parents: Tensor, most: int) -> list[Proposal]:
+def _likeliest(scores: Tensor, tokens: Tensor, parents: Tensor, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
     """Of each row's nodes; a child is never likelier than its parent, and among equals the earlier one counts."""
-    chosen = scores.sort(descending=True, stable=True).indices[:, :most].sort().values
-    place = parents.new_full(parents.shape, -1)
-    place.scatter_(1, chosen, torch.arange(chosen.shape[1], device=place.device).expand(chosen.shape))
-    above = parents.gather(1, chosen)
-    above = torch.where(above >= 0, place.gather(1, above.clamp(min=0)), above)
-    return [
-        Proposal(tuple(row), tuple(up))
-        for row, up in zip(tokens.gather(1, chosen).tolist(), above.tolist(), strict=True)
-    ]
+    most = max(wish.most for wish in wishes)
+    ranked = scores.sort(descending=True, stable=True)
+    rows = zip(wishes, *(part[:, :most].tolist() for part in (ranked.indices, ranked.values)), strict=True)
+    proposals = []
+    for (wish, nodes, likely), all_tokens, all_parents in zip(rows, tokens.tolist(), parents.tolist(), strict=True):
+        floor = _log(wish.floor)
+        wanted = sum(1 for logprob in likely[: wish.most] if logprob >= floor)
+        chosen = sorted(zip(nodes[:wanted], likely[:wanted], strict=True))
+        place = {node: at for at, (node, _) in enumerate(chosen)}
+        proposals.append(
+            Proposal(
+                tuple(all_tokens[node] for node, _ in chosen),
+                tuple(place.get(all_parents[node], -1) for node, _ in chosen),
+                tuple(math.exp(logprob) for _, logprob in chosen),
+            )
+        )
+    return proposals
+
+
+def _log(floor: float) -> float:
+    return math.log(floor) if floor > 0 else -math.inf

@@ -5,32 +5,47 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from parse.speculate.proposal import Proposal
+from parse.speculate.proposal import NOTHING, Foreseen, Proposal, Wish, chained
 
 LONGEST, SHORTEST = 4, 2  # tokens that must be the same; fewer than that say too little
 
 
-class NgramProposer:
+class Ngram:
     """Costs a look through the text, and no model."""
+
+    taps = ()
+    bytes_per_token = 4
+
+    def reserve(self, contexts: int, capacity: int) -> None:
+        """Texts grow by themselves."""
+
+    def proposer(self) -> "Words":
+        return Words()
+
+    def propose(self, wishes: "Sequence[Wish[Words]]") -> list[Proposal]:
+        return [wish.proposer.following(wish.most) for wish in wishes]
+
+
+class Words:
+    """The text of one request."""
 
     def __init__(self) -> None:
         self._text = np.empty(1024, np.int32)
         self._size = 0
 
-    def take(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+    def take(self, tokens: Sequence[int], features: Tensor | None = None, foreseen: Foreseen | None = None) -> None:
         size = self._size + len(tokens)
         if size > len(self._text):
             self._text = np.concatenate([self._text, np.empty(size, np.int32)])
         self._text[self._size : size] = tokens
         self._size = size
 
-    def propose(self, most: int) -> Proposal:
+    def following(self, most: int) -> Proposal:
         text = self._text[: self._size]
         for width in range(min(LONGEST, len(text) - 1), SHORTEST - 1, -1):
             if (start := _last_before(text, width)) is not None:
-                tokens = tuple(text[start : start + max(0, most)].tolist())
-                return Proposal(tokens, tuple(range(-1, len(tokens) - 1)))
-        return Proposal()
+                return chained(text[start : start + most].tolist())
+        return NOTHING
 
 
 def _last_before(text: np.ndarray, width: int) -> int | None:

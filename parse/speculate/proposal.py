@@ -6,23 +6,66 @@ proposed one, and the proposal is followed as long as it says the same. So a pro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """`parents[j]` is the node that node j follows, an earlier one; -1: the last token of the text."""
+    """`parents[j]` is the node that node j follows, an earlier one; -1: the last token of the text.
+
+    A node may be a MASK (`parse.tree`): nothing follows there, but the target is to say what it foresees.
+    """
 
     tokens: Sequence[int] = ()
     parents: Sequence[int] = ()
+    likely: Sequence[float] | None = None
+    """How likely each is to be accepted, with all above it, as far as the method can tell."""
 
 
 NOTHING = Proposal()
 
 
-class Foresight(Protocol):
+def chained(tokens: Sequence[int], likely: Sequence[float] | None = None) -> Proposal:
+    """One behind the other."""
+    return Proposal(tokens, range(-1, len(tokens) - 1), likely)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What the target said at the masks behind the last but one token of the text, the first mask first."""
+
+    tokens: Sequence[int]
+    likely: Sequence[float]  # each, if those before it come
+
+
+class Proposer(Protocol):
+    """The text of one request, as a method has read it. It is called in the engine's thread, and should be quick."""
+
+    def take(self, tokens: Sequence[int], features: Tensor | None, foreseen: Foreseen | None) -> None:
+        """These tokens now follow in the text: at first all of the prompt.
+
+        features [n, width], where the method asks for them: the target's, of the token *before* each of the last n of
+        them. Fewer than there are tokens where the target does not know them any more. `foreseen`, where there were
+        masks behind the last but one.
+        """
+        ...
+
+
+P = TypeVar("P", bound=Proposer)
+
+
+@dataclass(frozen=True)
+class Wish(Generic[P]):
+    """For at most that many tokens behind a text; those less likely than `floor` to be accepted are not worth it."""
+
+    proposer: P
+    most: int
+    floor: float = 0.0
+
+
+class Foresight(Protocol[P]):
     """A method, for any number of requests."""
 
     @property
@@ -30,22 +73,19 @@ class Foresight(Protocol):
         """Which of the target's `hidden_states`, side by side, are the features that it reads; (): none."""
         ...
 
-    def proposer(self) -> "Proposer":
+    @property
+    def bytes_per_token(self) -> int:
+        """What it keeps of each token of a text, the features not counted."""
+        ...
+
+    def reserve(self, contexts: int, capacity: int) -> None:
+        """Told once, before all else, how many texts there may be, and how long."""
+        ...
+
+    def proposer(self) -> P:
         """For one request."""
         ...
 
-
-class Proposer(Protocol):
-    """Of one request. It is called in the engine's thread, and should be quick."""
-
-    def take(self, tokens: Sequence[int], features: Tensor | None) -> None:
-        """These tokens now follow in the text: at first all of the prompt.
-
-        features [n, width], where the method asks for them: the target's, of the token *before* each of the last n of
-        them. Fewer than there are tokens where the target does not know them any more.
-        """
-        ...
-
-    def propose(self, most: int) -> Proposal:
-        """At most that many tokens."""
+    def propose(self, wishes: Sequence[Wish[P]]) -> list[Proposal]:
+        """For several requests at once, a proposal for each wish."""
         ...

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from parse.speculate.head import Attend, Head, Index, Rotation
+from parse.speculate.proposal import NOTHING, Foreseen, Proposal, Wish
 
 UNSEEN = float("-inf")
 FEW = 32  # queries
@@ -29,7 +30,7 @@ class Text:
         self.features: list[Tensor] = []
         self.keys = self.values = torch.empty(0)  # [layers, key heads, capacity, d]
 
-    def take(self, tokens: Sequence[int], features: Tensor | None) -> None:
+    def take(self, tokens: Sequence[int], features: Tensor | None, foreseen: Foreseen | None = None) -> None:
         count = 0 if features is None else len(features)
         if count > min(len(tokens), self.length + len(tokens) - 1):
             raise ValueError(f"{count} rows of features are too many for {len(tokens)} tokens after {self.length}")
@@ -61,6 +62,41 @@ class Text:
             if self.read:
                 new[:, :, : self.read] = old[:, :, : self.read]
             setattr(self, name, new)
+
+
+class HeadMethod:
+    """What methods with a head have in common; they differ in how they come to their trees."""
+
+    def __init__(self, head: Head, embedding: Tensor) -> None:
+        self.head, self.embedding = head, embedding
+        self._rotation = Rotation(head.config, head.fc)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.head.config.taps
+
+    @property
+    def bytes_per_token(self) -> int:
+        config = self.head.config
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return numbers * self.head.fc.element_size()
+
+    def reserve(self, contexts: int, capacity: int) -> None:
+        """Texts grow by themselves."""
+
+    def proposer(self) -> Text:
+        return Text()
+
+    @torch.inference_mode()
+    def propose(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
+        """For all of them, in the same passes."""
+        able = [wish.proposer.ready and wish.most > 0 for wish in wishes]
+        ready = [wish for wish, can in zip(wishes, able, strict=True) if can]
+        found = iter(self._trees(ready) if ready else ())
+        return [next(found) if can else NOTHING for can in able]
+
+    def _trees(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
+        raise NotImplementedError
 
 
 def read(

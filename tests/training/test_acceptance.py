@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from parse.speculate.checkpoint import save_head
-from parse.speculate.ngram import NgramProposer
-from parse.speculate.proposal import Proposal
+from parse.speculate.ngram import Ngram
+from parse.speculate.proposal import Proposal, chained
 from tests.training.test_foresight import target, texts
 from training import eagle3, parallel
 from training.acceptance import acceptance, figures, followed
@@ -34,18 +34,23 @@ def test_a_tree_is_followed_along_the_text():
 class Knowing:
     """Proposes what will stand there, one token too few at a time, or nonsense."""
 
+    taps = (2,)
+
     def __init__(self, text, right, seen):
         self.text, self.right, self.seen, self.length = text, right, seen, 0
 
-    def take(self, tokens, features):
+    def proposer(self):
+        return self
+
+    def take(self, tokens, features, foreseen):
         assert self.text[self.length : self.length + len(tokens)] == list(tokens)
         assert len(features) == len(tokens) - (self.length == 0)
         self.seen += features[:, 0].tolist()
         self.length += len(tokens)
 
-    def propose(self, most):
-        tokens = self.text[self.length : self.length + most] if self.right else [39] * most
-        return Proposal(tokens, range(-1, len(tokens) - 1))
+    def propose(self, wishes):
+        (wish,) = wishes
+        return [chained(self.text[self.length : self.length + wish.most] if self.right else [39] * wish.most)]
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -53,7 +58,7 @@ def test_passes_are_counted_and_every_feature_comes_once(right):
     network = target()
     text = Output([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], 1)
     seen: list[float] = []
-    found = acceptance(lambda: Knowing(text.tokens, right, seen), (2,), network, [text], most=2)
+    found = acceptance(Knowing(text.tokens, right, seen), network, [text], most=2)
     assert found.tokens == 6  # the first of the output was there
     assert found.passes == (2 if right else 6)
     assert found.length == found.tokens / found.passes
@@ -64,7 +69,7 @@ def test_passes_are_counted_and_every_feature_comes_once(right):
 
 
 def test_methods_without_features_are_measured_alike():
-    found = acceptance(NgramProposer, (), target(), [Output([1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3], 0)], most=4)
+    found = acceptance(Ngram(), target(), [Output([1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3], 0)], most=4)
     assert found.tokens == 7
     assert found.passes < 7
 

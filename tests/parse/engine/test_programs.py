@@ -14,9 +14,12 @@ from parse.engine.programs import Answer, generate, judge, warm
 from parse.engine.sampler import Sampler, choose
 from parse.engine.text import TextStream
 from parse.prompts import Check
+from parse.speculate.costs import Costs
+from parse.speculate.guard import Guard
 from parse.speculate.proposal import Proposal
+from parse.speculate.speculation import Way, Wished
 from parse.tree import TokenTree
-from parse.types import Judged, Sampling
+from parse.types import Judged, Sampling, Speculated, summed
 from tests.parse.engine.chance import surprising
 from training.tokenizer import build
 
@@ -35,17 +38,36 @@ def write(sampling, output=(), *, room=12, ends=(), table=TABLE, prompt=PROMPT, 
     pieces: list = []
     program = generate(prompt, output, sampling, ends=ends, room=room, emit=pieces.append, **options)
     context = [*prompt, *output][:-1]
-    runs = 0
-    ask = next(program)
+    runs, nodes = 0, []
+    asked = next(program)
     try:
         while True:
-            nodes = tokens(ask)
+            if isinstance(asked, Wished):
+                asked = program.send(asked.way.propose([asked.wish])[0])
+                continue
+            context += [nodes[node] for node in asked.keep]
+            nodes = tokens(asked)
             logits = table[nodes]
             runs += bool(nodes)
-            ask = program.send(Answer(logits, choose(logits, ask.draws)))
-            context += [nodes[node] for node in ask.keep]
+            asked = program.send(Answer(logits, choose(logits, asked.draws)))
     except StopIteration:
         return pieces, context, runs
+
+
+def speculating(proposer):
+    """On this one text."""
+
+    class Method:
+        taps = ()
+        bytes_per_token = 0
+
+        def proposer(self):
+            return proposer
+
+        def propose(self, wishes):
+            return [proposer.propose(wish.most) for wish in wishes]
+
+    return Way("ngram", Guard(Method(), VOCABULARY), 100, (), Costs()).begin()
 
 
 def ids(pieces):
@@ -71,7 +93,7 @@ def test_a_proposal_changes_nothing_but_the_number_of_runs(sampling, room, endin
     text = ids(plain)
     right = data.draw(st.integers(0, len(text)))
     proposal = text[:right] + data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=15))
-    pieces, context, runs = write(sampling, room=room, ends=ends, proposal=proposal)
+    pieces, context, runs = write(sampling, room=room, ends=ends, given=proposal)
     assert ids(pieces) == text
     assert pieces[-1].finish == plain[-1].finish
     assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
@@ -97,7 +119,7 @@ class Guesser:
         self.text, self.rng, self.right = [*PROMPT, *text], random.Random(seed), right
         self.taken = []
 
-    def take(self, tokens, features):
+    def take(self, tokens, features, foreseen):
         assert features is None
         self.taken += tokens
         assert self.taken == self.text[: len(self.taken)]
@@ -120,9 +142,11 @@ class Guesser:
 def test_a_proposer_changes_nothing_but_the_number_of_runs(sampling, room, piece, right, seed, proposed):
     plain, _, _ = write(sampling, room=room, ends={END})
     text = ids(plain)
-    options = dict(proposal=text[:2]) if proposed else {}
+    options = dict(given=text[:2]) if proposed else {}
     guesser = Guesser(text, seed, right)
-    pieces, context, runs = write(sampling, room=room, ends={END}, piece=piece, proposer=guesser, **options)
+    pieces, context, runs = write(
+        sampling, room=room, ends={END}, piece=piece, speculation=speculating(guesser), **options
+    )
     assert ids(pieces) == text and pieces[-1].finish == plain[-1].finish
     assert [logprob for each in pieces for logprob in each.logprobs] == [
         logprob for each in plain for logprob in each.logprobs
@@ -130,25 +154,31 @@ def test_a_proposer_changes_nothing_but_the_number_of_runs(sampling, room, piece
     assert context == [*PROMPT, *text][: len(context)] and len(context) >= len(PROMPT) + len(text) - 1
     assert runs <= len(text) + 1
     assert sum(piece.accepted for piece in pieces) <= (2 if proposed else 0)
+    came = summed(piece.speculated for piece in pieces)
+    assert came is not None and came.passes == runs
+    # A pass yields one token, or the end, beside those that were proposed.
+    took = sum(came.accepted) + sum(piece.accepted for piece in pieces)
+    assert len(text) - took in (runs, runs - 1)
 
 
 def test_a_proposer_that_is_right_saves_runs_and_siblings_may_hold_the_right_token():
     sampling = Sampling(temperature=1.0, seed=5, ignore_eos=True)
-    text = ids(write(sampling, room=12)[0])
+    text = ids(write(sampling, room=9)[0])
 
     class Knowing:
         size = 0
 
-        def take(self, tokens, features):
+        def take(self, tokens, features, foreseen):
             self.size += len(tokens)
 
         def propose(self, most):
             first, second = [*PROMPT, *text, 0, 0][self.size : self.size + 2]
             wrong = (first + 1) % VOCABULARY
-            return Proposal((wrong, wrong, first, second), (-1, 0, -1, 2))
+            return Proposal((wrong, first, second, wrong)[:most], (-1, -1, 1, 0)[:most])
 
-    pieces, _, runs = write(sampling, room=12, proposer=Knowing())
-    assert ids(pieces) == text and runs == 4  # three tokens each
+    pieces, _, runs = write(sampling, room=9, speculation=speculating(Knowing()))
+    assert ids(pieces) == text and runs == 4  # three tokens each, as long as there is room
+    assert summed(piece.speculated for piece in pieces) == Speculated("ngram", 4, (6, 4), (3, 2))
 
 
 @given(samplings, st.data())
@@ -165,7 +195,7 @@ def test_a_text_goes_on_the_same_from_anywhere(sampling, data):
 @given(samplings, st.integers(1, 5), st.integers(1, 12))
 def test_pieces_are_of_the_size_asked_for(sampling, piece, room):
     sampling = replace(sampling, ignore_eos=True)
-    pieces, _, _ = write(sampling, room=room, piece=piece, proposal=[])
+    pieces, _, _ = write(sampling, room=room, piece=piece, given=[])
     assert [len(each.ids) for each in pieces] == [piece] * (room // piece) + [room % piece] * bool(room % piece)
     assert [each.finish for each in pieces] == [None] * (len(pieces) - 1) + ["length"]
 
@@ -186,7 +216,7 @@ def test_the_end_token_ends_the_text_unless_it_is_to_be_ignored():
 def test_what_was_written_stays_in_the_context_but_for_the_last_token(proposed):
     """So that the next turn of a conversation starts from it, however it came about."""
     text = ids(write(Sampling(), room=20)[0])
-    pieces, context, _ = write(Sampling(), room=20, proposal=text[:proposed])
+    pieces, context, _ = write(Sampling(), room=20, given=text[:proposed])
     assert ids(pieces) == text
     assert context == [*PROMPT, *text[:-1]]
 
@@ -207,9 +237,7 @@ def test_a_stop_string_ends_the_text_wherever_the_tokens_borders_lie(seed, split
     text.add(whole[:split])
     sampling = Sampling(seed=seed, stop=stop)
     proposal = whole[split : split + 7]
-    rest, _, _ = write(
-        sampling, whole[:split], room=30 - split, table=table, prompt=prompt, text=text, proposal=proposal
-    )
+    rest, _, _ = write(sampling, whole[:split], room=30 - split, table=table, prompt=prompt, text=text, given=proposal)
     assert whole[:split] + ids(rest) == whole[:size]
     assert rest[-1].finish == ("stop" if size else "length")
 
@@ -237,7 +265,7 @@ def test_whatever_is_proposed_texts_come_as_often_as_they_should():
         return out
 
     for proposal in ([], likely, [0, 0], [7, 1]):
-        got = first_two(lambda seed, p=proposal: ids(write(Sampling(seed=seed), room=2, proposal=[*p, 0])[0]))
+        got = first_two(lambda seed, p=proposal: ids(write(Sampling(seed=seed), room=2, given=[*p, 0])[0]))
         assert not surprising(got, wanted)
     assert surprising(first_two(favouring), wanted)
 

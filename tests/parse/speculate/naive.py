@@ -6,6 +6,8 @@ import math
 import torch
 from safetensors.torch import save_file
 
+from parse.speculate.proposal import Wish
+
 
 def sizes(**changes):
     """As in a config.json."""
@@ -184,3 +186,27 @@ def paths(proposal):
     for token, parent in zip(proposal.tokens, proposal.parents, strict=True):
         out.append((*out[parent], token) if parent >= 0 else (token,))
     return set(out)
+
+
+def proposed(method, proposer, most, floor=0.0):
+    (proposal,) = method.propose([Wish(proposer, most, floor)])
+    return proposal
+
+
+def drafted(method, proposer, most):
+    """Without the chances, which rounding may change."""
+    return bare(proposed(method, proposer, most))
+
+
+def bare(proposal):
+    return tuple(proposal.tokens), tuple(proposal.parents)
+
+
+def chances(proposal):
+    """By the path of tokens."""
+    found: dict[tuple[int, ...], float] = {}
+    out: list[tuple[int, ...]] = []
+    for token, parent, likely in zip(proposal.tokens, proposal.parents, proposal.likely, strict=True):
+        out.append((*out[parent], token) if parent >= 0 else (token,))
+        found[out[-1]] = likely
+    return found

@@ -14,9 +14,10 @@ CONFIG = naive.sizes()
 
 
 def proposed(path, target=TARGET):
-    proposer = Eagle3(*load_head(path, target), beam=2, depth=3).proposer()
+    method = Eagle3(*load_head(path, target), beam=2, depth=3)
+    proposer = method.proposer()
     proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
-    return proposer.propose(8)
+    return naive.proposed(method, proposer, 8)
 
 
 def renamed(tensors):
@@ -83,12 +84,13 @@ def test_scaled_positions_are_those_of_the_library(tmp_path):
     scaling = {"rope_type": "linear", "factor": 4.0}
     tensors = naive.checkpoint(CONFIG)
     head, embedding = load_head(naive.write(tmp_path, naive.sizes(rope_scaling=scaling), tensors), TARGET)
-    proposer = Eagle3(head, embedding, beam=2, depth=2).proposer()
+    method = Eagle3(head, embedding, beam=2, depth=2)
+    proposer = method.proposer()
     proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
     wanted = chain(tensors, len(TEXT))
     first = naive.Chain(tensors, CONFIG, EMBEDDING, TEXT[1:], FEATURES[:7], [k / 4 for k in range(7)])
     likeliest = {naive.target_token(tensors, int(token)) for token in first.logprobs().topk(2).indices}
-    assert {path[0] for path in naive.paths(proposer.propose(6))} == likeliest
+    assert {path[0] for path in naive.paths(naive.proposed(method, proposer, 6))} == likeliest
     assert not torch.allclose(first.logprobs(), wanted.logprobs())
 
 

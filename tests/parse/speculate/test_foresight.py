@@ -3,23 +3,22 @@
 import asyncio
 import random
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from parse.config import EngineSettings
+from parse.config import SpeculationSettings as Way
+from parse.engine import service as service_module
 from parse.engine.attention import STEP_ATTENTION
 from parse.engine.service import ModelService
-from parse.local import DEMO, DEMO_TARGET
+from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import prompt_ids
-from parse.speculate.eagle3 import Eagle3
-from parse.speculate.ngram import NgramProposer
-from parse.speculate.parallel import Parallel
-from parse.speculate.proposal import NOTHING, Proposal
-from parse.types import Sampling
+from parse.speculate import speculation
+from parse.speculate.guard import Guard
+from parse.speculate.proposal import Proposal
+from parse.types import RequestError, Sampling, summed
 from training.measure import problems
 
 SETTINGS = EngineSettings(model=DEMO_TARGET, threads=1, max_context=1024, memory_mb=256)
@@ -32,47 +31,69 @@ SAMPLINGS = [
 ]
 
 
-class Ngrams:
-    taps = ()
+class Method:
+    """Of a test, with features."""
 
-    def proposer(self):
-        return NgramProposer()
+    taps = TAPS
+    bytes_per_token = 0
+
+    def reserve(self, contexts, capacity):
+        assert contexts > 0 and capacity > 0
 
 
-@dataclass
-class Watching:
+class Watching(Method):
     """Proposes at random, trees too, and keeps what it is told."""
 
-    texts: list = field(default_factory=list)
-
-    @property
-    def taps(self):
-        return TAPS
+    def __init__(self):
+        self.texts: list = []
 
     def proposer(self):
-        told: list = []
-        self.texts.append(told)
-        rng = random.Random(len(self.texts))
+        return Told(self)
 
-        class Proposing:
-            def take(self, tokens, features):
-                told.append((tuple(tokens), features))
-
-            def propose(self, most):
-                size = min(most, rng.randint(0, 6))
-                tokens = tuple(rng.choice(told[0][0]) for _ in range(size))
-                return Proposal(tokens, tuple(rng.randrange(-1, node) for node in range(size)))
-
-        return Proposing()
+    def propose(self, wishes):
+        return [wish.proposer.guess(wish.most) for wish in wishes]
 
 
-METHODS: dict[str, Any] = {
-    "ngram": lambda model: Ngrams(),
-    "eagle3 chain": lambda model: Eagle3.load(DEMO / "demo-eagle3", model.network, beam=1),
-    "eagle3 tree": lambda model: Eagle3.load(DEMO / "demo-eagle3", model.network, depth=4, beam=3),
-    "parallel": lambda model: Parallel.load(DEMO / "demo-parallel", model.network),
-    "at random": lambda model: Watching(),
+class Told:
+    def __init__(self, watching):
+        self.told: list = []
+        watching.texts.append(self.told)
+        self.rng = random.Random(len(watching.texts))
+
+    def take(self, tokens, features, foreseen):
+        assert foreseen is None
+        self.told.append((tuple(tokens), features))
+
+    def guess(self, most):
+        size = min(most, self.rng.randint(0, 6))
+        tokens = tuple(self.rng.choice(self.told[0][0]) for _ in range(size))
+        return Proposal(tokens, tuple(self.rng.randrange(-1, node) for node in range(size)))
+
+
+METHODS = {
+    "ngram": Way(method="ngram", tokens=6),
+    "draft_model": Way(method="draft_model", head=DEMO_DRAFT, tokens=5),
+    "eagle3": Way(method="eagle3", head=str(DEMO / "demo-eagle3")),
+    "eagle3 tree": Way(method="eagle3", head=str(DEMO / "demo-eagle3"), beam=3, tokens=12),
+    "parallel": Way(method="parallel", head=str(DEMO / "demo-parallel")),
+    "parallel tree": Way(method="parallel", head=str(DEMO / "demo-parallel"), beam=2),
+    "space": Way(method="space", head=str(DEMO / "demo-space")),
 }
+
+
+def serving(*ways: Way) -> ModelService:
+    return ModelService(SETTINGS.model_copy(update={"speculation": ways}))
+
+
+def serving_own(monkeypatch, method) -> ModelService:
+    """With a method that no settings name."""
+
+    def ways(settings, model, costs):
+        model.taps = method.taps
+        return {"eagle3": speculation.Way("eagle3", Guard(method, model.vocabulary), 6, method.taps, costs)}
+
+    monkeypatch.setattr(service_module, "ways", ways)
+    return ModelService(SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +103,10 @@ def alone():
     service.close()
 
 
-@pytest.fixture(params=METHODS)
-def foreseen(request):
-    service = ModelService(SETTINGS, foresight=METHODS[request.param])
+@pytest.fixture(params=[*METHODS, "at random"])
+def foreseen(request, monkeypatch):
+    own = request.param == "at random"
+    service = serving_own(monkeypatch, Watching()) if own else serving(METHODS[request.param])
     yield service
     service.close()
 
@@ -94,9 +116,14 @@ def questions(alone, count):
     return [prompt_ids(alone.model.tokenizer, turn) for turn in turns]
 
 
-async def written(service, prompt, sampling):
+async def speculated(service, prompt, choice):
+    async with aclosing(service.generate(prompt, sampling=SAMPLINGS[0], speculation=choice)) as pieces:
+        return summed([tokens.speculated async for tokens in pieces])
+
+
+async def written(service, prompt, sampling, choice=None):
     ids, logprobs, finish = [], [], None
-    async with aclosing(service.generate(prompt, sampling=sampling)) as pieces:
+    async with aclosing(service.generate(prompt, sampling=sampling, speculation=choice)) as pieces:
         async for tokens in pieces:
             ids += tokens.ids
             logprobs += [(one.logprob, [token for token, _ in one.top]) for one in tokens.logprobs]
@@ -119,9 +146,9 @@ def test_what_is_written_is_the_targets_own_in_a_mixed_batch(alone, foreseen):
             assert [p for p, _ in logprobs] == pytest.approx([p for p, _ in wanted], abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["eagle3 chain", "eagle3 tree", "parallel"])
+@pytest.mark.parametrize("method", ["eagle3", "eagle3 tree", "parallel", "space"])
 def test_heads_save_most_of_the_passes(alone, method):
-    service = ModelService(SETTINGS, foresight=METHODS[method])
+    service = serving(METHODS[method])
     try:
         steps = [service.load.steps, alone.load.steps]
         for prompt in questions(alone, 6):
@@ -133,9 +160,9 @@ def test_heads_save_most_of_the_passes(alone, method):
         service.close()
 
 
-def test_the_features_told_are_the_models_own_of_the_token_before_each(alone):
+def test_the_features_told_are_the_models_own_of_the_token_before_each(alone, monkeypatch):
     watching = Watching()
-    service = ModelService(SETTINGS, foresight=lambda model: watching)
+    service = serving_own(monkeypatch, watching)
     try:
         asked = [(prompt, SAMPLINGS[n % 2]) for n, prompt in enumerate(questions(alone, 4))]
         for _ in range(2):
@@ -162,25 +189,50 @@ def plain(service: ModelService, tokens: list[int]) -> Tensor:
     return torch.cat([out.hidden_states[tap][0] for tap in TAPS], -1)
 
 
-def test_a_proposer_that_breaks_down_costs_its_proposals_only(alone):
-    class Broken:
-        @property
-        def taps(self):
-            return TAPS
-
+def test_a_proposer_that_breaks_down_costs_its_proposals_only(alone, monkeypatch):
+    class Broken(Method):
         def proposer(self):
-            class Breaking:
-                def take(self, tokens, features):
-                    raise MemoryError
+            return self
 
-                def propose(self, most):
-                    return NOTHING
+        def take(self, tokens, features, foreseen):
+            raise MemoryError
 
-            return Breaking()
-
-    service = ModelService(SETTINGS, foresight=lambda model: Broken())
+    service = serving_own(monkeypatch, Broken())
     try:
         asked = [(prompt, SAMPLINGS[0]) for prompt in questions(alone, 2)]
         assert asyncio.run(all_written(service, asked)) == asyncio.run(all_written(alone, asked))
     finally:
         service.close()
+
+
+def test_each_request_may_choose_its_method(alone):
+    """In one batch, over one memory."""
+    service = serving(*(METHODS[name] for name in ("parallel", "ngram", "eagle3", "draft_model", "space")))
+    choices = [None, "none", *service.methods]
+    try:
+        prompts = questions(alone, 2 * len(choices))
+        asked = [(prompt, SAMPLINGS[n % len(SAMPLINGS)]) for n, prompt in enumerate(prompts)]
+        expected = asyncio.run(all_written(alone, asked))
+
+        async def chosen():
+            turns = (
+                written(service, prompt, sampling, choices[n % len(choices)])
+                for n, (prompt, sampling) in enumerate(asked)
+            )
+            return await asyncio.gather(*turns)
+
+        assert [ids for ids, *_ in asyncio.run(chosen())] == [ids for ids, *_ in expected]
+        for choice in choices:
+            came = asyncio.run(speculated(service, prompts[0], choice))
+            if choice == "none":
+                assert came is None
+            else:
+                assert came.method == (choice or "parallel")
+                assert 0 < sum(came.accepted) <= sum(came.proposed) or choice == "ngram"
+    finally:
+        service.close()
+
+
+def test_a_method_that_is_not_there_is_refused(alone):
+    with pytest.raises(RequestError, match="speculation: must be one of none, got 'ngram'"):
+        asyncio.run(written(alone, [1, 2], SAMPLINGS[0], "ngram"))

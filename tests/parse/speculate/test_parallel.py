@@ -1,3 +1,4 @@
+import math
 from itertools import product
 
 import pytest
@@ -7,8 +8,9 @@ from parse.speculate.checkpoint import load_head
 from parse.speculate.eagle3 import Eagle3
 from parse.speculate.head import HeadError
 from parse.speculate.parallel import Parallel
-from parse.speculate.proposal import Proposal
+from parse.speculate.proposal import Wish
 from tests.parse.speculate import naive
+from tests.parse.speculate.naive import bare, chances, drafted, proposed
 from tests.parse.speculate.test_eagle3 import EMBEDDING, FEATURES, MORE, TARGET, TEXT
 
 AHEAD = 4
@@ -33,21 +35,23 @@ def logprobs(config, tensors, size):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_chain_is_the_likeliest_token_of_each_place(tmp_path, layers):
     config, tensors, head, embedding = head_of(tmp_path, layers)
-    proposer = Parallel(head, embedding).proposer()
+    method = Parallel(head, embedding)
+    proposer = method.proposer()
     proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
     for size in (len(TEXT), len(TEXT) + 1, len(TEXT) + 3):
-        new = [*TEXT, *MORE][proposer.text.length : size]
+        new = [*TEXT, *MORE][proposer.length : size]
         proposer.take(new, FEATURES[size - 1 - len(new) : size - 1])
         likeliest = logprobs(config, tensors, size).argmax(-1).tolist()
         tokens = tuple(naive.target_token(tensors, token) for token in likeliest)
-        assert proposer.propose(9) == Proposal(tokens, (-1, 0, 1, 2))
-        assert proposer.propose(2) == Proposal(tokens[:2], (-1, 0))
+        assert drafted(method, proposer, 9) == (tokens, (-1, 0, 1, 2))
+        assert drafted(method, proposer, 2) == (tokens[:2], (-1, 0))
 
 
 @pytest.mark.parametrize(("beam", "most"), [(2, 7), (3, 20), (3, 500)])
 def test_a_tree_holds_the_likeliest_rows_of_choices(tmp_path, beam, most):
     config, tensors, head, embedding = head_of(tmp_path)
-    proposer = Parallel(head, embedding, beam=beam).proposer()
+    method = Parallel(head, embedding, beam=beam)
+    proposer = method.proposer()
     proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
     likely, tokens = logprobs(config, tensors, len(TEXT)).topk(beam)
     scores = {
@@ -57,8 +61,12 @@ def test_a_tree_holds_the_likeliest_rows_of_choices(tmp_path, beam, most):
         for size in range(1, AHEAD + 1)
         for ranks in product(range(beam), repeat=size)
     }
-    proposal = proposer.propose(most)
-    assert naive.paths(proposal) == set(sorted(scores, key=scores.__getitem__, reverse=True)[:most])
+    proposal = proposed(method, proposer, most)
+    wanted = {path: scores[path] for path in sorted(scores, key=scores.__getitem__, reverse=True)[:most]}
+    assert chances(proposal) == pytest.approx({path: math.exp(score) for path, score in wanted.items()}, rel=1e-3)
+    floor = math.exp(sorted(wanted.values())[len(wanted) // 2]) * 1.0001
+    likely = {path for path, score in wanted.items() if math.exp(score) >= floor}
+    assert chances(proposed(method, proposer, most, floor)).keys() == likely
     assert all(parent < node for node, parent in enumerate(proposal.parents))
 
 
@@ -70,9 +78,9 @@ def test_many_requests_at_once_are_as_each_alone(tmp_path):
         other = method.proposer()
         for taker in (proposer, other):
             taker.take(TEXT[:length], FEATURES[: length - 1] if length > 1 else None)
-        alone.append(other.propose(6))
-    assert method.propose(together, 6) == alone
-    assert alone[1] == Proposal()
+        alone.append(drafted(method, other, 6))
+    assert [bare(found) for found in method.propose([Wish(one, 6) for one in together])] == alone
+    assert alone[1] == ((), ())
 
 
 def test_a_long_prompt_is_read_as_if_it_came_in_pieces(tmp_path):
@@ -84,10 +92,10 @@ def test_a_long_prompt_is_read_as_if_it_came_in_pieces(tmp_path):
     whole.take(tokens, features)
     pieces.take(tokens[:20], features[:19])
     for end in range(40, 601, 20):
-        pieces.propose(2)
+        drafted(method, pieces, 2)
         pieces.take(tokens[end - 20 : end], features[end - 21 : end - 1])
-    assert whole.propose(4) == pieces.propose(4)
-    torch.testing.assert_close(whole.text.keys[:, :, :599], pieces.text.keys[:, :, :599], atol=1e-4, rtol=1e-4)
+    assert drafted(method, whole, 4) == drafted(method, pieces, 4)
+    torch.testing.assert_close(whole.keys[:, :, :599], pieces.keys[:, :, :599], atol=1e-4, rtol=1e-4)
 
 
 def test_each_head_is_for_its_own_method(tmp_path):

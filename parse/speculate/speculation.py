@@ -1,0 +1,173 @@
+"""Speculation on one request's text: what is wished for, what comes of it, and whether it pays.
+
+A proposed token pays while its chance to be accepted, times what a token comes to at the moment, exceeds what one more
+entry adds to a pass. That is the floor below which a method need not propose, and it moves with the device, with the
+load, and with how much this text has kept of what it was promised. Where all of it together does not pay, nothing is
+proposed for a while, then tried again.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from parse.speculate.costs import Costs
+from parse.speculate.guard import Guard, Guarded
+from parse.speculate.proposal import Foreseen, Proposal, Wish
+from parse.tree import MASK
+from parse.types import Method, Speculated
+
+RECENT = 0.2  # share of the newest proposal in what is expected of the next
+AMONG_TEXTS = 0.02  # the same, of what is expected of the next text
+FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # passes without proposals before another trial
+UNSURE = 2.0  # tokens' worth of doubt about what a text has kept of what it was promised
+MEMORY = 10.0  # proposals
+TRIALS = 3  # before a text is judged by what came of its own
+NEGLIGIBLE = 0.02  # of a pass: so small a loss is not worth a pause
+AHEAD = 4.0  # entries, over which the price of one more is measured
+
+
+@dataclass
+class Way:
+    """A method as one engine offers it, and what has come of it in all texts."""
+
+    method: Method
+    foresight: Guard
+    most: int  # tokens proposed at once
+    taps: tuple[int, ...]  # all that the engine keeps
+    costs: Costs
+    propose_s: float = 0.0  # for one text
+    proposals: int = 0
+    gain: float = 0.0  # tokens accepted of one
+    entries: float = 0.0  # of one
+
+    def begin(self) -> "Speculation":
+        return Speculation(self, self.foresight.proposer())
+
+    def propose(self, wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
+        began = time.perf_counter()
+        found = self.foresight.propose(wishes)
+        each = (time.perf_counter() - began) / len(wishes)
+        self.propose_s += (RECENT if self.propose_s else 1.0) * (each - self.propose_s)
+        return found
+
+    def own(self, features: Tensor | None) -> Tensor | None:
+        """Of [n, all taps * width] what this method reads."""
+        if features is None or self.foresight.taps == self.taps:
+            return features
+        columns = [self.taps.index(tap) for tap in self.foresight.taps]
+        return features.unflatten(-1, (len(self.taps), -1))[:, columns].flatten(1)
+
+
+@dataclass(frozen=True)
+class Wished:
+    """What a program yields when it would like to have a proposal."""
+
+    way: Way
+    wish: Wish[Guarded]
+
+
+@dataclass
+class Speculation:
+    """Of one request."""
+
+    way: Way
+    proposer: Guarded
+    gain: float = 0.0  # tokens accepted of a proposal, lately
+    entries: float = 0.0  # of a proposal, lately
+    _pause: int = 0  # passes to come without proposals
+    _next_pause: int = FIRST_PAUSE
+    _trials: int = 0
+    _promised: float = UNSURE  # tokens that should have been accepted by the method's own account, and those that were
+    _kept: float = UNSURE
+    _asked: bool = False
+    _rate: float = 0.5  # of single tokens behind accepted ones, accepted themselves
+    _blind: bool = False  # the method cannot tell how likely its tokens are
+
+    def __post_init__(self) -> None:
+        if self.way.proposals >= TRIALS:  # what other texts made of it is the best guess
+            self.gain, self.entries = self.way.gain, self.way.entries
+            if not self._pays():
+                self._pause = self._next_pause
+
+    @property
+    def featured(self) -> bool:
+        """Does the method read the model's features? Then it has nothing to say before the first pass."""
+        return bool(self.way.foresight.taps)
+
+    def take(self, tokens: Sequence[int], features: Tensor | None, foreseen: Foreseen | None) -> None:
+        self.proposer.take(tokens, self.way.own(features), foreseen)
+
+    def wish(self, room: int) -> Wished | None:
+        """For at most that many tokens, if any."""
+        self._asked = False
+        if self._pause > 0:
+            self._pause -= 1
+            return None
+        floor, most = self._floor(), min(room, self.way.most)
+        if self._blind and 0 < floor < 1:
+            most = min(most, max(1, int(math.log(floor) / math.log(min(self._rate, 0.999)))))
+        if most < 1:
+            return None
+        self._asked = True
+        return Wished(self.way, Wish(self.proposer, most, floor))
+
+    def came(self, proposal: Proposal, accepted: int) -> Speculated:
+        """The first `accepted` tokens along one path of the proposal were the text's next ones."""
+        places = _depths(proposal)
+        proposed = [0] * max(places, default=0)
+        for place in places:
+            if place:
+                proposed[place - 1] += 1
+        if self._asked and (proposed or not proposal.tokens):  # mere masks will show their worth in the next pass
+            self._learn(proposal, len(proposed), accepted)
+        came = tuple(int(place < accepted) for place in range(len(proposed)))
+        return Speculated(self.way.method, 1, tuple(proposed), came)
+
+    def _learn(self, proposal: Proposal, deepest: int, accepted: int) -> None:
+        self._trials += 1
+        size, way = len(proposal.tokens), self.way
+        way.proposals += 1
+        for mean, share in ((self, max(RECENT, 1 / way.proposals)), (way, max(AMONG_TEXTS, 1 / way.proposals))):
+            mean.gain += share * (accepted - mean.gain)
+            mean.entries += share * (size - mean.entries)
+        if proposal.likely is None:
+            self._blind = True
+            promised = float(accepted)
+        else:
+            tokens = zip(proposal.tokens, proposal.likely, strict=True)
+            promised = sum(chance for token, chance in tokens if token != MASK)
+        self._promised += promised - (self._promised - UNSURE) / MEMORY
+        self._kept += accepted - (self._kept - UNSURE) / MEMORY
+        if deepest:
+            self._rate += RECENT * (accepted / min(accepted + 1, deepest) - self._rate)
+        if self._trials < TRIALS or self._pays():
+            self._next_pause = FIRST_PAUSE
+        else:
+            self._pause = self._next_pause
+            self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
+
+    def _floor(self) -> float:
+        costs = self.way.costs
+        if not costs.token_s:
+            return 0.0
+        trust = min(1.5, max(0.05, self._kept / self._promised))
+        return costs.more_s(AHEAD, costs.entries) / AHEAD / costs.token_s / trust
+
+    def _pays(self) -> bool:
+        costs = self.way.costs
+        if not costs.token_s:
+            return True
+        beside = max(1.0, costs.entries - self.entries)
+        spent = self.way.propose_s + costs.more_s(self.entries, beside)
+        return self.gain * costs.token_s + NEGLIGIBLE * costs.pass_s(beside) >= spent
+
+
+def _depths(proposal: Proposal) -> list[int]:
+    """Of each node, 1 behind the text; 0 for masks."""
+    depths: list[int] = []
+    for token, parent in zip(proposal.tokens, proposal.parents, strict=True):
+        depths.append(0 if token == MASK else depths[parent] + 1 if parent >= 0 else 1)
+    return depths
