@@ -12,7 +12,7 @@ from ray.serve import Application, Deployment
 
 from deployments.app import build
 from deployments.config import ApiSettings, AppSettings, AuditSettings
-from parse.config import EngineSettings, MethodSettings
+from parse.config import EngineSettings, MethodSettings, SpeculationSettings
 
 PLAIN: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
@@ -88,6 +88,13 @@ def page() -> str:
         section("`args`", AppSettings),
         section("`target` and `draft`", EngineSettings),
         section(
+            "`speculation` of a model",
+            SpeculationSettings,
+            "A list: `[{method: parallel, head: models/demo-parallel}, {method: ngram}]`. Requests choose among what "
+            'stands in that of the target, with [`parse.speculation`](api.md#several-tokens-in-a-pass); "none" they '
+            "may always choose.",
+        ),
+        section(
             "`method`",
             MethodSettings,
             "A target's folder may hold some of these keys in a `parse.json`. They go before the defaults, and what is "
@@ -142,6 +149,8 @@ def _named(kind: Any) -> str:
         return "one of " + _quoted(get_args(kind))
     if get_origin(kind) is tuple:
         of = get_args(kind)[0]
+        if isinstance(of, type) and issubclass(of, BaseModel):
+            return "list of sections"
         return "list of " + (_quoted(get_args(of)) if get_origin(of) is Literal else _named(of))
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return "section"

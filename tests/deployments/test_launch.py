@@ -10,7 +10,11 @@ import ray
 
 from deployments import __main__ as command
 from deployments import launch
+from deployments.app import build
+from deployments.config import HOUSE, AppSettings
 from deployments.launch import Deployment, NotServing, check_port, lacking, read_config, taken, wait_until_ready
+from deployments.reference import deployments_of
+from parse.config import EngineSettings, SpeculationSettings
 from parse.local import DEMO_TARGET
 
 GPU_EACH = [
@@ -144,10 +148,24 @@ def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, messa
 
 def test_folders_that_are_not_there_are_named(tmp_path):
     for there in (DEMO_TARGET, "models/demo-target", "Qwen/Qwen3-8B", "gpt2"):
-        launch.check_folder("target", there)
+        heads = (SpeculationSettings(method="eagle3", head=there), SpeculationSettings(method="ngram"))
+        launch.check_folders("target", EngineSettings(model=there, speculation=heads))
     for nowhere in (str(tmp_path / "none"), "./none", "~/none-of-mine", "models/none"):
         with pytest.raises(NotServing, match=f"draft.model: there is no folder {re.escape(nowhere)}"):
-            launch.check_folder("draft", nowhere)
+            launch.check_folders("draft", EngineSettings(model=nowhere))
+        headed = EngineSettings(model="gpt2", speculation=(SpeculationSettings(method="parallel", head=nowhere),))
+        with pytest.raises(NotServing, match=f"target.speculation.head: there is no folder {re.escape(nowhere)}"):
+            launch.check_folders("target", headed)
+
+
+def test_models_and_heads_of_the_house_are_found_wherever_a_replica_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ways = [{"method": "eagle3", "head": "models/demo-eagle3"}, {"method": "draft_model", "head": "some/model"}]
+    target = {"model": "models/demo-target", "speculation": [*ways, {"method": "ngram"}]}
+    application = build(AppSettings.model_validate({"target": target}))
+    (given,) = [found.init_args[0] for found in deployments_of(application) if found.name == "Verifier"]
+    assert given.model == DEMO_TARGET
+    assert [way.head for way in given.speculation] == [str(HOUSE / "models" / "demo-eagle3"), "some/model", None]
 
 
 def test_the_mode_off_needs_no_quotes(tmp_path):

@@ -19,19 +19,23 @@ from deployments.http import MEANINGS
 from deployments.openai import (
     ChatRequest,
     CompletionRequest,
+    Offer,
     ParseOptions,
     ParseReport,
+    ProposalPlace,
+    SpeculationReport,
     StageTimes,
     TracedPiece,
     TracedVerdict,
 )
 from deployments.reference import deployments_of, meaning, page, typed
-from parse.config import EngineSettings, MethodSettings
+from parse.config import EngineSettings, MethodSettings, SpeculationSettings
 from parse.protocol import Mode, StageName
+from parse.types import MethodChoice
 
 HERE = "http://127.0.0.1:8000"
 PAGE = HOUSE / "docs" / "configuration.md"
-MODELS = [AppSettings, EngineSettings, MethodSettings, ApiSettings, AuditSettings]
+MODELS = [AppSettings, EngineSettings, SpeculationSettings, MethodSettings, ApiSettings, AuditSettings]
 
 
 def examples() -> Iterator[str]:
@@ -58,6 +62,7 @@ def test_values_are_named_as_one_writes_them():
         above: float | None = Field(gt=0)
         choice: Literal["on", "off"]
         several: tuple[Literal["a", "b"], ...] = Field(min_length=1)
+        sections: tuple[SpeculationSettings, ...]
         odd: int = Field(multiple_of=2)
 
     said = {name: typed(field) for name, field in Example.model_fields.items() if name != "odd"}
@@ -68,6 +73,7 @@ def test_values_are_named_as_one_writes_them():
         "above": "number, above 0, or null",
         "choice": 'one of `"on"`, `"off"`',
         "several": 'list of `"a"`, `"b"`, not empty',
+        "sections": "list of sections",
     }
     with pytest.raises(TypeError, match=MultipleOf.__name__):  # better than a page that is silent about it
         typed(Example.model_fields["odd"])
@@ -100,7 +106,19 @@ API = (HOUSE / "docs" / "api.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "model", [ChatRequest, CompletionRequest, ParseOptions, ParseReport, StageTimes, TracedPiece, TracedVerdict]
+    "model",
+    [
+        ChatRequest,
+        CompletionRequest,
+        Offer,
+        ParseOptions,
+        ParseReport,
+        ProposalPlace,
+        SpeculationReport,
+        StageTimes,
+        TracedPiece,
+        TracedVerdict,
+    ],
 )
 def test_the_page_on_the_api_names_every_field(model):
     assert [name for name in model.model_fields if f"`{name}`" not in API and f"`{name}:" not in API] == []
@@ -113,7 +131,7 @@ def test_the_page_on_the_api_names_every_field_of_openais_that_is_refused():
 
 
 def test_the_page_on_the_api_names_every_mode_stage_and_status():
-    names = [*get_args(Mode), *get_args(StageName), "queue"]
+    names = [*get_args(Mode), *get_args(StageName), *get_args(MethodChoice), "queue"]
     assert [name for name in names if f"`{name}`" not in API] == []
     assert [status for status in MEANINGS if isinstance(status, int) and f"| {status} |" not in API] == []
 

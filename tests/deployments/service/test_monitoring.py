@@ -12,6 +12,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.gathering import PATIENCE_S
+from parse.local import DEMO_TARGET
 from tests.cluster.querying import (
     Prometheus,
     alert_queries,
@@ -21,11 +22,16 @@ from tests.cluster.querying import (
     recorded_queries,
 )
 from tests.deployments.service.asking import Service, chat, events, problems, until
+from tests.deployments.service.conftest import SMALL
 
 IN_TIME_S = 5.0  # half of what Prometheus allows by default
 QUICKLY_S = 30.0
 MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
+CHOICES = (None, "ngram", "none", None)
+WAYS = [{"method": "parallel", "head": "models/demo-parallel"}, {"method": "ngram"}]
+TARGET = {"model": DEMO_TARGET, **SMALL, "speculation": WAYS}
 SETTINGS = {
+    "target": TARGET,
     "audit": {"share": 1.0, "result": r"\d+"},
     "api": {"max_answers": 4, "max_waiting": 4, "request_timeout_s": 60.0},
 }
@@ -37,6 +43,7 @@ class Seen:
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
+        self.by_method: Counter[tuple[str, str]] = Counter()
 
     def answer(self, report: dict, usage: dict) -> None:
         self.requests["ok"] += 1
@@ -44,10 +51,19 @@ class Seen:
             self.tokens[f"parse_{name}_tokens_total"] += report[name]
         self.tokens["parse_prompt_tokens_total"] += usage["prompt_tokens"]
         self.tokens["parse_cached_prompt_tokens_total"] += usage["prompt_tokens_details"]["cached_tokens"]
+        if came := report["speculation"]:
+            for metric, name in (
+                ("target_passes", "passes"),
+                ("target_pass_tokens", "tokens"),
+                ("proposed_tokens", "proposed"),
+                ("proposed_accepted_tokens", "accepted"),
+            ):
+                self.by_method[f"parse_{metric}_total", came["method"]] += came[name]
 
 
 async def one(client: httpx.AsyncClient, seen: Seen, question: str, mode: str, number: int) -> None:
     body = chat(question, mode=mode)
+    body["parse"]["speculation"] = CHOICES[number % len(CHOICES)]
     if number % 9 == 8:  # leaves
         try:
             await client.post("/v1/chat/completions", json=body, timeout=0.02)
@@ -119,11 +135,12 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
 
         # Clients and Prometheus have counted the same, on both ways. Ray still tells of routers that are gone.
         (router,) = {found["metric"]["replica"] for found in watching.query("parse_places")}
-        counts = {name: ("", n) for name, n in seen.tokens.items()}
-        counts["parse_requests_total"] = ('outcome="ok",', seen.requests["ok"])
+        counts = [(name, "", n) for name, n in seen.tokens.items()]
+        counts += [(name, f'method="{method}",', n) for (name, method), n in seen.by_method.items()]
+        counts += [("parse_requests_total", 'outcome="ok",', seen.requests["ok"])]
         expected = {
             f'{prefix}{name}{{{condition}replica="{router}"}}': float(n)
-            for name, (condition, n) in counts.items()
+            for name, condition, n in counts
             for prefix in ("", "ray_")
         }
 
@@ -138,6 +155,7 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
             asyncio.run(until(equal))
         except AssertionError:
             raise AssertionError(differences()) from None
+    assert {method for _, method in seen.by_method} == {"parallel", "ngram"}
     assert seen.requests["ok"] > 40 and seen.tokens["parse_rejected_tokens_total"] > 100
 
 
@@ -158,7 +176,7 @@ def unreached(text: str) -> float:
 
 
 def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_up_nobody(deployed):
-    service = deployed.service(deployments=[{"name": "Router", "num_replicas": 2}])
+    service = deployed.service(deployments=[{"name": "Router", "num_replicas": 2}], target=TARGET)
 
     async def asked():
         seen = Seen()
