@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO, get_args
 
+from pydantic import ValidationError
 from transformers.utils import logging as transformers_logging
 
-from parse.config import EngineSettings
+from parse.config import EngineSettings, SpeculationSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.prompts import prompt_ids
 from parse.protocol import Done, Mode, Piece, Question, StageName, Usage, Verdict
-from parse.types import RequestError, Sampling
+from parse.types import Method, RequestError, Sampling
 
 EXAMPLE = (
     "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
@@ -55,6 +56,8 @@ def figures(usage: Usage) -> str:
         parts.append(f"accepted {usage.accepted} of {usage.drafted} drafted tokens in {usage.rounds} round(s)")
     parts.append(f"target wrote {usage.written}")
     stages: list[StageName] = ["draft", "judge", "write"]
+    if speculated := usage.speculated:
+        parts[-1] += f" in {speculated.passes} passes by {speculated.method}"
     times = [f"{name} {usage.seconds(name) * 1e3:.0f} ms" for name in stages]
     parts.append(", ".join([*times, f"total {usage.total_s * 1e3:.0f} ms"]))
     if usage.fallback:
@@ -85,6 +88,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=get_args(Mode), default="auto", help="how drafts are used (default: auto)")
     parser.add_argument("--target", default=DEMO_TARGET, help="directory or hub id of the target model")
     parser.add_argument("--draft", default=DEMO_DRAFT, help="directory or hub id of the draft model; empty for none")
+    parser.add_argument(
+        "--speculation", choices=get_args(Method), help="how the target writes several tokens in a pass"
+    )
+    parser.add_argument("--head", help="directory or hub id of what that method needs")
     parser.add_argument("--system", help="a system message before the question")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--seed", type=int, default=0)
@@ -92,6 +99,15 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be given again")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for arithmetic (default: 1)")
     return parser.parse_args(given)
+
+
+def ways(args: argparse.Namespace) -> tuple[SpeculationSettings, ...]:
+    if not (args.speculation or args.head):
+        return ()
+    try:
+        return (SpeculationSettings(method=args.speculation, head=args.head),)
+    except ValidationError as error:
+        raise RequestError("speculation", error.errors()[0]["msg"]) from error
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -106,7 +122,8 @@ def main(given: Sequence[str] | None = None) -> None:
             temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens, stop=tuple(args.stop)
         )
         draft = EngineSettings(model=args.draft, threads=args.threads) if args.draft else None
-        pair = LocalPair(EngineSettings(model=args.target, threads=args.threads), draft)
+        target = EngineSettings(model=args.target, threads=args.threads, speculation=ways(args))
+        pair = LocalPair(target, draft)
         try:
             turns = [{"role": "system", "content": args.system}] if args.system else []
             turns.append({"role": "user", "content": question})

@@ -126,9 +126,10 @@ def test_figures_add_up_to_exactly_what_clients_were_told(pair):
             for stage in report["stages"]:
                 expected["parse_stage_seconds_count", (done, stage["name"])] += 1
         until(lambda: sum(outcomes(client).values()) == 18)
-        found: Tallies = Tallies()
+        found: dict[tuple[str, tuple[str, ...]], float] = {}
         for (name, labels), n in figures(client).items():
-            found[name, labels[:1] if name.startswith("parse_proposed_") else labels] += n  # of all places together
+            key = name, labels[:1] if name.startswith("parse_proposed_") else labels  # of all places together
+            found[key] = found.get(key, 0.0) + n
     exact = {key: value for key, value in found.items() if key[0] in {name for name, _ in expected}}
     assert exact == {key: value for key, value in expected.items() if value}
     assert found["parse_inter_token_seconds_count", ("off",)] > 0
@@ -242,9 +243,10 @@ def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
 def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_with_what_came_of_them():
     meters = Meters(OF_ROUTERS, deployment="Router")
     proposed, accepted = (9,) * 18, (8, 5, *[0] * 15, 2)
-    for mode, drafted in (("off", {}), ("exact", {"drafted": 4, "accepted": 3})):
+    speculated = Speculated("eagle3", 9, proposed, accepted)
+    alone = Usage("off", written=20, speculated=speculated)
+    for usage in (alone, replace(alone, mode="exact", drafted=4, accepted=3)):
         answer = Answer(0, 5, Session("s"), 0.0)
-        usage = Usage(mode, **drafted, written=20, speculated=Speculated("eagle3", 9, proposed, accepted))
         answer.take(Done("stop", usage))
         tally(meters, answer)
 

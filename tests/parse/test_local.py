@@ -14,7 +14,7 @@ from parse.__main__ import EXAMPLE as QUESTION
 from parse.__main__ import main
 from parse.config import METHOD_FILE, EngineSettings, MethodSettings
 from parse.drafters import OtherTokens, SameTokens
-from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
+from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.prompts import prompt_ids
 from parse.protocol import Done, Piece, Question
 from parse.types import Sampling
@@ -171,6 +171,17 @@ def test_the_command_answers_and_tells_what_happened(capsys):
     assert re.match(r"mode full; accepted \d+ of \d+ drafted tokens in 1 round\(s\); target wrote \d+; draft", figures)
 
 
+def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
+    said = []
+    for how in ([], ["--speculation", "parallel", "--head", str(DEMO / "demo-parallel")]):
+        main([QUESTION, "--mode", "off", *how])
+        answer, figures = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+        said.append(answer)
+    assert said[0] == said[1]
+    found = re.match(r"mode off; target wrote (\d+) in (\d+) passes by parallel; draft", figures)
+    assert found and int(found[1]) > 2 * int(found[2])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -179,6 +190,8 @@ def test_the_command_answers_and_tells_what_happened(capsys):
         ([QUESTION, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
         ([QUESTION, "--target", "/nowhere"], "/nowhere is no directory"),
         ([QUESTION * 200], "prompt: is"),
+        ([QUESTION, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a head"),
+        ([QUESTION, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(arguments, message, capsys, monkeypatch):
