@@ -24,7 +24,11 @@ TIMEOUT_S = 5.0  # half of what it would be; nobody waits for it but who shuts d
 def spanned(usage: Usage) -> dict[str, str | int]:
     """What a span of an answer says of it."""
     counts = {name: getattr(usage, name) for name in ("drafted", "accepted", "written", "rounds", "cached")}
-    return {"parse.mode": usage.mode} | {f"parse.{name}": count for name, count in counts.items()}
+    if usage.speculated:
+        counts["passes"] = usage.speculated.passes
+    method = usage.speculated.method if usage.speculated else "none"
+    named = {"parse.mode": usage.mode, "parse.speculation": method}
+    return named | {f"parse.{name}": count for name, count in counts.items()}
 
 
 def otlp() -> list[SpanProcessor]:
