@@ -126,10 +126,7 @@ def method_of(path: Path, network: PreTrainedModel, how: Mapping[str, int]) -> E
 
 def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> dict[str, Any]:
     """Of a head in a folder, apart for plain answers and for those that others began."""
-    kinds = {
-        "plain": [text for text in texts if not text.begun],
-        "continued": [text for text in texts if text.begun],
-    }
+    kinds = by_kind(texts)
     head, _ = load_head(path, Target.of(network))
     found: dict[str, Any] = {"texts": len(texts), "ways": {}}
     for name, way in ways(head.config.parallel_tokens).items():
@@ -137,12 +134,18 @@ def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> di
         found["ways"][name] = {
             "most": way.most,
             **way.how,
-            "of": {kind: _told(acceptance(method, network, some, way.most)) for kind, some in kinds.items() if some},
+            "of": {kind: told(acceptance(method, network, some, way.most)) for kind, some in kinds.items()},
         }
     return found
 
 
-def _told(found: Acceptance) -> dict[str, Any]:
+def by_kind(texts: Sequence[Output]) -> dict[str, list[Output]]:
+    """Those that there are."""
+    plain, continued = ([text for text in texts if bool(text.begun) == begun] for begun in (False, True))
+    return {kind: some for kind, some in (("plain", plain), ("continued", continued)) if some}
+
+
+def told(found: Acceptance) -> dict[str, Any]:
     return {
         "mean_accepted_length": found.length,
         "accepted_at": list(found.accepted_at),

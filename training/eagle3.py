@@ -167,9 +167,10 @@ def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: Recipe, f
 
 def main() -> None:
     usual = Recipe()
-    args = heads.arguments("eagle3", __doc__, usual.steps, usual.rate, usual.texts, usual.ahead).parse_args()
-    recipe = Recipe(**heads.chosen(args))
-    heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder))
+    parser = heads.arguments("eagle3", __doc__, usual.steps, usual.rate, usual.texts, usual.ahead)
+    args = heads.with_sizes(parser).parse_args()
+    recipe = Recipe(**heads.of_head(args))
+    heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder), heads.OF_HEADS)
 
 
 if __name__ == "__main__":

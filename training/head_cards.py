@@ -1,4 +1,4 @@
-"""The card of a head, written from its figures."""
+"""The cards of heads and adapters, written from their figures."""
 
 import json
 import math
@@ -46,44 +46,110 @@ Share of passes in which the proposed token at a place was accepted:
 All figures: `figures.json`; measured again by `python -m training.acceptance --head {folder}`.
 """
 
+SPACE_CARD = """---
+library_name: parse-serve
+---
+# {name}
+
+Adapters that make `{target}` foresee by itself, for decoding by SPACE: where it reads a mask, a small network behind
+every layer lets it say what comes up to {masks} tokens beyond the next. At all other tokens it computes what it did
+without, bit for bit. `parse.speculate` loads them; they are of no use without their target.
+
+| | |
+| --- | --- |
+| parameters | {parameters:.2f} million: an embedding of masks, and rank {rank} behind each of {layers} layers |
+| trained | {trained} that the target wrote; the target itself was frozen |
+
+## What it scores
+
+Greedy, on {proof} texts of the target that training never saw, one half from a plain prompt, the other going on after
+the beginning of an answer in other words; with a group of {masks} masks behind every candidate. The *length* is what
+one pass of the target yields: the accepted tokens and the target's own one. Nothing is drafted, but masks make passes
+longer.
+
+| | tokens proposed | length |
+| --- | --- | --- |
+{lengths}
+
+Share of passes in which the proposed token at a place was accepted:
+
+| | {places} |
+| --- | {rules} |
+{shares}
+
+![what it learnt: how often its choice is the target's, by tokens ahead](training.svg)
+
+All figures: `figures.json`.
+"""
+
 EAGLE3, PARALLEL = "An EAGLE-3 head", "A parallel head"
 EXTRA = ", with further layers, `mask_embedding` and `mask_hidden` beside it"
 
 
 def write_card(folder: Path, target: str, found: Mapping[str, Any], trained: str) -> None:
-    """Into the folder of the head."""
+    """Of a head, into its folder."""
     config = json.loads((folder / "config.json").read_text())
     parallel = "parallel_tokens" in config
-    rows = [(f"{way}, {kind}", of) for way, each in found["ways"].items() for kind, of in each["of"].items()]
-    wide = max(len(of["accepted_at"]) for _, of in rows)
-    shares = (
-        [f"{share:.1%}" for share in of["accepted_at"]] + [""] * (wide - len(of["accepted_at"])) for _, of in rows
-    )
     layers = config["num_hidden_layers"]
     text = CARD.format(
-        name=folder.name,
+        **_common(folder, target, found, trained),
         folder=f"models/{folder.name}",
         what=PARALLEL if parallel else EAGLE3,
         extra=EXTRA if parallel else "",
-        target=target,
-        parameters=_parameters(folder) / 1e6,
         layers=layers,
         plural="s" * (layers > 1),
         vocabulary=config["draft_vocab_size"],
         whole=config["vocab_size"],
         taps=", ".join(map(str, config["eagle_aux_hidden_state_layer_ids"])),
-        trained=trained,
-        proof=found["texts"],
         lengths="\n".join(
             f"| {name} | {of['proposed']:.1f} | {of['mean_accepted_length']:.2f} | {of['propose_ms']:.2f} |"
-            for name, of in rows
+            for name, of in _rows(found)
         ),
-        places=" | ".join(str(place + 1) for place in range(wide)),
-        rules=" | ".join(["---"] * wide),
-        shares="\n".join(f"| {name} | {' | '.join(row)} |" for (name, _), row in zip(rows, shares, strict=True)),
     )
+    _write(folder, text, found)
+
+
+def write_space_card(folder: Path, target: str, found: Mapping[str, Any], trained: str) -> None:
+    """Of adapters, into their folder."""
+    config = json.loads((folder / "config.json").read_text())
+    text = SPACE_CARD.format(
+        **_common(folder, target, found, trained),
+        masks=config["masks"],
+        rank=config["rank"],
+        layers=config["num_hidden_layers"],
+        lengths="\n".join(
+            f"| {name} | {of['proposed']:.1f} | {of['mean_accepted_length']:.2f} |" for name, of in _rows(found)
+        ),
+    )
+    _write(folder, text, found)
+
+
+def _write(folder: Path, text: str, found: Mapping[str, Any]) -> None:
     (folder / "README.md").write_text(text)
     (folder / "figures.json").write_text(json.dumps(rounded(dict(found)), indent=2) + "\n")
+
+
+def _rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """By way and kind of text."""
+    return [(f"{way}, {kind}", of) for way, each in found["ways"].items() for kind, of in each["of"].items()]
+
+
+def _common(folder: Path, target: str, found: Mapping[str, Any], trained: str) -> dict[str, Any]:
+    rows = _rows(found)
+    wide = max(len(of["accepted_at"]) for _, of in rows)
+    shares = (
+        [f"{share:.1%}" for share in of["accepted_at"]] + [""] * (wide - len(of["accepted_at"])) for _, of in rows
+    )
+    return {
+        "name": folder.name,
+        "target": target,
+        "parameters": _parameters(folder) / 1e6,
+        "trained": trained,
+        "proof": found["texts"],
+        "places": " | ".join(str(place + 1) for place in range(wide)),
+        "rules": " | ".join(["---"] * wide),
+        "shares": "\n".join(f"| {name} | {' | '.join(row)} |" for (name, _), row in zip(rows, shares, strict=True)),
+    }
 
 
 def _parameters(folder: Path) -> int:

@@ -1,11 +1,12 @@
-"""The command lines of training a head: outputs, training, figures, card; each goes on where it was interrupted."""
+"""The command lines of teaching foresight: outputs, training, figures, card; each goes on where it was interrupted."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +27,22 @@ DEMO = MODELS / "demo-target"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OWN_SHARE, OWN_MOST = 0.05, 200  # of a target's outputs, kept for the figures where they are not of the demo task
 
-Trained = Callable[[PreTrainedModel, Sequence[Output], Path], Head]
+M = TypeVar("M")
+
+Train = Callable[[PreTrainedModel, Sequence[Output], Path], M]
+"""For a network, on these texts, with checkpoints and log in that folder."""
+
+
+@dataclass(frozen=True)
+class Publishing(Generic[M]):
+    """What becomes of something trained: its files, how well they foresee these texts, and its card."""
+
+    save: Callable[[M, Path, torch.dtype], None]
+    figures: Callable[[Path, PreTrainedModel, Sequence[Output]], dict[str, Any]]
+    card: Callable[[Path, str, Mapping[str, Any], str], None]
+
+
+OF_HEADS = Publishing[Head](lambda head, folder, dtype: save_head(head, folder, dtype=dtype), figures, write_card)
 
 
 def arguments(name: str, page: str, steps: int, rate: float, texts: int, ahead: int) -> argparse.ArgumentParser:
@@ -37,7 +53,7 @@ def arguments(name: str, page: str, steps: int, rate: float, texts: int, ahead: 
     given.add_argument("--outputs", type=Path, metavar="JSONL", help="what the target wrote, by training.outputs")
     given.add_argument("--prompts", type=Path, metavar="JSONL", help="what it is to answer; else the demo task")
     parser.add_argument("--target", type=Path, default=DEMO, help="folder of the target")
-    parser.add_argument("--out", type=Path, default=MODELS / f"demo-{name}", help="folder of the head")
+    parser.add_argument("--out", type=Path, default=MODELS / f"demo-{name}", help="folder of what is trained")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="checkpoints, log, outputs")
     parser.add_argument("--count", type=int, default=4000, help="outputs written if none are given")
     parser.add_argument("--longest", type=int, default=512, help="tokens of such an output")
@@ -46,10 +62,7 @@ def arguments(name: str, page: str, steps: int, rate: float, texts: int, ahead: 
     parser.add_argument("--rate", type=float, default=rate, help="the highest learning rate")
     parser.add_argument("--texts", type=int, default=texts, help="outputs in a batch")
     parser.add_argument("--ahead", type=int, default=ahead, help="tokens foreseen from each anchor")
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a head to go on from, instead of a new one")
-    parser.add_argument("--draft-vocabulary", type=int, metavar="N", help="the N tokens written most; else all")
-    parser.add_argument("--intermediate", type=int, help="width of the MLP; else the target's")
-    parser.add_argument("--memory-mb", type=int, default=4096, help="features kept instead of computed again")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="what to go on from, instead of beginning anew")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights written")
     parser.add_argument("--held-out", type=int, default=200, help="answers the figures are measured on")
     parser.add_argument("--seed", type=int, default=0)
@@ -57,36 +70,48 @@ def arguments(name: str, page: str, steps: int, rate: float, texts: int, ahead: 
     return parser
 
 
-def chosen(args: argparse.Namespace) -> dict[str, Any]:
+def with_sizes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--draft-vocabulary", type=int, metavar="N", help="the N tokens written most; else all")
+    parser.add_argument("--intermediate", type=int, help="width of the MLP; else the target's")
+    parser.add_argument("--memory-mb", type=int, default=4096, help="features kept instead of computed again")
+    return parser
+
+
+def chosen(args: argparse.Namespace, *more: str) -> dict[str, Any]:
     """What of the arguments is the recipe's."""
-    names = "steps", "rate", "texts", "ahead", "draft_vocabulary", "intermediate", "start", "memory_mb", "seed"
+    names = "steps", "rate", "texts", "ahead", "start", "seed", *more
     return {name: getattr(args, name) for name in names}
 
 
-def run(args: argparse.Namespace, train: Trained) -> None:
-    """Trains a head and puts it into its folder, with its figures."""
+def of_head(args: argparse.Namespace) -> dict[str, Any]:
+    return chosen(args, "draft_vocabulary", "intermediate", "memory_mb")
+
+
+def run(args: argparse.Namespace, train: Train[M], publishing: Publishing[M]) -> None:
+    """Trains, and puts what came of it into its folder, with its figures."""
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        _run(args, train)
+        _run(args, train, publishing)
     except (BrokenModel, DamagedCheckpoint, HeadError, RequestError, ValueError, OSError) as error:
         sys.exit(str(error))
 
 
-def _run(args: argparse.Namespace, train: Trained) -> None:
+def _run(args: argparse.Namespace, train: Train[M], publishing: Publishing[M]) -> None:
     texts = read_outputs(args.outputs or _outputs(args))
     network = load_model(args.target)
     nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu")
     demo = not (args.outputs or args.prompts)
     kept = 0 if demo else min(OWN_MOST, max(1, round(OWN_SHARE * len(texts))))
-    head = train(network, texts[: len(texts) - kept], args.runs)
-    save_head(head, args.out, dtype=DTYPES[args.dtype])
+    trained = train(network, texts[: len(texts) - kept], args.runs)
+    publishing.save(trained, args.out, DTYPES[args.dtype])
     log = args.runs / "log.jsonl"
     told = json.loads(log.read_text().splitlines()[-1])
     draw_log(log, args.out / "training.svg", [key for key in told if key.startswith("same")])
     proof = held_out(str(args.target), args.held_out, args.seed, args.threads) if demo else texts[-kept:]
-    steps = f"{args.steps} steps" + (" on from an earlier head" if args.start else "")
-    write_card(args.out, args.target.name, figures(args.out, network, proof), f"{steps}, {len(texts) - kept} texts")
+    steps = f"{args.steps} steps" + (" on from earlier ones" if args.start else "")
+    found = publishing.figures(args.out, network, proof)
+    publishing.card(args.out, args.target.name, found, f"{steps}, {len(texts) - kept} texts")
 
 
 def _outputs(args: argparse.Namespace) -> Path:

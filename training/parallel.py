@@ -100,9 +100,9 @@ def main() -> None:
     usual = ParallelRecipe()
     parser = heads.arguments("parallel", __doc__, usual.steps, usual.rate, usual.texts, usual.ahead)
     parser.add_argument("--layers", type=int, default=usual.layers, help="of the head")
-    args = parser.parse_args()
-    recipe = ParallelRecipe(**heads.chosen(args), layers=args.layers)
-    heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder))
+    args = heads.with_sizes(parser).parse_args()
+    recipe = ParallelRecipe(**heads.of_head(args), layers=args.layers)
+    heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder), heads.OF_HEADS)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ computed once, and what is learnt is learnt through its layers. An interrupted r
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from parse.speculate.adapters import AdapterConfig, Adapters, load_adapters
+from parse.speculate.adapters import AdapterConfig, Adapters, load_adapters, save_adapters
 from parse.speculate.head import HeadError
+from parse.speculate.proposal import chained
+from training import heads
+from training.acceptance import Acceptance, by_kind, followed, told
 from training.eagle3 import Distillation
 from training.foresight import Batch, Features, batch, shuffled, some, wholly
+from training.head_cards import write_space_card
 from training.lessons import half_pays
 from training.loop import Cosine, Losses, adamw, train
 from training.outputs import Output
@@ -33,7 +38,7 @@ GROUP_ATTENTION = "mask_groups"
 
 @dataclass(frozen=True)
 class SpaceRecipe:
-    steps: int = 1600
+    steps: int = 2000
     rate: float = 4e-3
     warmup: int = 50
     texts: int = 8  # in a batch
@@ -148,6 +153,37 @@ def losses(adapters: Adapters, network: PreTrainedModel, texts: Sequence[Output]
     return of
 
 
+def acceptance(adapters: Adapters, network: PreTrainedModel, texts: Sequence[Output]) -> Acceptance:
+    """Of candidates that the masks behind the last accepted one foresaw, a group being there wherever that was."""
+    lengths: list[int] = []
+    passes = tokens = proposed = 0
+    with torch.inference_mode():
+        for text in texts:
+            given, groups = lesson(network, [text], adapters.config.masks)
+            guesses = foreseen(adapters, network, given, groups).argmax(-1)[0].tolist()
+            # Those of the masks behind token t say what stands from t + 2 on.
+            behind = dict(zip((given.anchors[0] + 1).tolist(), guesses, strict=True))
+            at = len(text.prompt) + text.begun
+            candidates: list[int] = []
+            while at < len(text.tokens):
+                proposal = chained(candidates)
+                lengths.append(followed(proposal, text.tokens[at:]))
+                proposed += len(candidates)
+                known, last = at, at + lengths[-1] - 1
+                at = min(last + 2, len(text.tokens))
+                candidates = behind.get(last, [])
+                passes, tokens = passes + 1, tokens + at - known
+    longest = max(lengths, default=0)
+    shares = tuple(sum(length > place for length in lengths) / passes for place in range(longest))
+    return Acceptance(passes, tokens, shares, proposed / max(1, passes), 0.0)
+
+
+def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> dict[str, Any]:
+    adapters = load_adapters(path, network).attach(network)
+    of = {kind: told(acceptance(adapters, network, some)) for kind, some in by_kind(texts).items()}
+    return {"texts": len(texts), "ways": {"chain": {"most": adapters.config.masks, "of": of}}}
+
+
 def new_adapters(network: PreTrainedModel, recipe: SpaceRecipe) -> Adapters:
     config = network.config.get_text_config()
     if recipe.start:
@@ -166,3 +202,19 @@ def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: SpaceReci
     adapters = new_adapters(network, recipe).attach(network)
     train(folder, adapters, losses(adapters, network, list(wholly(texts)), recipe), recipe.schedule, optimized_by=adamw)
     return adapters.eval()
+
+
+def main() -> None:
+    usual = SpaceRecipe()
+    parser = heads.arguments("space", __doc__, usual.steps, usual.rate, usual.texts, usual.ahead)
+    parser.add_argument("--rank", type=int, default=usual.rank, help="of the networks behind the layers")
+    args = parser.parse_args()
+    recipe = SpaceRecipe(**heads.chosen(args), rank=args.rank)
+    publishing = heads.Publishing[Adapters](
+        lambda adapters, folder, dtype: save_adapters(adapters, folder, dtype=dtype), figures, write_space_card
+    )
+    heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder), publishing)
+
+
+if __name__ == "__main__":
+    main()
