@@ -125,7 +125,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._steps = self._step_calls = self._tokens = self._replayed = 0
-        self._busy_s = self._foreseeing_s = 0.0
+        self._busy_s = 0.0
         self._written = self._noted = 0  # tokens that were kept, and how many of them the costs know
         self._wishes: list[tuple[Job, Wished]] = []
         self._stopped = self._forgetful = False
@@ -245,7 +245,6 @@ class Engine:
     def _foresee(self) -> None:
         """What programs wish to have foreseen, for all of them at once."""
         while self._wishes:
-            began = time.perf_counter()
             wishes = [(job, wished) for job, wished in self._wishes if job.context is not None]
             self._wishes = []
             for way in {id(wished.way): wished.way for _, wished in wishes}.values():
@@ -253,7 +252,6 @@ class Engine:
                 proposals = way.propose([wish for _, wish in asking])
                 for (job, _), proposal in zip(asking, proposals, strict=True):
                     self._advance(job, proposal)
-            self._foreseeing_s += time.perf_counter() - began
 
     def _plan(self) -> list[tuple[Job, Span]]:
         """Requests that need a single token first, in the order of their pages; the rest shares what is left."""
@@ -321,10 +319,9 @@ class Engine:
                 whole = answers[0] if len(answers) == 1 else torch.cat(answers)
                 self._advance(job, Answer(whole, job.chosen, partial(self._features, job.context)))
         if self.costs is not None and writing:
-            seconds = time.perf_counter() - began
-            self.costs.passed(sum(len(span) for _, span in plan), seconds)
-            self.costs.wrote(self._written - self._noted, seconds + self._foreseeing_s)
-        self._noted, self._foreseeing_s = self._written, 0.0
+            entries, tokens = sum(len(span) for _, span in plan), self._written - self._noted
+            self.costs.passed(len(plan), entries, tokens, time.perf_counter() - began)
+        self._noted = self._written
 
     def _forward(self, plan: Sequence[tuple[Job, Span]]) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
         """The tokens chosen and the logits at the wanted places of all spans, and where in them each span's lie."""

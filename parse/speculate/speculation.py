@@ -1,25 +1,29 @@
 """Speculation on one request's text: what is wished for, what comes of it, and whether it pays.
 
-A proposed token pays while its chance to be accepted, times what a token comes to at the moment, exceeds what one more
-entry adds to a pass. That is the floor below which a method need not propose, and it moves with the device, with the
-load, and with how much this text has kept of what it was promised. Where all of it together does not pay, nothing is
-proposed for a while, then tried again.
+Proposals of g accepted tokens save a text g passes, and take their own time and that of more entries in a pass. They
+pay while they take less than they save. Within a proposal one more token pays while its chance to be accepted exceeds
+the share of a token's time that one more entry takes: the floor below which a method need not propose. Both move with
+the device, with the load, and with how much this text has kept of what it was promised. Where it does not pay, nothing
+is proposed for a while, then tried again.
 """
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 
 from torch import Tensor
 
-from parse.speculate.costs import Costs
+from parse.speculate.costs import FRESH, Costs
 from parse.speculate.guard import Guard, Guarded
 from parse.speculate.proposal import Foreseen, Proposal, Wish
 from parse.tree import MASK
 from parse.types import Method, Speculated
 
 RECENT = 0.2  # share of the newest proposal in what is expected of the next
+LATEST = 15  # times of proposals that are remembered
 AMONG_TEXTS = 0.02  # the same, of what is expected of the next text
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # passes without proposals before another trial
 UNSURE = 2.0  # tokens' worth of doubt about what a text has kept of what it was promised
@@ -38,10 +42,10 @@ class Way:
     most: int  # tokens proposed at once
     taps: tuple[int, ...]  # all that the engine keeps
     costs: Costs
-    propose_s: float = 0.0  # for one text
     proposals: int = 0
     gain: float = 0.0  # tokens accepted of one
-    entries: float = 0.0  # of one
+    spent: float = 0.0  # seconds that its entries added to a pass
+    _times: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
 
     def begin(self) -> "Speculation":
         return Speculation(self, self.foresight.proposer())
@@ -49,9 +53,13 @@ class Way:
     def propose(self, wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
         began = time.perf_counter()
         found = self.foresight.propose(wishes)
-        each = (time.perf_counter() - began) / len(wishes)
-        self.propose_s += (RECENT if self.propose_s else 1.0) * (each - self.propose_s)
+        self._times.append((time.perf_counter() - began) / len(wishes))
         return found
+
+    @property
+    def propose_s(self) -> float:
+        """What a proposal takes: the median, for the first of a text reads its prompt."""
+        return median(self._times) if self._times else 0.0
 
     def own(self, features: Tensor | None) -> Tensor | None:
         """Of [n, all taps * width] what this method reads."""
@@ -76,19 +84,23 @@ class Speculation:
     way: Way
     proposer: Guarded
     gain: float = 0.0  # tokens accepted of a proposal, lately
-    entries: float = 0.0  # of a proposal, lately
+    spent: float = 0.0  # seconds that its entries added to a pass, lately
+    _added: float = 0.0  # entries beyond the first in a usual pass, with proposals or without
+    _taken: float = 0.0  # and tokens
     _pause: int = 0  # passes to come without proposals
     _next_pause: int = FIRST_PAUSE
     _trials: int = 0
+    _asked: bool = False
     _promised: float = UNSURE  # tokens that should have been accepted by the method's own account, and those that were
     _kept: float = UNSURE
-    _asked: bool = False
     _rate: float = 0.5  # of single tokens behind accepted ones, accepted themselves
     _blind: bool = False  # the method cannot tell how likely its tokens are
 
     def __post_init__(self) -> None:
+        costs = self.way.costs
+        self._added, self._taken = costs.entries / costs.texts - 1, costs.tokens / costs.texts - 1
         if self.way.proposals >= TRIALS:  # what other texts made of it is the best guess
-            self.gain, self.entries = self.way.gain, self.way.entries
+            self.gain, self.spent = self.way.gain, self.way.spent
             if not self._pays():
                 self._pause = self._next_pause
 
@@ -121,6 +133,8 @@ class Speculation:
         for place in places:
             if place:
                 proposed[place - 1] += 1
+        self._added += FRESH * (len(proposal.tokens) - self._added)
+        self._taken += FRESH * (accepted - self._taken)
         if self._asked and (proposed or not proposal.tokens):  # mere masks will show their worth in the next pass
             self._learn(proposal, len(proposed), accepted)
         came = tuple(int(place < accepted) for place in range(len(proposed)))
@@ -128,11 +142,12 @@ class Speculation:
 
     def _learn(self, proposal: Proposal, deepest: int, accepted: int) -> None:
         self._trials += 1
-        size, way = len(proposal.tokens), self.way
+        way = self.way
+        spent = way.costs.more_s(len(proposal.tokens), self._beside()[0])
         way.proposals += 1
         for mean, share in ((self, max(RECENT, 1 / way.proposals)), (way, max(AMONG_TEXTS, 1 / way.proposals))):
             mean.gain += share * (accepted - mean.gain)
-            mean.entries += share * (size - mean.entries)
+            mean.spent += share * (spent - mean.spent)
         if proposal.likely is None:
             self._blind = True
             promised = float(accepted)
@@ -149,20 +164,24 @@ class Speculation:
             self._pause = self._next_pause
             self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
 
-    def _floor(self) -> float:
+    def _beside(self) -> tuple[float, float]:
+        """Entries and tokens of a usual pass if nothing were proposed for this text."""
         costs = self.way.costs
-        if not costs.token_s:
+        return max(1.0, costs.entries - self._added), max(1.0, costs.tokens - self._taken)
+
+    def _floor(self) -> float:
+        entries, tokens = self._beside()
+        costs = self.way.costs
+        token_s = (costs.pass_s(entries) + self.spent + self.way.propose_s) / (tokens + self.gain)
+        if not token_s:
             return 0.0
         trust = min(1.5, max(0.05, self._kept / self._promised))
-        return costs.more_s(AHEAD, costs.entries) / AHEAD / costs.token_s / trust
+        return costs.more_s(AHEAD, costs.entries) / AHEAD / token_s / trust
 
     def _pays(self) -> bool:
-        costs = self.way.costs
-        if not costs.token_s:
-            return True
-        beside = max(1.0, costs.entries - self.entries)
-        spent = self.way.propose_s + costs.more_s(self.entries, beside)
-        return self.gain * costs.token_s + NEGLIGIBLE * costs.pass_s(beside) >= spent
+        entries, tokens = self._beside()
+        whole_s = self.way.costs.pass_s(entries)
+        return self.gain * whole_s / tokens + NEGLIGIBLE * whole_s >= self.spent + self.way.propose_s
 
 
 def _depths(proposal: Proposal) -> list[int]:
