@@ -38,11 +38,12 @@ class Answer:
     features: Callable[[Sequence[int]], Tensor] | None = None  # of entries: the context's tokens, and then the nodes
 
 
+Asking = Generator[Ask, Answer, None]
 Program = Generator[Ask | Wished, Any, None]
 """Is sent an Answer for an Ask, and a Proposal for a wish."""
 
 
-def warm() -> Program:
+def warm() -> Asking:
     """Only its context is wanted, and that is computed before anything is asked."""
     yield Ask((), read=())
 
@@ -165,7 +166,7 @@ def judge(
     trunk: Sequence[int],
     top: int,
     done: Callable[[Judged], None],
-) -> Program:
+) -> Asking:
     """P(correct) at each cut; the context is a prompt of that length and the draft, up to the last cut.
 
     If the last cut passes at `full` (None: it is no full answer), or a prefix fails at `prefix` (None: never mind),

@@ -1,9 +1,11 @@
 """What makes a model foresee at masks: an embedding for them, and a small network behind every layer.
 
-At all other tokens the model computes what it did without, bit for bit: whatever is added is added at masks only.
+At all other tokens the model computes what it did without, bit for bit: whatever is added is added at masks only. (A
+mixture of experts up to rounding, as ever when others share its pass: experts round by how many tokens they are given.)
 """
 
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -102,7 +104,7 @@ def load_adapters(path: str | Path, network: PreTrainedModel) -> Adapters:
     config_file, file = file_of(str(path), CONFIG), file_of(str(path), WEIGHTS)
     try:
         found = json.loads(Path(config_file).read_text())
-        config = AdapterConfig(**{field.name: found[field.name] for field in fields(AdapterConfig)})
+        config = AdapterConfig(**{field.name: operator.index(found[field.name]) for field in fields(AdapterConfig)})
     except (ValueError, TypeError) as error:
         raise HeadError(f"{config_file} is damaged: {error}") from error
     except KeyError as error:

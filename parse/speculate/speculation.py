@@ -181,6 +181,8 @@ class Speculation:
     def _pays(self) -> bool:
         entries, tokens = self._beside()
         whole_s = self.way.costs.pass_s(entries)
+        if not whole_s:  # nobody has looked at the clock yet
+            return True
         return self.gain * whole_s / tokens + NEGLIGIBLE * whole_s >= self.spent + self.way.propose_s
 
 

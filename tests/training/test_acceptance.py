@@ -35,6 +35,10 @@ class Knowing:
     """Proposes what will stand there, one token too few at a time, or nonsense."""
 
     taps = (2,)
+    bytes_per_token = 0
+
+    def reserve(self, contexts, capacity):
+        pass
 
     def __init__(self, text, right, seen):
         self.text, self.right, self.seen, self.length = text, right, seen, 0

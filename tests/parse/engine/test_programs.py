@@ -38,7 +38,8 @@ def write(sampling, output=(), *, room=12, ends=(), table=TABLE, prompt=PROMPT, 
     pieces: list = []
     program = generate(prompt, output, sampling, ends=ends, room=room, emit=pieces.append, **options)
     context = [*prompt, *output][:-1]
-    runs, nodes = 0, []
+    runs = 0
+    nodes: list[int] = []
     asked = next(program)
     try:
         while True:
@@ -60,6 +61,9 @@ def speculating(proposer):
     class Method:
         taps = ()
         bytes_per_token = 0
+
+        def reserve(self, contexts, capacity):
+            pass
 
         def proposer(self):
             return proposer
