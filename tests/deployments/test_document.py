@@ -17,7 +17,7 @@ from parse.local import LocalPair
 from parse.pipeline import Pipeline
 from parse.prompts import Check
 from parse.protocol import Verifier
-from tests.deployments.conftest import MODEL
+from tests.deployments.conftest import MODEL, WAYS
 from tests.deployments.live import LocalBackend, served
 from training.tokenizer import build
 
@@ -50,6 +50,7 @@ def narrowed() -> dict[str, Any]:
     schemas["ChatRequest"]["properties"]["messages"]["maxItems"] = 3
     for threshold in ("full", "prefix"):
         schemas["ParseOptions"]["properties"][threshold] = {"type": "number", "minimum": 0.5, "maximum": 1}
+    schemas["ParseOptions"]["properties"]["speculation"] = {"enum": [None, "none", *(way.method for way in WAYS)]}
     *_, several, tokens, lists = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
     tokens["items"] = lists["items"]["items"] = {"type": "integer", "minimum": 0, "maximum": 509}
     several["maxItems"] = lists["maxItems"] = 2
