@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from training import space
 from training.acceptance import acceptance, held_out, method_of, ways
 from training.checkpoints import load_model
 from training.evaluate import MODELS
@@ -36,6 +37,13 @@ def test_a_pass_yields_what_the_card_says(network, texts, name):
         assert found.length > max(5.0, SLACK * said[kind]["mean_accepted_length"])
 
 
-@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel"])
+def test_a_pass_of_the_target_alone_yields_what_the_card_says(network, texts):
+    said = json.loads((MODELS / "demo-space" / "figures.json").read_text())["ways"]["chain"]["of"]
+    found = space.figures(MODELS / "demo-space", network, texts)["ways"]["chain"]["of"]
+    for kind in ("plain", "continued"):
+        assert found[kind]["mean_accepted_length"] > max(4.0, SLACK * said[kind]["mean_accepted_length"])
+
+
+@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel", "demo-space"])
 def test_a_head_is_small(name):
     assert (MODELS / name / "model.safetensors").stat().st_size < 2 << 20

@@ -1,0 +1,170 @@
+"""What adapters are taught by, against the same written out anchor by anchor, and against what decoding takes."""
+
+import asyncio
+import json
+import sys
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parse.config import EngineSettings, SpeculationSettings
+from parse.engine.service import ModelService
+from parse.local import DEMO, DEMO_TARGET
+from parse.speculate.adapters import save_adapters
+from parse.types import Sampling, summed
+from tests.training.test_foresight import VOCABULARY, target, texts
+from training import loop, space
+from training.acceptance import held_out
+from training.checkpoints import load_model
+from training.foresight import shuffled
+from training.loop import DamagedCheckpoint
+
+RECIPE = space.SpaceRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=3, rank=4, share=1.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations as small as these only wait for one another on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def in_full(monkeypatch):
+    """Without bfloat16, which rounds."""
+    monkeypatch.setattr(space, "half_pays", lambda device: False)
+
+
+def grown(network, recipe=RECIPE):
+    """Adapters that do something."""
+    adapters = space.new_adapters(network, recipe).attach(network)
+    with torch.no_grad():
+        adapters.up.normal_(std=0.3)
+    return adapters
+
+
+def written_out(adapters, network, tokens, masks):
+    """The logits at masks behind a text, in one plain pass; without masks, behind the text's tokens."""
+    ids = torch.tensor([tokens])
+    embedded = network.get_input_embeddings()(ids)
+    network.set_attn_implementation("eager")
+    with torch.no_grad():
+        if not masks:
+            return network(input_ids=ids).logits[0]
+        embedded = torch.cat([embedded, adapters.mask_embedding.expand(1, masks, -1)], 1)
+        with adapters.at(torch.arange(len(tokens), len(tokens) + masks)):
+            return network(inputs_embeds=embedded).logits[0, -masks:]
+
+
+def test_the_loss_is_that_of_masks_behind_every_anchor():
+    network, given = target(), texts()
+    adapters = grown(network)
+    ((loss, told),) = space.losses(adapters, network, given, RECIPE)(2)
+    by_mask: list[list[float]] = [[] for _ in range(RECIPE.ahead)]
+    same: list[list[bool]] = [[] for _ in range(RECIPE.ahead)]
+    for text in (given[k] for k in shuffled(len(given), RECIPE.texts, RECIPE.seed, 2)):
+        says = written_out(adapters, network, text.tokens, 0)
+        for anchor in range(len(text.prompt) + text.begun - 1, len(text.tokens)):
+            found = written_out(adapters, network, text.tokens[: anchor + 1], RECIPE.ahead)
+            for mask in range(RECIPE.ahead):
+                wanted = anchor + 1 + mask  # what the target says behind that token, one beyond its next one
+                if wanted < len(text.tokens):
+                    chances = says[wanted].softmax(-1)
+                    by_mask[mask].append(-float((chances * found[mask].log_softmax(-1)).sum()))
+                    same[mask].append(bool(found[mask].argmax() == chances.argmax()))
+    total = sum(space.DECAY**mask * sum(each) / len(each) for mask, each in enumerate(by_mask) if each)
+    assert loss.item() == pytest.approx(total, rel=1e-3)
+    assert told["same 1"] == pytest.approx(sum(same[0]) / len(same[0]), abs=1e-6)
+
+
+def test_only_the_adapters_learn_and_they_do(tmp_path):
+    network, given = target(), texts()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    ((first, _),) = space.losses(space.new_adapters(network, RECIPE), network, given, RECIPE)(0)
+    adapters = space.trained(network, given, replace(RECIPE, steps=40), tmp_path)
+    ((last, _),) = space.losses(adapters, network, given, RECIPE)(0)
+    assert last < 0.8 * first
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    whole = space.trained(target(), texts(), RECIPE, tmp_path / "whole")
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    ask, asked = space.losses, []
+
+    def twice(*given):
+        of = ask(*given)
+
+        def counted(step):
+            asked.append(step)
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            return of(step)
+
+        return counted
+
+    monkeypatch.setattr(space, "losses", twice)
+    with pytest.raises(KeyboardInterrupt):
+        space.trained(target(), texts(), RECIPE, tmp_path / "torn")
+    torn = space.trained(target(), texts(), RECIPE, tmp_path / "torn")
+    assert asked == [0, 1, 2, 2, 3]
+    for one, two in zip(whole.parameters(), torn.parameters(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(DamagedCheckpoint, match="another schedule"):
+        space.trained(target(), texts(), replace(RECIPE, steps=9), tmp_path / "torn")
+
+
+def test_training_may_go_on_from_adapters(tmp_path):
+    adapters = grown(target())
+    save_adapters(adapters, tmp_path)
+    again = space.new_adapters(target(), replace(RECIPE, start=tmp_path))
+    assert torch.equal(again.up, adapters.up) and again.up.requires_grad
+    with pytest.raises(ValueError, match="trained for 3 masks, not 5"):
+        space.new_adapters(target(), replace(RECIPE, start=tmp_path, ahead=5))
+
+
+def test_the_command_writes_adapters_and_their_card(tmp_path, monkeypatch):
+    outputs = tmp_path / "outputs.jsonl"
+    outputs.write_text(
+        "".join(json.dumps({"prompt": t.prompt, "output": t.output, "begun": t.begun}) + "\n" for t in texts(40))
+    )
+    target().save_pretrained(tmp_path / "target")
+    given = f"--target {tmp_path / 'target'} --outputs {outputs} --out {tmp_path / 'out'} --runs {tmp_path / 'run'}"
+    sizes = "--steps 2 --texts 2 --ahead 3 --rank 4 --threads 1"
+    monkeypatch.setattr(sys, "argv", ["space", *given.split(), *sizes.split()])
+    space.main()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Adapters that make `target` foresee" in card and "rank 4 behind each of 6 layers" in card
+    assert (tmp_path / "out" / "training.svg").is_file()
+    found = space.figures(tmp_path / "out", target(), texts())
+    assert 1 <= found["ways"]["chain"]["of"]["plain"]["mean_accepted_length"] <= VOCABULARY
+
+
+def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
+    """Passes by the card's way of counting, from one plain pass over each text, and by the engine."""
+    # Nothing is known of what passes take, so that groups stand everywhere.
+    monkeypatch.setattr("parse.engine.service.pass_seconds", lambda model: [])
+    monkeypatch.setattr("parse.speculate.costs.Costs.passed", lambda *_: None)
+    proof = [text for text in held_out(DEMO_TARGET, 8, seed=5, threads=1) if not text.begun][:3]
+    network = load_model(DEMO / "demo-target")
+    adapters = space.load_adapters(DEMO / "demo-space", network).attach(network)
+    counted = space.acceptance(adapters, network, proof)
+    way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
+    service = ModelService(
+        EngineSettings(model=DEMO_TARGET, threads=1, max_context=768, memory_mb=256, speculation=(way,))
+    )
+
+    async def passes(text):
+        async with aclosing(service.generate(text.prompt, sampling=Sampling(temperature=0.0))) as pieces:
+            return summed([tokens.speculated async for tokens in pieces])
+
+    try:
+        came = [asyncio.run(passes(text)) for text in proof]
+    finally:
+        service.close()
+    assert sum(one.passes for one in came) == counted.passes
+    assert sum(sum(one.accepted) for one in came) == counted.tokens - counted.passes
