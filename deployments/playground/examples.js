@@ -43,4 +43,4 @@ export const MODES = {
 };
 
 /** Of methods whose names say too little. */
-export const WORDS = { draft_model: "draft model", ngram: "n-grams", none: "one token a pass" };
+export const WORDS = { draft_model: "draft model", ngram: "n-grams", none: "one by one" };
