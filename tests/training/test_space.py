@@ -12,7 +12,7 @@ import torch
 from parse.config import EngineSettings, SpeculationSettings
 from parse.engine.service import ModelService
 from parse.local import DEMO, DEMO_TARGET
-from parse.speculate.adapters import save_adapters
+from parse.speculate.adapters import load_adapters, save_adapters
 from parse.types import Sampling, summed
 from tests.training.test_foresight import VOCABULARY, target, texts
 from training import loop, space
@@ -84,10 +84,10 @@ def test_the_loss_is_that_of_masks_behind_every_anchor():
 def test_only_the_adapters_learn_and_they_do(tmp_path):
     network, given = target(), texts()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    ((first, _),) = space.losses(space.new_adapters(network, RECIPE), network, given, RECIPE)(0)
-    adapters = space.trained(network, given, replace(RECIPE, steps=40), tmp_path)
-    ((last, _),) = space.losses(adapters, network, given, RECIPE)(0)
-    assert last < 0.8 * first
+    recipe = replace(RECIPE, steps=60, rate=3e-2, texts=5)
+    adapters = space.trained(network, given, recipe, tmp_path)
+    ((_, told),) = space.losses(adapters, network, given, recipe)(0)
+    assert all(told[f"same {mask}"] > 0.7 for mask in (1, 2, 3))
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
@@ -151,7 +151,7 @@ def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
     monkeypatch.setattr("parse.speculate.costs.Costs.passed", lambda *_: None)
     proof = [text for text in held_out(DEMO_TARGET, 8, seed=5, threads=1) if not text.begun][:3]
     network = load_model(DEMO / "demo-target")
-    adapters = space.load_adapters(DEMO / "demo-space", network).attach(network)
+    adapters = load_adapters(DEMO / "demo-space", network).attach(network)
     counted = space.acceptance(adapters, network, proof)
     way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
     service = ModelService(
