@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMETHEUS_PORT ?= 9090
 
-.PHONY: help setup serve monitoring test tools lint models evaluate docs dashboards lock clean
+.PHONY: help setup serve monitoring test tools lint models heads evaluate docs dashboards lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -38,6 +38,11 @@ test: lint tools  ## lint, then every test
 
 models: setup  ## train the demo pair again (about an hour on two cores; goes on where it was interrupted)
 	$(BIN)/python -m training.pair
+
+heads: setup  ## train what foresees the target again (75 minutes on one core; goes on where it was interrupted)
+	$(BIN)/python -m training.eagle3
+	$(BIN)/python -m training.parallel
+	$(BIN)/python -m training.space --dtype float16
 
 evaluate: setup  ## measure the demo pair
 	$(BIN)/python -m training.evaluate --problems 500 --seed 7

@@ -95,20 +95,6 @@ def proposals(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree,
     return tree, place
 
 
-def mask_groups(trunk: Sequence[int], mask: int, width: int) -> TokenTree:
-    """A trunk of candidates with a group of `width` masks behind every one of them, and behind the root's parent too.
-
-    The groups come after the trunk, the deepest first; the one at the end of the tree hangs beside the trunk.
-    """
-    tree = probed(trunk, range(1, len(trunk) + 1), [mask] * width)
-    beside = len(tree) + width
-    return TokenTree(
-        tokens=np.concatenate([tree.tokens, np.full(width, mask)]),
-        end=np.concatenate([tree.end, np.full(width, beside)]),
-        depth=np.concatenate([tree.depth, np.arange(width)]),
-    )
-
-
 def probed(trunk: Sequence[int], cuts: Sequence[int], suffix: Sequence[int]) -> TokenTree:
     """A trunk with a copy of `suffix` behind its first c tokens, for every cut c.
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from parse.tree import chain, mask_groups, probe_ends, probed, probes, proposals
+from parse.tree import chain, probe_ends, probed, probes, proposals
 from training.judging import cached, run
 
 
@@ -98,18 +98,9 @@ def test_a_proposal_below_itself_or_a_later_one_is_refused(above):
         proposals([7] * len(above), above)
 
 
-@given(st.lists(st.integers(0, 50), max_size=6), st.integers(1, 4))
-def test_a_group_of_masks_hangs_behind_every_candidate_and_one_beside_the_first(trunk, width):
-    size = len(trunk)
-    above = list(range(-1, size - 1))
-    for behind in range(size - 1, -2, -1):  # the deepest group first; -1: beside the first candidate
-        above += [behind, *range(len(above), len(above) + width - 1)]
-    assert_is(mask_groups(trunk, 99, width), trunk + [99] * (width * (size + 1)), above)
-
-
 @given(st.lists(st.integers(0, 50), max_size=6), st.integers(0, 100))
 def test_where_nothing_else_is_said_a_tree_hangs_on_the_end_of_its_context(tokens, context):
-    for tree in (chain(tokens), proposals(tokens, list(range(-1, len(tokens) - 1)))[0], mask_groups(tokens, 9, 2)):
+    for tree in (chain(tokens), proposals(tokens, list(range(-1, len(tokens) - 1)))[0]):
         assert tree.seen(context).tolist() == [context] * len(tree)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from parse.engine.cache import Context
 from parse.engine.step import Span
-from parse.tree import TokenTree, chain, mask_groups, probed, probes, proposals
+from parse.tree import TokenTree, chain, probed, probes, proposals
 
 
 @dataclass
@@ -36,7 +36,7 @@ def forests(draw):
     trunk = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
     suffix = draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))
     width, size = len(suffix), len(trunk)
-    kind = draw(st.sampled_from(["tokens", "chain", "probes", "proposals", "probed", "masks", "forest"]))
+    kind = draw(st.sampled_from(["tokens", "chain", "probes", "proposals", "probed", "forest"]))
     if kind in ("tokens", "chain"):
         tree = trunk if kind == "tokens" else chain(trunk)
         return context, tree, row(context, trunk, range(-1, size - 1), [known] * size)
@@ -52,12 +52,6 @@ def forests(draw):
             parents += [cut - 1, *range(len(parents), len(parents) + width - 1)]
         tokens = trunk + suffix * len(cuts)
         return context, probed(trunk, cuts, suffix), row(context, tokens, parents, [known] * len(tokens))
-    if kind == "masks":
-        parents = list(range(-1, size - 1))
-        for behind in range(size - 1, -2, -1):
-            parents += [behind, *range(len(parents), len(parents) + width - 1)]
-        tokens = trunk + [9] * (width * (size + 1))
-        return context, mask_groups(trunk, 9, width), row(context, tokens, parents, [known] * len(tokens))
     # Trees side by side, each hung on a place of its own.
     parts, tokens, parents, at = [], [], [], []
     for _ in range(draw(st.integers(1, 3)) if kind == "forest" else 1):
