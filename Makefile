@@ -41,7 +41,7 @@ models: setup  ## train the demo pair again (about an hour on two cores; goes on
 
 heads: setup  ## train what foresees the target again (75 minutes on one core; goes on where it was interrupted)
 	$(BIN)/python -m training.eagle3
-	$(BIN)/python -m training.parallel
+	$(BIN)/python -m training.parallel --dtype float16
 	$(BIN)/python -m training.space --dtype float16
 
 evaluate: setup  ## measure the demo pair

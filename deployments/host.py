@@ -52,7 +52,7 @@ class Host:
         for choice in choices:
             async for _ in self.service.generate(prompt, sampling=greedy, speculation=choice):
                 pass
-        self.service.engine.forget()
+        self.service.forget()
         self._telling = asyncio.create_task(self._keep_telling())
 
     def check_health(self) -> None:

@@ -79,6 +79,12 @@ class ModelService:
     def load(self) -> Load:
         return self.engine.load
 
+    def forget(self) -> None:
+        """What texts so far have left behind: nothing of it serves or misleads later ones."""
+        self.engine.forget()
+        for way in self._ways.values():
+            way.forget()
+
     def close(self) -> None:
         self.engine.stop()
 

@@ -50,6 +50,10 @@ class Way:
     def begin(self) -> "Speculation":
         return Speculation(self, self.foresight.proposer())
 
+    def forget(self) -> None:
+        self.proposals, self.gain, self.spent = 0, 0.0, 0.0
+        self._times.clear()
+
     def propose(self, wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
         began = time.perf_counter()
         found = self.foresight.propose(wishes)
