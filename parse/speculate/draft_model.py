@@ -74,7 +74,7 @@ class DraftModel:
                 drafts.setdefault(text, []).append(token)
                 chances.setdefault(text, []).append(likely)
                 text.drafted.append(token)
-                if len(drafts[text]) == wish.most:
+                if len(drafts[text]) == min(wish.most, wish.depth):
                     del going[text]
         return [chained(drafts[text], chances[text]) if text in drafts else NOTHING for text in texts]
 

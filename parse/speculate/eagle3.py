@@ -17,6 +17,8 @@ from parse.speculate.head import Attend, Head, HeadError, Target
 from parse.speculate.proposal import Proposal, Wish
 from parse.speculate.texts import UNSEEN, HeadMethod, Text, attention, read
 
+ASKING = 4  # steps of drafting between two looks at whether to go on
+
 
 class Eagle3(HeadMethod):
     """A head ready to draft, for any number of requests.
@@ -43,7 +45,7 @@ class Eagle3(HeadMethod):
     def _trees(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
         """Below, R texts have B nodes in their beams, and every level adds N nodes: first B, then B * B."""
         texts = [wish.proposer for wish in wishes]
-        depth = min(self.depth, max(wish.most for wish in wishes) - 1)
+        depth = min(self.depth, max(min(wish.most, wish.depth) for wish in wishes) - 1)
         count, beam = len(texts), self.beam
         for text in texts:
             text.reserve(self.head, depth * beam)
@@ -59,8 +61,8 @@ class Eagle3(HeadMethod):
         own = torch.arange(beam, device=tokens.device)
         floors = scores.new_tensor([_log(wish.floor) for wish in wishes])
         for level in range(depth):
-            # Elsewhere than on a CPU, to ask takes longer than to go on.
-            if scores.is_cpu and bool((scores[:, 0] < floors).all()):
+            # To ask is to wait for the device, which a CPU never lets one.
+            if (scores.is_cpu or level % ASKING == ASKING - 1) and bool((scores[:, 0] < floors).all()):
                 break
             if mask is not None:
                 mask[:, own, level * beam + own] = 0.0
@@ -80,7 +82,7 @@ class Eagle3(HeadMethod):
             hidden = hidden.gather(1, above[..., None].expand(hidden.shape))
             if mask is not None:
                 mask = mask.gather(1, above[..., None].expand(mask.shape))
-        return _likeliest(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), wishes)
+        return _likeliest(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), beam, wishes)
 
     def _children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target's tokens of the likeliest behind each, [..., B]."""
@@ -118,15 +120,19 @@ class Eagle3(HeadMethod):
         return attend
 
 
-def _likeliest(scores: Tensor, tokens: Tensor, parents: Tensor, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
+def _likeliest(
+    scores: Tensor, tokens: Tensor, parents: Tensor, beam: int, wishes: Sequence[Wish[Text]]
+) -> list[Proposal]:
     """Of each row's nodes; a child is never likelier than its parent, and among equals the earlier one counts."""
     most = max(wish.most for wish in wishes)
+    within = torch.tensor([[beam + (wish.depth - 1) * beam**2] for wish in wishes], device=scores.device)
+    scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= within, -math.inf)
     ranked = scores.sort(descending=True, stable=True)
     rows = zip(wishes, *(part[:, :most].tolist() for part in (ranked.indices, ranked.values)), strict=True)
     proposals = []
     for (wish, nodes, likely), all_tokens, all_parents in zip(rows, tokens.tolist(), parents.tolist(), strict=True):
         floor = _log(wish.floor)
-        wanted = sum(1 for logprob in likely[: wish.most] if logprob >= floor)
+        wanted = sum(1 for logprob in likely[: wish.most] if logprob >= floor and logprob > -math.inf)
         chosen = sorted(zip(nodes[:wanted], likely[:wanted], strict=True))
         place = {node: at for at, (node, _) in enumerate(chosen)}
         proposals.append(

@@ -55,7 +55,7 @@ class Guard:
 
     def propose(self, wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
         asked = [
-            Wish(wish.proposer.proposer, wish.most, wish.floor)
+            Wish(wish.proposer.proposer, wish.most, wish.floor, wish.depth)
             for wish in wishes
             if wish.proposer.proposer is not None and wish.most > 0
         ]

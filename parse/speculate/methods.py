@@ -16,7 +16,7 @@ from parse.speculate.space import Space
 from parse.speculate.speculation import Way
 from parse.types import Method
 
-CHAIN = 8  # tokens of a chain whose method has no length of its own
+CHAIN = 12  # tokens of a chain whose method has no length of its own; what does not pay of it is left out
 TREE_DEPTH = 8
 
 
@@ -25,7 +25,8 @@ def ways(settings: EngineSettings, model: Model, costs: Costs) -> dict[Method, W
     found: dict[Method, Way] = {}
     for given in settings.speculation:
         foresight, most = _loaded(given, settings, model)
-        found[given.method] = Way(given.method, Guard(foresight, model.vocabulary), most, (), costs)
+        guard, steps = Guard(foresight, model.vocabulary), given.method in ("eagle3", "draft_model")
+        found[given.method] = Way(given.method, guard, most, steps, (), costs)
     model.taps = tuple(sorted({tap for way in found.values() for tap in way.foresight.taps}))
     for way in found.values():
         way.taps = model.taps

@@ -23,7 +23,7 @@ class Ngram:
         return Words()
 
     def propose(self, wishes: "Sequence[Wish[Words]]") -> list[Proposal]:
-        return [wish.proposer.following(wish.most) for wish in wishes]
+        return [wish.proposer.following(min(wish.most, wish.depth)) for wish in wishes]
 
 
 class Words:

@@ -38,13 +38,13 @@ class Parallel(HeadMethod):
 
     def _trees(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
         texts = [wish.proposer for wish in wishes]
-        ahead = min(max(wish.most for wish in wishes), self.head.config.parallel_tokens)
+        ahead = min(max(min(wish.most, wish.depth) for wish in wishes), self.head.config.parallel_tokens)
         for text in texts:
             text.reserve(self.head, ahead - 1)
         hidden = read(self.head, self.embedding, self._rotation, texts, ahead - 1)  # [R, S, H]
         likely, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.beam)  # [R, S, beam]
         rows = zip(likely.tolist(), self.head.to_target[tokens].tolist(), wishes, strict=True)
-        return [_tree(chances, ids, wish.most, wish.floor) for chances, ids, wish in rows]
+        return [_tree(chances[: wish.depth], ids, wish.most, wish.floor) for chances, ids, wish in rows]
 
 
 def _tree(likely: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], most: int, floor: float) -> Proposal:
@@ -65,6 +65,6 @@ def _tree(likely: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], mo
         chances.append(math.exp(-cost))
         if rank + 1 < len(tokens[place]):
             heappush(open_nodes, (cost + likely[place][rank] - likely[place][rank + 1], place, rank + 1, parent))
-        if place + 1 < len(tokens):
+        if place + 1 < len(likely):
             heappush(open_nodes, (cost - likely[place + 1][0], place + 1, 0, node))
     return Proposal(tuple(chosen), tuple(parents), tuple(chances))

@@ -53,16 +53,19 @@ class Proposer(Protocol):
         ...
 
 
+ENDLESS = 1 << 30
+
 P = TypeVar("P", bound=Proposer)
 
 
 @dataclass(frozen=True)
 class Wish(Generic[P]):
-    """For at most that many tokens behind a text; those less likely than `floor` to be accepted are not worth it."""
+    """For what might follow a text: at most that many tokens, and none less likely than `floor` to be accepted."""
 
     proposer: P
     most: int
     floor: float = 0.0
+    depth: int = ENDLESS  # tokens one behind the other
 
 
 class Foresight(Protocol[P]):

@@ -74,7 +74,7 @@ class Space:
         """The candidates, and groups where the text may well end after this pass, the likeliest places first."""
         foreseen = wish.proposer.foreseen
         chances = list(accumulate(foreseen.likely, mul))
-        kept = sum(1 for chance in chances if chance >= wish.floor)
+        kept = sum(1 for chance in chances[: min(wish.depth, wish.most)] if chance >= wish.floor)
         tokens, likely = list(foreseen.tokens[:kept]), chances[:kept]
         parents = list(range(-1, kept - 1))
         # That the text ends behind a candidate: it comes, and the next one does not.

@@ -2,12 +2,11 @@
 
 Proposals of g accepted tokens save a text g passes, and take their own time and that of more entries in a pass. They
 pay while they take less than they save. Within a proposal one more token pays while its chance to be accepted exceeds
-the share of a token's time that one more entry takes: the floor below which a method need not propose. Both move with
-the device, with the load, and with how much this text has kept of what it was promised. Where it does not pay, nothing
-is proposed for a while, then tried again.
+the share of a token's time that it takes: the floor below which a method need not propose. Both move with the device,
+with the load, and with how much this text has kept of what it was promised, in all and at each place. Where it does not
+pay, nothing is proposed for a while, then tried again.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from parse.speculate.costs import FRESH, Costs
 from parse.speculate.guard import Guard, Guarded
-from parse.speculate.proposal import Foreseen, Proposal, Wish
+from parse.speculate.proposal import ENDLESS, Foreseen, Proposal, Wish
 from parse.tree import MASK
 from parse.types import Method, Speculated
 
 RECENT = 0.2  # share of the newest proposal in what is expected of the next
+EXPLORING = 8  # proposals; one of them reaches further than pays
 LATEST = 15  # times of proposals that are remembered
 AMONG_TEXTS = 0.02  # the same, of what is expected of the next text
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # passes without proposals before another trial
@@ -40,11 +40,13 @@ class Way:
     method: Method
     foresight: Guard
     most: int  # tokens proposed at once
+    steps: bool  # does every token of a chain take another step of the method?
     taps: tuple[int, ...]  # all that the engine keeps
     costs: Costs
     proposals: int = 0
     gain: float = 0.0  # tokens accepted of one
     spent: float = 0.0  # seconds that its entries added to a pass
+    shares: list[float] = field(default_factory=list)  # of proposals, by place: that the token there was accepted
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
 
     def begin(self) -> "Speculation":
@@ -52,6 +54,7 @@ class Way:
 
     def forget(self) -> None:
         self.proposals, self.gain, self.spent = 0, 0.0, 0.0
+        self.shares.clear()
         self._times.clear()
 
     def propose(self, wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
@@ -97,14 +100,13 @@ class Speculation:
     _asked: bool = False
     _promised: float = UNSURE  # tokens that should have been accepted by the method's own account, and those that were
     _kept: float = UNSURE
-    _rate: float = 0.5  # of single tokens behind accepted ones, accepted themselves
-    _blind: bool = False  # the method cannot tell how likely its tokens are
+    shares: list[float] = field(default_factory=list)  # of proposals, by place: that the token there was accepted
 
     def __post_init__(self) -> None:
         costs = self.way.costs
         self._added, self._taken = costs.entries / costs.texts - 1, costs.tokens / costs.texts - 1
         if self.way.proposals >= TRIALS:  # what other texts made of it is the best guess
-            self.gain, self.spent = self.way.gain, self.way.spent
+            self.gain, self.spent, self.shares = self.way.gain, self.way.spent, list(self.way.shares)
             if not self._pays():
                 self._pause = self._next_pause
 
@@ -122,13 +124,12 @@ class Speculation:
         if self._pause > 0:
             self._pause -= 1
             return None
-        floor, most = self._floor(), min(room, self.way.most)
-        if self._blind and 0 < floor < 1:
-            most = min(most, max(1, int(math.log(floor) / math.log(min(self._rate, 0.999)))))
+        most = min(room, self.way.most)
         if most < 1:
             return None
         self._asked = True
-        return Wished(self.way, Wish(self.proposer, most, floor))
+        floor, trust = self._floor(), min(1.5, max(0.05, self._kept / self._promised))
+        return Wished(self.way, Wish(self.proposer, most, floor / trust, self._deepest(floor)))
 
     def came(self, proposal: Proposal, accepted: int) -> Speculated:
         """The first `accepted` tokens along one path of the proposal were the text's next ones."""
@@ -152,16 +153,15 @@ class Speculation:
         for mean, share in ((self, max(RECENT, 1 / way.proposals)), (way, max(AMONG_TEXTS, 1 / way.proposals))):
             mean.gain += share * (accepted - mean.gain)
             mean.spent += share * (spent - mean.spent)
-        if proposal.likely is None:
-            self._blind = True
-            promised = float(accepted)
-        else:
+            for place in range(deepest):
+                if place == len(mean.shares):
+                    mean.shares.append(mean.shares[-1] if place else 1.0)
+                mean.shares[place] += share * ((place < accepted) - mean.shares[place])
+        if proposal.likely is not None:
             tokens = zip(proposal.tokens, proposal.likely, strict=True)
             promised = sum(chance for token, chance in tokens if token != MASK)
-        self._promised += promised - (self._promised - UNSURE) / MEMORY
-        self._kept += accepted - (self._kept - UNSURE) / MEMORY
-        if deepest:
-            self._rate += RECENT * (accepted / min(accepted + 1, deepest) - self._rate)
+            self._promised += promised - (self._promised - UNSURE) / MEMORY
+            self._kept += accepted - (self._kept - UNSURE) / MEMORY
         if self._trials < TRIALS or self._pays():
             self._next_pause = FIRST_PAUSE
         else:
@@ -179,8 +179,18 @@ class Speculation:
         token_s = (costs.pass_s(entries) + self.spent + self.way.propose_s) / (tokens + self.gain)
         if not token_s:
             return 0.0
-        trust = min(1.5, max(0.05, self._kept / self._promised))
-        return costs.more_s(AHEAD, costs.entries) / AHEAD / token_s / trust
+        return self._price_s() / token_s
+
+    def _price_s(self) -> float:
+        """Of one more token in a proposal."""
+        costs = self.way.costs
+        entry_s = costs.more_s(AHEAD, costs.entries) / AHEAD
+        return entry_s + (self.way.propose_s / max(1, len(self.shares)) if self.way.steps else 0.0)
+
+    def _deepest(self, floor: float) -> int:
+        """How far proposals may reach, by what came of the places so far; now and then a place further."""
+        good = next((place for place, share in enumerate(self.shares) if share < floor), ENDLESS)
+        return min(ENDLESS, max(1, good + (self._trials % EXPLORING == 0)))
 
     def _pays(self) -> bool:
         entries, tokens = self._beside()

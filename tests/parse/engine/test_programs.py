@@ -71,7 +71,7 @@ def speculating(proposer):
         def propose(self, wishes):
             return [proposer.propose(wish.most) for wish in wishes]
 
-    return Way("ngram", Guard(Method(), VOCABULARY), 100, (), Costs()).begin()
+    return Way("ngram", Guard(Method(), VOCABULARY), 100, False, (), Costs()).begin()
 
 
 def ids(pieces):

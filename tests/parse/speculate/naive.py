@@ -188,8 +188,8 @@ def paths(proposal):
     return set(out)
 
 
-def proposed(method, proposer, most, floor=0.0):
-    (proposal,) = method.propose([Wish(proposer, most, floor)])
+def proposed(method, proposer, most, floor=0.0, depth=1000):
+    (proposal,) = method.propose([Wish(proposer, most, floor, depth)])
     return proposal
 
 

@@ -62,6 +62,18 @@ def test_what_is_less_likely_than_the_floor_is_left_out(tmp_path, beam, depth):
         assert found.keys() == {path for path, chance in all_of_them.items() if chance >= floor * 1.0001}
 
 
+@pytest.mark.parametrize(("beam", "depth"), [(1, 6), (3, 3)])
+def test_a_text_that_wants_less_depth_gets_the_same_tree_cut_off(tmp_path, beam, depth):
+    _, head, embedding = head_of(tmp_path)
+    method = Eagle3(head, embedding, beam=beam, depth=depth)
+    texts = [method.proposer() for _ in range(2)]
+    for text in texts:
+        text.take(TEXT, FEATURES[: len(TEXT) - 1])
+    for wanted in range(1, depth + 2):
+        whole, cut = (chances(found) for found in method.propose([Wish(texts[0], 99), Wish(texts[1], 99, 0.0, wanted)]))
+        assert cut == pytest.approx({path: chance for path, chance in whole.items() if len(path) <= wanted}, rel=1e-4)
+
+
 def test_what_was_drafted_gives_way_to_what_was_written(tmp_path):
     tensors, head, embedding = head_of(tmp_path)
     method = Eagle3(head, embedding, beam=2, depth=3)

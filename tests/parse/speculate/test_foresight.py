@@ -90,7 +90,7 @@ def serving_own(monkeypatch, method) -> ModelService:
 
     def ways(settings, model, costs):
         model.taps = method.taps
-        return {"eagle3": speculation.Way("eagle3", Guard(method, model.vocabulary), 6, method.taps, costs)}
+        return {"eagle3": speculation.Way("eagle3", Guard(method, model.vocabulary), 6, False, method.taps, costs)}
 
     monkeypatch.setattr(service_module, "ways", ways)
     return ModelService(SETTINGS)

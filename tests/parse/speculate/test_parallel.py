@@ -64,6 +64,8 @@ def test_a_tree_holds_the_likeliest_rows_of_choices(tmp_path, beam, most):
     proposal = proposed(method, proposer, most)
     wanted = {path: scores[path] for path in sorted(scores, key=scores.__getitem__, reverse=True)[:most]}
     assert chances(proposal) == pytest.approx({path: math.exp(score) for path, score in wanted.items()}, rel=1e-3)
+    shallow = {path for path in scores if len(path) <= 2}
+    assert chances(proposed(method, proposer, 1000, depth=2)).keys() == shallow
     floor = math.exp(sorted(wanted.values())[len(wanted) // 2]) * 1.0001
     likely = {path for path, score in wanted.items() if math.exp(score) >= floor}
     assert chances(proposed(method, proposer, most, floor)).keys() == likely

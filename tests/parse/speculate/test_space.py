@@ -115,11 +115,11 @@ def groups(proposal):
     return found
 
 
-def tree(foreseen, most=200, floor=0.0, width=3):
+def tree(foreseen, most=200, floor=0.0, width=3, depth=99):
     method = Space(MaskToken(torch.zeros(1)), width)
     text = method.proposer()
     text.take([1], None, foreseen)
-    (proposal,) = method.propose([Wish(text, most, floor)])
+    (proposal,) = method.propose([Wish(text, most, floor, depth)])
     assert [token for token in proposal.tokens if token != MASK] == list(
         foreseen.tokens[: sum(token != MASK for token in proposal.tokens)] if foreseen else ()
     )
@@ -147,6 +147,11 @@ def test_groups_stand_where_the_text_is_likely_to_end():
     assert [token for token in unlikely.tokens if token != MASK] == [7, 8]
     assert groups(unlikely) == {1: 3, 2: 3}  # behind the second it ends with 0.45 now
     assert groups(tree(foreseen, floor=0.95)) == {0: 3}
+
+
+def test_no_more_candidates_than_are_wished_for():
+    found = tree(Foreseen((7, 8, 9), (0.9, 0.5, 0.5)), depth=2)
+    assert [token for token in found.tokens if token != MASK] == [7, 8] and groups(found) == {0: 3, 1: 3, 2: 3}
 
 
 def test_the_chances_of_candidates_are_those_of_all_before_them_too():
