@@ -22,9 +22,9 @@ from parse.tree import MASK
 from parse.types import Method, Speculated
 
 RECENT = 0.2  # share of the newest proposal in what is expected of the next
+AMONG_TEXTS = 0.02  # the same, of what is expected of the next text
 EXPLORING = 8  # proposals; one of them reaches further than pays
 LATEST = 15  # times of proposals that are remembered
-AMONG_TEXTS = 0.02  # the same, of what is expected of the next text
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # passes without proposals before another trial
 UNSURE = 2.0  # tokens' worth of doubt about what a text has kept of what it was promised
 MEMORY = 10.0  # proposals

@@ -46,11 +46,13 @@ class Watching(Method):
 
     def __init__(self):
         self.texts: list = []
+        self.together: list[int] = []
 
     def proposer(self):
         return Told(self)
 
     def propose(self, wishes):
+        self.together.append(len(wishes))
         return [wish.proposer.guess(wish.most) for wish in wishes]
 
 
@@ -175,6 +177,17 @@ def test_the_features_told_are_the_models_own_of_the_token_before_each(alone, mo
         features = torch.cat([rows for _, rows in told])
         assert len(features) == len(tokens) - 1
         torch.testing.assert_close(features, plain(alone, tokens[:-1]), atol=2e-4, rtol=1e-3)
+
+
+def test_what_all_requests_of_a_step_wish_for_is_asked_at_once(alone, monkeypatch):
+    watching = Watching()
+    service = serving_own(monkeypatch, watching)
+    try:
+        asked = [(prompt, SAMPLINGS[n % 2]) for n, prompt in enumerate(questions(alone, 4))]
+        asyncio.run(all_written(service, asked))
+        assert max(watching.together) == 4
+    finally:
+        service.close()
 
 
 @torch.inference_mode()
