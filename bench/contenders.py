@@ -1,18 +1,21 @@
 """Who competes: the pipeline in each mode, and its peers, all asked the same way."""
 
+import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parse.config import EngineSettings
 from parse.local import LocalPair
+from parse.pipeline import Pipeline
 from parse.probes import cuts_every
 from parse.protocol import Done, Mode, Piece, Question
-from parse.types import Sampling
+from parse.types import MethodChoice, Sampling, Speculated
 
 GREEDY = Sampling(temperature=0.0, max_tokens=240)
 MODES: tuple[Mode, ...] = ("off", "full", "progressive", "rounds", "exact", "auto")
@@ -28,10 +31,33 @@ class Answer:
     accepted: int = 0
     written: int = 0
     judgements: int = 0
+    writing_s: float = 0.0  # of it, the target writing
+    speculated: Speculated | None = None
 
 
 Contender = Callable[[Sequence[int]], Awaitable[Answer]]
 """From a prompt's ids to an answer."""
+
+Answers = dict[str, list[Answer]]
+
+
+async def compete(
+    field: Mapping[str, Contender], prompts: Sequence[Sequence[int]], meanwhile: Callable[[int], None]
+) -> Answers:
+    """Everyone answers every prompt; who begins changes from prompt to prompt. `meanwhile` is called after each."""
+    answers: Answers = {name: [] for name in field}
+    names = list(field)
+    for name in names:  # a first answer, not counted, for whatever is done once
+        await field[name](prompts[0])
+    for turn, prompt in enumerate(tqdm(prompts, desc="problems", unit="problem", file=sys.stderr)):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            answers[name].append(await field[name](prompt))
+        meanwhile(turn)
+    return answers
+
+
+def tokens_per_s(answers: Sequence[Answer]) -> float:
+    return sum(len(a.ids) for a in answers) / sum(a.seconds for a in answers)
 
 
 def contenders(models: Path, *, threads: int) -> tuple[LocalPair, dict[str, Contender]]:
@@ -52,14 +78,23 @@ def contenders(models: Path, *, threads: int) -> tuple[LocalPair, dict[str, Cont
 
 
 class Ours:
-    def __init__(self, pair: LocalPair, mode: Mode) -> None:
-        self.pair, self.mode = pair, mode
+    """In one mode; what the target writes itself it writes by one method."""
+
+    def __init__(
+        self, pair: LocalPair, mode: Mode, method: MethodChoice = "none", *, pipeline: Pipeline | None = None
+    ) -> None:
+        self.pair, self.mode, self.method = pair, mode, method
+        self.pipeline = pipeline or pair.pipeline
 
     async def __call__(self, prompt: Sequence[int]) -> Answer:
         forget(self.pair)
-        question = Question(prompt, sampling=GREEDY, mode=self.mode)
+        return await self.answer(prompt)
+
+    async def answer(self, prompt: Sequence[int]) -> Answer:
+        """With whatever is known of the prompt."""
+        question = Question(prompt, sampling=GREEDY, mode=self.mode, speculation=self.method)
         ids: list[int] = []
-        async for event in self.pair.pipeline.answer(question):
+        async for event in self.pipeline.answer(question):
             match event:
                 case Piece():
                     ids += event.ids
@@ -74,6 +109,8 @@ class Ours:
             usage.accepted,
             usage.written,
             usage.rounds,
+            usage.seconds("write"),
+            usage.speculated,
         )
 
 

@@ -3,6 +3,7 @@
     python -m bench.offline --problems 100 --seed 5 --json - --plot offline.svg
     python -m bench.offline --engine
     python -m bench.offline --adversary --problems 200
+    python -m bench.offline --speculation --problems 80
 
 Contenders take turns on every problem, and bare forward passes are measured between them, so that a change of the
 machine's pace falls on all alike; each answer starts from empty caches. Speed-ups are ratios of tokens per second to
@@ -14,17 +15,15 @@ import argparse
 import asyncio
 import json
 import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from bench import adversary, throughput
-from bench.contenders import Answer, Contender, contenders
+from bench import adversary, speculation, throughput
+from bench.contenders import Answer, Answers, compete, contenders, tokens_per_s
 from parse.engine.kernels import speed_up
 from parse.prompts import prompt_ids
 from training import measure
@@ -32,26 +31,9 @@ from training.evaluate import MODELS, load_pair
 from training.rows import Writer
 from training.task import Problem
 
-Answers = dict[str, list[Answer]]
-
-
-async def compete(
-    field: Mapping[str, Contender], prompts: Sequence[Sequence[int]], meanwhile: Callable[[int], None]
-) -> Answers:
-    """Everyone answers every prompt; who begins changes from prompt to prompt. `meanwhile` is called after each."""
-    answers: Answers = {name: [] for name in field}
-    names = list(field)
-    for name in names:  # a first answer, not counted, for whatever is done once
-        await field[name](prompts[0])
-    for turn, prompt in enumerate(tqdm(prompts, desc="problems", unit="problem", file=sys.stderr)):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            answers[name].append(await field[name](prompt))
-        meanwhile(turn)
-    return answers
-
 
 def figures(answers: Answers, problems: Sequence[Problem], costs: measure.Costs, writer: Writer) -> dict[str, Any]:
-    speeds = {name: _speed(given) for name, given in answers.items()}
+    speeds = {name: tokens_per_s(given) for name, given in answers.items()}
     modes: dict[str, dict[str, Any]] = {}
     for name, given in answers.items():
         right = [
@@ -90,10 +72,6 @@ def ideal_speedup(full: Sequence[Answer], costs: measure.Costs) -> float:
         alone += costs.target_prompt + len(answer.ids) * costs.target_token
         tokens += len(answer.ids)
     return alone / seconds
-
-
-def _speed(answers: Sequence[Answer]) -> float:
-    return sum(len(a.ids) for a in answers) / sum(a.seconds for a in answers)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -162,6 +140,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a picture of the speed-ups")
     parser.add_argument("--engine", action="store_true", help="measure decoding, prompts and verification alone")
     parser.add_argument("--adversary", action="store_true", help="measure mode auto where every draft is wrong")
+    parser.add_argument("--speculation", action="store_true", help="measure all ways to write several tokens in a pass")
     args = parser.parse_args()
     if args.problems < 1:
         parser.error("--problems: at least 1")
@@ -171,6 +150,9 @@ def main() -> None:
     elif args.adversary:
         result = adversary.run(args.problems, args.seed, args.models, args.threads)
         shown = adversary.table(result)
+    elif args.speculation:
+        result = speculation.run(args.problems, args.seed, args.models, args.threads)
+        shown = speculation.table(result)
     else:
         result = run(args.problems, args.seed, args.models, args.threads)
         shown = table(result)

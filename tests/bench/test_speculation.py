@@ -1,0 +1,110 @@
+import asyncio
+
+import pytest
+
+from bench import crowds, passes, speculation
+from bench.contenders import Answer, Ours, tokens_per_s
+from bench.speculation import METHODS, figures, methods, name_of
+from parse.config import EngineSettings, SpeculationSettings
+from parse.local import LocalPair
+from parse.prompts import prompt_ids
+from parse.types import Speculated
+from training import measure
+from training.evaluate import MODELS
+from training.rows import Writer
+from training.wording import TARGET
+
+
+@pytest.fixture(scope="module")
+def pair():
+    ngram = SpeculationSettings(method="ngram")
+    with LocalPair(EngineSettings(model=str(MODELS / "demo-target"), threads=1, speculation=(ngram,))) as pair:
+        yield pair
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(passes, "ENTRIES", (1, 13, 48))
+    monkeypatch.setattr(passes, "TRIES", 1)
+    monkeypatch.setattr(crowds, "CLIENTS", (1, 2))
+    monkeypatch.setattr(crowds, "ROUNDS", 1)
+    monkeypatch.setattr(crowds, "WAVES", 1)
+    monkeypatch.setattr(crowds, "FEWEST", 2)
+
+
+def prompts_of(pair, count):
+    problems = measure.problems(1, count, split="bench")
+    return [prompt_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
+
+
+def answer(ids, *, seconds=1.0, came=None):
+    return Answer(tuple(ids), True, seconds, 0.1, writing_s=0.5, speculated=came)
+
+
+def test_every_method_of_the_engine_has_its_settings():
+    assert {settings.method for settings in methods(MODELS)} == set(METHODS)
+
+
+def test_contenders_are_told_by_mode_and_method():
+    assert name_of("full", "eagle3") == "full + eagle3" and name_of("rounds", "none") == "rounds"
+
+
+def test_speedups_are_over_the_target_alone_and_texts_are_compared(pair):
+    came = Speculated("eagle3", 4, (4, 4), (3, 2))
+    answers = {
+        "off": [answer(range(10), seconds=2.0), answer(range(20), seconds=4.0)],
+        "off + eagle3": [answer(range(10), came=came), answer(range(19), came=came)],
+    }
+    found = figures(answers, measure.problems(1, 2), Writer(pair.tokenizer, own=TARGET))["contenders"]
+    assert found["off"]["speedup"] == 1.0 and found["off"]["tokens_per_pass"] is None
+    ours = found["off + eagle3"]
+    assert ours["speedup"] == pytest.approx(14.5 / 5) and tokens_per_s(answers["off"]) == 5
+    assert ours["tokens_per_pass"] == pytest.approx(18 / 8) and ours["accepted"] == (6, 4)
+    assert ours["as_plain"] == 1 and ours["accuracy"] == 0.0 and ours["writing_share"] == 0.5
+
+
+def test_what_an_engine_does_is_written_down_and_told_on(pair):
+    told = pair.target.engine.costs
+    watch = passes.Watch(pair.target)
+    (prompt,) = prompts_of(pair, 1)
+    try:
+        said = asyncio.run(Ours(pair, "off", "ngram")(prompt))
+        seen = watch.taken()
+    finally:
+        pair.target.engine.costs = told
+    assert said.speculated is not None
+    assert len(seen.passes) == said.speculated.passes - 1  # the first reads the prompt
+    proposed = sum(said.speculated.proposed)
+    assert sum(p.entries for p in seen.passes) in range(len(seen.passes), len(seen.passes) + proposed + 1)
+    assert len(seen.proposing) >= said.speculated.proposed[0] and all(s > 0 for _, s in seen.proposing)
+    assert told.entries != 1.0 and watch.taken() == passes.Seen()
+
+
+def test_bare_passes_take_time(pair, few):
+    curve = passes.bare(pair.target.model, 2)
+    assert curve.texts == 2 and curve.entries == (1, 13, 48) and all(s > 0 for s in curve.seconds)
+    assert passes.prompt_s(pair.target.model, 30) > 0
+
+
+def test_all_clients_take_from_one_row_of_questions(pair, few):
+    watch = passes.Watch(pair.target)
+    found = asyncio.run(crowds.block(Ours(pair, "off", "ngram"), watch, prompts_of(pair, 3), 3))
+    assert len(found.answers) == 3 and found.tokens_per_s > 0
+    assert max(p.texts for p in found.seen.passes) == 3
+
+
+def test_the_whole_comparison_on_a_single_problem(few, monkeypatch):
+    monkeypatch.setattr(speculation, "MODES", ("off", "full"))
+    found = speculation.run(1, 5, MODELS, 1)
+    composed = {f"{mode} + {method}" for mode in ("off", "full") for method in METHODS}
+    assert set(found["contenders"]) == composed | {"off", "full", "off, none loaded", "hf_generate", "hf_assisted"}
+    for method in METHODS:
+        assert found["contenders"][f"off + {method}"]["as_plain"] == 1
+        explained = found["model"]["methods"][method]
+        assert explained["predicted"] > 0 and explained["tokens_per_pass"] >= 1
+    assert [(one["clients"], one["method"]) for one in found["crowds"]] == [
+        (clients, settings.method) for clients in (1, 2) for settings in methods(MODELS)
+    ]
+    shown = speculation.table(found)
+    assert all(f"| {name} |" in shown for name in found["contenders"])
+    assert all(f"| 2 | {method} |" in shown for method in METHODS)
