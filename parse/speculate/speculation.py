@@ -10,7 +10,7 @@ pay, nothing is proposed for a while, then tried again.
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from torch import Tensor
@@ -34,6 +34,23 @@ AHEAD = 4.0  # entries, over which the price of one more is measured
 
 
 @dataclass
+class Record:
+    """What came of proposals, in running means."""
+
+    gain: float = 0.0  # tokens accepted of one
+    spent: float = 0.0  # seconds that its entries added to a pass
+    shares: list[float] = field(default_factory=list)  # by place: of those that reached it, the token there accepted
+
+    def add(self, accepted: int, deepest: int, spent: float, weight: float) -> None:
+        self.gain += weight * (accepted - self.gain)
+        self.spent += weight * (spent - self.spent)
+        for place in range(deepest):
+            if place == len(self.shares):
+                self.shares.append(self.shares[-1] if place else 1.0)
+            self.shares[place] += weight * ((place < accepted) - self.shares[place])
+
+
+@dataclass
 class Way:
     """A method as one engine offers it, and what has come of it in all texts."""
 
@@ -44,17 +61,14 @@ class Way:
     taps: tuple[int, ...]  # all that the engine keeps
     costs: Costs
     proposals: int = 0
-    gain: float = 0.0  # tokens accepted of one
-    spent: float = 0.0  # seconds that its entries added to a pass
-    shares: list[float] = field(default_factory=list)  # of proposals, by place: that the token there was accepted
+    record: Record = field(default_factory=Record)
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
 
     def begin(self) -> "Speculation":
         return Speculation(self, self.foresight.proposer())
 
     def forget(self) -> None:
-        self.proposals, self.gain, self.spent = 0, 0.0, 0.0
-        self.shares.clear()
+        self.proposals, self.record = 0, Record()
         self._times.clear()
 
     def propose(self, wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
@@ -90,8 +104,7 @@ class Speculation:
 
     way: Way
     proposer: Guarded
-    gain: float = 0.0  # tokens accepted of a proposal, lately
-    spent: float = 0.0  # seconds that its entries added to a pass, lately
+    record: Record = field(default_factory=Record)
     _added: float = 0.0  # entries beyond the first in a usual pass, with proposals or without
     _taken: float = 0.0  # and tokens
     _pause: int = 0  # passes to come without proposals
@@ -100,13 +113,13 @@ class Speculation:
     _asked: bool = False
     _promised: float = UNSURE  # tokens that should have been accepted by the method's own account, and those that were
     _kept: float = UNSURE
-    shares: list[float] = field(default_factory=list)  # of proposals, by place: that the token there was accepted
 
     def __post_init__(self) -> None:
         costs = self.way.costs
         self._added, self._taken = costs.entries / costs.texts - 1, costs.tokens / costs.texts - 1
         if self.way.proposals >= TRIALS:  # what other texts made of it is the best guess
-            self.gain, self.spent, self.shares = self.way.gain, self.way.spent, list(self.way.shares)
+            known = self.way.record
+            self.record = replace(known, shares=list(known.shares))
             if not self._pays():
                 self._pause = self._next_pause
 
@@ -150,13 +163,8 @@ class Speculation:
         way = self.way
         spent = way.costs.more_s(len(proposal.tokens), self._beside()[0])
         way.proposals += 1
-        for mean, share in ((self, max(RECENT, 1 / way.proposals)), (way, max(AMONG_TEXTS, 1 / way.proposals))):
-            mean.gain += share * (accepted - mean.gain)
-            mean.spent += share * (spent - mean.spent)
-            for place in range(deepest):
-                if place == len(mean.shares):
-                    mean.shares.append(mean.shares[-1] if place else 1.0)
-                mean.shares[place] += share * ((place < accepted) - mean.shares[place])
+        for record, newest in ((self.record, RECENT), (way.record, AMONG_TEXTS)):
+            record.add(accepted, deepest, spent, max(newest, 1 / way.proposals))
         if proposal.likely is not None:
             tokens = zip(proposal.tokens, proposal.likely, strict=True)
             promised = sum(chance for token, chance in tokens if token != MASK)
@@ -176,7 +184,7 @@ class Speculation:
     def _floor(self) -> float:
         entries, tokens = self._beside()
         costs = self.way.costs
-        token_s = (costs.pass_s(entries) + self.spent + self.way.propose_s) / (tokens + self.gain)
+        token_s = (costs.pass_s(entries) + self.record.spent + self.way.propose_s) / (tokens + self.record.gain)
         if not token_s:
             return 0.0
         return self._price_s() / token_s
@@ -185,11 +193,11 @@ class Speculation:
         """Of one more token in a proposal."""
         costs = self.way.costs
         entry_s = costs.more_s(AHEAD, costs.entries) / AHEAD
-        return entry_s + (self.way.propose_s / max(1, len(self.shares)) if self.way.steps else 0.0)
+        return entry_s + (self.way.propose_s / max(1, len(self.record.shares)) if self.way.steps else 0.0)
 
     def _deepest(self, floor: float) -> int:
         """How far proposals may reach, by what came of the places so far; now and then a place further."""
-        good = next((place for place, share in enumerate(self.shares) if share < floor), ENDLESS)
+        good = next((place for place, share in enumerate(self.record.shares) if share < floor), ENDLESS)
         return min(ENDLESS, max(1, good + (self._trials % EXPLORING == 0)))
 
     def _pays(self) -> bool:
@@ -197,7 +205,7 @@ class Speculation:
         whole_s = self.way.costs.pass_s(entries)
         if not whole_s:  # nobody has looked at the clock yet
             return True
-        return self.gain * whole_s / tokens + NEGLIGIBLE * whole_s >= self.spent + self.way.propose_s
+        return self.record.gain * whole_s / tokens + NEGLIGIBLE * whole_s >= self.record.spent + self.way.propose_s
 
 
 def _depths(proposal: Proposal) -> list[int]:
