@@ -5,8 +5,12 @@ pay while they take less than they save. Within a proposal one more token pays w
 the share of a token's time that it takes: the floor below which a method need not propose. Both move with the device,
 with the load, and with how much this text has kept of what it was promised, in all and at each place. Where it does not
 pay, nothing is proposed for a while, then tried again.
+
+Proposals are made for many texts at once, which takes hardly longer than for one of them. So whether that time pays is
+judged for all of them together, and how far they reach is common to them where every token takes a step of its own.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -21,15 +25,15 @@ from parse.speculate.proposal import ENDLESS, Foreseen, Proposal, Wish
 from parse.tree import MASK
 from parse.types import Method, Speculated
 
-RECENT = 0.2  # share of the newest proposal in what is expected of the next
+RECENT = 0.1  # share of the newest proposal in what is expected of the next
 AMONG_TEXTS = 0.02  # the same, of what is expected of the next text
-EXPLORING = 8  # proposals; one of them reaches further than pays
-LATEST = 15  # times of proposals that are remembered
+EXPLORING = 8  # passes; in one of them proposals reach further than pays
+LATEST = 15  # calls whose times are remembered
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # passes without proposals before another trial
 UNSURE = 2.0  # tokens' worth of doubt about what a text has kept of what it was promised
 MEMORY = 10.0  # proposals
 TRIALS = 3  # before a text is judged by what came of its own
-NEGLIGIBLE = 0.02  # of a pass: so small a loss is not worth a pause
+NEGLIGIBLE = 0.02  # of a text's share in a pass: so small a loss is not worth a pause
 AHEAD = 4.0  # entries, over which the price of one more is measured
 
 
@@ -51,6 +55,28 @@ class Record:
 
 
 @dataclass
+class Pause:
+    """Passes without proposals, more of them each time that trying was in vain.
+
+    It ends at a multiple of its length: texts that could share the time of proposing try together, for alone none of
+    them could tell whether it pays.
+    """
+
+    length: int = FIRST_PAUSE
+    end: int = 0
+
+    def begin(self, now: int) -> None:
+        self.end = (now // self.length + 1) * self.length
+        self.length = min(2 * self.length, LONGEST_PAUSE)
+
+    def judged(self, pays: bool, now: int) -> None:
+        if pays:
+            self.length = FIRST_PAUSE
+        else:
+            self.begin(now)
+
+
+@dataclass
 class Way:
     """A method as one engine offers it, and what has come of it in all texts."""
 
@@ -62,7 +88,12 @@ class Way:
     costs: Costs
     proposals: int = 0
     record: Record = field(default_factory=Record)
-    _times: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+    passes: int = 0  # of texts that use it
+    asking: int = 1  # texts, in the last call
+    _steps: float = 1.0  # of a call, lately
+    _times: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))  # of a step
+    _pause: Pause = field(default_factory=Pause)
+    _worths: list[float] = field(default_factory=list)  # to those who asked, since the last verdict
 
     def begin(self) -> "Speculation":
         return Speculation(self, self.foresight.proposer())
@@ -70,17 +101,50 @@ class Way:
     def forget(self) -> None:
         self.proposals, self.record = 0, Record()
         self._times.clear()
+        self._worths.clear()
+        self._pause = Pause()
 
     def propose(self, wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
         began = time.perf_counter()
         found = self.foresight.propose(wishes)
-        self._times.append((time.perf_counter() - began) / len(wishes))
+        seconds = time.perf_counter() - began
+        steps = max(self._steps_of(proposal, wish) for proposal, wish in zip(found, wishes, strict=True))
+        self._times.append(seconds / steps)
+        self._steps += RECENT * (steps - self._steps)
+        self.asking = len(wishes)
         return found
+
+    def _steps_of(self, proposal: Proposal, wish: Wish[Guarded]) -> int:
+        """That it took: the last one may have found nothing that is likely enough."""
+        return max(1, min(max(_depths(proposal), default=0) + 1, wish.most, wish.depth)) if self.steps else 1
+
+    def next_pass(self, last: int) -> int:
+        """The number of the pass that a text is about to make after its last one."""
+        if last >= self.passes:
+            self.passes = last + 1
+            if len(self._worths) >= self.asking:  # all have told what came of it
+                if self.proposals >= TRIALS:
+                    self._pause.judged(sum(self._worths) >= self.propose_s * len(self._worths), self.passes)
+                self._worths.clear()
+        return self.passes
+
+    @property
+    def pausing(self) -> bool:
+        return self.passes < self._pause.end
+
+    def came(self, worth_s: float) -> None:
+        """To one of those who asked."""
+        self._worths.append(worth_s)
+
+    @property
+    def step_s(self) -> float:
+        """One text's share of a step: the median, for the first call of a text reads its prompt."""
+        return median(self._times) / self.asking if self._times else 0.0
 
     @property
     def propose_s(self) -> float:
-        """What a proposal takes: the median, for the first of a text reads its prompt."""
-        return median(self._times) if self._times else 0.0
+        """The same of a call."""
+        return self.step_s * self._steps
 
     def own(self, features: Tensor | None) -> Tensor | None:
         """Of [n, all taps * width] what this method reads."""
@@ -107,8 +171,8 @@ class Speculation:
     record: Record = field(default_factory=Record)
     _added: float = 0.0  # entries beyond the first in a usual pass, with proposals or without
     _taken: float = 0.0  # and tokens
-    _pause: int = 0  # passes to come without proposals
-    _next_pause: int = FIRST_PAUSE
+    _pass: int = 0
+    _pause: Pause = field(default_factory=Pause)
     _trials: int = 0
     _asked: bool = False
     _promised: float = UNSURE  # tokens that should have been accepted by the method's own account, and those that were
@@ -120,8 +184,8 @@ class Speculation:
         if self.way.proposals >= TRIALS:  # what other texts made of it is the best guess
             known = self.way.record
             self.record = replace(known, shares=list(known.shares))
-            if not self._pays():
-                self._pause = self._next_pause
+            if self._worth_s() < 0:
+                self._pause.begin(self.way.passes)
 
     @property
     def featured(self) -> bool:
@@ -134,15 +198,12 @@ class Speculation:
     def wish(self, room: int) -> Wished | None:
         """For at most that many tokens, if any."""
         self._asked = False
-        if self._pause > 0:
-            self._pause -= 1
-            return None
+        self._pass = self.way.next_pass(self._pass)
         most = min(room, self.way.most)
-        if most < 1:
+        if self._pass < self._pause.end or self.way.pausing or most < 1:
             return None
         self._asked = True
-        floor, trust = self._floor(), min(1.5, max(0.05, self._kept / self._promised))
-        return Wished(self.way, Wish(self.proposer, most, floor / trust, self._deepest(floor)))
+        return Wished(self.way, Wish(self.proposer, most, self._floor(), self._depth()))
 
     def came(self, proposal: Proposal, accepted: int) -> Speculated:
         """The first `accepted` tokens along one path of the proposal were the text's next ones."""
@@ -170,42 +231,49 @@ class Speculation:
             promised = sum(chance for token, chance in tokens if token != MASK)
             self._promised += promised - (self._promised - UNSURE) / MEMORY
             self._kept += accepted - (self._kept - UNSURE) / MEMORY
-        if self._trials < TRIALS or self._pays():
-            self._next_pause = FIRST_PAUSE
-        else:
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
+        worth_s = self._worth_s()
+        way.came(worth_s)
+        self._pause.judged(self._trials < TRIALS or worth_s >= 0, self._pass)
 
     def _beside(self) -> tuple[float, float]:
         """Entries and tokens of a usual pass if nothing were proposed for this text."""
         costs = self.way.costs
         return max(1.0, costs.entries - self._added), max(1.0, costs.tokens - self._taken)
 
+    @property
+    def _token_s(self) -> float:
+        """What a token of the batch takes, with proposals for this text."""
+        (entries, tokens), way, record = self._beside(), self.way, self.record
+        return (way.costs.pass_s(entries) + record.spent + way.propose_s) / (tokens + record.gain)
+
+    @property
+    def _entry_s(self) -> float:
+        """What one more token in a proposal adds to a pass."""
+        costs = self.way.costs
+        return costs.more_s(AHEAD, costs.entries) / AHEAD
+
     def _floor(self) -> float:
-        entries, tokens = self._beside()
-        costs = self.way.costs
-        token_s = (costs.pass_s(entries) + self.record.spent + self.way.propose_s) / (tokens + self.record.gain)
-        if not token_s:
+        if not (token_s := self._token_s):
             return 0.0
-        return self._price_s() / token_s
+        trust = min(1.5, max(0.05, self._kept / self._promised))
+        alone = self.way.steps and self.way.asking == 1  # among others it saves no step to stop
+        return (self._entry_s + self.way.step_s * alone) / token_s / trust
 
-    def _price_s(self) -> float:
-        """Of one more token in a proposal."""
-        costs = self.way.costs
-        entry_s = costs.more_s(AHEAD, costs.entries) / AHEAD
-        return entry_s + (self.way.propose_s / max(1, len(self.record.shares)) if self.way.steps else 0.0)
-
-    def _deepest(self, floor: float) -> int:
+    def _depth(self) -> int:
         """How far proposals may reach, by what came of the places so far; now and then a place further."""
-        good = next((place for place, share in enumerate(self.record.shares) if share < floor), ENDLESS)
-        return min(ENDLESS, max(1, good + (self._trials % EXPLORING == 0)))
+        way, token_s = self.way, self._token_s
+        price = (self._entry_s + way.step_s * way.steps) / token_s if token_s else 0.0
+        shares = way.record.shares if way.steps and way.asking > 1 else self.record.shares
+        good = next((place for place, share in enumerate(shares) if share < price), ENDLESS)
+        return min(ENDLESS, max(1, good + (self._pass % EXPLORING == 0)))
 
-    def _pays(self) -> bool:
-        entries, tokens = self._beside()
-        whole_s = self.way.costs.pass_s(entries)
+    def _worth_s(self) -> float:
+        """What a proposal saves, less what its entries take; nothing is said of the time of proposing."""
+        (entries, tokens), costs, record = self._beside(), self.way.costs, self.record
+        whole_s = costs.pass_s(entries)
         if not whole_s:  # nobody has looked at the clock yet
-            return True
-        return self.record.gain * whole_s / tokens + NEGLIGIBLE * whole_s >= self.record.spent + self.way.propose_s
+            return math.inf
+        return record.gain * whole_s / tokens - record.spent + NEGLIGIBLE * whole_s / costs.texts
 
 
 def _depths(proposal: Proposal) -> list[int]:
