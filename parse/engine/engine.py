@@ -378,7 +378,7 @@ class Engine:
             return
         context, nodes, job.ask = job.context, job.ask.nodes, asked
         assert context is not None
-        if asked.keep:
+        if asked.keep and len(nodes):  # a first ask has none before it
             self._keep(context, nodes, asked.keep)
         job.progress = context.computed
         job.answers, job.chosen = [], []
