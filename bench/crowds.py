@@ -48,8 +48,8 @@ async def run(
     blocks: dict[int, dict[MethodChoice, list[Block]]] = {c: {choice: [] for choice in choices} for c in CLIENTS}
     curves: dict[int, list[Curve]] = {clients: [] for clients in CLIENTS}
     for turn, clients in tqdm(places, desc="crowds", unit="crowd", file=sys.stderr):
-        curves[clients].append(bare(pair.target.model, clients))
         for choice in choices[turn:] + choices[:turn]:
+            curves[clients].append(bare(pair.target.model, clients))
             blocks[clients][choice].append(await block(Ours(pair, "off", choice), watch, prompts, clients))
     return [
         figures(clients, method, blocks[clients], Curve.median(curves[clients]), alone.get(method))
