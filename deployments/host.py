@@ -53,6 +53,7 @@ class Host:
             async for _ in self.service.generate(prompt, sampling=greedy, speculation=choice):
                 pass
         self.service.forget()
+        self.service.unlearn()
         self._telling = asyncio.create_task(self._keep_telling())
 
     def check_health(self) -> None:

@@ -27,6 +27,7 @@ class SpeculationSettings(Settings):
     )
     head: str | None = Field(
         None,
+        min_length=1,
         description="A directory, or an id on the Hugging Face hub: of the head, of the adapters for space (null: the "
         "model itself was tuned to read its tokenizer's mask token), of the small model. ngram takes none.",
     )

@@ -27,7 +27,7 @@ from parse.engine.turns import CPU_TURNS
 from parse.speculate.costs import Costs
 from parse.speculate.proposal import Proposal
 from parse.speculate.speculation import Wished
-from parse.tree import TokenTree
+from parse.tree import MASK, TokenTree
 from parse.types import Cancelled, EngineStopped, NumericalError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -341,7 +341,9 @@ class Engine:
         self._tokens += size
         chosen = choose(logits, draws)
         if -1 in chosen:
-            raise NumericalError("the model returned logits that are not finite")
+            tokens = [token for _, span in plan for token in span.tokens()]
+            if any(token == -1 and tokens[entry] != MASK for token, entry in zip(chosen, read, strict=True)):
+                raise NumericalError("the model returned logits that are not finite")
         return chosen, logits, reads
 
     def _logits(self, spans: Sequence[Span], read: Sequence[int] | None) -> Tensor:

@@ -136,7 +136,7 @@ def _foreseen(nodes: TokenTree | Sequence[int], node: int, answer: Answer) -> Fo
     """What the masks behind that node say."""
     masks = []
     mask = child(nodes, node, MASK)
-    while mask is not None:
+    while mask is not None and answer.chosen[mask] != -1:  # what is no number foresees nothing
         masks.append(mask)
         mask = child(nodes, mask, MASK)
     if not masks:

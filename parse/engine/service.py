@@ -80,8 +80,13 @@ class ModelService:
         return self.engine.load
 
     def forget(self) -> None:
-        """What texts so far have left behind: nothing of it serves or misleads later ones."""
+        """Nothing computed so far serves later requests."""
         self.engine.forget()
+        for way in self._ways.values():
+            way.foresight.forget()
+
+    def unlearn(self) -> None:
+        """Nothing that came of proposals so far is expected of later ones. While nobody is served."""
         for way in self._ways.values():
             way.forget()
 

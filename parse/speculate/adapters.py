@@ -20,7 +20,7 @@ from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 
 from parse.speculate.checkpoint import CONFIG, WEIGHTS, file_of
-from parse.speculate.head import HeadError
+from parse.speculate.head import MOST_AHEAD, HeadError
 
 ARCHITECTURE = "SpaceAdapters"
 
@@ -115,8 +115,9 @@ def load_adapters(path: str | Path, network: PreTrainedModel) -> Adapters:
     ):
         if getattr(config, name) != ours:
             raise HeadError(f"{config_file}: {name} is {getattr(config, name)}, the target's {ours}")
-    if config.masks < 1:
-        raise HeadError(f"{config_file}: masks must be at least 1, got {config.masks}")
+    if not (1 <= config.masks <= MOST_AHEAD and config.rank >= 1):
+        sizes = f"rank {config.rank} and {config.masks} masks"
+        raise HeadError(f"{config_file}: rank and masks must be at least 1, masks at most {MOST_AHEAD}, got {sizes}")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -129,6 +130,8 @@ def load_adapters(path: str | Path, network: PreTrainedModel) -> Adapters:
             given = tensors.pop(name)
             if given.shape != parameter.shape:
                 raise HeadError(f"{file}: {name} is {tuple(given.shape)}, must be {tuple(parameter.shape)}")
+            if not given.isfinite().all():
+                raise HeadError(f"{file}: {name} holds what is no number")
             parameter.copy_(given)
     if tensors:
         raise HeadError(f"{file} holds {min(tensors)}, which these adapters have no place for")

@@ -5,19 +5,17 @@ A parallel head of ours adds `mask_embedding` and `mask_hidden`, `parallel_token
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from parse.speculate.head import Head, HeadConfig, HeadError, Target
+from parse.speculate.head import Head, HeadConfig, HeadError, Rotation, Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
@@ -115,6 +113,8 @@ def _fill(parameter: Tensor, names: tuple[str, ...], tensors: dict[str, Tensor],
         found = tensors.pop(name)
         if found.shape != part.shape:
             raise HeadError(f"{file}: {name} is {tuple(found.shape)}, must be {tuple(part.shape)} for this target")
+        if not found.isfinite().all():
+            raise HeadError(f"{file}: {name} holds what is no number")
         part.copy_(found)
 
 
@@ -145,6 +145,9 @@ def _config(path: str, target: Target) -> HeadConfig:
         found = found.get("transformer_layer_config", {}) | found
     except (ValueError, AttributeError, TypeError) as error:
         raise HeadError(f"{path} is damaged: {error}") from error
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        if found.get(name) is None:
+            raise HeadError(f"{path} does not say {name}")
     if found.get("norm_before_residual"):
         raise HeadError(f"{path}: norm_before_residual is not supported")
     if (act := found.get("hidden_act", "silu")) != "silu":
@@ -158,8 +161,11 @@ def _config(path: str, target: Target) -> HeadConfig:
         known.setdefault("draft_vocab_size", known["vocab_size"])
         known.setdefault("target_hidden_size", target.width)
         config = HeadConfig(**known | {"taps": _taps(found, target, path)})
-    except (KeyError, TypeError) as error:
-        raise HeadError(f"{path} does not say {error}") from error
+        Rotation(config, target.embedding).at([0])
+    except HeadError as error:
+        raise HeadError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise HeadError(f"{path} says what cannot be: {error!r}") from error
     for name, theirs, ours in (
         ("vocab_size", config.vocab_size, target.vocabulary),
         ("target_hidden_size", config.target_hidden_size, target.width),
@@ -199,7 +205,7 @@ def _tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
             raise HeadError(f"{folder} holds neither {WEIGHTS} nor {PICKLED}") from None
     try:
         found = load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a pickle of junk comes to
         raise HeadError(f"{file} is damaged or half-written: {error}") from error
     return file, dict(found)
 

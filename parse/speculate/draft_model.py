@@ -12,7 +12,6 @@ from weakref import finalize
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from parse.engine.cache import Cache, Context
 from parse.engine.memory import Memory
@@ -20,30 +19,30 @@ from parse.engine.model import Dtype, Model
 from parse.engine.paged import PAGE, attention_on
 from parse.engine.step import Span
 from parse.speculate.head import HeadError
-from parse.speculate.proposal import NOTHING, Foreseen, Proposal, Wish, chained
+from parse.speculate.proposal import NOT_YET, NOTHING, Foreseen, Foresight, Proposal, Wish, chained
 
-READ = 512  # tokens of a text at a time: a long prompt must not stall everybody's next token
+READ = 512  # tokens at a time: long prompts must not stall everybody's next token
+FEW = 32  # tokens that are read with the first step of drafting, and not before it
 
 
-class DraftModel:
-    taps = ()
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
+class DraftModel(Foresight["Drafting"]):
+    def __init__(self, model: Model, vocabulary: int | None = None) -> None:
+        """For a target of so many tokens, if not as many."""
+        self.model, self.vocabulary = model, vocabulary or model.vocabulary
+        self.bytes_per_token = model.bytes_per_token
         self._attend = attention_on(model.device)
         self._memory: Memory | None = None
         self._closed: deque[Context] = deque()  # by whichever thread lets go of a text
+        self._forgetful = False
 
     @classmethod
-    def load(cls, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, device: str, dtype: Dtype) -> Self:
+    def load(cls, path: str | Path, target: Model, *, device: str, dtype: Dtype) -> Self:
         model = Model.load(path, device=device, dtype=dtype)
-        if model.tokenizer.get_vocab() != tokenizer.get_vocab():
+        if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
             raise HeadError(f"{path} does not speak the target's tokens: its tokenizer is another one")
-        return cls(model)
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.model.bytes_per_token
+        if model.vocabulary < (needed := max(target.tokenizer.get_vocab().values()) + 1):
+            raise HeadError(f"{path} knows {model.vocabulary} tokens, the target's tokenizer {needed}")
+        return cls(model, target.vocabulary)
 
     def reserve(self, contexts: int, capacity: int) -> None:
         """Memory for so many texts of so many tokens."""
@@ -52,13 +51,20 @@ class DraftModel:
         self._memory = Memory(contexts * capacity // size, size)
         self._cache = Cache(self._memory.pages, size, self._memory.copy)
 
+    def forget(self) -> None:
+        self._forgetful = True
+
     def proposer(self) -> "Drafting":
         return Drafting()
 
     @torch.inference_mode()
-    def propose(self, wishes: "Sequence[Wish[Drafting]]") -> list[Proposal]:
+    def propose(self, wishes: Sequence[Wish["Drafting"]]) -> list[Proposal]:
         while self._closed:
             self._cache.close(self._closed.popleft())
+        if self._forgetful:
+            self._forgetful = False
+            self._cache.forget()
+        self._left = READ
         texts = [wish.proposer for wish in wishes]
         drafts: dict[Drafting, list[int]] = {}
         chances: dict[Drafting, list[float]] = {}
@@ -76,11 +82,14 @@ class DraftModel:
                 text.drafted.append(token)
                 if len(drafts[text]) == min(wish.most, wish.depth):
                     del going[text]
-        return [chained(drafts[text], chances[text]) if text in drafts else NOTHING for text in texts]
+        return [
+            chained(drafts[text], chances[text]) if text in drafts else NOTHING if text.read else NOT_YET
+            for text in texts
+        ]
 
     def _catch_up(self, text: "Drafting") -> bool:
-        """Takes over what was drafted and accepted, and reads the rest but its last token."""
-        if not text.ahead:
+        """Takes over what was drafted and accepted, and reads the rest but its last few tokens."""
+        if not text.ahead or text.length >= self.longest:
             return False
         if text.context is None:
             context = self._cache.open(text.ahead[:-1], 1)
@@ -96,12 +105,18 @@ class DraftModel:
             self._cache.commit(context, text.ahead[:known])
             del text.ahead[:known]
         text.drafted, text.run = [], 0
+        if len(text.ahead) > FEW:
+            context.tokens += text.ahead[:-1]
+            del text.ahead[:-1]
         missing = len(context.tokens) - context.computed
         if missing > 0:
-            last = context.computed + min(missing, READ)
-            self._forward([Span(context, (), context.computed, last)], [])
-            context.computed = last
-        return context.computed == len(context.tokens)
+            count = min(missing, self._left)
+            if not count or not self._cache.reserve(context, len(context.tokens)):
+                return False
+            self._left -= count
+            self._forward([Span(context, (), context.computed, context.computed + count)], [])
+            context.computed += count
+        return text.read
 
     def _fits(self, text: "Drafting") -> bool:
         assert text.context is not None
@@ -122,7 +137,7 @@ class DraftModel:
         for _, span in spans:
             size += len(span)
             ends.append(size - 1)
-        logits = self._forward([span for _, span in spans], ends)
+        logits = self._forward([span for _, span in spans], ends)[:, : self.vocabulary]
         chances, tokens = logits.softmax(-1).max(-1)
         for text, _ in spans:
             assert text.context is not None
@@ -152,6 +167,13 @@ class Drafting:
         self.ahead: list[int] = []  # tokens of the text behind the context
         self.drafted: list[int] = []
         self.run = 0  # of them, those whose keys and values stand behind the context
+        self.length = 0
+
+    @property
+    def read(self) -> bool:
+        """All but what is ahead?"""
+        return self.context is not None and self.context.computed == len(self.context.tokens)
 
     def take(self, tokens: Sequence[int], features: Tensor | None, foreseen: Foreseen | None) -> None:
         self.ahead += tokens
+        self.length += len(tokens)

@@ -1,7 +1,7 @@
 """Keeps requests safe from a method: one that fails, or proposes what cannot be, costs its proposals only."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ class Guarded:
     """A proposer; None: it has lost track of the text."""
 
     proposer: Proposer | None
+    fault: Callable[[str], None]
 
     def take(self, tokens: Sequence[int], features: Tensor | None, foreseen: Foreseen | None) -> None:
         if self.proposer is None:
@@ -25,33 +26,30 @@ class Guarded:
         try:
             self.proposer.take(tokens, features, foreseen)
         except Exception:
-            logger.warning("a proposer failed, and proposes no more for its request", exc_info=True)
+            self.fault("a text could not be followed, and goes on without proposals")
             self.proposer = None
 
 
-class Guard:
+class Guard(Foresight[Guarded]):
     """A foresight that never fails, over one that may."""
 
     def __init__(self, foresight: Foresight[Any], vocabulary: int) -> None:
         self._foresight, self._vocabulary = foresight, vocabulary
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self._foresight.taps
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self._foresight.bytes_per_token
+        self.taps, self.bytes_per_token = foresight.taps, foresight.bytes_per_token
+        self._faults = 0
 
     def reserve(self, contexts: int, capacity: int) -> None:
         self._foresight.reserve(contexts, capacity)
 
+    def forget(self) -> None:
+        self._foresight.forget()
+
     def proposer(self) -> Guarded:
         try:
-            return Guarded(self._foresight.proposer())
+            return Guarded(self._foresight.proposer(), self._fault)
         except Exception:
-            logger.warning("a request goes without proposals", exc_info=True)
-            return Guarded(None)
+            self._fault("a text goes without proposals")
+            return Guarded(None, self._fault)
 
     def propose(self, wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
         asked = [
@@ -74,16 +72,23 @@ class Guard:
         except Exception:
             if len(wishes) > 1:  # whoever is at fault fails alone
                 return [self._proposed([wish])[0] for wish in wishes]
-            logger.warning("a proposer failed, and proposes nothing this time", exc_info=True)
+            self._fault("nothing is proposed this time")
             return [NOTHING]
 
     def _sound(self, proposal: Proposal, wish: Wish[Guarded]) -> Proposal:
         try:
             check(proposal, wish.most, self._vocabulary)
         except Exception:
-            logger.warning("a proposer proposed what cannot be; nothing is proposed this time", exc_info=True)
+            self._fault("what is proposed cannot be")
             return NOTHING
         return proposal
+
+    def _fault(self, what: str) -> None:
+        """In full at first; what fails with every token must not fill the log."""
+        self._faults += 1
+        if self._faults.bit_count() == 1:  # 1, 2, 4, ...
+            times = f" (fault {self._faults} of this method)" if self._faults > 1 else ""
+            logger.warning("%s: %s%s", type(self._foresight).__name__, what, times, exc_info=self._faults == 1)
 
 
 def check(proposal: Proposal, most: int, vocabulary: int) -> None:

@@ -18,6 +18,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ROPE_KINDS = "default", "linear", "llama3", "yarn"  # those whose frequencies do not follow the length of the text
 
+MOST_AHEAD = 256  # tokens proposed in one pass; more are a mistake
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "draft_vocab_size",
+    "target_hidden_size",
+    "num_hidden_layers",
+    "parallel_tokens",
+)
+
 Index = slice | Tensor | tuple[Tensor, ...]
 """Of elements, all that indexing a tensor understands."""
 
@@ -77,6 +91,12 @@ class HeadConfig:
     parallel_tokens: int = 1  # tokens proposed in one pass (parallel.py)
 
     def __post_init__(self) -> None:
+        for name in SIZES:
+            size = getattr(self, name)
+            if type(size) is not int or size < 1:
+                raise HeadError(f"{name} must be a whole number above 0, got {size!r}")
+        if self.parallel_tokens > MOST_AHEAD:
+            raise HeadError(f"parallel_tokens must be at most {MOST_AHEAD}, got {self.parallel_tokens}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise HeadError(
                 f"num_attention_heads, {self.num_attention_heads}, must be a multiple of num_key_value_heads, "

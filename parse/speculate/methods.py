@@ -9,6 +9,7 @@ from parse.speculate.costs import Costs
 from parse.speculate.draft_model import DraftModel
 from parse.speculate.eagle3 import Eagle3
 from parse.speculate.guard import Guard
+from parse.speculate.head import HeadError
 from parse.speculate.ngram import Ngram
 from parse.speculate.parallel import Parallel
 from parse.speculate.proposal import Foresight
@@ -24,7 +25,10 @@ def ways(settings: EngineSettings, model: Model, costs: Costs) -> dict[Method, W
     """Loaded, in the order of the settings; what they need of the model is asked of it."""
     found: dict[Method, Way] = {}
     for given in settings.speculation:
-        foresight, most = _loaded(given, settings, model)
+        try:
+            foresight, most = _loaded(given, settings, model)
+        except HeadError as error:
+            raise HeadError(f"speculation by {given.method}, head {given.head}: {error}") from error
         guard, steps = Guard(foresight, model.vocabulary), given.method in ("eagle3", "draft_model")
         found[given.method] = Way(given.method, guard, most, steps, (), costs)
     model.taps = tuple(sorted({tap for way in found.values() for tap in way.foresight.taps}))
@@ -47,7 +51,7 @@ def _loaded(given: SpeculationSettings, settings: EngineSettings, model: Model) 
         case "ngram":
             return Ngram(), given.tokens or CHAIN
         case "draft_model":
-            small = DraftModel.load(head, model.tokenizer, device=settings.device, dtype=settings.dtype)
+            small = DraftModel.load(head, model, device=settings.device, dtype=settings.dtype)
             return small, given.tokens or CHAIN
         case "eagle3":
             most = given.tokens or (2 * TREE_DEPTH if beam > 1 else CHAIN)

@@ -5,24 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from parse.speculate.proposal import NOTHING, Foreseen, Proposal, Wish, chained
+from parse.speculate.proposal import NOTHING, Foreseen, Foresight, Proposal, Wish, chained
 
 LONGEST, SHORTEST = 4, 2  # tokens that must be the same; fewer than that say too little
 
 
-class Ngram:
+class Ngram(Foresight["Words"]):
     """Costs a look through the text, and no model."""
 
-    taps = ()
     bytes_per_token = 4
-
-    def reserve(self, contexts: int, capacity: int) -> None:
-        """Texts grow by themselves."""
 
     def proposer(self) -> "Words":
         return Words()
 
-    def propose(self, wishes: "Sequence[Wish[Words]]") -> list[Proposal]:
+    def propose(self, wishes: Sequence[Wish["Words"]]) -> list[Proposal]:
         return [wish.proposer.following(min(wish.most, wish.depth)) for wish in wishes]
 
 

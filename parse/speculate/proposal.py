@@ -4,6 +4,7 @@ Whatever is proposed, the text is the target's own: in one pass it says which to
 proposed one, and the proposal is followed as long as it says the same. So a proposer can only be useless, never wrong.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -22,9 +23,12 @@ class Proposal:
     parents: Sequence[int] = ()
     likely: Sequence[float] | None = None
     """How likely each is to be accepted, with all above it, as far as the method can tell."""
+    ready: bool = True
+    """Or is the text yet to be read, so that nothing follows from what is proposed?"""
 
 
 NOTHING = Proposal()
+NOT_YET = Proposal(ready=False)
 
 
 def chained(tokens: Sequence[int], likely: Sequence[float] | None = None) -> Proposal:
@@ -68,27 +72,24 @@ class Wish(Generic[P]):
     depth: int = ENDLESS  # tokens one behind the other
 
 
-class Foresight(Protocol[P]):
+class Foresight(ABC, Generic[P]):
     """A method, for any number of requests."""
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Which of the target's `hidden_states`, side by side, are the features that it reads; (): none."""
-        ...
-
-    @property
-    def bytes_per_token(self) -> int:
-        """What it keeps of each token of a text, the features not counted."""
-        ...
+    taps: tuple[int, ...] = ()
+    """Which of the target's `hidden_states`, side by side, are the features that it reads."""
+    bytes_per_token: int = 0
+    """What it keeps of each token of a text, the features not counted."""
 
     def reserve(self, contexts: int, capacity: int) -> None:
         """Told once, before all else, how many texts there may be, and how long."""
-        ...
 
+    def forget(self) -> None:
+        """What it has read of past texts serves no later ones. From any thread."""
+
+    @abstractmethod
     def proposer(self) -> P:
         """For one request."""
-        ...
 
+    @abstractmethod
     def propose(self, wishes: Sequence[Wish[P]]) -> list[Proposal]:
         """For several requests at once, a proposal for each wish."""
-        ...

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.speculate.adapters import Adapters, load_adapters
 from parse.speculate.head import HeadError, Target
-from parse.speculate.proposal import Foreseen, Proposal, Wish
+from parse.speculate.proposal import Foreseen, Foresight, Proposal, Wish
 from parse.tree import MASK
 
 UNTOLD = 5  # masks, where nobody says how many a model was tuned with; so many its authors took
@@ -35,11 +35,8 @@ class MaskToken:
         yield
 
 
-class Space:
+class Space(Foresight["Candidates"]):
     """A target that reads masks, for any number of requests."""
-
-    taps = ()
-    bytes_per_token = 0
 
     def __init__(self, masks: Adapters | MaskToken, width: int) -> None:
         """With groups of `width` masks."""
@@ -61,16 +58,13 @@ class Space:
             raise HeadError(f"the tokenizer's mask token is {token}, the target knows 0..{target.vocabulary - 1}")
         return cls(MaskToken(target.embedding[token]), width)
 
-    def reserve(self, contexts: int, capacity: int) -> None:
-        """Nothing is kept."""
-
     def proposer(self) -> "Candidates":
         return Candidates()
 
-    def propose(self, wishes: "Sequence[Wish[Candidates]]") -> list[Proposal]:
+    def propose(self, wishes: Sequence[Wish["Candidates"]]) -> list[Proposal]:
         return [self._tree(wish) for wish in wishes]
 
-    def _tree(self, wish: "Wish[Candidates]") -> Proposal:
+    def _tree(self, wish: Wish["Candidates"]) -> Proposal:
         """The candidates, and groups where the text may well end after this pass, the likeliest places first."""
         foreseen = wish.proposer.foreseen
         chances = list(accumulate(foreseen.likely, mul))

@@ -99,6 +99,7 @@ class Way:
         return Speculation(self, self.foresight.proposer())
 
     def forget(self) -> None:
+        """What came of proposals so far."""
         self.proposals, self.record = 0, Record()
         self._times.clear()
         self._worths.clear()
@@ -175,6 +176,7 @@ class Speculation:
     _pause: Pause = field(default_factory=Pause)
     _trials: int = 0
     _asked: bool = False
+    _mere: bool = False  # was the last proposal nothing but masks?
     _promised: float = UNSURE  # tokens that should have been accepted by the method's own account, and those that were
     _kept: float = UNSURE
 
@@ -214,8 +216,11 @@ class Speculation:
                 proposed[place - 1] += 1
         self._added += FRESH * (len(proposal.tokens) - self._added)
         self._taken += FRESH * (accepted - self._taken)
-        if self._asked and (proposed or not proposal.tokens):  # mere masks will show their worth in the next pass
+        # Mere masks will show their worth in the next pass, unless they have nothing to show then either.
+        mere = not proposed and len(proposal.tokens) > 0
+        if self._asked and proposal.ready and not (mere and not self._mere):
             self._learn(proposal, len(proposed), accepted)
+        self._mere = mere
         came = tuple(int(place < accepted) for place in range(len(proposed)))
         return Speculated(self.way.method, 1, tuple(proposed), came)
 

@@ -4,6 +4,7 @@ Reading waits until somebody proposes: a text that nobody proposes for costs no 
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from parse.speculate.head import Attend, Head, Index, Rotation
-from parse.speculate.proposal import NOTHING, Foreseen, Proposal, Wish
+from parse.speculate.proposal import NOT_YET, NOTHING, Foreseen, Foresight, Proposal, Wish
 
 UNSEEN = float("-inf")
 FEW = 32  # queries
+READ = 512  # elements at a time: a long prompt must not stall everybody's next token
 
 
 class Text:
@@ -64,25 +66,16 @@ class Text:
             setattr(self, name, new)
 
 
-class HeadMethod:
+class HeadMethod(Foresight[Text]):
     """What methods with a head have in common; they differ in how they come to their trees."""
 
     def __init__(self, head: Head, embedding: Tensor) -> None:
         self.head, self.embedding = head, embedding
         self._rotation = Rotation(head.config, head.fc)
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self.head.config.taps
-
-    @property
-    def bytes_per_token(self) -> int:
-        config = self.head.config
+        config = head.config
+        self.taps = config.taps
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return numbers * self.head.fc.element_size()
-
-    def reserve(self, contexts: int, capacity: int) -> None:
-        """Texts grow by themselves."""
+        self.bytes_per_token = numbers * head.fc.element_size()
 
     def proposer(self) -> Text:
         return Text()
@@ -90,13 +83,39 @@ class HeadMethod:
     @torch.inference_mode()
     def propose(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
         """For all of them, in the same passes."""
-        able = [wish.proposer.ready and wish.most > 0 for wish in wishes]
+        self._read_ahead([wish.proposer for wish in wishes])
+        able = [wish.proposer.ready and wish.most > 0 and len(wish.proposer.tokens) <= READ for wish in wishes]
         ready = [wish for wish, can in zip(wishes, able, strict=True) if can]
         found = iter(self._trees(ready) if ready else ())
-        return [next(found) if can else NOTHING for can in able]
+        return [
+            next(found) if can else NOT_YET if wish.proposer.ready else NOTHING
+            for wish, can in zip(wishes, able, strict=True)
+        ]
 
-    def _trees(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
-        raise NotImplementedError
+    def _read_ahead(self, texts: Sequence[Text]) -> None:
+        """A piece of those that have much to read."""
+        left = READ
+        for text in texts:
+            count = min(len(text.tokens) - 1, left)
+            if len(text.tokens) > READ and count > 0:
+                left -= count
+                skim(self.head, self.embedding, self._rotation, text, count)
+
+    @abstractmethod
+    def _trees(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]: ...
+
+
+def skim(head: Head, embedding: Tensor, rotation: Rotation, text: Text, count: int) -> None:
+    """Only keys and values of its next elements are wanted."""
+    text.reserve(head, 0)
+    features = text.features[0] if len(text.features) == 1 else torch.cat(text.features)
+    tokens = torch.tensor(text.tokens[:count], device=embedding.device)
+    turn = rotation.at(text.positions[:count])
+    attend = _reading([text], [count], 1, len(head.layers) - 1)
+    head(embedding[tokens], head.fused(features[:count]), turn, attend, slice(count - 1, None))
+    text.read += count
+    del text.tokens[:count], text.positions[:count]
+    text.features = [features[count:]]
 
 
 def read(

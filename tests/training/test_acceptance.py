@@ -1,11 +1,12 @@
 import json
+from typing import Any
 
 import pytest
 import torch
 
 from parse.speculate.checkpoint import save_head
 from parse.speculate.ngram import Ngram
-from parse.speculate.proposal import Proposal, chained
+from parse.speculate.proposal import Foresight, Proposal, chained
 from tests.training.test_foresight import target, texts
 from training import eagle3, parallel
 from training.acceptance import acceptance, figures, followed
@@ -31,14 +32,10 @@ def test_a_tree_is_followed_along_the_text():
     assert followed(Proposal(), [1]) == 0
 
 
-class Knowing:
+class Knowing(Foresight[Any]):
     """Proposes what will stand there, one token too few at a time, or nonsense."""
 
     taps = (2,)
-    bytes_per_token = 0
-
-    def reserve(self, contexts, capacity):
-        pass
 
     def __init__(self, text, right, seen):
         self.text, self.right, self.seen, self.length = text, right, seen, 0

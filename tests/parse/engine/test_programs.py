@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from parse.engine.text import TextStream
 from parse.prompts import Check
 from parse.speculate.costs import Costs
 from parse.speculate.guard import Guard
-from parse.speculate.proposal import Proposal
+from parse.speculate.proposal import Foresight, Proposal
 from parse.speculate.speculation import Way, Wished
 from parse.tree import TokenTree
 from parse.types import Judged, Sampling, Speculated, summed
@@ -58,13 +59,7 @@ def write(sampling, output=(), *, room=12, ends=(), table=TABLE, prompt=PROMPT, 
 def speculating(proposer):
     """On this one text."""
 
-    class Method:
-        taps = ()
-        bytes_per_token = 0
-
-        def reserve(self, contexts, capacity):
-            pass
-
+    class Method(Foresight[Any]):
         def proposer(self):
             return proposer
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import prompt_ids
 from parse.speculate import speculation
 from parse.speculate.guard import Guard
-from parse.speculate.proposal import Proposal
+from parse.speculate.proposal import Foresight, Proposal
 from parse.types import RequestError, Sampling, summed
 from training.measure import problems
 
@@ -31,11 +32,10 @@ SAMPLINGS = [
 ]
 
 
-class Method:
+class Method(Foresight[Any]):
     """Of a test, with features."""
 
     taps = TAPS
-    bytes_per_token = 0
 
     def reserve(self, contexts, capacity):
         assert contexts > 0 and capacity > 0
@@ -209,6 +209,9 @@ def test_a_proposer_that_breaks_down_costs_its_proposals_only(alone, monkeypatch
 
         def take(self, tokens, features, foreseen):
             raise MemoryError
+
+        def propose(self, wishes):
+            raise AssertionError("of a text that it could not follow")
 
     service = serving_own(monkeypatch, Broken())
     try:

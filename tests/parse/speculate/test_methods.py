@@ -14,6 +14,7 @@ from parse.speculate.costs import Costs
 from parse.speculate.guard import Guard
 from parse.speculate.head import HeadError
 from parse.speculate.methods import bytes_per_token, ways
+from parse.speculate.ngram import Ngram
 from parse.speculate.speculation import Way
 from parse.types import Sampling
 
@@ -100,15 +101,13 @@ def test_what_is_kept_of_a_token_is_counted(model):
 
 
 def test_each_method_reads_the_features_it_names(model):
-    class Method:
-        bytes_per_token = 0
-
+    class Method(Ngram):
         def __init__(self, *taps):
             self.taps = taps
 
     features = torch.arange(5 * 4 * 3).view(5, 12)  # four taps of width three
     for taps, columns in (((7,), (6, 7, 8)), ((11, 2), (9, 10, 11, 0, 1, 2)), ((2, 5, 7, 11), range(12))):
-        way = Way("eagle3", Guard(Method(*taps), 9), 8, True, (2, 5, 7, 11), Costs())  # type: ignore[arg-type]
+        way = Way("eagle3", Guard(Method(*taps), 9), 8, True, (2, 5, 7, 11), Costs())
         assert torch.equal(way.own(features), features[:, list(columns)])  # type: ignore[arg-type]
 
 

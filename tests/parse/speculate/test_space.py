@@ -185,7 +185,9 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
         ({"hidden_size": 64}, "hidden_size is 64, the target's 32"),
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3, the target's 2"),
         ({"rank": 6}, r"down is \(2, 5, 32\), must be \(2, 6, 32\)"),
-        ({"masks": 0}, "masks must be at least 1"),
+        ({"masks": 0}, "must be at least 1, masks at most 256, got rank 5 and 0 masks"),
+        ({"masks": 1000}, "got rank 5 and 1000 masks"),
+        ({"rank": -3}, "got rank -3"),
         ({"rank": "many"}, "is damaged"),
     ],
 )
