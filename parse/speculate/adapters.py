@@ -85,7 +85,8 @@ class Adapters(nn.Module):
     def _change(self, number: int, stream: Tensor) -> Tensor:
         normed = rms_norm(stream, stream.shape[-1:])
         down, up = (weight[number].to(stream.device) for weight in (self.down, self.up))
-        return silu(normed @ down.T) @ up.T
+        # A number in any case: nobody sees a mask, but what is not seen is multiplied by nought all the same.
+        return torch.nan_to_num(silu(normed @ down.T) @ up.T)
 
 
 def decoder_layers(network: PreTrainedModel) -> Sequence[nn.Module]:

@@ -134,6 +134,7 @@ WRONG = {
     "holds midlayer.self_attn.q_norm.weight, which this head has no place for": lambda t: t.update(
         {"midlayer.self_attn.q_norm.weight": torch.ones(4)}
     ),
+    "fc.weight holds what is no number": lambda t: t.update({"fc.weight": torch.full((16, 48), torch.nan)}),
     r"embeddings are 8 wide, the head is 16": lambda t: t.update({"embed_tokens.weight": torch.zeros(40, 8)}),
 }
 
@@ -157,7 +158,16 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, message):
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling must be one of .* got 'dynamic'"),
         ({"num_key_value_heads": 3}, "num_attention_heads, 4, must be a multiple of num_key_value_heads, 3"),
-        ({"intermediate_size": None}, "does not say .*intermediate_size"),
+        ({"intermediate_size": None}, "does not say intermediate_size"),
+        ({"num_attention_heads": 0}, "says what cannot be"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads must be a whole number above 0, got -1"),
+        ({"draft_vocab_size": -1}, "draft_vocab_size must be a whole number above 0, got -1"),
+        ({"parallel_tokens": 2.5}, "parallel_tokens must be a whole number above 0, got 2.5"),
+        ({"parallel_tokens": "12"}, "parallel_tokens must be a whole number above 0, got '12'"),
+        ({"parallel_tokens": 100000}, "parallel_tokens must be at most 256"),
+        ({"rope_theta": "a"}, "says what cannot be"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "says what cannot be"),
+        ({"rope_scaling": "yarn"}, "says what cannot be"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
@@ -185,6 +195,10 @@ def test_folders_without_a_whole_head_are_named(tmp_path):
     with pytest.raises(HeadError, match=r"model.safetensors is damaged or half-written"):
         load_head(folder, TARGET)
     weights.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"e")
+    with pytest.raises(HeadError, match=r"pytorch_model.bin is damaged"):
+        load_head(folder, TARGET)
+    (folder / "pytorch_model.bin").unlink()
     with pytest.raises(HeadError, match=r"holds neither model.safetensors nor pytorch_model.bin"):
         load_head(folder, TARGET)
     (folder / "config.json").write_text("{")

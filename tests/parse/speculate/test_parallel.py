@@ -6,6 +6,7 @@ import torch
 
 from parse.speculate.checkpoint import load_head
 from parse.speculate.eagle3 import Eagle3
+from parse.speculate import texts
 from parse.speculate.head import HeadError
 from parse.speculate.parallel import Parallel
 from parse.speculate.proposal import Wish
@@ -98,6 +99,29 @@ def test_a_long_prompt_is_read_as_if_it_came_in_pieces(tmp_path):
         pieces.take(tokens[end - 20 : end], features[end - 21 : end - 1])
     assert drafted(method, whole, 4) == drafted(method, pieces, 4)
     torch.testing.assert_close(whole.keys[:, :, :599], pieces.keys[:, :, :599], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_is_long_is_read_a_piece_at_a_time_and_proposes_when_it_is_read(tmp_path, monkeypatch, beside):
+    monkeypatch.setattr(texts, "READ", 50)
+    *_, head, embedding = head_of(tmp_path)
+    method = Parallel(head, embedding)
+    tokens = torch.randint(40, (180,), generator=torch.Generator().manual_seed(5)).tolist()
+    features = torch.randn(179, 48, generator=torch.Generator().manual_seed(6))
+    text, whole, short = (method.proposer() for _ in range(3))
+    text.take(tokens, features)
+    whole.take(tokens, features)
+    short.take(tokens[:20], features[:19])
+    wishes = [Wish(text, 4), *([Wish(short, 4)] if beside else [])]
+    said = []
+    for _ in range(4):
+        first, *others = method.propose(wishes)
+        said.append(first.ready)
+        assert all(len(other.tokens) == 4 for other in others)
+    assert said == [False, False, True, True]
+    monkeypatch.setattr(texts, "READ", 1000)
+    assert bare(first) == drafted(method, whole, 4)
+    torch.testing.assert_close(whole.keys[:, :, :178], text.keys[:, :, :178], atol=1e-4, rtol=1e-4)
 
 
 def test_each_head_is_for_its_own_method(tmp_path):

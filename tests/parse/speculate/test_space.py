@@ -197,6 +197,15 @@ def test_adapters_that_do_not_fit_are_refused_with_both_sizes(tmp_path, changes,
         load_adapters(tmp_path, network)
 
 
+def test_what_is_no_number_is_refused(tmp_path):
+    network, adapters = saved(tmp_path)
+    with torch.no_grad():
+        adapters.up[1, 2, 3] = torch.nan
+    save_adapters(adapters, tmp_path)
+    with pytest.raises(HeadError, match="up holds what is no number"):
+        load_adapters(tmp_path, network)
+
+
 @pytest.mark.parametrize("lacking", ["up", "mask_embedding"])
 def test_a_missing_tensor_is_named(tmp_path, lacking):
     network, _ = saved(tmp_path)
@@ -287,6 +296,26 @@ def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_tok
                 compared += 1
         assert compared > 3
         assert 0 < sum(came.accepted) < sum(came.proposed)
+    finally:
+        service.close()
+
+
+def test_masks_that_come_to_no_number_foresee_nothing_and_spoil_nothing():
+    """As adapters may, in half precision."""
+    way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
+    settings = EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=128, speculation=(way,))
+    service = ModelService(settings)
+    with torch.no_grad():
+        service.model.masks.up.fill_(torch.nan)  # type: ignore[union-attr]
+    prompt = service.model.tokenizer.encode("What is 3 + 4? Think step by step.")
+
+    async def written(choice):
+        sampling = Sampling(temperature=0.0, max_tokens=20, ignore_eos=True)
+        async with aclosing(service.generate(prompt, sampling=sampling, speculation=choice)) as pieces:
+            return [token async for tokens in pieces for token in tokens.ids]
+
+    try:
+        assert asyncio.run(written("space")) == asyncio.run(written("none"))
     finally:
         service.close()
 
