@@ -132,7 +132,7 @@ class Request(Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, max_length=512, description="As prompt_cache_key, which comes first.")
-    parse: ParseOptions = ParseOptions()
+    parse: Annotated[ParseOptions, BeforeValidator(lambda given: {} if given is None else given)] = ParseOptions()
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "Request":
