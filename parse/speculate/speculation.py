@@ -268,7 +268,9 @@ class Speculation:
         """How far proposals may reach, by what came of the places so far; now and then a place further."""
         way, token_s = self.way, self._token_s
         price = (self._entry_s + way.step_s * way.steps) / token_s if token_s else 0.0
-        shares = way.record.shares if way.steps and way.asking > 1 else self.record.shares
+        shares = way.record.shares
+        if not way.steps or way.asking == 1:  # a text's own are few: it is believed halfway
+            shares = [(own + common) / 2 for own, common in zip(self.record.shares, shares, strict=False)]
         good = next((place for place, share in enumerate(shares) if share < price), ENDLESS)
         return min(ENDLESS, max(1, good + (self._pass % EXPLORING == 0)))
 
