@@ -69,8 +69,7 @@ class DraftModel(Foresight["Drafting"]):
         drafts: dict[Drafting, list[int]] = {}
         chances: dict[Drafting, list[float]] = {}
         going = {wish.proposer: wish for wish in wishes if self._catch_up(wish.proposer)}
-        while going:
-            going = {text: wish for text, wish in going.items() if self._fits(text)}
+        while going := {text: wish for text, wish in going.items() if self._fits(text)}:
             for text, token, chance in self._step(list(going)):
                 likely = chance * (chances[text][-1] if text in chances else 1.0)
                 wish = going[text]
@@ -83,13 +82,17 @@ class DraftModel(Foresight["Drafting"]):
                 if len(drafts[text]) == min(wish.most, wish.depth):
                     del going[text]
         return [
-            chained(drafts[text], chances[text]) if text in drafts else NOTHING if text.read else NOT_YET
+            chained(drafts[text], chances[text])
+            if text in drafts
+            else NOTHING
+            if text.read or not self._readable(text)
+            else NOT_YET
             for text in texts
         ]
 
     def _catch_up(self, text: "Drafting") -> bool:
         """Takes over what was drafted and accepted, and reads the rest but its last few tokens."""
-        if not text.ahead or text.length >= self.longest:
+        if not text.ahead or not self._readable(text):
             return False
         if text.context is None:
             context = self._cache.open(text.ahead[:-1], 1)
@@ -117,6 +120,10 @@ class DraftModel(Foresight["Drafting"]):
             self._forward([Span(context, (), context.computed, context.computed + count)], [])
             context.computed += count
         return text.read
+
+    def _readable(self, text: "Drafting") -> bool:
+        """A target may know more positions, and more tokens than its tokenizer has."""
+        return text.length <= self.longest and max(text.ahead, default=0) < self.model.vocabulary
 
     def _fits(self, text: "Drafting") -> bool:
         assert text.context is not None
