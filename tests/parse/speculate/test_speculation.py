@@ -14,7 +14,7 @@ import pytest
 from parse.speculate import speculation
 from parse.speculate.costs import Costs
 from parse.speculate.guard import Guard
-from parse.speculate.proposal import NOT_YET, NOTHING, Proposal, chained
+from parse.speculate.proposal import NOT_YET, NOTHING, Foresight, Proposal, chained
 from parse.speculate.speculation import LONGEST_PAUSE, TRIALS, Way
 from parse.tree import MASK
 
@@ -73,7 +73,7 @@ class Text:
 
 
 @dataclass
-class Method:
+class Method(Foresight):
     """Takes `call_s` and, for each step, `step_s`; knows the chances of tokens, and may tell or twist them."""
 
     clock: Clock
@@ -82,11 +82,6 @@ class Method:
     told: Any = staticmethod(lambda chance: chance)
     blind: bool = False
     texts: list = field(default_factory=list)
-    taps = ()
-    bytes_per_token = 0
-
-    def reserve(self, contexts, capacity):
-        pass
 
     def proposer(self):
         return self.texts.pop(0)
