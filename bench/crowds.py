@@ -91,7 +91,7 @@ def figures(
     came = summed(a.speculated for b in ours for a in b.answers)
     assert came is not None
     found = writing(came, reduce(Seen.__add__, (b.seen for b in ours)))
-    depths = by_depth(alone, curve, method, found.proposal_s) if alone and method != "space" else []
+    depths = by_depth(alone, curve, method, found.step_s(method)) if alone and method != "space" else []
     best = max(range(len(depths)), key=depths.__getitem__, default=None)
     return {
         "clients": clients,

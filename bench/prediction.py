@@ -35,6 +35,11 @@ class Writing:
         """For a pass of one text."""
         return self.wishes * self.proposal_s / self.passes
 
+    def step_s(self, method: Method) -> float:
+        """A proposal, of methods that go token by token each token of it."""
+        steps = sum(self.proposed) if method in BY_TOKEN else self.wishes
+        return self.wishes * self.proposal_s / steps if steps else 0.0
+
     @property
     def accepted_by_place(self) -> list[float]:
         """Of what was proposed there."""
@@ -69,20 +74,20 @@ def predicted(found: Writing, curve: Curve, plain_passes: int, answers: int, pro
     return alone / (reading + (found.passes - answers) * (curve.at(found.entries) + found.proposing_s))
 
 
-def by_depth(found: Writing, curve: Curve, method: Method, proposal_s: float) -> list[float]:
+def by_depth(found: Writing, curve: Curve, method: Method, step_s: float) -> list[float]:
     """Speed-up of writing by chains of 1, 2, ... tokens in passes of `curve.texts` texts, prompts aside.
 
-    `found` tells how deep proposals are accepted, with one text at a time; `proposal_s` is what each takes now.
+    `found` tells how deep proposals of one text at a time are accepted: at each place as often as where it was tried.
+    `step_s` is what a proposal takes now, of methods that go token by token each token of it.
     """
     if not found.proposed:
         return []
-    proposals = found.proposed[0]
-    found_share = proposals / found.wishes  # some methods have nothing to propose now and then
-    depth = sum(found.proposed) / proposals
-    tokens, speedups = 1.0, []
-    for length, kept in enumerate(found.accepted, 1):
-        tokens += kept / found.wishes
-        share = length / depth if method in BY_TOKEN else 1.0
-        spent = curve.at(1 + length * found_share) + curve.texts * proposal_s * share
+    share = found.proposed[0] / found.wishes  # some methods have nothing to propose now and then
+    tokens, reached, speedups = 1.0, share, []
+    for length, accepted in enumerate(found.accepted_by_place, 1):
+        reached = min(reached, share * accepted)  # nothing is accepted behind what was not
+        tokens += reached
+        steps = length if method in BY_TOKEN else 1
+        spent = curve.at(1 + length * share) + curve.texts * step_s * steps
         speedups.append(tokens * curve.at(1) / spent)
     return speedups

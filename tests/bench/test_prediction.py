@@ -63,25 +63,31 @@ def test_without_prompts_the_speedup_is_tokens_written_over_tokens_needed():
 
 def test_each_depth_is_weighed_by_itself():
     shallow, deep = by_depth(came(), CURVE, "parallel", 0.5)
-    assert shallow == pytest.approx((1 + 6 / 8) * 2 / (2.5 + 0.5))
-    assert deep == pytest.approx((1 + 9 / 8) * 2 / (3.0 + 0.5))
+    assert shallow == pytest.approx(1.75 * 2 / (2.5 + 0.5))
+    assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.5))
 
 
-def test_token_by_token_a_short_proposal_takes_less():
-    shallow, deep = by_depth(came(), CURVE, "eagle3", 0.6)  # that is for 1.5 tokens on average
-    assert shallow == pytest.approx((1 + 6 / 8) * 2 / (2.5 + 0.4))
-    assert deep == pytest.approx((1 + 9 / 8) * 2 / (3.0 + 0.8))
+def test_nothing_is_accepted_behind_what_was_not():
+    _, deep = by_depth(came(proposed=(8, 1), accepted=(6, 1)), CURVE, "parallel", 0.5)  # tried once, where it was sure
+    assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.5))
+
+
+def test_token_by_token_each_token_takes_its_step():
+    assert came().step_s("eagle3") == pytest.approx(8 * 0.5 / 12) and came().step_s("parallel") == 0.5
+    shallow, deep = by_depth(came(), CURVE, "eagle3", 0.4)
+    assert shallow == pytest.approx(1.75 * 2 / (2.5 + 0.4))
+    assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.8))
 
 
 def test_among_many_texts_proposals_add_up_and_passes_are_fuller():
     crowd = Curve(4, (1, 5), (4.0, 12.0))
     shallow, _ = by_depth(came(), crowd, "parallel", 0.5)
-    assert shallow == pytest.approx((1 + 6 / 8) * 4 / (6.0 + 2.0))
+    assert shallow == pytest.approx(1.75 * 4 / (6.0 + 2.0))
 
 
 def test_wishes_without_an_answer_cost_their_time_and_no_entries():
     shallow, _ = by_depth(came(wishes=16), CURVE, "ngram", 0.1)
-    assert shallow == pytest.approx((1 + 6 / 16) * 2 / (2.25 + 0.1))
+    assert shallow == pytest.approx(1.375 * 2 / (2.25 + 0.1))
 
 
 def test_a_method_that_proposed_nothing_has_no_depths():
