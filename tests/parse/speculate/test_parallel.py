@@ -4,9 +4,9 @@ from itertools import product
 import pytest
 import torch
 
+from parse.speculate import texts
 from parse.speculate.checkpoint import load_head
 from parse.speculate.eagle3 import Eagle3
-from parse.speculate import texts
 from parse.speculate.head import HeadError
 from parse.speculate.parallel import Parallel
 from parse.speculate.proposal import Wish
