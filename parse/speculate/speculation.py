@@ -32,7 +32,9 @@ LATEST = 15  # calls whose times are remembered
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # passes without proposals before another trial
 UNSURE = 2.0  # tokens' worth of doubt about what a text has kept of what it was promised
 MEMORY = 10.0  # proposals
+HOPE = 3  # proposals, as which counts at first that a place is as good as the one before it
 TRIALS = 3  # before a text is judged by what came of its own
+COMMON_TRIALS = 10  # before a method is judged by what came of all texts
 NEGLIGIBLE = 0.02  # of a text's share in a pass: so small a loss is not worth a pause
 AHEAD = 4.0  # entries, over which the price of one more is measured
 
@@ -44,14 +46,21 @@ class Record:
     gain: float = 0.0  # tokens accepted of one
     spent: float = 0.0  # seconds that its entries added to a pass
     shares: list[float] = field(default_factory=list)  # by place: of those that reached it, the token there accepted
+    seen: list[int] = field(default_factory=list)  # by place: those that reached it
 
-    def add(self, accepted: int, deepest: int, spent: float, weight: float) -> None:
+    def add(self, accepted: int, deepest: int, spent: float, weight: float, newest: float) -> None:
+        """The newest counts by `weight`; at each place by `newest` in the end, and at first hope counts too."""
         self.gain += weight * (accepted - self.gain)
         self.spent += weight * (spent - self.spent)
         for place in range(deepest):
             if place == len(self.shares):
                 self.shares.append(self.shares[-1] if place else 1.0)
-            self.shares[place] += weight * ((place < accepted) - self.shares[place])
+                self.seen.append(HOPE)
+            self.seen[place] += 1
+            self.shares[place] += max(newest, 1 / self.seen[place]) * ((place < accepted) - self.shares[place])
+
+    def copy(self) -> "Record":
+        return replace(self, shares=list(self.shares), seen=list(self.seen))
 
 
 @dataclass
@@ -124,7 +133,7 @@ class Way:
         if last >= self.passes:
             self.passes = last + 1
             if len(self._worths) >= self.asking:  # all have told what came of it
-                if self.proposals >= TRIALS:
+                if self.proposals >= COMMON_TRIALS:
                     self._pause.judged(sum(self._worths) >= self.propose_s * len(self._worths), self.passes)
                 self._worths.clear()
         return self.passes
@@ -184,8 +193,7 @@ class Speculation:
         costs = self.way.costs
         self._added, self._taken = costs.entries / costs.texts - 1, costs.tokens / costs.texts - 1
         if self.way.proposals >= TRIALS:  # what other texts made of it is the best guess
-            known = self.way.record
-            self.record = replace(known, shares=list(known.shares))
+            self.record = self.way.record.copy()
             if self._worth_s() < 0:
                 self._pause.begin(self.way.passes)
 
@@ -230,7 +238,7 @@ class Speculation:
         spent = way.costs.more_s(len(proposal.tokens), self._beside()[0])
         way.proposals += 1
         for record, newest in ((self.record, RECENT), (way.record, AMONG_TEXTS)):
-            record.add(accepted, deepest, spent, max(newest, 1 / way.proposals))
+            record.add(accepted, deepest, spent, max(newest, 1 / way.proposals), newest)
         if proposal.likely is not None:
             tokens = zip(proposal.tokens, proposal.likely, strict=True)
             promised = sum(chance for token, chance in tokens if token != MASK)
@@ -265,14 +273,14 @@ class Speculation:
         return (self._entry_s + self.way.step_s * alone) / token_s / trust
 
     def _depth(self) -> int:
-        """How far proposals may reach, by what came of the places so far; now and then a place further."""
+        """How far proposals may reach, by what came of the places so far; now and then half as far again."""
         way, token_s = self.way, self._token_s
         price = (self._entry_s + way.step_s * way.steps) / token_s if token_s else 0.0
         shares = way.record.shares
         if not way.steps or way.asking == 1:  # a text's own are few: it is believed halfway
             shares = [(own + common) / 2 for own, common in zip(self.record.shares, shares, strict=False)]
         good = next((place for place, share in enumerate(shares) if share < price), ENDLESS)
-        return min(ENDLESS, max(1, good + (self._pass % EXPLORING == 0)))
+        return max(1, good + (max(1, good // 2) if self._pass % EXPLORING == 0 else 0))
 
     def _worth_s(self) -> float:
         """What a proposal saves, less what its entries take; nothing is said of the time of proposing."""
