@@ -118,7 +118,7 @@ def forget(pair: LocalPair) -> None:
     """Every answer starts from nothing: what one contender computed must not serve the next."""
     for service in (pair.target, pair.draft):
         if service is not None:
-            service.engine.forget()
+            service.forget()
 
 
 class Peers:
