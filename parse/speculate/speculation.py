@@ -257,7 +257,9 @@ class Speculation:
     def _token_s(self) -> float:
         """What a token of the batch takes, with proposals for this text."""
         (entries, tokens), way, record = self._beside(), self.way, self.record
-        return (way.costs.pass_s(entries) + record.spent + way.propose_s) / (tokens + record.gain)
+        if not (whole_s := way.costs.pass_s(entries)):  # nobody has looked at the clock yet
+            return 0.0
+        return (whole_s + record.spent + way.propose_s) / (tokens + record.gain)
 
     @property
     def _entry_s(self) -> float:
@@ -286,7 +288,7 @@ class Speculation:
         """What a proposal saves, less what its entries take; nothing is said of the time of proposing."""
         (entries, tokens), costs, record = self._beside(), self.way.costs, self.record
         whole_s = costs.pass_s(entries)
-        if not whole_s:  # nobody has looked at the clock yet
+        if not whole_s:
             return math.inf
         return record.gain * whole_s / tokens - record.spent + NEGLIGIBLE * whole_s / costs.texts
 

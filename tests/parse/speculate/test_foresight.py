@@ -98,6 +98,13 @@ def serving_own(monkeypatch, method) -> ModelService:
     return ModelService(SETTINGS)
 
 
+@pytest.fixture
+def tireless(monkeypatch):
+    """Without a clock nothing seems to cost too much, and so the same is proposed every time."""
+    monkeypatch.setattr(service_module, "pass_seconds", lambda model: [])
+    monkeypatch.setattr("parse.speculate.costs.Costs.passed", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def alone():
     service = ModelService(SETTINGS)
@@ -149,7 +156,7 @@ def test_what_is_written_is_the_targets_own_in_a_mixed_batch(alone, foreseen):
 
 
 @pytest.mark.parametrize("method", ["eagle3", "eagle3 tree", "parallel", "space"])
-def test_heads_save_most_of_the_passes(alone, method):
+def test_heads_save_most_of_the_passes(alone, tireless, method):
     service = serving(METHODS[method])
     try:
         steps = [service.load.steps, alone.load.steps]
@@ -221,7 +228,7 @@ def test_a_proposer_that_breaks_down_costs_its_proposals_only(alone, monkeypatch
         service.close()
 
 
-def test_each_request_may_choose_its_method(alone):
+def test_each_request_may_choose_its_method(alone, tireless):
     """In one batch, over one memory."""
     service = serving(*(METHODS[name] for name in ("parallel", "ngram", "eagle3", "draft_model", "space")))
     choices = [None, "none", *service.methods]
