@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 
-from parse.speculate.checkpoint import CONFIG, WEIGHTS, file_of
+from parse.speculate.checkpoint import CONFIG, WEIGHTS, file_of, take
 from parse.speculate.head import MOST_AHEAD, HeadError
 
 ARCHITECTURE = "SpaceAdapters"
@@ -126,14 +126,7 @@ def load_adapters(path: str | Path, network: PreTrainedModel) -> Adapters:
     adapters = Adapters(config)
     with torch.no_grad():
         for name, parameter in adapters.named_parameters():
-            if name not in tensors:
-                raise HeadError(f"{file} lacks {name}")
-            given = tensors.pop(name)
-            if given.shape != parameter.shape:
-                raise HeadError(f"{file}: {name} is {tuple(given.shape)}, must be {tuple(parameter.shape)}")
-            if not given.isfinite().all():
-                raise HeadError(f"{file}: {name} holds what is no number")
-            parameter.copy_(given)
+            take(parameter, name, tensors, file)
     if tensors:
         raise HeadError(f"{file} holds {min(tensors)}, which these adapters have no place for")
     return adapters.to(embedding.device, embedding.dtype).eval().requires_grad_(False)

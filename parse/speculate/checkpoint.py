@@ -108,14 +108,19 @@ def _rows(names: tuple[str, ...], config: HeadConfig) -> list[int]:
 def _fill(parameter: Tensor, names: tuple[str, ...], tensors: dict[str, Tensor], file: str, config: HeadConfig) -> None:
     parts = parameter.split(_rows(names, config)) if len(names) > 1 else (parameter,)
     for name, part in zip(names, parts, strict=True):
-        if name not in tensors:
-            raise HeadError(f"{file} lacks {name}")
-        found = tensors.pop(name)
-        if found.shape != part.shape:
-            raise HeadError(f"{file}: {name} is {tuple(found.shape)}, must be {tuple(part.shape)} for this target")
-        if not found.isfinite().all():
-            raise HeadError(f"{file}: {name} holds what is no number")
-        part.copy_(found)
+        take(part, name, tensors, file)
+
+
+def take(part: Tensor, name: str, tensors: dict[str, Tensor], file: str) -> None:
+    """Fills it with the tensor of that name, which is gone from the others then."""
+    if name not in tensors:
+        raise HeadError(f"{file} lacks {name}")
+    found = tensors.pop(name)
+    if found.shape != part.shape:
+        raise HeadError(f"{file}: {name} is {tuple(found.shape)}, must be {tuple(part.shape)} for this target")
+    if not found.isfinite().all():
+        raise HeadError(f"{file}: {name} holds what is no number")
+    part.copy_(found)
 
 
 def _to_target(tensors: dict[str, Tensor], config: HeadConfig, file: str) -> Tensor:
