@@ -49,7 +49,7 @@ evaluate: setup  ## measure the demo pair
 
 docs: setup  ## write the pages that are made from code
 	$(BIN)/python -m deployments.reference > docs/configuration.md
-	$(BIN)/python -m deployments.metrics_reference > docs/metrics.md
+	$(BIN)/python -m deployments.observability.metrics_reference > docs/metrics.md
 
 dashboards: setup  ## write Grafana's dashboards and Prometheus' rules from cluster/
 	$(BIN)/python -m cluster.grafana

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from parse.config import EngineSettings
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
-from parse.probes import cuts_every
+from parse.prefixes import cuts_every
 from parse.protocol import Done, Mode, Piece, Question
 from parse.types import MethodChoice, Sampling, Speculated
 

@@ -29,8 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bench.throughput import drain, generate_s, read, texts
 from parse.config import EngineSettings
-from parse.engine.model import Model
-from parse.engine.service import PROBE_ROOM, ModelService
+from parse.engines.native.model import Model
+from parse.engines.native.service import PROBE_ROOM, ModelService
 from parse.prompts import Check
 from parse.types import Sampling
 from training.evaluate import MODELS

@@ -26,11 +26,11 @@ from bench.client import Asking, ask, connected
 from bench.latency import Load, Run
 from bench.load import Contender, closed_loop, in_turns
 from bench.questions import demo_tasks
-from deployments.backend import Session
+from deployments.api.backend import Session
+from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from deployments.exposition import Figures
-from deployments.http import create_app
-from deployments.metrics import OF_ROUTERS, Counter, Gauge, Histogram, Meters
+from deployments.observability.exposition import Figures
+from deployments.observability.metrics import OF_ROUTERS, Counter, Gauge, Histogram, Meters
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.pipeline import Pipeline
@@ -82,7 +82,7 @@ class Silent(Meters):
 
 @dataclass
 class Here:
-    """`deployments.backend.Backend` in this process."""
+    """`deployments.api.backend.Backend` in this process."""
 
     pipeline: Pipeline
     meters: Meters

@@ -24,7 +24,7 @@ import torch
 
 from bench import adversary, speculation, throughput
 from bench.contenders import Answer, Answers, compete, contenders, tokens_per_s
-from parse.engine.kernels import speed_up
+from parse.engines.native.kernels import speed_up
 from parse.prompts import prompt_ids
 from training import measure
 from training.evaluate import MODELS, load_pair

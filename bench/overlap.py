@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from bench.contenders import GREEDY
 from parse.config import EngineSettings, MethodSettings
-from parse.engine.service import ModelService
+from parse.engines.native.service import ModelService
 from parse.pipeline import Pipeline
 from parse.prompts import check_ids, prompt_ids
 from parse.protocol import Done, Question, Usage

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parse.engine.cache import Context
-from parse.engine.memory import Memory
-from parse.engine.model import Model
-from parse.engine.paged import attention_on
-from parse.engine.service import ModelService
-from parse.engine.step import Span
-from parse.speculate.costs import Costs
-from parse.speculate.guard import Guarded
-from parse.speculate.proposal import Proposal, Wish
+from parse.engines.native.kv_cache import Memory
+from parse.engines.native.model import Model
+from parse.engines.native.paged_attention import attention_on
+from parse.engines.native.prefix_cache import Context
+from parse.engines.native.scheduled_chunk import Span
+from parse.engines.native.service import ModelService
+from parse.speculative.cost_model import Costs
+from parse.speculative.guard import Guarded
+from parse.speculative.proposal import Proposal, Wish
 from parse.tree import MASK
 
 Propose = Callable[[Sequence[Wish[Guarded]]], list[Proposal]]

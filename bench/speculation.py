@@ -16,7 +16,7 @@ from bench.contenders import Answer, Answers, Contender, Ours, Peers, compete, t
 from bench.passes import Curve, Seen, Watch, bare, prompt_s
 from bench.prediction import Writing, needed, predicted, writing
 from parse.config import EngineSettings, SpeculationSettings
-from parse.control import Control
+from parse.controller import Control
 from parse.local import LocalPair
 from parse.prompts import prompt_ids
 from parse.protocol import Mode

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 
 from parse.config import EngineSettings
-from parse.engine.attention import Attention
-from parse.engine.model import Model
-from parse.engine.service import ModelService
+from parse.engines.native.attention import Attention
+from parse.engines.native.model import Model
+from parse.engines.native.service import ModelService
 from parse.prompts import Check
 from parse.tree import probes
 from parse.types import Sampling

@@ -9,10 +9,10 @@ from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppSettings, located
-from deployments.drafter import Drafter
-from deployments.host import Host
-from deployments.router import Router
-from deployments.verifier import Verifier
+from deployments.serving.drafter import Drafter
+from deployments.serving.replica import Host
+from deployments.serving.router import Router
+from deployments.serving.verifier import Verifier
 from parse.config import EngineSettings
 
 # One session, one replica, as long as it has room.

@@ -17,7 +17,7 @@ from parse.config import EngineSettings, MethodSettings, SpeculationSettings
 PLAIN: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 HEAD = """\
-<!-- Made by `python -m deployments.reference > docs/configuration.md`: change the settings' descriptions, not this. -->
+<!-- Made by `make docs`: change the descriptions of the settings, not this file. -->
 
 # Configuration
 

@@ -6,10 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from parse.probes import DEFAULT_STRIDE, Places
+from parse.acceptance import Rule, Thresholds
+from parse.prefixes import DEFAULT_STRIDE, Places
 from parse.prompts import QUESTION
 from parse.types import Method
-from parse.verdict import Rule, Thresholds
 
 METHOD_FILE = "parse.json"  # beside a model's weights: settings of the method that it was made for
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Self
 
 from parse.config import EngineSettings, MethodSettings
-from parse.drafters import drafter_for
-from parse.engine.service import ModelService
+from parse.engines.native.drafter import drafter_for
+from parse.engines.native.service import ModelService
 from parse.pipeline import Pipeline
 from parse.prompts import check_ids
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from parse.acceptance import boundary
 from parse.config import MethodSettings
-from parse.control import Control, Outcome
-from parse.engine.text import TextStream
-from parse.probes import cuts_at, cuts_every
+from parse.controller import Control, Outcome
+from parse.detokenizer import TextStream
+from parse.prefixes import cuts_at, cuts_every
 from parse.prompts import Check
 from parse.protocol import (
     WHOLE,
@@ -46,7 +47,6 @@ from parse.types import (
     summed,
     token_ids,
 )
-from parse.verdict import boundary
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+from parse.acceptance import Thresholds
 from parse.prompts import Check, Message
 from parse.types import (
     FallbackCause,
@@ -16,7 +17,6 @@ from parse.types import (
     Speculated,
     Tokens,
 )
-from parse.verdict import Thresholds
 
 Mode = Literal["auto", "full", "progressive", "rounds", "exact", "off"]
 Origin = Literal["draft", "target"]

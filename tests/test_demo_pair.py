@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from parse.__main__ import EXAMPLE as QUESTION
-from parse.probes import DEFAULT_STRIDE
+from parse.acceptance import Thresholds
+from parse.prefixes import DEFAULT_STRIDE
 from parse.tree import chain, probe_ends, probed
-from parse.verdict import Thresholds
 from training import measure
 from training.evaluate import MODELS, load_pair
 from training.judging import probabilities, run

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from parse.speculate.checkpoint import load_head
-from parse.speculate.eagle3 import Eagle3
-from parse.speculate.head import HeadError, Target
-from parse.speculate.parallel import Parallel
-from parse.speculate.proposal import Foresight, Proposal, Wish
+from parse.speculative.proposal import Foresight, Proposal, Wish
+from parse.speculative.proposers.eagle3 import Eagle3
+from parse.speculative.proposers.eagle_checkpoint import load_head
+from parse.speculative.proposers.eagle_head import HeadError, Target
+from parse.speculative.proposers.parallelspec import Parallel
 from training.checkpoints import BrokenModel, load_model
 from training.evaluate import MODELS, rounded
 from training.outputs import AT_ONCE, Output, beginnings, open_target, read_outputs, written

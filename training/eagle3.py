@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from parse.speculate.checkpoint import load_head
-from parse.speculate.head import Head, HeadConfig, HeadError, Rotation, Target
+from parse.speculative.proposers.eagle_checkpoint import load_head
+from parse.speculative.proposers.eagle_head import Head, HeadConfig, HeadError, Rotation, Target
 from training import heads
 from training.foresight import Batch, Library, by_frequency, shuffled, wholly
 from training.loop import Cosine, Losses, adamw, train

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from parse.probes import DEFAULT_STRIDE
-from parse.verdict import Thresholds
+from parse.acceptance import Thresholds
+from parse.prefixes import DEFAULT_STRIDE
 from training import measure
 from training.checkpoints import BrokenModel, load_model, load_tokenizer
 from training.loop import DamagedCheckpoint

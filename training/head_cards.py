@@ -16,7 +16,7 @@ library_name: parse-serve
 # {name}
 
 {what} for `{target}`: it proposes tokens, which the target then checks in one pass.
-It has no embeddings of its own and is of no use without its target. `parse.speculate` loads it; the layout is that of
+It has no embeddings of its own and is of no use without its target. `parse.speculative` loads it; the layout is that of
 EAGLE-3's authors{extra}.
 
 | | |
@@ -53,7 +53,7 @@ library_name: parse-serve
 
 Adapters that make `{target}` foresee by itself, for decoding by SPACE: where it reads a mask, a small network behind
 every layer lets it say what comes up to {masks} tokens beyond the next. At all other tokens it computes what it did
-without, bit for bit. `parse.speculate` loads them; they are of no use without their target.
+without, bit for bit. `parse.speculative` loads them; they are of no use without their target.
 
 | | |
 | --- | --- |

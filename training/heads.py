@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from parse.speculate.checkpoint import save_head
-from parse.speculate.head import Head, HeadError
+from parse.speculative.proposers.eagle_checkpoint import save_head
+from parse.speculative.proposers.eagle_head import Head, HeadError
 from parse.types import RequestError
 from training.acceptance import figures, held_out
 from training.checkpoints import BrokenModel, load_model, load_tokenizer

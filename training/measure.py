@@ -9,9 +9,9 @@ from dataclasses import astuple, dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.probes import cuts_every
+from parse.acceptance import Thresholds, boundary
+from parse.prefixes import cuts_every
 from parse.tree import probed, probes
-from parse.verdict import Thresholds, boundary
 from training.judging import cached, probabilities, run
 from training.rows import Writer
 from training.task import Problem, check, problem

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from parse.config import EngineSettings
-from parse.engine.service import ModelService
+from parse.engines.native.service import ModelService
 from parse.prompts import prompt_ids
 from parse.protocol import WHOLE
 from parse.types import RequestError, Sampling

@@ -36,9 +36,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from parse.acceptance import Thresholds
 from parse.config import METHOD_FILE
-from parse.probes import DEFAULT_STRIDE
-from parse.verdict import Thresholds
+from parse.prefixes import DEFAULT_STRIDE
 from training import cards, measure
 from training.attention import TREE_ATTENTION
 from training.checkpoints import BrokenModel, load_model

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from parse.speculate.head import Head, Rotation, Target
+from parse.speculative.proposers.eagle_head import Head, Rotation, Target
 from training import heads
 from training.eagle3 import Distillation, Recipe, new_head
 from training.foresight import Batch, Library, shuffled, some, wholly

@@ -19,9 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from parse.speculate.adapters import AdapterConfig, Adapters, load_adapters, save_adapters
-from parse.speculate.head import HeadError
-from parse.speculate.proposal import chained
+from parse.speculative.proposal import chained
+from parse.speculative.proposers.eagle_head import HeadError
+from parse.speculative.proposers.space_adapters import AdapterConfig, Adapters, load_adapters, save_adapters
 from training import heads
 from training.acceptance import Acceptance, by_kind, followed, told
 from training.eagle3 import Distillation

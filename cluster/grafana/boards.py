@@ -15,8 +15,8 @@ from grafana_foundation_sdk.models.dashboard import (
 
 from cluster.grafana.panels import PROMETHEUS, Query, Shape
 from cluster.prometheus.queries import View
-from deployments import metrics
-from deployments.metrics import Histogram, Metric
+from deployments.observability import metrics
+from deployments.observability.metrics import Histogram, Metric
 
 TAG = "parse"
 PREFIX, WINDOW = "${prefix}", "$__rate_interval"

@@ -17,7 +17,7 @@ from cluster.grafana.panels import (
     tile,
 )
 from cluster.prometheus import figures
-from deployments import metrics
+from deployments.observability import metrics
 
 VIEW = OF_ENGINES
 OF_ROUTERS = VIEW.without("deployment").without("replica")

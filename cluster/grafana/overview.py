@@ -17,7 +17,7 @@ from cluster.grafana.panels import (
     tile,
 )
 from cluster.prometheus import figures
-from deployments import metrics
+from deployments.observability import metrics
 
 VIEW = OF_SERVICE
 ASKED = VIEW.without("mode")  # requests are counted by what they asked for, answers by what was done

@@ -33,7 +33,7 @@ from grafana_foundation_sdk.models.dashboard import (
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode, HeatmapColorScale
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from deployments.metrics import OF_ENGINES, OF_ROUTERS
+from deployments.observability.metrics import OF_ENGINES, OF_ROUTERS
 
 DRAFT, TARGET, REJECTED = "#2fb89d", "#9c82f5", "#e0675e"  # as on the playground
 TOGETHER, CAUTION, CALM = "#5aa0e6", "#e3a63a", "#8a93a6"

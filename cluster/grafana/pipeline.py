@@ -15,7 +15,7 @@ from cluster.grafana.panels import (
     tile,
 )
 from cluster.prometheus import figures
-from deployments import metrics
+from deployments.observability import metrics
 
 VIEW = OF_SERVICE
 

@@ -17,7 +17,7 @@ from cluster.grafana.panels import (
     tile,
 )
 from cluster.prometheus import figures
-from deployments import metrics
+from deployments.observability import metrics
 
 VIEW = OF_SERVICE
 SHOWN = VIEW.over("$__range")  # audits are few: all that the page shows

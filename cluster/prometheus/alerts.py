@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.prometheus.rules import RECORDS, SOURCES
-from deployments import metrics
+from deployments.observability import metrics
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The figures that say how the service does, each a query over a view of it."""
 
 from cluster.prometheus.queries import View, grouped, or_none, share, share_or_none
-from deployments import metrics
+from deployments.observability import metrics
 
 JUDGED = 'mode!~"exact|off"'  # answers whose drafts were judged
 COMPARED = 'mode!="exact"'  # in exact, what the target writes and what it accepts come from the same passes

@@ -1,13 +1,13 @@
 """PromQL over the declared metrics: what dashboards, recording rules and alerts share.
 
-A query names no metric, label or value by hand that `deployments.metrics` does not declare.
+A query names no metric, label or value by hand that `deployments.observability.metrics` does not declare.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from deployments.metrics import Counter, Gauge, Histogram, Metric
+from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
 
 IDENTITY = ("application", "deployment", "replica")  # both ways out put them on every series
 CONDITION = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')

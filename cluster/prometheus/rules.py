@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.prometheus import figures
 from cluster.prometheus.queries import View
-from deployments import metrics
+from deployments.observability import metrics
 
 SOURCES: Mapping[str, str] = MappingProxyType({"router": "", "ray": "ray_"})  # and what their names begin with
 APPLICATION = ("application",)

@@ -19,8 +19,8 @@ from bench.comparison import compared, table
 from bench.latency import Load, Round, Run, figures, overlap_s, percentile, spread
 from bench.load import closed_loop, main, open_loop, poisson
 from bench.questions import BadPrompts, Task, demo_tasks, prompt_tasks, recast
+from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from deployments.http import create_app
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from tests.deployments.live import LocalBackend, served

@@ -6,10 +6,10 @@ from itertools import pairwise
 import pytest
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-import deployments.metrics
+import deployments.observability.metrics
 from cluster.grafana.__main__ import FOLDER, written
 from deployments.config import HOUSE
-from deployments.metrics import Counter, Gauge, Histogram, Metric
+from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
 from tests.cluster.querying import PREFIXES, dashboard_queries, dashboards, panels
 
 BOARDS = dashboards()
@@ -17,7 +17,9 @@ PANELS = [
     pytest.param(panel, id=f"{name}: {panel['title']}") for name, board in BOARDS.items() for panel in panels(board)
 ]
 DECLARED = {
-    found.name: found for found in vars(deployments.metrics).values() if isinstance(found, Counter | Gauge | Histogram)
+    found.name: found
+    for found in vars(deployments.observability.metrics).values()
+    if isinstance(found, Counter | Gauge | Histogram)
 }
 OF_EVERY_SERIES = {"application", "deployment", "replica"}
 SERIES = re.compile(r"(\w*?)(parse_[a-z_]+)(?:\{([^}]*)\})?")

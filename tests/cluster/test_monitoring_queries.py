@@ -12,9 +12,9 @@ import pytest
 from cluster.monitoring import LOOPBACK
 from cluster.prometheus import figures
 from cluster.prometheus.queries import View
-from deployments import metrics
-from deployments.exposition import page
-from deployments.metrics import Meters
+from deployments.observability import metrics
+from deployments.observability.exposition import page
+from deployments.observability.metrics import Meters
 from tests.cluster.querying import (
     PREFIXES,
     QueryFailed,

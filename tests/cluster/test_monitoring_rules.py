@@ -10,8 +10,8 @@ import yaml
 from cluster.prometheus.__main__ import written
 from cluster.prometheus.alerts import ALERTS
 from cluster.prometheus.queries import View, grouped, share_or_none
-from deployments import metrics
 from deployments.config import HOUSE
+from deployments.observability import metrics
 from tests.cluster.querying import RULES, needs_prometheus
 
 TRIED = sorted((RULES / "tests").glob("*.yml"))

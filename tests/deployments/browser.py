@@ -166,8 +166,8 @@ def main() -> None:
     if args.url:
         pictures(args.folder, args.url)
         return
+    from deployments.api.routes import create_app
     from deployments.config import ApiSettings
-    from deployments.http import create_app
     from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
     from tests.deployments.conftest import MODEL, WAYS, settings
     from tests.deployments.live import LocalBackend, served

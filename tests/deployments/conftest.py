@@ -6,8 +6,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from deployments.http import create_app
 from parse.config import EngineSettings, SpeculationSettings
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
 from tests.deployments.live import LocalBackend, served

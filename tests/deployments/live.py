@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import uvicorn
 from fastapi import FastAPI
 
-from deployments.backend import Session
-from deployments.exposition import Figures
-from deployments.metrics import OF_ROUTERS, Meters
+from deployments.api.backend import Session
+from deployments.observability.exposition import Figures
+from deployments.observability.metrics import OF_ROUTERS, Meters
 from parse.pipeline import Pipeline
 from parse.types import MethodChoice, Sampling, Speculated, Tokens
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import CheckFunction
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from deployments.http import create_app
 from parse.config import MethodSettings
 from parse.local import LocalPair
 from parse.pipeline import Pipeline

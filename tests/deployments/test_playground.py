@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from deployments import playground
+from deployments.api.admission import Overloaded
+from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from deployments.gate import Overloaded
-from deployments.http import create_app
-from parse.control import Control
+from parse.controller import Control
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
 from parse.protocol import Done, Event, Fallback, Piece, Question, Stage, Usage, Verdict

@@ -13,10 +13,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from pydantic import BaseModel, Field
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
-from deployments.app import build
-from deployments.config import HOUSE, ApiSettings, AppSettings, AuditSettings
-from deployments.http import MEANINGS
-from deployments.openai import (
+from deployments.api.protocol import (
     ChatRequest,
     CompletionRequest,
     Offer,
@@ -28,6 +25,9 @@ from deployments.openai import (
     TracedPiece,
     TracedVerdict,
 )
+from deployments.api.routes import MEANINGS
+from deployments.app import build
+from deployments.config import HOUSE, ApiSettings, AppSettings, AuditSettings
 from deployments.reference import deployments_of, meaning, page, typed
 from parse.config import EngineSettings, MethodSettings, SpeculationSettings
 from parse.protocol import Mode, StageName

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.__main__ import main
 from parse.config import METHOD_FILE, EngineSettings, MethodSettings
-from parse.drafters import OtherTokens, SameTokens
+from parse.engines.native.drafter import OtherTokens, SameTokens
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.prompts import prompt_ids
 from parse.protocol import Done, Piece, Question

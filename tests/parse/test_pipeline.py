@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from parse.acceptance import Thresholds
 from parse.config import MethodSettings
 from parse.pipeline import Pipeline
 from parse.prompts import check_ids
 from parse.protocol import Done, Piece, Question, Verdict
 from parse.types import Judged, Logprob, RequestError, Sampling, Speculated, Tokens, VerdictError
-from parse.verdict import Thresholds
 
 GREEDY = Sampling(temperature=0.0)
 PROMPT = (1, 2, 3)

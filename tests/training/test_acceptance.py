@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from parse.speculate.checkpoint import save_head
-from parse.speculate.ngram import Ngram
-from parse.speculate.proposal import Foresight, Proposal, chained
+from parse.speculative.proposal import Foresight, Proposal, chained
+from parse.speculative.proposers.eagle_checkpoint import save_head
+from parse.speculative.proposers.ngram import Ngram
 from tests.training.test_foresight import target, texts
 from training import eagle3, parallel
 from training.acceptance import acceptance, figures, followed

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from parse.verdict import Thresholds
+from parse.acceptance import Thresholds
 from training import measure
 from training.evaluate import MODELS
 from training.measure import Judged

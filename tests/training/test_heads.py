@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from parse.local import DEMO_TARGET
-from parse.speculate.checkpoint import load_head, save_head
-from parse.speculate.head import HeadError, Rotation, Target
-from tests.parse.speculate import naive
+from parse.speculative.proposers.eagle_checkpoint import load_head, save_head
+from parse.speculative.proposers.eagle_head import HeadError, Rotation, Target
+from tests.parse.speculative import naive
 from tests.training.test_foresight import target, texts
 from training import eagle3, loop, parallel
 from training.foresight import Library, shuffled, some

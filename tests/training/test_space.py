@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculationSettings
-from parse.engine.service import ModelService
+from parse.engines.native.service import ModelService
 from parse.local import DEMO, DEMO_TARGET
-from parse.speculate.adapters import load_adapters, save_adapters
+from parse.speculative.proposers.space_adapters import load_adapters, save_adapters
 from parse.types import Sampling, summed
 from tests.training.test_foresight import target, texts
 from training import loop, space
@@ -149,8 +149,8 @@ def test_the_command_writes_adapters_and_their_card(tmp_path, monkeypatch):
 def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
     """Passes by the card's way of counting, from one plain pass over each text, and by the engine."""
     # Nothing is known of what passes take, so that groups stand everywhere.
-    monkeypatch.setattr("parse.engine.service.pass_seconds", lambda model: [])
-    monkeypatch.setattr("parse.speculate.costs.Costs.passed", lambda *_: None)
+    monkeypatch.setattr("parse.engines.native.service.pass_seconds", lambda model: [])
+    monkeypatch.setattr("parse.speculative.cost_model.Costs.passed", lambda *_: None)
     proof = [text for text in held_out(DEMO_TARGET, 8, seed=5, threads=1) if not text.begun][:3]
     network = load_model(DEMO / "demo-target")
     adapters = load_adapters(DEMO / "demo-space", network).attach(network)

@@ -13,8 +13,8 @@ import httpx
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.host import Description
-from parse.engine.engine import Load
+from deployments.serving.replica import Description
+from parse.engines.native.engine import Load
 from training import measure
 from training.task import Problem
 

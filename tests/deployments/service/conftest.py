@@ -19,7 +19,7 @@ from tests.deployments.service.asking import Service, free_port
 from tests.deployments.service.spans import Spans
 
 RAYS_PORTS = range(10002, 20000)  # of its workers
-TRACED = {"exporter_import_path": "deployments.tracing:otlp", "sampling_ratio": 1.0}
+TRACED = {"exporter_import_path": "deployments.observability.tracing:otlp", "sampling_ratio": 1.0}
 SMALL = {"threads": 1, "memory_mb": 256, "max_context": 1024}
 
 

@@ -1,0 +1,113 @@
+"""The routes: the OpenAI API, how the service is, its figures, and the playground."""
+
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
+from fastapi.telemetry import TelemetryConfig
+from starlette.exceptions import HTTPException
+
+from deployments import playground
+from deployments.api.backend import Backend
+from deployments.api.errors import ApiError, respond
+from deployments.api.handlers import Serving
+from deployments.api.limits import Limits, api_keys
+from deployments.api.protocol import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ErrorBody,
+    ModelCard,
+    ModelList,
+)
+from deployments.api.request_parsing import Reader
+from deployments.config import ApiSettings, AuditSettings
+from deployments.observability.access_log import Journal
+
+NO_AUDIT = AuditSettings()
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}  # Ray Serve's is around it
+DESCRIPTION = (
+    "The OpenAI API, answered by PARSE: one model drafts, a larger one keeps what is right and writes the rest."
+)
+MEANINGS: dict[int | str, str] = {
+    400: "The request cannot be served as it stands; `param` names the field.",
+    401: "A key is missing or wrong.",
+    404: "There is no such model.",
+    408: "The request took too long to arrive.",
+    413: "The request is too long.",
+    503: "Too many requests are waiting; `Retry-After` says when to try again.",
+    504: "The answer took too long.",
+    "default": "Whatever else went wrong.",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": meaning} for status, meaning in MEANINGS.items()
+}
+FIGURES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}}
+}
+CHUNK = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": CHUNK}}}}
+
+
+def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: AuditSettings = NO_AUDIT) -> FastAPI:
+    reader = Reader(backend.pipeline, settings, model_name)
+    serving = Serving(backend, settings, audit)
+    app = FastAPI(
+        title="parse-serve", version="1", description=DESCRIPTION, lifespan=serving.running, telemetry=NO_TELEMETRY
+    )
+    app.add_middleware(
+        Limits,
+        keys=api_keys(settings.api_keys_file, settings.api_keys_env),
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
+    app.add_middleware(Journal, meters=backend.meters)  # around all others
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, respond)
+    bearer = Depends(HTTPBearer(auto_error=False, description="Where the server has keys."))
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED, dependencies=[bearer])
+    async def chat_completions(request: ChatRequest, http: HttpRequest) -> Response:
+        return await serving.reply(reader.chat(request), http)
+
+    @app.post("/v1/completions", response_model=Completion, responses=ERRORS | STREAMED, dependencies=[bearer])
+    async def completions(request: CompletionRequest, http: HttpRequest) -> Response:
+        return await serving.reply(reader.completion(request), http)
+
+    @app.get("/v1/models", responses=_errors(401, "default"), dependencies=[bearer])
+    async def models() -> ModelList:
+        return ModelList(data=[reader.card])
+
+    @app.get("/v1/models/{model:path}", responses=_errors(401, 404, "default"), dependencies=[bearer])
+    async def model(model: str) -> ModelCard:
+        reader.check_model(model)
+        return reader.card
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """This router works."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"description": "No verifier answers."}})
+    async def ready() -> JSONResponse:
+        """Can it answer? Without a drafter it can, only slower."""
+        troubles = backend.troubles()
+        status = "unavailable" if "verifier" in troubles else "degraded" if troubles else "ready"
+        return JSONResponse({"status": status, "troubles": troubles}, 503 if status == "unavailable" else 200)
+
+    @app.get("/metrics", responses=FIGURES | _errors(401, "default"), dependencies=[bearer])
+    async def figures(http: HttpRequest) -> Response:
+        """For Prometheus: the figures of all routers, drafters and verifiers."""
+        content, kind = await serving.metrics(http.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": kind})
+
+    app.include_router(playground.router())
+    return app
+
+
+def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    return {status: ERRORS[status] for status in statuses}

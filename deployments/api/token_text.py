@@ -1,0 +1,28 @@
+"""Single tokens as text and as bytes, as log-probabilities show them."""
+
+from transformers import PreTrainedTokenizerBase
+
+from parse.detokenizer import BROKEN
+
+ANCHOR = "a"  # something to stand behind, for tokens that lose a leading space at the beginning of a text
+
+
+class Vocabulary:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
+        self._before = self._decoded([])
+        self._texts: dict[int, str] = {}
+
+    def text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self._decoded([token])[len(self._before) :]
+        return self._texts[token]
+
+    def bytes(self, token: int) -> list[int] | None:
+        """None of a token that is no whole character."""
+        text = self.text(token)
+        return None if BROKEN in text else list(text.encode())
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode([*self._anchor, *ids], skip_special_tokens=False))

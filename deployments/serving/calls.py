@@ -1,0 +1,99 @@
+"""Calls over Ray Serve's handles: each stands alone, ends with its caller, and raises what was raised there."""
+
+import asyncio
+import contextvars
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.context import Context, attach
+from ray import serve
+from ray.exceptions import RayTaskError, TaskCancelledError
+from ray.serve.context import _RequestContext
+from ray.serve.handle import DeploymentHandle
+
+from deployments.api.backend import Session
+from deployments.observability.tracing import tracer
+from parse.protocol import StageName
+from parse.types import Tokens
+
+IN_SERVE: contextvars.ContextVar[Any] = serve.context._serve_request_context
+
+
+@dataclass(frozen=True)
+class Within:
+    """What a call is a part of."""
+
+    request_id: str = ""  # for the log of the replica
+    trace: Context | None = None
+
+    def enter(self) -> None:
+        IN_SERVE.set(_RequestContext(request_id=self.request_id))
+        if self.trace is not None:
+            attach(self.trace)
+
+
+ALONE = Within()
+
+
+@contextmanager
+def stage(name: StageName, session: Session) -> Iterator[Within]:
+    """A span in the trace of an answer. It is handed on by hand: what runs here changes from task to task."""
+    span = tracer.start_span(name, session.trace)
+    try:
+        yield Within(session.request_id, trace.set_span_in_context(span, session.trace))
+    except Exception as error:
+        span.record_exception(error)
+        raise
+    finally:
+        span.end()
+
+
+def call(handle: DeploymentHandle, within: Within, *given: Any) -> Any:
+    return apart(within, handle.remote, *given)
+
+
+def apart(within: Within, function: Callable[..., Any], *given: Any) -> Any:
+    """Outside of the request's context.
+
+    There Ray Serve gives every call the request's own inner id, by which it finds the caller who waits for a replica:
+    of two who wait at once, one would wait for ever. It would also end calls with the request in whose context they
+    were made; ours are ended by whoever made them.
+    """
+    fresh = contextvars.Context()
+    fresh.run(within.enter)
+    return fresh.run(function, *given)
+
+
+async def result(response: Any) -> Any:
+    """Of a call, which is cancelled with the caller."""
+    try:
+        return await _plain(response)
+    except BaseException:
+        response.cancel()
+        raise
+
+
+async def items(responses: Any) -> AsyncGenerator[Tokens]:
+    """Of a stream, which is cancelled with its reader."""
+    try:
+        with suppress(StopAsyncIteration):
+            while True:
+                yield await _plain(anext(responses))
+    finally:
+        responses.cancel()
+
+
+async def _plain(call: Awaitable[Any]) -> Any:
+    """Errors of the replica as they were raised there."""
+    try:
+        return await call
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling():  # by Ray, not by our caller
+            raise TaskCancelledError from None
+        raise

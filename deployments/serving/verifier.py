@@ -1,0 +1,48 @@
+"""The target in replicas of its own: judges drafts and writes."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from deployments.serving.replica import Host
+from parse.config import EngineSettings
+from parse.prompts import Check
+from parse.types import Judged, MethodChoice, Sampling, Tokens
+
+
+class Verifier(Host):
+    """`parse.protocol.Verifier`, a call at a time."""
+
+    async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        super().__init__(settings)
+        await self.warm_up()
+
+    async def warm(self, prompt: Sequence[int]) -> int:
+        return await self.service.warm(prompt)
+
+    async def judge(
+        self,
+        prompt: Sequence[int],
+        draft: Sequence[int],
+        cuts: Sequence[int],
+        check: Check,
+        full: float | None,
+        prefix: float | None,
+        logprobs: int | None,
+    ) -> Judged:
+        return await self.service.judge(prompt, draft, cuts, check, full=full, prefix=prefix, logprobs=logprobs)
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        sampling: Sampling,
+        proposal: Sequence[int],
+        piece: int,
+        speculation: MethodChoice | None,
+    ) -> AsyncGenerator[Tokens]:
+        writing = self.service.generate(
+            prompt, output, sampling, proposal=proposal, piece=piece, speculation=speculation
+        )
+        async with aclosing(writing) as pieces:
+            async for tokens in pieces:
+                yield tokens

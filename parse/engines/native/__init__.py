@@ -1,0 +1,1 @@
+"""Our engine for unmodified Hugging Face causal language models."""

@@ -1,0 +1,1 @@
+"""One module per token-level method, and what these modules share."""

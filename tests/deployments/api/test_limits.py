@@ -1,0 +1,236 @@
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.types import Message, Receive, Scope, Send
+
+from deployments.api.limits import Limits, api_keys
+from deployments.api.protocol import ErrorBody
+
+HERE, ELSEWHERE = ("127.0.0.1", 5000), ("192.0.2.7", 5000)
+CHAT = "/v1/chat/completions"
+LEFT: Message = {"type": "http.disconnect"}
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[bytes, bytes]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return ErrorBody.model_validate_json(self.body).error.model_dump()
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the body it is given, and the kind of message that follows it."""
+    first, second = await receive(), await receive()
+    assert not first["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"then", second["type"].encode())]})
+    await send({"type": "http.response.body", "body": first["body"]})
+
+
+def asked(
+    *messages: Message,
+    path: str = CHAT,
+    client: tuple[str, int] | None = HERE,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+    keys: Sequence[str] = (),
+    most: int = 100,
+    patience: float = 10.0,
+    root_path: str = "",
+) -> Reply:
+    """What comes of a request whose client sends these messages and nothing more."""
+    coming, sent = list(messages or [part(b"")]), []
+    if coming[-1] != LEFT and not coming[-1]["more_body"]:
+        coming.append(LEFT)
+
+    async def receive() -> Message:
+        if not coming:
+            await asyncio.Event().wait()
+        return coming.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    app = Limits(echo, keys=keys, max_body_bytes=most, body_timeout_s=patience)
+    scope = dict(type="http", path=path, client=client, headers=list(headers), root_path=root_path, method="POST")
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+    start, *bodies = sent
+    return Reply(start["status"], dict(start["headers"]), b"".join(message.get("body", b"") for message in bodies))
+
+
+def part(body: bytes, *, more: bool = False) -> Message:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def bearer(key: str | bytes) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", b"Bearer " + (key.encode() if isinstance(key, str) else key))]
+
+
+# Who may ask.
+
+
+@pytest.mark.parametrize(
+    "client", [HERE, ("127.8.8.8", 1), ("::1", 1), ("::ffff:127.0.0.1", 1), ("0:0:0:0:0:0:0:1", 1), None]
+)
+def test_without_keys_clients_on_this_machine_are_served(client):
+    assert asked(client=client).status == 200
+
+
+@pytest.mark.parametrize(
+    "client",
+    ["192.0.2.7", "10.0.0.1", "0.0.0.0", "2001:db8::1", "::ffff:10.0.0.1", "fe80::1%eth0", "unknown", "localhost", ""],
+)
+def test_without_keys_nobody_else_is(client):
+    reply = asked(client=(client, 1))
+    assert reply.status == 401 and reply.error["code"] == "no_keys"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/x", "/v1", "/x"])
+@pytest.mark.parametrize("root_path", ["", "/parse", "/a/b"])
+def test_with_keys_one_of_them_is_needed_wherever_the_server_is_mounted(path, root_path):
+    def status(headers: list[tuple[bytes, bytes]]) -> int:
+        return asked(path=root_path + path, root_path=root_path, headers=headers, keys=["one", "two"]).status
+
+    assert status([]) == 401
+    assert status(bearer("three")) == 401
+    assert status(bearer("one")) == status(bearer("two")) == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("root_path", ["", "/parse"])
+def test_how_the_server_is_doing_and_what_it_takes_is_for_everybody(path, root_path):
+    for keys in ([], ["one"]):
+        assert asked(path=root_path + path, root_path=root_path, client=ELSEWHERE, keys=keys).status == 200
+
+
+@pytest.mark.parametrize("path", ["//v1/models", "/health/../v1/models", "/docs/v1/models", "/healthx", "/HEALTH"])
+def test_what_only_looks_like_an_open_path_is_none(path):
+    assert asked(path=path, keys=["one"]).status == 401
+
+
+def test_with_keys_clients_anywhere_are_served_and_those_here_need_one_too():
+    assert asked(client=ELSEWHERE, keys=["one"], headers=bearer("one")).status == 200
+    reply = asked(client=HERE, keys=["one"])
+    assert reply.status == 401 and reply.error["type"] == "authentication_error"
+    assert reply.headers[b"www-authenticate"] == b"Bearer"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(b"", b"one", b"Bearer", b"Bearer ", b"Basic one", b"Bearer on", b"Bearer onee", b"Bearer one two"),
+        *(b"Bearer ONE", b"Bearer \xff\xfe", b"\xff\xfe one", b"Bearer \xc3\xa9", b"Bearer one\x00", b" " * 10_000),
+    ],
+)
+def test_what_is_no_key_is_refused(given):
+    assert asked(keys=["one", "zwei"], headers=[(b"authorization", given)]).status == 401
+
+
+@pytest.mark.parametrize("given", [b"Bearer one", b"bearer one", b"BEARER  one "])
+def test_a_key_may_be_written_as_http_allows(given):
+    assert asked(keys=["one"], headers=[(b"authorization", given)]).status == 200
+
+
+def test_a_key_may_hold_letters_beyond_ascii():
+    assert asked(keys=["schlüssel"], headers=bearer("schlüssel")).status == 200
+    assert asked(keys=["schlüssel"], headers=bearer("schlussel")).status == 401
+
+
+def test_keys_are_told_to_nobody(caplog):
+    caplog.set_level(logging.DEBUG)
+    for key in ("sesame-open", "sesame-closed"):
+        reply = asked(keys=["sesame-open"], headers=bearer(key))
+        assert b"sesame" not in (b"" if reply.status == 200 else reply.body)
+    assert "sesame" not in caplog.text
+
+
+def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("one\n\n  two \n")
+    monkeypatch.setenv("OUR_KEYS", "three, four,,")
+    assert api_keys(str(file), "OUR_KEYS") == ("one", "two", "three", "four")
+    assert api_keys(None, "OUR_KEYS") == ("three", "four")
+    assert api_keys(str(file), "NOT_SET") == ("one", "two")
+    assert api_keys(None, "NOT_SET") == ()
+
+
+def test_a_file_without_keys_is_an_error_and_does_not_open_the_server(tmp_path):
+    (tmp_path / "keys").write_text("\n \n")
+    with pytest.raises(ValueError, match="holds no key"):
+        api_keys(str(tmp_path / "keys"), "NOT_SET")
+    with pytest.raises(FileNotFoundError):
+        api_keys(str(tmp_path / "none"), "NOT_SET")
+
+
+# What they may send.
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(parts=st.lists(st.binary(max_size=40), min_size=1, max_size=6), most=st.integers(0, 120))
+def test_a_body_arrives_whole_or_is_refused_for_its_length(parts, most):
+    messages = [part(body, more=place < len(parts) - 1) for place, body in enumerate(parts)]
+    reply = asked(*messages, LEFT, most=most)
+    whole = b"".join(parts)
+    if len(whole) > most:
+        assert reply.status == 413 and reply.error["code"] == "too_long" and reply.error["param"] == "body"
+    else:
+        assert (reply.status, reply.body) == (200, whole)
+        assert reply.headers[b"then"] == b"http.disconnect"  # what comes after it is the client's own
+
+
+@pytest.mark.parametrize("declared", [b"101", b"10000000", b"9" * 30])
+def test_a_body_that_is_declared_too_long_is_refused_before_it_comes(declared):
+    reply = asked(part(b"", more=True), headers=[(b"content-length", declared)])
+    assert reply.status == 413 and "100" in reply.error["message"]
+
+
+@pytest.mark.parametrize("declared", [b"", b"-1", b"1e9", b"many", b"\xb2", b"0x10"])
+def test_a_length_that_is_no_number_is_not_believed(declared):
+    assert asked(part(b"short"), headers=[(b"content-length", declared)]).body == b"short"
+
+
+def test_a_client_that_does_not_go_on_is_told_so_and_let_go():
+    reply = asked(part(b"{", more=True), patience=0.01)
+    assert reply.status == 408 and reply.error["param"] == "body"
+    assert reply.headers[b"connection"] == b"close"
+
+
+def test_a_client_that_leaves_is_not_waited_for():
+    assert asked(part(b"{", more=True), LEFT).status == 499
+
+
+@pytest.mark.parametrize("path", ["/health", CHAT])
+def test_the_limits_of_a_body_hold_everywhere(path):
+    assert asked(part(b"x" * 101), path=path).status == 413
+
+
+def test_what_is_refused_is_told_as_the_openai_api_tells_it():
+    reply = asked(part(b"x" * 101))
+    assert json.loads(reply.body).keys() == {"error"}
+    assert reply.error == {
+        "message": "body: is longer than 100 bytes",
+        "type": "invalid_request_error",
+        "param": "body",
+        "code": "too_long",
+    }
+    assert reply.headers[b"content-type"] == b"application/json"
+
+
+def test_what_is_no_request_passes_untouched():
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["type"])
+
+    limits = Limits(app, keys=["one"], max_body_bytes=1, body_timeout_s=1)
+    asyncio.run(limits({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+    assert seen == ["lifespan"]

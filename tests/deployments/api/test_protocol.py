@@ -1,0 +1,408 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OfficialChat
+from openai.types.completion_create_params import CompletionCreateParamsBase as OfficialCompletion
+from pydantic import ValidationError
+
+from deployments.api.errors import invalid
+from deployments.api.protocol import (
+    LARGEST,
+    ChatRequest,
+    CompletionRequest,
+    Failure,
+    Request,
+    usage_of,
+)
+from parse.acceptance import Thresholds
+from parse.protocol import Usage
+from parse.types import RequestError, Sampling, Speculated
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hello"}
+LIMITS = "max_tokens", "max_completion_tokens"
+WRONG: list[Any] = [None, True, "x", [], {}]
+HALF = "\ud83d"  # of a surrogate pair
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Hello"} | fields]}
+
+
+def read(model: type[Request], body: Any) -> Any:
+    """As it comes over the wire."""
+    return model.model_validate(json.loads(json.dumps(body)))
+
+
+def fault(model: type[Request], body: Any) -> Failure:
+    """What a client is told."""
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    errors = [error | {"loc": ("body", *error["loc"])} for error in refused.value.errors()]
+    assert len(errors) < 20, "a long list of faults takes long to make"
+    told = invalid(errors)
+    assert told.status == 400
+    told.response()  # can be written
+    return told.body.error
+
+
+# What is asked, understood.
+
+
+def test_what_is_not_said_or_null_is_plain_sampling():
+    nothing = dict.fromkeys(ChatRequest.model_fields.keys() - {"model", "messages", "ignore_eos"})
+    for body in (CHAT, CHAT | nothing):
+        asked = read(ChatRequest, body)
+        assert asked.sampling(7, max_tokens=None, logprobs=None) == Sampling(seed=7)
+        assert (asked.choices, asked.limit, asked.wanted_logprobs, asked.includes_usage) == (1, None, None, False)
+
+
+def test_what_is_said_reaches_the_sampling():
+    said: dict[str, Any] = dict(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=9,
+        min_p=0.125,
+        presence_penalty=1.5,
+        frequency_penalty=-1.5,
+        repetition_penalty=1.25,
+        ignore_eos=True,
+    )
+    asked = read(ChatRequest, CHAT | said | dict(stop=["a", "b"], logit_bias={"5": -100, "6": 0.5}))
+    wanted = Sampling(**said, stop=("a", "b"), logit_bias={5: -100.0, 6: 0.5}, seed=3, max_tokens=4, logprobs=2)
+    assert asked.sampling(3, max_tokens=4, logprobs=2) == wanted
+
+
+@pytest.mark.parametrize(("stop", "wanted"), [(None, ()), ("a", ("a",)), ([], ()), (["a", "bc"], ("a", "bc"))])
+def test_a_stop_string_may_stand_alone(stop, wanted):
+    assert read(ChatRequest, CHAT | {"stop": stop}).sampling(0, max_tokens=None, logprobs=None).stop == wanted
+
+
+def test_whole_numbers_are_numbers():
+    assert read(ChatRequest, CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "limit"),
+    [({}, None), ({"max_tokens": 3}, 3), ({"max_completion_tokens": 4}, 4), (dict.fromkeys(LIMITS, 5), 5)],
+)
+def test_the_limit_has_two_names(said, limit):
+    assert read(ChatRequest, CHAT | said).limit == limit
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 3}, 3), ({"logprobs": False}, None)],
+)
+def test_log_probabilities_are_asked_for_in_two_fields(said, wanted):
+    assert read(ChatRequest, CHAT | said).wanted_logprobs == wanted
+
+
+def test_turns_are_text_and_developers_speak_for_the_system():
+    parts = [{"type": "text", "text": "One"}, {"type": "text", "text": ", two"}]
+    roles = ["system", "developer", "user", "assistant"]
+    asked = read(ChatRequest, CHAT | {"messages": [{"role": role, "content": parts} for role in roles]})
+    assert [turn["role"] for turn in asked.turns()] == ["system", "system", "user", "assistant"]
+    assert {turn["content"] for turn in asked.turns()} == {"One, two"}
+
+
+def test_an_answer_of_ours_may_be_sent_back():
+    ours = {"role": "assistant", "content": "57.", "refusal": None, "annotations": None, "audio": None}
+    ours |= {"function_call": None, "tool_calls": None}
+    assert read(ChatRequest, CHAT | {"messages": [*CHAT["messages"], ours]}).turns()[1]["content"] == "57."
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("a b", ["a b"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])],
+)
+def test_prompts_are_texts_or_tokens_one_or_several(given, wanted):
+    assert read(CompletionRequest, COMPLETION | {"prompt": given}).prompts() == wanted
+
+
+def test_thresholds_are_the_operators_unless_a_request_sets_its_own():
+    usual = Thresholds(0.9, 0.8)
+    for parse, wanted in (
+        ({}, usual),
+        ({"full": 0.6}, Thresholds(0.6, 0.8)),
+        ({"prefix": 0.7}, Thresholds(0.9, 0.7)),
+        ({"full": 0.5, "prefix": 0.5}, Thresholds(0.5, 0.5)),
+    ):
+        asked = read(ChatRequest, CHAT | {"parse": parse})
+        assert asked.thresholds(usual, lowest_full=0.5, lowest_prefix=0.5) == wanted
+
+
+@pytest.mark.parametrize("field", ["full", "prefix"])
+def test_thresholds_below_the_operators_lowest_are_refused(field):
+    asked = read(ChatRequest, CHAT | {"parse": {field: 0.49}})
+    with pytest.raises(RequestError) as refused:
+        asked.thresholds(Thresholds(), lowest_full=0.5, lowest_prefix=0.5)
+    assert refused.value.field == f"parse.{field}" and "0.5" in str(refused.value)
+
+
+# What is refused, and by which name.
+
+
+def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
+    for ours, body, official in (
+        (ChatRequest, CHAT, OfficialChat),
+        (CompletionRequest, COMPLETION, OfficialCompletion),
+    ):
+        theirs = set(official.__annotations__)
+        assert len(theirs & ours.model_fields.keys()) > 10
+        for name in theirs - ours.model_fields.keys():
+            for value in WRONG:
+                told = fault(ours, body | {name: value})
+                assert (told.param, told.code) == (name, "unsupported_field")
+                assert told.message == f"{name}: is not supported"
+
+
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"modalities": []}, "modalities"),
+        ({"store": True}, "store"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"n": 0}, "n"),
+        ({"n": -1}, "n"),
+        ({"n": 1.0}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 10**4000}, "n"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 2, "logprobs": False}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": float("inf")}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": float("-inf")}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": LARGEST + 1}, "seed"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": ["a", 5]}, "stop[1]"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": "s" * 257}, "stop"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias.5"),
+        ({"logit_bias": {"model": None}}, "logit_bias.model"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"stream": "true"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks"),
+        ({"user": "u" * 513}, "user"),
+        ({"prompt_cache_key": 5}, "prompt_cache_key"),
+        ({"prediction": "text"}, "prediction"),
+        ({"prediction": {"type": "content"}}, "prediction.content"),
+        ({"prediction": {"type": "content", "content": [{"type": "image_url"}]}}, "prediction.content[0].type"),
+        ({"parse": {"mode": "best"}}, "parse.mode"),
+        ({"parse": {"speculation": "eagle"}}, "parse.speculation"),
+        ({"parse": {"speculation": True}}, "parse.speculation"),
+        ({"parse": {"speculation": ["ngram"]}}, "parse.speculation"),
+        ({"parse": {"full": 1.1}}, "parse.full"),
+        ({"parse": {"prefix": float("nan")}}, "parse.prefix"),
+        ({"parse": {"trace": 1}}, "parse.trace"),
+        ({"parse": {"stride": 4}}, "parse.stride"),
+        ({"parse": []}, "parse"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": ["Hello"]}, "messages[0]"),
+        ({"messages": CHAT["messages"] * 4097}, "messages"),
+        (message(name="Kim"), "messages[0].name"),
+        (message(role="tool"), "messages[0].role"),
+        (message(role="tool", tool_call_id="x"), "messages[0].tool_call_id"),
+        (message(role="function"), "messages[0].role"),
+        (message(content=None), "messages[0].content"),
+        (message(content=[]), "messages[0].content"),
+        (message(content=[{"type": "input_audio"}]), "messages[0].content[0].type"),
+        (message(content=[{"type": "text", "text": 5}]), "messages[0].content[0].text"),
+        (message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), "messages[0].content[0].image_url"),
+        (message(refusal="no"), "messages[0].refusal"),
+        (message(tool_calls=[]), "messages[0].tool_calls"),
+        ({"model": None}, "model"),
+        ({"model": ["m"]}, "model"),
+        ({"": 1}, "body"),
+        ({"a" * 1000: 1}, "a" * 97 + "..."),
+        ({"no.such": 1}, "no.such"),
+    ],
+)
+def test_a_chat_that_cannot_be_served_is_refused_by_the_fields_name(said, param):
+    told = fault(ChatRequest, CHAT | said)
+    assert told.param == param and told.type == "invalid_request_error"
+    assert told.message.startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"best_of": 2}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"messages": []}, "messages"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"max_completion_tokens": 3}, "max_completion_tokens"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt[1]"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": [-1]}, "prompt[0]"),
+        ({"prompt": [1.5]}, "prompt[0]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [1, "a"]}, "prompt[0]"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt[1][1]"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": [[1]] * 129}, "prompt"),
+        ({"prompt": {"text": "x"}}, "prompt"),
+    ],
+)
+def test_a_completion_that_cannot_be_served_is_refused_by_the_fields_name(said, param):
+    told = fault(CompletionRequest, COMPLETION | said)
+    assert told.param == param and told.type == "invalid_request_error"
+    assert told.message.startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize("name", ["model", "messages"])
+def test_what_is_missing_is_named(name):
+    told = fault(ChatRequest, {key: value for key, value in CHAT.items() if key != name})
+    assert told.param == name and "required" in told.message
+
+
+def test_what_is_said_of_a_token_id_regards_token_ids():
+    assert "greater than or equal to 0" in fault(CompletionRequest, COMPLETION | {"prompt": [-1]}).message
+
+
+@pytest.mark.parametrize(
+    "token", ["", "x", "-1", "1.5", " 5", "5 ", "5\n", "05", "+5", "٣", "1e3", "0x5", "9" * 10, "9" * 5000, "[key]"]
+)
+def test_a_bias_is_for_a_token_id(token):
+    told = fault(ChatRequest, CHAT | {"logit_bias": {token: 1}})
+    assert told.param is not None and told.param.startswith(f"logit_bias.{token}"[:90]) and len(told.message) < 200
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (ChatRequest, CHAT | {f"field {place}": 1 for place in range(MANY)}),
+        (ChatRequest, CHAT | {"messages": [1] * MANY}),
+        (ChatRequest, CHAT | {"messages": [{f"field {place}": 1 for place in range(40)}] * 4000}),
+        (ChatRequest, CHAT | message(content=[1] * MANY)),
+        (ChatRequest, CHAT | message(content=[{"a": 1}] * MANY)),
+        (ChatRequest, CHAT | {"logit_bias": {str(token): "x" for token in range(MANY)}}),
+        (ChatRequest, CHAT | {"stop": [1] * MANY}),
+        (ChatRequest, CHAT | {"tools": [1] * MANY}),
+        (ChatRequest, CHAT | {"modalities": [1] * MANY}),
+        (ChatRequest, CHAT | {"prediction": {"type": "content", "content": [[]] * MANY}}),
+        (CompletionRequest, COMPLETION | {"prompt": [1.5] * MANY}),
+        (CompletionRequest, COMPLETION | {"prompt": [-1] * MANY}),
+        (CompletionRequest, COMPLETION | {"prompt": [[]] * MANY}),
+        (CompletionRequest, COMPLETION | {"prompt": [[1.5] * MANY]}),
+        (CompletionRequest, COMPLETION | {"prompt": ["a"] * MANY}),
+    ],
+)
+def test_of_a_body_full_of_faults_only_a_few_are_looked_for(model, body):
+    fault(model, body)  # asks how many were found
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"model": HALF},
+        {HALF: 1},
+        {"stop": HALF},
+        {"stop": ["a", HALF]},
+        {"user": HALF},
+        {"prompt_cache_key": HALF},
+        {"service_tier": HALF},
+        {"logit_bias": {HALF: 1}},
+        {"parse": {"mode": HALF}},
+        {"parse": {HALF: 1}},
+        {"prediction": {"type": "content", "content": HALF}},
+        {"prediction": {"type": HALF, "content": ""}},
+        message(content=HALF),
+        message(role=HALF),
+        message(content=[{"type": "text", "text": HALF}]),
+        message(content=[{"type": HALF, "text": ""}]),
+        message(**{HALF: 1}),
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text_wherever_it_stands(said):
+    told = fault(ChatRequest, CHAT | said)
+    place = next(iter(said))
+    assert told.param is not None and told.param.startswith(place.encode(errors="replace").decode())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    model=st.sampled_from([ChatRequest, CompletionRequest]),
+    field=st.sampled_from(sorted(ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys())),
+    value=JSON,
+)
+def test_whatever_a_field_holds_it_is_taken_or_named(model, field, value):
+    body = (CHAT if model is ChatRequest else COMPLETION) | {field: value}
+    try:
+        model.model_validate(body)
+    except ValidationError:
+        told = fault(model, body)
+        assert told.param is not None and told.param.startswith(field)
+
+
+# What is counted.
+
+
+def test_a_method_s_proposals_are_no_draft():
+    usage = Usage("off", written=12, speculated=Speculated("parallel", 4, (4, 4, 4), (4, 3, 1)))
+    details = usage_of([5], [12], [usage]).completion_tokens_details
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (0, 0)
+
+
+def test_a_prompt_of_several_choices_counts_once_and_the_answers_each():
+    # Two prompts of 10 and 20 tokens, two choices each; a choice finds what the one before it computed.
+    usages = [
+        Usage("full", drafted=8, accepted=5, written=2, cached=0),
+        Usage("full", drafted=4, accepted=4, written=0, cached=9),
+        Usage("off", written=3, cached=16),
+        Usage("off", written=4, cached=19),
+    ]
+    wire = usage_of([10, 20], [7, 4, 3, 4], usages)
+    assert (wire.prompt_tokens, wire.completion_tokens, wire.total_tokens) == (30, 18, 48)
+    assert wire.prompt_tokens_details.cached_tokens == 0 + 16
+    details = wire.completion_tokens_details
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (9, 3)

@@ -1,0 +1,127 @@
+import json
+
+import httpx
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from deployments.api.backend import Session
+from deployments.api.responses import Answer, ChatReplies, CompletionReplies, Head, sse
+from deployments.api.token_text import Vocabulary
+from parse.protocol import Done, Event, Piece, Usage
+from parse.types import Logprob, Speculated
+
+
+def head(*, trace: bool = False, usage: bool = False) -> Head:
+    return Head(model="m", prompts=[3], trace=trace, usage=usage, id="x")
+
+
+def answer(*events: Event) -> Answer:
+    taken = Answer(0, 3, Session("k"), arrived=0.0)
+    for event in events:
+        taken.take(event)
+    return taken
+
+
+def data(sent: str | None) -> dict:
+    assert sent is not None and sent.startswith("data: ") and sent.endswith("\n\n") and sent.count("\n") == 2
+    found: dict = json.loads(sent.removeprefix("data: "))
+    return found
+
+
+# Tokens, shown one by one.
+
+
+@pytest.fixture(scope="module")
+def spaced() -> PreTrainedTokenizerBase:
+    """A tokenizer whose texts lose the space before their first word."""
+    words = {"<unk>": 0, "▁a": 1, "▁b": 2, "c": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_a_token_is_shown_with_the_space_it_has_within_a_text(spaced):
+    assert spaced.decode([2]) == "b"  # alone it has none
+    vocabulary = Vocabulary(spaced)
+    assert [vocabulary.text(token) for token in (1, 2, 3)] == [" a", " b", "c"]
+    assert vocabulary.bytes(2) == [32, 98]
+
+
+def test_tokens_shown_one_by_one_are_the_text(tokenizer):
+    text = "First, Uma 73 — naïve.\nStep 2:"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    vocabulary = Vocabulary(tokenizer)
+    whole = [token for token in ids if vocabulary.bytes(token) is not None]
+    assert len(whole) < len(ids)  # some hold half a character only
+    assert all(bytes(vocabulary.bytes(token) or []).decode() == vocabulary.text(token) for token in whole)
+    plain = tokenizer.encode("First, Uma 73.\nStep 2:", add_special_tokens=False)
+    assert "".join(map(vocabulary.text, plain)) == "First, Uma 73.\nStep 2:"
+
+
+def test_special_tokens_are_shown_too(tokenizer):
+    assert Vocabulary(tokenizer).text(tokenizer.eos_token_id) == tokenizer.eos_token
+
+
+# Events, sent as chunks.
+
+
+@pytest.mark.parametrize("text", ["\u2028", "a\x85b", "\x0b\x0c\x1c", "\r\n", "\n\ndata: [DONE]\n\n", "é\U0001f600"])
+def test_an_event_is_one_whatever_its_text_holds(text):
+    sent = sse({"text": text})
+    (line, _) = httpx.Response(200, content=sent.encode()).iter_lines()  # ends lines where Python does
+    assert json.loads(line.removeprefix("data: ")) == {"text": text} == data(sent)
+
+
+@pytest.mark.parametrize("kind", [ChatReplies, CompletionReplies])
+def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, kind):
+    half = Piece("", (200,), "draft")  # half a character
+    vocabulary = Vocabulary(tokenizer)
+    assert kind(head(), vocabulary).part(answer(half), half) is None
+    sent = data(kind(head(trace=True), vocabulary).part(answer(half), half))
+    assert sent["parse"] == {"piece": {"text": "", "origin": "draft", "tokens": 1}}
+    likely = Piece("", (200,), "draft", (Logprob(-0.5),))
+    assert data(kind(head(), vocabulary).part(answer(likely), likely))["choices"][0]["logprobs"]
+
+
+@pytest.mark.parametrize("kind", [ChatReplies, CompletionReplies])
+def test_what_is_impossible_is_a_number_all_the_same(tokenizer, kind):
+    impossible = Piece("x", (300,), "target", (Logprob(float("-inf"), ((301, float("-inf")),)),))
+    done = Done("stop", Usage("off", written=1))
+    for sent in (
+        data(kind(head(), Vocabulary(tokenizer)).part(answer(impossible), impossible)),
+        json.loads(kind(head(), Vocabulary(tokenizer)).whole([answer(impossible, done)]).model_dump_json()),
+    ):
+        assert "-9999.0" in json.dumps(sent) and "Infinity" not in json.dumps(sent)
+
+
+def test_waiting_for_a_place_counts_among_the_times():
+    waited = answer(Piece("x", (300,), "target"), Done("stop", Usage("off", written=1, first_s=0.5, total_s=1.0)))
+    waited.waited_s = 2.0
+    told = waited.report(trace=False)
+    assert (told.first_s, told.total_s) == (2.5, 3.0)
+    assert [(stage.name, stage.start, stage.end) for stage in told.stages] == [("queue", 0.0, 2.0)]
+
+
+def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
+    usage = Usage("rounds", drafted=9, accepted=4, written=10, speculated=Speculated("eagle3", 4, (4, 2), (3, 2)))
+    told = answer(Done("stop", usage)).report(trace=False).speculation
+    assert told is not None
+    places = [{"proposed": 4, "accepted": 3, "share": 0.75}, {"proposed": 2, "accepted": 2, "share": 1.0}]
+    counted = {"method": "eagle3", "passes": 4, "tokens": 10, "proposed": 6, "accepted": 5, "places": places}
+    assert told.model_dump() == counted | {"tokens_per_pass": 2.5}
+
+
+def test_a_method_that_proposed_nothing_wrote_all_the_same():
+    told = answer(Done("stop", Usage("off", written=3, speculated=Speculated("ngram", 3)))).report(trace=False)
+    assert told.speculation is not None and (told.speculation.tokens_per_pass, told.speculation.places) == (1.0, [])
+
+
+def test_where_no_method_was_at_work_the_report_says_so():
+    assert answer(Done("stop", Usage("off", written=3))).report(trace=False).speculation is None
+
+
+def test_an_answer_of_nothing_is_an_answer(tokenizer):
+    whole = ChatReplies(head(), Vocabulary(tokenizer)).whole([answer(Done("stop", Usage("off")))])
+    assert whole.choices[0].message.content == "" and whole.usage.completion_tokens == 0

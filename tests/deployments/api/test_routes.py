@@ -1,0 +1,601 @@
+"""The server on a real port, and clients that do not behave."""
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+from starlette.requests import ClientDisconnect
+
+from deployments.api.protocol import ChatRequest, CompletionRequest
+from deployments.api.request_parsing import Asked, Reader
+from deployments.api.routes import create_app
+from deployments.config import ApiSettings
+from parse.local import LocalPair
+from parse.protocol import Verifier
+from parse.types import Tokens
+from tests.deployments.conftest import MODEL
+from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
+from training.measure import problems
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
+ASKED: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 2, "parse": {"mode": "off"}}
+JSON = {"content-type": "application/json"}
+CLIENTS = {"openai", "httpx", "httpx2", "httpcore", "httpcore2"}  # their logs show what they send
+
+
+@contextmanager
+def serving(pair: LocalPair, writer: Any = None, **settings: Any) -> Iterator[str]:
+    pipeline = replace(pair.pipeline, verifier=writer, drafter=None) if writer else pair.pipeline
+    with served(create_app(LocalBackend(pipeline), ApiSettings(**settings), MODEL)) as address:
+        yield address
+
+
+@contextmanager
+def connected(address: str, body: bytes, *, length: int | None = None) -> Iterator[socket.socket]:
+    """A client that has sent that much of a request."""
+    url = urlsplit(address)
+    with socket.create_connection((url.hostname, url.port), timeout=PATIENCE_S) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body)
+        yield client
+
+
+def told(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error, in the OpenAI API's shape and no other."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"] and body["error"]["type"]
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def post(address: str, body: Any = None, path: str = CHAT, **headers: str) -> httpx.Response:
+    return httpx.post(f"{address}{path}", json=ASKED if body is None else body, headers=headers, timeout=PATIENCE_S)
+
+
+@pytest.fixture(autouse=True)
+def it_serves_on(raw):
+    """Whatever was done to it."""
+    yield
+    response = raw.post(CHAT, json=ASKED)
+    assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 2
+
+
+# Bodies.
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_value"),
+        (b"null", "invalid_value"),
+        (b"[]", "invalid_value"),
+        (b'"text"', "invalid_value"),
+        (b"5", "invalid_value"),
+        (b"{", "invalid_json"),
+        (b"{'model': 1}", "invalid_json"),
+        (b'{"model": "x",}', "invalid_json"),
+        (b'{"model": "x"} and more', "invalid_json"),
+        (b"\x00", "invalid_json"),
+        (b'{"model": "\xff\xfe"}', "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        (b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "invalid_json"),
+        (b'{"a":' * 100_000, "invalid_json"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "invalid_json"),
+        (b'{"model": "tab\there"}', "invalid_json"),
+        (b"PK\x03\x04" + bytes(range(256)), "invalid_json"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_what_is_no_request_is_refused(raw, path, body, code):
+    error = told(raw.post(path, content=body, headers=JSON), 400)
+    assert (error["param"], error["code"]) == ("body", code)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x", ""])
+def test_a_body_of_another_type_is_refused(raw, kind):
+    error = told(raw.post(CHAT, content=json.dumps(ASKED), headers={"content-type": kind}), 400)
+    assert error["param"] == "body" and "application/json" in error["message"]
+
+
+def test_half_a_surrogate_pair_in_bytes_is_no_text(raw):
+    error = told(raw.post(CHAT, content=b'{"model": "\xed\xa0\x80", "messages": []}', headers=JSON), 400)
+    assert error["code"] == "invalid_value"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_body_may_be_encoded_as_json_allows(raw, encoding):
+    assert raw.post(CHAT, content=json.dumps(ASKED).encode(encoding), headers=JSON).status_code == 200
+
+
+def test_of_two_fields_of_a_name_the_last_counts(raw):
+    body = json.dumps(ASKED)[:-1] + ', "max_tokens": 1}'
+    assert raw.post(CHAT, content=body, headers=JSON).json()["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    "value", ['{"nonsense": [1]}', "[[null]]", "-1e30", "1" * 30, "NaN", "-Infinity", "1e999", '"\\ud800"']
+)
+def test_a_wrong_value_is_refused_by_the_fields_name(raw, value):
+    for path, usual, fields in (
+        (CHAT, ASKED, ChatRequest.model_fields),
+        (COMPLETIONS, {"model": MODEL, "prompt": "Hello"}, CompletionRequest.model_fields),
+    ):
+        for name in fields:
+            body = f"{json.dumps(usual)[:-1]}, {json.dumps(name)}: {value}}}"
+            error = told(raw.post(path, content=body, headers=JSON), 400)
+            assert error["param"].startswith(name) and error["message"].startswith(name)
+
+
+def test_an_empty_list_of_them_is_none(raw):
+    assert raw.post(CHAT, json=ASKED | {"tools": [], "stop": []}).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "\x00", "\x01\x1b[31m\x7f", "\r\n", "\u2028\ufeff", "\U0001f600" * 20, ""])
+def test_any_text_is_served(raw, text):
+    body = ASKED | {"messages": [{"role": "user", "content": text}], "stop": ["\x00", "\u2028"], "user": text}
+    response = raw.post(CHAT, json=body | {"prediction": {"type": "content", "content": text}})
+    assert response.status_code == 200
+    assert raw.post(COMPLETIONS, json={"model": MODEL, "prompt": f"x{text}", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["", "a\x00b", "\ud800", "x" * 5000, "model ", "a.b[0]", "__class__"])
+def test_an_unknown_field_is_refused_whatever_it_is_called(raw, name):
+    error = told(raw.post(CHAT, content=json.dumps(ASKED | {name: 1}), headers=JSON), 400)
+    assert error["code"] == "unsupported_field" or not name
+    assert len(error["message"]) < 200
+
+
+def test_what_is_refused_is_refused_the_same_in_a_stream(raw):
+    assert told(raw.post(CHAT, json=ASKED | {"stream": True, "n": 0}), 400)["param"] == "n"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"logit_bias": {"510": 1}}, "logit_bias"),
+        (CHAT, {"n": 17}, "n"),
+        (CHAT, {"n": 2**63}, "n"),
+        (CHAT, {"parse": {"full": 0.1}}, "parse.full"),
+        (CHAT, {"max_tokens": 2**63}, "messages"),
+        (COMPLETIONS, {"prompt": [510]}, "prompt"),
+        (COMPLETIONS, {"prompt": [10**4299]}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 17}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", "b"], "n": 9}, "n"),
+        (COMPLETIONS, {"prompt": ["a", "b"], "n": 10**4299}, "n"),
+    ],
+)
+def test_what_this_model_or_operator_does_not_allow_is_refused(raw, path, body, param):
+    usual = {"model": MODEL} | ({"messages": HELLO} if path == CHAT else {})
+    assert told(raw.post(path, json=usual | body), 400)["param"] == param
+
+
+def test_long_bodies_are_refused_however_they_come(raw):
+    long = b"x" * 10_000_000
+    pieces = (long[:100_000] for _ in range(100))
+    for content in (long, pieces):
+        error = told(raw.post(CHAT, content=content, headers=JSON), 413)
+        assert (error["param"], error["code"]) == ("body", "too_long")
+
+
+def test_a_body_as_long_as_allowed_is_read(raw):
+    most = ApiSettings().max_body_bytes
+    body = json.dumps(ASKED)
+    assert raw.post(CHAT, content=body + " " * (most - len(body)), headers=JSON).status_code == 200
+    told(raw.post(CHAT, content=body + " " * (most - len(body) + 1), headers=JSON), 413)
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"model": '])
+def test_a_client_that_sends_too_slowly_is_told_so_and_let_go(pair, sent):
+    with serving(pair, body_timeout_s=0.1) as address:
+        with connected(address, sent, length=100) as client:
+            reply = b"".join(iter(lambda: client.recv(10_000), b""))  # until the server hangs up
+        head, _, body = reply.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ") and json.loads(body)["error"]["param"] == "body"
+        assert post(address).status_code == 200
+
+
+def test_clients_that_leave_while_they_send_are_forgotten(pair):
+    with serving(pair, max_answers=1, max_waiting=0) as address:
+        for sent in (b"", b'{"model": ', json.dumps(ASKED).encode()[:-1]):
+            with connected(address, sent, length=1000):
+                pass
+        assert post(address).status_code == 200
+
+
+# Paths.
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2", 404),
+        ("GET", "/v1", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/v1/models/%00%ff", 404),
+        ("GET", CHAT, 405),
+        ("DELETE", "/v1/models", 405),
+    ],
+)
+def test_what_is_not_there_is_told_in_the_same_shape(raw, method, path, status):
+    told(raw.request(method, path), status)
+
+
+@pytest.mark.parametrize("name", ["other", "", MODEL.upper(), f"{MODEL} ", "\x00", "x" * 100_000])
+def test_another_model_is_not_served(raw, name):
+    error = told(raw.post(CHAT, json=ASKED | {"model": name}), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found") and MODEL in error["message"]
+
+
+def test_it_says_how_it_is(pair):
+    backend = LocalBackend(pair.pipeline)
+    with served(create_app(backend, ApiSettings(), MODEL)) as address:
+        assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+        for wrong, status, word in (
+            ({}, 200, "ready"),
+            ({"drafter": "is away"}, 200, "degraded"),
+            ({"verifier": "is away"}, 503, "unavailable"),
+        ):
+            backend.wrong = wrong
+            response = httpx.get(f"{address}/ready")
+            assert (response.status_code, response.json()) == (status, {"status": word, "troubles": wrong})
+            assert httpx.get(f"{address}/health").status_code == 200
+
+
+# Keys.
+
+
+def test_with_keys_only_who_has_one_is_served_and_they_are_told_to_nobody(pair, tmp_path, monkeypatch, caplog):
+    (tmp_path / "keys").write_text("sesame-one\n")
+    monkeypatch.setenv("OUR_KEYS", "sesame-two")
+    settings = ApiSettings(api_keys_file=str(tmp_path / "keys"), api_keys_env="OUR_KEYS")
+    caplog.set_level(logging.DEBUG)
+    with served(create_app(LocalBackend(pair.pipeline), settings, MODEL), log_level="debug") as address:
+        for key in ("sesame-one", "sesame-two"):
+            with OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0) as client:
+                assert [model.id for model in client.models.list()] == [MODEL]
+                assert client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=1).choices
+        with OpenAI(base_url=f"{address}/v1", api_key="sesame-three", max_retries=0) as client:
+            for ask in (client.models.list, lambda: client.chat.completions.create(model=MODEL, messages=HELLO)):
+                with pytest.raises(openai.AuthenticationError):
+                    ask()
+        assert "sesame" not in told(post(address), 401)["message"]
+        odd = {b"authorization": b"Bearer \xff\xfe"}
+        told(httpx.post(f"{address}{CHAT}", content=b"{", headers=odd), 401)
+        for path in ("/health", "/ready", "/docs", "/openapi.json"):
+            assert httpx.get(f"{address}{path}").status_code == 200
+    logs = [record.getMessage() for record in caplog.records if record.name.partition(".")[0] not in CLIENTS]
+    assert any("401" in line for line in logs)  # the log of accesses is among them
+    assert not any("sesame" in line for line in logs)
+
+
+@pytest.mark.parametrize("forwarded", ["192.0.2.1", "unknown", "127.0.0.1.example.org"])
+def test_without_keys_whoever_a_proxy_speaks_for_is_refused(raw, forwarded):
+    error = told(raw.post(CHAT, json=ASKED, headers={"x-forwarded-for": forwarded}), 401)
+    assert error["code"] == "no_keys"
+
+
+# Many at once, and too long.
+
+
+def test_who_finds_the_waiting_room_full_is_told_when_to_come_again(pair):
+    writer = Writer()
+    with serving(pair, writer, max_answers=2, max_waiting=2) as address, ThreadPoolExecutor(20) as clients:
+        asking = [clients.submit(post, address) for _ in range(20)]
+        finished = as_completed(asking, timeout=PATIENCE_S)
+        for _ in range(16):
+            response = next(finished).result()
+            assert told(response, 503)["code"] == "overloaded"
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+        assert writer.busy == 2
+        writer.may_go_on.set()
+        assert [future.result().status_code for future in finished] == [200] * 4
+        for _ in range(3):
+            assert post(address, ASKED | {"n": 2}).status_code == 200
+
+
+def test_all_are_served_in_the_end(pair):
+    with serving(pair, max_answers=2, max_waiting=2) as address, ThreadPoolExecutor(10) as clients:
+
+        def ask(place: int) -> int:
+            """As a patient client does."""
+            for _ in range(1000):
+                response = post(address, ASKED | {"stream": place % 2 == 0, "n": 1 + place % 2})
+                if response.status_code != 503:
+                    break
+                time.sleep(0.05)
+            return response.status_code
+
+        assert set(clients.map(ask, range(10))) == {200}
+    until(lambda: pair.target.load.running == pair.target.load.waiting == 0)
+
+
+def test_more_answers_than_are_worked_on_at_once_are_refused(pair):
+    with serving(pair, max_answers=3) as address:
+        assert post(address, ASKED | {"n": 3}).status_code == 200
+        assert told(post(address, ASKED | {"n": 4}), 400)["param"] == "n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_too_long_fails_with_the_status_for_that(pair, stream):
+    writer = Writer()
+    with serving(pair, writer, request_timeout_s=0.1, max_answers=1) as address:
+        for _ in range(2):
+            assert told(post(address, ASKED | {"stream": stream}), 504)["code"] == "timeout"
+        until(lambda: writer.busy == 0)
+
+
+def test_who_waits_too_long_for_a_place_is_told_the_same(pair):
+    writer = Writer()
+    with serving(pair, writer, request_timeout_s=0.3, max_answers=1) as address, ThreadPoolExecutor(3) as clients:
+        for response in clients.map(lambda _: post(address), range(3)):
+            told(response, 504)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """Of a stream that is whole, its end left out."""
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    *lines, end, rest = response.text.split("\n\n")
+    assert (end, rest) == ("data: [DONE]", "")
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_a_stream_that_takes_too_long_says_so_and_ends(pair):
+    with serving(pair, Writer([300, 301]), request_timeout_s=0.3) as address:
+        *begun, failed = events(post(address, ASKED | {"stream": True}))
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in begun)
+        assert failed["error"]["code"] == "timeout"
+
+
+# What breaks.
+
+SECRET = "the verifier at 10.1.2.3 burns"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_what_breaks_is_an_error_without_its_inside(pair, caplog, path, stream):
+    body = {"model": MODEL, "prompt": "x"} if path == COMPLETIONS else ASKED
+    with serving(pair, Writer(error=RuntimeError(SECRET)), max_answers=1) as address:
+        for _ in range(2):
+            error = told(post(address, body | {"stream": stream}, path), 500)
+            assert (error["type"], error["code"]) == ("server_error", "internal_error")
+            assert SECRET not in json.dumps(error)
+    assert SECRET in caplog.text  # for the operator
+
+
+def test_a_call_that_takes_too_long_inside_is_told_without_its_inside_too(pair):
+    with serving(pair, Writer(error=TimeoutError(SECRET))) as address:
+        assert SECRET not in told(post(address), 504)["message"]
+
+
+def test_what_breaks_in_a_stream_is_told_in_it(pair, caplog):
+    with serving(pair, Writer([300, 301], error=RuntimeError(SECRET)), max_answers=1) as address:
+        for _ in range(2):
+            response = post(address, ASKED | {"stream": True})
+            *begun, failed = events(response)
+            assert begun and failed["error"]["code"] == "internal_error" and SECRET not in response.text
+        with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            stream = client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+            with pytest.raises(openai.APIError, match="failed on this request"):
+                list(stream)
+    assert SECRET in caplog.text
+
+
+def test_what_breaks_outside_of_an_answer_is_told_in_the_same_shape(pair, caplog):
+    class Broken(LocalBackend):
+        def troubles(self) -> dict[str, str]:
+            raise RuntimeError(SECRET)
+
+    with served(create_app(Broken(pair.pipeline), ApiSettings(), MODEL)) as address:
+        response = httpx.get(f"{address}/ready")
+        assert told(response, 500)["code"] == "internal_error" and SECRET not in response.text
+        assert post(address).status_code == 200
+
+
+def test_one_of_several_choices_that_breaks_ends_them_all(pair):
+    class Half(Writer):
+        def generate(self, *given: Any, **named: Any) -> AsyncGenerator[Tokens]:
+            self.error = RuntimeError(SECRET) if self.busy else None
+            return super().generate(*given, **named)
+
+    writer = Half()
+    with serving(pair, writer, max_answers=3) as address:
+        told(post(address, ASKED | {"n": 3}), 500)
+        until(lambda: writer.busy == 0)
+
+
+# Clients that leave.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("written", [[], [300, 301]])
+def test_a_client_that_leaves_is_worked_for_no_more(pair, stream, written):
+    writer = Writer(written)  # would wait for ever
+    body = json.dumps(ASKED | {"stream": stream, "n": 2}).encode()
+    with serving(pair, writer, max_answers=2, max_waiting=0) as address:
+        with connected(address, body) as client:
+            until(lambda: writer.busy == 2)
+            if stream and written:
+                assert client.recv(1)
+            assert told(post(address), 503)
+        until(lambda: writer.busy == 0)
+        writer.may_go_on.set()
+        assert post(address, ASKED | {"n": 2}).status_code == 200  # both places are free again
+
+
+def test_answers_end_with_their_stream_even_if_somebody_keeps_what_broke_it(pair):
+    writer = Writer([300, 301])
+    pipeline = replace(pair.pipeline, verifier=cast(Verifier, writer), drafter=None)
+    app = create_app(LocalBackend(pipeline), ApiSettings(), MODEL)
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": CHAT,
+    }
+    scope |= {"headers": [(b"content-type", b"application/json")], "client": ("::1", 1), "query_string": b""}
+    coming = [{"type": "http.request", "body": json.dumps(ASKED | {"stream": True}).encode()}]
+
+    async def receive() -> Any:
+        return coming.pop() if coming else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            raise OSError("the connection is lost")
+
+    async def check() -> None:
+        with pytest.raises(ClientDisconnect) as kept:
+            await app(scope, receive, send)
+        for _ in range(1000):
+            if not writer.busy:
+                break
+            await asyncio.sleep(0.005)
+        assert kept.tb and not writer.busy
+
+    asyncio.run(check())
+
+
+def test_a_client_that_leaves_its_place_in_the_line_makes_way(pair):
+    writer = Writer()
+    body = json.dumps(ASKED).encode()
+    with serving(pair, writer, max_answers=1, max_waiting=1) as address, connected(address, body) as first:
+
+        def refused() -> bool:
+            """Who is not stands in the line, and leaves it again."""
+            with connected(address, body) as client:
+                client.settimeout(0.2)
+                try:
+                    return client.recv(12) == b"HTTP/1.1 503"
+                except TimeoutError:
+                    return False
+
+        until(lambda: writer.busy == 1)
+        with connected(address, body):
+            until(refused)
+        until(lambda: not refused())
+        writer.may_go_on.set()
+        assert first.recv(12) == b"HTTP/1.1 200"
+        assert post(address).status_code == 200
+
+
+def test_a_stream_that_nobody_reads_frees_the_engine(pair, raw):
+    before = pair.target.load.tokens
+    endless = ASKED | {"stream": True, "max_tokens": 900, "ignore_eos": True}
+    with raw.stream("POST", CHAT, json=endless) as response:
+        next(response.iter_bytes())
+        assert pair.target.load.running == 1
+    until(lambda: pair.target.load.running == pair.target.load.waiting == 0)
+    assert pair.target.load.tokens - before < 800  # it did not simply come to its end
+
+
+# How a request is understood.
+
+
+def understood(pair: LocalPair, body: dict[str, Any], **settings: Any) -> Asked:
+    reader = Reader(pair.pipeline, ApiSettings(**settings), MODEL)
+    if "prompt" in body:
+        return asyncio.run(reader.completion(CompletionRequest.model_validate({"model": MODEL} | body)))
+    return asyncio.run(reader.chat(ChatRequest.model_validate({"model": MODEL, "messages": HELLO} | body)))
+
+
+def test_a_prediction_beyond_the_context_is_not_looked_at(pair):
+    body = {"prediction": {"type": "content", "content": "x" * 100_000}, "stop": ["no such thing"]}
+    (question,) = understood(pair, body).questions
+    assert question.prediction is not None and len(question.prediction) <= pair.pipeline.longest
+
+
+@pytest.mark.parametrize(
+    ("modes", "chat", "completion"),
+    [(("auto", "off", "full"), "auto", "off"), (("off",), "off", "off"), (("full", "exact"), "full", "full")],
+)
+def test_who_names_no_mode_gets_one_that_the_operator_allows(pair, modes, chat, completion):
+    assert understood(pair, {}, modes=modes).questions[0].mode == chat
+    assert understood(pair, {"prompt": "x"}, modes=modes).questions[0].mode == completion
+
+
+def test_modes_the_operator_does_not_allow_are_refused(pair):
+    with serving(pair, modes=("full", "off")) as address:
+        for mode in ("full", "off"):
+            assert post(address, ASKED | {"parse": {"mode": mode}}).json()["parse"]["mode"] == mode
+        for mode in ("auto", "rounds", "exact", "progressive"):
+            error = told(post(address, ASKED | {"parse": {"mode": mode}}), 400)
+            assert error["param"] == "parse.mode" and "full, off" in error["message"]
+
+
+def test_a_request_chooses_its_method_the_text_stays_and_the_report_tells_what_came_of_it(address):
+    (card,) = httpx.get(f"{address}/v1/models").json()["data"]
+    assert (card["parse"]["methods"], card["parse"]["speculation"]) == (["parallel", "ngram", "none"], "parallel")
+    question: list[Any] = [{"role": "user", "content": problems(3, 1, split="service")[0].question}]
+    body = ASKED | {"messages": question, "temperature": 0, "max_tokens": 60}
+    texts = set()
+    for choice in (None, "parallel", "ngram", "none"):
+        answer = post(address, body | {"parse": {"mode": "off", "speculation": choice}}).json()
+        texts.add(answer["choices"][0]["message"]["content"])
+        came, written = answer["parse"]["speculation"], answer["parse"]["written"]
+        if choice == "none":
+            assert came is None
+            continue
+        assert came["method"] == (choice or "parallel") and came["tokens"] == written
+        assert came["tokens_per_pass"] == came["tokens"] / came["passes"]
+        # A pass writes what it accepts and one token more; only the last may come to an end before.
+        assert came["tokens"] <= came["passes"] + came["accepted"] <= came["tokens"] + 1
+        assert came["proposed"] == sum(place["proposed"] for place in came["places"])
+        assert came["accepted"] == sum(place["accepted"] for place in came["places"])
+        assert choice == "ngram" or came["tokens_per_pass"] > 2
+    assert len(texts) == 1
+
+
+def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(address, pair):
+    error = told(post(address, ASKED | {"parse": {"speculation": "eagle3"}}), 400)
+    assert (error["param"], error["code"]) == ("parse.speculation", "invalid_value")
+    assert "parallel, ngram, none here, got eagle3" in error["message"]
+    with served(create_app(LocalBackend(replace(pair.pipeline, methods=())), ApiSettings(), MODEL)) as bare:
+        offer = httpx.get(f"{bare}/v1/models").json()["data"][0]["parse"]
+        assert (offer["methods"], offer["speculation"]) == (["none"], "none")
+        assert told(post(bare, ASKED | {"parse": {"speculation": "ngram"}}), 400)["param"] == "parse.speculation"
+        answer = post(bare, ASKED | {"parse": {"mode": "off", "speculation": "none"}})
+        assert answer.json()["parse"]["speculation"] is None
+
+
+def test_completions_choose_a_method_too(pair):
+    asked = understood(pair, {"prompt": "x", "n": 2, "parse": {"speculation": "ngram"}})
+    assert [question.speculation for question in asked.questions] == ["ngram"] * 2
+    assert understood(pair, {"prompt": "x"}).questions[0].speculation is None
+
+
+def test_what_belongs_together_meets_the_same_replica(pair):
+    def key(body: dict[str, Any]) -> str:
+        return understood(pair, body).answers[0].session.id
+
+    def talk(*said: str) -> dict[str, Any]:
+        roles = ["user", "assistant"] * len(said)
+        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]}
+
+    assert key(talk("Hello", "Hi", "What?")) == key(talk("Hello")) != key(talk("Good day"))
+    assert key({"prompt_cache_key": "k", "user": "a"}) == key({"prompt_cache_key": "k", "user": "b"}) == "k"
+    assert key({"user": "a"}) != key({"user": "b"})
+    assert key({"prompt": "One text"}) == key({"prompt": "One text"}) != key({"prompt": "Another"})
+    system = {"messages": [{"role": "system", "content": "Be brief."}, *HELLO]}
+    assert key(system) != key({})
+
+
+def test_a_pipeline_is_asked_in_small_pieces_only_where_somebody_reads_along(pair):
+    assert understood(pair, {"stream": True}).questions[0].piece == 1
+    assert understood(pair, {}).questions[0].piece > 1

@@ -1,0 +1,350 @@
+"""What /metrics and the log tell, against what clients were told themselves."""
+
+import json
+import logging
+from collections import Counter as Tallies
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deployments.api.backend import Session
+from deployments.api.responses import Answer
+from deployments.api.routes import create_app
+from deployments.config import ApiSettings
+from deployments.observability.access_log import Account, Journal
+from deployments.observability.exposition import Origin
+from deployments.observability.metrics import OF_ROUTERS, Meters
+from deployments.observability.request_metrics import tally
+from parse.local import LocalPair
+from parse.protocol import Done, Piece, Stage, Usage, Verdict
+from parse.types import NoDraft, Speculated
+from tests.deployments.conftest import MODEL
+from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
+from training.measure import problems
+
+CHAT = "/v1/chat/completions"
+HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
+MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
+CHOICES = (None, "ngram", "parallel", "none", None)
+OWN = Origin("local", "Router", "local")
+HOSTILE = 'x"} 1\nparse_requests_total{mode="<b>"} 9\n'
+
+
+@contextmanager
+def serving(pair: LocalPair, **changes: Any) -> Iterator[httpx.Client]:
+    settings = ApiSettings(**{name: changes.pop(name) for name in list(changes) if name in ApiSettings.model_fields})
+    pipeline = replace(pair.pipeline, **changes)
+    with (
+        served(create_app(LocalBackend(pipeline), settings, MODEL)) as address,
+        httpx.Client(base_url=address, timeout=PATIENCE_S) as client,
+    ):
+        yield client
+
+
+def asked(content: str = "Hello.", mode: str = "off", **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": content}]
+    return {"model": MODEL, "messages": turns, "parse": {"mode": mode}} | more
+
+
+def figures(client: httpx.Client, **headers: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """By name and the values of labels, in the order of their names; those that are not zero."""
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics", headers=headers).text):
+        for sample in family.samples:
+            labels = {
+                k: v for k, v in sorted(sample.labels.items()) if k not in ("application", "deployment", "replica")
+            }
+            if sample.value:
+                found[sample.name, tuple(labels.values())] = sample.value
+    return found
+
+
+def outcomes(client: httpx.Client, **headers: str) -> dict[tuple[str, ...], float]:
+    """Of requests, by mode and outcome: once the server has come to know them."""
+    return {labels: n for (name, labels), n in figures(client, **headers).items() if name == "parse_requests_total"}
+
+
+def streamed(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+    """The report in the last chunks, and the usage."""
+    whole: dict[str, Any] = {}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    with client.stream("POST", CHAT, json=body | options) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                whole |= {name: chunk[name] for name in ("parse", "usage") if chunk.get(name)}
+                for choice in chunk.get("choices", ()):
+                    whole["finish"] = choice["finish_reason"] or whole.get("finish")
+    return whole
+
+
+def test_figures_add_up_to_exactly_what_clients_were_told(pair):
+    expected: Tallies = Tallies()
+    with serving(pair) as client:
+        for number, problem in enumerate(problems(8, 18, split="service")):
+            mode = MODES[number % len(MODES)]
+            body = asked(problem.question, mode, temperature=0, max_tokens=40 if number > 12 else None)
+            body["parse"]["speculation"] = CHOICES[number % len(CHOICES)]
+            if number % 12 > 5:
+                told = streamed(client, body)
+                finish = told["finish"]
+            else:
+                told = client.post(CHAT, json=body).json()
+                finish = told["choices"][0]["finish_reason"]
+            report, usage = told["parse"], told["usage"]
+            done = report["mode"]
+            expected["parse_requests_total", (mode, "ok")] += 1
+            expected["parse_answers_total", (finish, done)] += 1
+            expected["parse_prompt_tokens_total", ()] += usage["prompt_tokens"]
+            expected["parse_cached_prompt_tokens_total", ()] += usage["prompt_tokens_details"]["cached_tokens"]
+            for name in ("drafted", "accepted", "rejected", "written"):
+                expected[f"parse_{name}_tokens_total", (done,)] += report[name]
+            assert report["accepted"] + report["written"] == usage["completion_tokens"]
+            expected["parse_rounds_total", (done,)] += report["rounds"]
+            kind = "skipped" if not report["drafted"] else "none" if not report["accepted"] else "partial"
+            whole = report["drafted"] and not report["rejected"]
+            expected["parse_verdicts_total", (done, "whole" if whole else kind)] += 1
+            expected["parse_first_token_seconds_count", (done,)] += 1
+            expected["parse_answer_seconds_count", (done,)] += 1
+            expected["parse_boundary_tokens_count", (done,)] += report["boundary"] is not None
+            expected["parse_boundary_tokens_sum", (done,)] += report["boundary"] or 0
+            if done == "exact":
+                expected["parse_proposed_tokens_total", ("draft",)] += report["drafted"]
+                expected["parse_proposed_accepted_tokens_total", ("draft",)] += report["accepted"]
+            if speculation := report["speculation"]:
+                method = speculation["method"]
+                expected["parse_target_passes_total", (method,)] += speculation["passes"]
+                expected["parse_target_pass_tokens_total", (method,)] += speculation["tokens"]
+                expected["parse_proposed_tokens_total", (method,)] += speculation["proposed"]
+                expected["parse_proposed_accepted_tokens_total", (method,)] += speculation["accepted"]
+            for stage in report["stages"]:
+                expected["parse_stage_seconds_count", (done, stage["name"])] += 1
+        until(lambda: sum(outcomes(client).values()) == 18)
+        found: dict[tuple[str, tuple[str, ...]], float] = {}
+        for (name, labels), n in figures(client).items():
+            key = name, labels[:1] if name.startswith("parse_proposed_") else labels  # of all places together
+            found[key] = found.get(key, 0.0) + n
+    exact = {key: value for key, value in found.items() if key[0] in {name for name, _ in expected}}
+    assert exact == {key: value for key, value in expected.items() if value}
+    assert found["parse_inter_token_seconds_count", ("off",)] > 0
+    drafted = sum(n for (name, _), n in expected.items() if name == "parse_drafted_tokens_total")
+    assert all(expected["parse_target_passes_total", (method,)] for method in ("parallel", "ngram"))
+    assert drafted > 500 and any(labels[1:] == ("partial",) for name, labels in found if name == "parse_verdicts_total")
+
+
+def test_requests_that_come_to_nothing_are_counted_by_what_became_of_them(pair):
+    with serving(pair, api_keys_env="OUR_TEST_KEYS", max_body_bytes=2000) as client:
+        client.post(CHAT, content=b"{")
+        client.post(CHAT, json=asked(surprise=1))
+        client.post(CHAT, json=asked() | {"model": HOSTILE})
+        client.post(CHAT, json=asked(HOSTILE * 100))
+        client.post(CHAT, json=asked(mode=HOSTILE))
+        client.get(CHAT)
+        client.post("/v1/nothing")
+        assert outcomes(client) == {("unknown", "invalid"): 6}
+
+
+def test_who_may_not_ask_is_counted_and_sees_no_figures(pair, monkeypatch):
+    monkeypatch.setenv("OUR_TEST_KEYS", "right")
+    with serving(pair, api_keys_env="OUR_TEST_KEYS") as client:
+        assert client.post(CHAT, json=asked(), headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/metrics").status_code == 401
+        key = {"Authorization": "Bearer right"}
+        assert client.post(CHAT, json=asked(max_tokens=2), headers=key).status_code == 200
+        assert outcomes(client, **key) == {("unknown", "unauthorized"): 1, ("off", "ok"): 1}
+
+
+def test_overload_slowness_and_failure_have_names_of_their_own(pair):
+    writer = Writer()
+    with serving(pair, verifier=writer, drafter=None, max_answers=1, max_choices=1, max_waiting=0) as client:
+        with ThreadPoolExecutor() as beside:
+            first = beside.submit(httpx.post, f"{client.base_url}{CHAT}", json=asked(), timeout=PATIENCE_S)
+            until(lambda: writer.busy == 1)
+            assert client.post(CHAT, json=asked()).status_code == 503
+            assert outcomes(client) == {("off", "overloaded"): 1}
+            assert figures(client)["parse_answering", ()] == figures(client)["parse_places", ()] == 1
+            writer.may_go_on.set()
+            assert first.result().status_code == 200
+        until(lambda: outcomes(client).get(("off", "ok")) == 1)
+    with serving(pair, verifier=Writer(), drafter=None, request_timeout_s=0.05) as client:
+        assert client.post(CHAT, json=asked()).status_code == 504
+        assert outcomes(client) == {("off", "timeout"): 1}
+        assert figures(client)["parse_cancellations_total", ("timeout",)] == 1
+    with serving(pair, verifier=Writer(error=RuntimeError("broken")), drafter=None) as client:
+        assert client.post(CHAT, json=asked()).status_code == 500
+        assert outcomes(client) == {("off", "failed"): 1}
+    with serving(pair, verifier=Writer((300,), error=RuntimeError("broken")), drafter=None) as client:
+        assert "parse" not in streamed(client, asked())
+        until(lambda: outcomes(client) == {("off", "failed"): 1})
+
+
+def test_who_leaves_is_counted_by_when(pair):
+    writer = Writer()
+    with serving(pair, verifier=writer, drafter=None) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(CHAT, json=asked(), timeout=0.2)
+        until(lambda: outcomes(client) == {("off", "left"): 1})
+        assert figures(client)["parse_cancellations_total", ("left_waiting",)] == 1
+    writer = Writer((300, 301))
+    with serving(pair, verifier=writer, drafter=None) as client:
+        with client.stream("POST", CHAT, json=asked(stream=True)) as response:
+            next(response.iter_lines())
+        until(lambda: outcomes(client) == {("off", "left"): 1})
+        assert figures(client)["parse_cancellations_total", ("left_reading",)] == 1
+        assert not any(name.startswith("parse_written") for name, _ in figures(client))
+
+
+def test_why_the_target_wrote_alone_is_told_by_name(pair):
+    class Busy:
+        async def draft(self, question, output, *, piece):
+            raise NoDraft("busy", HOSTILE)
+            yield
+
+    with serving(pair, drafter=Busy()) as client:
+        report = client.post(CHAT, json=asked(mode="full", max_tokens=2)).json()["parse"]
+        assert HOSTILE in report["fallback"]
+        assert figures(client)["parse_fallbacks_total", ("busy",)] == 1
+        assert figures(client)["parse_verdicts_total", ("full", "skipped")] == 1
+    with serving(pair, drafter=None) as client:
+        client.post(CHAT, json=asked(mode="full", max_tokens=2))
+        assert figures(client)["parse_fallbacks_total", ("none_there",)] == 1
+
+
+def test_lost_calls_are_counted_even_if_the_answer_was_not_given():
+    meters = Meters(OF_ROUTERS, deployment="Router")
+    account = Account(
+        "id", "/v1/completions", answers=[Answer(0, 5, Session("s", lost=["died", "died", "stopped"]), 0.0)]
+    )
+    Journal(cast(Any, None), meters=meters)._count(account)
+    lost = {sample.labels["cause"]: sample.value for sample in _samples(meters, "parse_retries_total")}
+    assert lost == {"died": 2.0, "cancelled": 0.0, "stopped": 1.0, "unavailable": 0.0}
+
+
+def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
+    meters = Meters(OF_ROUTERS, deployment="Router")
+    answer = Answer(0, 5, Session("s"), 0.0)
+    answer.take(Piece("a", (1, 2, 3), "draft"))
+    answer.take(Done("stop", Usage("exact", drafted=20, accepted=3, written=4)))
+    tally(meters, answer)
+    proposed, accepted = (
+        {s.labels["position"]: s.value for s in _samples(meters, name) if s.labels["method"] == "draft"}
+        for name in ("parse_proposed_tokens_total", "parse_proposed_accepted_tokens_total")
+    )
+    assert proposed == {**{str(place): 1.0 for place in range(1, 17)}, "17+": 4.0}
+    assert {place for place, n in accepted.items() if n} == {"1", "2", "3"} and sum(accepted.values()) == 3
+
+
+def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_with_what_came_of_them():
+    meters = Meters(OF_ROUTERS, deployment="Router")
+    proposed, accepted = (9,) * 18, (8, 5, *[0] * 15, 2)
+    speculated = Speculated("eagle3", 9, proposed, accepted)
+    alone = Usage("off", written=20, speculated=speculated)
+    for usage in (alone, replace(alone, mode="exact", drafted=4, accepted=3)):
+        answer = Answer(0, 5, Session("s"), 0.0)
+        answer.take(Done("stop", usage))
+        tally(meters, answer)
+
+    def told(name: str, method: str) -> dict[str, float]:
+        samples = [s for s in _samples(meters, name) if s.labels["method"] == method and s.value]
+        return {s.labels.get("position", ""): s.value for s in samples}
+
+    assert told("parse_target_passes_total", "eagle3") == {"": 18.0}
+    assert told("parse_target_pass_tokens_total", "eagle3") == {"": 20.0 + 20.0 + 3.0}
+    places = {**{str(place): 18.0 for place in range(1, 17)}, "17+": 36.0}
+    assert told("parse_proposed_tokens_total", "eagle3") == places
+    assert told("parse_proposed_accepted_tokens_total", "eagle3") == {"1": 16.0, "2": 10.0, "17+": 4.0}
+    assert told("parse_proposed_tokens_total", "draft") == dict.fromkeys("1234", 1.0)
+    assert told("parse_proposed_accepted_tokens_total", "draft") == dict.fromkeys("123", 1.0)
+    assert not told("parse_proposed_tokens_total", "parallel")
+
+
+def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, caplog):
+    caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
+    writer = Writer((300, 301, 302, 303, 304), speculated=Speculated("ngram", 2, (2, 1, 1), (2, 1, 0)))
+    writer.may_go_on.set()
+    alone = Writer((300, 301))
+    alone.may_go_on.set()
+    for verifier in (writer, alone):
+        with serving(pair, verifier=verifier, drafter=None) as client:
+            assert client.post(CHAT, json=asked(n=2)).status_code == 200
+    until(lambda: len([r for r in caplog.records if r.name == "deployments.observability.access_log"]) == 2)
+    first, second = (vars(record) for record in caplog.records if record.name == "deployments.observability.access_log")
+    assert (first["speculation"], first["tokens_per_pass"]) == ("ngram", 3.0)  # six in two passes, twice
+    assert "speculation" not in second and "tokens_per_pass" not in second
+
+
+def test_chances_are_told_by_whether_the_prefix_was_kept():
+    meters = Meters(OF_ROUTERS, deployment="Router")
+    answer = Answer(0, 5, Session("s"), 0.0)
+    answer.take(Verdict(0, tuple(range(12)), (4, 8, 12), (0.99, 0.2, None), 4, "x"))
+    answer.take(Verdict(4, tuple(range(8)), (4, 8), (0.95, 0.97), 8, ""))
+    answer.take(Done("stop", Usage("rounds", drafted=20, accepted=12, stages=(Stage("judge", 0.0, 0.5),))))
+    tally(meters, answer)
+    counts = {s.labels["kept"]: s.value for s in _samples(meters, "parse_correct_probability_count")}
+    sums = {s.labels["kept"]: s.value for s in _samples(meters, "parse_correct_probability_sum")}
+    assert counts == {"yes": 3.0, "no": 1.0}
+    assert sums == {"yes": pytest.approx(0.99 + 0.95 + 0.97), "no": pytest.approx(0.2)}
+
+
+def test_nothing_a_client_sends_becomes_a_label(pair):
+    with serving(pair) as client:
+        client.post(CHAT, json=asked(HOSTILE, max_tokens=2), headers={"X-Request-Id": "<script>"})
+        client.post(CHAT, json=asked(HOSTILE, max_tokens=2, user="<script>", prompt_cache_key="<script>"))
+        text = client.get("/metrics").text
+    assert "<" not in text and text.count('mode="off",outcome="ok"') == 1
+    declared = {(name, value) for metric in OF_ROUTERS for name, values in metric.labels.items() for value in values}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            assert {(k, v) for k, v in sample.labels.items() - vars(OWN).items() if k != "le"} <= declared
+
+
+def test_every_request_has_an_id_and_a_line_without_a_word_of_it(pair, caplog):
+    caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
+    with serving(pair) as client:
+        secret = "Xylophone"
+        first = client.post(CHAT, json=asked(secret, max_tokens=3, user=secret))
+        second = client.post(CHAT, json={"bad": secret})
+        third = client.post(CHAT, json=asked(max_tokens=2), headers={"X-Request-Id": "mine"})
+        until(lambda: len([r for r in caplog.records if r.name == "deployments.observability.access_log"]) == 3)
+    lines = [vars(record) for record in caplog.records if record.name == "deployments.observability.access_log"]
+    ids = [first.headers["x-request-id"], second.headers["x-request-id"], "mine"]
+    assert [line["request_id"] for line in lines] == ids and len(set(ids)) == 3
+    assert "x-request-id" not in third.headers  # whoever gave it tells it: Ray Serve's proxy does
+    assert [(line["outcome"], line["status"]) for line in lines] == [("ok", 200), ("invalid", 400), ("ok", 200)]
+    assert lines[0]["written"] == 3 and lines[0]["prompt_tokens"] == first.json()["usage"]["prompt_tokens"]
+    assert secret not in caplog.text
+
+
+def test_an_id_is_one_word_of_the_line(pair, caplog):
+    caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
+    forged = "a outcome=failed\t\x85\xfcb" + "c" * 200
+    with serving(pair) as client:
+        client.post(CHAT, json={}, headers={b"X-Request-Id": forged.encode("latin-1")})
+        until(lambda: any(r.name == "deployments.observability.access_log" for r in caplog.records))
+    (line,) = (record for record in caplog.records if record.name == "deployments.observability.access_log")
+    known = vars(line)["request_id"]
+    assert known.startswith("a?outcome=failed???bc") and len(known) == 128
+    assert line.getMessage().split()[:3] == [f"request_id={known}", f"path={CHAT}", "outcome=invalid"]
+
+
+def test_who_is_refused_elsewhere_finds_his_request_in_the_log_too(pair, caplog, monkeypatch):
+    monkeypatch.setenv("OUR_TEST_KEYS", "right")
+    caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
+    with serving(pair, api_keys_env="OUR_TEST_KEYS") as client:
+        refused = client.get("/v1/models")
+        client.get("/health")
+        until(lambda: any(record.name == "deployments.observability.access_log" for record in caplog.records))
+        (line,) = [vars(record) for record in caplog.records if record.name == "deployments.observability.access_log"]
+        assert line["request_id"] == refused.headers["x-request-id"]
+        assert (line["path"], line["outcome"], line["status"]) == ("/v1/models", "unauthorized", 401)
+        assert outcomes(client, Authorization="Bearer right") == {}
+
+
+def _samples(meters: Meters, name: str) -> list[Any]:
+    return [sample for family in meters.figures().families for sample in family.samples if sample.name == name]

@@ -1,0 +1,241 @@
+"""The target asked again: by a scripted target, whose own answers and opinions are known."""
+
+import asyncio
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments.api.admission import Gate
+from deployments.api.backend import Session
+from deployments.api.responses import Answer
+from deployments.config import AuditSettings
+from deployments.observability.audit import MOST_TRIES, Auditor
+from deployments.observability.metrics import OF_ROUTERS, Meters
+from parse.protocol import Done, Piece, Question, Usage
+from parse.types import Judged, Logprob, Sampling
+
+NUMBER = r"\d+"
+QUESTION = Question((1, 2), sampling=Sampling(temperature=0.0, max_tokens=9), mode="full", prediction=(7,))
+
+
+class Target:
+    """Answers alone with the given text, and finds each text as likely as it is told."""
+
+    check = None
+
+    def __init__(self, text: str, likelihoods: dict[tuple[int, ...], float] | None = None, wait_s: float = 0.0) -> None:
+        self.text, self.likelihoods, self.wait_s = text, likelihoods or {}, wait_s
+        self.asked: list[Question] = []
+        self.verifier = self
+
+    async def answer(self, question: Question):
+        self.asked.append(question)
+        await asyncio.sleep(self.wait_s)
+        yield Piece(self.text, (50, 51), "target")
+        yield Done("stop", Usage("off", written=2))
+
+    async def judge(self, prompt, draft, cuts, check, *, logprobs) -> Judged:
+        assert tuple(cuts) == (len(draft),) and logprobs == 0
+        chance = self.likelihoods.get(tuple(draft), -1.0)
+        return Judged((0.5,), tuple(Logprob(chance + delta) for delta in (-0.1, 0.1)))
+
+
+def sent(text: str, **usage: Any) -> Answer:
+    answer = Answer(0, 2, Session("s"), 0.0)
+    answer.take(Piece(text, (30, 31), "draft"))
+    answer.take(Done("stop", replace(Usage("full", drafted=2, accepted=2), **usage)))
+    return answer
+
+
+class Audited:
+    def __init__(self, target: Target, **settings: Any) -> None:
+        self.gate, self.meters = Gate(2, 2), Meters(OF_ROUTERS, deployment="Router")
+        self.target = target
+        given = AuditSettings(**{"share": 1.0} | settings)
+        self.auditor = Auditor(given, self.gate, self.meters, lambda: target)  # type: ignore[arg-type, return-value]
+
+    def results(self) -> dict[str, float]:
+        return {sample.labels["result"]: sample.value for sample in self._samples("parse_audits_total") if sample.value}
+
+    def gaps(self) -> tuple[float, float]:
+        (count,), (total,) = (self._samples(f"parse_audit_gap_nats_{end}") for end in ("count", "sum"))
+        return count.value, total.value
+
+    def _samples(self, name: str) -> list[Any]:
+        return [s for family in self.meters.figures().families for s in family.samples if s.name == name]
+
+    async def until(self, holds) -> None:
+        working = asyncio.create_task(self.auditor.work())
+        try:
+            async with asyncio.timeout(20):
+                while not holds():
+                    await asyncio.sleep(0.005)
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch):
+    monkeypatch.setattr("deployments.observability.audit.QUIET_S", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("own", "said", "result"),
+    [
+        ("It is 12.", "So 12 in all", "agree"),
+        ("It is 12.", "So 13 in all", "disagree"),
+        ("First 5. It is 12.", "First 12. It is 5.", "disagree"),
+        ("It is 12.", "No idea", "disagree"),
+    ],
+)
+def test_the_same_result_agrees_in_whatever_words(own, said, result):
+    async def seen():
+        audited = Audited(Target(own, {(30, 31): -9.0}), result=NUMBER)
+        audited.auditor.offer("id", QUESTION, sent(said))
+        await audited.until(audited.results)
+        assert audited.results() == {result: 1.0}
+        count, total = audited.gaps()
+        assert count == 1.0 and total == pytest.approx(8.0)
+        (asked,) = audited.target.asked
+        assert asked.mode == "off" and asked.prediction is None and asked.sampling == QUESTION.sampling
+
+    asyncio.run(seen())
+
+
+@pytest.mark.parametrize("result", [None, NUMBER])
+@pytest.mark.parametrize(
+    ("likelihood", "expected", "gap"), [(-1.3, "agree", 0.3), (-2.0, "disagree", 1.0), (-0.2, "agree", 0)]
+)
+def test_where_no_result_is_known_the_targets_opinion_decides(result, likelihood, expected, gap):
+    async def seen():
+        audited = Audited(Target("none", {(30, 31): likelihood}), result=result, gap=0.5)
+        audited.auditor.offer("id", QUESTION, sent("12"))
+        await audited.until(audited.results)
+        assert audited.results() == {expected: 1.0}
+        assert audited.gaps()[1] == pytest.approx(gap)
+
+    asyncio.run(seen())
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [{"mode": "off"}, {"mode": "exact"}, {"accepted": 0}],
+    ids=["the target's own", "exact", "nothing accepted"],
+)
+def test_only_what_may_be_lossy_is_audited(usage):
+    async def seen():
+        audited = Audited(Target("12"), result=NUMBER)
+        audited.auditor.offer("id", QUESTION, sent("13", **usage))
+        audited.auditor.offer("id", QUESTION, sent("12"))
+        await audited.until(audited.results)
+        assert audited.results() == {"agree": 1.0} and len(audited.target.asked) == 1
+
+    asyncio.run(seen())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_share_is_audited(share):
+    async def seen():
+        random.seed(1)
+        audited = Audited(Target("12"), share=share, result=NUMBER)
+        for _ in range(200):
+            audited.auditor.offer("id", QUESTION, sent("12"))
+        chosen = len(audited.auditor._cases)
+        assert (chosen == 0) if share == 0 else (30 < chosen < 70)
+        await audited.until(lambda: not audited.auditor._cases)
+
+    asyncio.run(seen())
+
+
+def test_who_comes_has_the_service_to_himself_and_the_audit_begins_again_later():
+    async def seen():
+        audited = Audited(Target("12", wait_s=0.1), result=NUMBER)
+        audited.auditor.offer("id", QUESTION, sent("12"))
+        interrupted = False
+
+        async def client():
+            nonlocal interrupted
+            while not audited.target.asked:
+                await asyncio.sleep(0.002)
+            async with audited.gate.entered(1):
+                await asyncio.sleep(0.2)
+                interrupted = not audited.results() and len(audited.target.asked) == 1
+
+        coming = asyncio.create_task(client())
+        await audited.until(audited.results)
+        await coming
+        assert interrupted and len(audited.target.asked) == 2 and audited.results() == {"agree": 1.0}
+
+    asyncio.run(seen())
+
+
+def test_what_never_finds_its_moment_is_dropped_and_counted():
+    async def seen():
+        audited = Audited(Target("12", wait_s=5), result=NUMBER)
+        audited.auditor.offer("id", QUESTION, sent("12"))
+
+        async def clients():
+            while not audited.results():
+                tries = len(audited.target.asked)
+                while len(audited.target.asked) == tries and not audited.results():
+                    await asyncio.sleep(0.002)
+                async with audited.gate.entered(1):
+                    await asyncio.sleep(0.005)
+
+        coming = asyncio.create_task(clients())
+        await audited.until(audited.results)
+        coming.cancel()
+        assert audited.results() == {"dropped": 1.0} and len(audited.target.asked) == MOST_TRIES
+
+    asyncio.run(seen())
+
+
+def test_an_audit_that_fails_harms_nobody():
+    class Broken(Target):
+        async def judge(self, *_, **__):
+            raise ConnectionError("gone")
+
+    async def seen():
+        audited = Audited(Broken("12"), result=NUMBER)
+        for _ in range(2):
+            audited.auditor.offer("id", QUESTION, sent("12"))
+        await audited.until(lambda: audited.results() == {"dropped": 2.0})
+
+    asyncio.run(seen())
+
+
+def test_a_faulty_expression_is_refused():
+    with pytest.raises(ValueError, match="no regular expression"):
+        AuditSettings(result="(")
+
+
+def test_against_the_demo_pair_a_wrong_answer_is_found_out(pair):
+    """The sum that the draft got wrong on purpose; the very service that runs in production."""
+    pipeline = pair.pipeline
+    text = "First, Uma scores 73, above 27, so Uma leads with 73.\nSo Uma has the record now, with 73."
+    question = "Kim has the record with 27. In turn: first Uma 73, second Max 52. Who has the record now?"
+    ids = pipeline.tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = pipeline.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+    )
+
+    async def seen():
+        audited = Audited(SimpleNamespace(), result=NUMBER)  # type: ignore[arg-type]
+        audited.auditor = Auditor(
+            AuditSettings(share=1.0, result=NUMBER), audited.gate, audited.meters, lambda: pipeline
+        )
+        for said, number in ((text, 73), (text.replace("73.", "74."), 74)):
+            answer = Answer(0, len(prompt), Session("s"), 0.0)
+            answer.take(Piece(said, tuple(ids), "draft"))
+            answer.take(Done("stop", Usage("full", drafted=len(ids), accepted=len(ids))))
+            asked = Question(prompt, sampling=Sampling(temperature=0.0, max_tokens=120))
+            audited.auditor.offer(str(number), asked, answer)
+        await audited.until(lambda: sum(audited.results().values()) == 2)
+        assert audited.results() == {"agree": 1.0, "disagree": 1.0}
+        assert audited.gaps()[0] == 2.0
+
+    asyncio.run(seen())

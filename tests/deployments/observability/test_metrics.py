@@ -1,0 +1,123 @@
+"""What is declared, and how it is written and read. Prometheus' own parsers say whether a page is right."""
+
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_families
+from prometheus_client.parser import text_string_to_metric_families as plain_families
+
+from deployments.config import HOUSE
+from deployments.observability import metrics
+from deployments.observability.exposition import Figures, Origin, page
+from deployments.observability.metrics import OF_ENGINES, OF_ROUTERS, Counter, Gauge, Histogram, Meters
+from deployments.observability.metrics_reference import page as reference_page
+
+ALL = (*OF_ROUTERS, *OF_ENGINES)
+COUNTER = Counter("parse_eggs_total", "Eggs.", {"colour": ("white", "brown")})
+GAUGE = Gauge("parse_hens", "Hens.")
+HISTOGRAM = Histogram("parse_weight_grams", "Weights.", (40.0, 60.0))
+OPEN = "application/openmetrics-text; version=1.0.0"
+
+
+def values(families: Iterable) -> dict[tuple[str, tuple[str, ...]], float]:
+    return {
+        (sample.name, tuple(sorted(f"{k}={v}" for k, v in sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def told(meters: Meters) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Without the labels of a replica."""
+    text, _ = page([meters.figures()], "")
+    found = values(plain_families(text.decode()))
+    own = {f"{name}={value}" for name, value in vars(meters.origin).items()}
+    return {
+        (name, tuple(label for label in labels if label not in own)): value for (name, labels), value in found.items()
+    }
+
+
+def test_every_metric_is_told_by_routers_or_by_engines():
+    declared = [value for value in vars(metrics).values() if isinstance(value, Counter | Gauge | Histogram)]
+    assert sorted(declared, key=id) == sorted(ALL, key=id)
+
+
+@pytest.mark.parametrize("metric", ALL, ids=lambda metric: metric.name)
+def test_a_declaration_keeps_to_the_rules(metric):
+    assert re.fullmatch(r"parse(_[a-z]+)+", metric.name) and metric.help.endswith(".")
+    assert isinstance(metric, Counter) == metric.name.endswith("_total")
+    assert all(label.isidentifier() and values for label, values in metric.labels.items())
+    assert not {"application", "deployment", "replica", "le"} & metric.labels.keys()
+    if isinstance(metric, Histogram):
+        assert metric.buckets[0] > 0 and all(low < high for low, high in pairwise(metric.buckets))
+
+
+def test_names_are_given_once():
+    assert len({metric.name for metric in ALL}) == len(ALL)
+
+
+def test_a_label_takes_no_value_but_those_declared():
+    meters = Meters((COUNTER,), deployment="Coop")
+    with pytest.raises(ValueError, match="'<b>' is not declared for colour"):
+        meters.add(COUNTER, colour="<b>")
+    assert {labels for _, labels in told(meters)} == {("colour=white",), ("colour=brown",)}
+
+
+def test_what_is_told_is_shown_and_counters_begin_at_zero():
+    meters = Meters((COUNTER, GAUGE, HISTOGRAM), deployment="Coop")
+    assert told(meters)["parse_eggs_total", ("colour=brown",)] == 0.0
+    meters.add(COUNTER, 3, colour="white")
+    meters.add(COUNTER, 0, colour="brown")
+    meters.add(COUNTER, colour="white")
+    meters.set(GAUGE, 7)
+    meters.observe(HISTOGRAM, 50.0)
+    meters.observe(HISTOGRAM, 70.0)
+    found = told(meters)
+    assert found["parse_eggs_total", ("colour=white",)] == 4.0 and found["parse_eggs_total", ("colour=brown",)] == 0.0
+    assert found["parse_hens", ()] == 7.0
+    assert [found["parse_weight_grams_bucket", (f"le={le}",)] for le in ("40.0", "60.0", "+Inf")] == [0.0, 1.0, 2.0]
+    assert found["parse_weight_grams_sum", ()] == 120.0
+
+
+def test_what_somebody_else_counts_is_brought_up_to_his_count():
+    meters = Meters((COUNTER,), deployment="Coop")
+    for total in (5, 5, 12):
+        meters.reach(COUNTER, total, colour="white")
+    meters.reach(COUNTER, 2, colour="brown")
+    found = told(meters)
+    assert (found["parse_eggs_total", ("colour=white",)], found["parse_eggs_total", ("colour=brown",)]) == (12.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("accept", "read"), [("", plain_families), ("text/plain", plain_families), (OPEN, open_families)]
+)
+def test_replicas_stand_side_by_side_on_one_page(accept, read):
+    figures = []
+    for replica, eggs in (("a", 1), ("b", 20)):
+        meters = Meters((COUNTER, HISTOGRAM), deployment="Coop")
+        meters.add(COUNTER, eggs, colour="white")
+        figures.append(Figures(Origin("farm", "Coop", replica), meters.figures().families))
+    text, kind = page(figures, accept)
+    assert kind.startswith(accept.partition(";")[0] or "text/plain")
+    families = list(read(text.decode()))
+    assert sorted(family.name for family in families) == ["parse_eggs", "parse_weight_grams"]
+    found = values(families)
+    for replica, eggs in (("a", 1), ("b", 20)):
+        labels = tuple(sorted(["application=farm", "colour=white", "deployment=Coop", f"replica={replica}"]))
+        assert found["parse_eggs_total", labels] == eggs
+
+
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+@pytest.mark.parametrize("version", ["x", "1.x", "", "2.0.0", "9" * 5000, "\xb2"])
+def test_a_version_that_nobody_knows_is_no_reason_to_tell_nothing(kind, version):
+    meters = Meters((COUNTER,), deployment="Coop")
+    text, _ = page([meters.figures()], f"{kind}; version={version}")
+    assert b"\nparse_eggs_total{" in text
+
+
+def test_the_page_on_metrics_is_what_the_declarations_make_of_it():
+    there = (HOUSE / "docs" / "metrics.md").read_text()
+    assert there == reference_page(), "python -m deployments.observability.metrics_reference > docs/metrics.md"
+    assert [metric.name for metric in ALL if f"| `{metric.name}` |" not in there] == []

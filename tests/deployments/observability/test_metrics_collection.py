@@ -1,0 +1,95 @@
+"""Figures fetched from replicas that answer, hang, fail, or are not there."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from deployments.observability.exposition import Figures, Origin
+from deployments.observability.metrics import OF_ROUTERS, Meters
+from deployments.observability.metrics_collection import gathered
+
+HERE = Figures(Origin("farm", "Verifier", "a"), [])
+
+
+class Replica:
+    """Its end of a call, as Ray Serve's handle has it."""
+
+    def __init__(self, answer: Callable[[], Awaitable[Figures]]) -> None:
+        self.answer, self.given_up = answer, False
+
+    async def get_async(self) -> Figures:
+        try:
+            return await self.answer()
+        except asyncio.CancelledError:
+            self.given_up = True
+            raise
+
+
+class Handle:
+    def __init__(self, *replicas: Replica) -> None:
+        self.replicas = replicas
+
+    def broadcast(self, method: str) -> Any:
+        assert method == "figures"
+        return self
+
+    async def _fetch_replica_results_async(self) -> tuple[Replica, ...]:
+        return self.replicas
+
+
+async def at_once() -> Figures:
+    return HERE
+
+
+async def never() -> Figures:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def failing() -> Figures:
+    raise ConnectionError("gone")
+
+
+def unreached(meters: Meters) -> dict[str, float]:
+    return {
+        sample.labels["part"]: sample.value
+        for family in meters.figures().families
+        for sample in family.samples
+        if sample.name == "parse_unreached_replicas_total" and sample.value
+    }
+
+
+@pytest.fixture
+def meters() -> Meters:
+    return Meters(OF_ROUTERS, deployment="Router")
+
+
+def test_who_does_not_answer_is_counted_and_given_up(meters, monkeypatch):
+    monkeypatch.setattr("deployments.observability.metrics_collection.PATIENCE_S", 0.02)
+    hanging = Replica(never)
+    handles: Any = {"Verifier": Handle(Replica(at_once), hanging, Replica(failing)), "Drafter": Handle()}
+
+    async def seen() -> None:
+        assert await gathered(handles, meters) == [HERE]
+        await asyncio.sleep(0)
+
+    asyncio.run(seen())
+    assert hanging.given_up and unreached(meters) == {"Verifier": 2.0, "Drafter": 1.0}
+
+
+def test_a_reader_who_leaves_takes_his_questions_along(meters):
+    hanging = Replica(never)
+    handles: Any = {"Verifier": Handle(hanging)}
+
+    async def seen() -> None:
+        scrape = asyncio.create_task(gathered(handles, meters))
+        await asyncio.sleep(0.01)
+        scrape.cancel()
+        await asyncio.gather(scrape, return_exceptions=True)
+        await asyncio.sleep(0)
+        assert hanging.given_up
+
+    asyncio.run(seen())
+    assert unreached(meters) == {}

@@ -1,0 +1,34 @@
+import random
+from typing import Any
+
+from deployments.serving.overlap import Overlap, Part
+
+
+def test_times_are_those_of_a_count_moment_by_moment(monkeypatch):
+    """Against a clock that moves only here, and a second way to count."""
+    now = 0.0
+    monkeypatch.setattr("deployments.serving.overlap.time.perf_counter", lambda: now)
+    rng = random.Random(4)
+    found = Overlap()
+    expected = {"drafter": 0.0, "verifier": 0.0, "both": 0.0}
+    at_work: list[tuple[Part, Any]] = []
+    parts: list[Part] = ["drafter", "verifier"]
+    for _ in range(500):
+        passed = rng.random()
+        busy = {part for part, _ in at_work}
+        for busy_part in busy:
+            expected[busy_part] += passed
+        expected["both"] += passed * (len(busy) == 2)
+        now += passed
+        if at_work and rng.random() < 0.5:
+            _, work = at_work.pop(rng.randrange(len(at_work)))
+            work.__exit__(None, None, None)
+        else:
+            part = rng.choice(parts)
+            work = found.at_work(part)
+            work.__enter__()
+            at_work.append((part, work))
+    found.tell()
+    for name, seconds in expected.items():
+        assert abs(getattr(found, f"{name}_s") - seconds) < 1e-9
+    assert 0 < found.both_s < min(found.drafter_s, found.verifier_s)

@@ -1,0 +1,110 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parse.engines.native.attention import RowAttention, UnsupportedModel, step_attention
+from parse.engines.native.kv_cache import Memory
+from parse.engines.native.prefix_cache import Context
+from parse.engines.native.scheduled_chunk import Span
+from parse.tree import chain, probed, probes
+
+LAYER = 3
+
+
+def naive(query, keys, values, visible, scale):
+    """One query after another, in double precision: query [heads, width], keys and values [T, key heads, width]."""
+    groups = query.shape[0] // keys.shape[1]
+    out = []
+    for head in range(query.shape[0]):
+        key, value = (rows[visible, head // groups].double() for rows in (keys, values))
+        weights = (key @ query[head].double() * scale).softmax(0)
+        out.append(weights @ value)
+    return torch.stack(out).float()
+
+
+@st.composite
+def requests(draw):
+    """A context, what hangs on it, and how it is cut into spans."""
+    context = list(range(draw(st.integers(0, 18))))
+    nodes = list(range(draw(st.integers(1, 6))))
+    cuts = draw(st.sets(st.integers(1, len(nodes)), max_size=3))
+    tree = draw(
+        st.sampled_from([nodes, chain(nodes), probed(nodes, list(cuts), [1, 2]), probes([0, len(context)], nodes)])
+    )
+    size = len(context) + len(tree)
+    borders = draw(st.sets(st.integers(1, size), max_size=3)) | {size}
+    ones = draw(st.booleans())  # at the end token by token, as texts are written
+    return context, tree, sorted(borders | set(range(max(1, size - 3), size)) if ones else borders)
+
+
+@given(
+    st.lists(requests(), min_size=1, max_size=4),
+    st.sampled_from([(4, 4, 8, 8), (4, 2, 8, 8), (6, 1, 8, 12)]),
+    st.sampled_from([None, 1, 5, 100]),
+    st.sampled_from([None, 0.7]),
+    st.permutations(range(5)),
+    st.integers(0, 1000),
+)
+def test_packed_requests_get_what_each_would_alone(requests, shape, window, scale, pages, seed):
+    heads, key_heads, width, value_width = shape
+    draw = torch.Generator().manual_seed(seed)
+    memory = Memory(pages=5, page_size=50)
+    rows: list[tuple] = []
+    for (tokens, tree, borders), page in zip(requests, pages, strict=False):
+        context = Context(tokens)
+        context.pages = [page]
+        size = borders[-1]
+        tensors = [torch.randn(size, *s, generator=draw) for s in ((heads, width), (key_heads, width))]
+        values = torch.randn(size, key_heads, value_width, generator=draw)
+        rows.append((context, tree, list(borders), [*tensors, values], []))
+    while any(borders for _, _, borders, *_ in rows):
+        due = [row for row in rows if row[2]]
+        starts = [sum(map(len, row[4])) for row in due]
+        spans = [Span(row[0], row[1], start, row[2].pop(0)) for row, start in zip(due, starts, strict=True)]
+        both = sorted(zip(due, spans, strict=True), key=lambda pair: (len(pair[1]) > 1, pair[1].context.pages[0]))
+        spans = [span for _, span in both]
+        query, key, value = (
+            torch.cat([row[3][which][span.first : span.last] for row, span in both]).transpose(0, 1)[None]
+            for which in range(3)
+        )
+        slots = torch.tensor([50 * s.context.pages[0] + place for s in spans for place in range(s.first, s.last)])
+        before = memory.keys[LAYER].clone() if memory.keys else None
+        out = RowAttention(memory, spans, slots).attend(LAYER, query, key, value, scale, window)
+        assert out.shape == (1, len(slots), heads, value_width)
+        for (row, _), part in zip(both, out[0].split([len(span) for span in spans]), strict=True):
+            row[4].append(part)
+        if before is not None:
+            others = torch.ones(len(before), dtype=torch.bool).index_fill(0, slots, False)
+            assert torch.equal(memory.keys[LAYER][others], before[others])
+    for context, tree, _, (query, key, value), parts in rows:
+        visible = torch.from_numpy(Span(context, tree, 0, len(query)).visible(window))
+        wanted = [naive(query[i], key, value, visible[i], scale or width**-0.5) for i in range(len(query))]
+        torch.testing.assert_close(torch.cat(parts), torch.stack(wanted), atol=1e-5, rtol=1e-5)
+
+
+def test_layers_of_a_model_may_differ_in_their_heads():
+    """One step serves them all, whatever it keeps from layer to layer."""
+    context, size = Context(list(range(5))), 9
+    context.pages = [0]
+    memory = Memory(pages=1, page_size=20)
+    span = Span(context, probes([2, 5], [1, 2]), 0, size)
+    attention = RowAttention(memory, [span], torch.arange(size))
+    for layer, (heads, key_heads, window) in enumerate([(4, 4, None), (4, 2, 50), (8, 1, 3), (4, 4, 3), (6, 3, None)]):
+        query, key, value = (torch.randn(1, n, size, 8) for n in (heads, key_heads, key_heads))
+        module = torch.nn.Module()
+        module.layer_idx = layer  # type: ignore[assignment]
+        out, _ = step_attention(module, query, key, value, None, step=attention, sliding_window=window)
+        assert out.is_contiguous()
+        visible = torch.from_numpy(span.visible(window))
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        wanted = [naive(rows[0][i], rows[1], rows[2], visible[i], 8**-0.5) for i in range(size)]
+        torch.testing.assert_close(out[0], torch.stack(wanted), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", [dict(softcap=30.0), dict(s_aux=torch.zeros(4))])
+def test_scores_that_are_changed_on_their_way_are_refused(given):
+    with pytest.raises(UnsupportedModel, match="capped scores and sinks"):
+        zeros = torch.zeros(1, 1, 1, 4)
+        step = RowAttention(Memory(pages=1, page_size=1), [], torch.tensor([]))
+        step_attention(torch.nn.Module(), zeros, zeros, zeros, None, step=step, **given)

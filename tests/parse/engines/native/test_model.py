@@ -1,0 +1,180 @@
+import json
+import random
+import shutil
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from parse.engines.native.attention import UnsupportedModel
+from parse.engines.native.model import Model, ModelNotFound
+from parse.engines.native.programs import Ask
+from parse.prompts import prompt_ids
+from parse.tree import probes, proposals
+from parse.types import RequestError
+from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, ask, build, paused, plain, serving
+from training.evaluate import MODELS
+from training.task import answer, problem
+
+ATOL = 1e-4
+
+
+def text(rng, size):
+    return [rng.randrange(VOCABULARY) for _ in range(size)]
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_a_forest_in_packed_and_chunked_steps_answers_as_separate_texts_do(kind, tokenizer):
+    network = build(kind)
+    reference = deepcopy(network)
+    rng = random.Random(0)
+    context, suffix, short, other = text(rng, 57), text(rng, 4), text(rng, 9), text(rng, 40)
+    asked = probes([57, 5, 16, 40, 33], suffix)
+    tree, _ = proposals(text(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
+    spoken = text(rng, 14)
+    guesses = [text(rng, 5) for _ in range(3)]
+    with serving(Model(network, tokenizer), step_tokens=19) as engine:
+        with paused(engine):
+            judging = ask(engine, context, Ask(asked))
+            writing = ask(engine, short, *(Ask([token], keep=range(bool(i))) for i, token in enumerate(spoken)))
+            guessing = ask(engine, other, *(Ask(guess, keep=range(2 * bool(i))) for i, guess in enumerate(guesses)))
+            growing = ask(engine, other[:20], Ask(tree))
+        judged, written, guessed, grown = (r.result() for r in (judging, writing, guessing, growing))
+        before = engine.load
+        again = ask(engine, context[:50], Ask(tree), Ask(tree, read=[4])).result()
+        assert engine.load.prefix_hits - before.prefix_hits == 50
+
+    def close(got, wanted):
+        torch.testing.assert_close(got, wanted, atol=ATOL, rtol=0)
+
+    wanted = alone(reference, context, asked)
+    assert wanted[3::4].std(0).max() > 100 * ATOL, "the cuts make no difference to this model"
+    close(judged[0], wanted)
+    close(torch.cat(written), plain(reference, short + spoken)[len(short) :])
+    for place, guess in enumerate(guesses):
+        kept = [*other, *guesses[0][:2], *guesses[1][:2]][: len(other) + 2 * place]
+        close(guessed[place], plain(reference, kept + guess)[len(kept) :])
+    close(grown[0], alone(reference, other[:20], tree))
+    close(again[0], alone(reference, context[:50], tree))
+    close(again[1], again[0][4:5])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_would_be_computed_wrong_is_refused_by_name(kind, tokenizer):
+    with pytest.raises(UnsupportedModel, match=f"(?i){kind}.*{REFUSED[kind][1]}"):
+        Model(build(kind), tokenizer)
+
+
+class Neighbours(nn.Module):
+    """Lets every token see the one before it in the row, whoever's that is."""
+
+    def __init__(self, inner, share=0.2):
+        super().__init__()
+        self.inner, self.share = inner, share
+
+    def forward(self, hidden):
+        return self.inner(hidden + self.share * hidden.roll(1, dims=1))
+
+
+class Counting(nn.Module):
+    """Lets every token know how many came before it in the row."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(hidden + 0.01 * torch.arange(hidden.shape[1])[:, None])
+
+
+@pytest.mark.parametrize("mixing", [Neighbours, Counting])
+def test_an_unknown_model_that_computes_wrong_is_caught_when_it_is_loaded(mixing, tokenizer):
+    network = build("llama")
+    Model(network, tokenizer)
+    layer = network.model.layers[1]
+    layer.mlp = mixing(layer.mlp)
+    with pytest.raises(UnsupportedModel, match="does not compute the same packed as alone"):
+        Model(network, tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "mixtral", "gemma3_text"])
+def test_no_model_is_refused_for_what_rounding_does_in_half_precision(kind, dtype, tokenizer):
+    """Where two experts are nearly as good, it may even choose the other one."""
+    for seed in range(6):
+        Model(build(kind, seed, num_hidden_layers=3).to(dtype), tokenizer)
+    network = build(kind, num_hidden_layers=3).to(dtype)
+    network.model.layers[0].mlp = Neighbours(network.model.layers[0].mlp, 1.0)
+    with pytest.raises(UnsupportedModel, match="does not compute the same packed as alone"):
+        Model(network, tokenizer)
+
+
+def test_a_wrong_model_is_caught_however_small_its_logits_are(tokenizer):
+    network = build("llama")
+    network.model.layers[1].mlp = Neighbours(network.model.layers[1].mlp)
+    with torch.no_grad():
+        network.lm_head.weight *= 1e-5
+    with pytest.raises(UnsupportedModel, match="does not compute the same packed as alone"):
+        Model(network, tokenizer)
+
+
+def test_a_model_that_returns_no_numbers_is_refused(tokenizer):
+    network = build("llama")
+    with torch.no_grad():
+        network.lm_head.weight[3] = torch.nan
+    with pytest.raises(UnsupportedModel):
+        Model(network, tokenizer)
+
+
+def test_what_holds_no_model_is_said_so(tmp_path):
+    with pytest.raises(ModelNotFound, match=str(tmp_path)):
+        Model.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelNotFound, match=str(tmp_path)):
+        Model.load(tmp_path)
+
+
+def test_a_loaded_model_knows_its_limits_and_all_its_end_tokens(tokenizer, tmp_path):
+    network = build("qwen3", vocab_size=len(tokenizer))
+    network.generation_config.eos_token_id = [7, 9]
+    network.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = Model.load(tmp_path, device="cpu")
+    assert model.ends == {7, 9, tokenizer.eos_token_id}
+    assert (model.vocabulary, model.longest) == (len(tokenizer), 256)
+    assert model.bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, width, bytes
+    assert model.network.dtype == torch.float32
+
+
+def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
+    path = MODELS / "demo-target"
+    model = Model.load(path, device="cpu", int8=True)
+    assert not any(isinstance(part, nn.Linear) for part in model.network.modules())
+    given = problem("test", 1, 0)
+    ids = prompt_ids(model.tokenizer, [{"role": "user", "content": given.question}])
+    ids += model.tokenizer.encode(answer(given))
+    with serving(model, capacity=len(ids)) as engine:
+        (logits,) = ask(engine, [], Ask(ids)).result()
+    same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), ids).argmax(-1)
+    assert same.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "balance"])
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
+    with pytest.raises(RequestError, match="device: must be auto or one of cpu.*" + device):
+        Model.load("anything", device=device)
+
+
+def test_a_folder_without_all_the_weights_or_with_others_is_refused(tmp_path):
+    folder = shutil.copytree(MODELS / "demo-draft", tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    for change, why in (({"num_hidden_layers": 3}, "lacks"), ({"hidden_size": 48}, "cannot|can be loaded")):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModelNotFound, match=why):
+            Model.load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ModelNotFound, match="can be loaded"):
+        Model.load(folder)

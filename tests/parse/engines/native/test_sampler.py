@@ -1,0 +1,226 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parse.engines.native.sampler import Sampler, choose, logprobs, uniform
+from parse.types import RequestError, Sampling
+from tests.parse.engines.native.chance import surprising
+
+VOCABULARY = 12
+
+
+def probabilities(logits, sampling, prompt, output):
+    """The same from the definitions, one token after another in double precision."""
+    s, scores = sampling, [float(score) for score in logits]
+    for token in {*prompt, *output}:
+        scores[token] = (
+            scores[token] / s.repetition_penalty if scores[token] > 0 else scores[token] * s.repetition_penalty
+        )
+    for token in set(output):
+        scores[token] -= s.presence_penalty + s.frequency_penalty * list(output).count(token)
+    for token, bias in s.logit_bias.items():
+        scores[token] += bias
+    if s.temperature == 0:
+        return [float(token == scores.index(max(scores))) for token in range(len(scores))]
+    weights = [math.exp((score - max(scores)) / s.temperature) for score in scores]
+    if s.top_k:
+        least = sorted(weights, reverse=True)[min(s.top_k, len(weights)) - 1]
+        weights = [weight if weight >= least else 0.0 for weight in weights]
+    likely = [weight / sum(weights) for weight in weights]
+    kept, sofar = [0.0] * len(likely), 0.0
+    for token in sorted(range(len(likely)), key=lambda token: -likely[token]):
+        if sofar < s.top_p:
+            kept[token] = likely[token]
+        sofar += likely[token]
+    kept = [share if share >= s.min_p * max(kept) else 0.0 for share in kept]
+    return [share / sum(kept) for share in kept]
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.01, 0.3, 1.0, 1.7]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    top_k=st.sampled_from([0, 1, 3, 11, 12, 40]),
+    min_p=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
+    presence_penalty=st.sampled_from([0.0, 1.3, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.4, -0.7]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    logit_bias=st.sampled_from([{}, {3: 5.0, 7: -100.0}, {0: 100.0}]),
+    seed=st.integers(-(2**63), 2**64),
+)
+tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=6)
+
+
+def next_token(sampler, logits):
+    [token] = choose(logits[None], sampler.draws())
+    return token
+
+
+@given(samplings, tokens, tokens, st.integers(0, 10**6))
+def test_tokens_are_chosen_by_the_definitions(sampling, prompt, output, seed):
+    sampler = Sampler(sampling, prompt, output[:2])
+    for token in output[2:]:
+        sampler.take(token)
+    for logits in 2 * torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(seed)):
+        before = logits.clone()
+        token = next_token(sampler, logits)
+        assert torch.equal(logits, before)
+        borders = np.cumsum(probabilities(logits, sampling, prompt, output))
+        drawn = uniform(sampling.seed, len(output))
+        if abs(borders - drawn).min() > 1e-6:
+            assert token == np.searchsorted(borders, drawn, side="right")
+        sampler.take(token)
+        output = [*output, token]
+
+
+@given(samplings, tokens, tokens, st.integers(0, 10**6))
+def test_what_is_chosen_depends_on_nothing_but_the_tokens_so_far(sampling, prompt, output, seed):
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    at_once, one_by_one = Sampler(sampling, prompt, output), Sampler(sampling, prompt, [])
+    for token in output:
+        next_token(one_by_one, logits)
+        one_by_one.take(token)
+    assert next_token(at_once, logits) == next_token(one_by_one, logits)
+
+
+@given(
+    st.lists(st.tuples(samplings, tokens, tokens), min_size=1, max_size=9),
+    st.integers(0, 10**6),
+    st.sampled_from([3, 99]),
+)
+def test_what_is_chosen_is_the_same_whatever_else_is_in_the_batch(requests, seed, together):
+    logits = 2 * torch.randn(len(requests), VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    samplers = [Sampler(*request) for request in requests]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parse.engines.native.sampler.AT_ONCE_ON_CPU", together * VOCABULARY)
+        chosen = choose(logits, [next(iter(sampler.draws()), None) for sampler in samplers])
+    assert chosen == [next_token(sampler, row) for sampler, row in zip(samplers, logits, strict=True)]
+
+
+@given(samplings, tokens, tokens, tokens, st.integers(0, 10**6))
+def test_what_follows_a_proposal_is_chosen_ahead_as_it_would_be_afterwards(sampling, prompt, output, proposal, seed):
+    logits = 2 * torch.randn(len(proposal) + 1, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    sampler = Sampler(sampling, prompt, output)
+    ahead = choose(logits, sampler.draws([0, *proposal]))
+    for token, row, place in zip(ahead, logits, range(len(logits)), strict=True):
+        assert token == next_token(sampler, row)
+        sampler.take(*proposal[place : place + 1] or [0])
+
+
+def test_what_is_no_number_is_told_and_troubles_nobody_else():
+    logits = torch.zeros(4, VOCABULARY)
+    logits[:, 3] = 9.0
+    logits[1, 5], logits[2, 5] = torch.nan, torch.inf
+    assert choose(logits) == [3, -1, -1, 3]
+    assert choose(logits, Sampler(Sampling(top_k=1, top_p=0.9, min_p=0.1), [], []).draws([0] * 4)) == [3, -1, -1, 3]
+    assert choose(logits[:0]) == []
+
+
+def test_tokens_come_as_often_as_they_should():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -20.0])
+    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=4), Sampling(temperature=1.5, top_p=0.8)):
+        wanted = probabilities(logits, sampling, [], [])
+        drawn = np.zeros(len(logits), int)
+        for position in range(4000):
+            sampler = Sampler(sampling, [], [0] * position)
+            drawn[next_token(sampler, logits)] += 1
+        assert not surprising(drawn, wanted)
+        assert surprising(drawn, probabilities(logits, Sampling(temperature=1.3), [], []))
+
+
+def test_the_numbers_drawn_are_uniform_over_positions_and_over_seeds():
+    for drawn in ([uniform(7, k) for k in range(5000)], [uniform(seed, 0) for seed in range(5000)]):
+        assert min(drawn) >= 0
+        assert max(drawn) < 1
+        assert not surprising(np.bincount([int(20 * x) for x in drawn], minlength=20), [0.05] * 20)
+        pairs = [int(5 * one) * 5 + int(5 * two) for one, two in zip(drawn[::2], drawn[1::2], strict=True)]
+        assert not surprising(np.bincount(pairs, minlength=25), [0.04] * 25)
+    assert uniform(1, 23) != uniform(12, 3)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-38, 1e-20, 1e-3])
+def test_the_smallest_temperatures_are_as_good_as_greedy(temperature):
+    logits = torch.tensor([1.0, 30.0, 29.0, -torch.inf])
+    assert all(
+        next_token(Sampler(Sampling(temperature=temperature, seed=seed), [], []), logits) == 1 for seed in range(50)
+    )
+
+
+def test_what_cannot_come_never_does(monkeypatch):
+    logits = torch.full((1000,), -torch.inf)
+    logits[[10, 500]] = 0.0
+    chosen = {next_token(Sampler(Sampling(seed=seed), [], []), logits) for seed in range(200)}
+    assert chosen == {10, 500}
+    assert {next_token(Sampler(Sampling(seed=s, top_k=1), [], []), torch.tensor([0.0, 0.1])) for s in range(50)} == {1}
+    for drawn, least_or_most in ((0.0, 10), (1 - 2**-53, 500)):
+        monkeypatch.setattr("parse.engines.native.sampler.uniform", lambda *_, drawn=drawn: drawn)
+        assert next_token(Sampler(Sampling(), [], []), logits) == least_or_most
+
+
+def test_equals_share():
+    """Of equal tokens at the border top_k keeps all; top_p takes no more than it needs."""
+    logits = torch.zeros(8)
+    assert {next_token(Sampler(Sampling(seed=s, top_k=3), [], []), logits) for s in range(300)} == set(range(8))
+    assert {next_token(Sampler(Sampling(seed=s, top_p=0.49), [], []), logits) for s in range(300)} == set(range(4))
+    assert next_token(Sampler(Sampling(temperature=0.0), [], []), logits) == 0
+
+
+@given(st.integers(0, VOCABULARY - 1), st.integers(0, VOCABULARY), st.integers(0, 10**6))
+def test_logprobs_are_the_models_own(token, count, seed):
+    logits = 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    wanted = torch.log(torch.exp(logits.double()) / torch.exp(logits.double()).sum())
+    [before, got] = logprobs(torch.stack([-logits, logits]), [0, token], count)
+    assert before.logprob == logprobs(-logits[None], [0], 0)[0].logprob
+    assert got.logprob == pytest.approx(float(wanted[token]), abs=1e-5)
+    assert [t for t, _ in got.top] == wanted.argsort(descending=True)[:count].tolist()
+    assert [value for _, value in got.top] == pytest.approx(sorted(wanted.tolist(), reverse=True)[:count], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", 1e-40),
+        ("temperature", "hot"),
+        ("temperature", None),
+        ("top_k", 1.5),
+        ("max_tokens", 1.5),
+        ("max_tokens", "5"),
+        ("logprobs", True),
+        ("seed", 0.5),
+        ("logit_bias", {1.5: 1.0}),
+        ("logit_bias", None),
+        ("stop", "a string is three"),
+        ("stop", [1]),
+        ("stop", ["x"] * 17),
+        ("stop", ["x" * 257]),
+        ("logit_bias", {1: 101.0}),
+        ("max_tokens", 0),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("stop", ["fine", ""]),
+    ],
+)
+def test_sampling_out_of_bounds_is_refused_by_the_name_of_its_field(field, value):
+    with pytest.raises(RequestError, match=f"^{field}: ") as caught:
+        Sampling(**{field: value})
+    assert caught.value.field == field
+
+
+def test_the_likeliest_token_is_left_however_little_is_asked_for():
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    assert {next_token(Sampler(Sampling(seed=seed, top_p=1e-300), [], []), logits) for seed in range(20)} == {1}

@@ -1,0 +1,192 @@
+"""Random models small enough to test with, what they answer when they are run plainly, and requests to run on them."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from parse.engines.native.engine import Engine, Job
+from parse.engines.native.model import Model
+from parse.engines.native.programs import Ask, Program
+from parse.tree import TokenTree
+
+VOCABULARY = 120
+WINDOW = 7
+
+# Weights large enough that every token a model sees, or sees not, shows in its logits.
+_HUGGING_FACE: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+_HEADS = dict(head_dim=8)
+_EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+
+SERVED: dict[str, dict[str, Any]] = {
+    "llama": _HEADS,
+    "qwen2": {},
+    "qwen3": _HEADS,
+    "qwen3_moe": dict(num_experts=4) | _HEADS | _EXPERTS,
+    "mistral": dict(sliding_window=WINDOW) | _HEADS,
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2) | _HEADS,
+    "glm4": _HEADS,
+    "glm4_moe": dict(n_routed_experts=4, first_k_dense_replace=1, n_group=1, topk_group=1) | _HEADS | _EXPERTS,
+    "gemma3_text": dict(
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        num_hidden_layers=3,
+        query_pre_attn_scalar=8,
+    )
+    | _HEADS,
+    "gemma4_text": dict(
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,  # layers that read what others wrote
+        num_global_key_value_heads=1,
+        global_head_dim=16,
+        attention_k_eq_v=True,
+    )
+    | _HEADS,
+    "phi3": {},
+    "olmo2": {},
+    "deepseek_v3": dict(
+        num_key_value_heads=4,  # its keys and values are of different widths, and not shared
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        n_routed_experts=4,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    )
+    | _EXPERTS,
+    "afmoe": dict(num_experts=4, num_dense_layers=1, sliding_window=WINDOW) | _HEADS | _EXPERTS,
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256),
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
+}
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "qwen3_next": (dict(num_experts=4) | _HEADS | _EXPERTS, "recurrent"),
+    "mamba": ({}, "recurrent"),
+    "jamba": (dict(num_experts=2), "recurrent"),
+    "recurrent_gemma": (_HEADS, "recurrent"),
+    "lfm2": (dict(layer_types=["conv", "full_attention"]), "recurrent"),
+    "gpt_oss": (dict(num_local_experts=4) | _HEADS, "sinks"),
+    "gemma2": (_HEADS, "softcapping"),
+    "nemotron": ({}, "keeps the forward's arguments"),
+    "diffllama": (_HEADS, "does not compute the same"),
+    "llama4_text": (dict(intermediate_size_mlp=48, num_local_experts=2) | _HEADS, "chunk"),
+}
+
+
+def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    own = SERVED[kind] if kind in SERVED else REFUSED[kind][0] if kind in REFUSED else {}
+    config = AutoConfig.for_model(kind, **_HUGGING_FACE | own | changes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.inference_mode()
+def plain(network: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """[T, vocabulary], one text in one pass, as the library does it."""
+    return network(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+
+
+def alone(network: PreTrainedModel, context: Sequence[int], tree: TokenTree) -> Tensor:
+    """[nodes, vocabulary], each node at the end of a text of its own: what its root sees, and the path to it."""
+    seen, visible = tree.seen(len(context)), tree.visible()
+    texts = [[*context[: seen[node]], *tree.tokens[visible[node]]] for node in range(len(tree))]
+    return torch.stack([plain(network, text)[-1] for text in texts])
+
+
+class Reply:
+    """What a request answers, and how it ends."""
+
+    job: Job
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+        self.error: BaseException | None = None
+        self._ended = threading.Event()
+
+    def end(self, error: BaseException | None) -> None:
+        self.error = error
+        self._ended.set()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def wait(self) -> "Reply":
+        assert self._ended.wait(60), "the request does not end"
+        return self
+
+    def result(self) -> list[Tensor]:
+        if error := self.wait().error:
+            raise error
+        return self.logits
+
+
+def submit(engine: Engine, tokens: Sequence[int], program: Program, room: int = 0) -> Reply:
+    reply = Reply()
+    reply.job = engine.submit(Job(list(tokens), program, room, reply))
+    return reply
+
+
+def ask(engine: Engine, tokens: Sequence[int], *asks: Ask) -> Reply:
+    """Asks one thing after another, and collects the logits."""
+    reply = Reply()
+
+    def program() -> Program:
+        for each in asks:
+            answer = yield each
+            assert answer.chosen == answer.logits.argmax(-1).tolist()
+            reply.logits.append(answer.logits.clone())
+
+    room = sum(len(each.keep) for each in asks) + max(len(each.nodes) for each in asks)
+    reply.job = engine.submit(Job(list(tokens), program(), room, reply))
+    return reply
+
+
+@contextmanager
+def paused(engine: Engine) -> Iterator[None]:
+    """What is submitted inside reaches the engine at once, so that it shares its steps from the first on."""
+    go, reached = threading.Event(), threading.Event()
+
+    def hold() -> Program:
+        reached.set()
+        go.wait(60)
+        yield Ask((), read=())
+
+    reply = submit(engine, [], hold())
+    assert reached.wait(60)
+    try:
+        yield
+    finally:
+        go.set()
+        reply.result()
+
+
+@contextmanager
+def serving(model: Model, **limits: int) -> Iterator[Engine]:
+    sizes: dict[str, Any] = dict(contexts=5, capacity=128, max_running=8, step_tokens=19)
+    engine = Engine(model, **sizes | limits)
+    try:
+        yield engine
+    finally:
+        engine.stop()
