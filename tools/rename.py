@@ -3,15 +3,18 @@
     python tools/rename.py tools/renames.txt [--root DIR]
 
 Each line of the file is `path/to/file.py Symbol new_name`, where Symbol is a function, class or variable of the module,
-or `Class.attribute`, `function.parameter`, `Class.method.parameter`. A line that starts with `#` is a comment. A symbol
+or `Class.attribute`, `function.parameter`, `Class.method.parameter`. A line that starts with `#` is a comment,
+one that starts with `@sub` replaces text: `@sub glob regex => replacement`. A symbol
 that is not there is reported and skipped, so that the file can be run again on a tree that is partly renamed.
 """
 
 import argparse
 import ast
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +103,6 @@ class Server:
 def locate(file: Path, symbol: str) -> tuple[int, int] | None:
     """Line and column, both from zero, at which the symbol is defined."""
     text = file.read_text()
-    lines = text.splitlines()
     scope: ast.AST = ast.parse(text)
     *outer, last = symbol.split(".")
     for name in outer:
@@ -108,13 +110,16 @@ def locate(file: Path, symbol: str) -> tuple[int, int] | None:
         if found is None:
             return None
         scope = found
-    for node in ast.walk(scope):
+    if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
+        nodes: Iterator[ast.AST] = ast.walk(scope)
+    else:  # the names of a module or class, not those inside its functions
+        nodes = _own(scope)
+    for node in nodes:
         if node is scope:
             continue
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == last:
-            return node.lineno - 1, lines[node.lineno - 1].encode()[:400].decode(errors="ignore").index(
-                last, node.col_offset
-            )
+            line = text.splitlines()[node.lineno - 1]
+            return node.lineno - 1, line.index(last, node.col_offset)
         if isinstance(node, ast.arg) and node.arg == last:
             return node.lineno - 1, node.col_offset
         if isinstance(node, ast.Name) and node.id == last and isinstance(node.ctx, ast.Store):
@@ -122,9 +127,29 @@ def locate(file: Path, symbol: str) -> tuple[int, int] | None:
     for node in ast.walk(scope):
         stored = isinstance(node, ast.Attribute) and node.attr == last and isinstance(node.ctx, ast.Store)
         if stored and isinstance(node.value, ast.Name) and node.value.id == "self":
-            assert node.end_col_offset is not None and node.end_lineno is not None
             return node.end_lineno - 1, node.end_col_offset - len(last)
     return None
+
+
+def _own(scope: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(scope):
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield from _own(node)
+
+
+def substitute(root: Path, rule: str) -> list[Path]:
+    """`glob regex => replacement`: for strings, keywords of `replace` and what has no type."""
+    pattern, rest = rule.split(maxsplit=1)
+    regex, replacement = rest.split(" => ")
+    changed = []
+    for file in sorted(root.glob(pattern)):
+        text = file.read_text()
+        new = re.sub(regex, replacement, text)
+        if new != text:
+            file.write_text(new)
+            changed.append(file)
+    return changed
 
 
 def apply(edit: dict[str, Any]) -> list[Path]:
@@ -161,6 +186,13 @@ def main() -> None:
             server.open(file)
     for number, line in enumerate(args.renames.read_text().splitlines(), 1):
         if not line.strip() or line.startswith("#"):
+            continue
+        if line.startswith("@sub "):
+            changed = substitute(root, line.removeprefix("@sub "))
+            for one in changed:
+                if one.suffix == ".py":
+                    server.open(one)
+            print(f"{line}: {len(changed)} files")
             continue
         path, symbol, new = line.split()
         file = root / path
