@@ -11,9 +11,9 @@ import torch
 from bench.contenders import Ours
 from parse.config import EngineSettings
 from parse.local import LocalPair
-from parse.prompts import prompt_ids
-from parse.protocol import Drafter, Question
-from parse.types import Tokens
+from parse.prompts import chat_prompt_token_ids
+from parse.protocol import Drafter, GenerationRequest
+from parse.types import TokenDelta
 from training import measure
 
 SPOILED = 3  # the token of each draft that is made wrong
@@ -25,15 +25,17 @@ class Spoiler:
     def __init__(self, drafter: Drafter, wrong: int) -> None:
         self.drafter, self.wrong = drafter, wrong
 
-    async def draft(self, question: Question, output: Sequence[int], *, piece: int) -> AsyncGenerator[Tokens]:
+    async def draft(
+        self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
+    ) -> AsyncGenerator[TokenDelta]:
         place = -1
-        async for tokens in self.drafter.draft(question, output, piece=piece):
-            ids = list(tokens.ids)
+        async for tokens in self.drafter.draft(request, output, stream_interval=stream_interval):
+            ids = list(tokens.token_ids)
             for k in range(len(ids)):
                 place += 1
                 if place == SPOILED:
                     ids[k] = self.wrong
-            yield replace(tokens, ids=tuple(ids))
+            yield replace(tokens, token_ids=tuple(ids))
 
 
 def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
     pair.pipeline = replace(pair.pipeline, drafter=spoiler)
     auto, off = Ours(pair, "auto"), Ours(pair, "off")
     prompts = [
-        prompt_ids(pair.tokenizer, [{"role": "user", "content": problem.question}])
+        chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": problem.question}])
         for problem in measure.problems(seed, count, split="bench")
     ]
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from parse.config import EngineSettings
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
-from parse.prefixes import cuts_every
-from parse.protocol import Done, Mode, Piece, Question
-from parse.types import MethodChoice, Sampling, Speculated
+from parse.prefixes import prefix_lengths_every
+from parse.protocol import Finished, GenerationRequest, Mode, TextDelta
+from parse.types import MethodChoice, SamplingParams, SpeculationStats
 
-GREEDY = Sampling(temperature=0.0, max_tokens=240)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=240)
 MODES: tuple[Mode, ...] = ("off", "full", "progressive", "rounds", "exact", "auto")
 
 
@@ -32,7 +32,7 @@ class Answer:
     written: int = 0
     judgements: int = 0
     writing_s: float = 0.0  # of it, the target writing
-    speculated: Speculated | None = None
+    speculated: SpeculationStats | None = None
 
 
 Contender = Callable[[Sequence[int]], Awaitable[Answer]]
@@ -92,25 +92,25 @@ class Ours:
 
     async def answer(self, prompt: Sequence[int]) -> Answer:
         """With whatever is known of the prompt."""
-        question = Question(prompt, sampling=GREEDY, mode=self.mode, speculation=self.method)
+        question = GenerationRequest(prompt, sampling_params=GREEDY, mode=self.mode, speculative_method=self.method)
         ids: list[int] = []
         async for event in self.pipeline.answer(question):
             match event:
-                case Piece():
-                    ids += event.ids
-                case Done(finish, usage):
+                case TextDelta():
+                    ids += event.token_ids
+                case Finished(finish, usage):
                     pass
         return Answer(
             tuple(ids),
             finish == "stop",
             usage.total_s,
-            usage.first_s,
-            usage.drafted,
-            usage.accepted,
-            usage.written,
+            usage.ttft_s,
+            usage.draft_tokens,
+            usage.accepted_tokens,
+            usage.target_tokens,
             usage.rounds,
             usage.seconds("write"),
-            usage.speculated,
+            usage.speculation,
         )
 
 
@@ -118,7 +118,7 @@ def forget(pair: LocalPair) -> None:
     """Every answer starts from nothing: what one contender computed must not serve the next."""
     for service in (pair.target, pair.draft):
         if service is not None:
-            service.forget()
+            service.reset_prefix_cache()
 
 
 class Peers:
@@ -126,7 +126,7 @@ class Peers:
 
     def __init__(self, pair: LocalPair, target: PreTrainedModel, draft: PreTrainedModel) -> None:
         self.pair, self.target, self.draft = pair, target, draft
-        self.end = next(iter(pair.target.model.ends))
+        self.end = next(iter(pair.target.model.eos_token_ids))
 
     async def generate(self, prompt: Sequence[int]) -> Answer:
         return self._generated(prompt, None)
@@ -148,25 +148,25 @@ class Peers:
         while not ended and len(output) < (GREEDY.max_tokens or 0):
             step: list[int] = []
             async for tokens in draft.generate((*prompt, *output), (), line, piece=64):
-                step += tokens.ids
+                step += tokens.token_ids
                 last = tokens
-            ended = last.finish == "stop" and not self._line_ends(step)
+            ended = last.finish_reason == "stop" and not self._line_ends(step)
             drafted += len(step)
             if step:
-                cuts = cuts_every(len(step), len(step), ended=True)
+                cuts = prefix_lengths_every(len(step), len(step), ended=True)
                 judged = await target.judge((*prompt, *output), step, cuts, pipeline.check)
                 judgements += 1
-                if (judged.correct[-1] or 0.0) >= pipeline.settings.prefix:
+                if (judged.p_correct[-1] or 0.0) >= pipeline.settings.prefix:
                     accepted += len(step)
                     output += step
                     first = first or time.perf_counter()
                     continue
             own: list[int] = []
             async for tokens in target.generate((*prompt, *output), (), line):
-                own += tokens.ids
+                own += tokens.token_ids
                 first = first or time.perf_counter()
                 last = tokens
-            ended = last.finish == "stop" and not self._line_ends(own)
+            ended = last.finish_reason == "stop" and not self._line_ends(own)
             written += len(own)
             output += own
         now = time.perf_counter()

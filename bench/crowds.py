@@ -19,7 +19,7 @@ from bench.contenders import Answer, Ours, forget
 from bench.passes import Curve, Seen, Watch, bare
 from bench.prediction import Writing, by_depth, writing
 from parse.local import LocalPair
-from parse.types import Method, MethodChoice, summed
+from parse.types import MethodChoice, MethodName, sum_stats
 
 CLIENTS = 1, 4, 16
 ROUNDS = 3
@@ -41,7 +41,7 @@ class Block:
 
 
 async def run(
-    pair: LocalPair, watch: Watch, prompts: Sequence[Sequence[int]], alone: Mapping[Method, Writing]
+    pair: LocalPair, watch: Watch, prompts: Sequence[Sequence[int]], alone: Mapping[MethodName, Writing]
 ) -> list[dict[str, Any]]:
     choices: list[MethodChoice] = ["none", *pair.target.methods]
     places = [(turn, clients) for turn in range(ROUNDS) for clients in CLIENTS]
@@ -85,10 +85,14 @@ def _cycle(prompts: Sequence[Sequence[int]], count: int) -> Iterator[Sequence[in
 
 
 def figures(
-    clients: int, method: Method, blocks: Mapping[MethodChoice, Sequence[Block]], curve: Curve, alone: Writing | None
+    clients: int,
+    method: MethodName,
+    blocks: Mapping[MethodChoice, Sequence[Block]],
+    curve: Curve,
+    alone: Writing | None,
 ) -> dict[str, Any]:
     plain, ours = blocks["none"], blocks[method]
-    came = summed(a.speculated for b in ours for a in b.answers)
+    came = sum_stats(a.speculated for b in ours for a in b.answers)
     assert came is not None
     found = writing(came, reduce(Seen.__add__, (b.seen for b in ours)))
     depths = by_depth(alone, curve, method, found.step_s(method)) if alone and method != "space" else []

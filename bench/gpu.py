@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from bench.throughput import drain, generate_s, read, texts
 from parse.config import EngineSettings
 from parse.engines.native.model import Model
-from parse.engines.native.service import PROBE_ROOM, ModelService
-from parse.prompts import Check
-from parse.types import Sampling
+from parse.engines.native.service import MAX_SUFFIX_TOKENS, NativeEngine
+from parse.prompts import VerificationSuffix
+from parse.types import SamplingParams
 from training.evaluate import MODELS
 
 DRAFT, SUFFIX, CUTS = 512, 16, (16, 32)  # tokens, tokens, probes
@@ -184,10 +184,10 @@ def places(cuts: int) -> list[int]:
 
 
 @contextmanager
-def serving(model: Model, plan: Plan, graphs: bool) -> Iterator[ModelService]:
+def serving(model: Model, plan: Plan, graphs: bool) -> Iterator[NativeEngine]:
     longest = plan.context + max(DRAFT, ANSWER) + 16
     pages = 512  # tokens: what is written, and pages that are not quite full
-    room = (max(plan.batches) + WRITERS + READERS) * (plan.context + pages) + 2 * (longest + PROBE_ROOM)
+    room = (max(plan.batches) + WRITERS + READERS) * (plan.context + pages) + 2 * (longest + MAX_SUFFIX_TOKENS)
     settings = EngineSettings(
         model=model.name,
         max_context=longest,
@@ -195,11 +195,11 @@ def serving(model: Model, plan: Plan, graphs: bool) -> Iterator[ModelService]:
         max_running=max(*plan.batches, WRITERS + 1),
         step_tokens=plan.step_tokens,
     )
-    service = ModelService(settings, model, graphs=graphs)
+    service = NativeEngine(settings, model, cuda_graphs=graphs)
     try:
         yield service
     finally:
-        service.close()
+        service.shutdown()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -214,14 +214,14 @@ def of_the_engine(model: Model, plan: Plan, graphs: bool) -> dict[str, Any]:
         reading = median_ms(lambda: read(service, texts(READERS, plan.context, seed=next(fresh))))
         judge = {str(cuts): median_ms(partial(judged, service, plan, cuts)) for cuts in CUTS}
         beside = median_ms(partial(judged_beside_writers, service, plan, CUTS[0]))
-        load = service.load
+        load = service.stats
     return {
         "decode_ms": {batch: ms / ANSWER for batch, ms in decode.items()},
         "sampled_ms": {batch: ms / ANSWER for batch, ms in sampled.items()},
         "prompt_tokens_per_s": READERS * plan.context / reading * 1e3,
         "judge_ms": judge,
         "judge_beside_writers_ms": beside,
-        "replayed_share": load.replayed / load.steps,
+        "replayed_share": load.num_replayed_steps / load.num_steps,
     }
 
 
@@ -231,26 +231,26 @@ def median_ms(work: Callable[[], Any]) -> float:
     return statistics.median(asyncio.run(work()) for _ in range(ROUNDS)) * 1e3
 
 
-async def written(service: ModelService, plan: Plan, batch: int, **sampling: Any) -> float:
+async def written(service: NativeEngine, plan: Plan, batch: int, **sampling: Any) -> float:
     prompts = texts(batch, plan.context, seed=batch)
     for prompt in prompts:
         await service.warm(prompt)
-    how = Sampling(max_tokens=ANSWER, ignore_eos=True, **sampling)
+    how = SamplingParams(max_tokens=ANSWER, ignore_eos=True, **sampling)
     started = time.perf_counter()
     await asyncio.gather(*(drain(service, prompt, how) for prompt in prompts))
     return time.perf_counter() - started
 
 
-async def judged(service: ModelService, plan: Plan, cuts: int) -> float:
+async def judged(service: NativeEngine, plan: Plan, cuts: int) -> float:
     prompt, draft, suffix = asked(plan)
     await service.warm([*prompt, *draft])
     started = time.perf_counter()
-    await service.judge(prompt, draft, places(cuts), Check(tuple(suffix), (1,), (2,)))
+    await service.judge(prompt, draft, places(cuts), VerificationSuffix(tuple(suffix), (1,), (2,)))
     return time.perf_counter() - started
 
 
-async def judged_beside_writers(service: ModelService, plan: Plan, cuts: int) -> float:
-    how = Sampling(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
+async def judged_beside_writers(service: NativeEngine, plan: Plan, cuts: int) -> float:
+    how = SamplingParams(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
     prompts = texts(WRITERS, plan.context, seed=3)
     for prompt in prompts:
         await service.warm(prompt)

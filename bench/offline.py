@@ -24,8 +24,8 @@ import torch
 
 from bench import adversary, speculation, throughput
 from bench.contenders import Answer, Answers, compete, contenders, tokens_per_s
-from parse.engines.native.kernels import speed_up
-from parse.prompts import prompt_ids
+from parse.engines.native.kernels import optimize_modules
+from parse.prompts import chat_prompt_token_ids
 from training import measure
 from training.evaluate import MODELS, load_pair
 from training.rows import Writer
@@ -115,11 +115,11 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
     plain = load_pair(models)
     drafts = measure.judged(plain, problems[:25], measure.answers(plain.draft, plain.writer, problems[:25]), stride=8)
     for model in (plain.draft, plain.target):
-        speed_up(model)  # as the engine does, so that the costs are those of the same arithmetic
+        optimize_modules(model)  # as the engine does, so that the costs are those of the same arithmetic
     costs: list[measure.Costs] = []
     pair, field = contenders(models, threads=threads)
     try:
-        prompts = [prompt_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
+        prompts = [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
         answers = asyncio.run(
             compete(field, prompts, lambda turn: costs.append(measure.costs_of(plain, drafts[turn % len(drafts)])))
         )

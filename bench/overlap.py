@@ -24,11 +24,11 @@ from transformers import AutoTokenizer
 
 from bench.contenders import GREEDY
 from parse.config import EngineSettings, MethodSettings
-from parse.engines.native.service import ModelService
+from parse.engines.native.service import NativeEngine
 from parse.pipeline import Pipeline
-from parse.prompts import check_ids, prompt_ids
-from parse.protocol import Done, Question, Usage
-from parse.types import Sampling, Tokens
+from parse.prompts import build_verification_suffix, chat_prompt_token_ids
+from parse.protocol import Finished, GenerationRequest, Usage
+from parse.types import SamplingParams, TokenDelta
 from training import measure
 from training.evaluate import MODELS
 
@@ -38,23 +38,23 @@ def serve_drafts(settings: EngineSettings, pipe: Connection) -> None:
     torch.set_num_threads(1)
 
     async def serve() -> None:
-        service = ModelService(settings)
+        service = NativeEngine(settings)
         pipe.send("ready")
         loop = asyncio.get_running_loop()
         running: set[asyncio.Task[None]] = set()
 
-        async def draft(number: int, prompt: Sequence[int], output: Sequence[int], sampling: Sampling) -> None:
+        async def draft(number: int, prompt: Sequence[int], output: Sequence[int], sampling: SamplingParams) -> None:
             ids: list[int] = []
             async for tokens in service.generate(prompt, output, sampling, piece=1 << 30):
-                ids += tokens.ids
-                finish = tokens.finish
-            pipe.send((number, Tokens(tuple(ids), finish=finish)))
+                ids += tokens.token_ids
+                finish = tokens.finish_reason
+            pipe.send((number, TokenDelta(tuple(ids), finish_reason=finish)))
 
         while (asked := await loop.run_in_executor(None, pipe.recv)) is not None:
             task = asyncio.create_task(draft(*asked))
             running.add(task)
             task.add_done_callback(running.discard)
-        service.close()
+        service.shutdown()
 
     asyncio.run(serve())
 
@@ -68,7 +68,7 @@ class RemoteDrafter:
         self._process = context.Process(target=serve_drafts, args=(settings, theirs), daemon=True)
         self._process.start()
         assert self._pipe.recv() == "ready"
-        self._asked: dict[int, asyncio.Future[Tokens]] = {}
+        self._asked: dict[int, asyncio.Future[TokenDelta]] = {}
         self._listener = ThreadPoolExecutor(1)
         self._count = 0
 
@@ -78,10 +78,12 @@ class RemoteDrafter:
             number, tokens = answer
             self._asked.pop(number).set_result(tokens)
 
-    async def draft(self, question: Question, output: Sequence[int], *, piece: int) -> AsyncGenerator[Tokens]:
+    async def draft(
+        self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
+    ) -> AsyncGenerator[TokenDelta]:
         self._count += 1
         self._asked[self._count] = asyncio.get_running_loop().create_future()
-        self._pipe.send((self._count, tuple(question.prompt), tuple(output), replace(question.sampling)))
+        self._pipe.send((self._count, tuple(request.prompt_token_ids), tuple(output), replace(request.sampling_params)))
         yield await self._asked[self._count]
 
     def close(self) -> None:
@@ -89,7 +91,7 @@ class RemoteDrafter:
         self._process.join()
         self._pipe.close()
 
-    def _receive(self) -> tuple[int, Tokens] | None:
+    def _receive(self) -> tuple[int, TokenDelta] | None:
         try:
             return self._pipe.recv()
         except (EOFError, OSError):
@@ -103,8 +105,10 @@ async def finished(pipeline: Pipeline, prompts: Sequence[Sequence[int]], in_flig
 
     async def one(prompt: Sequence[int]) -> None:
         async with places:
-            *_, done = [event async for event in pipeline.answer(Question(prompt, sampling=GREEDY, mode="full"))]
-            assert isinstance(done, Done)
+            *_, done = [
+                event async for event in pipeline.answer(GenerationRequest(prompt, sampling_params=GREEDY, mode="full"))
+            ]
+            assert isinstance(done, Finished)
             usages.append(done.usage)
 
     started = time.perf_counter()
@@ -118,26 +122,26 @@ async def compare(models: Path, prompts: Sequence[Sequence[int]], *, running: in
         EngineSettings(model=str(models / name), threads=1, max_running=running)
         for name in ("demo-target", "demo-draft")
     )
-    drafter, service = RemoteDrafter(draft), ModelService(target)
+    drafter, service = RemoteDrafter(draft), NativeEngine(target)
     tokenizer = service.model.tokenizer
     method = MethodSettings.for_model(target.model)
-    check = check_ids(tokenizer, method.check_question)
+    check = build_verification_suffix(tokenizer, method.check_question)
     pipeline = Pipeline(verifier=service, tokenizer=tokenizer, check=check, settings=method, drafter=drafter)
     listening = asyncio.create_task(drafter.listen())
     await finished(pipeline, prompts[:2], 1)
     half = len(prompts) // 2
     alone_s = together_s = draft_s = target_s = 0.0
     for part in (prompts[:half], prompts[half:]):  # in turns: a change of pace falls on both
-        service.engine.forget()
+        service.core.reset_prefix_cache()
         seconds, usages = await finished(pipeline, part, 1)
         alone_s += seconds
         draft_s += sum(usage.seconds("draft") for usage in usages)
         target_s += sum(usage.seconds("judge", "write") for usage in usages)
-        service.engine.forget()
+        service.core.reset_prefix_cache()
         together_s += (await finished(pipeline, part, in_flight))[0]
     drafter.close()
     await listening
-    service.close()
+    service.shutdown()
     bound = (draft_s + target_s) / max(draft_s, target_s)
     return {
         "in_flight": in_flight,
@@ -163,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.models / "demo-target")
     prompts = [
-        prompt_ids(tokenizer, [{"role": "user", "content": problem.question}])
+        chat_prompt_token_ids(tokenizer, [{"role": "user", "content": problem.question}])
         for problem in measure.problems(args.seed, args.problems, split="bench")
     ]
     result = {

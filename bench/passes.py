@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parse.engines.native.kv_cache import Memory
+from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
-from parse.engines.native.paged_attention import attention_on
-from parse.engines.native.prefix_cache import Context
-from parse.engines.native.scheduled_chunk import Span
-from parse.engines.native.service import ModelService
-from parse.speculative.cost_model import Costs
-from parse.speculative.guard import Guarded
-from parse.speculative.proposal import Proposal, Wish
+from parse.engines.native.paged_attention import attention_for
+from parse.engines.native.prefix_cache import SequenceState
+from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.engines.native.service import NativeEngine
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.guard import GuardedState
+from parse.speculative.proposal import Proposal, ProposalRequest
 from parse.tree import MASK
 
-Propose = Callable[[Sequence[Wish[Guarded]]], list[Proposal]]
+Propose = Callable[[Sequence[ProposalRequest[GuardedState]]], list[Proposal]]
 
 ENTRIES = 1, 2, 3, 5, 9, 13, 20, 32, 48  # of each text
 CONTEXT = 200  # tokens behind which they stand: a question and half of its answer
@@ -58,15 +58,15 @@ def _pass_s(model: Model, texts: int, entries: int, masked: bool) -> float:
     return _seconds(model, [_span(page, CONTEXT, nodes) for page in range(texts)])
 
 
-def _span(page: int, known: int, nodes: Sequence[int]) -> Span:
-    context = Context([1] * known)
-    context.pages = [page]
-    return Span(context, list(nodes), known, known + len(nodes))
+def _span(page: int, known: int, nodes: Sequence[int]) -> ScheduledChunk:
+    context = SequenceState([1] * known)
+    context.block_ids = [page]
+    return ScheduledChunk(context, list(nodes), known, known + len(nodes))
 
 
-def _seconds(model: Model, spans: Sequence[Span]) -> float:
-    memory, attend = Memory(len(spans), spans[0].last), attention_on(model.device)
-    tokens = [token for span in spans for token in span.tokens()]
+def _seconds(model: Model, spans: Sequence[ScheduledChunk]) -> float:
+    memory, attend = KVCache(len(spans), spans[0].end), attention_for(model.device)
+    tokens = [token for span in spans for token in span.token_ids()]
     positions = [position for span in spans for position in span.positions()]
     seconds = []
     for _ in range(TRIES + 1):  # the first is not counted, for whatever is done once
@@ -97,21 +97,21 @@ class Seen:
         return Seen(self.passes + other.passes, self.proposing + other.proposing)
 
 
-class Watch(Costs):
+class Watch(StepCostModel):
     """Writes down what an engine tells its costs, on the way there, and what its methods take."""
 
-    def __init__(self, service: ModelService) -> None:
-        assert service.engine.costs is not None, "an engine without methods counts no costs"
+    def __init__(self, service: NativeEngine) -> None:
+        assert service.core.cost_model is not None, "an engine without methods counts no costs"
         super().__init__()
-        self._told = service.engine.costs
+        self._told = service.core.cost_model
         self._passes: list[Pass] = []
         self._proposing: list[tuple[int, float]] = []
-        service.engine.costs = self
-        for way in service._ways.values():
+        service.core.cost_model = self
+        for way in service._methods.values():
             way.propose = self._timed(way.propose)  # type: ignore[method-assign, assignment]
 
     def passed(self, texts: int, entries: int, tokens: int, seconds: float) -> None:
-        self._told.passed(texts, entries, tokens, seconds)
+        self._told.record(texts, entries, tokens, seconds)
         self._passes.append(Pass(texts, entries, seconds))
 
     def taken(self) -> Seen:
@@ -121,7 +121,7 @@ class Watch(Costs):
         return seen
 
     def _timed(self, propose: Propose) -> Propose:
-        def timed(wishes: Sequence[Wish[Guarded]]) -> list[Proposal]:
+        def timed(wishes: Sequence[ProposalRequest[GuardedState]]) -> list[Proposal]:
             began = time.perf_counter()
             found = propose(wishes)
             self._proposing.append((len(wishes), time.perf_counter() - began))

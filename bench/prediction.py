@@ -7,9 +7,9 @@ take, with their proposals, in passes of a single token: the tokens *needed*.
 from dataclasses import dataclass
 
 from bench.passes import Curve, Seen
-from parse.types import Method, Speculated
+from parse.types import MethodName, SpeculationStats
 
-BY_TOKEN: frozenset[Method] = frozenset({"eagle3", "draft_model"})
+BY_TOKEN: frozenset[MethodName] = frozenset({"eagle3", "draft_model"})
 """Methods whose proposals take a pass of their own for each token."""
 
 
@@ -35,7 +35,7 @@ class Writing:
         """For a pass of one text."""
         return self.wishes * self.proposal_s / self.passes
 
-    def step_s(self, method: Method) -> float:
+    def step_s(self, method: MethodName) -> float:
         """A proposal, of methods that go token by token each token of it."""
         steps = sum(self.proposed) if method in BY_TOKEN else self.wishes
         return self.wishes * self.proposal_s / steps if steps else 0.0
@@ -46,14 +46,14 @@ class Writing:
         return [kept / there for kept, there in zip(self.accepted, self.proposed, strict=True)]
 
 
-def writing(came: Speculated, seen: Seen) -> Writing:
+def writing(came: SpeculationStats, seen: Seen) -> Writing:
     """Passes that read prompts are not among those seen."""
     passes, texts = len(seen.passes), sum(p.texts for p in seen.passes)
     wishes = sum(count for count, _ in seen.proposing)
     return Writing(
         came.passes,
-        came.proposed,
-        came.accepted,
+        came.proposed_per_position,
+        came.accepted_per_position,
         sum(p.entries for p in seen.passes) / texts,
         texts / passes,
         sum(p.seconds for p in seen.passes) / passes,
@@ -74,7 +74,7 @@ def predicted(found: Writing, curve: Curve, plain_passes: int, answers: int, pro
     return alone / (reading + (found.passes - answers) * (curve.at(found.entries) + found.proposing_s))
 
 
-def by_depth(found: Writing, curve: Curve, method: Method, step_s: float) -> list[float]:
+def by_depth(found: Writing, curve: Curve, method: MethodName, step_s: float) -> list[float]:
     """Speed-up of writing by chains of 1, 2, ... tokens in passes of `curve.texts` texts, prompts aside.
 
     `found` tells how deep proposals of one text at a time are accepted: at each place as often as where it was tried.

@@ -16,11 +16,11 @@ from bench.contenders import Answer, Answers, Contender, Ours, Peers, compete, t
 from bench.passes import Curve, Seen, Watch, bare, prompt_s
 from bench.prediction import Writing, needed, predicted, writing
 from parse.config import EngineSettings, SpeculationSettings
-from parse.controller import Control
+from parse.controller import DraftingController
 from parse.local import LocalPair
-from parse.prompts import prompt_ids
+from parse.prompts import chat_prompt_token_ids
 from parse.protocol import Mode
-from parse.types import Method, MethodChoice, summed
+from parse.types import MethodChoice, MethodName, sum_stats
 from training import measure
 from training.rows import Writer
 from training.task import Problem
@@ -28,7 +28,7 @@ from training.wording import TARGET
 
 MODES: tuple[Mode, ...] = "off", "full", "rounds"
 PLAIN, BARE = "off", "off, none loaded"
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
 
 def methods(models: Path) -> tuple[SpeculationSettings, ...]:
@@ -58,7 +58,7 @@ class Watched:
 
 def by_itself(pair: LocalPair, mode: Mode, method: MethodChoice) -> Ours:
     """What it learns of drafting it learns from its own answers."""
-    return Ours(pair, mode, method, pipeline=replace(pair.pipeline, control=Control()))
+    return Ours(pair, mode, method, pipeline=replace(pair.pipeline, control=DraftingController()))
 
 
 def name_of(mode: Mode, method: MethodChoice) -> str:
@@ -75,7 +75,7 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
         LocalPair(target.model_copy(update={"speculation": methods(models)}), draft) as pair,
         LocalPair(target) as without,
     ):
-        prompts = [prompt_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
+        prompts = [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
         watch = Watch(pair.target)
         choices: tuple[MethodChoice, ...] = "none", *pair.target.methods
         ours = {
@@ -105,7 +105,7 @@ def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
         writings = {}
         for method in pair.target.methods:
             name = name_of("off", method)
-            if came := summed(a.speculated for a in answers[name]):
+            if came := sum_stats(a.speculated for a in answers[name]):
                 writings[method] = writing(came, ours[name].seen)
         result["model"] = explained(answers, writings, *costs)
         result["crowds"] = asyncio.run(crowds.run(pair, watch, prompts, writings))
@@ -120,15 +120,15 @@ def figures(answers: Answers, problems: Sequence[Problem], writer: Writer) -> di
             measure.whole(writer, problem, [*a.ids, writer.end] if a.ended else a.ids)
             for problem, a in zip(problems, given, strict=True)
         ]
-        came = summed(a.speculated for a in given)
+        came = sum_stats(a.speculated for a in given)
         found[name] = {
             "tokens_per_s": tokens_per_s(given),
             "speedup": tokens_per_s(given) / tokens_per_s(plain),
             "accuracy": statistics.mean(right),
             "as_plain": sum(a.ids == its.ids for a, its in zip(given, plain, strict=True)),
-            "tokens_per_pass": 1 + sum(came.accepted) / came.passes if came else None,
-            "proposed": came.proposed if came else None,
-            "accepted": came.accepted if came else None,
+            "tokens_per_pass": 1 + sum(came.accepted_per_position) / came.passes if came else None,
+            "proposed": came.proposed_per_position if came else None,
+            "accepted": came.accepted_per_position if came else None,
             "writing_share": sum(a.writing_s for a in given) / sum(a.seconds for a in given),
             "ttft_s": statistics.median(a.first_s for a in given),
             "answer_s": statistics.median(a.seconds for a in given),
@@ -137,7 +137,7 @@ def figures(answers: Answers, problems: Sequence[Problem], writer: Writer) -> di
 
 
 def explained(
-    answers: Answers, writings: Mapping[Method, Writing], curve: Curve, masked: Curve, reading_s: float
+    answers: Answers, writings: Mapping[MethodName, Writing], curve: Curve, masked: Curve, reading_s: float
 ) -> dict[str, Any]:
     """Why each method alone gains what it gains."""
     plain = answers[PLAIN]

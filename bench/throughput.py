@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 
 from parse.config import EngineSettings
-from parse.engines.native.attention import Attention
+from parse.engines.native.attention import StepAttention
 from parse.engines.native.model import Model
-from parse.engines.native.service import ModelService
-from parse.prompts import Check
-from parse.tree import probes
-from parse.types import Sampling
+from parse.engines.native.service import NativeEngine
+from parse.prompts import VerificationSuffix
+from parse.tree import suffix_forest
+from parse.types import SamplingParams
 from training.evaluate import MODELS
 
 LAYERS, WIDTH, VOCABULARY = 12, 256, 8192
@@ -30,7 +30,7 @@ CUTS, SUFFIX = 16, 16
 BATCHES = (1, 4, 8, 16)
 HOST_BATCHES = (1, 8, 32)
 ROUNDS = 5  # everything is measured that often, in turns; the medians count
-GREEDY = Sampling(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
 
 
 def run(threads: int) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def run(threads: int) -> dict[str, Any]:
         network = random_model()
         network.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODELS / "demo-target").save_pretrained(folder)
-        service = ModelService(EngineSettings(model=folder, threads=threads, max_context=1024, memory_mb=1024))
+        service = NativeEngine(EngineSettings(model=folder, threads=threads, max_context=1024, memory_mb=1024))
         peer: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
     try:
         # The system hands memory out when it is first touched, which is not what is measured here.
@@ -54,7 +54,7 @@ def run(threads: int) -> dict[str, Any]:
             "memory": memory(),
         }
     finally:
-        service.close()
+        service.shutdown()
 
 
 def random_model() -> PreTrainedModel:
@@ -73,7 +73,7 @@ def random_model() -> PreTrainedModel:
     return model.eval()
 
 
-def decoding(service: ModelService, peer: PreTrainedModel, batch: int) -> dict[str, float]:
+def decoding(service: NativeEngine, peer: PreTrainedModel, batch: int) -> dict[str, float]:
     """Tokens per second after prompts that are cached, the prompts' own time taken off."""
     prompts = texts(batch, PROMPT, seed=batch)
 
@@ -88,7 +88,7 @@ def decoding(service: ModelService, peer: PreTrainedModel, batch: int) -> dict[s
     return _side_by_side(ours, theirs)
 
 
-def reading(service: ModelService, peer: PreTrainedModel, batch: int) -> dict[str, float]:
+def reading(service: NativeEngine, peer: PreTrainedModel, batch: int) -> dict[str, float]:
     """Prompt tokens per second."""
     fresh = iter(range(1, 1 << 30))
 
@@ -102,11 +102,11 @@ def reading(service: ModelService, peer: PreTrainedModel, batch: int) -> dict[st
     return _side_by_side(ours, theirs)
 
 
-def verification(service: ModelService, peer: PreTrainedModel) -> dict[str, float]:
+def verification(service: NativeEngine, peer: PreTrainedModel) -> dict[str, float]:
     """Milliseconds to judge 16 cached prefixes: packed, as separate texts, and under a dense mask from scratch."""
     prompt, draft, suffix = (texts(1, size, seed)[0] for size, seed in ((PROMPT, 1), (DRAFT, 2), (SUFFIX, 3)))
     cuts = [DRAFT * (k + 1) // CUTS for k in range(CUTS)]
-    check = Check(tuple(suffix), (1,), (2,))
+    check = VerificationSuffix(tuple(suffix), (1,), (2,))
 
     async def packed() -> float:
         await service.warm([*prompt, *draft])
@@ -126,13 +126,13 @@ def verification(service: ModelService, peer: PreTrainedModel) -> dict[str, floa
         """As a library user would: one text, the copies behind it, and a mask."""
         started = time.perf_counter()
         known = PROMPT + DRAFT
-        tree = probes([PROMPT + cut for cut in cuts], suffix)
+        tree = suffix_forest([PROMPT + cut for cut in cuts], suffix)
         size = known + len(tree)
         visible = torch.ones(size, size, dtype=torch.bool).tril()
-        visible[known:, :known] = torch.arange(known) < torch.from_numpy(tree.seen(known))[:, None]
+        visible[known:, :known] = torch.arange(known) < torch.from_numpy(tree.visible_context(known))[:, None]
         visible[known:, known:] = torch.from_numpy(tree.visible())
         mask = torch.zeros(size, size).masked_fill_(~visible, torch.finfo(torch.float32).min)
-        positions = torch.cat([torch.arange(known), torch.from_numpy(tree.seen(known) + tree.depth)])
+        positions = torch.cat([torch.arange(known), torch.from_numpy(tree.visible_context(known) + tree.depth)])
         tokens = torch.tensor([[*prompt, *draft, *tree.tokens.tolist()]])
         peer(input_ids=tokens, position_ids=positions[None], attention_mask=mask[None, None], use_cache=False)
         return time.perf_counter() - started
@@ -168,22 +168,22 @@ def host() -> dict[str, dict[str, float]]:
     model, logits = small(), torch.randn(max(HOST_BATCHES), 512, generator=torch.Generator().manual_seed(0))
 
     def idle(
-        tokens: Sequence[int], positions: Sequence[int], step: Attention, read: Sequence[int] | None
+        tokens: Sequence[int], positions: Sequence[int], step: StepAttention, logits_entries: Sequence[int] | None
     ) -> tuple[Tensor, None]:
-        return logits[: len(tokens if read is None else read)], None
+        return logits[: len(tokens if logits_entries is None else logits_entries)], None
 
     model.forward = idle  # type: ignore[method-assign]
-    service = ModelService(EngineSettings(model="idle", memory_mb=64, max_context=256), model)
-    ways = {"greedy": Sampling(temperature=0.0, max_tokens=128, ignore_eos=True)}
+    service = NativeEngine(EngineSettings(model="idle", memory_mb=64, max_context=256), model)
+    ways = {"greedy": SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)}
     ways["sampled"] = replace(ways["greedy"], temperature=0.8, top_p=0.95)
 
-    async def steps(batch: int, sampling: Sampling) -> float:
+    async def steps(batch: int, sampling: SamplingParams) -> float:
         prompts = [[10 + number] * 64 for number in range(batch)]
         for prompt in prompts:
             await service.warm(prompt)
-        before, started = service.load.steps, time.perf_counter()
+        before, started = service.stats.num_steps, time.perf_counter()
         await asyncio.gather(*(drain(service, prompt, sampling) for prompt in prompts))
-        return (time.perf_counter() - started) / (service.load.steps - before) * 1e3
+        return (time.perf_counter() - started) / (service.stats.num_steps - before) * 1e3
 
     try:
         return {
@@ -191,7 +191,7 @@ def host() -> dict[str, dict[str, float]]:
             for way, how in ways.items()
         }
     finally:
-        service.close()
+        service.shutdown()
 
 
 def small() -> Model:
@@ -210,7 +210,7 @@ def small() -> Model:
 
 def memory() -> dict[str, float]:
     """Resident memory after the first thousand short requests, and after ten thousand."""
-    service = ModelService(EngineSettings(model="random", memory_mb=64, max_context=256), small())
+    service = NativeEngine(EngineSettings(model="random", memory_mb=64, max_context=256), small())
 
     async def requests(first: int, count: int) -> None:
         places = asyncio.Semaphore(32)
@@ -219,7 +219,7 @@ def memory() -> dict[str, float]:
             async with places:
                 draw = random.Random(seed)
                 prompt = [draw.randrange(512) for _ in range(draw.randint(4, 40))]
-                await drain(service, prompt, Sampling(seed=seed, max_tokens=4, ignore_eos=True))
+                await drain(service, prompt, SamplingParams(seed=seed, max_tokens=4, ignore_eos=True))
 
         await asyncio.gather(*(one(seed) for seed in range(first, first + count)))
 
@@ -230,7 +230,7 @@ def memory() -> dict[str, float]:
             asyncio.run(requests(1000 * thousand, 1000))
         return {"after_1000_mb": before, "after_10000_mb": resident_mb()}
     finally:
-        service.close()
+        service.shutdown()
 
 
 def resident_mb() -> float:
@@ -244,7 +244,7 @@ def texts(count: int, length: int, seed: int) -> list[list[int]]:
     return rows
 
 
-async def _warmed(service: ModelService, prompts: list[list[int]]) -> float:
+async def _warmed(service: NativeEngine, prompts: list[list[int]]) -> float:
     """Seconds from the moment all have their first token to the end of the last."""
     for prompt in prompts:
         await service.warm(prompt)
@@ -253,14 +253,14 @@ async def _warmed(service: ModelService, prompts: list[list[int]]) -> float:
     return (time.perf_counter() - started) * (ANSWER - 1) / ANSWER
 
 
-async def read(service: ModelService, prompts: list[list[int]]) -> float:
+async def read(service: NativeEngine, prompts: list[list[int]]) -> float:
     started = time.perf_counter()
-    once = Sampling(temperature=0.0, max_tokens=1)
+    once = SamplingParams(temperature=0.0, max_tokens=1)
     await asyncio.gather(*(drain(service, prompt, once) for prompt in prompts))
     return time.perf_counter() - started
 
 
-async def drain(service: ModelService, prompt: list[int], sampling: Sampling) -> None:
+async def drain(service: NativeEngine, prompt: list[int], sampling: SamplingParams) -> None:
     async for _ in service.generate(prompt, sampling=sampling):
         pass
 

@@ -16,9 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from parse.config import EngineSettings, SpeculationSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
-from parse.prompts import prompt_ids
-from parse.protocol import Done, Mode, Piece, Question, StageName, Usage, Verdict
-from parse.types import Method, RequestError, Sampling
+from parse.prompts import chat_prompt_token_ids
+from parse.protocol import Finished, GenerationRequest, Mode, StageName, TextDelta, Usage, Verification
+from parse.types import MethodName, RequestError, SamplingParams
 
 EXAMPLE = (
     "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
@@ -52,11 +52,13 @@ class Page:
 
 def figures(usage: Usage) -> str:
     parts = [f"mode {usage.mode}"]
-    if usage.drafted:
-        parts.append(f"accepted {usage.accepted} of {usage.drafted} drafted tokens in {usage.rounds} round(s)")
-    parts.append(f"target wrote {usage.written}")
+    if usage.draft_tokens:
+        parts.append(
+            f"accepted {usage.accepted_tokens} of {usage.draft_tokens} drafted tokens in {usage.rounds} round(s)"
+        )
+    parts.append(f"target wrote {usage.target_tokens}")
     stages: list[StageName] = ["draft", "judge", "write"]
-    if speculated := usage.speculated:
+    if speculated := usage.speculation:
         parts[-1] += f" in {speculated.passes} passes by {speculated.method}"
     times = [f"{name} {usage.seconds(name) * 1e3:.0f} ms" for name in stages]
     parts.append(", ".join([*times, f"total {usage.total_s * 1e3:.0f} ms"]))
@@ -65,15 +67,15 @@ def figures(usage: Usage) -> str:
     return "; ".join(parts)
 
 
-async def answer(pair: LocalPair, question: Question, page: Page) -> None:
+async def answer(pair: LocalPair, question: GenerationRequest, page: Page) -> None:
     async for event in pair.pipeline.answer(question):
         match event:
-            case Piece():
+            case TextDelta():
                 page.write(event.text, event.origin)
-            case Verdict():
-                page.write(event.rejected, "rejected")
-            case Done():
-                cut = "; cut off at the token limit" if event.finish == "length" else ""
+            case Verification():
+                page.write(event.rejected_text, "rejected")
+            case Finished():
+                cut = "; cut off at the token limit" if event.finish_reason == "length" else ""
                 page.write(f"\n{figures(event.usage)}{cut}\n", "figures")
 
 
@@ -89,7 +91,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", default=DEMO_TARGET, help="directory or hub id of the target model")
     parser.add_argument("--draft", default=DEMO_DRAFT, help="directory or hub id of the draft model; empty for none")
     parser.add_argument(
-        "--speculation", choices=get_args(Method), help="how the target writes several tokens in a pass"
+        "--speculation", choices=get_args(MethodName), help="how the target writes several tokens in a pass"
     )
     parser.add_argument("--head", help="directory or hub id of what that method needs")
     parser.add_argument("--system", help="a system message before the question")
@@ -118,7 +120,7 @@ def main(given: Sequence[str] | None = None) -> None:
     try:
         if not question.strip():
             raise RequestError("question", "must not be empty")
-        sampling = Sampling(
+        sampling = SamplingParams(
             temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens, stop=tuple(args.stop)
         )
         draft = EngineSettings(model=args.draft, threads=args.threads) if args.draft else None
@@ -127,7 +129,7 @@ def main(given: Sequence[str] | None = None) -> None:
         try:
             turns = [{"role": "system", "content": args.system}] if args.system else []
             turns.append({"role": "user", "content": question})
-            asked = Question(prompt_ids(pair.tokenizer, turns), turns, sampling, args.mode)
+            asked = GenerationRequest(chat_prompt_token_ids(pair.tokenizer, turns), turns, sampling, args.mode)
             asyncio.run(answer(pair, asked, Page(sys.stdout)))
         finally:
             pair.close()

@@ -6,7 +6,7 @@ from typing import Literal
 
 from parse.types import RequestError
 
-Rule = Literal["first_failure", "longest_passing"]
+AcceptanceRule = Literal["first_failure", "longest_passing"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Thresholds:
                 raise RequestError(f"thresholds.{name}", f"must lie in 0..1, got {getattr(self, name)}")
 
 
-def boundary(
-    cuts: Sequence[int],
-    correct: Sequence[float | None],
+def accepted_prefix_length(
+    prefix_lengths: Sequence[int],
+    p_correct: Sequence[float | None],
     thresholds: Thresholds,
     *,
     ended: bool,
-    rule: Rule = "first_failure",
+    rule: AcceptanceRule = "first_failure",
 ) -> int:
     """The full answer if it passes, else the last prefix before the first that fails, or the longest that passes.
 
@@ -39,12 +39,12 @@ def boundary(
     asked does not pass. The longest passing prefix keeps more, and with every further cut risks more to
     trust a single mistaken yes.
     """
-    if ended and cuts and (correct[-1] or 0.0) >= thresholds.full:
-        return cuts[-1]
-    kept = 0
-    for cut, probability in zip(cuts[: len(cuts) - ended], correct, strict=False):
+    if ended and prefix_lengths and (p_correct[-1] or 0.0) >= thresholds.full:
+        return prefix_lengths[-1]
+    accepted = 0
+    for length, probability in zip(prefix_lengths[: len(prefix_lengths) - ended], p_correct, strict=False):
         if (probability or 0.0) >= thresholds.prefix:
-            kept = cut
+            accepted = length
         elif rule == "first_failure":
             break
-    return kept
+    return accepted

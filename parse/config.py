@@ -6,10 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from parse.acceptance import Rule, Thresholds
-from parse.prefixes import DEFAULT_STRIDE, Places
-from parse.prompts import QUESTION
-from parse.types import Method
+from parse.acceptance import AcceptanceRule, Thresholds
+from parse.prefixes import DEFAULT_STRIDE, PrefixBoundary
+from parse.prompts import VERIFICATION_PROMPT
+from parse.types import MethodName
 
 METHOD_FILE = "parse.json"  # beside a model's weights: settings of the method that it was made for
 
@@ -21,7 +21,7 @@ class Settings(BaseModel):
 class SpeculationSettings(Settings):
     """How several tokens are proposed at once. The text stays the model's own; only the number of passes changes."""
 
-    method: Method = Field(
+    method: MethodName = Field(
         description='"eagle3" and "parallel": a trained head; "space": the model itself, by masks; "draft_model": a '
         'small model beside it; "ngram": what followed the same words before.'
     )
@@ -92,16 +92,18 @@ class MethodSettings(Settings):
     auto: Literal["full", "progressive", "rounds", "exact"] = Field(
         "rounds", description='What mode "auto" does while drafting pays.'
     )
-    check_question: str = Field(QUESTION, min_length=1, description="What the target is asked about each prefix.")
+    check_question: str = Field(
+        VERIFICATION_PROMPT, min_length=1, description="What the target is asked about each prefix."
+    )
     correct: str = Field("Correct", min_length=1, description="The answer that accepts.")
     incorrect: str = Field("Incorrect", min_length=1, description="The answer that rejects.")
     full: float = Field(Thresholds.full, ge=0, le=1, description="P(correct) from which a whole draft is accepted.")
     prefix: float = Field(Thresholds.prefix, ge=0, le=1, description="P(correct) from which a prefix passes.")
-    rule: Rule = Field(
+    rule: AcceptanceRule = Field(
         "first_failure",
         description="Which prefix is kept: the last before the first that fails, or the longest that passes.",
     )
-    places: tuple[Places, ...] = Field(
+    places: tuple[PrefixBoundary, ...] = Field(
         ("tokens",), min_length=1, description="Where a draft is cut: every `stride` tokens, at sentence or line ends."
     )
     stride: int = Field(DEFAULT_STRIDE, ge=1, description="Tokens between two cuts.")

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Pieces of text that together are what the tokenizer makes of all tokens at once, up to a stop string.
 
     A tokenizer may write a token otherwise at the beginning than after another one, so each is decoded together with
@@ -16,56 +16,58 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []
-        self._from = self._said = 0  # tokens: where decoding sets in, and what has become text
-        self._held = ""  # might be the beginning of a stop string
-        self.stopped: str | None = None
+        self._token_ids: list[int] = []
+        self._decode_start = self._emitted = 0  # tokens: where decoding sets in, and what has become text
+        self._held_back = ""  # might be the beginning of a stop string
+        self.matched_stop: str | None = None
         """The stop string that was met."""
 
-    def add(self, ids: Iterable[int]) -> str:
+    def add(self, token_ids: Iterable[int]) -> str:
         """The text that is certain now."""
         text = ""
-        for token in ids:
-            if self.stopped is not None:
+        for token in token_ids:
+            if self.matched_stop is not None:
                 break
-            self._ids.append(token)
-            text += self._release(self._next())
+            self._token_ids.append(token)
+            text += self._release(self._next_text())
         return text
 
-    def end(self) -> str:
+    def finish(self) -> str:
         """What was held back: no more tokens will come."""
-        if self.stopped is not None:
+        if self.matched_stop is not None:
             return ""
-        rest = self._decode(self._from, len(self._ids))[len(self._decode(self._from, self._said)) :]
-        self._said = len(self._ids)
+        rest = self._decode(self._decode_start, len(self._token_ids))[
+            len(self._decode(self._decode_start, self._emitted)) :
+        ]
+        self._emitted = len(self._token_ids)
         released = self._release(rest)
-        if self.stopped is None:
-            released, self._held = released + self._held, ""
+        if self.matched_stop is None:
+            released, self._held_back = released + self._held_back, ""
         return released
 
-    def _next(self) -> str:
-        before = self._decode(self._from, self._said)
-        now = self._decode(self._from, len(self._ids))
-        if now.endswith(BROKEN) or len(now) <= len(before):
+    def _next_text(self) -> str:
+        before = self._decode(self._decode_start, self._emitted)
+        now = self._decode(self._decode_start, len(self._token_ids))
+        if now.endswith(REPLACEMENT_CHARACTER) or len(now) <= len(before):
             return ""
-        self._from, self._said = self._said, len(self._ids)
+        self._decode_start, self._emitted = self._emitted, len(self._token_ids)
         return now[len(before) :]
 
     def _decode(self, first: int, last: int) -> str:
         if first == last:
             return ""
-        return str(self._tokenizer.decode(self._ids[first:last], skip_special_tokens=True))
+        return str(self._tokenizer.decode(self._token_ids[first:last], skip_special_tokens=True))
 
     def _release(self, text: str) -> str:
         if not self._stop:
             return text
-        text = self._held + text
+        text = self._held_back + text
         # The first to be complete, wherever the tokens' borders lie, and of those the first to begin.
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            _, at, self.stopped = min(found)
-            self._held = ""
+        matches = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if matches:
+            _, at, self.matched_stop = min(matches)
+            self._held_back = ""
             return text[:at]
         keep = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - keep :]
+        self._held_back = text[len(text) - keep :]
         return text[: len(text) - keep]

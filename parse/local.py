@@ -5,9 +5,9 @@ from typing import Self
 
 from parse.config import EngineSettings, MethodSettings
 from parse.engines.native.drafter import drafter_for
-from parse.engines.native.service import ModelService
+from parse.engines.native.service import NativeEngine
 from parse.pipeline import Pipeline
-from parse.prompts import check_ids
+from parse.prompts import build_verification_suffix
 
 DEMO = Path(__file__).parents[1] / "models"
 DEMO_TARGET, DEMO_DRAFT = str(DEMO / "demo-target"), str(DEMO / "demo-draft")
@@ -20,12 +20,12 @@ class LocalPair:
         self, target: EngineSettings, draft: EngineSettings | None = None, method: MethodSettings | None = None
     ) -> None:
         method = method or MethodSettings.for_model(target.model)
-        self.draft: ModelService | None = None
-        self.target = ModelService(target)
+        self.draft: NativeEngine | None = None
+        self.target = NativeEngine(target)
         try:
-            self.draft = ModelService(draft) if draft else None
+            self.draft = NativeEngine(draft) if draft else None
             self.tokenizer = self.target.model.tokenizer
-            check = check_ids(self.tokenizer, method.check_question, method.correct, method.incorrect)
+            check = build_verification_suffix(self.tokenizer, method.check_question, method.correct, method.incorrect)
             drafter = drafter_for(self.draft, self.tokenizer) if self.draft else None
         except BaseException:
             self.close()
@@ -36,7 +36,7 @@ class LocalPair:
             check=check,
             settings=method,
             drafter=drafter,
-            longest=self.target.max_context,
+            longest=self.target.max_model_len,
             methods=self.target.methods,
             warms=self.target.model.device.type != "cpu",
         )
@@ -50,4 +50,4 @@ class LocalPair:
     def close(self) -> None:
         for service in (self.target, self.draft):
             if service is not None:
-                service.close()
+                service.shutdown()

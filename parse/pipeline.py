@@ -13,39 +13,39 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from parse.acceptance import boundary
+from parse.acceptance import accepted_prefix_length
 from parse.config import MethodSettings
-from parse.controller import Control, Outcome
-from parse.detokenizer import TextStream
-from parse.prefixes import cuts_at, cuts_every
-from parse.prompts import Check
+from parse.controller import DraftingController, DraftingOutcome
+from parse.detokenizer import IncrementalDetokenizer
+from parse.prefixes import prefix_lengths_at, prefix_lengths_every
+from parse.prompts import VerificationSuffix
 from parse.protocol import (
-    WHOLE,
-    Done,
+    NO_STREAMING,
     Drafter,
     Event,
     Fallback,
+    Finished,
+    GenerationRequest,
     Mode,
     Origin,
-    Piece,
-    Question,
     Stage,
     StageName,
+    TextDelta,
     Usage,
-    Verdict,
+    Verification,
     Verifier,
 )
 from parse.types import (
-    Finish,
-    Judged,
+    DraftUnavailable,
+    FinishReason,
     Logprob,
-    Method,
-    NoDraft,
+    MethodName,
     RequestError,
-    Speculated,
-    VerdictError,
-    summed,
-    token_ids,
+    SpeculationStats,
+    VerificationError,
+    VerifyResult,
+    sum_stats,
+    validate_token_ids,
 )
 
 logger = logging.getLogger(__name__)
@@ -57,22 +57,22 @@ class Pipeline:
 
     verifier: Verifier
     tokenizer: PreTrainedTokenizerBase  # the target's
-    check: Check
+    check: VerificationSuffix
     settings: MethodSettings
     drafter: Drafter | None = None
     longest: int | None = None
     """Tokens of prompt and answer together that the verifier takes."""
-    methods: tuple[Method, ...] = ()
+    methods: tuple[MethodName, ...] = ()
     """By which the verifier can write several tokens in a pass; the first, where a question names none."""
     warms: bool = True
     """Does the target read the prompt while the drafter writes? Else with the draft, in one pass: that saves a pass
     where both share a processor and nothing is gained by being early."""
-    control: Control = field(default_factory=Control)
+    control: DraftingController = field(default_factory=DraftingController)
 
-    async def answer(self, question: Question) -> AsyncGenerator[Event]:
+    async def answer(self, question: GenerationRequest) -> AsyncGenerator[Event]:
         """The answer, piece by piece, with what was made of each draft, and at last what it took."""
         if question.prediction is not None:
-            prediction = token_ids("prediction", question.prediction, len(self.tokenizer))
+            prediction = validate_token_ids("prediction", question.prediction, len(self.tokenizer))
             question = replace(question, prediction=prediction)
         mode: Mode = question.mode
         fallback: Fallback | None = None
@@ -96,11 +96,17 @@ class Pipeline:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
         usage = answer.usage()
-        if usage.drafted and question.prediction is None:
-            self.control.learn(
-                Outcome(usage.drafted, usage.accepted, usage.written, usage.total_s, usage.seconds("write"))
+        if usage.draft_tokens and question.prediction is None:
+            self.control.record(
+                DraftingOutcome(
+                    usage.draft_tokens,
+                    usage.accepted_tokens,
+                    usage.target_tokens,
+                    usage.total_s,
+                    usage.seconds("write"),
+                )
             )
-        yield Done(answer.finish or "length", usage)
+        yield Finished(answer.finish or "length", usage)
 
 
 class _Draft:
@@ -128,26 +134,29 @@ class _Draft:
 class _Answer:
     """One answer on its way, and the ways to it."""
 
-    def __init__(self, pipeline: Pipeline, question: Question, mode: Mode, fallback: Fallback | None) -> None:
+    def __init__(self, pipeline: Pipeline, question: GenerationRequest, mode: Mode, fallback: Fallback | None) -> None:
         self.question, self.mode, self.fallback = question, mode, fallback
-        self.events: asyncio.Queue[Piece | Verdict | None] = asyncio.Queue()
+        self.events: asyncio.Queue[TextDelta | Verification | None] = asyncio.Queue()
         self.settings, self.verifier, self.drafter = pipeline.settings, pipeline.verifier, pipeline.drafter
         self.warms = pipeline.warms
-        limits = [question.sampling.max_tokens, pipeline.longest and pipeline.longest - len(question.prompt)]
+        limits = [
+            question.sampling_params.max_tokens,
+            pipeline.longest and pipeline.longest - len(question.prompt_token_ids),
+        ]
         self.most = min((limit for limit in limits if limit is not None), default=None)  # tokens of the answer
         self.special = frozenset(pipeline.tokenizer.all_special_ids)
         self.tokenizer, self.check, self.control = pipeline.tokenizer, pipeline.check, pipeline.control
         self.thresholds = question.thresholds or pipeline.settings.thresholds()
-        self.sampling = question.sampling
-        self.text = TextStream(self.tokenizer, self.sampling.stop)
+        self.sampling = question.sampling_params
+        self.text = IncrementalDetokenizer(self.tokenizer, self.sampling.stop)
         self._shown = 0  # characters
         self.output: list[int] = []
-        self.finish: Finish | None = None
+        self.finish: FinishReason | None = None
         self._last_origin: Origin = "target"
         self._drafted = self._accepted = self._written = self._rounds = 0
         self._boundary: int | None = None
         self._cached: int | None = None
-        self._speculated: Speculated | None = None
+        self._speculated: SpeculationStats | None = None
         self._stages: list[Stage] = []
         self._started = time.perf_counter()
         self._first: float | None = None
@@ -180,8 +189,8 @@ class _Answer:
         }
         try:
             await ways[self.mode]()
-            if rest := self.text.end():
-                self.events.put_nowait(Piece(rest, (), self._last_origin))
+            if rest := self.text.finish():
+                self.events.put_nowait(TextDelta(rest, (), self._last_origin))
         finally:
             self.events.put_nowait(None)
 
@@ -196,7 +205,7 @@ class _Answer:
     def _found(self, cached: int) -> None:
         """The first to read the prompt tells how much of it was known."""
         if self._cached is None:
-            self._cached = min(cached, len(self.question.prompt))
+            self._cached = min(cached, len(self.question.prompt_token_ids))
 
     # The ways to an answer.
 
@@ -286,36 +295,38 @@ class _Answer:
         else:
             upto = None
         writing = self.verifier.generate(
-            self.question.prompt,
+            self.question.prompt_token_ids,
             self.output,
             sampling,
             proposal=proposal,
-            piece=self.question.piece,
-            speculation=self.question.speculation,
+            piece=self.question.stream_interval,
+            speculation=self.question.speculative_method,
         )
         with self._stage("write"):
             async with aclosing(writing) as pieces:
                 async for tokens in pieces:
-                    self._found(tokens.cached)
-                    self._speculated = summed((self._speculated, tokens.speculated))
-                    taken = tokens.accepted
+                    self._found(tokens.num_cached_tokens)
+                    self._speculated = sum_stats((self._speculated, tokens.speculation))
+                    taken = tokens.num_accepted
                     self._accepted += taken
-                    self._written += len(tokens.ids) - taken
-                    self._say(tokens.ids[:taken], "draft", tokens.logprobs[:taken])
-                    self._say(tokens.ids[taken:], "target", tokens.logprobs[taken:])
-                    self.finish = None if tokens.finish == "length" and upto is not None else tokens.finish
+                    self._written += len(tokens.token_ids) - taken
+                    self._say(tokens.token_ids[:taken], "draft", tokens.logprobs[:taken])
+                    self._say(tokens.token_ids[taken:], "target", tokens.logprobs[taken:])
+                    self.finish = (
+                        None if tokens.finish_reason == "length" and upto is not None else tokens.finish_reason
+                    )
 
     async def _warm(self) -> None:
         if self.warms and not self.output:
             with self._stage("warm"):
-                self._found(await self.verifier.warm(self.question.prompt))
+                self._found(await self.verifier.warm(self.question.prompt_token_ids))
 
     async def _whole_draft(self) -> _Draft:
         """Meanwhile the target reads the prompt."""
         draft = _Draft(self.output)
         warming = asyncio.create_task(self._warm())
         try:
-            await self._write_draft(draft, piece=WHOLE)
+            await self._write_draft(draft, piece=NO_STREAMING)
             await warming
         finally:
             warming.cancel()
@@ -335,18 +346,18 @@ class _Answer:
                 self._cut_short(draft, self.question.prediction[len(self.output) :])
                 return
             assert self.drafter is not None
-            drafting = self.drafter.draft(self.question, self.output, piece=piece)
+            drafting = self.drafter.draft(self.question, self.output, stream_interval=piece)
             async with asyncio.timeout(self.settings.draft_timeout_s), aclosing(drafting) as pieces:
                 async for tokens in pieces:
-                    draft.ended = tokens.finish == "stop"
-                    if self._cut_short(draft, tokens.ids):
+                    draft.ended = tokens.finish_reason == "stop"
+                    if self._cut_short(draft, tokens.token_ids):
                         break
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             self.fallback = Fallback("lost", "the drafter was cancelled")  # by somebody else
-        except NoDraft as error:
+        except DraftUnavailable as error:
             self.fallback = Fallback(error.cause, f"no draft: {error}")
         except RequestError as error:  # too long for the drafter
             self.fallback = Fallback("refused", f"no draft: {error}")
@@ -358,14 +369,14 @@ class _Answer:
 
     def _cut_short(self, draft: _Draft, ids: Sequence[int]) -> bool:
         """Lets the draft grow, up to its end, a stop string and the token limit; says whether it came to one."""
-        ids, cut = token_ids("draft", ids, len(self.tokenizer)), False
+        ids, cut = validate_token_ids("draft", ids, len(self.tokenizer)), False
         if (end := next((place for place, token in enumerate(ids) if token in self.special), None)) is not None:
             ids, cut, draft.ended = ids[:end], True, True
         if self.sampling.stop:
             sofar = [*draft.before, *draft.ids]
-            text = TextStream(self.tokenizer, self.sampling.stop)
-            said = text.add([*sofar, *ids]) + text.end()
-            if text.stopped is not None:
+            text = IncrementalDetokenizer(self.tokenizer, self.sampling.stop)
+            said = text.add([*sofar, *ids]) + text.finish()
+            if text.matched_stop is not None:
                 draft.ended = cut = True
                 draft.text = said
                 while ids and self._length([*sofar, *ids]) > len(said):
@@ -386,8 +397,8 @@ class _Answer:
     def _cuts(self, ids: Sequence[int], *, ended: bool) -> list[int]:
         pieces = [] if self.settings.places == ("tokens",) else [self._decoded([token]) for token in ids]
         if not pieces:
-            return cuts_every(self.settings.stride, len(ids), ended=ended)
-        return cuts_at(self.settings.places, pieces, stride=self.settings.stride, ended=ended)
+            return prefix_lengths_every(self.settings.stride, len(ids), ended=ended)
+        return prefix_lengths_at(self.settings.places, pieces, stride=self.settings.stride, ended=ended)
 
     async def _judge(
         self, ids: tuple[int, ...], cuts: Sequence[int], *, start: int, ended: bool, text: str | None
@@ -396,7 +407,7 @@ class _Answer:
         before = self.output[: len(self.output) - start]
         with self._stage("judge"):
             judged = await self.verifier.judge(
-                (*self.question.prompt, *before),
+                (*self.question.prompt_token_ids, *before),
                 ids,
                 cuts,
                 self.check,
@@ -404,9 +415,11 @@ class _Answer:
                 prefix=self.thresholds.prefix if self.settings.rule == "first_failure" else None,
                 logprobs=self.sampling.logprobs,
             )
-        self._found(judged.cached)
+        self._found(judged.num_cached_tokens)
         _check_verdict(judged, cuts, logprobs=self.sampling.logprobs is not None)
-        kept = max(start, boundary(cuts, judged.correct, self.thresholds, ended=ended, rule=self.settings.rule))
+        kept = max(
+            start, accepted_prefix_length(cuts, judged.p_correct, self.thresholds, ended=ended, rule=self.settings.rule)
+        )
         self._accepted += kept - start
         if ended and kept == len(ids):
             self.finish = "stop"
@@ -416,11 +429,11 @@ class _Answer:
         self._say(ids[start:kept], "draft", judged.logprobs[start:kept], ends=whole, whole=text)
         rejected = "" if whole else self._decoded(ids[kept:])
         self.events.put_nowait(
-            Verdict(
+            Verification(
                 len(before) + start,
                 ids[start:],
                 tuple(cut - start for cut in cuts),
-                judged.correct,
+                judged.p_correct,
                 kept - start,
                 rejected,
             )
@@ -443,17 +456,19 @@ class _Answer:
         self.output += ids
         text = self.text.add(ids)
         if ends:
-            text += self.text.end()
+            text += self.text.finish()
             text = text if whole is None else whole[self._shown :]
         self._shown += len(text)
-        self.events.put_nowait(Piece(text, tuple(ids), origin, tuple(logprobs)))
+        self.events.put_nowait(TextDelta(text, tuple(ids), origin, tuple(logprobs)))
 
 
-def _check_verdict(judged: Judged, cuts: Sequence[int], *, logprobs: bool) -> None:
+def _check_verdict(judged: VerifyResult, cuts: Sequence[int], *, logprobs: bool) -> None:
     """A draft must not be accepted by a slip."""
-    if len(judged.correct) != len(cuts):
-        raise VerdictError(f"the verifier judged {len(judged.correct)} prefixes where it was asked about {len(cuts)}")
-    if not all(chance is None or 0.0 <= chance <= 1.0 for chance in judged.correct):
-        raise VerdictError(f"the verifier gave what is no probability: {judged.correct}")
+    if len(judged.p_correct) != len(cuts):
+        raise VerificationError(
+            f"the verifier judged {len(judged.p_correct)} prefixes where it was asked about {len(cuts)}"
+        )
+    if not all(chance is None or 0.0 <= chance <= 1.0 for chance in judged.p_correct):
+        raise VerificationError(f"the verifier gave what is no probability: {judged.p_correct}")
     if logprobs and cuts and len(judged.logprobs) < cuts[-1]:
-        raise VerdictError(f"the verifier gave {len(judged.logprobs)} log-probabilities for {cuts[-1]} tokens")
+        raise VerificationError(f"the verifier gave {len(judged.logprobs)} log-probabilities for {cuts[-1]} tokens")

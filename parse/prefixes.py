@@ -5,28 +5,32 @@ from typing import Literal, get_args
 
 DEFAULT_STRIDE = 8
 
-STOPS = ".", "!", "?", "…"
-Places = Literal["tokens", "sentences", "lines"]
+SENTENCE_ENDS = ".", "!", "?", "…"
+PrefixBoundary = Literal["tokens", "sentences", "lines"]
 
 
-def cuts_every(stride: int, length: int, *, ended: bool) -> list[int]:
+def prefix_lengths_every(stride: int, length: int, *, ended: bool) -> list[int]:
     """Every `stride` tokens; at the very end only if the draft ended by itself, where it asks about the full answer."""
     if stride < 1:
         raise ValueError(f"the stride between cuts must be at least 1, got {stride}")
-    cuts = list(range(stride, length, stride))
-    return [*cuts, length] if ended and length else cuts
+    lengths = list(range(stride, length, stride))
+    return [*lengths, length] if ended and length else lengths
 
 
-def cuts_at(places: Sequence[Places], pieces: Sequence[str], *, stride: int, ended: bool) -> list[int]:
+def prefix_lengths_at(
+    boundaries: Sequence[PrefixBoundary], token_texts: Sequence[str], *, stride: int, ended: bool
+) -> list[int]:
     """Cuts at all the places named; `pieces` is the text of each of the draft's tokens."""
-    if not places or not set(places) <= set(get_args(Places)):
-        raise ValueError(f"places must be some of {', '.join(get_args(Places))}, got {list(places)}")
-    ends = []
-    for cut in range(1, len(pieces)):
-        before, after = pieces[cut - 1], pieces[cut]
-        line = "\n" in before
-        sentence = before.rstrip().endswith(STOPS) and (before[-1:].isspace() or after[:1].isspace())
-        if ("lines" in places and line) or ("sentences" in places and sentence):
-            ends.append(cut)
-    every = cuts_every(stride if "tokens" in places else len(pieces) + 1, len(pieces), ended=ended)
-    return sorted({*ends, *every})
+    if not boundaries or not set(boundaries) <= set(get_args(PrefixBoundary)):
+        raise ValueError(f"places must be some of {', '.join(get_args(PrefixBoundary))}, got {list(boundaries)}")
+    lengths = []
+    for length in range(1, len(token_texts)):
+        before, after = token_texts[length - 1], token_texts[length]
+        ends_line = "\n" in before
+        ends_sentence = before.rstrip().endswith(SENTENCE_ENDS) and (before[-1:].isspace() or after[:1].isspace())
+        if ("lines" in boundaries and ends_line) or ("sentences" in boundaries and ends_sentence):
+            lengths.append(length)
+    regular = prefix_lengths_every(
+        stride if "tokens" in boundaries else len(token_texts) + 1, len(token_texts), ended=ended
+    )
+    return sorted({*lengths, *regular})

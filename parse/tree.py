@@ -31,9 +31,9 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def seen(self, context: int) -> Ints:
+    def visible_context(self, context_length: int) -> Ints:
         """[T], how many tokens of a context of that length each node sees."""
-        return np.full(len(self), context) if self.at is None else self.at
+        return np.full(len(self), context_length) if self.at is None else self.at
 
     def visible(self) -> NDArray[np.bool_]:
         """[T, T], True where the row's node sees the column's."""
@@ -45,11 +45,11 @@ def child(nodes: TokenTree | Sequence[int], node: int, token: int) -> int | None
     """The node below that one which holds the token. Of a chain, mere token ids will do."""
     if not isinstance(nodes, TokenTree):
         return node + 1 if node + 1 < len(nodes) and nodes[node + 1] == token else None
-    below = node + 1
-    while below < nodes.end[node]:
-        if nodes.tokens[below] == token:
-            return below
-        below = int(nodes.end[below])
+    candidate = node + 1
+    while candidate < nodes.end[node]:
+        if nodes.tokens[candidate] == token:
+            return candidate
+        candidate = int(nodes.end[candidate])
     return None
 
 
@@ -58,65 +58,67 @@ def chain(tokens: Sequence[int]) -> TokenTree:
     return TokenTree(np.asarray(tokens, np.int64), np.full(size, size), np.arange(size))
 
 
-def probes(at: Sequence[int], suffix: Sequence[int]) -> TokenTree:
+def suffix_forest(prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
     """A copy of `suffix` hung on the first c tokens of the context, for each c in `at`, blind to one another."""
     width = len(suffix)
-    starts = width * np.arange(len(at))
+    starts = width * np.arange(len(prefix_lengths))
     return TokenTree(
-        tokens=np.tile(np.asarray(suffix, np.int64), len(at)),
+        tokens=np.tile(np.asarray(suffix, np.int64), len(prefix_lengths)),
         end=np.repeat(starts + width, width),
-        depth=np.tile(np.arange(width), len(at)),
-        at=np.repeat(np.asarray(at, np.int64), width),
+        depth=np.tile(np.arange(width), len(prefix_lengths)),
+        at=np.repeat(np.asarray(prefix_lengths, np.int64), width),
     )
 
 
-def proposals(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree, Ints]:
+def tree_from_parents(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree, Ints]:
     """The tree in which node j hangs below `parents[j]`, an earlier one, or is a root (-1).
 
     Comes with the place of each given node in the tree's preorder.
     """
     size = len(tokens)
-    below = np.ones(size, np.int64)  # nodes in each subtree
+    subtree_size = np.ones(size, np.int64)  # nodes in each subtree
     for node in range(size - 1, -1, -1):
         if not -1 <= parents[node] < node:
             raise ValueError(f"the parent of node {node} must stand before it, got {parents[node]}")
         if parents[node] >= 0:
-            below[parents[node]] += below[node]
-    place, depth = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    free = np.zeros(size + 1, np.int64)  # where the next child goes; the last entry serves the roots
+            subtree_size[parents[node]] += subtree_size[node]
+    preorder, depth = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    next_free = np.zeros(size + 1, np.int64)  # where the next child goes; the last entry serves the roots
     for node in range(size):
         parent = parents[node]
-        place[node] = free[parent]
-        free[parent] += below[node]
-        free[node] = place[node] + 1
+        preorder[node] = next_free[parent]
+        next_free[parent] += subtree_size[node]
+        next_free[node] = preorder[node] + 1
         depth[node] = depth[parent] + 1 if parent >= 0 else 0
     tree = TokenTree(np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
-    tree.tokens[place], tree.end[place], tree.depth[place] = tokens, place + below, depth
-    return tree, place
+    tree.tokens[preorder], tree.end[preorder], tree.depth[preorder] = tokens, preorder + subtree_size, depth
+    return tree, preorder
 
 
-def probed(trunk: Sequence[int], cuts: Sequence[int], suffix: Sequence[int]) -> TokenTree:
+def trunk_with_suffixes(trunk: Sequence[int], prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
     """A trunk with a copy of `suffix` behind its first c tokens, for every cut c.
 
     The trunk comes first and its deepest probe next: still preorder, and cutting the trunk short needs no gather.
     `probe_ends` says where the copies stand.
     """
     size, width = len(trunk), len(suffix)
-    if any(not 0 < cut <= size for cut in cuts):
-        raise ValueError(f"cuts must lie in 1..{size}, got {list(cuts)}")
-    deepest_first = np.sort(np.asarray(cuts, dtype=np.int64))[::-1]
+    if any(not 0 < cut <= size for cut in prefix_lengths):
+        raise ValueError(f"cuts must lie in 1..{size}, got {list(prefix_lengths)}")
+    deepest_first = np.sort(np.asarray(prefix_lengths, dtype=np.int64))[::-1]
     # Probes hang below trunk node j when their cut lies beyond it: those laid out first.
-    below = np.searchsorted(-deepest_first, -np.arange(size), side="left")
+    suffixes_below = np.searchsorted(-deepest_first, -np.arange(size), side="left")
     starts = size + width * np.arange(len(deepest_first))
     return TokenTree(
-        tokens=np.concatenate([np.asarray(trunk, np.int64), np.tile(np.asarray(suffix, np.int64), len(cuts))]),
-        end=np.concatenate([size + width * below, np.repeat(starts + width, width)]),
+        tokens=np.concatenate(
+            [np.asarray(trunk, np.int64), np.tile(np.asarray(suffix, np.int64), len(prefix_lengths))]
+        ),
+        end=np.concatenate([size + width * suffixes_below, np.repeat(starts + width, width)]),
         depth=np.concatenate([np.arange(size), (deepest_first[:, None] + np.arange(width)).ravel()]),
     )
 
 
-def probe_ends(trunk: int, cuts: Sequence[int], width: int) -> Ints:
+def suffix_end_nodes(trunk: int, prefix_lengths: Sequence[int], width: int) -> Ints:
     """For each cut, in the order given, the node at the end of its probe: where the model answers."""
-    rank = np.empty(len(cuts), dtype=np.int64)
-    rank[np.argsort(-np.asarray(cuts, np.int64), kind="stable")] = np.arange(len(cuts))
+    rank = np.empty(len(prefix_lengths), dtype=np.int64)
+    rank[np.argsort(-np.asarray(prefix_lengths, np.int64), kind="stable")] = np.arange(len(prefix_lengths))
     return trunk + width * (rank + 1) - 1

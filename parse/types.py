@@ -24,7 +24,7 @@ class NumericalError(RuntimeError):
     """The model returned logits that are not numbers."""
 
 
-class Cancelled(RuntimeError):
+class RequestCancelled(RuntimeError):
     """The caller gave the request up."""
 
 
@@ -35,38 +35,38 @@ class EngineStopped(RuntimeError):
 FallbackCause = Literal["none_there", "does_not_pay", "busy", "lost", "silent", "slow", "refused", "failed"]
 
 
-class NoDraft(RuntimeError):
+class DraftUnavailable(RuntimeError):
     """There is no draft to be had now, for a reason that is nobody's fault."""
 
     def __init__(self, cause: FallbackCause, message: str) -> None:
         super().__init__(message)
         self.cause: FallbackCause = cause
 
-    def __reduce__(self) -> tuple[type["NoDraft"], tuple[FallbackCause, str]]:
+    def __reduce__(self) -> tuple[type["DraftUnavailable"], tuple[FallbackCause, str]]:
         return type(self), (self.cause, str(self))  # it may come from another process
 
 
-class VerdictError(RuntimeError):
+class VerificationError(RuntimeError):
     """A verifier's verdict does not fit what it was asked."""
 
 
-def token_ids(field: str, ids: Sequence[int], vocabulary: int) -> list[int]:
+def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> list[int]:
     """The same as plain integers, each of them a token."""
     try:
-        plain = [operator.index(token) for token in ids]
+        integers = [operator.index(token) for token in token_ids]
     except TypeError as error:
         raise RequestError(field, f"must hold token ids, whole numbers: {error}") from error
-    if plain and not (min(plain) >= 0 and max(plain) < vocabulary):
-        raise RequestError(field, f"token ids must lie in 0..{vocabulary - 1}")
-    return plain
+    if integers and not (min(integers) >= 0 and max(integers) < vocab_size):
+        raise RequestError(field, f"token ids must lie in 0..{vocab_size - 1}")
+    return integers
 
 
 MAX_LOGPROBS = 20
-MAX_STOPS, LONGEST_STOP = 16, 256  # strings, characters
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # strings, characters
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen. The defaults are plain sampling; `temperature=0` is greedy."""
 
     temperature: float = 1.0
@@ -84,43 +84,43 @@ class Sampling:
     logprobs: int | None = None  # of the chosen token, and of that many others
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 0.0, 2.0)
-        _within("top_p", self.top_p, 0.0, 1.0, above=True)
-        _within("top_k", self.top_k, 0, None, whole=True)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_range("temperature", self.temperature, 0.0, 2.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, above=True)
+        _check_range("top_k", self.top_k, 0, None, whole=True)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError("logit_bias", f"must map token ids to numbers, got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
-            _within("logit_bias", token, 0, None, whole=True)
-            _within("logit_bias", bias, -100.0, 100.0)
-        _within("seed", self.seed, None, None, whole=True)
+            _check_range("logit_bias", token, 0, None, whole=True)
+            _check_range("logit_bias", bias, -100.0, 100.0)
+        _check_range("seed", self.seed, None, None, whole=True)
         if self.max_tokens is not None:
-            _within("max_tokens", self.max_tokens, 1, None, whole=True)
+            _check_range("max_tokens", self.max_tokens, 1, None, whole=True)
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
         if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
             raise RequestError("stop", f"must be a list of strings, got {self.stop!r}")
         if not all(self.stop):
             raise RequestError("stop", "a stop string must not be empty")
-        if len(self.stop) > MAX_STOPS or any(len(text) > LONGEST_STOP for text in self.stop):
-            raise RequestError("stop", f"takes at most {MAX_STOPS} strings of {LONGEST_STOP} characters")
+        if len(self.stop) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_LENGTH for text in self.stop):
+            raise RequestError("stop", f"takes at most {MAX_STOP_STRINGS} strings of {MAX_STOP_LENGTH} characters")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
     @property
-    def adjusts(self) -> bool:
+    def modifies_logits(self) -> bool:
         """Do the logits change before a token is chosen?"""
         return bool(
             self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         )
 
 
-def _within(
+def _check_range(
     name: str, value: object, low: float | None, high: float | None, *, above: bool = False, whole: bool = False
 ) -> None:
     """NaN fails every comparison, so it is refused too."""
@@ -139,71 +139,71 @@ class Logprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 
-Method = Literal["draft_model", "ngram", "eagle3", "parallel", "space"]
+MethodName = Literal["draft_model", "ngram", "eagle3", "parallel", "space"]
 """Ways to propose several of the target's next tokens at once."""
 
 MethodChoice = Literal["draft_model", "ngram", "eagle3", "parallel", "space", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Speculated:
+class SpeculationStats:
     """What came of a method's proposals."""
 
-    method: Method
+    method: MethodName
     passes: int = 0  # of the target, with proposals and without, each of which wrote at least a token
-    proposed: tuple[int, ...] = ()  # tokens, at each place of the proposals
-    accepted: tuple[int, ...] = ()  # of them; both are as long as the longest proposal
+    proposed_per_position: tuple[int, ...] = ()  # tokens, at each place of the proposals
+    accepted_per_position: tuple[int, ...] = ()  # of them; both are as long as the longest proposal
 
-    def __add__(self, other: "Speculated") -> "Speculated":
+    def __add__(self, other: "SpeculationStats") -> "SpeculationStats":
         def added(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(a + b for a, b in zip_longest(one, two, fillvalue=0))
 
-        return Speculated(
+        return SpeculationStats(
             other.method,
             self.passes + other.passes,
-            added(self.proposed, other.proposed),
-            added(self.accepted, other.accepted),
+            added(self.proposed_per_position, other.proposed_per_position),
+            added(self.accepted_per_position, other.accepted_per_position),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenDelta:
     """A piece of what is being written."""
 
-    ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...] = ()
-    finish: Finish | None = None  # set on the last piece: ended by itself or at a stop string, or cut off
-    accepted: int = 0  # how many of these the proposal held already
-    cached: int = 0  # on the first piece: tokens of what it goes on from that were known
-    speculated: Speculated | None = None  # in the passes that wrote these
+    finish_reason: FinishReason | None = None  # set on the last piece: ended by itself or at a stop string, or cut off
+    num_accepted: int = 0  # how many of these the proposal held already
+    num_cached_tokens: int = 0  # on the first piece: tokens of what it goes on from that were known
+    speculation: SpeculationStats | None = None  # in the passes that wrote these
 
 
-def joined(pieces: Sequence[Tokens]) -> Tokens:
+def merge_deltas(deltas: Sequence[TokenDelta]) -> TokenDelta:
     """As if they had come in one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return Tokens(
-        tuple(token for piece in pieces for token in piece.ids),
-        tuple(logprob for piece in pieces for logprob in piece.logprobs),
-        pieces[-1].finish,
-        sum(piece.accepted for piece in pieces),
-        pieces[0].cached,
-        summed(piece.speculated for piece in pieces),
+    if len(deltas) == 1:
+        return deltas[0]
+    return TokenDelta(
+        tuple(token for piece in deltas for token in piece.token_ids),
+        tuple(logprob for piece in deltas for logprob in piece.logprobs),
+        deltas[-1].finish_reason,
+        sum(piece.num_accepted for piece in deltas),
+        deltas[0].num_cached_tokens,
+        sum_stats(piece.speculation for piece in deltas),
     )
 
 
-def summed(parts: Iterable[Speculated | None]) -> Speculated | None:
+def sum_stats(parts: Iterable[SpeculationStats | None]) -> SpeculationStats | None:
     """All that there is, None if nothing is."""
-    there = [part for part in parts if part is not None]
-    return reduce(Speculated.__add__, there) if there else None
+    present = [part for part in parts if part is not None]
+    return reduce(SpeculationStats.__add__, present) if present else None
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class VerifyResult:
     """What the target makes of a draft."""
 
-    correct: tuple[float | None, ...]  # P(correct) at each cut; None where it no longer mattered
+    p_correct: tuple[float | None, ...]  # P(correct) at each cut; None where it no longer mattered
     logprobs: tuple[Logprob, ...] = ()  # the target's own, of the draft's tokens, where asked for
-    cached: int = 0  # tokens of prompt and draft that were known
+    num_cached_tokens: int = 0  # tokens of prompt and draft that were known

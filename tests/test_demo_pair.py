@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.acceptance import Thresholds
 from parse.prefixes import DEFAULT_STRIDE
-from parse.tree import chain, probe_ends, probed
+from parse.tree import chain, suffix_end_nodes, trunk_with_suffixes
 from training import measure
 from training.evaluate import MODELS, load_pair
 from training.judging import probabilities, run
@@ -111,8 +111,8 @@ def loss(model, writer, drafts):
         total += cross_entropy(logits, torch.tensor(own))
         if writer.own == TARGET:
             trunk, cuts = [*prompt, *draft.tokens], [len(prompt) + cut for cut in draft.cuts]
-            ends = torch.from_numpy(probe_ends(len(trunk), cuts, len(writer.check.suffix)))
-            logits = run(model, probed(trunk, cuts, writer.check.suffix), ends)
+            ends = torch.from_numpy(suffix_end_nodes(len(trunk), cuts, len(writer.check.suffix)))
+            logits = run(model, trunk_with_suffixes(trunk, cuts, writer.check.suffix), ends)
             right, wrong = writer.check.correct[0], writer.check.incorrect[0]
             words = [right if draft.prefix_right(c) else wrong for c in draft.cuts]
             total += cross_entropy(logits, torch.tensor(words))

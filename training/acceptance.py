@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from parse.speculative.proposal import Foresight, Proposal, Wish
-from parse.speculative.proposers.eagle3 import Eagle3
+from parse.speculative.proposal import Proposal, ProposalRequest, Proposer
+from parse.speculative.proposers.eagle3 import Eagle3Proposer
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import HeadError, Target
-from parse.speculative.proposers.parallelspec import Parallel
+from parse.speculative.proposers.eagle_head import ProposerLoadError, TargetModel
+from parse.speculative.proposers.parallelspec import ParallelSpecProposer
 from training.checkpoints import BrokenModel, load_model
 from training.evaluate import MODELS, rounded
 from training.outputs import AT_ONCE, Output, beginnings, open_target, read_outputs, written
@@ -53,7 +53,9 @@ def followed(proposal: Proposal, text: Sequence[int]) -> int:
     """How far the tree goes along with the text."""
     at = -1
     for count, token in enumerate(text):
-        here = (node for node, parent in enumerate(proposal.parents) if parent == at and proposal.tokens[node] == token)
+        here = (
+            node for node, parent in enumerate(proposal.parents) if parent == at and proposal.token_ids[node] == token
+        )
         at = next(here, -1)
         if at < 0:
             return count
@@ -61,24 +63,24 @@ def followed(proposal: Proposal, text: Sequence[int]) -> int:
 
 
 @torch.inference_mode()
-def acceptance(method: Foresight[Any], network: PreTrainedModel, texts: Sequence[Output], most: int) -> Acceptance:
+def acceptance(method: Proposer[Any], network: PreTrainedModel, texts: Sequence[Output], most: int) -> Acceptance:
     lengths: list[int] = []
     seconds: list[float] = []
     passes = tokens = nodes = 0
     for text in texts:
         rows = torch.tensor([text.tokens], device=network.device)
         states = network(input_ids=rows, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-        taps = method.taps
+        taps = method.aux_hidden_state_layers
         features = torch.cat([states[tap][0] for tap in taps], -1) if taps else None  # [T, taps * H]
-        proposer, known, at = method.proposer(), 0, len(text.prompt) + text.begun
+        proposer, known, at = method.new_state(), 0, len(text.prompt) + text.begun
         while at < len(text.tokens):
             began = time.perf_counter()
             new_ones = None if features is None else features[max(0, known - 1) : at - 1]
             proposer.take(text.tokens[known:at], new_ones, None)
-            (proposal,) = method.propose([Wish(proposer, most)])
+            (proposal,) = method.propose([ProposalRequest(proposer, most)])
             seconds.append(time.perf_counter() - began)
             lengths.append(followed(proposal, text.tokens[at:]))
-            nodes += len(proposal.tokens)
+            nodes += len(proposal.token_ids)
             known, at = at, min(at + lengths[-1] + 1, len(text.tokens))
             passes, tokens = passes + 1, tokens + at - known
     longest = max(lengths, default=0)
@@ -96,7 +98,7 @@ def held_out(target: str, count: int, seed: int, threads: int | None = None) -> 
         while group := list(islice(begun, AT_ONCE)):
             found += asyncio.run(written(service, group, 512))
     finally:
-        service.close()
+        service.shutdown()
     return found
 
 
@@ -119,15 +121,15 @@ def ways(parallel_tokens: int) -> dict[str, Way]:
     }
 
 
-def method_of(path: Path, network: PreTrainedModel, how: Mapping[str, int]) -> Eagle3 | Parallel:
-    head, embedding = load_head(path, Target.of(network))
-    return (Parallel if head.config.parallel_tokens > 1 else Eagle3)(head, embedding, **how)
+def method_of(path: Path, network: PreTrainedModel, how: Mapping[str, int]) -> Eagle3Proposer | ParallelSpecProposer:
+    head, embedding = load_head(path, TargetModel.of(network))
+    return (ParallelSpecProposer if head.config.parallel_tokens > 1 else Eagle3Proposer)(head, embedding, **how)
 
 
 def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> dict[str, Any]:
     """Of a head in a folder, apart for plain answers and for those that others began."""
     kinds = by_kind(texts)
-    head, _ = load_head(path, Target.of(network))
+    head, _ = load_head(path, TargetModel.of(network))
     found: dict[str, Any] = {"texts": len(texts), "ways": {}}
     for name, way in ways(head.config.parallel_tokens).items():
         method = method_of(path, network, way.how)
@@ -175,7 +177,7 @@ def main() -> None:
         else:
             texts = held_out(str(args.target), args.problems, args.seed, args.threads)
         found = figures(args.head, load_model(args.target), texts)
-    except (BrokenModel, HeadError, ValueError, OSError) as error:
+    except (BrokenModel, ProposerLoadError, ValueError, OSError) as error:
         sys.exit(str(error))
     print(json.dumps(rounded(found), indent=2))
 

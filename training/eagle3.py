@@ -19,7 +19,13 @@ from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import Head, HeadConfig, HeadError, Rotation, Target
+from parse.speculative.proposers.eagle_head import (
+    EagleHead,
+    EagleHeadConfig,
+    ProposerLoadError,
+    RotaryEmbedding,
+    TargetModel,
+)
 from training import heads
 from training.foresight import Batch, Library, by_frequency, shuffled, wholly
 from training.loop import Cosine, Losses, adamw, train
@@ -49,31 +55,31 @@ class Recipe:
 
 def new_head(
     network: PreTrainedModel, texts: Sequence[Output], recipe: Recipe, *, layers: int = 1, parallel: int = 1
-) -> Head:
+) -> EagleHead:
     """Sizes are the target's, and so is `lm_head` to begin with; unless there is a head to start from."""
-    target, config = Target.of(network), network.config.get_text_config()
+    target, config = TargetModel.of(network), network.config.get_text_config()
     if recipe.start:
         head, own = load_head(recipe.start, target)
         if (head.config.parallel_tokens > 1) != (parallel > 1):
-            raise HeadError(f"{recipe.start} holds a head of another method")
+            raise ProposerLoadError(f"{recipe.start} holds a head of another method")
         if not torch.equal(own, target.embedding):
-            raise HeadError(f"{recipe.start} brings embeddings of its own, which are not trained here")
+            raise ProposerLoadError(f"{recipe.start} brings embeddings of its own, which are not trained here")
         head.config = replace(head.config, parallel_tokens=parallel)
         return head.float().requires_grad_(True)
-    chosen = by_frequency(texts, target.vocabulary, recipe.draft_vocabulary)
+    chosen = by_frequency(texts, target.vocab_size, recipe.draft_vocabulary)
     torch.manual_seed(recipe.seed)
     rope = dict(config.rope_parameters)
-    head = Head(
-        HeadConfig(
-            hidden_size=target.width,
+    head = EagleHead(
+        EagleHeadConfig(
+            hidden_size=target.hidden_size,
             intermediate_size=recipe.intermediate or config.intermediate_size,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or target.width // config.num_attention_heads,
-            vocab_size=target.vocabulary,
+            head_dim=getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads,
+            vocab_size=target.vocab_size,
             draft_vocab_size=len(chosen),
-            target_hidden_size=target.width,
-            taps=target.taps,
+            target_hidden_size=target.hidden_size,
+            aux_hidden_state_layers=target.default_aux_layers,
             num_hidden_layers=layers,
             rms_norm_eps=config.rms_norm_eps,
             rope_theta=rope.pop("rope_theta", 10000.0),
@@ -96,7 +102,7 @@ class Distillation:
     def __init__(self, chosen: Tensor, network: PreTrainedModel) -> None:
         self._read = network.get_output_embeddings()
         self._chosen = chosen
-        self._known = torch.zeros(Target.of(network).vocabulary, dtype=torch.bool, device=chosen.device)
+        self._known = torch.zeros(TargetModel.of(network).vocab_size, dtype=torch.bool, device=chosen.device)
         self._known[chosen] = True
 
     @torch.no_grad()
@@ -114,7 +120,7 @@ class Distillation:
         return loss, float(same) if bool(counts.any()) else float("nan")
 
 
-def unrolled(head: Head, embeddings: Tensor, rotation: Rotation, given: Batch) -> Iterator[Tensor]:
+def unrolled(head: EagleHead, embeddings: Tensor, rotation: RotaryEmbedding, given: Batch) -> Iterator[Tensor]:
     """The head's logits of every step on from all anchors, [B, A, draft vocabulary] each."""
     size, width = given.tokens.shape
     anchors, seen = given.anchors, up_to(given.anchors, width)
@@ -132,18 +138,18 @@ def unrolled(head: Head, embeddings: Tensor, rotation: Rotation, given: Batch) -
 
     rows = torch.arange(size, device=anchors.device)[:, None]
     embedded = embedding(given.tokens, embeddings)
-    hidden = head(embedded, head.fused(given.features), rotation.at(range(width)), attend, (rows, anchors))
+    hidden = head(embedded, head.fuse(given.features), rotation.cos_sin(range(width)), attend, (rows, anchors))
     yield head.logits(hidden)
     for step in range(1, given.valid.shape[2]):
         embedded = embedding(given.next_tokens[..., step], embeddings)
-        cos, sin = (turn.view(*anchors.shape, 1, -1) for turn in rotation.at((anchors + step).flatten().tolist()))
+        cos, sin = (turn.view(*anchors.shape, 1, -1) for turn in rotation.cos_sin((anchors + step).flatten().tolist()))
         hidden = head(embedded, hidden, (cos, sin), attend)
         yield head.logits(hidden)
 
 
-def losses(head: Head, network: PreTrainedModel, library: Library, recipe: Recipe) -> Losses:
-    distillation, embeddings = Distillation(head.to_target, network), Target.of(network).embedding
-    rotation = Rotation(head.config, head.fc)
+def losses(head: EagleHead, network: PreTrainedModel, library: Library, recipe: Recipe) -> Losses:
+    distillation, embeddings = Distillation(head.to_target, network), TargetModel.of(network).embedding
+    rotation = RotaryEmbedding(head.config, head.fc)
 
     def of(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
         given = library.batch(shuffled(len(library.texts), recipe.texts, recipe.seed, step), recipe.ahead)
@@ -157,10 +163,10 @@ def losses(head: Head, network: PreTrainedModel, library: Library, recipe: Recip
     return of
 
 
-def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: Recipe, folder: Path) -> Head:
+def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: Recipe, folder: Path) -> EagleHead:
     texts = list(wholly(texts))
     head = new_head(network, texts, recipe)
-    library = Library(network, head.config.taps, texts, recipe.memory_mb)
+    library = Library(network, head.config.aux_hidden_state_layers, texts, recipe.memory_mb)
     train(folder, head, losses(head, network, library, recipe), recipe.schedule, optimized_by=adamw)
     return head.eval()
 

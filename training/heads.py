@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parse.speculative.proposers.eagle_checkpoint import save_head
-from parse.speculative.proposers.eagle_head import Head, HeadError
+from parse.speculative.proposers.eagle_head import EagleHead, ProposerLoadError
 from parse.types import RequestError
 from training.acceptance import figures, held_out
 from training.checkpoints import BrokenModel, load_model, load_tokenizer
@@ -42,7 +42,7 @@ class Publishing(Generic[M]):
     card: Callable[[Path, str, Mapping[str, Any], str], None]
 
 
-OF_HEADS = Publishing[Head](lambda head, folder, dtype: save_head(head, folder, dtype=dtype), figures, write_card)
+OF_HEADS = Publishing[EagleHead](lambda head, folder, dtype: save_head(head, folder, dtype=dtype), figures, write_card)
 
 
 def arguments(name: str, page: str, steps: int, rate: float, texts: int, ahead: int) -> argparse.ArgumentParser:
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, train: Train[M], publishing: Publishing[M]) ->
         torch.set_num_threads(args.threads)
     try:
         _run(args, train, publishing)
-    except (BrokenModel, DamagedCheckpoint, HeadError, RequestError, ValueError, OSError) as error:
+    except (BrokenModel, DamagedCheckpoint, ProposerLoadError, RequestError, ValueError, OSError) as error:
         sys.exit(str(error))
 
 
@@ -122,5 +122,5 @@ def _outputs(args: argparse.Namespace) -> Path:
         begun = read_prompts(args.prompts, tokenizer) if args.prompts else beginnings(tokenizer, args.seed)
         write_outputs(service, begun, args.count, path, longest=args.longest)
     finally:
-        service.close()
+        service.shutdown()
     return path

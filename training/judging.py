@@ -5,21 +5,21 @@ from collections.abc import Sequence
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from parse.prompts import Check
-from parse.tree import TokenTree, probe_ends, probed
+from parse.prompts import VerificationSuffix
+from parse.tree import TokenTree, suffix_end_nodes, trunk_with_suffixes
 
 
 @torch.inference_mode()
 def probabilities(
-    model: PreTrainedModel, prompt: Sequence[int], draft: Sequence[int], cuts: Sequence[int], check: Check
+    model: PreTrainedModel, prompt: Sequence[int], draft: Sequence[int], cuts: Sequence[int], check: VerificationSuffix
 ) -> list[float]:
     """P(correct) at each cut of the draft."""
     if not cuts:
         return []
-    tree = probed([*prompt, *draft], [len(prompt) + cut for cut in cuts], check.suffix)
-    at = torch.from_numpy(probe_ends(len(prompt) + len(draft), cuts, len(check.suffix)))
+    tree = trunk_with_suffixes([*prompt, *draft], [len(prompt) + cut for cut in cuts], check.token_ids)
+    at = torch.from_numpy(suffix_end_nodes(len(prompt) + len(draft), cuts, len(check.token_ids)))
     logits = run(model, tree, at)
-    words = [logits[:, list(ids)].logsumexp(-1) for ids in (check.correct, check.incorrect)]
+    words = [logits[:, list(ids)].logsumexp(-1) for ids in (check.correct_token_ids, check.incorrect_token_ids)]
     return [float(p) for p in torch.stack(words).softmax(0)[0]]
 
 
@@ -32,7 +32,7 @@ def run(model: PreTrainedModel, tree: TokenTree, at: torch.Tensor, context: Cach
     hidden = torch.from_numpy(~tree.visible()).to(model.device)
     mask = torch.zeros(len(tree), before + len(tree), dtype=model.dtype, device=model.device)
     mask[:, before:].masked_fill_(hidden, lowest)
-    seen = torch.from_numpy(tree.seen(before)).to(model.device)
+    seen = torch.from_numpy(tree.visible_context(before)).to(model.device)
     mask[:, :before].masked_fill_(torch.arange(before, device=model.device) >= seen[:, None], lowest)
     out = model(
         input_ids=torch.from_numpy(tree.tokens)[None].to(model.device),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import PreTrainedModel
 
-from parse.prompts import Check
+from parse.prompts import VerificationSuffix
 from training.attention import TREE_ATTENTION
 from training.rows import IGNORED, Batch
 
@@ -70,7 +70,7 @@ class Recalling(Writing):
 class Deciding(Writing):
     """Next tokens and verdicts."""
 
-    def __init__(self, model: PreTrainedModel, check: Check) -> None:
+    def __init__(self, model: PreTrainedModel, check: VerificationSuffix) -> None:
         super().__init__(model)
         self.check = check
 
@@ -85,8 +85,8 @@ class Deciding(Writing):
             return top.new_zeros(()), {}
         logits = _logits(self.model, top[batch.verdict_at[:, 0], batch.verdict_at[:, 1]])
         loss = cross_entropy(logits, batch.verdict)
-        right = batch.verdict == self.check.correct[0]
-        passed = logits[:, self.check.correct[0]] > logits[:, self.check.incorrect[0]]
+        right = batch.verdict == self.check.correct_token_ids[0]
+        passed = logits[:, self.check.correct_token_ids[0]] > logits[:, self.check.incorrect_token_ids[0]]
         return loss, {
             "verdict": loss.item(),
             "right_passed": _share(passed[right]),
@@ -97,7 +97,7 @@ class Deciding(Writing):
 class Judging(Deciding):
     """Next tokens, slips, and verdicts."""
 
-    def __init__(self, model: PreTrainedModel, check: Check, base_layers: int) -> None:
+    def __init__(self, model: PreTrainedModel, check: VerificationSuffix, base_layers: int) -> None:
         super().__init__(model, check)
         self.base_layers = base_layers
         self.base_norm = deepcopy(cast(nn.Module, model.base_model.norm)).requires_grad_(False)

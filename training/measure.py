@@ -9,9 +9,9 @@ from dataclasses import astuple, dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.acceptance import Thresholds, boundary
-from parse.prefixes import cuts_every
-from parse.tree import probed, probes
+from parse.acceptance import Thresholds, accepted_prefix_length
+from parse.prefixes import prefix_lengths_every
+from parse.tree import suffix_forest, trunk_with_suffixes
 from training.judging import cached, probabilities, run
 from training.rows import Writer
 from training.task import Problem, check, problem
@@ -53,7 +53,7 @@ class Judged:
         return self.first_wrong is None or cut <= self.first_wrong
 
     def kept(self, thresholds: Thresholds) -> int:
-        return boundary(self.cuts, self.correct, thresholds, ended=self.ended)
+        return accepted_prefix_length(self.cuts, self.correct, thresholds, ended=self.ended)
 
 
 def problems(seed: int, count: int, split: str = "evaluation") -> list[Problem]:
@@ -82,7 +82,7 @@ def judged(pair: Pair, given: Sequence[Problem], drafts: Sequence[Sequence[int]]
         ended = draft[-1] == writer.end
         tokens = tuple(draft[:-1] if ended else draft)
         found = check(g, [writer.piece(token) for token in tokens])
-        cuts = cuts_every(stride, len(tokens), ended=ended)
+        cuts = prefix_lengths_every(stride, len(tokens), ended=ended)
         correct = probabilities(pair.target, writer.prompt(g), tokens, cuts, writer.check)
         out.append(Judged(g, tokens, ended, found.first_wrong, found.complete, tuple(cuts), tuple(correct)))
     return out
@@ -208,9 +208,9 @@ def _prompt_ms(model: PreTrainedModel, pair: Pair, draft: Judged) -> float:
 def _judge_ms(pair: Pair, draft: Judged) -> tuple[float, float]:
     """The draft with a probe at its end; then, on what is cached by now, the probes at all cuts before it."""
     writer = pair.writer
-    suffix, size, before = writer.check.suffix, len(draft.tokens), len(writer.prompt(draft.given))
-    whole = probed(draft.tokens, [size], suffix)
-    prefixes = probes([before + cut for cut in draft.cuts[:-1]], suffix)
+    suffix, size, before = writer.check.token_ids, len(draft.tokens), len(writer.prompt(draft.given))
+    whole = trunk_with_suffixes(draft.tokens, [size], suffix)
+    prefixes = suffix_forest([before + cut for cut in draft.cuts[:-1]], suffix)
     seconds = []
     for _ in range(3):
         context = cached(pair.target, writer.prompt(draft.given))

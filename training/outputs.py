@@ -22,10 +22,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from parse.config import EngineSettings
-from parse.engines.native.service import ModelService
-from parse.prompts import prompt_ids
-from parse.protocol import WHOLE
-from parse.types import RequestError, Sampling
+from parse.engines.native.service import NativeEngine
+from parse.prompts import chat_prompt_token_ids
+from parse.protocol import NO_STREAMING
+from parse.types import RequestError, SamplingParams
 from training.task import answer, problem
 from training.wording import DRAFT
 
@@ -57,7 +57,7 @@ def beginnings(tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT
         if index // 2 % 2:
             whole = tokenizer.encode(answer(given, DRAFT), add_special_tokens=False)
             begun = whole[: random.Random(f"{split}/{seed}/{index}/cut").randrange(1, len(whole))]
-        yield prompt_ids(tokenizer, [{"role": "user", "content": given.question}]), begun
+        yield chat_prompt_token_ids(tokenizer, [{"role": "user", "content": given.question}]), begun
         index += 1
 
 
@@ -67,7 +67,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Beg
             try:
                 found = json.loads(line)
                 messages = found.get("messages") or [{"role": "user", "content": found["prompt"]}]
-                ids = prompt_ids(tokenizer, messages)
+                ids = chat_prompt_token_ids(tokenizer, messages)
             except (ValueError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}: no prompt ({error})") from error
             yield ids, []
@@ -88,23 +88,23 @@ def read_outputs(path: Path) -> list[Output]:
 
 
 async def written(
-    service: ModelService, begun: Sequence[Beginning], longest: int, *, temperature: float = 0.0
+    service: NativeEngine, begun: Sequence[Beginning], longest: int, *, temperature: float = 0.0
 ) -> list[Output]:
     """What the target makes of each, all of them at once."""
 
     async def one(prompt: list[int], start: list[int]) -> Output:
-        sampling = Sampling(temperature=temperature, max_tokens=len(start) + longest)
+        sampling = SamplingParams(temperature=temperature, max_tokens=len(start) + longest)
         output, finish = list(start), None
-        async for tokens in service.generate(prompt, start, sampling, piece=WHOLE):
-            output += tokens.ids
-            finish = tokens.finish
+        async for tokens in service.generate(prompt, start, sampling, piece=NO_STREAMING):
+            output += tokens.token_ids
+            finish = tokens.finish_reason
         return Output(prompt, output + [_end(service)] * (finish == "stop"), len(start))
 
     return await asyncio.gather(*(one(*given) for given in begun))
 
 
 def write_outputs(
-    service: ModelService, begun: Iterable[Beginning], count: int, path: Path, *, longest: int, temperature: float = 0.0
+    service: NativeEngine, begun: Iterable[Beginning], count: int, path: Path, *, longest: int, temperature: float = 0.0
 ) -> None:
     """Appends to `path` until it holds `count` lines, or there are no more prompts."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,14 +121,14 @@ def write_outputs(
             bar.update(len(group))
 
 
-def _end(service: ModelService) -> int:
+def _end(service: NativeEngine) -> int:
     """The end token; where there are several, the one of the tokenizer."""
     own = service.model.tokenizer.eos_token_id
-    return own if isinstance(own, int) and own in service.model.ends else min(service.model.ends)
+    return own if isinstance(own, int) and own in service.model.eos_token_ids else min(service.model.eos_token_ids)
 
 
-def open_target(model: str, threads: int | None, longest: int) -> ModelService:
-    return ModelService(EngineSettings(model=model, threads=threads, max_running=AT_ONCE, max_context=longest))
+def open_target(model: str, threads: int | None, longest: int) -> NativeEngine:
+    return NativeEngine(EngineSettings(model=model, threads=threads, max_running=AT_ONCE, max_context=longest))
 
 
 def main() -> None:
@@ -155,7 +155,7 @@ def main() -> None:
         sys.exit(str(error))
     finally:
         if service is not None:
-            service.close()
+            service.shutdown()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from parse.speculative.proposers.eagle_head import Head, Rotation, Target
+from parse.speculative.proposers.eagle_head import EagleHead, RotaryEmbedding, TargetModel
 from training import heads
 from training.eagle3 import Distillation, Recipe, new_head
 from training.foresight import Batch, Library, shuffled, some, wholly
@@ -37,7 +37,7 @@ class ParallelRecipe(Recipe):
     share: float = 0.5  # of the anchors that a batch learns from: masks cost the most, and every text comes again
 
 
-def foreseen(head: Head, embeddings: Tensor, rotation: Rotation, given: Batch) -> Tensor:
+def foreseen(head: EagleHead, embeddings: Tensor, rotation: RotaryEmbedding, given: Batch) -> Tensor:
     """The head's logits at all places ahead of all anchors, [B, A, S, draft vocabulary]."""
     size, width = given.tokens.shape
     anchors, top = given.anchors, len(head.layers) - 1
@@ -61,18 +61,18 @@ def foreseen(head: Head, embeddings: Tensor, rotation: Rotation, given: Batch) -
 
     rows = torch.arange(size, device=device)[:, None]
     embedded = embedding(given.tokens, embeddings)
-    first = head(embedded, head.fused(given.features), rotation.at(range(width)), text, (rows, anchors))
+    first = head(embedded, head.fuse(given.features), rotation.cos_sin(range(width)), text, (rows, anchors))
     shape = (*anchors.shape, masks)
     positions = anchors[..., None] + 1 + torch.arange(masks, device=device)
-    cos, sin = (turn.view(*shape, 1, -1) for turn in rotation.at(positions.flatten().tolist()))
+    cos, sin = (turn.view(*shape, 1, -1) for turn in rotation.cos_sin(positions.flatten().tolist()))
     embedded, hidden = (mask.expand(*shape, -1) for mask in (head.mask_embedding, head.mask_hidden))
     later = head(embedded, hidden, (cos, sin), groups)
     return head.logits(torch.cat([first[:, :, None], later], 2))
 
 
-def losses(head: Head, network: PreTrainedModel, library: Library, recipe: ParallelRecipe) -> Losses:
-    distillation, embeddings = Distillation(head.to_target, network), Target.of(network).embedding
-    rotation = Rotation(head.config, head.fc)
+def losses(head: EagleHead, network: PreTrainedModel, library: Library, recipe: ParallelRecipe) -> Losses:
+    distillation, embeddings = Distillation(head.to_target, network), TargetModel.of(network).embedding
+    rotation = RotaryEmbedding(head.config, head.fc)
 
     def of(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
         given = library.batch(shuffled(len(library.texts), recipe.texts, recipe.seed, step), recipe.ahead)
@@ -88,10 +88,10 @@ def losses(head: Head, network: PreTrainedModel, library: Library, recipe: Paral
     return of
 
 
-def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: ParallelRecipe, folder: Path) -> Head:
+def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: ParallelRecipe, folder: Path) -> EagleHead:
     texts = list(wholly(texts))
     head = new_head(network, texts, recipe, layers=recipe.layers, parallel=recipe.ahead)
-    library = Library(network, head.config.taps, texts, recipe.memory_mb)
+    library = Library(network, head.config.aux_hidden_state_layers, texts, recipe.memory_mb)
     train(folder, head, losses(head, network, library, recipe), recipe.schedule, optimized_by=adamw)
     return head.eval()
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from parse.prompts import Check, check_ids, prompt_ids
-from parse.tree import probe_ends, probed
+from parse.prompts import VerificationSuffix, build_verification_suffix, chat_prompt_token_ids
+from parse.tree import suffix_end_nodes, trunk_with_suffixes
 from training.mistakes import KINDS, Voice, compose, scrambled
 from training.task import WORD, Problem, check
 from training.tokenizer import CHECK_QUESTION, CORRECT, INCORRECT, SYSTEM_PROMPTS
@@ -33,8 +33,8 @@ class Row:
     first_wrong: int | None  # index into the answer
     cuts: Sequence[int]
 
-    def width(self, ask: Check) -> int:
-        return len(self.prompt) + len(self.answer) + len(self.cuts) * len(ask.suffix)
+    def width(self, ask: VerificationSuffix) -> int:
+        return len(self.prompt) + len(self.answer) + len(self.cuts) * len(ask.token_ids)
 
     def right_up_to(self, cut: int) -> bool:
         return self.first_wrong is None or cut <= self.first_wrong
@@ -60,7 +60,7 @@ class Writer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, own: int) -> None:
         self.tokenizer, self.own = tokenizer, own
-        self.check: Check = check_ids(tokenizer, CHECK_QUESTION, CORRECT, INCORRECT)
+        self.check: VerificationSuffix = build_verification_suffix(tokenizer, CHECK_QUESTION, CORRECT, INCORRECT)
         assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
         self.end, self.pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
         self.ids = cache(self._encode)
@@ -70,7 +70,7 @@ class Writer:
         messages = [{"role": "user", "content": given.question}]
         if rng and rng.random() < 0.15:
             messages.insert(0, {"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
-        return prompt_ids(self.tokenizer, messages)
+        return chat_prompt_token_ids(self.tokenizer, messages)
 
     def written(self, given: Problem, rng: random.Random, *, foreign: float, mistaken: float, cuts: int) -> Row:
         """A made-up answer: `foreign` is the share that does not keep to the learner's own wording throughout."""
@@ -132,9 +132,10 @@ class Writer:
         return lambda line, part: other if (line, part) < until else self.own
 
 
-def batch(rows: Sequence[Row], ask: Check, pad: int, multiple: int = 8) -> Batch:
+def batch(rows: Sequence[Row], ask: VerificationSuffix, pad: int, multiple: int = 8) -> Batch:
     trees = [
-        probed([*row.prompt, *row.answer], [len(row.prompt) + cut for cut in row.cuts], ask.suffix) for row in rows
+        trunk_with_suffixes([*row.prompt, *row.answer], [len(row.prompt) + cut for cut in row.cuts], ask.token_ids)
+        for row in rows
     ]
     width = -(-max(map(len, trees)) // multiple) * multiple
     shape = len(rows), width
@@ -153,9 +154,11 @@ def batch(rows: Sequence[Row], ask: Check, pad: int, multiple: int = 8) -> Batch
         slip[b, start : start + wrong] = 0
         slip[b, start + wrong : start + min(wrong + 1, size)] = 1
         astray[b, start : start + size] = np.arange(size) >= wrong
-        ends = probe_ends(start + size, row.cuts, len(ask.suffix))
+        ends = suffix_end_nodes(start + size, row.cuts, len(ask.token_ids))
         at += [(b, int(node)) for node in ends]
-        verdicts += [ask.correct[0] if row.right_up_to(cut) else ask.incorrect[0] for cut in row.cuts]
+        verdicts += [
+            ask.correct_token_ids[0] if row.right_up_to(cut) else ask.incorrect_token_ids[0] for cut in row.cuts
+        ]
     node = torch.arange(width)
     ends_ = torch.from_numpy(end)
     visible = (node <= node[:, None]) & (node[None, :, None] < ends_[:, None, :])

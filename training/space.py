@@ -19,9 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from parse.speculative.proposal import chained
-from parse.speculative.proposers.eagle_head import HeadError
-from parse.speculative.proposers.space_adapters import AdapterConfig, Adapters, load_adapters, save_adapters
+from parse.speculative.proposal import chain_proposal
+from parse.speculative.proposers.eagle_head import ProposerLoadError
+from parse.speculative.proposers.space_adapters import SpaceAdapters, SpaceAdaptersConfig, load_adapters, save_adapters
 from training import heads
 from training.acceptance import Acceptance, by_kind, followed, told
 from training.eagle3 import Distillation
@@ -121,7 +121,7 @@ def lesson(
     return given, Groups(known, up_to(given.anchors + 1, width))
 
 
-def foreseen(adapters: Adapters, network: PreTrainedModel, given: Batch, groups: Groups) -> Tensor:
+def foreseen(adapters: SpaceAdapters, network: PreTrainedModel, given: Batch, groups: Groups) -> Tensor:
     """The target's logits at all masks of all anchors, [B, A, S, vocabulary]."""
     size, anchors, masks = *given.anchors.shape, given.valid.shape[2] - 1
     positions = given.anchors[..., None] + 2 + torch.arange(masks, device=given.anchors.device)
@@ -132,7 +132,7 @@ def foreseen(adapters: Adapters, network: PreTrainedModel, given: Batch, groups:
     return logits.unflatten(1, (anchors, masks))
 
 
-def losses(adapters: Adapters, network: PreTrainedModel, texts: Sequence[Output], recipe: SpaceRecipe) -> Losses:
+def losses(adapters: SpaceAdapters, network: PreTrainedModel, texts: Sequence[Output], recipe: SpaceRecipe) -> Losses:
     device = network.device
     distillation = Distillation(torch.arange(network.config.get_text_config().vocab_size, device=device), network)
     half = half_pays(device.type)
@@ -153,7 +153,7 @@ def losses(adapters: Adapters, network: PreTrainedModel, texts: Sequence[Output]
     return of
 
 
-def acceptance(adapters: Adapters, network: PreTrainedModel, texts: Sequence[Output]) -> Acceptance:
+def acceptance(adapters: SpaceAdapters, network: PreTrainedModel, texts: Sequence[Output]) -> Acceptance:
     """Of candidates that the masks behind the last accepted one foresaw, a group being there wherever that was."""
     lengths: list[int] = []
     passes = tokens = proposed = 0
@@ -166,7 +166,7 @@ def acceptance(adapters: Adapters, network: PreTrainedModel, texts: Sequence[Out
             at = len(text.prompt) + text.begun
             candidates: list[int] = []
             while at < len(text.tokens):
-                proposal = chained(candidates)
+                proposal = chain_proposal(candidates)
                 lengths.append(followed(proposal, text.tokens[at:]))
                 proposed += len(candidates)
                 known, last = at, at + lengths[-1] - 1
@@ -184,20 +184,20 @@ def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> di
     return {"texts": len(texts), "ways": {"chain": {"most": adapters.config.masks, "of": of}}}
 
 
-def new_adapters(network: PreTrainedModel, recipe: SpaceRecipe) -> Adapters:
+def new_adapters(network: PreTrainedModel, recipe: SpaceRecipe) -> SpaceAdapters:
     config = network.config.get_text_config()
     if recipe.start:
         adapters = load_adapters(recipe.start, network).float().requires_grad_(True)
         if adapters.config.masks != recipe.ahead:
-            raise HeadError(f"{recipe.start} was trained for {adapters.config.masks} masks, not {recipe.ahead}")
+            raise ProposerLoadError(f"{recipe.start} was trained for {adapters.config.masks} masks, not {recipe.ahead}")
         return adapters
     torch.manual_seed(recipe.seed)
-    return Adapters(AdapterConfig(config.hidden_size, config.num_hidden_layers, recipe.rank, recipe.ahead)).to(
-        network.device
-    )
+    return SpaceAdapters(
+        SpaceAdaptersConfig(config.hidden_size, config.num_hidden_layers, recipe.rank, recipe.ahead)
+    ).to(network.device)
 
 
-def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: SpaceRecipe, folder: Path) -> Adapters:
+def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: SpaceRecipe, folder: Path) -> SpaceAdapters:
     network.requires_grad_(False)
     adapters = new_adapters(network, recipe).attach(network)
     train(folder, adapters, losses(adapters, network, list(wholly(texts)), recipe), recipe.schedule, optimized_by=adamw)
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=usual.rank, help="of the networks behind the layers")
     args = parser.parse_args()
     recipe = SpaceRecipe(**heads.chosen(args), rank=args.rank)
-    publishing = heads.Publishing[Adapters](
+    publishing = heads.Publishing[SpaceAdapters](
         lambda adapters, folder, dtype: save_adapters(adapters, folder, dtype=dtype), figures, write_space_card
     )
     heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder), publishing)

@@ -23,7 +23,7 @@ from deployments.observability.audit import Auditor
 from deployments.observability.exposition import page
 from deployments.observability.tracing import spanned, tracer
 from parse.pipeline import Pipeline
-from parse.protocol import Done, Event, Question
+from parse.protocol import Event, Finished, GenerationRequest
 
 
 class Serving:
@@ -135,7 +135,7 @@ class Serving:
         happened: asyncio.Queue[tuple[Answer, Event] | None] = asyncio.Queue()
         began = time.perf_counter()
 
-        async def one(question: Question, answer: Answer) -> None:
+        async def one(question: GenerationRequest, answer: Answer) -> None:
             answer.waited_s = time.perf_counter() - began
             pipeline = self._backend.session_pipeline(answer.session)
             with tracer.start_as_current_span("answer", attributes={"parse.asked": question.mode}) as span:
@@ -143,7 +143,7 @@ class Serving:
                 async with aclosing(pipeline.answer(question)) as events:
                     async for event in events:
                         happened.put_nowait((answer, event))
-                        if isinstance(event, Done):
+                        if isinstance(event, Finished):
                             span.set_attributes(spanned(event.usage))
 
         async def all_of_them() -> None:

@@ -11,8 +11,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from parse.acceptance import Thresholds
-from parse.protocol import Mode, Usage, Verdict
-from parse.types import LONGEST_STOP, MAX_LOGPROBS, MAX_STOPS, Method, MethodChoice, RequestError, Sampling
+from parse.protocol import Mode, Usage, Verification
+from parse.types import (
+    MAX_LOGPROBS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    MethodChoice,
+    MethodName,
+    RequestError,
+    SamplingParams,
+)
 
 LARGEST = 9_223_372_036_854_776_000  # as the OpenAI API has it
 MOST_BIASES = 1024
@@ -27,7 +35,7 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-StopText = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
+StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 PromptText = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -126,7 +134,7 @@ class Request(Wire):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: Biases | None = None
     seed: int | None = Field(None, ge=-LARGEST, le=LARGEST, description="The same seed gives the same answer.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     ignore_eos: bool = False
     n: int | None = Field(None, ge=1, le=LARGEST)
     stream: bool | None = None
@@ -148,7 +156,7 @@ class Request(Wire):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+    def sampling(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         given = {
             name: value
             for name in (
@@ -164,7 +172,7 @@ class Request(Wire):
             if (value := getattr(self, name)) is not None
         }
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
-        return Sampling(
+        return SamplingParams(
             **given,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             seed=seed,
@@ -341,7 +349,7 @@ class ProposalPlace(BaseModel):
 class SpeculationReport(BaseModel):
     """What came of writing several tokens in a pass."""
 
-    method: Method
+    method: MethodName
     passes: int = Field(description="Of the target, while it wrote; with proposals and without.")
     tokens: int = Field(description="Of the answer, that came of them; in mode exact those of the draft as well.")
     tokens_per_pass: float
@@ -455,40 +463,40 @@ class Completion(BaseModel):
 def usage_of(prompts: Sequence[int], answers: Sequence[int], usages: Sequence[Usage]) -> WireUsage:
     """Of all choices together; a prompt that several choices share counts once, as OpenAI counts."""
     prompt, completion, choices = sum(prompts), sum(answers), len(usages) // len(prompts)
-    cached = (min(usage.cached for usage in usages[at : at + choices]) for at in range(0, len(usages), choices))
+    cached = (min(usage.cached_tokens for usage in usages[at : at + choices]) for at in range(0, len(usages), choices))
     return WireUsage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptDetails(cached_tokens=sum(cached)),
         completion_tokens_details=CompletionDetails(
-            accepted_prediction_tokens=sum(usage.accepted for usage in usages),
-            rejected_prediction_tokens=sum(usage.rejected for usage in usages),
+            accepted_prediction_tokens=sum(usage.accepted_tokens for usage in usages),
+            rejected_prediction_tokens=sum(usage.rejected_tokens for usage in usages),
         ),
     )
 
 
 def speculation_report(usage: Usage) -> SpeculationReport | None:
-    found = usage.speculated
+    found = usage.speculation
     if found is None:
         return None
-    places = zip(found.proposed, found.accepted, strict=True)
+    places = zip(found.proposed_per_position, found.accepted_per_position, strict=True)
     return SpeculationReport(
         method=found.method,
         passes=found.passes,
-        tokens=usage.passed,
-        tokens_per_pass=usage.passed / found.passes,
-        proposed=sum(found.proposed),
-        accepted=sum(found.accepted),
+        tokens=usage.decoded_tokens,
+        tokens_per_pass=usage.decoded_tokens / found.passes,
+        proposed=sum(found.proposed_per_position),
+        accepted=sum(found.accepted_per_position),
         places=[ProposalPlace(proposed=of, accepted=n, share=n / of) for of, n in places],
     )
 
 
-def traced(verdict: Verdict) -> TracedVerdict:
+def traced(verdict: Verification) -> TracedVerdict:
     return TracedVerdict(
         start=verdict.start,
-        cuts=list(verdict.cuts),
-        correct=list(verdict.correct),
-        kept=verdict.kept,
-        rejected=verdict.rejected,
+        cuts=list(verdict.prefix_lengths),
+        correct=list(verdict.p_correct),
+        kept=verdict.accepted_prefix_length,
+        rejected=verdict.rejected_text,
     )

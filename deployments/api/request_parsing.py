@@ -15,8 +15,8 @@ from deployments.api.responses import Answer, ChatReplies, CompletionReplies, He
 from deployments.api.token_text import Vocabulary
 from deployments.config import ApiSettings
 from parse.pipeline import Pipeline
-from parse.prompts import prompt_ids
-from parse.protocol import Mode, Question
+from parse.prompts import chat_prompt_token_ids
+from parse.protocol import GenerationRequest, Mode
 from parse.types import RequestError
 
 DEFAULT_COMPLETION = 16  # tokens, as the OpenAI API has it
@@ -28,7 +28,7 @@ LONG_TEXT = 20_000  # characters, from which tokenizing would hold up the other 
 class Asked:
     """A request, understood."""
 
-    questions: Sequence[Question]
+    questions: Sequence[GenerationRequest]
     answers: Sequence[Answer]
     replies: Replies
     stream: bool
@@ -62,7 +62,7 @@ class Reader:
         self._check_choices(request.choices)
         turns = request.turns()
         tokenizer = self._pipeline.tokenizer
-        prompt = await _aside(sum(len(turn["content"]) for turn in turns), prompt_ids, tokenizer, turns)
+        prompt = await _aside(sum(len(turn["content"]) for turn in turns), chat_prompt_token_ids, tokenizer, turns)
         prediction = None
         if request.prediction is not None:
             text = text_of(request.prediction.content)
@@ -127,7 +127,7 @@ class Reader:
                 raise ApiError(400, message, param=field, code="context_length_exceeded")
         seed = random.getrandbits(62) if request.seed is None else request.seed
         stream = bool(request.stream)
-        questions: list[Question] = []
+        questions: list[GenerationRequest] = []
         answers: list[Answer] = []
         arrived = time.time()
         for prompt in prompts:
@@ -136,7 +136,9 @@ class Reader:
                 if any(token >= len(pipeline.tokenizer) for token in sampling.logit_bias):
                     raise RequestError("logit_bias", f"token ids must lie in 0..{len(pipeline.tokenizer) - 1}")
                 piece = 1 if stream else UNREAD_PIECE
-                questions.append(Question(prompt, messages, sampling, mode, thresholds, prediction, piece, speculation))
+                questions.append(
+                    GenerationRequest(prompt, messages, sampling, mode, thresholds, prediction, piece, speculation)
+                )
                 answers.append(Answer(len(answers), len(prompt), Session(key), arrived, stream))
         chat = field == "messages"
         head = Head(

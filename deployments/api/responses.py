@@ -29,7 +29,7 @@ from deployments.api.protocol import (
     usage_of,
 )
 from deployments.api.token_text import Vocabulary
-from parse.protocol import Done, Event, Piece, Verdict
+from parse.protocol import Event, Finished, TextDelta, Verification
 from parse.types import Logprob
 
 
@@ -44,27 +44,27 @@ class Answer:
     streamed: bool = False
     waited_s: float = 0.0  # from its arrival until it was begun
     gaps: list[float] = field(default_factory=list)  # between two parts of a stream, for a token of the later one
-    pieces: list[Piece] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-    done: Done | None = None
+    pieces: list[TextDelta] = field(default_factory=list)
+    verdicts: list[Verification] = field(default_factory=list)
+    done: Finished | None = None
     _spoke: float | None = None
 
     def take(self, event: Event) -> None:
         match event:
-            case Piece():
+            case TextDelta():
                 self.pieces.append(event)
-                if self.streamed and event.ids:
+                if self.streamed and event.token_ids:
                     now = time.perf_counter()
                     if self._spoke is not None:
-                        self.gaps.append((now - self._spoke) / len(event.ids))
+                        self.gaps.append((now - self._spoke) / len(event.token_ids))
                     self._spoke = now
-            case Verdict():
+            case Verification():
                 self.verdicts.append(event)
-            case Done():
+            case Finished():
                 self.done = event
 
     @property
-    def ended(self) -> Done:
+    def ended(self) -> Finished:
         assert self.done is not None, "asked for before its end"
         return self.done
 
@@ -74,7 +74,7 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        return sum(len(piece.ids) for piece in self.pieces)
+        return sum(len(piece.token_ids) for piece in self.pieces)
 
     def report(self, *, trace: bool) -> ParseReport:
         usage = self.ended.usage
@@ -85,18 +85,18 @@ class Answer:
         ]
         return ParseReport(
             mode=usage.mode,
-            drafted=usage.drafted,
-            accepted=usage.accepted,
-            rejected=usage.rejected,
-            written=usage.written,
+            drafted=usage.draft_tokens,
+            accepted=usage.accepted_tokens,
+            rejected=usage.rejected_tokens,
+            written=usage.target_tokens,
             rounds=usage.rounds,
-            boundary=usage.boundary,
+            boundary=usage.accepted_prefix_length,
             fallback=usage.fallback.message if usage.fallback else None,
-            cached=usage.cached,
+            cached=usage.cached_tokens,
             speculation=speculation_report(usage),
             retries=self.session.retries,
             arrived=self.arrived,
-            first_s=self.waited_s + usage.first_s,
+            first_s=self.waited_s + usage.ttft_s,
             total_s=self.waited_s + usage.total_s,
             stages=stages,
             pieces=[traced_piece(piece) for piece in self.pieces] if trace else None,
@@ -104,8 +104,8 @@ class Answer:
         )
 
 
-def traced_piece(piece: Piece) -> TracedPiece:
-    return TracedPiece(text=piece.text, origin=piece.origin, tokens=len(piece.ids))
+def traced_piece(piece: TextDelta) -> TracedPiece:
+    return TracedPiece(text=piece.text, origin=piece.origin, tokens=len(piece.token_ids))
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class Head:
         reports = [answer.report(trace=self.trace) for answer in answers]
         return reports[0] if len(reports) == 1 else reports
 
-    def shown(self, happened: Piece | Verdict) -> dict[str, Any] | None:
+    def shown(self, happened: TextDelta | Verification) -> dict[str, Any] | None:
         """Of what happened on the way, where the request asks for it."""
         if not self.trace:
             return None
-        if isinstance(happened, Piece):
+        if isinstance(happened, TextDelta):
             return {"piece": _plain(traced_piece(happened))}
         return {"verdict": _plain(traced(happened))}
 
@@ -170,7 +170,7 @@ class ChatReplies:
                 index=answer.index,
                 message=AnswerMessage(content=answer.text),
                 logprobs=self._logprobs(answer.pieces),
-                finish_reason=answer.ended.finish,
+                finish_reason=answer.ended.finish_reason,
             )
             for answer in answers
         ]
@@ -189,15 +189,15 @@ class ChatReplies:
 
     def part(self, answer: Answer, happened: Event) -> str | None:
         match happened:
-            case Piece(text=text):
+            case TextDelta(text=text):
                 logprobs = self._logprobs([happened])
                 if not text and logprobs is None and not self.head.trace:
                     return None
                 return self._chunk(answer, {"content": text}, logprobs=logprobs, parse=self.head.shown(happened))
-            case Verdict():
+            case Verification():
                 shown = self.head.shown(happened)
                 return self._chunk(answer, {}, parse=shown) if shown else None
-            case Done(finish):
+            case Finished(finish):
                 return self._chunk(answer, {}, finish=finish, parse=_plain(answer.report(trace=False)))
 
     def totals(self, answers: Sequence[Answer]) -> str:
@@ -216,14 +216,14 @@ class ChatReplies:
         choice = {"index": answer.index, "delta": delta, "logprobs": shown, "finish_reason": finish}
         return self.head.chunk("chat.completion.chunk", [choice], parse)
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
+    def _logprobs(self, pieces: Sequence[TextDelta]) -> ChatLogprobs | None:
         if not any(piece.logprobs for piece in pieces):
             return None
         return ChatLogprobs(
             content=[
                 self._logprob(token, logprob)
                 for piece in pieces
-                for token, logprob in zip(piece.ids, piece.logprobs, strict=True)
+                for token, logprob in zip(piece.token_ids, piece.logprobs, strict=True)
             ]
         )
 
@@ -250,7 +250,7 @@ class CompletionReplies:
             id=head.id,
             created=head.created,
             model=head.model,
-            choices=[self._choice(answer, answer.pieces, 0, answer.ended.finish) for answer in answers],
+            choices=[self._choice(answer, answer.pieces, 0, answer.ended.finish_reason) for answer in answers],
             usage=head.summed(answers),
             parse=head.reports(answers),
         )
@@ -260,15 +260,15 @@ class CompletionReplies:
 
     def part(self, answer: Answer, happened: Event) -> str | None:
         match happened:
-            case Piece(text=text):
+            case TextDelta(text=text):
                 if not text and not happened.logprobs and not self.head.trace:
                     return None
                 said = len(answer.text) - len(text)
                 return self._chunk(self._choice(answer, [happened], said, None), self.head.shown(happened))
-            case Verdict():
+            case Verification():
                 shown = self.head.shown(happened)
                 return self._chunk(self._choice(answer, [], 0, None), shown) if shown else None
-            case Done(finish):
+            case Finished(finish):
                 return self._chunk(self._choice(answer, [], 0, finish), _plain(answer.report(trace=False)))
 
     def totals(self, answers: Sequence[Answer]) -> str:
@@ -277,7 +277,7 @@ class CompletionReplies:
     def _chunk(self, choice: CompletionChoice, parse: dict[str, Any] | None) -> str:
         return self.head.chunk("text_completion", [choice.model_dump()], parse)
 
-    def _choice(self, answer: Answer, pieces: Sequence[Piece], said: int, finish: Any) -> CompletionChoice:
+    def _choice(self, answer: Answer, pieces: Sequence[TextDelta], said: int, finish: Any) -> CompletionChoice:
         return CompletionChoice(
             index=answer.index,
             text="".join(piece.text for piece in pieces),
@@ -285,12 +285,12 @@ class CompletionReplies:
             finish_reason=finish,
         )
 
-    def _logprobs(self, pieces: Sequence[Piece], said: int) -> CompletionLogprobs | None:
+    def _logprobs(self, pieces: Sequence[TextDelta], said: int) -> CompletionLogprobs | None:
         if not any(piece.logprobs for piece in pieces):
             return None
         found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for piece in pieces:
-            for token, logprob in zip(piece.ids, piece.logprobs, strict=True):
+            for token, logprob in zip(piece.token_ids, piece.logprobs, strict=True):
                 text = self.vocabulary.text(token)
                 found.tokens.append(text)
                 found.token_logprobs.append(max(logprob.logprob, LOWEST))

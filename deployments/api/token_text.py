@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from parse.detokenizer import BROKEN
+from parse.detokenizer import REPLACEMENT_CHARACTER
 
 ANCHOR = "a"  # something to stand behind, for tokens that lose a leading space at the beginning of a text
 
@@ -22,7 +22,7 @@ class Vocabulary:
     def bytes(self, token: int) -> list[int] | None:
         """None of a token that is no whole character."""
         text = self.text(token)
-        return None if BROKEN in text else list(text.encode())
+        return None if REPLACEMENT_CHARACTER in text else list(text.encode())
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode([*self._anchor, *ids], skip_special_tokens=False))

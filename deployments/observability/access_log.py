@@ -16,7 +16,7 @@ from deployments.observability import metrics
 from deployments.observability.metrics import CancelCause, Meters, Outcome
 from deployments.observability.request_metrics import tally
 from parse.protocol import Mode
-from parse.types import summed
+from parse.types import sum_stats
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +130,13 @@ def _told(account: Account, outcome: Outcome) -> dict[str, Any]:
     usages = [answer.ended.usage for answer in account.answers]
     told |= {
         "prompt_tokens": sum(answer.prompt_tokens for answer in account.answers),
-        "drafted": sum(usage.drafted for usage in usages),
-        "accepted": sum(usage.accepted for usage in usages),
-        "written": sum(usage.written for usage in usages),
+        "drafted": sum(usage.draft_tokens for usage in usages),
+        "accepted": sum(usage.accepted_tokens for usage in usages),
+        "written": sum(usage.target_tokens for usage in usages),
         "retries": sum(answer.session.retries for answer in account.answers),
     }
-    if speculated := summed(usage.speculated for usage in usages):
-        passed = sum(usage.passed for usage in usages if usage.speculated)
+    if speculated := sum_stats(usage.speculation for usage in usages):
+        passed = sum(usage.decoded_tokens for usage in usages if usage.speculation)
         told |= {"speculation": speculated.method, "tokens_per_pass": round(passed / speculated.passes, 2)}
     fallbacks = [usage.fallback.cause for usage in usages if usage.fallback]
     return told | ({"fallback": ",".join(fallbacks)} if fallbacks else {})

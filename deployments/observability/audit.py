@@ -20,7 +20,7 @@ from deployments.observability import metrics
 from deployments.observability.metrics import AuditResult, Meters
 from deployments.observability.tracing import tracer
 from parse.pipeline import Pipeline
-from parse.protocol import WHOLE, Mode, Piece, Question
+from parse.protocol import NO_STREAMING, GenerationRequest, Mode, TextDelta
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Case:
     """An answer as it was sent."""
 
     request_id: str
-    question: Question
+    question: GenerationRequest
     text: str
     ids: Sequence[int]
     tries: int = 0
@@ -51,11 +51,11 @@ class Auditor:
         self._cases: deque[Case] = deque()
         self._came = asyncio.Event()
 
-    def offer(self, request_id: str, question: Question, answer: Answer) -> None:
+    def offer(self, request_id: str, question: GenerationRequest, answer: Answer) -> None:
         usage = answer.ended.usage
-        if usage.mode not in LOSSY or not usage.accepted or random.random() >= self._settings.share:
+        if usage.mode not in LOSSY or not usage.accepted_tokens or random.random() >= self._settings.share:
             return
-        ids = [token for piece in answer.pieces for token in piece.ids]
+        ids = [token for piece in answer.pieces for token in piece.token_ids]
         self._cases.append(Case(request_id, question, answer.text, ids))
         if len(self._cases) > MOST_WAITING:
             self._drop(self._cases.popleft())
@@ -97,11 +97,13 @@ class Auditor:
 
     async def _compared(self, case: Case, pipeline: Pipeline) -> AuditResult:
         # Two samples of one model differ by chance: what is compared with is the likeliest.
-        sampling = replace(case.question.sampling, temperature=0.0)
-        alone = replace(case.question, mode="off", sampling=sampling, prediction=None, piece=WHOLE)
-        pieces = [event async for event in pipeline.answer(alone) if isinstance(event, Piece)]
-        text, ids = "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.ids]
-        sent, own = [await _likelihood(pipeline, case.question.prompt, answer) for answer in (case.ids, ids)]
+        sampling = replace(case.question.sampling_params, temperature=0.0)
+        alone = replace(
+            case.question, mode="off", sampling_params=sampling, prediction=None, stream_interval=NO_STREAMING
+        )
+        pieces = [event async for event in pipeline.answer(alone) if isinstance(event, TextDelta)]
+        text, ids = "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.token_ids]
+        sent, own = [await _likelihood(pipeline, case.question.prompt_token_ids, answer) for answer in (case.ids, ids)]
         self._meters.observe(metrics.AUDIT_GAP, max(0.0, own - sent))
         wanted, found = self._found(text), self._found(case.text)
         agrees = own - sent <= self._settings.gap if wanted is None else wanted == found

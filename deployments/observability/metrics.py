@@ -15,7 +15,7 @@ from ray import serve
 
 from deployments.observability.exposition import Figures, Origin
 from parse.protocol import Mode, StageName
-from parse.types import FallbackCause, Finish, Method
+from parse.types import FallbackCause, FinishReason, MethodName
 
 prometheus.disable_created_metrics()  # a second series for each, of no use to us
 
@@ -41,7 +41,7 @@ NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 POSITIONS = (*map(str, range(1, 17)), "17+")
 
 MODE: dict[str, tuple[str, ...]] = {"mode": tuple(mode for mode in get_args(Mode) if mode != "auto")}  # what was done
-PROPOSALS: Labels = {"method": ("draft", *get_args(Method)), "position": POSITIONS}
+PROPOSALS: Labels = {"method": ("draft", *get_args(MethodName)), "position": POSITIONS}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ REQUESTS = Counter(
     {"mode": (*get_args(Mode), "unknown"), "outcome": get_args(Outcome)},
 )
 ANSWERS = Counter(
-    "parse_answers_total", "Answers that were given, by what was done for them.", MODE | {"finish": get_args(Finish)}
+    "parse_answers_total",
+    "Answers that were given, by what was done for them.",
+    MODE | {"finish": get_args(FinishReason)},
 )
 VERDICTS = Counter(
     "parse_verdicts_total",
@@ -171,12 +173,12 @@ PASSES = Counter(
     "parse_target_passes_total",
     "Passes of the target while it wrote answers several tokens at a time, by the method that proposed them; those "
     "without a proposal are among them.",
-    {"method": get_args(Method)},
+    {"method": get_args(MethodName)},
 )
 PASSED = Counter(
     "parse_target_pass_tokens_total",
     "Tokens of answers that came of them; in mode exact those of the draft as well.",
-    {"method": get_args(Method)},
+    {"method": get_args(MethodName)},
 )
 PROPOSED = Counter(
     "parse_proposed_tokens_total",

@@ -23,10 +23,16 @@ TIMEOUT_S = 5.0  # half of what it would be; nobody waits for it but who shuts d
 
 def spanned(usage: Usage) -> dict[str, str | int]:
     """What a span of an answer says of it."""
-    counts = {name: getattr(usage, name) for name in ("drafted", "accepted", "written", "rounds", "cached")}
-    if usage.speculated:
-        counts["passes"] = usage.speculated.passes
-    method = usage.speculated.method if usage.speculated else "none"
+    counts = {
+        "drafted": usage.draft_tokens,
+        "accepted": usage.accepted_tokens,
+        "written": usage.target_tokens,
+        "rounds": usage.rounds,
+        "cached": usage.cached_tokens,
+    }
+    if usage.speculation:
+        counts["passes"] = usage.speculation.passes
+    method = usage.speculation.method if usage.speculation else "none"
     named = {"parse.mode": usage.mode, "parse.speculation": method}
     return named | {f"parse.{name}": count for name, count in counts.items()}
 

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api.backend import Session
 from deployments.observability.tracing import tracer
 from parse.protocol import StageName
-from parse.types import Tokens
+from parse.types import TokenDelta
 
 IN_SERVE: contextvars.ContextVar[Any] = serve.context._serve_request_context
 
@@ -76,7 +76,7 @@ async def result(response: Any) -> Any:
         raise
 
 
-async def items(responses: Any) -> AsyncGenerator[Tokens]:
+async def items(responses: Any) -> AsyncGenerator[TokenDelta]:
     """Of a stream, which is cancelled with its reader."""
     try:
         with suppress(StopAsyncIteration):

@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.serving.calls import ALONE, call, result
 from deployments.serving.overlap import Overlap, Part
-from parse.types import NoDraft
+from parse.types import DraftUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Watch:
     async def while_it_answers(self) -> AsyncIterator[None]:
         """Raises NoDraft as soon as it does not."""
         if self.trouble:
-            raise NoDraft("silent", f"the {self._name} {self.trouble}")
+            raise DraftUnavailable("silent", f"the {self._name} {self.trouble}")
         try:
             async with asyncio.timeout(None) as scope:
                 self._waiting.add(scope)
@@ -44,7 +44,7 @@ class Watch:
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise NoDraft("silent", f"the {self._name} {self.trouble}") from None
+            raise DraftUnavailable("silent", f"the {self._name} {self.trouble}") from None
 
     def at_work(self) -> AbstractContextManager[None]:
         """For a request of ours."""

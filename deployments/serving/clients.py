@@ -15,15 +15,15 @@ from deployments.api.backend import Session
 from deployments.observability.metrics import LostCause
 from deployments.serving.calls import Within, call, items, result, stage
 from deployments.serving.circuit_breaker import Watch
-from parse.prompts import Check
-from parse.protocol import WHOLE, Question
-from parse.types import EngineStopped, Judged, MethodChoice, NoDraft, Sampling, Tokens
+from parse.prompts import VerificationSuffix
+from parse.protocol import NO_STREAMING, GenerationRequest
+from parse.types import DraftUnavailable, EngineStopped, MethodChoice, SamplingParams, TokenDelta, VerifyResult
 
 logger = logging.getLogger(__name__)
 
 MOST_RETRIES = 8  # of one request; each waits for a replica that answers
 PAUSE_S = 0.1  # before a retry, and twice as long before each further one
-PLAIN = Sampling()
+PLAIN = SamplingParams()
 CAUSES: Mapping[type[Exception], LostCause] = {
     RayActorError: "died",
     TaskCancelledError: "cancelled",
@@ -55,12 +55,12 @@ class RemoteVerifier:
         prompt: Sequence[int],
         draft: Sequence[int],
         cuts: Sequence[int],
-        check: Check,
+        check: VerificationSuffix,
         *,
         full: float | None = None,
         prefix: float | None = None,
         logprobs: int | None = None,
-    ) -> Judged:
+    ) -> VerifyResult:
         with stage("judge", self._session) as within, self._at_work():
             return await self._called("judge", within, prompt, draft, cuts, check, full, prefix, logprobs)
 
@@ -68,12 +68,12 @@ class RemoteVerifier:
         self,
         prompt: Sequence[int],
         output: Sequence[int] = (),
-        sampling: Sampling = PLAIN,
+        sampling: SamplingParams = PLAIN,
         *,
         proposal: Sequence[int] = (),
         piece: int = 1,
         speculation: MethodChoice | None = None,
-    ) -> AsyncGenerator[Tokens]:
+    ) -> AsyncGenerator[TokenDelta]:
         """A retry goes on from what has been passed on already."""
         said, left = tuple(output), tuple(proposal)
         with stage("write", self._session) as within, self._at_work():
@@ -83,10 +83,10 @@ class RemoteVerifier:
                     writing = call(handle, within, prompt, said, sampling, left, piece, speculation)
                     async for tokens in items(writing):
                         self._watch.heard()
-                        said += tokens.ids
-                        left = left[len(tokens.ids) :] if tokens.accepted == len(tokens.ids) else ()
+                        said += tokens.token_ids
+                        left = left[len(tokens.token_ids) :] if tokens.num_accepted == len(tokens.token_ids) else ()
                         yield tokens
-                        if tokens.finish:
+                        if tokens.finish_reason:
                             return
                     raise EngineStopped("the stream ended before the answer")
                 except LOST as error:
@@ -121,24 +121,26 @@ class RemoteDrafter:
     def __init__(self, handle: DeploymentHandle, session: Session, watch: Watch) -> None:
         self._handle, self._session, self._watch = handle, session, watch
 
-    async def draft(self, question: Question, output: Sequence[int], *, piece: int) -> AsyncGenerator[Tokens]:
-        asked = replace(question, prediction=None)
+    async def draft(
+        self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
+    ) -> AsyncGenerator[TokenDelta]:
+        asked = replace(request, prediction=None)
         session = self._session.id
         with stage("draft", self._session) as within:
             async with self._watch.while_it_answers():
                 try:
-                    if piece >= WHOLE:
+                    if stream_interval >= NO_STREAMING:
                         handle = self._handle.options(method_name="draft_whole", session_id=session)
                         draft = await result(call(handle, within, asked, output))
                         self._watch.heard()
                         yield draft
                     else:
                         handle = self._handle.options(method_name="draft", session_id=session, stream=True)
-                        async for tokens in items(call(handle, within, asked, output, piece)):
+                        async for tokens in items(call(handle, within, asked, output, stream_interval)):
                             self._watch.heard()
                             yield tokens
                 except BackPressureError:
-                    raise NoDraft("busy", "the drafters are busy") from None
+                    raise DraftUnavailable("busy", "the drafters are busy") from None
                 except LOST as error:
                     self._watch.suspect(type(error).__name__)
-                    raise NoDraft("lost", "the drafter was lost") from error
+                    raise DraftUnavailable("lost", "the drafter was lost") from error

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from deployments.serving.replica import Host
 from parse.config import EngineSettings
 from parse.engines.native.drafter import drafter_for
-from parse.protocol import WHOLE, Question
-from parse.types import Tokens, joined
+from parse.protocol import NO_STREAMING, GenerationRequest
+from parse.types import TokenDelta, merge_deltas
 
 
 class Drafter(Host):
@@ -18,12 +18,12 @@ class Drafter(Host):
         self._drafter = drafter_for(self.service, AutoTokenizer.from_pretrained(target))
         await self.warm_up()
 
-    async def draft_whole(self, question: Question, output: Sequence[int]) -> Tokens:
+    async def draft_whole(self, question: GenerationRequest, output: Sequence[int]) -> TokenDelta:
         """In one piece: a single call costs less than a stream."""
-        async with aclosing(self._drafter.draft(question, output, piece=WHOLE)) as pieces:
-            return joined([tokens async for tokens in pieces])
+        async with aclosing(self._drafter.draft(question, output, stream_interval=NO_STREAMING)) as pieces:
+            return merge_deltas([tokens async for tokens in pieces])
 
-    async def draft(self, question: Question, output: Sequence[int], piece: int) -> AsyncGenerator[Tokens]:
-        async with aclosing(self._drafter.draft(question, output, piece=piece)) as pieces:
+    async def draft(self, question: GenerationRequest, output: Sequence[int], piece: int) -> AsyncGenerator[TokenDelta]:
+        async with aclosing(self._drafter.draft(question, output, stream_interval=piece)) as pieces:
             async for tokens in pieces:
                 yield tokens

@@ -22,7 +22,7 @@ from deployments.serving.overlap import Overlap
 from deployments.serving.replica import Description
 from parse.config import MethodSettings
 from parse.pipeline import Pipeline
-from parse.prompts import check_ids
+from parse.prompts import build_verification_suffix
 
 
 @serve.ingress()
@@ -38,7 +38,7 @@ class Router:
         target = settings.target.model
         method = MethodSettings.for_model(target, **settings.method.model_dump(exclude_unset=True))
         tokenizer = AutoTokenizer.from_pretrained(target)
-        check = check_ids(tokenizer, method.check_question, method.correct, method.incorrect)
+        check = build_verification_suffix(tokenizer, method.check_question, method.correct, method.incorrect)
         self._verifier, self._drafter = verifier, drafter
         longest = (await verifier.describe.remote()).max_context
         self._overlap = Overlap()

@@ -5,8 +5,8 @@ from contextlib import aclosing
 
 from deployments.serving.replica import Host
 from parse.config import EngineSettings
-from parse.prompts import Check
-from parse.types import Judged, MethodChoice, Sampling, Tokens
+from parse.prompts import VerificationSuffix
+from parse.types import MethodChoice, SamplingParams, TokenDelta, VerifyResult
 
 
 class Verifier(Host):
@@ -24,22 +24,22 @@ class Verifier(Host):
         prompt: Sequence[int],
         draft: Sequence[int],
         cuts: Sequence[int],
-        check: Check,
+        check: VerificationSuffix,
         full: float | None,
         prefix: float | None,
         logprobs: int | None,
-    ) -> Judged:
+    ) -> VerifyResult:
         return await self.service.judge(prompt, draft, cuts, check, full=full, prefix=prefix, logprobs=logprobs)
 
     async def generate(
         self,
         prompt: Sequence[int],
         output: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         proposal: Sequence[int],
         piece: int,
         speculation: MethodChoice | None,
-    ) -> AsyncGenerator[Tokens]:
+    ) -> AsyncGenerator[TokenDelta]:
         writing = self.service.generate(
             prompt, output, sampling, proposal=proposal, piece=piece, speculation=speculation
         )

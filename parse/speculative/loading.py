@@ -5,65 +5,77 @@ from typing import Any
 
 from parse.config import EngineSettings, SpeculationSettings
 from parse.engines.native.model import Model
-from parse.speculative.cost_model import Costs
-from parse.speculative.guard import Guard
-from parse.speculative.policy import Way
-from parse.speculative.proposal import Foresight
-from parse.speculative.proposers.draft_model import DraftModel
-from parse.speculative.proposers.eagle3 import Eagle3
-from parse.speculative.proposers.eagle_head import HeadError
-from parse.speculative.proposers.ngram import Ngram
-from parse.speculative.proposers.parallelspec import Parallel
-from parse.speculative.proposers.space import Space
-from parse.types import Method
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.guard import GuardedProposer
+from parse.speculative.policy import SpeculativeMethod
+from parse.speculative.proposal import Proposer
+from parse.speculative.proposers.draft_model import DraftModelProposer
+from parse.speculative.proposers.eagle3 import Eagle3Proposer
+from parse.speculative.proposers.eagle_head import ProposerLoadError
+from parse.speculative.proposers.ngram import NgramProposer
+from parse.speculative.proposers.parallelspec import ParallelSpecProposer
+from parse.speculative.proposers.space import SpaceProposer
+from parse.types import MethodName
 
-CHAIN = 12  # tokens of a chain whose method has no length of its own; what does not pay of it is left out
-TREE_DEPTH = 8
+DEFAULT_CHAIN_LENGTH = (
+    12  # tokens of a chain whose method has no length of its own; what does not pay of it is left out
+)
+DEFAULT_TREE_DEPTH = 8
 
 
-def ways(settings: EngineSettings, model: Model, costs: Costs) -> dict[Method, Way]:
+def load_methods(
+    settings: EngineSettings, model: Model, cost_model: StepCostModel
+) -> dict[MethodName, SpeculativeMethod]:
     """Loaded, in the order of the settings; what they need of the model is asked of it."""
-    found: dict[Method, Way] = {}
-    for given in settings.speculation:
+    methods: dict[MethodName, SpeculativeMethod] = {}
+    for config in settings.speculation:
         try:
-            foresight, most = _loaded(given, settings, model)
-        except HeadError as error:
-            raise HeadError(f"speculation by {given.method}, head {given.head}: {error}") from error
-        guard, steps = Guard(foresight, model.vocabulary), given.method in ("eagle3", "draft_model")
-        found[given.method] = Way(given.method, guard, most, steps, (), costs)
-    model.taps = tuple(sorted({tap for way in found.values() for tap in way.foresight.taps}))
-    for way in found.values():
-        way.taps = model.taps
-    return found
+            proposer, max_tokens = _load_proposer(config, settings, model)
+        except ProposerLoadError as error:
+            raise ProposerLoadError(f"speculation by {config.method}, head {config.head}: {error}") from error
+        guard, steps = GuardedProposer(proposer, model.vocab_size), config.method in ("eagle3", "draft_model")
+        methods[config.method] = SpeculativeMethod(config.method, guard, max_tokens, steps, (), cost_model)
+    model.aux_hidden_state_layers = tuple(
+        sorted({tap for way in methods.values() for tap in way.proposer.aux_hidden_state_layers})
+    )
+    for way in methods.values():
+        way.aux_hidden_state_layers = model.aux_hidden_state_layers
+    return methods
 
 
-def bytes_per_token(ways: Sequence[Way], model: Model) -> int:
+def bytes_per_token(methods: Sequence[SpeculativeMethod], model: Model) -> int:
     """Beside keys and values of the model: the features of a token, and what methods keep of it."""
     width = model.network.config.get_text_config().hidden_size
-    features = len(model.taps) * width * model.network.dtype.itemsize
-    return features + sum(way.foresight.bytes_per_token for way in ways)
+    hidden_state_bytes = len(model.aux_hidden_state_layers) * width * model.network.dtype.itemsize
+    return hidden_state_bytes + sum(way.proposer.bytes_per_token for way in methods)
 
 
-def _loaded(given: SpeculationSettings, settings: EngineSettings, model: Model) -> tuple[Foresight[Any], int]:
+def _load_proposer(config: SpeculationSettings, settings: EngineSettings, model: Model) -> tuple[Proposer[Any], int]:
     """The method, and how many tokens it proposes at most."""
-    head, beam = given.head or "", given.beam
-    match given.method:
+    head, beam = config.head or "", config.beam
+    match config.method:
         case "ngram":
-            return Ngram(), given.tokens or CHAIN
+            return NgramProposer(), config.tokens or DEFAULT_CHAIN_LENGTH
         case "draft_model":
-            small = DraftModel.load(head, model, device=settings.device, dtype=settings.dtype)
-            return small, given.tokens or CHAIN
+            small = DraftModelProposer.load(head, model, device=settings.device, dtype=settings.dtype)
+            return small, config.tokens or DEFAULT_CHAIN_LENGTH
         case "eagle3":
-            most = given.tokens or (2 * TREE_DEPTH if beam > 1 else CHAIN)
-            return Eagle3.load(
-                head, model.network, depth=min(most, TREE_DEPTH if beam > 1 else most) - 1, beam=beam
+            most = config.tokens or (2 * DEFAULT_TREE_DEPTH if beam > 1 else DEFAULT_CHAIN_LENGTH)
+            return Eagle3Proposer.load(
+                head, model.network, depth=min(most, DEFAULT_TREE_DEPTH if beam > 1 else most) - 1, beam=beam
             ), most
         case "parallel":
-            parallel = Parallel.load(head, model.network, beam=beam)
+            parallel = ParallelSpecProposer.load(head, model.network, beam=beam)
             ahead = parallel.head.config.parallel_tokens
-            return parallel, given.tokens or (2 * ahead if beam > 1 else ahead)
+            return parallel, config.tokens or (2 * ahead if beam > 1 else ahead)
         case "space":
-            space = Space.load(head, model.network) if head else Space.tuned(model.network, model.tokenizer)
-            space.width = min(space.width, given.tokens or space.width) if head else given.tokens or space.width
-            model.masks = space.masks
-            return space, space.width * (space.width + 2)  # a group behind every candidate, and behind the text
+            space = (
+                SpaceProposer.load(head, model.network)
+                if head
+                else SpaceProposer.from_tuned_model(model.network, model.tokenizer)
+            )
+            space.num_masks = (
+                min(space.num_masks, config.tokens or space.num_masks) if head else config.tokens or space.num_masks
+            )
+            model.mask_embedder = space.mask_embedder
+            return space, space.num_masks * (space.num_masks + 2)  # a group behind every candidate, and behind the text

@@ -19,35 +19,37 @@ class Proposal:
     A node may be a MASK (`parse.tree`): nothing follows there, but the target is to say what it foresees.
     """
 
-    tokens: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
     parents: Sequence[int] = ()
-    likely: Sequence[float] | None = None
+    probabilities: Sequence[float] | None = None
     """How likely each is to be accepted, with all above it, as far as the method can tell."""
     ready: bool = True
     """Or is the text yet to be read, so that nothing follows from what is proposed?"""
 
 
-NOTHING = Proposal()
+NO_PROPOSAL = Proposal()
 NOT_YET = Proposal(ready=False)
 
 
-def chained(tokens: Sequence[int], likely: Sequence[float] | None = None) -> Proposal:
+def chain_proposal(token_ids: Sequence[int], probabilities: Sequence[float] | None = None) -> Proposal:
     """One behind the other."""
-    return Proposal(tokens, range(-1, len(tokens) - 1), likely)
+    return Proposal(token_ids, range(-1, len(token_ids) - 1), probabilities)
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class MaskPrediction:
     """What the target said at the masks behind the last but one token of the text, the first mask first."""
 
-    tokens: Sequence[int]
-    likely: Sequence[float]  # each, if those before it come
+    token_ids: Sequence[int]
+    probabilities: Sequence[float]  # each, if those before it come
 
 
-class Proposer(Protocol):
+class ProposerState(Protocol):
     """The text of one request, as a method has read it. It is called in the engine's thread, and should be quick."""
 
-    def take(self, tokens: Sequence[int], features: Tensor | None, foreseen: Foreseen | None) -> None:
+    def extend(
+        self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
+    ) -> None:
         """These tokens now follow in the text: at first all of the prompt.
 
         features [n, width], where the method asks for them: the target's, of the token *before* each of the last n of
@@ -57,39 +59,39 @@ class Proposer(Protocol):
         ...
 
 
-ENDLESS = 1 << 30
+UNLIMITED = 1 << 30
 
-P = TypeVar("P", bound=Proposer)
+P = TypeVar("P", bound=ProposerState)
 
 
 @dataclass(frozen=True)
-class Wish(Generic[P]):
+class ProposalRequest(Generic[P]):
     """For what might follow a text: at most that many tokens, and none less likely than `floor` to be accepted."""
 
-    proposer: P
-    most: int
-    floor: float = 0.0
-    depth: int = ENDLESS  # tokens one behind the other
+    state: P
+    max_tokens: int
+    min_probability: float = 0.0
+    max_depth: int = UNLIMITED  # tokens one behind the other
 
 
-class Foresight(ABC, Generic[P]):
+class Proposer(ABC, Generic[P]):
     """A method, for any number of requests."""
 
-    taps: tuple[int, ...] = ()
+    aux_hidden_state_layers: tuple[int, ...] = ()
     """Which of the target's `hidden_states`, side by side, are the features that it reads."""
     bytes_per_token: int = 0
     """What it keeps of each token of a text, the features not counted."""
 
-    def reserve(self, contexts: int, capacity: int) -> None:
+    def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
         """Told once, before all else, how many texts there may be, and how long."""
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """What it has read of past texts serves no later ones. From any thread."""
 
     @abstractmethod
-    def proposer(self) -> P:
+    def new_state(self) -> P:
         """For one request."""
 
     @abstractmethod
-    def propose(self, wishes: Sequence[Wish[P]]) -> list[Proposal]:
+    def propose(self, requests: Sequence[ProposalRequest[P]]) -> list[Proposal]:
         """For several requests at once, a proposal for each wish."""

@@ -4,7 +4,7 @@ import pytest
 
 from bench.passes import Curve, Pass, Seen
 from bench.prediction import Writing, by_depth, needed, predicted, writing
-from parse.types import Speculated
+from parse.types import SpeculationStats
 
 CURVE = Curve(1, (1, 5, 9), (2.0, 4.0, 8.0))
 
@@ -34,13 +34,13 @@ def test_a_pass_writes_what_was_accepted_and_a_token_of_its_own():
 
 def test_what_was_seen_is_told_of_one_text_in_a_pass():
     seen = Seen((Pass(2, 6, 1.0), Pass(1, 3, 2.0)), ((2, 0.3),)) + Seen((), ((1, 0.3),))
-    found = writing(Speculated("parallel", 3, (3, 3), (2, 1)), seen)
+    found = writing(SpeculationStats("parallel", 3, (3, 3), (2, 1)), seen)
     assert (found.texts, found.entries, found.pass_s) == (1.5, 3.0, 1.5)
     assert found.wishes == 3 and found.proposal_s == pytest.approx(0.2) and found.proposing_s == pytest.approx(0.2)
 
 
 def test_nothing_wished_for_takes_nothing():
-    found = writing(Speculated("ngram", 2, (), ()), Seen((Pass(1, 1, 1.0),)))
+    found = writing(SpeculationStats("ngram", 2, (), ()), Seen((Pass(1, 1, 1.0),)))
     assert found.proposing_s == found.proposal_s == 0.0 and found.tokens_per_pass == 1.0
 
 

@@ -7,8 +7,8 @@ from bench.contenders import Answer, Ours, tokens_per_s
 from bench.speculation import METHODS, figures, methods, name_of
 from parse.config import EngineSettings, SpeculationSettings
 from parse.local import LocalPair
-from parse.prompts import prompt_ids
-from parse.types import Speculated
+from parse.prompts import chat_prompt_token_ids
+from parse.types import SpeculationStats
 from training import measure
 from training.evaluate import MODELS
 from training.rows import Writer
@@ -34,7 +34,7 @@ def few(monkeypatch):
 
 def prompts_of(pair, count):
     problems = measure.problems(1, count, split="bench")
-    return [prompt_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
+    return [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
 
 
 def answer(ids, *, seconds=1.0, came=None):
@@ -50,7 +50,7 @@ def test_contenders_are_told_by_mode_and_method():
 
 
 def test_speedups_are_over_the_target_alone_and_texts_are_compared(pair):
-    came = Speculated("eagle3", 4, (4, 4), (3, 2))
+    came = SpeculationStats("eagle3", 4, (4, 4), (3, 2))
     answers = {
         "off": [answer(range(10), seconds=2.0), answer(range(20), seconds=4.0)],
         "off + eagle3": [answer(range(10), came=came), answer(range(19), came=came)],
@@ -74,9 +74,9 @@ def test_what_an_engine_does_is_written_down_and_told_on(pair):
         pair.target.engine.costs = told
     assert said.speculated is not None
     assert len(seen.passes) == said.speculated.passes - 1  # the first reads the prompt
-    proposed = sum(said.speculated.proposed)
+    proposed = sum(said.speculated.proposed_per_position)
     assert sum(p.entries for p in seen.passes) in range(len(seen.passes), len(seen.passes) + proposed + 1)
-    assert len(seen.proposing) >= said.speculated.proposed[0] and all(s > 0 for _, s in seen.proposing)
+    assert len(seen.proposing) >= said.speculated.proposed_per_position[0] and all(s > 0 for _, s in seen.proposing)
     assert told.entries != 1.0 and watch.taken() == passes.Seen()
 
 

@@ -15,7 +15,7 @@ from deployments.api.backend import Session
 from deployments.observability.exposition import Figures
 from deployments.observability.metrics import OF_ROUTERS, Meters
 from parse.pipeline import Pipeline
-from parse.types import MethodChoice, Sampling, Speculated, Tokens
+from parse.types import MethodChoice, SamplingParams, SpeculationStats, TokenDelta
 
 PATIENCE_S = 20
 
@@ -64,7 +64,7 @@ class Writer:
 
     tokens: Sequence[int] = ()
     error: Exception | None = None
-    speculated: Speculated | None = None  # of those tokens
+    speculated: SpeculationStats | None = None  # of those tokens
     may_go_on: threading.Event = field(default_factory=threading.Event)
     busy: int = 0
 
@@ -72,21 +72,21 @@ class Writer:
         self,
         prompt: Sequence[int],
         output: Sequence[int] = (),
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
         proposal: Sequence[int] = (),
         piece: int = 1,
         speculation: MethodChoice | None = None,
-    ) -> AsyncGenerator[Tokens]:
+    ) -> AsyncGenerator[TokenDelta]:
         self.busy += 1
         try:
             if self.tokens:
-                yield Tokens(tuple(self.tokens), speculated=self.speculated)
+                yield TokenDelta(tuple(self.tokens), speculation=self.speculated)
             if self.error is not None:
                 raise self.error
             while not self.may_go_on.is_set():
                 await asyncio.sleep(0.005)
-            yield Tokens((300,), finish="stop")
+            yield TokenDelta((300,), finish_reason="stop")
         finally:
             self.busy -= 1
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from deployments.api.protocol import ParseReport
 from parse.local import DEMO_TARGET, LocalPair
-from parse.prompts import prompt_ids
+from parse.prompts import chat_prompt_token_ids
 from tests.deployments.conftest import MODEL
 from training import measure
 
@@ -81,7 +81,7 @@ def peer() -> Any:
 @pytest.fixture(scope="module")
 def begun(pair: LocalPair) -> list[list[int]]:
     """Texts that are gone on from at length."""
-    return [prompt_ids(pair.tokenizer, turns(place)) for place in range(2)]
+    return [chat_prompt_token_ids(pair.tokenizer, turns(place)) for place in range(2)]
 
 
 def logits_of(peer: Any, ids: list[int]) -> torch.Tensor:
@@ -98,7 +98,7 @@ def _generated(peer: Any, *prompt: int) -> list[int]:
 
 def written(peer: Any, pair: LocalPair, messages: Any) -> list[int]:
     """What the target writes by itself, its end token left out."""
-    *ids, end = _generated(peer, *prompt_ids(pair.tokenizer, messages))
+    *ids, end = _generated(peer, *chat_prompt_token_ids(pair.tokenizer, messages))
     assert end == pair.tokenizer.eos_token_id
     return ids
 
@@ -113,7 +113,7 @@ def test_a_greedy_answer_is_what_the_library_writes(client, pair, peer):
         assert text_of(answer) == pair.tokenizer.decode(ids)
         assert answer.choices[0].finish_reason == "stop"
         assert answer.usage is not None
-        assert answer.usage.prompt_tokens == len(prompt_ids(pair.tokenizer, turns(place)))
+        assert answer.usage.prompt_tokens == len(chat_prompt_token_ids(pair.tokenizer, turns(place)))
         assert answer.usage.completion_tokens == len(ids)
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(ids)
 
@@ -186,7 +186,7 @@ def test_log_probabilities_are_the_targets_own(client, pair, peer, mode):
     assert b"".join(bytes(entry.bytes or []) for entry in entries).decode() == text_of(answer)
     names = {pair.tokenizer.decode([token]): token for token in range(len(pair.tokenizer))}
     ids = [names[entry.token] for entry in entries]
-    prompt = prompt_ids(pair.tokenizer, turns())
+    prompt = chat_prompt_token_ids(pair.tokenizer, turns())
     wanted = logits_of(peer, [*prompt, *ids])[len(prompt) - 1 : -1].log_softmax(-1)
     for row, token, entry in zip(wanted, ids, entries, strict=True):
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-3)
@@ -285,7 +285,7 @@ def test_a_bias_forbids_a_token_or_forces_it(client, pair):
 
 @pytest.mark.parametrize(("presence", "frequency"), [(2.0, 0.0), (0.0, 2.0), (-2.0, 0.5), (1.5, 1.5)])
 def test_penalties_are_as_the_api_defines_them(client, pair, peer, presence, frequency):
-    prompt, ids = prompt_ids(pair.tokenizer, OPEN), list[int]()
+    prompt, ids = chat_prompt_token_ids(pair.tokenizer, OPEN), list[int]()
     for _ in range(40):
         logits = logits_of(peer, [*prompt, *ids])[-1].clone()
         for token, count in Counter(ids).items():
@@ -324,7 +324,9 @@ def test_text_is_gone_on_from_as_the_library_does(client, pair, peer, begun):
 
 
 def test_choices_of_several_prompts_stand_in_order_with_seeds_of_their_own(client, pair):
-    prompts = [prompt_ids(pair.tokenizer, [{"role": "user", "content": text}]) for text in ("Hello.", "What?")]
+    prompts = [
+        chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": text}]) for text in ("Hello.", "What?")
+    ]
     asked: Any = {"temperature": 2.0, "max_tokens": 24}
     answer = complete(client, prompts, n=2, seed=8, **asked)
     wanted = [complete(client, prompt, seed=seed, **asked).choices[0].text for prompt in prompts for seed in (8, 9)]
@@ -364,7 +366,7 @@ def test_a_completion_is_streamed_too(client, begun):
 
 
 def test_text_may_be_gone_on_from_with_drafts(client, pair):
-    prompt = prompt_ids(pair.tokenizer, turns())
+    prompt = chat_prompt_token_ids(pair.tokenizer, turns())
     answer = complete(client, prompt, max_tokens=200, extra_body={"parse": {"mode": "full"}})
     assert report(answer).accepted > 0
     assert answer.choices[0].text == text_of(chat(client, mode="full", max_tokens=200))

@@ -15,7 +15,7 @@ from deployments.config import ApiSettings
 from parse.config import MethodSettings
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
-from parse.prompts import Check
+from parse.prompts import VerificationSuffix
 from parse.protocol import Verifier
 from tests.deployments.conftest import MODEL, WAYS
 from tests.deployments.live import LocalBackend, served
@@ -25,7 +25,11 @@ KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 # What the document says does not depend on who answers.
 NOBODY = Pipeline(
-    verifier=cast(Verifier, None), tokenizer=build(), check=Check((), (), ()), settings=MethodSettings(), longest=1
+    verifier=cast(Verifier, None),
+    tokenizer=build(),
+    check=VerificationSuffix((), (), ()),
+    settings=MethodSettings(),
+    longest=1,
 )
 
 

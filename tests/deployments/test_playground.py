@@ -21,10 +21,10 @@ from deployments import playground
 from deployments.api.admission import Overloaded
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from parse.controller import Control
+from parse.controller import DraftingController
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
-from parse.protocol import Done, Event, Fallback, Piece, Question, Stage, Usage, Verdict
+from parse.protocol import Event, Fallback, Finished, GenerationRequest, Stage, TextDelta, Usage, Verification
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import LocalBackend, served
 
@@ -68,7 +68,7 @@ def page(browser: Any) -> Iterator["Playground"]:
 
 # Servers.
 
-Script = Callable[[Question], AsyncIterator[Event]]
+Script = Callable[[GenerationRequest], AsyncIterator[Event]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Scripted(Pipeline):
 
     script: Script
 
-    async def answer(self, question: Question) -> AsyncGenerator[Event]:
+    async def answer(self, question: GenerationRequest) -> AsyncGenerator[Event]:
         async for event in self.script(question):
             yield event
 
@@ -119,13 +119,13 @@ def answering(chat: Callable[[], Response]) -> Iterator[str]:
         yield address
 
 
-def piece(text: str, origin: Any = "target", tokens: int = 1) -> Piece:
-    return Piece(text, (0,) * tokens, origin)
+def piece(text: str, origin: Any = "target", tokens: int = 1) -> TextDelta:
+    return TextDelta(text, (0,) * tokens, origin)
 
 
-def done(**usage: Any) -> Done:
+def done(**usage: Any) -> Finished:
     stages = (Stage("draft", 0.0, 0.1), Stage("judge", 0.1, 0.2))
-    return Done("stop", Usage("full", **usage, stages=stages, first_s=0.1, total_s=0.5))
+    return Finished("stop", Usage("full", **usage, stages=stages, ttft_s=0.1, total_s=0.5))
 
 
 # What the files are.
@@ -198,7 +198,7 @@ def said(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
     return "".join(text for kind, text in runs if kind in kinds)
 
 
-class Hopeful(Control):
+class Hopeful(DraftingController):
     """Whether another round pays is measured otherwise, and so not the same each time."""
 
     def another_round_pays(self, missing: int) -> bool:
@@ -409,10 +409,10 @@ class Slow:
     may_go_on: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
 
-    async def __call__(self, _: Question) -> AsyncIterator[Event]:
+    async def __call__(self, _: GenerationRequest) -> AsyncIterator[Event]:
         try:
             yield piece("A beginning ", "draft", 2)
-            yield Verdict(0, (0,) * 4, (2, 4), (0.99, 0.02), 2, "that was wrong")
+            yield Verification(0, (0,) * 4, (2, 4), (0.99, 0.02), 2, "that was wrong")
             while not self.may_go_on.is_set():
                 await asyncio.sleep(0.005)
             for word in range(200):
@@ -515,7 +515,7 @@ def test_what_was_rejected_finds_its_place_even_before_the_words_do(page, addres
 
 
 def failing(error: Exception, *before: Event) -> Script:
-    async def script(_: Question) -> AsyncIterator[Event]:
+    async def script(_: GenerationRequest) -> AsyncIterator[Event]:
         for event in before:
             yield event
         raise error
@@ -668,9 +668,9 @@ def test_a_key_is_asked_for_sent_and_kept_in_this_tab_only(page, pair, monkeypat
 
 
 def test_what_a_model_writes_never_becomes_markup(page, pair):
-    async def script(_: Question) -> AsyncIterator[Event]:
+    async def script(_: GenerationRequest) -> AsyncIterator[Event]:
         yield piece(HOSTILE, "draft", 3)
-        yield Verdict(0, (0,) * 6, (3, 6), (0.99, 0.01), 3, HOSTILE)
+        yield Verification(0, (0,) * 6, (3, 6), (0.99, 0.01), 3, HOSTILE)
         yield piece(HOSTILE)
         yield done(drafted=6, accepted=3, written=1, fallback=Fallback("failed", HOSTILE))
 
@@ -839,9 +839,9 @@ def test_whoever_is_disturbed_by_motion_sees_none(page, pair):
 def test_it_fits_from_a_telephone_to_a_wall(page, pair, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
 
-    async def script(_: Question) -> AsyncIterator[Event]:
+    async def script(_: GenerationRequest) -> AsyncIterator[Event]:
         yield piece("long" * 200 + "\n", "draft", 3)
-        yield Verdict(0, (0,) * 40, tuple(range(1, 41)), (0.99,) * 3 + (0.01,) * 37, 3, "wrong " * 100)
+        yield Verification(0, (0,) * 40, tuple(range(1, 41)), (0.99,) * 3 + (0.01,) * 37, 3, "wrong " * 100)
         yield done(drafted=40, accepted=3)
 
     with saying(pair, script) as address:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from parse.detokenizer import TextStream
+from parse.detokenizer import IncrementalDetokenizer
 from training.tokenizer import build
 
 BYTES = build()
@@ -40,10 +40,10 @@ def cut(text, stop):
 
 
 def said(tokenizer, pieces, stop):
-    stream = TextStream(tokenizer, stop)
-    text = "".join(stream.add(piece) for piece in pieces) + stream.end()
-    assert stream.end() == ""
-    return text, stream.stopped
+    stream = IncrementalDetokenizer(tokenizer, stop)
+    text = "".join(stream.add(piece) for piece in pieces) + stream.finish()
+    assert stream.finish() == ""
+    return text, stream.matched_stop
 
 
 def split(ids, data):
@@ -79,7 +79,7 @@ def test_even_of_tokens_that_make_no_sense(ids, data):
 
 @given(text=writing)
 def test_no_piece_ends_within_a_character(text):
-    stream = TextStream(BYTES)
+    stream = IncrementalDetokenizer(BYTES)
     ids = BYTES.encode(text)
     pieces = [stream.add([token]) for token in ids]
     for size in range(len(ids) + 1):
@@ -90,24 +90,24 @@ def test_no_piece_ends_within_a_character(text):
 
 
 def test_what_may_begin_a_stop_string_waits_until_it_is_certain():
-    stream = TextStream(BYTES, ["STOP", "TOM"])
+    stream = IncrementalDetokenizer(BYTES, ["STOP", "TOM"])
     pieces = [stream.add(BYTES.encode(letter)) for letter in "aSTaSTOMb"]
     assert pieces == ["a", "", "", "STa", "", "", "", "S", ""]
-    assert stream.stopped == "TOM"
-    assert stream.end() == ""
+    assert stream.matched_stop == "TOM"
+    assert stream.finish() == ""
     assert stream.add(BYTES.encode("more")) == ""
 
 
 def test_what_was_held_back_comes_at_the_end():
-    stream = TextStream(BYTES, ["STOP"])
+    stream = IncrementalDetokenizer(BYTES, ["STOP"])
     assert stream.add(BYTES.encode("a ST")) == "a "
-    assert stream.end() == "ST"
+    assert stream.finish() == "ST"
     emoji = BYTES.encode("🎉")
     assert len(emoji) == 4
-    stream = TextStream(BYTES)
+    stream = IncrementalDetokenizer(BYTES)
     assert [stream.add([token]) for token in emoji] == ["", "", "", "🎉"]
     assert stream.add(emoji[:2]) == ""
-    assert stream.end() == "\ufffd"
+    assert stream.finish() == "\ufffd"
 
 
 def test_special_tokens_are_no_text():
@@ -127,5 +127,5 @@ def test_a_long_text_costs_no_more_per_token_than_a_short_one(monkeypatch):
         return decode(ids, **how)
 
     monkeypatch.setattr(BYTES, "decode", counting)
-    TextStream(BYTES, ["never"]).add(BYTES.encode("Some words and an emoji 🎉, again and again. " * 20))
+    IncrementalDetokenizer(BYTES, ["never"]).add(BYTES.encode("Some words and an emoji 🎉, again and again. " * 20))
     assert max(decoded) < 12

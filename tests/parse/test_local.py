@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.__main__ import main
 from parse.config import METHOD_FILE, EngineSettings, MethodSettings
-from parse.engines.native.drafter import OtherTokens, SameTokens
+from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
-from parse.prompts import prompt_ids
-from parse.protocol import Done, Piece, Question
-from parse.types import Sampling
+from parse.prompts import chat_prompt_token_ids
+from parse.protocol import Finished, GenerationRequest, TextDelta
+from parse.types import SamplingParams
 from training import measure
 from training.rows import Writer
 from training.tokenizer import CHECK_QUESTION
 from training.wording import TARGET
 
-GREEDY = Sampling(temperature=0.0, max_tokens=240)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=240)
 PROBLEMS = measure.problems(3, 12, split="local")
 
 
@@ -44,24 +44,26 @@ def turns(given):
 
 def answered(pair, given, mode, sampling=GREEDY, **asked):
     async def collect():
-        question = Question(prompt_ids(pair.tokenizer, turns(given)), turns(given), sampling, mode, **asked)
+        question = GenerationRequest(
+            chat_prompt_token_ids(pair.tokenizer, turns(given)), turns(given), sampling, mode, **asked
+        )
         return [event async for event in pair.pipeline.answer(question)]
 
     events = asyncio.run(collect())
-    pieces = [event for event in events if isinstance(event, Piece)]
-    ids = [token for piece in pieces for token in piece.ids]
+    pieces = [event for event in events if isinstance(event, TextDelta)]
+    ids = [token for piece in pieces for token in piece.token_ids]
     assert "".join(piece.text for piece in pieces) == pair.tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(events[-1], Done)
+    assert isinstance(events[-1], Finished)
     return ids, events[-1]
 
 
 def test_the_target_alone_writes_what_generate_writes(pair):
     peer = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
     for given in PROBLEMS[:4]:
-        prompt = torch.tensor([prompt_ids(pair.tokenizer, turns(given))])
+        prompt = torch.tensor([chat_prompt_token_ids(pair.tokenizer, turns(given))])
         wanted = peer.generate(prompt, do_sample=False, max_new_tokens=240)[0, prompt.shape[1] :].tolist()
         ids, done = answered(pair, given, "off")
-        assert [*ids, pair.tokenizer.eos_token_id] == wanted and done.finish == "stop"
+        assert [*ids, pair.tokenizer.eos_token_id] == wanted and done.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("mode", ["full", "rounds", "progressive"])
@@ -70,9 +72,9 @@ def test_drafts_are_taken_and_the_answers_are_right(pair, mode):
     right = accepted = drafted = 0
     for given in PROBLEMS:
         ids, done = answered(pair, given, mode)
-        right += done.finish == "stop" and measure.whole(writer, given, [*ids, writer.end])
-        accepted, drafted = accepted + done.usage.accepted, drafted + done.usage.drafted
-        assert len(ids) == done.usage.accepted + done.usage.written
+        right += done.finish_reason == "stop" and measure.whole(writer, given, [*ids, writer.end])
+        accepted, drafted = accepted + done.usage.accepted_tokens, drafted + done.usage.draft_tokens
+        assert len(ids) == done.usage.accepted_tokens + done.usage.target_tokens
     assert right >= len(PROBLEMS) - 1
     assert accepted > drafted / 2
 
@@ -80,7 +82,7 @@ def test_drafts_are_taken_and_the_answers_are_right(pair, mode):
 def test_exact_is_the_target_alone_whatever_was_drafted(pair):
     for seed, given in enumerate(PROBLEMS[:5]):
         assert answered(pair, given, "exact")[0] == answered(pair, given, "off")[0]
-        sampled = Sampling(temperature=1.0, seed=seed, max_tokens=60)
+        sampled = SamplingParams(temperature=1.0, seed=seed, max_tokens=60)
         assert answered(pair, given, "exact", sampled)[0] == answered(pair, given, "off", sampled)[0]
 
 
@@ -88,21 +90,26 @@ def test_a_right_prediction_is_taken_whole_and_nothing_is_written(pair):
     own, _ = answered(pair, PROBLEMS[0], "off")
     for mode in ("full", "progressive", "rounds", "exact"):
         ids, done = answered(pair, PROBLEMS[0], mode, prediction=own)
-        assert ids == own and done.usage.accepted == len(own) and done.usage.written == 0
+        assert ids == own and done.usage.accepted_tokens == len(own) and done.usage.target_tokens == 0
 
 
 def test_log_probabilities_are_the_targets_whoever_wrote(pair):
-    question = Question(prompt_ids(pair.tokenizer, turns(PROBLEMS[0])), sampling=Sampling(temperature=0.0, logprobs=2))
+    question = GenerationRequest(
+        chat_prompt_token_ids(pair.tokenizer, turns(PROBLEMS[0])),
+        sampling_params=SamplingParams(temperature=0.0, logprobs=2),
+    )
 
     async def collect():
-        return [e async for e in pair.pipeline.answer(question) if isinstance(e, Piece)]
+        return [e async for e in pair.pipeline.answer(question) if isinstance(e, TextDelta)]
 
     pieces = asyncio.run(collect())
-    ids = [token for piece in pieces for token in piece.ids]
+    ids = [token for piece in pieces for token in piece.token_ids]
     found = [logprob for piece in pieces for logprob in piece.logprobs]
     peer = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
     with torch.inference_mode():
-        logits = peer(input_ids=torch.tensor([[*question.prompt, *ids]])).logits[0, len(question.prompt) - 1 : -1]
+        logits = peer(input_ids=torch.tensor([[*question.prompt_token_ids, *ids]])).logits[
+            0, len(question.prompt_token_ids) - 1 : -1
+        ]
     wanted = logits.log_softmax(-1)
     assert len(found) == len(ids) and all(len(logprob.top) == 2 for logprob in found)
     for row, token, logprob in zip(wanted, ids, found, strict=True):
@@ -137,13 +144,15 @@ def foreign_draft(tmp_path_factory):
 def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
     other = LocalPair(settings(DEMO_TARGET), settings(foreign_draft))
     try:
-        assert isinstance(pair.pipeline.drafter, SameTokens) and isinstance(other.pipeline.drafter, OtherTokens)
+        assert isinstance(pair.pipeline.drafter, SharedVocabularyDrafter) and isinstance(
+            other.pipeline.drafter, RetokenizingDrafter
+        )
         accepted = 0
         for given in PROBLEMS[:4]:
             for mode in ("full", "rounds"):
                 ours, theirs = answered(pair, given, mode), answered(other, given, mode)
                 assert ours[0] == theirs[0]
-                accepted += theirs[1].usage.accepted
+                accepted += theirs[1].usage.accepted_tokens
         assert accepted > 100
     finally:
         other.close()

@@ -6,7 +6,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
-from parse.prompts import TemplateError, check_ids, prompt_ids
+from parse.prompts import TemplateError, build_verification_suffix, chat_prompt_token_ids
 from parse.types import RequestError
 
 
@@ -16,10 +16,10 @@ def test_prompt_probe_and_conversation_are_the_same_tokens(tokenizer):
     answer, question = "So Max has 5 nuts now.", "Is this right so far?"
     after = [*turns, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
     whole = tokenizer.apply_chat_template(after, add_generation_prompt=True)["input_ids"]
-    check = check_ids(tokenizer, question)
-    assert prompt_ids(tokenizer, turns) + tokenizer.encode(answer) + list(check.suffix) == whole
-    assert tokenizer.decode(check.correct[0]) == "Correct"
-    assert tokenizer.decode(check.incorrect[0]) == "Incorrect"
+    check = build_verification_suffix(tokenizer, question)
+    assert chat_prompt_token_ids(tokenizer, turns) + tokenizer.encode(answer) + list(check.token_ids) == whole
+    assert tokenizer.decode(check.correct_token_ids[0]) == "Correct"
+    assert tokenizer.decode(check.incorrect_token_ids[0]) == "Incorrect"
 
 
 def test_a_template_that_rewrites_the_generation_prompt_is_refused(tokenizer):
@@ -28,15 +28,15 @@ def test_a_template_that_rewrites_the_generation_prompt_is_refused(tokenizer):
         "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
     )
     with pytest.raises(TemplateError, match="generation prompt"):
-        check_ids(thinking, "Is this right so far?")
+        build_verification_suffix(thinking, "Is this right so far?")
 
 
 def test_words_of_several_tokens_are_told_apart_by_the_first_that_differs(tokenizer):
     """In the demo's tokenizer a word beyond the task is spelled, byte by byte."""
-    plain = check_ids(tokenizer, "Is this right so far?")
-    check = check_ids(tokenizer, "Is this right so far?", correct="Perhaps", incorrect="Perfect")
-    assert check.suffix == (*plain.suffix, *tokenizer.encode("Per"))
-    assert [tokenizer.decode(ids) for ids in (check.correct, check.incorrect)] == ["h", "f"]
+    plain = build_verification_suffix(tokenizer, "Is this right so far?")
+    check = build_verification_suffix(tokenizer, "Is this right so far?", correct="Perhaps", incorrect="Perfect")
+    assert check.token_ids == (*plain.token_ids, *tokenizer.encode("Per"))
+    assert [tokenizer.decode(ids) for ids in (check.correct_token_ids, check.incorrect_token_ids)] == ["h", "f"]
 
 
 def test_a_word_counts_with_a_leading_space_too():
@@ -47,21 +47,21 @@ def test_a_word_counts_with_a_leading_space_too():
         tokenizer_object=model, chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}",
         extra_special_tokens=["</s>"],
     )  # fmt: skip
-    check = check_ids(tokenizer, "Ask", correct="Yes", incorrect="No")
-    assert (check.correct, check.incorrect) == ((3, 5), (4, 6))
+    check = build_verification_suffix(tokenizer, "Ask", correct="Yes", incorrect="No")
+    assert (check.correct_token_ids, check.incorrect_token_ids) == ((3, 5), (4, 6))
 
 
 @pytest.mark.parametrize(("correct", "incorrect"), [("Yes", "Yes"), ("Per", "Perhaps")])
 def test_words_that_cannot_be_told_apart_are_refused(tokenizer, correct, incorrect):
     with pytest.raises(TemplateError, match="begin alike"):
-        check_ids(tokenizer, "Is this right so far?", correct=correct, incorrect=incorrect)
+        build_verification_suffix(tokenizer, "Is this right so far?", correct=correct, incorrect=incorrect)
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer):
     bare = deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(TemplateError, match="no chat template"):
-        check_ids(bare)
+        build_verification_suffix(bare)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer):
 )
 def test_a_conversation_that_cannot_be_rendered_is_refused_by_its_field(tokenizer, messages, field):
     with pytest.raises(RequestError, match=field):
-        prompt_ids(tokenizer, messages)
+        chat_prompt_token_ids(tokenizer, messages)
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,4 @@ def test_a_template_that_fails_or_breaks_the_layout_is_refused(tokenizer, templa
     broken = deepcopy(tokenizer)
     broken.chat_template = template
     with pytest.raises(TemplateError):
-        check_ids(broken)
+        build_verification_suffix(broken)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from parse.tree import chain, probe_ends, probed, probes, proposals
+from parse.tree import chain, suffix_end_nodes, suffix_forest, tree_from_parents, trunk_with_suffixes
 from training.judging import cached, run
 
 
@@ -28,7 +28,7 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(seed):
     rng = random.Random(seed)
     trunk, width = rng.randint(1, 12), rng.randint(1, 4)
     cuts = [rng.randint(1, trunk) for _ in range(rng.randint(0, 5))]
-    tree = probed(range(trunk), cuts, range(100, 100 + width))
+    tree = trunk_with_suffixes(range(trunk), cuts, range(100, 100 + width))
     above = parents(trunk, cuts, width)
     visible = tree.visible()
     for node in range(len(tree)):
@@ -47,7 +47,7 @@ def test_a_chain_is_plain_causal_text():
 def test_a_cut_outside_the_trunk_is_refused():
     for cut in (0, 4, -1):
         with pytest.raises(ValueError, match=r"1\.\.3"):
-            probed([1, 2, 3], [cut], [9])
+            trunk_with_suffixes([1, 2, 3], [cut], [9])
 
 
 def lineage(above, node):
@@ -71,10 +71,10 @@ def assert_is(tree, tokens, above):
 
 @given(st.lists(st.integers(0, 50), max_size=6), st.lists(st.integers(0, 99), min_size=1, max_size=4))
 def test_probes_see_the_context_up_to_their_cut_and_none_of_one_another(at, suffix):
-    tree = probes(at, suffix)
+    tree = suffix_forest(at, suffix)
     width = len(suffix)
     assert_is(tree, suffix * len(at), [-1 if j % width == 0 else j - 1 for j in range(len(at) * width)])
-    assert tree.seen(1000).tolist() == [cut for cut in at for _ in suffix]
+    assert tree.visible_context(1000).tolist() == [cut for cut in at for _ in suffix]
 
 
 @given(st.data())
@@ -82,7 +82,7 @@ def test_proposals_hang_where_they_are_told_to(data):
     size = data.draw(st.integers(0, 12))
     above = [data.draw(st.integers(-1, node - 1)) for node in range(size)]
     tokens = data.draw(st.lists(st.integers(0, 99), min_size=size, max_size=size))
-    tree, place = proposals(tokens, above)
+    tree, place = tree_from_parents(tokens, above)
     assert sorted(place) == list(range(size))
     assert [tree.tokens[at] for at in place] == tokens
     visible = tree.visible()
@@ -95,13 +95,13 @@ def test_proposals_hang_where_they_are_told_to(data):
 @pytest.mark.parametrize("above", [[0], [-1, 1], [-1, 5], [-1, -2]])
 def test_a_proposal_below_itself_or_a_later_one_is_refused(above):
     with pytest.raises(ValueError, match=f"the parent of node {len(above) - 1} must stand before it"):
-        proposals([7] * len(above), above)
+        tree_from_parents([7] * len(above), above)
 
 
 @given(st.lists(st.integers(0, 50), max_size=6), st.integers(0, 100))
 def test_where_nothing_else_is_said_a_tree_hangs_on_the_end_of_its_context(tokens, context):
-    for tree in (chain(tokens), proposals(tokens, list(range(-1, len(tokens) - 1)))[0]):
-        assert tree.seen(context).tolist() == [context] * len(tree)
+    for tree in (chain(tokens), tree_from_parents(tokens, list(range(-1, len(tokens) - 1)))[0]):
+        assert tree.visible_context(context).tolist() == [context] * len(tree)
 
 
 @pytest.mark.parametrize("config", [Qwen3Config, LlamaConfig])
@@ -115,6 +115,6 @@ def test_one_pass_over_the_tree_answers_as_separate_conversations_do(config):
     alone = [
         model(input_ids=torch.tensor([[*prompt, *draft[:cut], *suffix]])).logits[0, -1] for cut in cuts
     ]  # fmt: skip
-    at = torch.from_numpy(probe_ends(len(draft), cuts, len(suffix)))
-    together = run(model, probed(draft, cuts, suffix), at, cached(model, prompt))
+    at = torch.from_numpy(suffix_end_nodes(len(draft), cuts, len(suffix)))
+    together = run(model, trunk_with_suffixes(draft, cuts, suffix), at, cached(model, prompt))
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-4)

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from parse.speculative.proposal import Foresight, Proposal, chained
+from parse.speculative.proposal import Proposal, Proposer, chain_proposal
 from parse.speculative.proposers.eagle_checkpoint import save_head
-from parse.speculative.proposers.ngram import Ngram
+from parse.speculative.proposers.ngram import NgramProposer
 from tests.training.test_foresight import target, texts
 from training import eagle3, parallel
 from training.acceptance import acceptance, figures, followed
@@ -32,7 +32,7 @@ def test_a_tree_is_followed_along_the_text():
     assert followed(Proposal(), [1]) == 0
 
 
-class Knowing(Foresight[Any]):
+class Knowing(Proposer[Any]):
     """Proposes what will stand there, one token too few at a time, or nonsense."""
 
     taps = (2,)
@@ -40,10 +40,10 @@ class Knowing(Foresight[Any]):
     def __init__(self, text, right, seen):
         self.text, self.right, self.seen, self.length = text, right, seen, 0
 
-    def proposer(self):
+    def new_state(self):
         return self
 
-    def take(self, tokens, features, foreseen):
+    def extend(self, tokens, features, foreseen):
         assert self.text[self.length : self.length + len(tokens)] == list(tokens)
         assert len(features) == len(tokens) - (self.length == 0)
         self.seen += features[:, 0].tolist()
@@ -51,7 +51,7 @@ class Knowing(Foresight[Any]):
 
     def propose(self, wishes):
         (wish,) = wishes
-        return [chained(self.text[self.length : self.length + wish.most] if self.right else [39] * wish.most)]
+        return [chain_proposal(self.text[self.length : self.length + wish.most] if self.right else [39] * wish.most)]
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -70,7 +70,7 @@ def test_passes_are_counted_and_every_feature_comes_once(right):
 
 
 def test_methods_without_features_are_measured_alike():
-    found = acceptance(Ngram(), target(), [Output([1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3], 0)], most=4)
+    found = acceptance(NgramProposer(), target(), [Output([1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3], 0)], most=4)
     assert found.tokens == 7
     assert found.passes < 7
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from parse.local import DEMO_TARGET
 from parse.speculative.proposers.eagle_checkpoint import load_head, save_head
-from parse.speculative.proposers.eagle_head import HeadError, Rotation, Target
+from parse.speculative.proposers.eagle_head import ProposerLoadError, RotaryEmbedding, TargetModel
 from tests.parse.speculative import naive
 from tests.training.test_foresight import target, texts
 from training import eagle3, loop, parallel
@@ -69,13 +69,13 @@ def states(network, text, taps):
 def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_path):
     given = texts()
     head = eagle3.new_head(network, given, RECIPE)
-    library = Library(network, head.config.taps, given, memory_mb=10)
+    library = Library(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
     ((loss, told),) = eagle3.losses(head, network, library, RECIPE)(2)
     tensors, config = written_out(head, tmp_path)
     embedding = network.get_input_embeddings().weight.detach()
     by_step: list[list[float]] = [[] for _ in range(RECIPE.ahead)]
     for text in (given[k] for k in shuffled(len(given), RECIPE.texts, RECIPE.seed, 2)):
-        features, logits = states(network, text, head.config.taps)
+        features, logits = states(network, text, head.config.aux_hidden_state_layers)
         for anchor in range(len(text.prompt) + text.begun - 2, len(text.tokens) - 2):
             elements = range(anchor + 1)
             tokens = [text.tokens[element + 1] for element in elements]
@@ -97,7 +97,7 @@ def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_pa
 def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_path):
     given = texts()
     head = new_parallel(network, given)
-    library = Library(network, head.config.taps, given, memory_mb=10)
+    library = Library(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
     ((loss, _),) = parallel.losses(head, network, library, PARALLEL)(1)
     tensors, config = written_out(head, tmp_path)
     embedding = network.get_input_embeddings().weight.detach()
@@ -105,7 +105,7 @@ def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_pat
     kept = some(library.batch(chosen, PARALLEL.ahead), PARALLEL.share, 1)
     by_step: list[list[float]] = [[] for _ in range(PARALLEL.ahead)]
     for row, text in enumerate(given[k] for k in chosen):
-        features, logits = states(network, text, head.config.taps)
+        features, logits = states(network, text, head.config.aux_hidden_state_layers)
         for anchor in kept.anchors[row][kept.valid[row, :, 0]].tolist():
             tokens = torch.tensor(text.tokens[1 : anchor + 2])
             masks = [tensors[name].expand(PARALLEL.ahead - 1, -1) for name in ("mask_embedding", "mask_hidden")]
@@ -152,7 +152,7 @@ def test_training_brings_the_loss_down(network, tmp_path):
     recipe = replace(RECIPE, steps=12, rate=3e-2)
     given = texts(6)
     head = eagle3.new_head(network, given, recipe)
-    library = Library(network, head.config.taps, given, memory_mb=10)
+    library = Library(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
     losses = eagle3.losses(head, network, library, recipe)
     before = next(losses(0))[0].item()
     loop.train(tmp_path, head, losses, recipe.schedule, optimized_by=loop.adamw)
@@ -189,10 +189,10 @@ def test_training_may_go_on_from_a_head(network, tmp_path):
         save_head(head, tmp_path / name)
     recipe = replace(RECIPE, start=tmp_path / "eagle3", draft_vocabulary=7, seed=5)
     head = eagle3.new_head(network, given, recipe)
-    before, _ = load_head(tmp_path / "eagle3", Target.of(network))
+    before, _ = load_head(tmp_path / "eagle3", TargetModel.of(network))
     assert all(torch.equal(one, other) for one, other in zip(head.parameters(), before.parameters(), strict=True))
     eagle3.trained(network, given, recipe, tmp_path / "run")
-    with pytest.raises(HeadError, match="a head of another method"):
+    with pytest.raises(ProposerLoadError, match="a head of another method"):
         eagle3.new_head(network, given, replace(recipe, start=tmp_path / "parallel"))
     wider = eagle3.new_head(network, given, replace(PARALLEL, start=tmp_path / "parallel"), layers=2, parallel=5)
     assert wider.config.parallel_tokens == 5
@@ -202,7 +202,7 @@ def test_a_head_begins_with_what_its_target_reads_by(network):
     given = texts()
     head = eagle3.new_head(network, given, RECIPE)
     assert torch.equal(head.lm_head, network.lm_head.weight[head.to_target])
-    assert head.config.taps == Target.of(network).taps
-    assert Rotation(head.config, head.fc).at([5])[0].shape == (1, 1, 4)
+    assert head.config.aux_hidden_state_layers == TargetModel.of(network).default_aux_layers
+    assert RotaryEmbedding(head.config, head.fc).cos_sin([5])[0].shape == (1, 1, 4)
     other = eagle3.new_head(network, given, RECIPE)
     assert all(torch.equal(one, two) for one, two in zip(head.parameters(), other.parameters(), strict=True))

@@ -15,7 +15,7 @@ from training.wording import DRAFT
 def service():
     opened = open_target(DEMO_TARGET, None, 1024)
     yield opened
-    opened.close()
+    opened.shutdown()
 
 
 def test_every_other_pair_of_problems_goes_on_from_a_drafts_beginning(tokenizer):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculationSettings
-from parse.engines.native.service import ModelService
+from parse.engines.native.service import NativeEngine
 from parse.local import DEMO, DEMO_TARGET
 from parse.speculative.proposers.space_adapters import load_adapters, save_adapters
-from parse.types import Sampling, summed
+from parse.types import SamplingParams, sum_stats
 from tests.training.test_foresight import target, texts
 from training import loop, space
 from training.acceptance import held_out
@@ -150,23 +150,23 @@ def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
     """Passes by the card's way of counting, from one plain pass over each text, and by the engine."""
     # Nothing is known of what passes take, so that groups stand everywhere.
     monkeypatch.setattr("parse.engines.native.service.pass_seconds", lambda model: [])
-    monkeypatch.setattr("parse.speculative.cost_model.Costs.passed", lambda *_: None)
+    monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     proof = [text for text in held_out(DEMO_TARGET, 8, seed=5, threads=1) if not text.begun][:3]
     network = load_model(DEMO / "demo-target")
     adapters = load_adapters(DEMO / "demo-space", network).attach(network)
     counted = space.acceptance(adapters, network, proof)
     way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
-    service = ModelService(
+    service = NativeEngine(
         EngineSettings(model=DEMO_TARGET, threads=1, max_context=768, memory_mb=256, speculation=(way,))
     )
 
     async def passes(text):
-        async with aclosing(service.generate(text.prompt, sampling=Sampling(temperature=0.0))) as pieces:
-            return summed([tokens.speculated async for tokens in pieces])
+        async with aclosing(service.generate(text.prompt, sampling=SamplingParams(temperature=0.0))) as pieces:
+            return sum_stats([tokens.speculation async for tokens in pieces])
 
     try:
         came = [asyncio.run(passes(text)) for text in proof]
     finally:
-        service.close()
+        service.shutdown()
     assert sum(one.passes for one in came) == counted.passes
-    assert sum(sum(one.accepted) for one in came) == counted.tokens - counted.passes
+    assert sum(sum(one.accepted_per_position) for one in came) == counted.tokens - counted.passes

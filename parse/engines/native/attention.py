@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from parse.engines.native.kv_cache import Memory
-from parse.engines.native.scheduled_chunk import Span
+from parse.engines.native.kv_cache import KVCache
+from parse.engines.native.scheduled_chunk import ScheduledChunk
 
 STEP_ATTENTION = "parse_step"
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModelError(ValueError):
     """A model that this engine would not compute right."""
 
 
-class Attention(Protocol):
+class StepAttention(Protocol):
     """What a step's queries see, on one kind of device."""
 
     def attend(
@@ -32,7 +32,7 @@ class Attention(Protocol):
         ...
 
 
-MakeAttention = Callable[[Memory, Sequence[Span]], Attention]
+AttentionFactory = Callable[[KVCache, Sequence[ScheduledChunk]], StepAttention]
 
 
 def step_attention(
@@ -42,7 +42,7 @@ def step_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: Attention | None = None,
+    step: StepAttention | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -50,9 +50,9 @@ def step_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     if step is None:
-        raise UnsupportedModel(f"{type(module).__name__}: its model keeps the forward's arguments from it")
+        raise UnsupportedModelError(f"{type(module).__name__}: its model keeps the forward's arguments from it")
     if softcap is not None or s_aux is not None:
-        raise UnsupportedModel(f"{type(module).__name__}: capped scores and sinks are not supported")
+        raise UnsupportedModelError(f"{type(module).__name__}: capped scores and sinks are not supported")
     out = step.attend(module.layer_idx, query, key, value, scaling, sliding_window)  # type: ignore[arg-type]
     return out.contiguous(), None  # some models take a view of it
 
@@ -60,23 +60,23 @@ def step_attention(
 AttentionInterface.register(STEP_ATTENTION, step_attention)
 
 
-class _Block:
+class _QueryGroup:
     """Queries computed together: one span, or single tokens of contexts that lie side by side in memory."""
 
-    def __init__(self, spans: Sequence[Span]) -> None:
-        self.spans = spans
-        self.first_page = spans[0].context.pages[0]
-        self.queries = len(spans[0])
-        self.keys = max(span.last for span in spans)
+    def __init__(self, chunks: Sequence[ScheduledChunk]) -> None:
+        self.chunks = chunks
+        self.first_block = chunks[0].sequence.block_ids[0]
+        self.num_queries = len(chunks[0])
+        self.num_keys = max(span.end for span in chunks)
         # Nothing is hidden from a single last token, unless its neighbours' rows are longer.
-        self.sees_all = self.queries == 1 and all(s.last == self.keys and s.causal for s in spans)
+        self.is_unmasked = self.num_queries == 1 and all(s.end == self.num_keys and s.is_causal for s in chunks)
         self._masks: dict[tuple[int | None, int], Tensor] = {}  # layers may differ in both
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
         """[spans, 1, groups * queries, keys], additive."""
-        if window is not None and window >= self.keys:
+        if window is not None and window >= self.num_keys:
             window = None
-        if self.sees_all and window is None:
+        if self.is_unmasked and window is None:
             return None
         if (window, groups) not in self._masks:
             hidden = ~self._visible(window)
@@ -86,85 +86,87 @@ class _Block:
 
     def _visible(self, window: int | None) -> Tensor:
         """[spans, 1, queries, keys]"""
-        if self.queries > 1 or not self.spans[0].causal:
-            (span,) = self.spans
-            return torch.from_numpy(span.visible(window))[None, None]
-        key, last = torch.arange(self.keys), torch.tensor([span.last for span in self.spans])[:, None]
+        if self.num_queries > 1 or not self.chunks[0].is_causal:
+            (span,) = self.chunks
+            return torch.from_numpy(span.visibility(window))[None, None]
+        key, last = torch.arange(self.num_keys), torch.tensor([span.end for span in self.chunks])[:, None]
         visible = key < last
         if window is not None:
             visible &= key >= last - window
         return visible[:, None, None]
 
 
-def row_attention(memory: Memory, spans: Sequence[Span]) -> "RowAttention":
+def contiguous_attention(kv_cache: KVCache, chunks: Sequence[ScheduledChunk]) -> "ContiguousAttention":
     slots: list[int] = []
-    for span in spans:
-        base = span.context.pages[0] * memory.page_size
-        slots += range(base + span.first, base + span.last)
-    return RowAttention(memory, spans, torch.tensor(slots))
+    for chunk in chunks:
+        base = chunk.sequence.block_ids[0] * kv_cache.block_size
+        slots += range(base + chunk.start, base + chunk.end)
+    return ContiguousAttention(kv_cache, chunks, torch.tensor(slots))
 
 
-class RowAttention:
+class ContiguousAttention:
     """For CPUs: a page holds a whole context, so that its keys are one strided view and nothing is gathered.
 
     The spans of single tokens must come first and in the order of their pages; those of neighbouring pages are then
     computed as one batch.
     """
 
-    def __init__(self, memory: Memory, spans: Sequence[Span], slots: Tensor) -> None:
-        self.memory, self.slots = memory, slots
-        self.blocks = [_Block(together) for together in _side_by_side(spans)]
+    def __init__(self, kv_cache: KVCache, chunks: Sequence[ScheduledChunk], slots: Tensor) -> None:
+        self.kv_cache, self.slots = kv_cache, slots
+        self.groups = [_QueryGroup(together) for together in _group_adjacent(chunks)]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        keys, values = self.memory.write(layer, self.slots, key, value)
-        if len(self.blocks) == 1:
-            return self._block(self.blocks[0], query, keys, values, scale, window)
-        sizes = [len(block.spans) * block.queries for block in self.blocks]
-        asked = query.split(sizes, dim=2)
+        keys, values = self.kv_cache.write(layer, self.slots, key, value)
+        if len(self.groups) == 1:
+            return self._attend_group(self.groups[0], query, keys, values, scale, window)
+        sizes = [len(block.chunks) * block.num_queries for block in self.groups]
+        queries_by_group = query.split(sizes, dim=2)
         out = [
-            self._block(block, queries, keys, values, scale, window)
-            for block, queries in zip(self.blocks, asked, strict=True)
+            self._attend_group(block, queries, keys, values, scale, window)
+            for block, queries in zip(self.groups, queries_by_group, strict=True)
         ]
         return torch.cat(out, dim=1)
 
-    def _block(
-        self, block: _Block, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None
+    def _attend_group(
+        self, group: _QueryGroup, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """query [1, heads, T, width], keys and values [1, key heads, slots, width] -> [1, T, heads, width]"""
-        n, heads, key_heads, size = len(block.spans), query.shape[1], keys.shape[1], self.memory.page_size
-        mask = block.mask(window, heads // key_heads, query.dtype)
+        n, heads, key_heads, size = len(group.chunks), query.shape[1], keys.shape[1], self.kv_cache.block_size
+        mask = group.mask(window, heads // key_heads, query.dtype)
         if n == 1:
-            key, value = (rows.narrow(2, block.first_page * size, block.keys) for rows in (keys, values))
+            key, value = (rows.narrow(2, group.first_block * size, group.num_keys) for rows in (keys, values))
             if heads == key_heads:
                 return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
             # Heads that share a key head become more queries of it.
-            asked = query.reshape(1, key_heads, -1, query.shape[-1])
-            out = scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scale)
-            return out.reshape(1, heads, block.queries, -1).transpose(1, 2)
+            grouped_query = query.reshape(1, key_heads, -1, query.shape[-1])
+            out = scaled_dot_product_attention(grouped_query, key, value, attn_mask=mask, scale=scale)
+            return out.reshape(1, heads, group.num_queries, -1).transpose(1, 2)
         # Single tokens: rows of neighbouring pages are a batch, [n, key heads, keys, width].
         key, value = (
-            rows.unflatten(2, (-1, size))[0, :, block.first_page : block.first_page + n, : block.keys].transpose(0, 1)
+            rows.unflatten(2, (-1, size))[0, :, group.first_block : group.first_block + n, : group.num_keys].transpose(
+                0, 1
+            )
             for rows in (keys, values)
         )
-        asked = query[0].transpose(0, 1).reshape(n, key_heads, heads // key_heads, -1)
-        out = scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scale)
+        grouped_query = query[0].transpose(0, 1).reshape(n, key_heads, heads // key_heads, -1)
+        out = scaled_dot_product_attention(grouped_query, key, value, attn_mask=mask, scale=scale)
         return out.reshape(1, n, heads, -1)
 
 
-def _side_by_side(spans: Sequence[Span]) -> list[list[Span]]:
-    together: list[list[Span]] = []
-    for span in spans:
-        before = together[-1][-1] if together else None
+def _group_adjacent(chunks: Sequence[ScheduledChunk]) -> list[list[ScheduledChunk]]:
+    groups: list[list[ScheduledChunk]] = []
+    for chunk in chunks:
+        previous = groups[-1][-1] if groups else None
         if (
-            before is not None
-            and len(span) == len(before) == 1
-            and span.causal
-            and before.causal
-            and span.context.pages[0] == before.context.pages[0] + 1
+            previous is not None
+            and len(chunk) == len(previous) == 1
+            and chunk.is_causal
+            and previous.is_causal
+            and chunk.sequence.block_ids[0] == previous.sequence.block_ids[0] + 1
         ):
-            together[-1].append(span)
+            groups[-1].append(chunk)
         else:
-            together.append([span])
-    return together
+            groups.append([chunk])
+    return groups

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parse.engines.native.kv_cache import Memory
+from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import TOLERANCE, Model
-from parse.engines.native.paged_attention import CannotReplay, DecodingAttention
-from parse.engines.native.scheduled_chunk import Span
+from parse.engines.native.paged_attention import CannotReplayError, DecodeAttention
+from parse.engines.native.scheduled_chunk import ScheduledChunk
 
 logger = logging.getLogger(__name__)
 
-TOKEN, LENGTH, PAGES = 0, 1, 2  # the table's columns; pages take all that are left
+TOKEN_COLUMN, LENGTH_COLUMN, FIRST_BLOCK_COLUMN = 0, 1, 2  # the table's columns; pages take all that are left
 
 
 class Recorder(Protocol):
-    def try_out(self, work: Callable[[], Tensor]) -> None:
+    def warm_up(self, work: Callable[[], Tensor]) -> None:
         """Does it once: whatever is made at the first time is made now, and not while it is recorded."""
         ...
 
@@ -46,86 +46,90 @@ class Recording:
     replay: Callable[[], None]
 
 
-def graphs_for(model: Model, memory: Memory, spare: int, longest: int) -> "Graphs | None":
+def cuda_graphs_for(model: Model, kv_cache: KVCache, spare_block: int, max_model_len: int) -> "CudaGraphs | None":
     """None on CPUs, where nothing is launched, and for models that lie on several GPUs: a graph is of one."""
-    if model.device.type != "cuda" or model.spread:
+    if model.device.type != "cuda" or model.is_multi_device:
         return None
-    return Graphs(model, memory, spare, longest, CudaRecorder(model.device))
+    return CudaGraphs(model, kv_cache, spare_block, max_model_len, CudaRecorder(model.device))
 
 
-class Graphs:
+class CudaGraphs:
     """Of one model over one memory, whose tensors stay where they are once they have been made."""
 
-    def __init__(self, model: Model, memory: Memory, spare: int, longest: int, recorder: Recorder) -> None:
+    def __init__(
+        self, model: Model, kv_cache: KVCache, spare_block: int, max_model_len: int, recorder: Recorder
+    ) -> None:
         """`spare` is a page that no context ever gets; `longest` bounds the contexts."""
-        self._model, self._memory, self._spare, self._recorder = model, memory, spare, recorder
-        self._width = PAGES + -(-longest // memory.page_size)
+        self._model, self._kv_cache, self._spare_block, self._recorder = model, kv_cache, spare_block, recorder
+        self._width = FIRST_BLOCK_COLUMN + -(-max_model_len // kv_cache.block_size)
         self._recordings: dict[int, Recording | None] = {}  # by their rows; None: tried in vain
-        self._given_up = False
+        self._disabled = False
         self._host = torch.empty(0, self._width, dtype=torch.long)
 
-    def replay(self, spans: Sequence[Span]) -> Tensor | None:
+    def replay(self, chunks: Sequence[ScheduledChunk]) -> Tensor | None:
         """The logits at single tokens that see all before them, valid until the next step; None: not recorded."""
-        recording = self._recordings.get(rows_for(len(spans)))
+        recording = self._recordings.get(padded_batch_size(len(chunks)))
         if recording is None:
             return None
-        self._fill(recording.table, spans)
+        self._fill_table(recording.table, chunks)
         recording.replay()
-        return recording.logits[: len(spans)]
+        return recording.logits[: len(chunks)]
 
-    def record(self, spans: Sequence[Span], logits: Tensor) -> None:
+    def record(self, chunks: Sequence[ScheduledChunk], logits: Tensor) -> None:
         """Records steps of as many rows as this one, which has gone the ordinary way and given these logits."""
-        rows = rows_for(len(spans))
-        if self._given_up or rows in self._recordings:
+        batch_size = padded_batch_size(len(chunks))
+        if self._disabled or batch_size in self._recordings:
             return
-        self._recordings[rows] = None
+        self._recordings[batch_size] = None
         try:
-            recording = self._recorded(rows, spans)
+            recording = self._record(batch_size, chunks)
             recording.replay()  # writes once more what the step has written already
-            apart = float((recording.logits[: len(spans)] - logits).abs().max())
+            difference = float((recording.logits[: len(chunks)] - logits).abs().max())
             allowed = TOLERANCE[self._model.network.dtype] * float(logits.abs().max())
-            if not apart <= allowed:
-                raise CannotReplay(f"logits differ by {apart:.2g}, {allowed:.2g} is allowed")
+            if not difference <= allowed:
+                raise CannotReplayError(f"logits differ by {difference:.2g}, {allowed:.2g} is allowed")
         except Exception as error:
-            logger.warning("%s: steps of %d tokens are not recorded: %s", self._model.name, rows, error)
-            self._given_up = isinstance(error, CannotReplay)  # that will not change with the number of rows
+            logger.warning("%s: steps of %d tokens are not recorded: %s", self._model.name, batch_size, error)
+            self._disabled = isinstance(error, CannotReplayError)  # that will not change with the number of rows
             return
-        self._recordings[rows] = recording
-        logger.info("%s: steps of %d tokens are replayed from now on", self._model.name, rows)
+        self._recordings[batch_size] = recording
+        logger.info("%s: steps of %d tokens are replayed from now on", self._model.name, batch_size)
 
-    def _recorded(self, rows: int, spans: Sequence[Span]) -> Recording:
-        if rows > len(self._host):
-            self._host = torch.zeros(rows, self._width, dtype=torch.long, pin_memory=self._model.device.type == "cuda")
-        table = torch.zeros(rows, self._width, dtype=torch.long, device=self._model.device)
-        self._fill(table, spans)
+    def _record(self, batch_size: int, chunks: Sequence[ScheduledChunk]) -> Recording:
+        if batch_size > len(self._host):
+            self._host = torch.zeros(
+                batch_size, self._width, dtype=torch.long, pin_memory=self._model.device.type == "cuda"
+            )
+        table = torch.zeros(batch_size, self._width, dtype=torch.long, device=self._model.device)
+        self._fill_table(table, chunks)
 
         def work() -> Tensor:
-            step = DecodingAttention(self._memory, table[:, LENGTH], table[:, PAGES:])
-            tokens, positions = table[None, :, TOKEN], table[None, :, LENGTH] - 1
-            return self._model.run(tokens.contiguous(), positions, step, 0)[0]
+            step = DecodeAttention(self._kv_cache, table[:, LENGTH_COLUMN], table[:, FIRST_BLOCK_COLUMN:])
+            tokens, positions = table[None, :, TOKEN_COLUMN], table[None, :, LENGTH_COLUMN] - 1
+            return self._model.forward_tensors(tokens.contiguous(), positions, step, 0)[0]
 
-        with NothingAskedBack():
-            self._recorder.try_out(work)
+        with ForbidHostSync():
+            self._recorder.warm_up(work)
         return Recording(table, *self._recorder.record(work))
 
-    def _fill(self, table: Tensor, spans: Sequence[Span]) -> None:
+    def _fill_table(self, table: Tensor, chunks: Sequence[ScheduledChunk]) -> None:
         """What stood there before has been copied: whoever filled it has waited for its step's tokens since."""
         host = self._host[: len(table)]
         rows = host.numpy()
-        for row, span in zip(rows, spans, strict=False):
-            pages = span.context.pages
-            row[TOKEN], row[LENGTH] = span.tokens()[0], span.last
-            row[PAGES : PAGES + len(pages)] = pages
-        rows[len(spans) :, : PAGES + 1] = 0, 1, self._spare
+        for row, chunk in zip(rows, chunks, strict=False):
+            block_ids = chunk.sequence.block_ids
+            row[TOKEN_COLUMN], row[LENGTH_COLUMN] = chunk.token_ids()[0], chunk.end
+            row[FIRST_BLOCK_COLUMN : FIRST_BLOCK_COLUMN + len(block_ids)] = block_ids
+        rows[len(chunks) :, : FIRST_BLOCK_COLUMN + 1] = 0, 1, self._spare_block
         table.copy_(host, non_blocking=True)
 
 
-def rows_for(count: int) -> int:
+def padded_batch_size(count: int) -> int:
     """The next power of two: up to some hundred rows a step costs what it takes to read the weights."""
     return 1 << (count - 1).bit_length()
 
 
-class NothingAskedBack(TorchDispatchMode):
+class ForbidHostSync(TorchDispatchMode):
     """Refuses what cannot be recorded before it is: whatever asks the device for a value, or moves data to or from it.
 
     A recording that breaks off is said to leave things in disorder; and of all ways to find out beforehand, this one
@@ -142,11 +146,11 @@ class NothingAskedBack(TorchDispatchMode):
         else:
             asks = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         if asks:
-            raise CannotReplay(f"{func} asks the device for a value")
+            raise CannotReplayError(f"{func} asks the device for a value")
         out = func(*args, **kwargs or {})
         moved = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
         if isinstance(out, Tensor) and isinstance(moved, Tensor) and moved.dim() and moved.device != out.device:
-            raise CannotReplay(f"{func} moves data from {moved.device} to {out.device}")
+            raise CannotReplayError(f"{func} moves data from {moved.device} to {out.device}")
         return out
 
 
@@ -158,7 +162,7 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def try_out(self, work: Callable[[], Tensor]) -> None:
+    def warm_up(self, work: Callable[[], Tensor]) -> None:
         with torch.cuda.device(self._device):
             ordinary = torch.cuda.current_stream()
             self._stream.wait_stream(ordinary)

@@ -14,89 +14,89 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from parse.engines.native.attention import MakeAttention
-from parse.engines.native.cuda_graphs import graphs_for
-from parse.engines.native.fair_lock import CPU_TURNS
-from parse.engines.native.kv_cache import Memory
+from parse.engines.native.attention import AttentionFactory
+from parse.engines.native.cuda_graphs import cuda_graphs_for
+from parse.engines.native.fair_lock import CPU_LOCK
+from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
-from parse.engines.native.paged_attention import PAGE, PagedAttention, attention_on
-from parse.engines.native.prefix_cache import Cache, Context
-from parse.engines.native.programs import Answer, Ask, Program
-from parse.engines.native.sampler import Draw, choose
-from parse.engines.native.scheduled_chunk import Span
-from parse.speculative.cost_model import Costs
-from parse.speculative.policy import Wished
+from parse.engines.native.paged_attention import BLOCK_SIZE, PagedAttention, attention_for
+from parse.engines.native.prefix_cache import PrefixCache, SequenceState
+from parse.engines.native.programs import Program, TreeInput, TreeOutput
+from parse.engines.native.sampler import SamplingState, sample
+from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.policy import ProposalCall
 from parse.speculative.proposal import Proposal
 from parse.tree import MASK, TokenTree
-from parse.types import Cancelled, EngineStopped, NumericalError, RequestError
+from parse.types import EngineStopped, NumericalError, RequestCancelled, RequestError
 
 logger = logging.getLogger(__name__)
 
-NOTHING = Answer(torch.empty(0), [])
+EMPTY_OUTPUT = TreeOutput(torch.empty(0), [])
 
 
-class Listener(Protocol):
+class RequestListener(Protocol):
     """Told of a job's end, from the engine's thread."""
 
-    def end(self, error: BaseException | None) -> None: ...
+    def on_finished(self, error: BaseException | None) -> None: ...
 
 
 @dataclass(eq=False)
-class Job:
+class Request:
     """A request on its way: its program, and how far the row of its context and asked nodes is computed."""
 
-    tokens: list[int]  # of the context it starts with, or goes on with when it was set back
+    token_ids: list[int]  # of the context it starts with, or goes on with when it was set back
     program: Program
-    room: int  # tokens it may add
-    listener: Listener
-    context: Context | None = None
-    begun: bool = False
-    cached: int = 0  # tokens that were found computed when it began
-    ask: Ask = field(default_factory=lambda: Ask((), ()))
-    progress: int = 0
-    answers: list[Tensor] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)  # a token at each of what the answers hold
+    max_new_tokens: int  # tokens it may add
+    listener: RequestListener
+    sequence: SequenceState | None = None
+    started: bool = False
+    num_cached_tokens: int = 0  # tokens that were found computed when it began
+    tree_input: TreeInput = field(default_factory=lambda: TreeInput((), ()))
+    num_computed: int = 0
+    logits: list[Tensor] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)  # a token at each of what the answers hold
     cancelled: bool = False
 
     @property
-    def missing(self) -> int:
-        assert self.context is not None
-        return len(self.context.tokens) + len(self.ask.nodes) - self.progress
+    def num_uncomputed(self) -> int:
+        assert self.sequence is not None
+        return len(self.sequence.token_ids) + len(self.tree_input.nodes) - self.num_computed
 
 
 @dataclass(frozen=True)
-class Load:
+class EngineStats:
     """What the engine does at this moment, and has done since its start."""
 
-    running: int
-    waiting: int
-    steps: int
-    step_calls: int  # requests in them, added up: over the steps, the mean batch
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_step_requests: int  # requests in them, added up: over the steps, the mean batch
     busy_s: float  # spent in them
-    tokens: int  # computed
-    prefix_tokens: int  # looked for in the cache
+    num_tokens: int  # computed
+    prefix_queries: int  # looked for in the cache
     prefix_hits: int  # and found there
     evictions: int
-    pages_used: int
-    pages_idle: int  # of them, those that are kept only because somebody may come with the same beginning
-    pages: int
-    replayed: int = 0  # of the steps
+    blocks_used: int
+    blocks_cached: int  # of them, those that are kept only because somebody may come with the same beginning
+    blocks_total: int
+    num_replayed_steps: int = 0  # of the steps
 
 
-class Engine:
+class EngineCore:
     """Serves one model. `submit` may be called from any thread."""
 
     def __init__(
         self,
         model: Model,
         *,
-        contexts: int,
-        capacity: int,
-        max_running: int,
-        step_tokens: int,
-        page_size: int | None = None,
-        graphs: bool = False,
-        costs: Costs | None = None,
+        max_sequences: int,
+        sequence_capacity: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        block_size: int | None = None,
+        cuda_graphs: bool = False,
+        cost_model: StepCostModel | None = None,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
         """Memory for `contexts` rows of `capacity` tokens; at most `step_tokens` are computed in one pass.
@@ -107,52 +107,63 @@ class Engine:
         With `graphs`, steps of single tokens are recorded and replayed where the device can do that. `costs` are told
         what passes take.
         """
-        self.model, self.max_running, self.step_tokens, self.costs = model, max_running, step_tokens, costs
+        self.model, self.max_num_seqs, self.max_num_batched_tokens, self.cost_model = (
+            model,
+            max_num_seqs,
+            max_num_batched_tokens,
+            cost_model,
+        )
         self._after_step = after_step  # called whenever listeners may have been told something
-        self._make_attention: MakeAttention
-        if page_size is None:
-            page_size = capacity if model.device.type == "cpu" else PAGE
-            self._make_attention = attention_on(model.device)
+        self._make_attention: AttentionFactory
+        if block_size is None:
+            block_size = sequence_capacity if model.device.type == "cpu" else BLOCK_SIZE
+            self._make_attention = attention_for(model.device)
         else:
             self._make_attention = PagedAttention
-        pages = contexts * capacity // page_size
-        self._turns = CPU_TURNS if model.device.type == "cpu" else nullcontext()
-        self.longest = min(capacity, pages * page_size)
-        self._memory = Memory(pages + graphs, page_size)  # one that is nobody's
-        self._graphs = graphs_for(model, self._memory, pages, self.longest) if graphs else None
-        self._cache = Cache(pages, page_size, self._memory.copy)
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._steps = self._step_calls = self._tokens = self._replayed = 0
+        num_blocks = max_sequences * sequence_capacity // block_size
+        self._lock = CPU_LOCK if model.device.type == "cpu" else nullcontext()
+        self.max_sequence_length = min(sequence_capacity, num_blocks * block_size)
+        self._kv_cache = KVCache(num_blocks + cuda_graphs, block_size)  # one that is nobody's
+        self._cuda_graphs = (
+            cuda_graphs_for(model, self._kv_cache, num_blocks, self.max_sequence_length) if cuda_graphs else None
+        )
+        self._prefix_cache = PrefixCache(num_blocks, block_size, self._kv_cache.copy_block)
+        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._num_steps = self._num_step_requests = self._num_tokens = self._num_replayed_steps = 0
         self._busy_s = 0.0
-        self._written = self._noted = 0  # tokens that were kept, and how many of them the costs know
-        self._wishes: list[tuple[Job, Wished]] = []
-        self._stopped = self._forgetful = False
-        self._thread = threading.Thread(target=self._work, name=f"engine {model.name}", daemon=True)
+        self._num_output_tokens = self._num_recorded_tokens = (
+            0  # tokens that were kept, and how many of them the costs know
+        )
+        self._proposal_calls: list[tuple[Request, ProposalCall]] = []
+        self._stopped = self._reset_requested = False
+        self._thread = threading.Thread(target=self._run_loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> Job:
-        if len(job.tokens) + job.room > self.longest:
-            needed = f"takes memory for {len(job.tokens) + job.room} tokens with what may follow it"
-            raise RequestError("prompt", f"{needed}, the limit is {self.longest}")
+    def add_request(self, request: Request) -> Request:
+        if len(request.token_ids) + request.max_new_tokens > self.max_sequence_length:
+            message = (
+                f"takes memory for {len(request.token_ids) + request.max_new_tokens} tokens with what may follow it"
+            )
+            raise RequestError("prompt", f"{message}, the limit is {self.max_sequence_length}")
         if self._stopped:
             raise EngineStopped("the engine was shut down")
-        self._inbox.put(job)
+        self._inbox.put(request)
         if self._stopped:  # it may have come too late to be seen
-            self._refuse_rest()
-        return job
+            self._reject_pending()
+        return request
 
-    def cancel(self, job: Job) -> None:
+    def abort(self, request: Request) -> None:
         """Its work ends within a step."""
-        job.cancelled = True
+        request.cancelled = True
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Nothing computed so far serves later requests."""
-        self._forgetful = True
+        self._reset_requested = True
         self._inbox.put(None)
 
-    def stop(self) -> None:
+    def shutdown(self) -> None:
         """Ends all requests and the thread."""
         self._stopped = True
         self._inbox.put(None)
@@ -163,270 +174,281 @@ class Engine:
         return not self._stopped and self._thread.is_alive()
 
     @property
-    def load(self) -> Load:
-        cache = self._cache
-        return Load(
-            running=len(self._running),
-            waiting=len(self._waiting) + self._inbox.qsize(),
-            steps=self._steps,
-            step_calls=self._step_calls,
+    def stats(self) -> EngineStats:
+        cache = self._prefix_cache
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting) + self._inbox.qsize(),
+            num_steps=self._num_steps,
+            num_step_requests=self._num_step_requests,
             busy_s=self._busy_s,
-            tokens=self._tokens,
-            prefix_tokens=cache.lookups,
+            num_tokens=self._num_tokens,
+            prefix_queries=cache.lookups,
             prefix_hits=cache.hits,
             evictions=cache.evictions,
-            pages_used=cache.pages - cache.free_pages,
-            pages_idle=cache.idle_pages,
-            pages=cache.pages,
-            replayed=self._replayed,
+            blocks_used=cache.num_blocks - cache.num_free_blocks,
+            blocks_cached=cache.num_cached_blocks,
+            blocks_total=cache.num_blocks,
+            num_replayed_steps=self._num_replayed_steps,
         )
 
-    def _work(self) -> None:
+    def _run_loop(self) -> None:
         error = EngineStopped("the engine was shut down")
         try:
             with torch.inference_mode():
                 while not self._stopped:
-                    self._take_in()
+                    self._receive()
                     self._admit()
                     began = time.perf_counter()
-                    self._foresee()
+                    self._propose()
                     if plan := self._granted(self._plan()):
-                        self._run(plan)
-                        self._step_calls += len(plan)
+                        self._execute(plan)
+                        self._num_step_requests += len(plan)
                         self._busy_s += time.perf_counter() - began
                     self._after_step()
         except BaseException as fault:
             logger.exception("the engine's thread died")
             self._stopped = True
             error = EngineStopped(f"the engine broke down: {fault!r}")
-        for job in [*self._running, *self._waiting]:
-            self._finish(job, error)
-        self._refuse_rest()
+        for request in [*self._running, *self._waiting]:
+            self._finish_request(request, error)
+        self._reject_pending()
 
-    def _refuse_rest(self) -> None:
+    def _reject_pending(self) -> None:
         with suppress(queue.Empty):
             while True:
-                if job := self._inbox.get_nowait():
-                    self._finish(job, EngineStopped("the engine was shut down"))
+                if request := self._inbox.get_nowait():
+                    self._finish_request(request, EngineStopped("the engine was shut down"))
         self._after_step()
 
-    def _take_in(self) -> None:
+    def _receive(self) -> None:
         """New requests; waits for one if there is nothing else to do."""
         while not self._inbox.empty() or not (self._running or self._waiting):
             arrived = self._inbox.get()
             if arrived is None:  # only to be woken
                 break
             self._waiting.append(arrived)
-        if self._forgetful:
-            self._forgetful = False
-            self._cache.forget()
-        for job in [job for job in (*self._waiting, *self._running) if job.cancelled]:
-            self._finish(job, Cancelled("the request was cancelled"))
+        if self._reset_requested:
+            self._reset_requested = False
+            self._prefix_cache.reset()
+        for request in [job for job in (*self._waiting, *self._running) if job.cancelled]:
+            self._finish_request(request, RequestCancelled("the request was cancelled"))
 
     def _admit(self) -> None:
         """First come, first served, but who could share what is being computed now waits for that."""
         for job in list(self._waiting):
-            if len(self._running) >= self.max_running:
+            if len(self._running) >= self.max_num_seqs:
                 break
-            if self._cache.in_the_making(job.tokens):
+            if self._prefix_cache.is_being_computed(job.token_ids):
                 continue
-            context = self._cache.open(job.tokens, len(job.ask.nodes))
+            context = self._prefix_cache.allocate(job.token_ids, len(job.tree_input.nodes))
             if context is None:
                 break
             self._waiting.remove(job)
             self._running.append(job)
-            job.context, job.progress = context, context.computed
-            if not job.begun:
-                job.begun, job.cached = True, context.computed
+            job.sequence, job.num_computed = context, context.num_computed_tokens
+            if not job.started:
+                job.started, job.num_cached_tokens = True, context.num_computed_tokens
                 self._advance(job, None)
-            elif not job.missing:  # while it was set back, others have computed all it wanted
-                self._advance(job, NOTHING)
+            elif not job.num_uncomputed:  # while it was set back, others have computed all it wanted
+                self._advance(job, EMPTY_OUTPUT)
 
-    def _foresee(self) -> None:
+    def _propose(self) -> None:
         """What programs wish to have foreseen, for all of them at once."""
-        while self._wishes:
-            wishes = [(job, wished) for job, wished in self._wishes if job.context is not None]
-            self._wishes = []
-            for way in {id(wished.way): wished.way for _, wished in wishes}.values():
-                asking = [(job, wished.wish) for job, wished in wishes if wished.way is way]
+        while self._proposal_calls:
+            wishes = [(job, wished) for job, wished in self._proposal_calls if job.sequence is not None]
+            self._proposal_calls = []
+            for way in {id(wished.method): wished.method for _, wished in wishes}.values():
+                asking = [(job, wished.request) for job, wished in wishes if wished.method is way]
                 proposals = way.propose([wish for _, wish in asking])
                 for (job, _), proposal in zip(asking, proposals, strict=True):
                     self._advance(job, proposal)
 
-    def _plan(self) -> list[tuple[Job, Span]]:
+    def _plan(self) -> list[tuple[Request, ScheduledChunk]]:
         """Requests that need a single token first, in the order of their pages; the rest shares what is left."""
-        singles = [job for job in self._running if job.missing == 1]
+        singles = [job for job in self._running if job.num_uncomputed == 1]
         if len(singles) > 1:
-            singles.sort(key=_page)
-        budget = max(1, self.step_tokens - len(singles))
+            singles.sort(key=_first_block)
+        budget = max(1, self.max_num_batched_tokens - len(singles))
         plan = [self._span(job, 1) for job in singles]
         for job in self._running:
-            if job.missing > 1:
+            if job.num_uncomputed > 1:
                 if not budget:
                     break
-                count = min(job.missing, budget)
+                count = min(job.num_uncomputed, budget)
                 budget -= count
                 plan.append(self._span(job, count))
-        plan.sort(key=lambda part: not part[1].causal)  # texts first, trees last
+        plan.sort(key=lambda part: not part[1].is_causal)  # texts first, trees last
         return plan
 
-    def _granted(self, plan: list[tuple[Job, Span]]) -> list[tuple[Job, Span]]:
+    def _granted(self, plan: list[tuple[Request, ScheduledChunk]]) -> list[tuple[Request, ScheduledChunk]]:
         """What of the plan there is memory for; where it falls short, the youngest give theirs up."""
         for job, span in plan:
-            if span.last > self.longest:
-                self._finish(job, RequestError("prompt", f"with what follows it outgrew {self.longest} tokens"))
-            while job.context is not None and not self._cache.reserve(job.context, span.last):
-                self._set_back(self._running[-1])
-        return [(job, span) for job, span in plan if job.context is span.context]
+            if span.end > self.max_sequence_length:
+                self._finish_request(
+                    job, RequestError("prompt", f"with what follows it outgrew {self.max_sequence_length} tokens")
+                )
+            while job.sequence is not None and not self._prefix_cache.reserve(job.sequence, span.end):
+                self._preempt(self._running[-1])
+        return [(job, span) for job, span in plan if job.sequence is span.sequence]
 
-    def _set_back(self, job: Job) -> None:
+    def _preempt(self, job: Request) -> None:
         """It waits again, before all others, with what it has committed and what it asked last."""
-        assert job.context is not None
-        job.tokens = list(job.context.tokens)
-        self._cache.close(job.context)
-        job.context, job.progress, job.answers, job.chosen = None, 0, [], []
+        assert job.sequence is not None
+        job.token_ids = list(job.sequence.token_ids)
+        self._prefix_cache.release(job.sequence)
+        job.sequence, job.num_computed, job.logits, job.sampled = None, 0, [], []
         self._running.remove(job)
         self._waiting.appendleft(job)
 
     @staticmethod
-    def _span(job: Job, count: int) -> tuple[Job, Span]:
-        assert job.context is not None
-        return job, Span(job.context, job.ask.nodes, job.progress, job.progress + count)
+    def _span(job: Request, count: int) -> tuple[Request, ScheduledChunk]:
+        assert job.sequence is not None
+        return job, ScheduledChunk(job.sequence, job.tree_input.nodes, job.num_computed, job.num_computed + count)
 
-    def _run(self, plan: list[tuple[Job, Span]]) -> None:
-        writing = all(job.ask.read is None and span.first >= len(span.context.tokens) for job, span in plan)
+    def _execute(self, plan: list[tuple[Request, ScheduledChunk]]) -> None:
+        writing = all(
+            job.tree_input.logits_nodes is None and span.start >= len(span.sequence.token_ids) for job, span in plan
+        )
         began = time.perf_counter()
         try:
             chosen, logits, reads = self._forward(plan)
         except Exception as error:
             if len(plan) == 1:
                 logger.exception("a request failed in the model")
-                self._finish(plan[0][0], error)
+                self._finish_request(plan[0][0], error)
                 return
             for part in plan:  # whoever is at fault fails alone
-                self._run([part])
+                self._execute([part])
             return
         for (job, span), (first, last) in zip(plan, reads, strict=True):
-            assert job.context is not None
-            job.progress = span.last
-            job.context.computed = min(span.last, len(job.context.tokens))
+            assert job.sequence is not None
+            job.num_computed = span.end
+            job.sequence.num_computed_tokens = min(span.end, len(job.sequence.token_ids))
             if last > first:
                 answer = logits[first:last]
-                job.answers.append(answer.clone() if job.missing else answer)  # the next step may write there
-                job.chosen += chosen[first:last]
-            if not job.missing:
-                answers = job.answers or [logits[:0]]
+                job.logits.append(answer.clone() if job.num_uncomputed else answer)  # the next step may write there
+                job.sampled += chosen[first:last]
+            if not job.num_uncomputed:
+                answers = job.logits or [logits[:0]]
                 whole = answers[0] if len(answers) == 1 else torch.cat(answers)
-                self._advance(job, Answer(whole, job.chosen, partial(self._features, job.context)))
-        if self.costs is not None and writing:
-            entries, tokens = sum(len(span) for _, span in plan), self._written - self._noted
-            self.costs.passed(len(plan), entries, tokens, time.perf_counter() - began)
-        self._noted = self._written
+                self._advance(job, TreeOutput(whole, job.sampled, partial(self._aux_hidden_states, job.sequence)))
+        if self.cost_model is not None and writing:
+            entries, tokens = sum(len(span) for _, span in plan), self._num_output_tokens - self._num_recorded_tokens
+            self.cost_model.record(len(plan), entries, tokens, time.perf_counter() - began)
+        self._num_recorded_tokens = self._num_output_tokens
 
-    def _forward(self, plan: Sequence[tuple[Job, Span]]) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
+    def _forward(
+        self, plan: Sequence[tuple[Request, ScheduledChunk]]
+    ) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
         """The tokens chosen and the logits at the wanted places of all spans, and where in them each span's lie."""
         read: list[int] = []
         reads: list[tuple[int, int]] = []
-        draws: list[Draw | None] = []
+        draws: list[SamplingState | None] = []
         size = 0
         for job, span in plan:
-            places = _wanted(job, span)
+            places = _logits_entries(job, span)
             reads.append((len(read), len(read) + len(places)))
             read += [size + place for place in places]
             size += len(span)
-            known = len(job.chosen)
-            draws += job.ask.draws[known : known + len(places)] or [None] * len(places)
+            known = len(job.sampled)
+            draws += job.tree_input.sampling[known : known + len(places)] or [None] * len(places)
         logits = self._logits([span for _, span in plan], None if len(read) == size else read)
-        self._steps += 1
-        self._tokens += size
-        chosen = choose(logits, draws)
+        self._num_steps += 1
+        self._num_tokens += size
+        chosen = sample(logits, draws)
         if -1 in chosen:
-            tokens = [token for _, span in plan for token in span.tokens()]
+            tokens = [token for _, span in plan for token in span.token_ids()]
             if any(token == -1 and tokens[entry] != MASK for token, entry in zip(chosen, read, strict=True)):
                 raise NumericalError("the model returned logits that are not finite")
         return chosen, logits, reads
 
-    def _logits(self, spans: Sequence[Span], read: Sequence[int] | None) -> Tensor:
+    def _logits(self, spans: Sequence[ScheduledChunk], read: Sequence[int] | None) -> Tensor:
         """[entries, vocabulary], at the entries in `read`, or all."""
-        alike = read is None and all(len(span) == 1 and span.causal for span in spans)
-        if alike and self._graphs and not self.model.taps and (known := self._graphs.replay(spans)) is not None:
-            self._replayed += 1
+        alike = read is None and all(len(span) == 1 and span.is_causal for span in spans)
+        if (
+            alike
+            and self._cuda_graphs
+            and not self.model.aux_hidden_state_layers
+            and (known := self._cuda_graphs.replay(spans)) is not None
+        ):
+            self._num_replayed_steps += 1
             return known
-        tokens = [token for span in spans for token in span.tokens()]
+        tokens = [token for span in spans for token in span.token_ids()]
         positions = [position for span in spans for position in span.positions()]
-        attention = self._make_attention(self._memory, spans)
-        with self._turns:
+        attention = self._make_attention(self._kv_cache, spans)
+        with self._lock:
             logits, features = self.model.forward(tokens, positions, attention, read)
         if features is not None:
-            at = [slot for span in spans for slot in self._slots(span.context, range(span.first, span.last))]
-            self._memory.note(at, features)
-        elif alike and self._graphs:
-            self._graphs.record(spans, logits)
+            at = [slot for span in spans for slot in self._slots(span.sequence, range(span.start, span.end))]
+            self._kv_cache.write_aux_hidden_states(at, features)
+        elif alike and self._cuda_graphs:
+            self._cuda_graphs.record(spans, logits)
         return logits
 
-    def _advance(self, job: Job, said: Answer | Proposal | None) -> None:
+    def _advance(self, job: Request, said: TreeOutput | Proposal | None) -> None:
         """Lets the program decide on what it asked for (None: start it), and takes what it asks next."""
         try:
             asked = job.program.send(said)
         except StopIteration:
-            self._finish(job, None)
+            self._finish_request(job, None)
             return
         except Exception as error:
             logger.exception("a request failed on its answer")
-            self._finish(job, error)
+            self._finish_request(job, error)
             return
-        if isinstance(asked, Wished):
-            self._wishes.append((job, asked))
+        if isinstance(asked, ProposalCall):
+            self._proposal_calls.append((job, asked))
             return
-        context, nodes, job.ask = job.context, job.ask.nodes, asked
+        context, nodes, job.tree_input = job.sequence, job.tree_input.nodes, asked
         assert context is not None
-        if asked.keep and len(nodes):  # a first ask has none before it
-            self._keep(context, nodes, asked.keep)
-        job.progress = context.computed
-        job.answers, job.chosen = [], []
-        if not job.missing:
-            self._advance(job, NOTHING)
+        if asked.accepted_path and len(nodes):  # a first ask has none before it
+            self._commit(context, nodes, asked.accepted_path)
+        job.num_computed = context.num_computed_tokens
+        job.logits, job.sampled = [], []
+        if not job.num_uncomputed:
+            self._advance(job, EMPTY_OUTPUT)
 
-    def _keep(self, context: Context, nodes: TokenTree | Sequence[int], path: Sequence[int]) -> None:
+    def _commit(self, context: SequenceState, nodes: TokenTree | Sequence[int], path: Sequence[int]) -> None:
         """Keys and values of the path close up behind the context: what stood between them is given up."""
-        known = len(context.tokens)
+        known = len(context.token_ids)
         moves = [(known + node, known + place) for place, node in enumerate(path) if node != place]
         if moves:
             sources, targets = zip(*moves, strict=True)
-            self._memory.move(self._slots(context, sources), self._slots(context, targets))
+            self._kv_cache.move_slots(self._slots(context, sources), self._slots(context, targets))
         tokens = nodes.tokens if isinstance(nodes, TokenTree) else nodes
-        self._cache.commit(context, [int(tokens[node]) for node in path])
-        self._written += len(path)
+        self._prefix_cache.commit(context, [int(tokens[node]) for node in path])
+        self._num_output_tokens += len(path)
 
-    def _slots(self, context: Context, entries: Sequence[int]) -> list[int]:
-        size = self._cache.page_size
-        return [context.pages[entry // size] * size + entry % size for entry in entries]
+    def _slots(self, context: SequenceState, entries: Sequence[int]) -> list[int]:
+        size = self._prefix_cache.block_size
+        return [context.block_ids[entry // size] * size + entry % size for entry in entries]
 
-    def _features(self, context: Context, entries: Sequence[int]) -> Tensor:
+    def _aux_hidden_states(self, context: SequenceState, entries: Sequence[int]) -> Tensor:
         """[entries, width], of the row: the context and the nodes behind it."""
-        features = self._memory.features
+        features = self._kv_cache.aux_hidden_states
         assert features is not None, "asked of a model without taps"
         return features[torch.tensor(self._slots(context, entries), device=features.device)]
 
-    def _finish(self, job: Job, error: BaseException | None) -> None:
+    def _finish_request(self, job: Request, error: BaseException | None) -> None:
         if job in self._running:
             self._running.remove(job)
         elif job in self._waiting:
             self._waiting.remove(job)
-        if job.context is not None:
-            self._cache.close(job.context)
-            job.context = None
+        if job.sequence is not None:
+            self._prefix_cache.release(job.sequence)
+            job.sequence = None
         job.program.close()
-        job.listener.end(error)
+        job.listener.on_finished(error)
 
 
-def _page(job: Job) -> int:
-    assert job.context is not None
-    return job.context.pages[0] if job.context.pages else 0  # none yet: nothing is computed
+def _first_block(job: Request) -> int:
+    assert job.sequence is not None
+    return job.sequence.block_ids[0] if job.sequence.block_ids else 0  # none yet: nothing is computed
 
 
-def _wanted(job: Job, span: Span) -> list[int]:
+def _logits_entries(job: Request, span: ScheduledChunk) -> list[int]:
     """Which entries of the span the program wants the logits of."""
-    known = len(span.context.tokens)
-    read = range(len(job.ask.nodes)) if job.ask.read is None else job.ask.read
-    return [known + node - span.first for node in read if span.first <= known + node < span.last]
+    known = len(span.sequence.token_ids)
+    read = range(len(job.tree_input.nodes)) if job.tree_input.logits_nodes is None else job.tree_input.logits_nodes
+    return [known + node - span.start for node in read if span.start <= known + node < span.end]

@@ -8,12 +8,12 @@ import threading
 from collections import deque
 
 
-class Turns:
+class FairLock:
     """A lock that goes to whoever has waited longest; a plain one would go back to the engine that just gave it up."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._taken = False
+        self._locked = False
         self._waiting: deque[threading.Lock] = deque()
 
     @property
@@ -22,8 +22,8 @@ class Turns:
 
     def __enter__(self) -> None:
         with self._mutex:
-            if not self._taken:
-                self._taken = True
+            if not self._locked:
+                self._locked = True
                 return
             mine = threading.Lock()
             mine.acquire()
@@ -35,7 +35,7 @@ class Turns:
             if self._waiting:
                 self._waiting.popleft().release()
             else:
-                self._taken = False
+                self._locked = False
 
 
-CPU_TURNS = Turns()
+CPU_LOCK = FairLock()

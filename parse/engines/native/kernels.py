@@ -17,33 +17,33 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, rms_norm
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # the library rounds once more on the way
-SMALL_WORK = 1 << 19  # multiplications; below, a call of oneDNN costs more than it saves
-LARGE_WEIGHT = 1 << 18  # elements; from here on even a single token is faster
+MIN_MULTIPLICATIONS = 1 << 19  # multiplications; below, a call of oneDNN costs more than it saves
+MIN_WEIGHT_ELEMENTS = 1 << 18  # elements; from here on even a single token is faster
 
 Forward = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
-def speed_up(network: nn.Module, *, linears: bool = True) -> int:
+def optimize_modules(network: nn.Module, *, linears: bool = True) -> int:
     """Says how many modules go the faster way."""
     shared = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
     packs = linears and _can_pack()
     changed = 0
     for module in network.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            changed += _swap(module, _fused_norm(module))
+            changed += _replace_forward(module, _fused_norm(module))
         elif packs and type(module) is nn.Linear and module.weight.dtype == torch.float32:
             if not module.weight.is_cpu:
                 continue
             packed = _PackedLinear(module)
-            if _swap(module, packed.forward):
+            if _replace_forward(module, packed.forward):
                 changed += 1
                 if shared[id(module.weight)] == 1:
-                    packed.release(module)
+                    packed.release_weight(module)
     return changed
 
 
-def _swap(module: nn.Module, forward: Forward | None) -> bool:
+def _replace_forward(module: nn.Module, forward: Forward | None) -> bool:
     """Some norms scale by one more than their weight, or in another order: those stay as they are."""
     if forward is None:
         return False
@@ -73,7 +73,7 @@ def _can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def rounded_up(tokens: int) -> int:
+def padded_num_tokens(tokens: int) -> int:
     """A decoding batch as it is; a few dozen numbers beyond."""
     if tokens <= 16:
         return tokens
@@ -86,21 +86,21 @@ class _PackedLinear:
         self.weight: Tensor | None = module.weight
         self.bias, self.width = module.bias, module.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, None)
-        self.large = module.weight.numel() >= LARGE_WEIGHT
+        self.is_large = module.weight.numel() >= MIN_WEIGHT_ELEMENTS
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.large or x.numel() * self.width >= SMALL_WORK:
+        if self.is_large or x.numel() * self.width >= MIN_MULTIPLICATIONS:
             tokens = x.shape[-2]
-            spare = rounded_up(tokens) - tokens if x.numel() == tokens * x.shape[-1] else 0
-            whole = pad(x, (0, 0, 0, spare)) if spare else x
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(whole, self.packed, self.bias, "none", [], "")
-            return out.narrow(-2, 0, tokens) if spare else out
+            padding = padded_num_tokens(tokens) - tokens if x.numel() == tokens * x.shape[-1] else 0
+            padded = pad(x, (0, 0, 0, padding)) if padding else x
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
+            return out.narrow(-2, 0, tokens) if padding else out
         assert self.weight is not None
         return linear(x, self.weight, self.bias)
 
-    def release(self, module: nn.Linear) -> None:
+    def release_weight(self, module: nn.Linear) -> None:
         """A large weight is needed in one order only. Whoever should reach for the other finds that it is no number."""
-        if self.large:
-            nothing = module.weight.new_full((1, 1), torch.nan).expand(module.weight.shape)
-            module.weight = nn.Parameter(nothing, requires_grad=False)
+        if self.is_large:
+            placeholder = module.weight.new_full((1, 1), torch.nan).expand(module.weight.shape)
+            module.weight = nn.Parameter(placeholder, requires_grad=False)
             self.weight = None

@@ -13,15 +13,15 @@ from torch import Tensor
 CACHE_LINE = 64  # bytes; vectors that begin anywhere else cost attention a twentieth
 
 
-class Memory:
+class KVCache:
     """A layer's tensors are made when it first writes, for only then is the shape of its keys and values known."""
 
-    def __init__(self, pages: int, page_size: int) -> None:
-        self.pages, self.page_size = pages, page_size
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.keys: dict[int, Tensor] = {}  # per layer, [slots, key heads, width]
         self.values: dict[int, Tensor] = {}
         self._by_head: dict[int, tuple[Tensor, Tensor]] = {}  # the same, seen as models shape it
-        self.features: Tensor | None = None  # [slots, width]
+        self.aux_hidden_states: Tensor | None = None  # [slots, width]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts what a step computed, [1, heads, T, width], where it belongs.
@@ -29,48 +29,50 @@ class Memory:
         Returns the layer's whole memory, [1, heads, slots, width].
         """
         if layer not in self.keys:
-            self.keys[layer], self.values[layer] = self._empty(keys), self._empty(values)
+            self.keys[layer], self.values[layer] = self._allocate(keys), self._allocate(values)
             self._by_head[layer] = _by_head(self.keys[layer]), _by_head(self.values[layer])
-        rows = self._by_head[layer]
-        rows[0].index_copy_(2, slots, keys)
-        rows[1].index_copy_(2, slots, values)
-        return rows
+        views = self._by_head[layer]
+        views[0].index_copy_(2, slots, keys)
+        views[1].index_copy_(2, slots, values)
+        return views
 
-    def note(self, slots: Sequence[int], features: Tensor) -> None:
+    def write_aux_hidden_states(self, slots: Sequence[int], hidden_states: Tensor) -> None:
         """features [T, width], of the tokens in those slots."""
-        if self.features is None:
-            self.features = features.new_zeros(self.pages * self.page_size, features.shape[-1])
-        self.features[torch.tensor(slots, device=features.device)] = features
+        if self.aux_hidden_states is None:
+            self.aux_hidden_states = hidden_states.new_zeros(self.num_blocks * self.block_size, hidden_states.shape[-1])
+        self.aux_hidden_states[torch.tensor(slots, device=hidden_states.device)] = hidden_states
 
-    def paged(self, layer: int) -> tuple[Tensor, Tensor]:
+    def as_blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """[pages, page size, heads, width]"""
         keys, values = self.keys[layer], self.values[layer]
-        return keys.unflatten(0, (self.pages, -1)), values.unflatten(0, (self.pages, -1))
+        return keys.unflatten(0, (self.num_blocks, -1)), values.unflatten(0, (self.num_blocks, -1))
 
-    def copy(self, source: int, target: int, count: int) -> None:
+    def copy_block(self, source: int, target: int, count: int) -> None:
         """The first `count` slots of a page into another page."""
-        self._each(lambda slots: self._page(slots, target)[:count].copy_(self._page(slots, source)[:count]))
+        self._for_each_tensor(
+            lambda slots: self._block(slots, target)[:count].copy_(self._block(slots, source)[:count])
+        )
 
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+    def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Slots to other slots, all of them read before any is written."""
 
-        def moved(slots: Tensor) -> None:
+        def move(slots: Tensor) -> None:
             slots[torch.tensor(targets, device=slots.device)] = slots[torch.tensor(sources, device=slots.device)]
 
-        self._each(moved)
+        self._for_each_tensor(move)
 
     @property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
         return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
 
-    def _empty(self, like: Tensor) -> Tensor:
+    def _allocate(self, like: Tensor) -> Tensor:
         """Zeros: what is masked away is multiplied all the same, and must be a number.
 
         On a CPU each head's keys lie together, for that is how they are read; kernels for GPUs want the heads side by
         side.
         """
         _, heads, _, width = like.shape
-        slots = self.pages * self.page_size
+        slots = self.num_blocks * self.block_size
         if like.device.type != "cpu":
             return torch.zeros(slots, heads, width, dtype=like.dtype, device=like.device)
         # NumPy's zeros come from the system, which gives memory only when something is first written there.
@@ -79,15 +81,15 @@ class Memory:
         start = -raw.data_ptr() % CACHE_LINE
         return raw[start : start + size].view(like.dtype).view(heads, slots, width).transpose(0, 1)
 
-    def _page(self, slots: Tensor, page: int) -> Tensor:
-        return slots[page * self.page_size : (page + 1) * self.page_size]
+    def _block(self, slots: Tensor, block_id: int) -> Tensor:
+        return slots[block_id * self.block_size : (block_id + 1) * self.block_size]
 
-    def _each(self, change: Callable[[Tensor], object]) -> None:
+    def _for_each_tensor(self, change: Callable[[Tensor], object]) -> None:
         for tensors in (self.keys, self.values):
             for slots in tensors.values():
                 change(slots)
-        if self.features is not None:
-            change(self.features)
+        if self.aux_hidden_states is not None:
+            change(self.aux_hidden_states)
 
 
 def _by_head(slots: Tensor) -> Tensor:

@@ -10,218 +10,218 @@ import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
-BLOCK = 16  # tokens; a shorter common beginning is not looked for
+HASH_STRIDE = 16  # tokens; a shorter common beginning is not looked for
 
 
-class Context:
+class SequenceState:
     """Token ids, and where their keys and values lie."""
 
-    __slots__ = ("busy", "computed", "hashes", "pages", "tokens")
+    __slots__ = ("block_hashes", "block_ids", "in_use", "num_computed_tokens", "token_ids")
 
     def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
-        self.computed = 0
-        self.pages: list[int] = []
-        self.hashes: list[int] = []
-        self.busy = True
+        self.token_ids = tokens
+        self.num_computed_tokens = 0
+        self.block_ids: list[int] = []
+        self.block_hashes: list[int] = []
+        self.in_use = True
 
 
-class Cache:
+class PrefixCache:
     """`copy(source, target, count)` copies the first slots of a page into another."""
 
-    def __init__(self, pages: int, page_size: int, copy: Callable[[int, int, int], None]) -> None:
-        self.page_size = page_size
-        self.pages = pages
+    def __init__(self, num_blocks: int, block_size: int, copy_block: Callable[[int, int, int], None]) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
         self.hits = self.lookups = self.evictions = 0  # hits and lookups in tokens
-        self._copy = copy
-        self._free = list(range(pages))  # a heap: low pages first keeps the busy ones together
-        self._holders: Counter[int] = Counter()
-        self._idle: OrderedDict[Context, None] = OrderedDict()
-        self._index: dict[int, dict[Context, None]] = {}
+        self._copy_block = copy_block
+        self._free_blocks = list(range(num_blocks))  # a heap: low pages first keeps the busy ones together
+        self._ref_counts: Counter[int] = Counter()
+        self._cached_sequences: OrderedDict[SequenceState, None] = OrderedDict()
+        self._sequences_by_hash: dict[int, dict[SequenceState, None]] = {}
 
     @property
-    def free_pages(self) -> int:
-        return len(self._free)
+    def num_free_blocks(self) -> int:
+        return len(self._free_blocks)
 
     @property
-    def idle(self) -> int:
-        return len(self._idle)
+    def num_cached_sequences(self) -> int:
+        return len(self._cached_sequences)
 
     @property
-    def idle_pages(self) -> int:
+    def num_cached_blocks(self) -> int:
         """Held by what may be given up; with nobody at work, all that are not free."""
-        return len({page for context in list(self._idle) for page in context.pages})
+        return len({page for context in list(self._cached_sequences) for page in context.block_ids})
 
-    def in_the_making(self, tokens: Sequence[int]) -> bool:
+    def is_being_computed(self, tokens: Sequence[int]) -> bool:
         """Is another request computing right now what one with these tokens could share?"""
-        known, length = self._longest(list(tokens))
-        return known is not None and known.busy and length - min(length, known.computed) >= BLOCK
+        match, length = self._longest_match(list(tokens))
+        return match is not None and match.in_use and length - min(length, match.num_computed_tokens) >= HASH_STRIDE
 
-    def open(self, tokens: Sequence[int], room: int) -> Context | None:
+    def allocate(self, tokens: Sequence[int], num_extra_tokens: int) -> SequenceState | None:
         """A context of these tokens with memory for them and `room` more, as much of it computed as anyone has.
 
         None while there is no memory.
         """
         tokens = list(tokens)
-        known, length = self._longest(tokens)
-        usable = min(length, known.computed) if known else 0
-        needed = self._pages_for(len(tokens) + room)
-        if known and self._may_be_taken(known, usable):
-            context = known
-            del self._idle[context]
-            self._truncate(context, usable)
-            self._shrink(context)
-            if not self._grow(context, needed):
-                self._rest(context)
+        match, length = self._longest_match(tokens)
+        usable = min(length, match.num_computed_tokens) if match else 0
+        num_blocks = self._num_blocks_for(len(tokens) + num_extra_tokens)
+        if match and self._can_take_over(match, usable):
+            sequence = match
+            del self._cached_sequences[sequence]
+            self._truncate(sequence, usable)
+            self._free_unused_blocks(sequence)
+            if not self._grow(sequence, num_blocks):
+                self._keep_for_reuse(sequence)
                 return None
-            context.busy = True
-            context.tokens = tokens
+            sequence.in_use = True
+            sequence.token_ids = tokens
         else:
-            context = Context(tokens)
-            if not self._fork(context, known, usable, needed):
-                self._release(context.pages)
+            sequence = SequenceState(tokens)
+            if not self._fork(sequence, match, usable, num_blocks):
+                self._unref_blocks(sequence.block_ids)
                 return None
         self.lookups += len(tokens)
-        self.hits += context.computed
-        self._register(context)
-        return context
+        self.hits += sequence.num_computed_tokens
+        self._index_hashes(sequence)
+        return sequence
 
-    def reserve(self, context: Context, length: int) -> bool:
+    def reserve(self, sequence: SequenceState, length: int) -> bool:
         """Memory for that many tokens; False when there is none."""
-        return self._grow(context, self._pages_for(length))
+        return self._grow(sequence, self._num_blocks_for(length))
 
-    def commit(self, context: Context, tokens: Sequence[int]) -> None:
+    def commit(self, sequence: SequenceState, tokens: Sequence[int]) -> None:
         """These tokens follow, and their keys and values are in place."""
-        context.tokens += tokens
-        context.computed = len(context.tokens)
-        self._register(context)
+        sequence.token_ids += tokens
+        sequence.num_computed_tokens = len(sequence.token_ids)
+        self._index_hashes(sequence)
 
-    def close(self, context: Context) -> None:
+    def release(self, sequence: SequenceState) -> None:
         """Its request is done; what is computed stays for others."""
-        self._truncate(context, context.computed)
-        self._rest(context)
+        self._truncate(sequence, sequence.num_computed_tokens)
+        self._keep_for_reuse(sequence)
 
-    def drop(self, context: Context) -> None:
+    def discard(self, sequence: SequenceState) -> None:
         """Its request needs the memory back more than the past."""
-        self._truncate(context, 0)
-        self._release(context.pages)
-        context.pages = []
+        self._truncate(sequence, 0)
+        self._unref_blocks(sequence.block_ids)
+        sequence.block_ids = []
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drops every context that no request holds."""
-        while self._idle:
-            self.drop(self._idle.popitem()[0])
+        while self._cached_sequences:
+            self.discard(self._cached_sequences.popitem()[0])
 
-    def _rest(self, context: Context) -> None:
-        context.busy = False
-        if context.computed < BLOCK:  # nobody will find it
-            self.drop(context)
+    def _keep_for_reuse(self, sequence: SequenceState) -> None:
+        sequence.in_use = False
+        if sequence.num_computed_tokens < HASH_STRIDE:  # nobody will find it
+            self.discard(sequence)
             return
-        self._shrink(context)
-        self._idle[context] = None
+        self._free_unused_blocks(sequence)
+        self._cached_sequences[sequence] = None
 
-    def _longest(self, tokens: list[int]) -> tuple[Context | None, int]:
+    def _longest_match(self, tokens: list[int]) -> tuple[SequenceState | None, int]:
         """The context with the longest common beginning, and its length; idle ones first among equals."""
-        candidates: tuple[Context, ...] = ()
+        candidates: tuple[SequenceState, ...] = ()
         chained = start = 0
-        while start + BLOCK <= len(tokens):
-            chained = hash((chained, *tokens[start : start + BLOCK]))
-            if not (holders := self._index.get(chained)):
+        while start + HASH_STRIDE <= len(tokens):
+            chained = hash((chained, *tokens[start : start + HASH_STRIDE]))
+            if not (sequences := self._sequences_by_hash.get(chained)):
                 break
-            candidates, start = tuple(holders), start + BLOCK
-        best: Context | None = None
+            candidates, start = tuple(sequences), start + HASH_STRIDE
+        best: SequenceState | None = None
         length = 0
-        for context in candidates:
-            common = _common(context.tokens, tokens, start)
-            if common > length or (common == length and best and best.busy and not context.busy):
-                best, length = context, common
+        for sequence in candidates:
+            common = _common_prefix_length(sequence.token_ids, tokens, start)
+            if common > length or (common == length and best and best.in_use and not sequence.in_use):
+                best, length = sequence, common
         return best, length
 
-    def _may_be_taken(self, context: Context, usable: int) -> bool:
+    def _can_take_over(self, sequence: SequenceState, usable: int) -> bool:
         """Taking a context over destroys its rest: not where that is the greater part, nor where another shares it."""
-        if context.busy or context.computed - usable > usable:
+        if sequence.in_use or sequence.num_computed_tokens - usable > usable:
             return False
-        return usable % self.page_size == 0 or self._holders[context.pages[usable // self.page_size]] == 1
+        return usable % self.block_size == 0 or self._ref_counts[sequence.block_ids[usable // self.block_size]] == 1
 
-    def _fork(self, context: Context, source: Context | None, usable: int, pages: int) -> bool:
+    def _fork(self, sequence: SequenceState, source: SequenceState | None, usable: int, num_blocks: int) -> bool:
         """Full pages are shared, the last one is copied."""
         if source is None:
-            return self._grow(context, pages)
-        shared, rest = divmod(usable, self.page_size)
-        context.pages = source.pages[:shared]
-        self._holders.update(context.pages)
-        if self._grow(context, pages, keep=source):
-            if not source.busy:
-                self._idle.move_to_end(source)
+            return self._grow(sequence, num_blocks)
+        shared, rest = divmod(usable, self.block_size)
+        sequence.block_ids = source.block_ids[:shared]
+        self._ref_counts.update(sequence.block_ids)
+        if self._grow(sequence, num_blocks, keep=source):
+            if not source.in_use:
+                self._cached_sequences.move_to_end(source)
             if rest:
-                self._copy(source.pages[shared], context.pages[shared], rest)
-            context.computed = usable
+                self._copy_block(source.block_ids[shared], sequence.block_ids[shared], rest)
+            sequence.num_computed_tokens = usable
             return True
-        if source.busy:
+        if source.in_use:
             return False
         # The only memory left is the source's own: better all of it lost but the shared pages than the request never
         # served.
-        del self._idle[source]
-        self.drop(source)
+        del self._cached_sequences[source]
+        self.discard(source)
         self.evictions += 1
-        context.computed = shared * self.page_size
-        return self._grow(context, pages)
+        sequence.num_computed_tokens = shared * self.block_size
+        return self._grow(sequence, num_blocks)
 
-    def _shrink(self, context: Context) -> None:
+    def _free_unused_blocks(self, sequence: SequenceState) -> None:
         """Gives back the pages that hold nothing."""
-        used = self._pages_for(context.computed)
-        self._release(context.pages[used:])
-        del context.pages[used:]
+        used = self._num_blocks_for(sequence.num_computed_tokens)
+        self._unref_blocks(sequence.block_ids[used:])
+        del sequence.block_ids[used:]
 
-    def _pages_for(self, length: int) -> int:
-        return -(-length // self.page_size)
+    def _num_blocks_for(self, length: int) -> int:
+        return -(-length // self.block_size)
 
-    def _grow(self, context: Context, pages: int, keep: Context | None = None) -> bool:
-        missing = pages - len(context.pages)
-        while missing > len(self._free):
-            oldest = next((idle for idle in self._idle if idle is not keep), None)
+    def _grow(self, sequence: SequenceState, num_blocks: int, keep: SequenceState | None = None) -> bool:
+        missing = num_blocks - len(sequence.block_ids)
+        while missing > len(self._free_blocks):
+            oldest = next((idle for idle in self._cached_sequences if idle is not keep), None)
             if oldest is None:
                 return False
-            del self._idle[oldest]
-            self.drop(oldest)
+            del self._cached_sequences[oldest]
+            self.discard(oldest)
             self.evictions += 1
         for _ in range(missing):
-            page = heapq.heappop(self._free)
-            context.pages.append(page)
-            self._holders[page] += 1
+            block_id = heapq.heappop(self._free_blocks)
+            sequence.block_ids.append(block_id)
+            self._ref_counts[block_id] += 1
         return True
 
-    def _release(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._holders[page] -= 1
-            if not self._holders[page]:
-                del self._holders[page]
-                heapq.heappush(self._free, page)
+    def _unref_blocks(self, block_ids: Sequence[int]) -> None:
+        for block_id in block_ids:
+            self._ref_counts[block_id] -= 1
+            if not self._ref_counts[block_id]:
+                del self._ref_counts[block_id]
+                heapq.heappush(self._free_blocks, block_id)
 
-    def _register(self, context: Context) -> None:
-        tokens, hashes = context.tokens, context.hashes
-        for start in range(len(hashes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
-            chained = hash((hashes[-1] if hashes else 0, *tokens[start : start + BLOCK]))
+    def _index_hashes(self, sequence: SequenceState) -> None:
+        tokens, hashes = sequence.token_ids, sequence.block_hashes
+        for start in range(len(hashes) * HASH_STRIDE, len(tokens) - HASH_STRIDE + 1, HASH_STRIDE):
+            chained = hash((hashes[-1] if hashes else 0, *tokens[start : start + HASH_STRIDE]))
             hashes.append(chained)
-            self._index.setdefault(chained, {})[context] = None
+            self._sequences_by_hash.setdefault(chained, {})[sequence] = None
 
-    def _truncate(self, context: Context, length: int) -> None:
+    def _truncate(self, sequence: SequenceState, length: int) -> None:
         """Forgets all tokens beyond that length; what was computed of them is void."""
-        while len(context.hashes) * BLOCK > length:
-            chained = context.hashes.pop()
-            holders = self._index[chained]
-            del holders[context]
-            if not holders:
-                del self._index[chained]
-        del context.tokens[length:]
-        context.computed = min(context.computed, length)
+        while len(sequence.block_hashes) * HASH_STRIDE > length:
+            chained = sequence.block_hashes.pop()
+            sequences = self._sequences_by_hash[chained]
+            del sequences[sequence]
+            if not sequences:
+                del self._sequences_by_hash[chained]
+        del sequence.token_ids[length:]
+        sequence.num_computed_tokens = min(sequence.num_computed_tokens, length)
 
 
-def _common(known: list[int], tokens: list[int], start: int) -> int:
+def _common_prefix_length(cached: list[int], tokens: list[int], start: int) -> int:
     """The length of the common beginning, which is `start` or up to a block more, unless hashes have collided."""
-    if known[:start] != tokens[:start]:
+    if cached[:start] != tokens[:start]:
         return 0
-    size = min(len(known), len(tokens))
-    while start < size and known[start] == tokens[start]:
+    size = min(len(cached), len(tokens))
+    while start < size and cached[start] == tokens[start]:
         start += 1
     return start

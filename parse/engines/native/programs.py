@@ -12,54 +12,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parse.detokenizer import TextStream
-from parse.engines.native.sampler import Draw, Sampler, logprobs
-from parse.prompts import Check
-from parse.speculative.policy import Speculation, Wished
-from parse.speculative.proposal import NOTHING, Foreseen, Proposal, chained
-from parse.tree import MASK, TokenTree, child, probes, proposals
-from parse.types import Finish, Judged, Logprob, Sampling, Speculated, Tokens
+from parse.detokenizer import IncrementalDetokenizer
+from parse.engines.native.sampler import Sampler, SamplingState, token_logprobs
+from parse.prompts import VerificationSuffix
+from parse.speculative.policy import ProposalCall, SequenceSpeculation
+from parse.speculative.proposal import NO_PROPOSAL, MaskPrediction, Proposal, chain_proposal
+from parse.tree import MASK, TokenTree, child, suffix_forest, tree_from_parents
+from parse.types import FinishReason, Logprob, SamplingParams, SpeculationStats, TokenDelta, VerifyResult
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class TreeInput:
     """Nodes to run on the end of the context, and those whose logits are wanted (None: all)."""
 
     nodes: TokenTree | Sequence[int]
-    read: Sequence[int] | None = None
-    keep: Sequence[int] = ()  # of the nodes run before, the path from a root on that now belongs to the context
-    draws: Sequence[Draw] = ()  # how a token is chosen at each of those read; (): the likeliest
+    logits_nodes: Sequence[int] | None = None
+    accepted_path: Sequence[
+        int
+    ] = ()  # of the nodes run before, the path from a root on that now belongs to the context
+    sampling: Sequence[SamplingState] = ()  # how a token is chosen at each of those read; (): the likeliest
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TreeOutput:
     logits: Tensor  # [wanted, vocabulary], until the program asks again
-    chosen: Sequence[int]  # the token at each
-    features: Callable[[Sequence[int]], Tensor] | None = None  # of entries: the context's tokens, and then the nodes
+    token_ids: Sequence[int]  # the token at each
+    aux_hidden_states: Callable[[Sequence[int]], Tensor] | None = (
+        None  # of entries: the context's tokens, and then the nodes
+    )
 
 
-Asking = Generator[Ask, Answer, None]
-Program = Generator[Ask | Wished, Any, None]
+TreeProgram = Generator[TreeInput, TreeOutput, None]
+Program = Generator[TreeInput | ProposalCall, Any, None]
 """Is sent an Answer for an Ask, and a Proposal for a wish."""
 
 
-def warm() -> Asking:
+def prefill() -> TreeProgram:
     """Only its context is wanted, and that is computed before anything is asked."""
-    yield Ask((), read=())
+    yield TreeInput((), logits_nodes=())
 
 
 def generate(
     prompt: Sequence[int],
     output: Sequence[int],
-    sampling: Sampling,
+    params: SamplingParams,
     *,
-    ends: Collection[int],
-    room: int,
-    emit: Callable[[Tokens], None],
-    text: TextStream | None = None,
-    given: Sequence[int] = (),
-    speculation: Speculation | None = None,
-    piece: int = 1,
+    stop_token_ids: Collection[int],
+    max_new_tokens: int,
+    emit: Callable[[TokenDelta], None],
+    detokenizer: IncrementalDetokenizer | None = None,
+    draft: Sequence[int] = (),
+    speculation: SequenceSpeculation | None = None,
+    stream_interval: int = 1,
 ) -> Program:
     """Writes on after `prompt` and `output`, of which all but the last token are the context.
 
@@ -67,106 +71,106 @@ def generate(
     for stop strings. Tokens of `given`, and then whatever speculation has to offer, are run together and taken as long
     as they are what would have been chosen anyway.
     """
-    sampler = Sampler(sampling, prompt, output)
-    ends = () if sampling.ignore_eos else ends
-    last, context = (output or prompt)[-1], len(prompt) + len(output) - 1
-    proposal = chained(given[: max(0, room - 1)])
-    untold: Sequence[int] = (*prompt, *output)  # to the proposer
-    entries: Sequence[int] = range(context)
-    if speculation is not None and not speculation.featured:
-        speculation.take(untold, None, None)
-        untold = ()
-        if not given and (wished := speculation.wish(room - 1)):
-            proposal = yield wished
-    keep: Sequence[int] = ()
-    written: list[int] = []
-    likely: list[Logprob] = []
-    speculated: Speculated | None = None
-    left, accepted = room, 0
+    sampler = Sampler(params, prompt, output)
+    stop_token_ids = () if params.ignore_eos else stop_token_ids
+    last, context_length = (output or prompt)[-1], len(prompt) + len(output) - 1
+    proposal = chain_proposal(draft[: max(0, max_new_tokens - 1)])
+    unseen: Sequence[int] = (*prompt, *output)  # to the proposer
+    entries: Sequence[int] = range(context_length)
+    if speculation is not None and not speculation.needs_hidden_states:
+        speculation.extend(unseen, None, None)
+        unseen = ()
+        if not draft and (proposal_call := speculation.proposal_call(max_new_tokens - 1)):
+            proposal = yield proposal_call
+    accepted_path: Sequence[int] = ()
+    output_ids: list[int] = []
+    output_logprobs: list[Logprob] = []
+    stats: SpeculationStats | None = None
+    remaining, accepted = max_new_tokens, 0
     while True:
-        nodes = _hung(last, proposal)
-        answer: Answer = yield Ask(nodes, keep=keep, draws=sampler.draws(nodes))
-        finish: Finish | None = None
+        nodes = _attach(last, proposal)
+        tree_output: TreeOutput = yield TreeInput(nodes, accepted_path=accepted_path, sampling=sampler.states(nodes))
+        finish: FinishReason | None = None
         node: int | None = 0
-        path, taken = [], []
+        path, new_tokens = [], []
         while node is not None:
             path.append(node)
-            token = answer.chosen[node]
-            if token in ends:
+            token = tree_output.token_ids[node]
+            if token in stop_token_ids:
                 finish = "stop"
                 break
-            if sampling.logprobs is not None:
-                likely += logprobs(answer.logits[node : node + 1], [token], sampling.logprobs)
-            sampler.take(token)
-            taken.append(token)
-            left -= 1
+            if params.logprobs is not None:
+                output_logprobs += token_logprobs(tree_output.logits[node : node + 1], [token], params.logprobs)
+            sampler.append(token)
+            new_tokens.append(token)
+            remaining -= 1
             node = child(nodes, node, token)
-            if text is not None:
-                text.add((token,))
-                finish = "stop" if text.stopped is not None else None
-            if finish is None and not left:
+            if detokenizer is not None:
+                detokenizer.add((token,))
+                finish = "stop" if detokenizer.matched_stop is not None else None
+            if finish is None and not remaining:
                 finish = "length"
             if finish:
                 break
-        written += taken
-        matched = len(taken) - (node is None)  # of the proposal
-        if given:
+        output_ids += new_tokens
+        matched = len(new_tokens) - (node is None)  # of the proposal
+        if draft:
             accepted += matched
         if speculation is not None:
-            came = speculation.came(NOTHING if given else proposal, matched)
-            speculated = came if speculated is None else speculated + came
-        if finish or len(written) >= piece:
-            emit(Tokens(tuple(written), tuple(likely), finish, accepted, speculated=speculated))
-            written, likely, accepted, speculated = [], [], 0, None
+            step_stats = speculation.observe(NO_PROPOSAL if draft else proposal, matched)
+            stats = step_stats if stats is None else stats + step_stats
+        if finish or len(output_ids) >= stream_interval:
+            emit(TokenDelta(tuple(output_ids), tuple(output_logprobs), finish, accepted, speculation=stats))
+            output_ids, output_logprobs, accepted, stats = [], [], 0, None
         if finish:
-            yield Ask((), read=(), keep=path)  # the next turn will begin with it
+            yield TreeInput((), logits_nodes=(), accepted_path=path)  # the next turn will begin with it
             return
-        last, given, keep, proposal = taken[-1], (), path, NOTHING
+        last, draft, accepted_path, proposal = new_tokens[-1], (), path, NO_PROPOSAL
         if speculation is not None:
             features = None
-            if speculation.featured and answer.features is not None:
-                features = answer.features([*entries, *(context + node for node in path)])
-            speculation.take((*untold, *taken), features, _foreseen(nodes, path[-1], answer))
-            context, untold, entries = context + len(path), (), ()
-            if wished := speculation.wish(left - 1):
-                proposal = yield wished
+            if speculation.needs_hidden_states and tree_output.aux_hidden_states is not None:
+                features = tree_output.aux_hidden_states([*entries, *(context_length + node for node in path)])
+            speculation.extend((*unseen, *new_tokens), features, _mask_prediction(nodes, path[-1], tree_output))
+            context_length, unseen, entries = context_length + len(path), (), ()
+            if proposal_call := speculation.proposal_call(remaining - 1):
+                proposal = yield proposal_call
 
 
-def _foreseen(nodes: TokenTree | Sequence[int], node: int, answer: Answer) -> Foreseen | None:
+def _mask_prediction(nodes: TokenTree | Sequence[int], node: int, tree_output: TreeOutput) -> MaskPrediction | None:
     """What the masks behind that node say."""
     masks = []
     mask = child(nodes, node, MASK)
-    while mask is not None and answer.chosen[mask] != -1:  # what is no number foresees nothing
+    while mask is not None and tree_output.token_ids[mask] != -1:  # what is no number foresees nothing
         masks.append(mask)
         mask = child(nodes, mask, MASK)
     if not masks:
         return None
-    tokens = [answer.chosen[mask] for mask in masks]
-    chances = answer.logits[masks].softmax(-1)[range(len(masks)), tokens]
-    return Foreseen(tokens, chances.tolist())
+    tokens = [tree_output.token_ids[mask] for mask in masks]
+    probabilities = tree_output.logits[masks].softmax(-1)[range(len(masks)), tokens]
+    return MaskPrediction(tokens, probabilities.tolist())
 
 
-def _hung(token: int, proposal: Proposal) -> TokenTree | Sequence[int]:
+def _attach(token: int, proposal: Proposal) -> TokenTree | Sequence[int]:
     """The proposal below the last token of the text."""
     if list(proposal.parents) == list(range(-1, len(proposal.parents) - 1)):
-        return [token, *proposal.tokens]
-    tree, _ = proposals([token, *proposal.tokens], [-1, *(parent + 1 for parent in proposal.parents)])
+        return [token, *proposal.token_ids]
+    tree, _ = tree_from_parents([token, *proposal.token_ids], [-1, *(parent + 1 for parent in proposal.parents)])
     return tree
 
 
-def judge(
-    prompt: int,
-    cuts: Sequence[int],
-    check: Check,
+def verify(
+    prompt_length: int,
+    prefix_lengths: Sequence[int],
+    suffix: VerificationSuffix,
     *,
-    full: float | None,
-    prefix: float | None,
-    at_once: bool,
-    most: int,
+    full_threshold: float | None,
+    prefix_threshold: float | None,
+    in_one_pass: bool,
+    max_nodes: int,
     trunk: Sequence[int],
-    top: int,
-    done: Callable[[Judged], None],
-) -> Asking:
+    num_logprobs: int,
+    done: Callable[[VerifyResult], None],
+) -> TreeProgram:
     """P(correct) at each cut; the context is a prompt of that length and the draft, up to the last cut.
 
     If the last cut passes at `full` (None: it is no full answer), or a prefix fails at `prefix` (None: never mind),
@@ -174,29 +178,34 @@ def judge(
     pass costs beyond its tokens decides. Where `trunk`, the prompt's last token and the draft, is given, the context
     lacks it, and the draft's log-probabilities are wanted as well, with those of the `top` likeliest beside them.
     """
-    likely: list[Logprob] = []
-    keep: Sequence[int] = ()
+    draft_logprobs: list[Logprob] = []
+    accepted_path: Sequence[int] = ()
     if trunk:
-        answer = yield Ask(trunk)
-        keep = range(len(trunk))
-        likely = logprobs(answer.logits[:-1], trunk[1:], top)
-    width = len(check.suffix)
-    group = size = max(1, most // width)
-    order = list(range(len(cuts)))
-    answered: dict[int, float] = {}
-    if full is not None:  # a full answer that passes settles everything
-        order.insert(0, order.pop())
-        size = group if at_once else 1
-    while order:
-        asked, order, size = sorted(order[:size]), order[size:], group
-        tree = probes([prompt + cuts[place] for place in asked], check.suffix)
-        answer = yield Ask(tree, read=range(width - 1, len(tree), width), keep=keep)
-        keep = ()
-        words = [answer.logits[:, list(ids)].logsumexp(-1) for ids in (check.correct, check.incorrect)]
-        answered.update(zip(asked, torch.stack(words).softmax(0)[0].tolist(), strict=True))
-        if full is not None and answered[len(cuts) - 1] >= full:
+        tree_output = yield TreeInput(trunk)
+        accepted_path = range(len(trunk))
+        draft_logprobs = token_logprobs(tree_output.logits[:-1], trunk[1:], num_logprobs)
+    width = len(suffix.token_ids)
+    group = size = max(1, max_nodes // width)
+    pending = list(range(len(prefix_lengths)))
+    p_correct: dict[int, float] = {}
+    if full_threshold is not None:  # a full answer that passes settles everything
+        pending.insert(0, pending.pop())
+        size = group if in_one_pass else 1
+    while pending:
+        batch, pending, size = sorted(pending[:size]), pending[size:], group
+        tree = suffix_forest([prompt_length + prefix_lengths[place] for place in batch], suffix.token_ids)
+        tree_output = yield TreeInput(
+            tree, logits_nodes=range(width - 1, len(tree), width), accepted_path=accepted_path
+        )
+        accepted_path = ()
+        answer_logits = [
+            tree_output.logits[:, list(ids)].logsumexp(-1)
+            for ids in (suffix.correct_token_ids, suffix.incorrect_token_ids)
+        ]
+        p_correct.update(zip(batch, torch.stack(answer_logits).softmax(0)[0].tolist(), strict=True))
+        if full_threshold is not None and p_correct[len(prefix_lengths) - 1] >= full_threshold:
             break
-        prefixes = [answered[place] for place in asked if full is None or place < len(cuts) - 1]
-        if prefix is not None and any(p < prefix for p in prefixes):
+        prefixes = [p_correct[place] for place in batch if full_threshold is None or place < len(prefix_lengths) - 1]
+        if prefix_threshold is not None and any(p < prefix_threshold for p in prefixes):
             break
-    done(Judged(tuple(answered.get(place) for place in range(len(cuts))), tuple(likely)))
+    done(VerifyResult(tuple(p_correct.get(place) for place in range(len(prefix_lengths))), tuple(draft_logprobs)))

@@ -13,58 +13,66 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from parse.engines.native.prefix_cache import Context
+from parse.engines.native.prefix_cache import SequenceState
 from parse.tree import TokenTree
 
 
 @dataclass(frozen=True)
-class Span:
+class ScheduledChunk:
     """Entries `first` to `last` of a request's row. A chain of nodes is given as mere token ids."""
 
-    context: Context
+    sequence: SequenceState
     tree: TokenTree | Sequence[int]
-    first: int
-    last: int
+    start: int
+    end: int
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return self.end - self.start
 
     @cached_property
-    def causal(self) -> bool:
+    def is_causal(self) -> bool:
         """Does every entry see all before it?"""
-        return not isinstance(self.tree, TokenTree) or self.last <= len(self.context.tokens)
+        return not isinstance(self.tree, TokenTree) or self.end <= len(self.sequence.token_ids)
 
-    def tokens(self) -> list[int]:
-        known = len(self.context.tokens)
+    def token_ids(self) -> list[int]:
+        context_length = len(self.sequence.token_ids)
         nodes = self.tree.tokens.tolist() if isinstance(self.tree, TokenTree) else list(self.tree)
         return (
-            self.context.tokens[self.first : self.last] + nodes[max(self.first - known, 0) : max(self.last - known, 0)]
+            self.sequence.token_ids[self.start : self.end]
+            + nodes[max(self.start - context_length, 0) : max(self.end - context_length, 0)]
         )
 
     def positions(self) -> list[int]:
-        known = len(self.context.tokens)
-        if self.causal:
-            return list(range(self.first, self.last))
+        context_length = len(self.sequence.token_ids)
+        if self.is_causal:
+            return list(range(self.start, self.end))
         assert isinstance(self.tree, TokenTree)
-        nodes = self.tree.seen(known) + self.tree.depth
-        inside = nodes[max(self.first - known, 0) : self.last - known]
-        return [*range(self.first, min(self.last, known)), *inside.tolist()]
+        nodes = self.tree.visible_context(context_length) + self.tree.depth
+        tree_positions = nodes[max(self.start - context_length, 0) : self.end - context_length]
+        return [*range(self.start, min(self.end, context_length)), *tree_positions.tolist()]
 
-    def visible(self, window: int | None) -> NDArray[np.bool_]:
+    def visibility(self, window: int | None) -> NDArray[np.bool_]:
         """[entries, keys]: what each entry sees of the row up to `last`, in a layer with that sliding window."""
-        known = len(self.context.tokens)
-        key, entry = np.arange(self.last), np.arange(self.first, self.last)
+        context_length = len(self.sequence.token_ids)
+        key, entry = np.arange(self.end), np.arange(self.start, self.end)
         visible = key <= entry[:, None]
         key_positions = key
-        if not self.causal:
+        if not self.is_causal:
             tree = self.tree
             assert isinstance(tree, TokenTree)
-            key_positions = np.concatenate([np.arange(known), (tree.seen(known) + tree.depth)[: self.last - known]])
-            start = max(self.first - known, 0)
-            rows = slice(max(known - self.first, 0), None)
-            nodes = np.arange(start, self.last - known)
-            visible[rows, :known] &= np.arange(known) < tree.seen(known)[nodes, None]
-            visible[rows, known:] &= nodes[:, None] < tree.end[: self.last - known]
+            key_positions = np.concatenate(
+                [
+                    np.arange(context_length),
+                    (tree.visible_context(context_length) + tree.depth)[: self.end - context_length],
+                ]
+            )
+            start = max(self.start - context_length, 0)
+            rows = slice(max(context_length - self.start, 0), None)
+            nodes = np.arange(start, self.end - context_length)
+            visible[rows, :context_length] &= (
+                np.arange(context_length) < tree.visible_context(context_length)[nodes, None]
+            )
+            visible[rows, context_length:] &= nodes[:, None] < tree.end[: self.end - context_length]
         if window is not None:
-            visible &= key_positions[self.first :, None] - key_positions < window
+            visible &= key_positions[self.start :, None] - key_positions < window
         return visible

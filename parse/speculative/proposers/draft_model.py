@@ -13,174 +13,193 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from parse.engines.native.kv_cache import Memory
+from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Dtype, Model
-from parse.engines.native.paged_attention import PAGE, attention_on
-from parse.engines.native.prefix_cache import Cache, Context
-from parse.engines.native.scheduled_chunk import Span
-from parse.speculative.proposal import NOT_YET, NOTHING, Foreseen, Foresight, Proposal, Wish, chained
-from parse.speculative.proposers.eagle_head import HeadError
+from parse.engines.native.paged_attention import BLOCK_SIZE, attention_for
+from parse.engines.native.prefix_cache import PrefixCache, SequenceState
+from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.speculative.proposal import (
+    NO_PROPOSAL,
+    NOT_YET,
+    MaskPrediction,
+    Proposal,
+    ProposalRequest,
+    Proposer,
+    chain_proposal,
+)
+from parse.speculative.proposers.eagle_head import ProposerLoadError
 
-READ = 512  # tokens at a time: long prompts must not stall everybody's next token
-FEW = 32  # tokens that are read with the first step of drafting, and not before it
+MAX_PREFILL_TOKENS = 512  # tokens at a time: long prompts must not stall everybody's next token
+MAX_TOKENS_WITH_FIRST_STEP = 32  # tokens that are read with the first step of drafting, and not before it
 
 
-class DraftModel(Foresight["Drafting"]):
-    def __init__(self, model: Model, vocabulary: int | None = None) -> None:
+class DraftModelProposer(Proposer["DraftModelState"]):
+    def __init__(self, model: Model, vocab_size: int | None = None) -> None:
         """For a target of so many tokens, if not as many."""
-        self.model, self.vocabulary = model, vocabulary or model.vocabulary
+        self.model, self.vocab_size = model, vocab_size or model.vocab_size
         self.bytes_per_token = model.bytes_per_token
-        self._attend = attention_on(model.device)
-        self._memory: Memory | None = None
-        self._closed: deque[Context] = deque()  # by whichever thread lets go of a text
-        self._forgetful = False
+        self._make_attention = attention_for(model.device)
+        self._kv_cache: KVCache | None = None
+        self._released: deque[SequenceState] = deque()  # by whichever thread lets go of a text
+        self._reset_requested = False
 
     @classmethod
     def load(cls, path: str | Path, target: Model, *, device: str, dtype: Dtype) -> Self:
         model = Model.load(path, device=device, dtype=dtype)
         if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-            raise HeadError(f"{path} does not speak the target's tokens: its tokenizer is another one")
-        if model.vocabulary < (needed := max(target.tokenizer.get_vocab().values()) + 1):
-            raise HeadError(f"{path} knows {model.vocabulary} tokens, the target's tokenizer {needed}")
-        return cls(model, target.vocabulary)
+            raise ProposerLoadError(f"{path} does not speak the target's tokens: its tokenizer is another one")
+        if model.vocab_size < (needed := max(target.tokenizer.get_vocab().values()) + 1):
+            raise ProposerLoadError(f"{path} knows {model.vocab_size} tokens, the target's tokenizer {needed}")
+        return cls(model, target.vocab_size)
 
-    def reserve(self, contexts: int, capacity: int) -> None:
+    def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
         """Memory for so many texts of so many tokens."""
-        self.longest = min(capacity, self.model.longest)
-        size = capacity if self.model.device.type == "cpu" else PAGE
-        self._memory = Memory(contexts * capacity // size, size)
-        self._cache = Cache(self._memory.pages, size, self._memory.copy)
+        self.max_model_len = min(sequence_capacity, self.model.max_model_len)
+        size = sequence_capacity if self.model.device.type == "cpu" else BLOCK_SIZE
+        self._kv_cache = KVCache(max_sequences * sequence_capacity // size, size)
+        self._prefix_cache = PrefixCache(self._kv_cache.num_blocks, size, self._kv_cache.copy_block)
 
-    def forget(self) -> None:
-        self._forgetful = True
+    def reset(self) -> None:
+        self._reset_requested = True
 
-    def proposer(self) -> "Drafting":
-        return Drafting()
+    def new_state(self) -> "DraftModelState":
+        return DraftModelState()
 
     @torch.inference_mode()
-    def propose(self, wishes: Sequence[Wish["Drafting"]]) -> list[Proposal]:
-        while self._closed:
-            self._cache.close(self._closed.popleft())
-        if self._forgetful:
-            self._forgetful = False
-            self._cache.forget()
-        self._left = READ
-        texts = [wish.proposer for wish in wishes]
-        drafts: dict[Drafting, list[int]] = {}
-        chances: dict[Drafting, list[float]] = {}
-        going = {wish.proposer: wish for wish in wishes if self._catch_up(wish.proposer)}
-        while going := {text: wish for text, wish in going.items() if self._fits(text)}:
-            for text, token, chance in self._step(list(going)):
-                likely = chance * (chances[text][-1] if text in chances else 1.0)
-                wish = going[text]
-                if likely < wish.floor:
-                    del going[text]
+    def propose(self, requests: Sequence[ProposalRequest["DraftModelState"]]) -> list[Proposal]:
+        while self._released:
+            self._prefix_cache.release(self._released.popleft())
+        if self._reset_requested:
+            self._reset_requested = False
+            self._prefix_cache.reset()
+        self._prefill_budget = MAX_PREFILL_TOKENS
+        states = [wish.state for wish in requests]
+        drafts: dict[DraftModelState, list[int]] = {}
+        probabilities: dict[DraftModelState, list[float]] = {}
+        active = {wish.state: wish for wish in requests if self._catch_up(wish.state)}
+        while active := {text: wish for text, wish in active.items() if self._fits(text)}:
+            for text, token, chance in self._step(list(active)):
+                probability = chance * (probabilities[text][-1] if text in probabilities else 1.0)
+                wish = active[text]
+                if probability < wish.min_probability:
+                    del active[text]
                     continue
                 drafts.setdefault(text, []).append(token)
-                chances.setdefault(text, []).append(likely)
-                text.drafted.append(token)
-                if len(drafts[text]) == min(wish.most, wish.depth):
-                    del going[text]
+                probabilities.setdefault(text, []).append(probability)
+                text.proposed.append(token)
+                if len(drafts[text]) == min(wish.max_tokens, wish.max_depth):
+                    del active[text]
         return [
-            chained(drafts[text], chances[text])
+            chain_proposal(drafts[text], probabilities[text])
             if text in drafts
-            else NOTHING
-            if text.read or not self._readable(text)
+            else NO_PROPOSAL
+            if text.is_computed or not self._supports(text)
             else NOT_YET
-            for text in texts
+            for text in states
         ]
 
-    def _catch_up(self, text: "Drafting") -> bool:
+    def _catch_up(self, state: "DraftModelState") -> bool:
         """Takes over what was drafted and accepted, and reads the rest but its last few tokens."""
-        if not text.ahead or not self._readable(text):
+        if not state.pending or not self._supports(state):
             return False
-        if text.context is None:
-            context = self._cache.open(text.ahead[:-1], 1)
-            if context is None:
+        if state.sequence is None:
+            sequence = self._prefix_cache.allocate(state.pending[:-1], 1)
+            if sequence is None:
                 return False
-            text.context, text.ahead = context, text.ahead[-1:]
-            finalize(text, self._closed.append, context)
-        context = text.context
-        known = 0
-        while known < min(text.run, len(text.ahead) - 1) and text.drafted[known] == text.ahead[known]:
-            known += 1
-        if known:
-            self._cache.commit(context, text.ahead[:known])
-            del text.ahead[:known]
-        text.drafted, text.run = [], 0
-        if len(text.ahead) > FEW:
-            context.tokens += text.ahead[:-1]
-            del text.ahead[:-1]
-        missing = len(context.tokens) - context.computed
-        if missing > 0:
-            count = min(missing, self._left)
-            if not count or not self._cache.reserve(context, len(context.tokens)):
+            state.sequence, state.pending = sequence, state.pending[-1:]
+            finalize(state, self._released.append, sequence)
+        sequence = state.sequence
+        num_reused = 0
+        while (
+            num_reused < min(state.num_proposed_computed, len(state.pending) - 1)
+            and state.proposed[num_reused] == state.pending[num_reused]
+        ):
+            num_reused += 1
+        if num_reused:
+            self._prefix_cache.commit(sequence, state.pending[:num_reused])
+            del state.pending[:num_reused]
+        state.proposed, state.num_proposed_computed = [], 0
+        if len(state.pending) > MAX_TOKENS_WITH_FIRST_STEP:
+            sequence.token_ids += state.pending[:-1]
+            del state.pending[:-1]
+        num_uncomputed = len(sequence.token_ids) - sequence.num_computed_tokens
+        if num_uncomputed > 0:
+            count = min(num_uncomputed, self._prefill_budget)
+            if not count or not self._prefix_cache.reserve(sequence, len(sequence.token_ids)):
                 return False
-            self._left -= count
-            self._forward([Span(context, (), context.computed, context.computed + count)], [])
-            context.computed += count
-        return text.read
+            self._prefill_budget -= count
+            self._forward(
+                [ScheduledChunk(sequence, (), sequence.num_computed_tokens, sequence.num_computed_tokens + count)], []
+            )
+            sequence.num_computed_tokens += count
+        return state.is_computed
 
-    def _readable(self, text: "Drafting") -> bool:
+    def _supports(self, state: "DraftModelState") -> bool:
         """A target may know more positions, and more tokens than its tokenizer has."""
-        return text.length <= self.longest and max(text.ahead, default=0) < self.model.vocabulary
+        return state.length <= self.max_model_len and max(state.pending, default=0) < self.model.vocab_size
 
-    def _fits(self, text: "Drafting") -> bool:
-        assert text.context is not None
-        needed = len(text.context.tokens) + len(text.ahead) + len(text.drafted)
-        return needed <= self.longest and self._cache.reserve(text.context, needed)
+    def _fits(self, state: "DraftModelState") -> bool:
+        assert state.sequence is not None
+        length = len(state.sequence.token_ids) + len(state.pending) + len(state.proposed)
+        return length <= self.max_model_len and self._prefix_cache.reserve(state.sequence, length)
 
-    def _step(self, texts: "Sequence[Drafting]") -> "list[tuple[Drafting, int, float]]":
+    def _step(self, states: "Sequence[DraftModelState]") -> "list[tuple[DraftModelState, int, float]]":
         """One more token of each, and how likely it is."""
-        spans = []
-        for text in texts:
-            context = text.context
-            assert context is not None
-            nodes = text.drafted or text.ahead
-            last = len(context.tokens) + len(nodes)
-            spans.append((text, Span(context, list(nodes), last - (1 if text.drafted else len(nodes)), last)))
-        spans.sort(key=lambda part: (len(part[1]), part[1].context.pages[0]))  # single tokens side by side in memory
-        ends, size = [], 0
-        for _, span in spans:
+        chunks = []
+        for text in states:
+            sequence = text.sequence
+            assert sequence is not None
+            nodes = text.proposed or text.pending
+            last = len(sequence.token_ids) + len(nodes)
+            chunks.append(
+                (text, ScheduledChunk(sequence, list(nodes), last - (1 if text.proposed else len(nodes)), last))
+            )
+        chunks.sort(
+            key=lambda part: (len(part[1]), part[1].sequence.block_ids[0])
+        )  # single tokens side by side in memory
+        last_entries, size = [], 0
+        for _, span in chunks:
             size += len(span)
-            ends.append(size - 1)
-        logits = self._forward([span for _, span in spans], ends)[:, : self.vocabulary]
-        chances, tokens = logits.softmax(-1).max(-1)
-        for text, _ in spans:
-            assert text.context is not None
-            if not text.drafted:  # what was new in the text is read now, all but the drafts belongs to it
-                self._cache.commit(text.context, text.ahead)
-                text.ahead = []
+            last_entries.append(size - 1)
+        logits = self._forward([span for _, span in chunks], last_entries)[:, : self.vocab_size]
+        probabilities, tokens = logits.softmax(-1).max(-1)
+        for text, _ in chunks:
+            assert text.sequence is not None
+            if not text.proposed:  # what was new in the text is read now, all but the drafts belongs to it
+                self._prefix_cache.commit(text.sequence, text.pending)
+                text.pending = []
             else:
-                text.run = len(text.drafted)
+                text.num_proposed_computed = len(text.proposed)
         return [
             (text, token, chance)
-            for (text, _), token, chance in zip(spans, tokens.tolist(), chances.tolist(), strict=True)
+            for (text, _), token, chance in zip(chunks, tokens.tolist(), probabilities.tolist(), strict=True)
         ]
 
-    def _forward(self, spans: Sequence[Span], read: Sequence[int]) -> Tensor:
-        assert self._memory is not None, "asked before memory was reserved"
-        tokens = [token for span in spans for token in span.tokens()]
-        positions = [position for span in spans for position in span.positions()]
-        logits, _ = self.model.forward(tokens, positions, self._attend(self._memory, spans), read)
+    def _forward(self, chunks: Sequence[ScheduledChunk], logits_entries: Sequence[int]) -> Tensor:
+        assert self._kv_cache is not None, "asked before memory was reserved"
+        tokens = [token for span in chunks for token in span.token_ids()]
+        positions = [position for span in chunks for position in span.positions()]
+        logits, _ = self.model.forward(tokens, positions, self._make_attention(self._kv_cache, chunks), logits_entries)
         return logits
 
 
-class Drafting:
+class DraftModelState:
     """The text of one request, as the small model has read it."""
 
     def __init__(self) -> None:
-        self.context: Context | None = None
-        self.ahead: list[int] = []  # tokens of the text behind the context
-        self.drafted: list[int] = []
-        self.run = 0  # of them, those whose keys and values stand behind the context
+        self.sequence: SequenceState | None = None
+        self.pending: list[int] = []  # tokens of the text behind the context
+        self.proposed: list[int] = []
+        self.num_proposed_computed = 0  # of them, those whose keys and values stand behind the context
         self.length = 0
 
     @property
-    def read(self) -> bool:
+    def is_computed(self) -> bool:
         """All but what is ahead?"""
-        return self.context is not None and self.context.computed == len(self.context.tokens)
+        return self.sequence is not None and self.sequence.num_computed_tokens == len(self.sequence.token_ids)
 
-    def take(self, tokens: Sequence[int], features: Tensor | None, foreseen: Foreseen | None) -> None:
-        self.ahead += tokens
+    def extend(
+        self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
+    ) -> None:
+        self.pending += tokens
         self.length += len(tokens)

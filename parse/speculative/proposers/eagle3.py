@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parse.speculative.proposal import Proposal, Wish
+from parse.speculative.proposal import Proposal, ProposalRequest
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import Attend, Head, HeadError, Target
-from parse.speculative.proposers.head_proposer import UNSEEN, HeadMethod, Text, attention, read
+from parse.speculative.proposers.eagle_head import Attend, EagleHead, ProposerLoadError, TargetModel
+from parse.speculative.proposers.head_proposer import MASKED, HeadProposer, HeadState, attention, run_head
 
-ASKING = 4  # steps of drafting between two looks at whether to go on
+STEPS_PER_SYNC = 4  # steps of drafting between two looks at whether to go on
 
 
-class Eagle3(HeadMethod):
+class Eagle3Proposer(HeadProposer):
     """A head ready to draft, for any number of requests.
 
     Its tree: the `beam` likeliest tokens come first; then `depth` times each of the beam's nodes gets its `beam`
@@ -29,46 +29,52 @@ class Eagle3(HeadMethod):
     that is a chain of `depth + 1` tokens.
     """
 
-    def __init__(self, head: Head, embedding: Tensor, *, depth: int = 7, beam: int = 10) -> None:
+    def __init__(self, head: EagleHead, embedding: Tensor, *, depth: int = 7, beam: int = 10) -> None:
         config = head.config
         if config.num_hidden_layers != 1 or config.parallel_tokens != 1:
-            raise HeadError("not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass")
+            raise ProposerLoadError(
+                "not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass"
+            )
         if depth < 0 or not 1 <= beam <= config.draft_vocab_size:
-            raise HeadError(f"depth must be at least 0 and beam in 1..{config.draft_vocab_size}, got {depth}, {beam}")
+            raise ProposerLoadError(
+                f"depth must be at least 0 and beam in 1..{config.draft_vocab_size}, got {depth}, {beam}"
+            )
         super().__init__(head, embedding)
         self.depth, self.beam = depth, beam
 
     @classmethod
     def load(cls, path: str | Path, network: PreTrainedModel, *, depth: int = 7, beam: int = 10) -> Self:
-        return cls(*load_head(path, Target.of(network)), depth=depth, beam=beam)
+        return cls(*load_head(path, TargetModel.of(network)), depth=depth, beam=beam)
 
-    def _trees(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
+    def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
         """Below, R texts have B nodes in their beams, and every level adds N nodes: first B, then B * B."""
-        texts = [wish.proposer for wish in wishes]
-        depth = min(self.depth, max(min(wish.most, wish.depth) for wish in wishes) - 1)
-        count, beam = len(texts), self.beam
-        for text in texts:
-            text.reserve(self.head, depth * beam)
-        hidden = read(self.head, self.embedding, self._rotation, texts)  # [R, 1, H]
-        scores, tokens = self._children(hidden)  # [R, 1, B]
+        states = [wish.state for wish in requests]
+        depth = min(self.depth, max(min(wish.max_tokens, wish.max_depth) for wish in requests) - 1)
+        count, beam = len(states), self.beam
+        for state in states:
+            state.reserve(self.head, depth * beam)
+        hidden = run_head(self.head, self.embedding, self._rotary, states)  # [R, 1, H]
+        scores, tokens = self._top_children(hidden)  # [R, 1, B]
         scores, tokens = scores[:, 0], tokens[:, 0]
         hidden = hidden.expand(-1, beam, -1)
         all_scores, all_tokens = [scores], [tokens]  # [R, N] each
         all_parents = [tokens.new_full((count, beam), -1)]
         node = torch.arange(beam, device=tokens.device).expand(count, -1)  # of the beam, among all nodes
         # [R, B, depth * B]: which of the drafted elements each of the beam's sees; a chain sees them all.
-        mask = hidden.new_full((count, beam, depth * beam), UNSEEN) if beam > 1 else None
+        mask = hidden.new_full((count, beam, depth * beam), MASKED) if beam > 1 else None
         own = torch.arange(beam, device=tokens.device)
-        floors = scores.new_tensor([_log(wish.floor) for wish in wishes])
+        min_logprobs = scores.new_tensor([_log(wish.min_probability) for wish in requests])
         for level in range(depth):
             # To ask is to wait for the device, which a CPU never lets one.
-            if (scores.is_cpu or level % ASKING == ASKING - 1) and bool((scores[:, 0] < floors).all()):
+            if (scores.is_cpu or level % STEPS_PER_SYNC == STEPS_PER_SYNC - 1) and bool(
+                (scores[:, 0] < min_logprobs).all()
+            ):
                 break
             if mask is not None:
                 mask[:, own, level * beam + own] = 0.0
-            hidden = self._expand(texts, tokens, hidden, level, mask)
-            likely, children = self._children(hidden)
-            sums = (scores[..., None] + likely).flatten(1)  # [R, B * B]
+            hidden = self._expand(states, tokens, hidden, level, mask)
+            logprobs, children = self._top_children(hidden)
+            sums = (scores[..., None] + logprobs).flatten(1)  # [R, B * B]
             children = children.flatten(1)
             all_scores.append(sums)
             all_tokens.append(children)
@@ -78,62 +84,66 @@ class Eagle3(HeadMethod):
             scores, best = sums.topk(beam)
             node = beam * (1 + level * beam) + best
             tokens = children.gather(1, best)
-            above = best // beam
-            hidden = hidden.gather(1, above[..., None].expand(hidden.shape))
+            parent_rank = best // beam
+            hidden = hidden.gather(1, parent_rank[..., None].expand(hidden.shape))
             if mask is not None:
-                mask = mask.gather(1, above[..., None].expand(mask.shape))
-        return _likeliest(torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), beam, wishes)
+                mask = mask.gather(1, parent_rank[..., None].expand(mask.shape))
+        return _select_nodes(
+            torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), beam, requests
+        )
 
-    def _children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _top_children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and target's tokens of the likeliest behind each, [..., B]."""
-        likely, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.beam)
-        return likely, self.head.to_target[tokens]
+        logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.beam)
+        return logprobs, self.head.to_target[tokens]
 
-    def _expand(self, texts: Sequence[Text], tokens: Tensor, hidden: Tensor, level: int, mask: Tensor | None) -> Tensor:
+    def _expand(
+        self, states: Sequence[HeadState], tokens: Tensor, hidden: Tensor, level: int, mask: Tensor | None
+    ) -> Tensor:
         """What the head makes of the beam's nodes, [R, B, H]."""
         shape, beam = hidden.shape, self.beam
-        rotation = self._rotation.at([text.length - 1 + level for text in texts for _ in range(beam)])
+        rotation = self._rotary.cos_sin([text.length - 1 + level for text in states for _ in range(beam)])
         return self.head(
             self.embedding[tokens.flatten()],
             hidden.reshape(-1, shape[-1]),
             rotation,
-            self._drafting(texts, level, mask),
+            self._draft_attention(states, level, mask),
         ).view(shape)
 
-    def _drafting(self, texts: Sequence[Text], level: int, mask: Tensor | None) -> Attend:
+    def _draft_attention(self, states: Sequence[HeadState], level: int, mask: Tensor | None) -> Attend:
         beam = self.beam
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             out = []
-            for place, text in enumerate(texts):
+            for place, text in enumerate(states):
                 rows = slice(place * beam, (place + 1) * beam)
-                start, end = text.known + level * beam, text.known + (level + 1) * beam
+                start, end = text.num_elements + level * beam, text.num_elements + (level + 1) * beam
                 text.keys[layer, :, start:end] = key[rows].transpose(0, 1)
                 text.values[layer, :, start:end] = value[rows].transpose(0, 1)
                 seen = None
                 if mask is not None:
                     seen = mask.new_zeros(beam, end)
-                    seen[:, text.known :] = mask[place, :, : end - text.known]
+                    seen[:, text.num_elements :] = mask[place, :, : end - text.num_elements]
                 out.append(attention(query[rows], text.keys[layer, :, :end], text.values[layer, :, :end], seen))
             return out[0] if len(out) == 1 else torch.cat(out)
 
         return attend
 
 
-def _likeliest(
-    scores: Tensor, tokens: Tensor, parents: Tensor, beam: int, wishes: Sequence[Wish[Text]]
+def _select_nodes(
+    scores: Tensor, tokens: Tensor, parents: Tensor, beam: int, requests: Sequence[ProposalRequest[HeadState]]
 ) -> list[Proposal]:
     """Of each row's nodes; a child is never likelier than its parent, and among equals the earlier one counts."""
-    most = max(wish.most for wish in wishes)
-    within = torch.tensor([[beam + (wish.depth - 1) * beam**2] for wish in wishes], device=scores.device)
-    scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= within, -math.inf)
+    max_tokens = max(wish.max_tokens for wish in requests)
+    num_allowed = torch.tensor([[beam + (wish.max_depth - 1) * beam**2] for wish in requests], device=scores.device)
+    scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= num_allowed, -math.inf)
     ranked = scores.sort(descending=True, stable=True)
-    rows = zip(wishes, *(part[:, :most].tolist() for part in (ranked.indices, ranked.values)), strict=True)
+    rows = zip(requests, *(part[:, :max_tokens].tolist() for part in (ranked.indices, ranked.values)), strict=True)
     proposals = []
     for (wish, nodes, likely), all_tokens, all_parents in zip(rows, tokens.tolist(), parents.tolist(), strict=True):
         floor = _log(wish.floor)
-        wanted = sum(1 for logprob in likely[: wish.most] if logprob >= floor and logprob > -math.inf)
-        chosen = sorted(zip(nodes[:wanted], likely[:wanted], strict=True))
+        num_selected = sum(1 for logprob in likely[: wish.most] if logprob >= floor and logprob > -math.inf)
+        chosen = sorted(zip(nodes[:num_selected], likely[:num_selected], strict=True))
         place = {node: at for at, (node, _) in enumerate(chosen)}
         proposals.append(
             Proposal(

@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from parse.speculative.proposers.eagle_head import Head, HeadConfig, HeadError, Rotation, Target
+from parse.speculative.proposers.eagle_head import (
+    EagleHead,
+    EagleHeadConfig,
+    ProposerLoadError,
+    RotaryEmbedding,
+    TargetModel,
+)
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
@@ -34,44 +40,44 @@ PARTS: dict[str, tuple[str, ...]] = {"fc": ("fc.weight",), "norm": ("norm.weight
 MASKS: dict[str, tuple[str, ...]] = {name: (name,) for name in ("mask_embedding", "mask_hidden")}
 
 
-def load_head(path: str | Path, target: Target) -> tuple[Head, Tensor]:
+def load_head(path: str | Path, target: TargetModel) -> tuple[EagleHead, Tensor]:
     """The head, on the device and in the arithmetic of its target, and the embeddings it reads tokens by."""
     folder = str(path)
-    config = _config(file_of(folder, CONFIG), target)
-    file, tensors = _tensors(folder)
+    config = _load_config(file_of(folder, CONFIG), target)
+    file, tensors = _load_tensors(folder)
     embedding = tensors.pop("embed_tokens.weight", target.embedding)
     if embedding.shape[1] != config.hidden_size:
-        raise HeadError(
+        raise ProposerLoadError(
             f"{file}: embeddings are {embedding.shape[1]} wide, the head is {config.hidden_size} "
             "and brings no embed_tokens.weight of its own"
         )
-    head = Head(config)
+    head = EagleHead(config)
     midlayer = "midlayer" if any(name.startswith("midlayer.") for name in tensors) else "layers.0"
     with torch.no_grad():
         own = dict(head.named_parameters())
         for name, names in _layout(config, midlayer).items():
             _fill(own[name], names, tensors, file, config)
-    head.to_target = _to_target(tensors, config, file)
-    if strange := sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq")):
-        raise HeadError(f"{file} holds {strange[0]}, which this head has no place for")
+    head.to_target = _draft_to_target(tensors, config, file)
+    if unexpected := sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq")):
+        raise ProposerLoadError(f"{file} holds {unexpected[0]}, which this head has no place for")
     like = target.embedding
     return head.to(like.device, like.dtype).eval().requires_grad_(False), embedding.to(like.device, like.dtype)
 
 
-def save_head(head: Head, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+def save_head(head: EagleHead, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """In the authors' layout; taps are written as indices into `hidden_states`."""
     config = head.config
     own = dict(head.named_parameters())
     tensors: dict[str, Tensor] = {}
     for name, names in _layout(config, "midlayer").items():
-        parts = own[name].detach().split(_rows(names, config)) if len(names) > 1 else [own[name].detach()]
+        parts = own[name].detach().split(_row_counts(names, config)) if len(names) > 1 else [own[name].detach()]
         tensors |= {part: tensor.to("cpu", dtype).clone() for part, tensor in zip(names, parts, strict=True)}
     if config.draft_vocab_size != config.vocab_size:
         chosen = head.to_target.cpu()
         tensors["d2t"] = chosen - torch.arange(len(chosen))
         tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, chosen, True)
     written = asdict(config)
-    taps = written.pop("taps")
+    aux_layers = written.pop("aux_hidden_state_layers")
     if config.parallel_tokens == 1:
         del written["parallel_tokens"]
     written |= {
@@ -80,14 +86,14 @@ def save_head(head: Head, folder: Path, *, dtype: torch.dtype = torch.float32) -
         "hidden_act": "silu",
         "torch_dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": False,
-        "eagle_aux_hidden_state_layer_ids": list(taps),
+        "eagle_aux_hidden_state_layer_ids": list(aux_layers),
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
 
 
-def _layout(config: HeadConfig, midlayer: str) -> dict[str, tuple[str, ...]]:
+def _layout(config: EagleHeadConfig, midlayer: str) -> dict[str, tuple[str, ...]]:
     """The tensors of a checkpoint for each of our parameters."""
     layout = PARTS | (MASKS if config.parallel_tokens > 1 else {})
     for number in range(config.num_hidden_layers):
@@ -98,121 +104,133 @@ def _layout(config: HeadConfig, midlayer: str) -> dict[str, tuple[str, ...]]:
     return layout
 
 
-def _rows(names: tuple[str, ...], config: HeadConfig) -> list[int]:
+def _row_counts(names: tuple[str, ...], config: EagleHeadConfig) -> list[int]:
     """How many rows each of several tensors has that lie below one another."""
     keys = config.num_key_value_heads * config.head_dim
-    rows = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": keys, "v_proj": keys}
-    return [rows.get(name.split(".")[-2], config.intermediate_size) for name in names]
+    counts = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": keys, "v_proj": keys}
+    return [counts.get(name.split(".")[-2], config.intermediate_size) for name in names]
 
 
-def _fill(parameter: Tensor, names: tuple[str, ...], tensors: dict[str, Tensor], file: str, config: HeadConfig) -> None:
-    parts = parameter.split(_rows(names, config)) if len(names) > 1 else (parameter,)
+def _fill(
+    parameter: Tensor, names: tuple[str, ...], tensors: dict[str, Tensor], file: str, config: EagleHeadConfig
+) -> None:
+    parts = parameter.split(_row_counts(names, config)) if len(names) > 1 else (parameter,)
     for name, part in zip(names, parts, strict=True):
-        take(part, name, tensors, file)
+        copy_tensor(part, name, tensors, file)
 
 
-def take(part: Tensor, name: str, tensors: dict[str, Tensor], file: str) -> None:
+def copy_tensor(parameter: Tensor, name: str, tensors: dict[str, Tensor], file: str) -> None:
     """Fills it with the tensor of that name, which is gone from the others then."""
     if name not in tensors:
-        raise HeadError(f"{file} lacks {name}")
-    found = tensors.pop(name)
-    if found.shape != part.shape:
-        raise HeadError(f"{file}: {name} is {tuple(found.shape)}, must be {tuple(part.shape)} for this target")
-    if not found.isfinite().all():
-        raise HeadError(f"{file}: {name} holds what is no number")
-    part.copy_(found)
+        raise ProposerLoadError(f"{file} lacks {name}")
+    tensor = tensors.pop(name)
+    if tensor.shape != parameter.shape:
+        raise ProposerLoadError(
+            f"{file}: {name} is {tuple(tensor.shape)}, must be {tuple(parameter.shape)} for this target"
+        )
+    if not tensor.isfinite().all():
+        raise ProposerLoadError(f"{file}: {name} holds what is no number")
+    parameter.copy_(tensor)
 
 
-def _to_target(tensors: dict[str, Tensor], config: HeadConfig, file: str) -> Tensor:
+def _draft_to_target(tensors: dict[str, Tensor], config: EagleHeadConfig, file: str) -> Tensor:
     """[draft vocabulary], from the offsets in d2t; t2d has to say the same."""
     own, mask = torch.arange(config.draft_vocab_size), tensors.pop("t2d", None)
     offsets = tensors.pop("d2t", None)
     if offsets is None:
         if config.draft_vocab_size != config.vocab_size:
-            raise HeadError(f"{file} lacks d2t")
+            raise ProposerLoadError(f"{file} lacks d2t")
         return own
     if offsets.shape != own.shape:
-        raise HeadError(f"{file}: d2t is {tuple(offsets.shape)}, must be {tuple(own.shape)}")
+        raise ProposerLoadError(f"{file}: d2t is {tuple(offsets.shape)}, must be {tuple(own.shape)}")
     chosen = own + offsets.long()
     if not (chosen.min() >= 0 and chosen.max() < config.vocab_size):
-        raise HeadError(f"{file}: d2t leads to tokens outside 0..{config.vocab_size - 1}")
+        raise ProposerLoadError(f"{file}: d2t leads to tokens outside 0..{config.vocab_size - 1}")
     if mask is not None:
         if mask.shape != (config.vocab_size,):
-            raise HeadError(f"{file}: t2d is {tuple(mask.shape)}, must be {(config.vocab_size,)}")
+            raise ProposerLoadError(f"{file}: t2d is {tuple(mask.shape)}, must be {(config.vocab_size,)}")
         if not torch.equal(mask.bool().nonzero()[:, 0], chosen.sort().values):
-            raise HeadError(f"{file}: t2d and d2t name different tokens")
+            raise ProposerLoadError(f"{file}: t2d and d2t name different tokens")
     return chosen
 
 
-def _config(path: str, target: Target) -> HeadConfig:
+def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
     try:
-        found = json.loads(Path(path).read_text())
-        found = found.get("transformer_layer_config", {}) | found
+        config_json = json.loads(Path(path).read_text())
+        config_json = config_json.get("transformer_layer_config", {}) | config_json
     except (ValueError, AttributeError, TypeError) as error:
-        raise HeadError(f"{path} is damaged: {error}") from error
+        raise ProposerLoadError(f"{path} is damaged: {error}") from error
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        if found.get(name) is None:
-            raise HeadError(f"{path} does not say {name}")
-    if found.get("norm_before_residual"):
-        raise HeadError(f"{path}: norm_before_residual is not supported")
-    if (act := found.get("hidden_act", "silu")) != "silu":
-        raise HeadError(f"{path}: hidden_act must be silu, got {act!r}")
-    rope = found.get("rope_parameters") or {}  # how the library writes it since version 5
-    found = {"rope_theta": rope.get("rope_theta"), "rope_scaling": rope or None} | found
-    known = {field.name: found[field.name] for field in fields(HeadConfig) if found.get(field.name) is not None}
+        if config_json.get(name) is None:
+            raise ProposerLoadError(f"{path} does not say {name}")
+    if config_json.get("norm_before_residual"):
+        raise ProposerLoadError(f"{path}: norm_before_residual is not supported")
+    if (act := config_json.get("hidden_act", "silu")) != "silu":
+        raise ProposerLoadError(f"{path}: hidden_act must be silu, got {act!r}")
+    rope = config_json.get("rope_parameters") or {}  # how the library writes it since version 5
+    config_json = {"rope_theta": rope.get("rope_theta"), "rope_scaling": rope or None} | config_json
+    values = {
+        field.name: config_json[field.name]
+        for field in fields(EagleHeadConfig)
+        if config_json.get(field.name) is not None
+    }
     try:
-        known.setdefault("num_key_value_heads", known["num_attention_heads"])
-        known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
-        known.setdefault("draft_vocab_size", known["vocab_size"])
-        known.setdefault("target_hidden_size", target.width)
-        config = HeadConfig(**known | {"taps": _taps(found, target, path)})
-        Rotation(config, target.embedding).at([0])
-    except HeadError as error:
-        raise HeadError(f"{path}: {error}") from error
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        values.setdefault("draft_vocab_size", values["vocab_size"])
+        values.setdefault("target_hidden_size", target.hidden_size)
+        config = EagleHeadConfig(**values | {"aux_hidden_state_layers": _aux_layers(config_json, target, path)})
+        RotaryEmbedding(config, target.embedding).cos_sin([0])
+    except ProposerLoadError as error:
+        raise ProposerLoadError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise HeadError(f"{path} says what cannot be: {error!r}") from error
+        raise ProposerLoadError(f"{path} says what cannot be: {error!r}") from error
     for name, theirs, ours in (
-        ("vocab_size", config.vocab_size, target.vocabulary),
-        ("target_hidden_size", config.target_hidden_size, target.width),
+        ("vocab_size", config.vocab_size, target.vocab_size),
+        ("target_hidden_size", config.target_hidden_size, target.hidden_size),
     ):
         if theirs != ours:
-            raise HeadError(f"{path}: {name} is {theirs}, the target's {ours}")
+            raise ProposerLoadError(f"{path}: {name} is {theirs}, the target's {ours}")
     if config.draft_vocab_size > config.vocab_size:
-        raise HeadError(f"{path}: draft_vocab_size, {config.draft_vocab_size}, exceeds vocab_size, {config.vocab_size}")
+        raise ProposerLoadError(
+            f"{path}: draft_vocab_size, {config.draft_vocab_size}, exceeds vocab_size, {config.vocab_size}"
+        )
     return config
 
 
-def _taps(found: Mapping[str, Any], target: Target, path: str) -> tuple[int, ...]:
+def _aux_layers(config_json: Mapping[str, Any], target: TargetModel, path: str) -> tuple[int, ...]:
     """Indices into `hidden_states`.
 
     In `eagle_config` published heads number the layers whose *output* is meant, one less; some do as we do. Those that
     are the usual ones in either way of counting tell themselves, and others there are taken for outputs.
     """
     key = "eagle_aux_hidden_state_layer_ids"
-    nested = (found.get("eagle_config") or {}).get(key)
-    taps = tuple(nested or found.get(key) or target.taps)
-    outputs = tuple(tap - 1 for tap in target.taps)
-    if taps == outputs or (nested and taps != target.taps):
-        taps = tuple(tap + 1 for tap in taps)
-    if strange := [tap for tap in taps if not 0 <= tap <= target.layers]:
-        raise HeadError(f"{path}: taps {list(taps)} reach to {strange[0]}, the target has {target.layers} layers")
-    return taps
+    nested = (config_json.get("eagle_config") or {}).get(key)
+    layers = tuple(nested or config_json.get(key) or target.default_aux_layers)
+    outputs = tuple(tap - 1 for tap in target.default_aux_layers)
+    if layers == outputs or (nested and layers != target.default_aux_layers):
+        layers = tuple(tap + 1 for tap in layers)
+    if strange := [tap for tap in layers if not 0 <= tap <= target.num_layers]:
+        raise ProposerLoadError(
+            f"{path}: taps {list(layers)} reach to {strange[0]}, the target has {target.num_layers} layers"
+        )
+    return layers
 
 
-def _tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
+def _load_tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
     """The file, and what it holds."""
     try:
         file = file_of(folder, WEIGHTS)
-    except HeadError:
+    except ProposerLoadError:
         try:
             file = file_of(folder, PICKLED)
-        except HeadError:
-            raise HeadError(f"{folder} holds neither {WEIGHTS} nor {PICKLED}") from None
+        except ProposerLoadError:
+            raise ProposerLoadError(f"{folder} holds neither {WEIGHTS} nor {PICKLED}") from None
     try:
-        found = load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", weights_only=True)
+        tensors = load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # whatever a pickle of junk comes to
-        raise HeadError(f"{file} is damaged or half-written: {error}") from error
-    return file, dict(found)
+        raise ProposerLoadError(f"{file} is damaged or half-written: {error}") from error
+    return file, dict(tensors)
 
 
 def file_of(folder: str, name: str) -> str:
@@ -220,7 +238,7 @@ def file_of(folder: str, name: str) -> str:
     try:
         file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise HeadError(f"{folder} holds no head: {error}") from error
+        raise ProposerLoadError(f"{folder} holds no head: {error}") from error
     if file is None:
-        raise HeadError(f"{folder} lacks {name}")
+        raise ProposerLoadError(f"{folder} lacks {name}")
     return file

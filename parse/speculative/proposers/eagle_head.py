@@ -16,9 +16,14 @@ from torch.nn.functional import linear, rms_norm, silu
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-ROPE_KINDS = "default", "linear", "llama3", "yarn"  # those whose frequencies do not follow the length of the text
+SUPPORTED_ROPE_TYPES = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # those whose frequencies do not follow the length of the text
 
-MOST_AHEAD = 256  # tokens proposed in one pass; more are a mistake
+MAX_PARALLEL_TOKENS = 256  # tokens proposed in one pass; more are a mistake
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -39,15 +44,15 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Layer, queries [..., Q, heads, d], keys and values [..., T, key heads, d] to [..., Q, heads * d]."""
 
 
-class HeadError(ValueError):
+class ProposerLoadError(ValueError):
     """A head that cannot be used, or does not fit its target."""
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetModel:
     """What a head has to fit."""
 
-    layers: int
+    num_layers: int
     embedding: Tensor  # [vocabulary, H]
 
     @classmethod
@@ -57,21 +62,21 @@ class Target:
         return cls(network.config.get_text_config().num_hidden_layers, weight.detach())
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         return self.embedding.shape[0]
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         return self.embedding.shape[1]
 
     @property
-    def taps(self) -> tuple[int, ...]:
+    def default_aux_layers(self) -> tuple[int, ...]:
         """The usual ones: low, middle and high, as indices into `hidden_states`."""
-        return 2, self.layers // 2, self.layers - 3
+        return 2, self.num_layers // 2, self.num_layers - 3
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class EagleHeadConfig:
     """Sizes, under the names they have in config.json."""
 
     hidden_size: int
@@ -82,7 +87,7 @@ class HeadConfig:
     vocab_size: int
     draft_vocab_size: int
     target_hidden_size: int
-    taps: tuple[int, ...]  # indices into the target's `hidden_states`; k is what enters its layer k
+    aux_hidden_state_layers: tuple[int, ...]  # indices into the target's `hidden_states`; k is what enters its layer k
     num_hidden_layers: int = 1
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -94,50 +99,54 @@ class HeadConfig:
         for name in SIZES:
             size = getattr(self, name)
             if type(size) is not int or size < 1:
-                raise HeadError(f"{name} must be a whole number above 0, got {size!r}")
-        if self.parallel_tokens > MOST_AHEAD:
-            raise HeadError(f"parallel_tokens must be at most {MOST_AHEAD}, got {self.parallel_tokens}")
+                raise ProposerLoadError(f"{name} must be a whole number above 0, got {size!r}")
+        if self.parallel_tokens > MAX_PARALLEL_TOKENS:
+            raise ProposerLoadError(
+                f"parallel_tokens must be at most {MAX_PARALLEL_TOKENS}, got {self.parallel_tokens}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise HeadError(
+            raise ProposerLoadError(
                 f"num_attention_heads, {self.num_attention_heads}, must be a multiple of num_key_value_heads, "
                 f"{self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise HeadError(f"head_dim must be even, got {self.head_dim}")
-        if self.rope_kind not in ROPE_KINDS:
-            raise HeadError(f"rope_scaling must be one of {', '.join(ROPE_KINDS)}, got {self.rope_kind!r}")
+            raise ProposerLoadError(f"head_dim must be even, got {self.head_dim}")
+        if self.rope_type not in SUPPORTED_ROPE_TYPES:
+            raise ProposerLoadError(
+                f"rope_scaling must be one of {', '.join(SUPPORTED_ROPE_TYPES)}, got {self.rope_type!r}"
+            )
 
     @property
-    def rope_kind(self) -> str:
+    def rope_type(self) -> str:
         scaling = self.rope_scaling or {}
         return str(scaling.get("rope_type", scaling.get("type", "default")))
 
     @property
-    def feature_size(self) -> int:
-        return len(self.taps) * self.target_hidden_size
+    def fc_input_size(self) -> int:
+        return len(self.aux_hidden_state_layers) * self.target_hidden_size
 
 
-class Head(nn.Module):
+class EagleHead(nn.Module):
     """Linear weights are [out, in], those that read the same input in one."""
 
     to_target: Tensor  # [draft vocabulary], the target's token for each of the head's
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: EagleHeadConfig) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.fc = _weight(width, config.feature_size)
-        self.layers = nn.ModuleList(Layer(config, first=k == 0) for k in range(config.num_hidden_layers))
+        self.fc = _init_weight(width, config.fc_input_size)
+        self.layers = nn.ModuleList(EagleLayer(config, first=k == 0) for k in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(width))
-        self.lm_head = _weight(config.draft_vocab_size, width)
+        self.lm_head = _init_weight(config.draft_vocab_size, width)
         self.register_buffer("to_target", torch.arange(config.draft_vocab_size))
         if config.parallel_tokens > 1:
             self.mask_embedding = nn.Parameter(0.02 * torch.randn(width))
             self.mask_hidden = nn.Parameter(0.02 * torch.randn(width))
 
-    def fused(self, features: Tensor) -> Tensor:
+    def fuse(self, hidden_states: Tensor) -> Tensor:
         """[..., taps * H] to [..., H]"""
-        return linear(features, self.fc)
+        return linear(hidden_states, self.fc)
 
     def forward(
         self,
@@ -160,10 +169,10 @@ class Head(nn.Module):
         return linear(rms_norm(hidden, self.norm.shape, self.norm, self.config.rms_norm_eps), self.lm_head)
 
 
-class Layer(nn.Module):
+class EagleLayer(nn.Module):
     """A decoder layer; the first attends from embedding and feature side by side, and adds to the latter as it came."""
 
-    def __init__(self, config: HeadConfig, *, first: bool) -> None:
+    def __init__(self, config: EagleHeadConfig, *, first: bool) -> None:
         super().__init__()
         self.heads, self.key_heads, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.epsilon = config.rms_norm_eps
@@ -171,10 +180,10 @@ class Layer(nn.Module):
         self.input_layernorm = nn.Parameter(torch.ones(hidden))
         self.hidden_norm = nn.Parameter(torch.ones(hidden)) if first else None
         self.post_attention_layernorm = nn.Parameter(torch.ones(hidden))
-        self.qkv = _weight((self.heads + 2 * self.key_heads) * self.width, 2 * hidden if first else hidden)
-        self.o = _weight(hidden, self.heads * self.width)
-        self.gate_up = _weight(2 * config.intermediate_size, hidden)
-        self.down = _weight(hidden, config.intermediate_size)
+        self.qkv = _init_weight((self.heads + 2 * self.key_heads) * self.width, 2 * hidden if first else hidden)
+        self.o = _init_weight(hidden, self.heads * self.width)
+        self.gate_up = _init_weight(2 * config.intermediate_size, hidden)
+        self.down = _init_weight(hidden, config.intermediate_size)
 
     def forward(
         self,
@@ -193,7 +202,7 @@ class Layer(nn.Module):
             entering = torch.cat(normed, -1)
         # [..., T, heads + 2 key heads, d]: queries, keys, values
         rows = linear(entering, self.qkv).unflatten(-1, (-1, self.width))
-        turned = rotated(rows[..., : self.heads + self.key_heads, :], rotation)
+        turned = apply_rotary(rows[..., : self.heads + self.key_heads, :], rotation)
         query, key = turned.split((self.heads, self.key_heads), -2)
         if keep is not None:
             query, hidden = query[keep], hidden[keep]
@@ -205,15 +214,15 @@ class Layer(nn.Module):
         return rms_norm(x, weight.shape, weight, self.epsilon)
 
 
-class Rotation:
+class RotaryEmbedding:
     """Cosines and sines of positions, made as far as they are asked for."""
 
-    def __init__(self, config: HeadConfig, like: Tensor) -> None:
+    def __init__(self, config: EagleHeadConfig, like: Tensor) -> None:
         self._like = like
         scaling = config.rope_scaling or {}
         width = config.head_dim
         self._scale = 1.0
-        if config.rope_kind == "default":
+        if config.rope_type == "default":
             self._frequencies = 1.0 / config.rope_theta ** (torch.arange(0, width, 2).float() / width)
         else:
             given = LlamaConfig(
@@ -221,21 +230,21 @@ class Rotation:
                 num_attention_heads=config.num_attention_heads,
                 head_dim=width,
                 max_position_embeddings=config.max_position_embeddings,
-                rope_parameters={**scaling, "rope_type": config.rope_kind, "rope_theta": config.rope_theta},
+                rope_parameters={**scaling, "rope_type": config.rope_type, "rope_theta": config.rope_theta},
             )
-            self._frequencies, self._scale = ROPE_INIT_FUNCTIONS[config.rope_kind](given, torch.device("cpu"))
+            self._frequencies, self._scale = ROPE_INIT_FUNCTIONS[config.rope_type](given, torch.device("cpu"))
         self._cos = self._sin = torch.empty(0, 1, width)
 
-    def at(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """[positions, 1, d] each."""
-        self._reach(max(positions) + 1)
+        self._extend_tables(max(positions) + 1)
         places = torch.tensor(positions, device=self._cos.device)
         return self._cos[places], self._sin[places]
 
-    def _reach(self, longest: int) -> None:
-        if longest <= len(self._cos):
+    def _extend_tables(self, num_positions: int) -> None:
+        if num_positions <= len(self._cos):
             return
-        size = 1 << max(9, math.ceil(math.log2(longest)))
+        size = 1 << max(9, math.ceil(math.log2(num_positions)))
         angles = torch.outer(torch.arange(size).float(), self._frequencies)[:, None]
         cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
         # `rotated` swaps the halves without changing a sign, so the sign stands here.
@@ -244,11 +253,11 @@ class Rotation:
         )
 
 
-def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions of x [..., heads, d], its halves paired as in Llama."""
     cos, sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def _weight(rows: int, columns: int) -> nn.Parameter:
+def _init_weight(rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(rows, columns) / math.sqrt(columns))

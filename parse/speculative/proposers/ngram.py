@@ -5,49 +5,51 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from parse.speculative.proposal import NOTHING, Foreseen, Foresight, Proposal, Wish, chained
+from parse.speculative.proposal import NO_PROPOSAL, MaskPrediction, Proposal, ProposalRequest, Proposer, chain_proposal
 
-LONGEST, SHORTEST = 4, 2  # tokens that must be the same; fewer than that say too little
+MAX_NGRAM, MIN_NGRAM = 4, 2  # tokens that must be the same; fewer than that say too little
 
 
-class Ngram(Foresight["Words"]):
+class NgramProposer(Proposer["NgramState"]):
     """Costs a look through the text, and no model."""
 
     bytes_per_token = 4
 
-    def proposer(self) -> "Words":
-        return Words()
+    def new_state(self) -> "NgramState":
+        return NgramState()
 
-    def propose(self, wishes: Sequence[Wish["Words"]]) -> list[Proposal]:
-        return [wish.proposer.following(min(wish.most, wish.depth)) for wish in wishes]
+    def propose(self, requests: Sequence[ProposalRequest["NgramState"]]) -> list[Proposal]:
+        return [wish.state.continuation(min(wish.max_tokens, wish.max_depth)) for wish in requests]
 
 
-class Words:
+class NgramState:
     """The text of one request."""
 
     def __init__(self) -> None:
-        self._text = np.empty(1024, np.int32)
+        self._token_ids = np.empty(1024, np.int32)
         self._size = 0
 
-    def take(self, tokens: Sequence[int], features: Tensor | None = None, foreseen: Foreseen | None = None) -> None:
+    def extend(
+        self, tokens: Sequence[int], hidden_states: Tensor | None = None, mask_prediction: MaskPrediction | None = None
+    ) -> None:
         size = self._size + len(tokens)
-        if size > len(self._text):
-            self._text = np.concatenate([self._text, np.empty(size, np.int32)])
-        self._text[self._size : size] = tokens
+        if size > len(self._token_ids):
+            self._token_ids = np.concatenate([self._token_ids, np.empty(size, np.int32)])
+        self._token_ids[self._size : size] = tokens
         self._size = size
 
-    def following(self, most: int) -> Proposal:
-        text = self._text[: self._size]
-        for width in range(min(LONGEST, len(text) - 1), SHORTEST - 1, -1):
-            if (start := _last_before(text, width)) is not None:
-                return chained(text[start : start + most].tolist())
-        return NOTHING
+    def continuation(self, max_tokens: int) -> Proposal:
+        token_ids = self._token_ids[: self._size]
+        for width in range(min(MAX_NGRAM, len(token_ids) - 1), MIN_NGRAM - 1, -1):
+            if (start := _last_match(token_ids, width)) is not None:
+                return chain_proposal(token_ids[start : start + max_tokens].tolist())
+        return NO_PROPOSAL
 
 
-def _last_before(text: np.ndarray, width: int) -> int | None:
+def _last_match(token_ids: np.ndarray, width: int) -> int | None:
     """Where the text goes on behind the last place, before its end, at which its last `width` tokens stand too."""
-    same = text[width - 1 : -1] == text[-1]
+    is_match = token_ids[width - 1 : -1] == token_ids[-1]
     for back in range(1, width):
-        same &= text[width - 1 - back : -1 - back] == text[-1 - back]
-    found = np.flatnonzero(same)
-    return int(found[-1]) + width if len(found) else None
+        is_match &= token_ids[width - 1 - back : -1 - back] == token_ids[-1 - back]
+    matches = np.flatnonzero(is_match)
+    return int(matches[-1]) + width if len(matches) else None

@@ -9,13 +9,13 @@ from typing import Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parse.speculative.proposal import Proposal, Wish
+from parse.speculative.proposal import Proposal, ProposalRequest
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import Head, HeadError, Target
-from parse.speculative.proposers.head_proposer import HeadMethod, Text, read
+from parse.speculative.proposers.eagle_head import EagleHead, ProposerLoadError, TargetModel
+from parse.speculative.proposers.head_proposer import HeadProposer, HeadState, run_head
 
 
-class Parallel(HeadMethod):
+class ParallelSpecProposer(HeadProposer):
     """A head ready to propose, for any number of requests.
 
     Place s of a proposal has a distribution of its own, which does not know what was chosen for the places before.
@@ -23,48 +23,55 @@ class Parallel(HeadMethod):
     that is the chain of each place's likeliest token.
     """
 
-    def __init__(self, head: Head, embedding: Tensor, *, beam: int = 1) -> None:
+    def __init__(self, head: EagleHead, embedding: Tensor, *, beam: int = 1) -> None:
         config = head.config
         if config.parallel_tokens < 2:
-            raise HeadError("not a parallel head: it proposes one token in a pass")
+            raise ProposerLoadError("not a parallel head: it proposes one token in a pass")
         if not 1 <= beam <= config.draft_vocab_size:
-            raise HeadError(f"beam must lie in 1..{config.draft_vocab_size}, got {beam}")
+            raise ProposerLoadError(f"beam must lie in 1..{config.draft_vocab_size}, got {beam}")
         super().__init__(head, embedding)
         self.beam = beam
 
     @classmethod
     def load(cls, path: str | Path, network: PreTrainedModel, *, beam: int = 1) -> Self:
-        return cls(*load_head(path, Target.of(network)), beam=beam)
+        return cls(*load_head(path, TargetModel.of(network)), beam=beam)
 
-    def _trees(self, wishes: Sequence[Wish[Text]]) -> list[Proposal]:
-        texts = [wish.proposer for wish in wishes]
-        ahead = min(max(min(wish.most, wish.depth) for wish in wishes), self.head.config.parallel_tokens)
-        for text in texts:
-            text.reserve(self.head, ahead - 1)
-        hidden = read(self.head, self.embedding, self._rotation, texts, ahead - 1)  # [R, S, H]
-        likely, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.beam)  # [R, S, beam]
-        rows = zip(likely.tolist(), self.head.to_target[tokens].tolist(), wishes, strict=True)
-        return [_tree(chances[: wish.depth], ids, wish.most, wish.floor) for chances, ids, wish in rows]
+    def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
+        states = [wish.state for wish in requests]
+        num_tokens = min(
+            max(min(wish.max_tokens, wish.max_depth) for wish in requests), self.head.config.parallel_tokens
+        )
+        for state in states:
+            state.reserve(self.head, num_tokens - 1)
+        hidden = run_head(self.head, self.embedding, self._rotary, states, num_tokens - 1)  # [R, S, H]
+        logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.beam)  # [R, S, beam]
+        rows = zip(logprobs.tolist(), self.head.to_target[tokens].tolist(), requests, strict=True)
+        return [
+            _best_first_tree(chances[: wish.max_depth], ids, wish.max_tokens, wish.min_probability)
+            for chances, ids, wish in rows
+        ]
 
 
-def _tree(likely: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], most: int, floor: float) -> Proposal:
+def _best_first_tree(
+    logprobs: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], max_tokens: int, min_probability: float
+) -> Proposal:
     """The likeliest nodes of all rows of choices; log-probabilities and tokens are [S, beam], best first."""
     # Best first: a node is no likelier than its parent or the sibling before it, so these lead to all others.
-    least = math.log(floor) if floor > 0 else -math.inf
-    chosen: list[int] = []
+    min_logprob = math.log(min_probability) if min_probability > 0 else -math.inf
+    token_ids: list[int] = []
     parents: list[int] = []
-    chances: list[float] = []
-    open_nodes = [(-likely[0][0], 0, 0, -1)]  # with its place, its rank among the siblings, its parent
-    while open_nodes and len(chosen) < most:
+    probabilities: list[float] = []
+    open_nodes = [(-logprobs[0][0], 0, 0, -1)]  # with its place, its rank among the siblings, its parent
+    while open_nodes and len(token_ids) < max_tokens:
         cost, place, rank, parent = heappop(open_nodes)
-        if -cost < least:
+        if -cost < min_logprob:
             break
-        node = len(chosen)
-        chosen.append(tokens[place][rank])
+        node = len(token_ids)
+        token_ids.append(tokens[place][rank])
         parents.append(parent)
-        chances.append(math.exp(-cost))
+        probabilities.append(math.exp(-cost))
         if rank + 1 < len(tokens[place]):
-            heappush(open_nodes, (cost + likely[place][rank] - likely[place][rank + 1], place, rank + 1, parent))
-        if place + 1 < len(likely):
-            heappush(open_nodes, (cost - likely[place + 1][0], place + 1, 0, node))
-    return Proposal(tuple(chosen), tuple(parents), tuple(chances))
+            heappush(open_nodes, (cost + logprobs[place][rank] - logprobs[place][rank + 1], place, rank + 1, parent))
+        if place + 1 < len(logprobs):
+            heappush(open_nodes, (cost - logprobs[place + 1][0], place + 1, 0, node))
+    return Proposal(tuple(token_ids), tuple(parents), tuple(probabilities))

@@ -16,16 +16,16 @@ from typing import Self
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.speculative.proposal import Foreseen, Foresight, Proposal, Wish
-from parse.speculative.proposers.eagle_head import HeadError, Target
-from parse.speculative.proposers.space_adapters import Adapters, load_adapters
+from parse.speculative.proposal import MaskPrediction, Proposal, ProposalRequest, Proposer
+from parse.speculative.proposers.eagle_head import ProposerLoadError, TargetModel
+from parse.speculative.proposers.space_adapters import SpaceAdapters, load_adapters
 from parse.tree import MASK
 
-UNTOLD = 5  # masks, where nobody says how many a model was tuned with; so many its authors took
+DEFAULT_NUM_MASKS = 5  # masks, where nobody says how many a model was tuned with; so many its authors took
 
 
 @dataclass(frozen=True)
-class MaskToken:
+class MaskTokenEmbedder:
     """Of a model that was tuned as a whole: an ordinary token of its vocabulary."""
 
     embedding: Tensor
@@ -35,12 +35,12 @@ class MaskToken:
         yield
 
 
-class Space(Foresight["Candidates"]):
+class SpaceProposer(Proposer["SpaceState"]):
     """A target that reads masks, for any number of requests."""
 
-    def __init__(self, masks: Adapters | MaskToken, width: int) -> None:
+    def __init__(self, mask_embedder: SpaceAdapters | MaskTokenEmbedder, num_masks: int) -> None:
         """With groups of `width` masks."""
-        self.masks, self.width = masks, width
+        self.mask_embedder, self.num_masks = mask_embedder, num_masks
 
     @classmethod
     def load(cls, path: str | Path, network: PreTrainedModel) -> Self:
@@ -49,48 +49,58 @@ class Space(Foresight["Candidates"]):
         return cls(adapters, adapters.config.masks)
 
     @classmethod
-    def tuned(cls, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, width: int = UNTOLD) -> Self:
+    def from_tuned_model(
+        cls, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_masks: int = DEFAULT_NUM_MASKS
+    ) -> Self:
         """A network that was tuned to read the mask token of its tokenizer."""
-        token, target = tokenizer.mask_token_id, Target.of(network)
+        token, target = tokenizer.mask_token_id, TargetModel.of(network)
         if not isinstance(token, int):
-            raise HeadError("space without adapters takes a tokenizer with a mask token, and this one has none")
-        if token >= target.vocabulary:
-            raise HeadError(f"the tokenizer's mask token is {token}, the target knows 0..{target.vocabulary - 1}")
-        return cls(MaskToken(target.embedding[token]), width)
+            raise ProposerLoadError("space without adapters takes a tokenizer with a mask token, and this one has none")
+        if token >= target.vocab_size:
+            raise ProposerLoadError(
+                f"the tokenizer's mask token is {token}, the target knows 0..{target.vocab_size - 1}"
+            )
+        return cls(MaskTokenEmbedder(target.embedding[token]), num_masks)
 
-    def proposer(self) -> "Candidates":
-        return Candidates()
+    def new_state(self) -> "SpaceState":
+        return SpaceState()
 
-    def propose(self, wishes: Sequence[Wish["Candidates"]]) -> list[Proposal]:
-        return [self._tree(wish) for wish in wishes]
+    def propose(self, requests: Sequence[ProposalRequest["SpaceState"]]) -> list[Proposal]:
+        return [self._propose_tree(wish) for wish in requests]
 
-    def _tree(self, wish: Wish["Candidates"]) -> Proposal:
+    def _propose_tree(self, request: ProposalRequest["SpaceState"]) -> Proposal:
         """The candidates, and groups where the text may well end after this pass, the likeliest places first."""
-        foreseen = wish.proposer.foreseen
-        chances = list(accumulate(foreseen.likely, mul))
-        kept = sum(1 for chance in chances[: min(wish.depth, wish.most)] if chance >= wish.floor)
-        tokens, likely = list(foreseen.tokens[:kept]), chances[:kept]
-        parents = list(range(-1, kept - 1))
+        prediction = request.state.prediction
+        cumulative = list(accumulate(prediction.probabilities, mul))
+        num_candidates = sum(
+            1
+            for chance in cumulative[: min(request.max_depth, request.max_tokens)]
+            if chance >= request.min_probability
+        )
+        tokens, probabilities = list(prediction.token_ids[:num_candidates]), cumulative[:num_candidates]
+        parents = list(range(-1, num_candidates - 1))
         # That the text ends behind a candidate: it comes, and the next one does not.
-        ends = [come - more for come, more in zip((1.0, *likely), (*likely, 0.0), strict=True)]
-        for place in sorted(range(kept + 1), key=lambda place: -ends[place]):
-            width = min(self.width, wish.most - len(tokens))
-            if width < 1 or (ends[place] < wish.floor and len(tokens) > kept):
+        ends_here = [come - more for come, more in zip((1.0, *probabilities), (*probabilities, 0.0), strict=True)]
+        for place in sorted(range(num_candidates + 1), key=lambda place: -ends_here[place]):
+            width = min(self.num_masks, request.max_tokens - len(tokens))
+            if width < 1 or (ends_here[place] < request.min_probability and len(tokens) > num_candidates):
                 break
             parents += [place - 1, *range(len(tokens), len(tokens) + width - 1)]
             tokens += [MASK] * width
-            likely += [ends[place]] * width
-        return Proposal(tokens, parents, likely)
+            probabilities += [ends_here[place]] * width
+        return Proposal(tokens, parents, probabilities)
 
 
-NONE = Foreseen((), ())
+NO_PREDICTION = MaskPrediction((), ())
 
 
-class Candidates:
+class SpaceState:
     """Of one request: what the masks said last."""
 
     def __init__(self) -> None:
-        self.foreseen = NONE
+        self.prediction = NO_PREDICTION
 
-    def take(self, tokens: Sequence[int], features: Tensor | None, foreseen: Foreseen | None) -> None:
-        self.foreseen = foreseen or NONE
+    def extend(
+        self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
+    ) -> None:
+        self.prediction = mask_prediction or NO_PREDICTION

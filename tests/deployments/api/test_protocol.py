@@ -19,7 +19,7 @@ from deployments.api.protocol import (
 )
 from parse.acceptance import Thresholds
 from parse.protocol import Usage
-from parse.types import RequestError, Sampling, Speculated
+from parse.types import RequestError, SamplingParams, SpeculationStats
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hello"}
@@ -56,7 +56,7 @@ def test_what_is_not_said_or_null_is_plain_sampling():
     nothing = dict.fromkeys(ChatRequest.model_fields.keys() - {"model", "messages", "ignore_eos"})
     for body in (CHAT, CHAT | nothing):
         asked = read(ChatRequest, body)
-        assert asked.sampling(7, max_tokens=None, logprobs=None) == Sampling(seed=7)
+        assert asked.sampling(7, max_tokens=None, logprobs=None) == SamplingParams(seed=7)
         assert (asked.choices, asked.limit, asked.wanted_logprobs, asked.includes_usage) == (1, None, None, False)
 
 
@@ -72,7 +72,7 @@ def test_what_is_said_reaches_the_sampling():
         ignore_eos=True,
     )
     asked = read(ChatRequest, CHAT | said | dict(stop=["a", "b"], logit_bias={"5": -100, "6": 0.5}))
-    wanted = Sampling(**said, stop=("a", "b"), logit_bias={5: -100.0, 6: 0.5}, seed=3, max_tokens=4, logprobs=2)
+    wanted = SamplingParams(**said, stop=("a", "b"), logit_bias={5: -100.0, 6: 0.5}, seed=3, max_tokens=4, logprobs=2)
     assert asked.sampling(3, max_tokens=4, logprobs=2) == wanted
 
 
@@ -388,7 +388,7 @@ def test_whatever_a_field_holds_it_is_taken_or_named(model, field, value):
 
 
 def test_a_method_s_proposals_are_no_draft():
-    usage = Usage("off", written=12, speculated=Speculated("parallel", 4, (4, 4, 4), (4, 3, 1)))
+    usage = Usage("off", target_tokens=12, speculation=SpeculationStats("parallel", 4, (4, 4, 4), (4, 3, 1)))
     details = usage_of([5], [12], [usage]).completion_tokens_details
     assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (0, 0)
 
@@ -396,10 +396,10 @@ def test_a_method_s_proposals_are_no_draft():
 def test_a_prompt_of_several_choices_counts_once_and_the_answers_each():
     # Two prompts of 10 and 20 tokens, two choices each; a choice finds what the one before it computed.
     usages = [
-        Usage("full", drafted=8, accepted=5, written=2, cached=0),
-        Usage("full", drafted=4, accepted=4, written=0, cached=9),
-        Usage("off", written=3, cached=16),
-        Usage("off", written=4, cached=19),
+        Usage("full", draft_tokens=8, accepted_tokens=5, target_tokens=2, cached_tokens=0),
+        Usage("full", draft_tokens=4, accepted_tokens=4, target_tokens=0, cached_tokens=9),
+        Usage("off", target_tokens=3, cached_tokens=16),
+        Usage("off", target_tokens=4, cached_tokens=19),
     ]
     wire = usage_of([10, 20], [7, 4, 3, 4], usages)
     assert (wire.prompt_tokens, wire.completion_tokens, wire.total_tokens) == (30, 18, 48)

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from deployments.api.backend import Session
 from deployments.api.responses import Answer, ChatReplies, CompletionReplies, Head, sse
 from deployments.api.token_text import Vocabulary
-from parse.protocol import Done, Event, Piece, Usage
-from parse.types import Logprob, Speculated
+from parse.protocol import Event, Finished, TextDelta, Usage
+from parse.types import Logprob, SpeculationStats
 
 
 def head(*, trace: bool = False, usage: bool = False) -> Head:
@@ -76,19 +76,19 @@ def test_an_event_is_one_whatever_its_text_holds(text):
 
 @pytest.mark.parametrize("kind", [ChatReplies, CompletionReplies])
 def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, kind):
-    half = Piece("", (200,), "draft")  # half a character
+    half = TextDelta("", (200,), "draft")  # half a character
     vocabulary = Vocabulary(tokenizer)
     assert kind(head(), vocabulary).part(answer(half), half) is None
     sent = data(kind(head(trace=True), vocabulary).part(answer(half), half))
     assert sent["parse"] == {"piece": {"text": "", "origin": "draft", "tokens": 1}}
-    likely = Piece("", (200,), "draft", (Logprob(-0.5),))
+    likely = TextDelta("", (200,), "draft", (Logprob(-0.5),))
     assert data(kind(head(), vocabulary).part(answer(likely), likely))["choices"][0]["logprobs"]
 
 
 @pytest.mark.parametrize("kind", [ChatReplies, CompletionReplies])
 def test_what_is_impossible_is_a_number_all_the_same(tokenizer, kind):
-    impossible = Piece("x", (300,), "target", (Logprob(float("-inf"), ((301, float("-inf")),)),))
-    done = Done("stop", Usage("off", written=1))
+    impossible = TextDelta("x", (300,), "target", (Logprob(float("-inf"), ((301, float("-inf")),)),))
+    done = Finished("stop", Usage("off", target_tokens=1))
     for sent in (
         data(kind(head(), Vocabulary(tokenizer)).part(answer(impossible), impossible)),
         json.loads(kind(head(), Vocabulary(tokenizer)).whole([answer(impossible, done)]).model_dump_json()),
@@ -97,7 +97,9 @@ def test_what_is_impossible_is_a_number_all_the_same(tokenizer, kind):
 
 
 def test_waiting_for_a_place_counts_among_the_times():
-    waited = answer(Piece("x", (300,), "target"), Done("stop", Usage("off", written=1, first_s=0.5, total_s=1.0)))
+    waited = answer(
+        TextDelta("x", (300,), "target"), Finished("stop", Usage("off", target_tokens=1, ttft_s=0.5, total_s=1.0))
+    )
     waited.waited_s = 2.0
     told = waited.report(trace=False)
     assert (told.first_s, told.total_s) == (2.5, 3.0)
@@ -105,8 +107,14 @@ def test_waiting_for_a_place_counts_among_the_times():
 
 
 def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
-    usage = Usage("rounds", drafted=9, accepted=4, written=10, speculated=Speculated("eagle3", 4, (4, 2), (3, 2)))
-    told = answer(Done("stop", usage)).report(trace=False).speculation
+    usage = Usage(
+        "rounds",
+        draft_tokens=9,
+        accepted_tokens=4,
+        target_tokens=10,
+        speculation=SpeculationStats("eagle3", 4, (4, 2), (3, 2)),
+    )
+    told = answer(Finished("stop", usage)).report(trace=False).speculation
     assert told is not None
     places = [{"proposed": 4, "accepted": 3, "share": 0.75}, {"proposed": 2, "accepted": 2, "share": 1.0}]
     counted = {"method": "eagle3", "passes": 4, "tokens": 10, "proposed": 6, "accepted": 5, "places": places}
@@ -114,14 +122,16 @@ def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
 
 
 def test_a_method_that_proposed_nothing_wrote_all_the_same():
-    told = answer(Done("stop", Usage("off", written=3, speculated=Speculated("ngram", 3)))).report(trace=False)
+    told = answer(Finished("stop", Usage("off", target_tokens=3, speculation=SpeculationStats("ngram", 3)))).report(
+        trace=False
+    )
     assert told.speculation is not None and (told.speculation.tokens_per_pass, told.speculation.places) == (1.0, [])
 
 
 def test_where_no_method_was_at_work_the_report_says_so():
-    assert answer(Done("stop", Usage("off", written=3))).report(trace=False).speculation is None
+    assert answer(Finished("stop", Usage("off", target_tokens=3))).report(trace=False).speculation is None
 
 
 def test_an_answer_of_nothing_is_an_answer(tokenizer):
-    whole = ChatReplies(head(), Vocabulary(tokenizer)).whole([answer(Done("stop", Usage("off")))])
+    whole = ChatReplies(head(), Vocabulary(tokenizer)).whole([answer(Finished("stop", Usage("off")))])
     assert whole.choices[0].message.content == "" and whole.usage.completion_tokens == 0

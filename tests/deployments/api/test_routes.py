@@ -24,7 +24,7 @@ from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.local import LocalPair
 from parse.protocol import Verifier
-from parse.types import Tokens
+from parse.types import TokenDelta
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
 from training.measure import problems
@@ -410,7 +410,7 @@ def test_what_breaks_outside_of_an_answer_is_told_in_the_same_shape(pair, caplog
 
 def test_one_of_several_choices_that_breaks_ends_them_all(pair):
     class Half(Writer):
-        def generate(self, *given: Any, **named: Any) -> AsyncGenerator[Tokens]:
+        def generate(self, *given: Any, **named: Any) -> AsyncGenerator[TokenDelta]:
             self.error = RuntimeError(SECRET) if self.busy else None
             return super().generate(*given, **named)
 
@@ -576,8 +576,8 @@ def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(ad
 
 def test_completions_choose_a_method_too(pair):
     asked = understood(pair, {"prompt": "x", "n": 2, "parse": {"speculation": "ngram"}})
-    assert [question.speculation for question in asked.questions] == ["ngram"] * 2
-    assert understood(pair, {"prompt": "x"}).questions[0].speculation is None
+    assert [question.speculative_method for question in asked.questions] == ["ngram"] * 2
+    assert understood(pair, {"prompt": "x"}).questions[0].speculative_method is None
 
 
 def test_what_belongs_together_meets_the_same_replica(pair):
@@ -597,5 +597,5 @@ def test_what_belongs_together_meets_the_same_replica(pair):
 
 
 def test_a_pipeline_is_asked_in_small_pieces_only_where_somebody_reads_along(pair):
-    assert understood(pair, {"stream": True}).questions[0].piece == 1
-    assert understood(pair, {}).questions[0].piece > 1
+    assert understood(pair, {"stream": True}).questions[0].stream_interval == 1
+    assert understood(pair, {}).questions[0].stream_interval > 1

@@ -22,8 +22,8 @@ from deployments.observability.exposition import Origin
 from deployments.observability.metrics import OF_ROUTERS, Meters
 from deployments.observability.request_metrics import tally
 from parse.local import LocalPair
-from parse.protocol import Done, Piece, Stage, Usage, Verdict
-from parse.types import NoDraft, Speculated
+from parse.protocol import Finished, Stage, TextDelta, Usage, Verification
+from parse.types import DraftUnavailable, SpeculationStats
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
 from training.measure import problems
@@ -203,7 +203,7 @@ def test_who_leaves_is_counted_by_when(pair):
 def test_why_the_target_wrote_alone_is_told_by_name(pair):
     class Busy:
         async def draft(self, question, output, *, piece):
-            raise NoDraft("busy", HOSTILE)
+            raise DraftUnavailable("busy", HOSTILE)
             yield
 
     with serving(pair, drafter=Busy()) as client:
@@ -229,8 +229,8 @@ def test_lost_calls_are_counted_even_if_the_answer_was_not_given():
 def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
     meters = Meters(OF_ROUTERS, deployment="Router")
     answer = Answer(0, 5, Session("s"), 0.0)
-    answer.take(Piece("a", (1, 2, 3), "draft"))
-    answer.take(Done("stop", Usage("exact", drafted=20, accepted=3, written=4)))
+    answer.take(TextDelta("a", (1, 2, 3), "draft"))
+    answer.take(Finished("stop", Usage("exact", draft_tokens=20, accepted_tokens=3, target_tokens=4)))
     tally(meters, answer)
     proposed, accepted = (
         {s.labels["position"]: s.value for s in _samples(meters, name) if s.labels["method"] == "draft"}
@@ -243,11 +243,11 @@ def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
 def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_with_what_came_of_them():
     meters = Meters(OF_ROUTERS, deployment="Router")
     proposed, accepted = (9,) * 18, (8, 5, *[0] * 15, 2)
-    speculated = Speculated("eagle3", 9, proposed, accepted)
-    alone = Usage("off", written=20, speculated=speculated)
-    for usage in (alone, replace(alone, mode="exact", drafted=4, accepted=3)):
+    speculated = SpeculationStats("eagle3", 9, proposed, accepted)
+    alone = Usage("off", target_tokens=20, speculation=speculated)
+    for usage in (alone, replace(alone, mode="exact", draft_tokens=4, accepted_tokens=3)):
         answer = Answer(0, 5, Session("s"), 0.0)
-        answer.take(Done("stop", usage))
+        answer.take(Finished("stop", usage))
         tally(meters, answer)
 
     def told(name: str, method: str) -> dict[str, float]:
@@ -266,7 +266,7 @@ def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_
 
 def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, caplog):
     caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
-    writer = Writer((300, 301, 302, 303, 304), speculated=Speculated("ngram", 2, (2, 1, 1), (2, 1, 0)))
+    writer = Writer((300, 301, 302, 303, 304), speculated=SpeculationStats("ngram", 2, (2, 1, 1), (2, 1, 0)))
     writer.may_go_on.set()
     alone = Writer((300, 301))
     alone.may_go_on.set()
@@ -282,9 +282,11 @@ def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, ca
 def test_chances_are_told_by_whether_the_prefix_was_kept():
     meters = Meters(OF_ROUTERS, deployment="Router")
     answer = Answer(0, 5, Session("s"), 0.0)
-    answer.take(Verdict(0, tuple(range(12)), (4, 8, 12), (0.99, 0.2, None), 4, "x"))
-    answer.take(Verdict(4, tuple(range(8)), (4, 8), (0.95, 0.97), 8, ""))
-    answer.take(Done("stop", Usage("rounds", drafted=20, accepted=12, stages=(Stage("judge", 0.0, 0.5),))))
+    answer.take(Verification(0, tuple(range(12)), (4, 8, 12), (0.99, 0.2, None), 4, "x"))
+    answer.take(Verification(4, tuple(range(8)), (4, 8), (0.95, 0.97), 8, ""))
+    answer.take(
+        Finished("stop", Usage("rounds", draft_tokens=20, accepted_tokens=12, stages=(Stage("judge", 0.0, 0.5),)))
+    )
     tally(meters, answer)
     counts = {s.labels["kept"]: s.value for s in _samples(meters, "parse_correct_probability_count")}
     sums = {s.labels["kept"]: s.value for s in _samples(meters, "parse_correct_probability_sum")}

@@ -14,11 +14,13 @@ from deployments.api.responses import Answer
 from deployments.config import AuditSettings
 from deployments.observability.audit import MOST_TRIES, Auditor
 from deployments.observability.metrics import OF_ROUTERS, Meters
-from parse.protocol import Done, Piece, Question, Usage
-from parse.types import Judged, Logprob, Sampling
+from parse.protocol import Finished, GenerationRequest, TextDelta, Usage
+from parse.types import Logprob, SamplingParams, VerifyResult
 
 NUMBER = r"\d+"
-QUESTION = Question((1, 2), sampling=Sampling(temperature=0.0, max_tokens=9), mode="full", prediction=(7,))
+QUESTION = GenerationRequest(
+    (1, 2), sampling_params=SamplingParams(temperature=0.0, max_tokens=9), mode="full", prediction=(7,)
+)
 
 
 class Target:
@@ -28,25 +30,25 @@ class Target:
 
     def __init__(self, text: str, likelihoods: dict[tuple[int, ...], float] | None = None, wait_s: float = 0.0) -> None:
         self.text, self.likelihoods, self.wait_s = text, likelihoods or {}, wait_s
-        self.asked: list[Question] = []
+        self.asked: list[GenerationRequest] = []
         self.verifier = self
 
-    async def answer(self, question: Question):
+    async def answer(self, question: GenerationRequest):
         self.asked.append(question)
         await asyncio.sleep(self.wait_s)
-        yield Piece(self.text, (50, 51), "target")
-        yield Done("stop", Usage("off", written=2))
+        yield TextDelta(self.text, (50, 51), "target")
+        yield Finished("stop", Usage("off", target_tokens=2))
 
-    async def judge(self, prompt, draft, cuts, check, *, logprobs) -> Judged:
+    async def judge(self, prompt, draft, cuts, check, *, logprobs) -> VerifyResult:
         assert tuple(cuts) == (len(draft),) and logprobs == 0
         chance = self.likelihoods.get(tuple(draft), -1.0)
-        return Judged((0.5,), tuple(Logprob(chance + delta) for delta in (-0.1, 0.1)))
+        return VerifyResult((0.5,), tuple(Logprob(chance + delta) for delta in (-0.1, 0.1)))
 
 
 def sent(text: str, **usage: Any) -> Answer:
     answer = Answer(0, 2, Session("s"), 0.0)
-    answer.take(Piece(text, (30, 31), "draft"))
-    answer.take(Done("stop", replace(Usage("full", drafted=2, accepted=2), **usage)))
+    answer.take(TextDelta(text, (30, 31), "draft"))
+    answer.take(Finished("stop", replace(Usage("full", draft_tokens=2, accepted_tokens=2), **usage)))
     return answer
 
 
@@ -101,7 +103,7 @@ def test_the_same_result_agrees_in_whatever_words(own, said, result):
         count, total = audited.gaps()
         assert count == 1.0 and total == pytest.approx(8.0)
         (asked,) = audited.target.asked
-        assert asked.mode == "off" and asked.prediction is None and asked.sampling == QUESTION.sampling
+        assert asked.mode == "off" and asked.prediction is None and asked.sampling_params == QUESTION.sampling_params
 
     asyncio.run(seen())
 
@@ -230,9 +232,9 @@ def test_against_the_demo_pair_a_wrong_answer_is_found_out(pair):
         )
         for said, number in ((text, 73), (text.replace("73.", "74."), 74)):
             answer = Answer(0, len(prompt), Session("s"), 0.0)
-            answer.take(Piece(said, tuple(ids), "draft"))
-            answer.take(Done("stop", Usage("full", drafted=len(ids), accepted=len(ids))))
-            asked = Question(prompt, sampling=Sampling(temperature=0.0, max_tokens=120))
+            answer.take(TextDelta(said, tuple(ids), "draft"))
+            answer.take(Finished("stop", Usage("full", draft_tokens=len(ids), accepted_tokens=len(ids))))
+            asked = GenerationRequest(prompt, sampling_params=SamplingParams(temperature=0.0, max_tokens=120))
             audited.auditor.offer(str(number), asked, answer)
         await audited.until(lambda: sum(audited.results().values()) == 2)
         assert audited.results() == {"agree": 1.0, "disagree": 1.0}

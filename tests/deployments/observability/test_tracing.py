@@ -1,12 +1,12 @@
 from deployments.observability.tracing import spanned
 from parse.protocol import Usage
-from parse.types import Speculated
+from parse.types import SpeculationStats
 
 
 def test_a_span_of_an_answer_says_what_it_took():
-    usage = Usage("rounds", drafted=9, accepted=4, written=10, rounds=1, cached=3)
+    usage = Usage("rounds", draft_tokens=9, accepted_tokens=4, target_tokens=10, rounds=1, cached_tokens=3)
     counts = {"drafted": 9, "accepted": 4, "written": 10, "rounds": 1, "cached": 3}
     wanted = {f"parse.{name}": count for name, count in counts.items()} | {"parse.mode": "rounds"}
     assert spanned(usage) == wanted | {"parse.speculation": "none"}
-    writing = Usage("off", written=10, speculated=Speculated("eagle3", 4, (4,), (3,)))
+    writing = Usage("off", target_tokens=10, speculation=SpeculationStats("eagle3", 4, (4,), (3,)))
     assert (spanned(writing)["parse.speculation"], spanned(writing)["parse.passes"]) == ("eagle3", 4)

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.serving.replica import Description
-from parse.engines.native.engine import Load
+from parse.engines.native.engine import EngineStats
 from training import measure
 from training.task import Problem
 
@@ -59,7 +59,7 @@ class Service:
         assert response.status_code == 200, response.text
         return dict(response.json())
 
-    async def loads(self, name: str) -> list[Load]:
+    async def loads(self, name: str) -> list[EngineStats]:
         """Of all replicas."""
         return list(await replicas(name).broadcast("load").results_async())
 
@@ -72,7 +72,8 @@ class Service:
         async def resting() -> bool:
             loads = [load for name in ("Verifier", "Drafter") for load in await self.loads(name)]
             return bool(loads) and all(
-                not load.running and not load.waiting and load.pages_used == load.pages_idle for load in loads
+                not load.num_running and not load.num_waiting and load.blocks_used == load.blocks_cached
+                for load in loads
             )
 
         await until(resting)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parse.local import DEMO_TARGET
-from parse.prompts import prompt_ids
+from parse.prompts import chat_prompt_token_ids
 from tests.deployments.service.asking import MODEL, chat, problems
 
 
@@ -23,7 +23,7 @@ def alone(problem):
     """What transformers lets the target write."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_TARGET)
     model = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
-    prompt = torch.tensor([prompt_ids(tokenizer, turns(problem))])
+    prompt = torch.tensor([chat_prompt_token_ids(tokenizer, turns(problem))])
     written = model.generate(prompt, do_sample=False, max_new_tokens=300)[0, prompt.shape[1] :]
     return tokenizer.decode(written, skip_special_tokens=True)
 

@@ -15,13 +15,13 @@ from deployments.serving import circuit_breaker, clients
 from deployments.serving.circuit_breaker import Watch
 from deployments.serving.clients import RemoteDrafter, RemoteVerifier, VerifierLost
 from deployments.serving.overlap import Overlap
-from parse.prompts import Check
-from parse.protocol import WHOLE, Question
-from parse.types import EngineStopped, Judged, NoDraft, RequestError, Sampling, Tokens
+from parse.prompts import VerificationSuffix
+from parse.protocol import NO_STREAMING, GenerationRequest
+from parse.types import DraftUnavailable, EngineStopped, RequestError, SamplingParams, TokenDelta, VerifyResult
 
-CHECK = Check((1,), (2,), (3,))
-QUESTION = Question((1, 2, 3))
-GREEDY = Sampling(temperature=0.0)
+CHECK = VerificationSuffix((1,), (2,), (3,))
+QUESTION = GenerationRequest((1, 2, 3))
+GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass
@@ -97,9 +97,9 @@ async def collect(stream):
 def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
     handle = scripted(
         [
-            [Tokens((10, 11), accepted=2), Tokens((12, 20), accepted=1), loss],
+            [TokenDelta((10, 11), num_accepted=2), TokenDelta((12, 20), num_accepted=1), loss],
             [loss],
-            [Tokens((21,)), Tokens((22,), finish="stop")],
+            [TokenDelta((21,)), TokenDelta((22,), finish_reason="stop")],
         ]
     )
     session = Session("s")
@@ -118,19 +118,24 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
 
 
 def test_of_a_proposal_taken_so_far_the_rest_is_proposed_again():
-    handle = scripted([[Tokens((10, 11), accepted=2), ActorDiedError()], [Tokens((12,), finish="stop", accepted=1)]])
+    handle = scripted(
+        [
+            [TokenDelta((10, 11), num_accepted=2), ActorDiedError()],
+            [TokenDelta((12,), finish_reason="stop", num_accepted=1)],
+        ]
+    )
     asyncio.run(collect(RemoteVerifier(handle, Session("s"), DEAF).generate((1,), (), GREEDY, proposal=(10, 11, 12))))
     assert handle.calls[1][1] == ((1,), (10, 11), GREEDY, (12,), 1, None)
 
 
 def test_a_stream_that_ends_before_the_answer_was_lost():
-    handle = scripted([[Tokens((10,))], [Tokens((11,), finish="length")]])
+    handle = scripted([[TokenDelta((10,))], [TokenDelta((11,), finish_reason="length")]])
     pieces = asyncio.run(collect(RemoteVerifier(handle, Session("s"), DEAF).generate((1,), (), GREEDY)))
     assert [tokens.ids for tokens in pieces] == [(10,), (11,)]
 
 
 def test_a_lost_judgement_is_asked_for_again_and_a_refused_one_is_not():
-    verdict = Judged((0.5,))
+    verdict = VerifyResult((0.5,))
     handle = scripted([[ActorDiedError()], [verdict]])
     session = Session("s")
     assert asyncio.run(RemoteVerifier(handle, session, DEAF).judge((1,), (2,), (1,), CHECK, full=0.9)) == verdict
@@ -166,20 +171,20 @@ def test_whoever_gives_up_cancels_the_call():
     assert handle.cancelled == 2
 
 
-async def drafted(handle, alive, *, piece=WHOLE, session=None):
+async def drafted(handle, alive, *, piece=NO_STREAMING, session=None):
     watch = Watch("drafter", alive, Overlap())
     try:
         drafter = RemoteDrafter(handle, session or Session("s"), watch)
-        return await collect(drafter.draft(QUESTION, (4,), piece=piece))
+        return await collect(drafter.draft(QUESTION, (4,), stream_interval=piece))
     finally:
         watch.close()
 
 
 def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
-    whole = scripted([[Tokens((7, 8), finish="stop")]])
-    assert asyncio.run(drafted(whole, scripted([[None]]))) == [Tokens((7, 8), finish="stop")]
+    whole = scripted([[TokenDelta((7, 8), finish_reason="stop")]])
+    assert asyncio.run(drafted(whole, scripted([[None]]))) == [TokenDelta((7, 8), finish_reason="stop")]
     assert whole.calls[0][0] == {"method_name": "draft_whole", "session_id": "s"}
-    windows = scripted([[Tokens((7,)), Tokens((8,), finish="stop")]])
+    windows = scripted([[TokenDelta((7,)), TokenDelta((8,), finish_reason="stop")]])
     assert len(asyncio.run(drafted(windows, scripted([[None]]), piece=4))) == 2
     assert windows.calls[0][0] == {"method_name": "draft", "session_id": "s", "stream": True}
     assert windows.calls[0][1] == (QUESTION, (4,), 4)
@@ -190,27 +195,27 @@ def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
     [(BackPressureError(1, 1), "the drafters are busy"), (ActorDiedError(), "the drafter was lost")],
 )
 def test_what_goes_wrong_with_a_drafter_leaves_no_draft(error, reason):
-    for piece in (WHOLE, 4):
-        with pytest.raises(NoDraft, match=reason):
+    for piece in (NO_STREAMING, 4):
+        with pytest.raises(DraftUnavailable, match=reason):
             asyncio.run(drafted(scripted([[error]]), scripted([[None]]), piece=piece))
 
 
 def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers():
     alive = scripted([[None], [None], [FOREVER], [FOREVER], [None]])
-    hanging, well = scripted([[FOREVER]]), scripted([[Tokens((7,), finish="stop")]])
+    hanging, well = scripted([[FOREVER]]), scripted([[TokenDelta((7,), finish_reason="stop")]])
 
     async def requests():
         watch = Watch("drafter", alive, Overlap())
         drafters = {name: RemoteDrafter(h, Session("s"), watch) for name, h in (("h", hanging), ("w", well))}
-        with pytest.raises(NoDraft, match="the drafter does not answer"):
-            await collect(drafters["h"].draft(QUESTION, (), piece=WHOLE))
+        with pytest.raises(DraftUnavailable, match="the drafter does not answer"):
+            await collect(drafters["h"].draft(QUESTION, (), stream_interval=NO_STREAMING))
         assert hanging.cancelled == 1
-        with pytest.raises(NoDraft, match="the drafter does not answer"):
-            await collect(drafters["w"].draft(QUESTION, (), piece=WHOLE))
+        with pytest.raises(DraftUnavailable, match="the drafter does not answer"):
+            await collect(drafters["w"].draft(QUESTION, (), stream_interval=NO_STREAMING))
         assert not well.calls
         while watch.trouble:
             await asyncio.sleep(0.005)
-        assert await collect(drafters["w"].draft(QUESTION, (), piece=WHOLE))
+        assert await collect(drafters["w"].draft(QUESTION, (), stream_interval=NO_STREAMING))
         watch.close()
 
     asyncio.run(asyncio.wait_for(requests(), 30))
@@ -219,14 +224,14 @@ def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers()
 def test_after_a_death_there_are_no_drafts_until_one_answers():
     async def requests():
         watch = Watch("drafter", scripted([[None], [ActorDiedError()], [None]]), Overlap())
-        dying = RemoteDrafter(scripted([[ActorDiedError()], [Tokens((7,))]]), Session("s"), watch)
-        with pytest.raises(NoDraft, match="lost"):
-            await collect(dying.draft(QUESTION, (), piece=WHOLE))
-        with pytest.raises(NoDraft, match="ActorDiedError"):
-            await collect(dying.draft(QUESTION, (), piece=WHOLE))
+        dying = RemoteDrafter(scripted([[ActorDiedError()], [TokenDelta((7,))]]), Session("s"), watch)
+        with pytest.raises(DraftUnavailable, match="lost"):
+            await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
+        with pytest.raises(DraftUnavailable, match="ActorDiedError"):
+            await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
         while watch.trouble:
             await asyncio.sleep(0.005)
-        assert await collect(dying.draft(QUESTION, (), piece=WHOLE))
+        assert await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
         watch.close()
 
     asyncio.run(asyncio.wait_for(requests(), 30))

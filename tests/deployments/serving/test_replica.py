@@ -9,7 +9,7 @@ from deployments.serving import replica
 from deployments.serving.replica import Host
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT
-from parse.types import Sampling
+from parse.types import SamplingParams
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def hosted(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     hosted = Host(EngineSettings(model=DEMO_DRAFT, threads=1, memory_mb=64, max_context=512))
     yield hosted
-    hosted.service.close()
+    hosted.service.shutdown()
 
 
 def test_it_warms_up_and_forgets_what_it_warmed_up_with(hosted):
@@ -34,7 +34,9 @@ def test_an_engine_that_makes_no_step_is_ill_and_one_without_work_is_not(hosted,
     hosted.check_health()
 
     async def held_up():
-        stream = hosted.service.generate((1, 2, 3), sampling=Sampling(temperature=0, max_tokens=200, ignore_eos=True))
+        stream = hosted.service.generate(
+            (1, 2, 3), sampling=SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        )
         await anext(stream)
         monkeypatch.setattr(type(hosted.service), "load", property(lambda _: frozen))
         hosted.check_health()  # has just seen it move

@@ -6,7 +6,7 @@ import math
 import torch
 from safetensors.torch import save_file
 
-from parse.speculative.proposal import Wish
+from parse.speculative.proposal import ProposalRequest
 
 
 def sizes(**changes):
@@ -189,7 +189,7 @@ def paths(proposal):
 
 
 def proposed(method, proposer, most, floor=0.0, depth=1000):
-    (proposal,) = method.propose([Wish(proposer, most, floor, depth)])
+    (proposal,) = method.propose([ProposalRequest(proposer, most, floor, depth)])
     return proposal
 
 

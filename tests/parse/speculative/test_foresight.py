@@ -13,26 +13,26 @@ from parse.config import EngineSettings
 from parse.config import SpeculationSettings as Way
 from parse.engines.native import service as service_module
 from parse.engines.native.attention import STEP_ATTENTION
-from parse.engines.native.service import ModelService
+from parse.engines.native.service import NativeEngine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
-from parse.prompts import prompt_ids
+from parse.prompts import chat_prompt_token_ids
 from parse.speculative import policy
-from parse.speculative.guard import Guard
-from parse.speculative.proposal import Foresight, Proposal
-from parse.types import RequestError, Sampling, summed
+from parse.speculative.guard import GuardedProposer
+from parse.speculative.proposal import Proposal, Proposer
+from parse.types import RequestError, SamplingParams, sum_stats
 from training.measure import problems
 
 SETTINGS = EngineSettings(model=DEMO_TARGET, threads=1, max_context=1024, memory_mb=256)
 TAPS = (2, 7, 11)
 SAMPLINGS = [
-    Sampling(temperature=0.0, max_tokens=120),
-    Sampling(temperature=0.8, seed=3, max_tokens=120),
-    Sampling(temperature=1.0, seed=5, max_tokens=60, presence_penalty=0.5, repetition_penalty=1.1, logprobs=2),
-    Sampling(temperature=0.0, max_tokens=120, stop=["Third"]),
+    SamplingParams(temperature=0.0, max_tokens=120),
+    SamplingParams(temperature=0.8, seed=3, max_tokens=120),
+    SamplingParams(temperature=1.0, seed=5, max_tokens=60, presence_penalty=0.5, repetition_penalty=1.1, logprobs=2),
+    SamplingParams(temperature=0.0, max_tokens=120, stop=["Third"]),
 ]
 
 
-class Method(Foresight[Any]):
+class Method(Proposer[Any]):
     """Of a test, with features."""
 
     taps = TAPS
@@ -48,7 +48,7 @@ class Watching(Method):
         self.texts: list = []
         self.together: list[int] = []
 
-    def proposer(self):
+    def new_state(self):
         return Told(self)
 
     def propose(self, wishes):
@@ -62,7 +62,7 @@ class Told:
         watching.texts.append(self.told)
         self.rng = random.Random(len(watching.texts))
 
-    def take(self, tokens, features, foreseen):
+    def extend(self, tokens, features, foreseen):
         assert foreseen is None
         self.told.append((tuple(tokens), features))
 
@@ -83,33 +83,37 @@ METHODS = {
 }
 
 
-def serving(*ways: Way) -> ModelService:
-    return ModelService(SETTINGS.model_copy(update={"speculation": ways}))
+def serving(*ways: Way) -> NativeEngine:
+    return NativeEngine(SETTINGS.model_copy(update={"speculation": ways}))
 
 
-def serving_own(monkeypatch, method) -> ModelService:
+def serving_own(monkeypatch, method) -> NativeEngine:
     """With a method that no settings name."""
 
     def ways(settings, model, costs):
         model.taps = method.taps
-        return {"eagle3": policy.Way("eagle3", Guard(method, model.vocabulary), 6, False, method.taps, costs)}
+        return {
+            "eagle3": policy.SpeculativeMethod(
+                "eagle3", GuardedProposer(method, model.vocabulary), 6, False, method.taps, costs
+            )
+        }
 
     monkeypatch.setattr(service_module, "ways", ways)
-    return ModelService(SETTINGS)
+    return NativeEngine(SETTINGS)
 
 
 @pytest.fixture
 def tireless(monkeypatch):
     """Without a clock nothing seems to cost too much, and so the same is proposed every time."""
     monkeypatch.setattr(service_module, "pass_seconds", lambda model: [])
-    monkeypatch.setattr("parse.speculative.cost_model.Costs.passed", lambda *_: None)
+    monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def alone():
-    service = ModelService(SETTINGS)
+    service = NativeEngine(SETTINGS)
     yield service
-    service.close()
+    service.shutdown()
 
 
 @pytest.fixture(params=[*METHODS, "at random"])
@@ -117,17 +121,17 @@ def foreseen(request, monkeypatch):
     own = request.param == "at random"
     service = serving_own(monkeypatch, Watching()) if own else serving(METHODS[request.param])
     yield service
-    service.close()
+    service.shutdown()
 
 
 def questions(alone, count):
     turns = [[{"role": "user", "content": problem.question}] for problem in problems(5, count)]
-    return [prompt_ids(alone.model.tokenizer, turn) for turn in turns]
+    return [chat_prompt_token_ids(alone.model.tokenizer, turn) for turn in turns]
 
 
 async def speculated(service, prompt, choice):
     async with aclosing(service.generate(prompt, sampling=SAMPLINGS[0], speculation=choice)) as pieces:
-        return summed([tokens.speculated async for tokens in pieces])
+        return sum_stats([tokens.speculated async for tokens in pieces])
 
 
 async def written(service, prompt, sampling, choice=None):
@@ -159,14 +163,14 @@ def test_what_is_written_is_the_targets_own_in_a_mixed_batch(alone, foreseen):
 def test_heads_save_most_of_the_passes(alone, tireless, method):
     service = serving(METHODS[method])
     try:
-        steps = [service.load.steps, alone.load.steps]
+        steps = [service.stats.num_steps, alone.load.steps]
         for prompt in questions(alone, 6):
             for one in (service, alone):
                 asyncio.run(written(one, prompt, SAMPLINGS[0]))
-        saved = (alone.load.steps - steps[1]) / (service.load.steps - steps[0])
+        saved = (alone.load.steps - steps[1]) / (service.stats.num_steps - steps[0])
         assert saved > 3.5
     finally:
-        service.close()
+        service.shutdown()
 
 
 def test_the_features_told_are_the_models_own_of_the_token_before_each(alone, monkeypatch):
@@ -177,7 +181,7 @@ def test_the_features_told_are_the_models_own_of_the_token_before_each(alone, mo
         for _ in range(2):
             asyncio.run(all_written(service, asked))
     finally:
-        service.close()
+        service.shutdown()
     assert len(watching.texts) == 8
     for told in watching.texts:
         tokens = [token for some, _ in told for token in some]
@@ -194,11 +198,11 @@ def test_what_all_requests_of_a_step_wish_for_is_asked_at_once(alone, monkeypatc
         asyncio.run(all_written(service, asked))
         assert max(watching.together) == 4
     finally:
-        service.close()
+        service.shutdown()
 
 
 @torch.inference_mode()
-def plain(service: ModelService, tokens: list[int]) -> Tensor:
+def plain(service: NativeEngine, tokens: list[int]) -> Tensor:
     """The library's own, in one pass."""
     network = service.model.network
     network.set_attn_implementation("sdpa")
@@ -211,10 +215,10 @@ def plain(service: ModelService, tokens: list[int]) -> Tensor:
 
 def test_a_proposer_that_breaks_down_costs_its_proposals_only(alone, monkeypatch):
     class Broken(Method):
-        def proposer(self):
+        def new_state(self):
             return self
 
-        def take(self, tokens, features, foreseen):
+        def extend(self, tokens, features, foreseen):
             raise MemoryError
 
         def propose(self, wishes):
@@ -225,7 +229,7 @@ def test_a_proposer_that_breaks_down_costs_its_proposals_only(alone, monkeypatch
         asked = [(prompt, SAMPLINGS[0]) for prompt in questions(alone, 2)]
         assert asyncio.run(all_written(service, asked)) == asyncio.run(all_written(alone, asked))
     finally:
-        service.close()
+        service.shutdown()
 
 
 def test_each_request_may_choose_its_method(alone, tireless):
@@ -251,9 +255,9 @@ def test_each_request_may_choose_its_method(alone, tireless):
                 assert came is None
             else:
                 assert came.method == (choice or "parallel")
-                assert 0 < sum(came.accepted) <= sum(came.proposed) or choice == "ngram"
+                assert 0 < sum(came.accepted_per_position) <= sum(came.proposed_per_position) or choice == "ngram"
     finally:
-        service.close()
+        service.shutdown()
 
 
 def test_a_method_that_is_not_there_is_refused(alone):

@@ -2,18 +2,18 @@ from typing import Any
 
 import pytest
 
-from parse.speculative.guard import Guard
-from parse.speculative.proposal import NOTHING, Foresight, Proposal, Wish
+from parse.speculative.guard import GuardedProposer
+from parse.speculative.proposal import NO_PROPOSAL, Proposal, ProposalRequest, Proposer
 from parse.tree import MASK
 
 
-class Scripted(Foresight[Any]):
+class Scripted(Proposer[Any]):
     """A method whose texts bring their proposals along."""
 
     def __init__(self, *texts):
         self.texts, self.calls = list(texts), []
 
-    def proposer(self):
+    def new_state(self):
         return self.texts.pop(0)
 
     def propose(self, wishes):
@@ -33,7 +33,7 @@ class Text:
         self.proposals, self.fails_to_take = list(proposals), fails_to_take
         self.taken: list[int] = []
 
-    def take(self, tokens, features, foreseen):
+    def extend(self, tokens, features, foreseen):
         if self.fails_to_take:
             raise ZeroDivisionError
         self.taken += tokens
@@ -65,34 +65,42 @@ SOUND = Proposal((3, 4, 5), (-1, 0, 0))
     ],
 )
 def test_nonsense_costs_one_proposal_of_one_text(nonsense, caplog):
-    guard = Guard(Scripted(Text(nonsense, SOUND), Text(SOUND, SOUND)), vocabulary=9)
-    wishes = [Wish(guard.proposer(), 3) for _ in range(2)]
-    assert guard.propose(wishes) == [NOTHING, SOUND] and "Scripted: " in caplog.text
-    wishes[0].proposer.take((1,), None, None)
+    guard = GuardedProposer(Scripted(Text(nonsense, SOUND), Text(SOUND, SOUND)), vocab_size=9)
+    wishes = [ProposalRequest(guard.new_state(), 3) for _ in range(2)]
+    assert guard.propose(wishes) == [NO_PROPOSAL, SOUND] and "Scripted: " in caplog.text
+    wishes[0].state.extend((1,), None, None)
     assert guard.propose(wishes) == [SOUND, SOUND]
 
 
 def test_who_cannot_follow_the_text_is_not_asked_again(caplog):
     text = Text(SOUND, fails_to_take=True)
-    guard = Guard(Scripted(text), vocabulary=9)
-    guarded = guard.proposer()
-    guarded.take((1,), None, None)
-    guarded.take((2,), None, None)
-    assert guard.propose([Wish(guarded, 3)]) == [NOTHING] and caplog.text.count("goes on without proposals") == 1
+    guard = GuardedProposer(Scripted(text), vocab_size=9)
+    guarded = guard.new_state()
+    guarded.extend((1,), None, None)
+    guarded.extend((2,), None, None)
+    assert (
+        guard.propose([ProposalRequest(guarded, 3)]) == [NO_PROPOSAL]
+        and caplog.text.count("goes on without proposals") == 1
+    )
     assert text.proposals == [SOUND]
 
 
 def test_who_has_no_place_for_another_text_lets_it_go_without(caplog):
-    guard = Guard(Scripted(), vocabulary=9)
-    guarded = guard.proposer()
-    guarded.take((1,), None, None)
-    assert guard.propose([Wish(guarded, 3)]) == [NOTHING] and "a text goes without proposals" in caplog.text
+    guard = GuardedProposer(Scripted(), vocab_size=9)
+    guarded = guard.new_state()
+    guarded.extend((1,), None, None)
+    assert (
+        guard.propose([ProposalRequest(guarded, 3)]) == [NO_PROPOSAL] and "a text goes without proposals" in caplog.text
+    )
 
 
 def test_where_there_is_no_room_nobody_is_asked():
     method = Scripted(Text(), Text(SOUND))
-    guard = Guard(method, vocabulary=9)
-    assert guard.propose([Wish(guard.proposer(), 0), Wish(guard.proposer(), 3)]) == [NOTHING, SOUND]
+    guard = GuardedProposer(method, vocab_size=9)
+    assert guard.propose([ProposalRequest(guard.new_state(), 0), ProposalRequest(guard.new_state(), 3)]) == [
+        NO_PROPOSAL,
+        SOUND,
+    ]
     assert method.calls == [1]
 
 
@@ -101,14 +109,14 @@ def test_too_few_answers_are_none():
         def propose(self, wishes):
             return []
 
-    guard = Guard(Short(Text(SOUND), Text(SOUND)), vocabulary=9)
-    assert guard.propose([Wish(guard.proposer(), 3) for _ in range(2)]) == [NOTHING, NOTHING]
+    guard = GuardedProposer(Short(Text(SOUND), Text(SOUND)), vocab_size=9)
+    assert guard.propose([ProposalRequest(guard.new_state(), 3) for _ in range(2)]) == [NO_PROPOSAL, NO_PROPOSAL]
 
 
 def test_what_fails_with_every_token_does_not_fill_the_log(caplog):
-    guard = Guard(Scripted(Text(*[ZeroDivisionError()] * 100)), vocabulary=9)
-    wishes = [Wish(guard.proposer(), 3)]
+    guard = GuardedProposer(Scripted(Text(*[ZeroDivisionError()] * 100)), vocab_size=9)
+    wishes = [ProposalRequest(guard.new_state(), 3)]
     for _ in range(100):
-        assert guard.propose(wishes) == [NOTHING]
+        assert guard.propose(wishes) == [NO_PROPOSAL]
     assert len(caplog.records) == 7 and "fault 64 of this method" in caplog.text  # 1, 2, 4, ..., 64
     assert sum(bool(record.exc_info) for record in caplog.records) == 1

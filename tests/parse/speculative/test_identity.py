@@ -14,20 +14,20 @@ from parse.config import EngineSettings
 from parse.config import SpeculationSettings as Settings
 from parse.engines.native.model import Model
 from parse.engines.native.programs import generate
-from parse.engines.native.service import ModelService
+from parse.engines.native.service import NativeEngine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
-from parse.prompts import prompt_ids
-from parse.speculative.cost_model import Costs
-from parse.speculative.guard import Guard
-from parse.speculative.policy import Way
-from parse.speculative.proposers.draft_model import DraftModel
-from parse.speculative.proposers.eagle3 import Eagle3
+from parse.prompts import chat_prompt_token_ids
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.guard import GuardedProposer
+from parse.speculative.policy import SpeculativeMethod
+from parse.speculative.proposers.draft_model import DraftModelProposer
+from parse.speculative.proposers.eagle3 import Eagle3Proposer
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import Target
-from parse.speculative.proposers.ngram import Ngram
-from parse.speculative.proposers.parallelspec import Parallel
-from parse.speculative.proposers.space import Space
-from parse.types import Sampling, summed
+from parse.speculative.proposers.eagle_head import TargetModel
+from parse.speculative.proposers.ngram import NgramProposer
+from parse.speculative.proposers.parallelspec import ParallelSpecProposer
+from parse.speculative.proposers.space import SpaceProposer
+from parse.types import SamplingParams, sum_stats
 from tests.parse.engines.native.chance import surprising
 from tests.parse.engines.native.tiny import build, plain, serving, submit
 from tests.parse.speculative import naive
@@ -36,7 +36,7 @@ from training.measure import problems
 
 PROMPTS = 200
 LENGTH = 24
-GREEDY = Sampling(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
 
 CHAINS = (
     Settings(method="ngram"),
@@ -52,7 +52,7 @@ TREES = (
 
 
 def serve(*ways):
-    return ModelService(
+    return NativeEngine(
         EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=256, max_running=16, speculation=ways)
     )
 
@@ -61,7 +61,7 @@ def serve(*ways):
 def alone():
     service = serve()
     yield service
-    service.close()
+    service.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def prompts(alone):
     rng = random.Random(8)
     found = []
     for problem in problems(12, PROMPTS):
-        ids = prompt_ids(alone.model.tokenizer, [{"role": "user", "content": problem.question}])
+        ids = chat_prompt_token_ids(alone.model.tokenizer, [{"role": "user", "content": problem.question}])
         match rng.randrange(4):
             case 0:
                 ids = ids[: rng.randint(1, len(ids))]
@@ -89,7 +89,7 @@ async def written(service, prompt, choice, delay):
         async for tokens in pieces:
             ids += tokens.ids
             parts.append(tokens.speculated)
-    return ids, summed(parts)
+    return ids, sum_stats(parts)
 
 
 async def all_written(service, prompts, choices, rng):
@@ -124,11 +124,11 @@ def test_200_prompts_are_answered_as_by_the_target_alone_by_every_method_side_by
             assert not wrong
             for _, came in found:
                 if came is not None:
-                    proposed[came.method] += sum(came.proposed)
-                    accepted[came.method] += sum(came.accepted)
-        assert service.load.step_calls > 4 * service.load.steps
+                    proposed[came.method] += sum(came.proposed_per_position)
+                    accepted[came.method] += sum(came.accepted_per_position)
+        assert service.stats.num_step_requests > 4 * service.stats.num_steps
     finally:
-        service.close()
+        service.shutdown()
     for method in service.methods:
         assert 0 < accepted[method] < proposed[method]
 
@@ -166,13 +166,17 @@ def method_of(kind, model, tokenizer, folder):
     beam = 3 if kind.endswith("tree") else 1
     match kind.split()[0]:
         case "ngram":
-            return Ngram()
+            return NgramProposer()
         case "draft":
-            return DraftModel(Model(build("llama", seed=9, vocab_size=WORDS), tokenizer))
+            return DraftModelProposer(Model(build("llama", seed=9, vocab_size=WORDS), tokenizer))
         case "space":
-            return Space(some_adapters(model.network).attach(model.network), 2)
-    loaded = load_head(naive.write(folder, config, naive.checkpoint(config)), Target.of(model.network))
-    return Eagle3(*loaded, depth=3, beam=beam) if kind.startswith("eagle3") else Parallel(*loaded, beam=beam)
+            return SpaceProposer(some_adapters(model.network).attach(model.network), 2)
+    loaded = load_head(naive.write(folder, config, naive.checkpoint(config)), TargetModel.of(model.network))
+    return (
+        Eagle3Proposer(*loaded, depth=3, beam=beam)
+        if kind.startswith("eagle3")
+        else ParallelSpecProposer(*loaded, beam=beam)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +202,11 @@ def test_whatever_proposes_texts_are_drawn_as_often_as_they_should_be(kind, refe
     way = None
     if kind != "none":
         method = method_of(kind, model, tokenizer, tmp_path)
-        model.taps = method.taps
-        model.masks = method.masks if kind == "space" else None
-        way = Way("eagle3", Guard(method, WORDS), 6, False, model.taps, Costs())
+        model.aux_hidden_state_layers = method.aux_hidden_state_layers
+        model.mask_embedder = method.mask_embedder if kind == "space" else None
+        way = SpeculativeMethod(
+            "eagle3", GuardedProposer(method, WORDS), 6, False, model.aux_hidden_state_layers, StepCostModel()
+        )
         method.reserve(40, 32)
     texts: list[list] = [[] for _ in range(TEXTS)]
     with serving(model, contexts=40, capacity=32, max_running=32, step_tokens=256) as engine:
@@ -209,11 +215,11 @@ def test_whatever_proposes_texts_are_drawn_as_often_as_they_should_be(kind, refe
             program = generate(
                 PROMPT,
                 (),
-                Sampling(seed=seed, ignore_eos=True),
-                ends=(),
-                room=WRITTEN,
+                SamplingParams(seed=seed, ignore_eos=True),
+                stop_token_ids=(),
+                max_new_tokens=WRITTEN,
                 emit=pieces.append,
-                speculation=way.begin() if way else None,
+                speculation=way.start_sequence() if way else None,
             )
             replies.append(submit(engine, PROMPT[:-1], program, WRITTEN + 1))
         for reply in replies:
@@ -225,5 +231,5 @@ def test_whatever_proposes_texts_are_drawn_as_often_as_they_should_be(kind, refe
     flatter = np.array(chances) ** 0.8
     assert surprising(counts.ravel(), (flatter / flatter.sum()).tolist())
     if way:
-        came = summed(piece.speculated for pieces in texts for piece in pieces)
-        assert came is not None and TEXTS / 10 < sum(came.accepted) < sum(came.proposed)
+        came = sum_stats(piece.speculated for pieces in texts for piece in pieces)
+        assert came is not None and TEXTS / 10 < sum(came.accepted_per_position) < sum(came.proposed_per_position)

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculationSettings
-from parse.engines.native.model import Model, ModelNotFound
-from parse.engines.native.service import ModelService
+from parse.engines.native.model import Model, ModelNotFoundError
+from parse.engines.native.service import NativeEngine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
-from parse.speculative.cost_model import Costs
-from parse.speculative.guard import Guard
-from parse.speculative.loading import bytes_per_token, ways
-from parse.speculative.policy import Way
-from parse.speculative.proposers.eagle_head import HeadError
-from parse.speculative.proposers.ngram import Ngram
-from parse.types import Sampling
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.guard import GuardedProposer
+from parse.speculative.loading import bytes_per_token, load_methods
+from parse.speculative.policy import SpeculativeMethod
+from parse.speculative.proposers.eagle_head import ProposerLoadError
+from parse.speculative.proposers.ngram import NgramProposer
+from parse.types import SamplingParams
 
 HEADS = {
     "eagle3": str(DEMO / "demo-eagle3"),
@@ -52,16 +52,16 @@ def model():
     ],
 )
 def test_a_method_proposes_as_much_as_it_is_good_for_or_as_it_is_told(model, method, given, most):
-    assert ways(settings(method, **given), model, Costs())[method].most == most
+    assert load_methods(settings(method, **given), model, StepCostModel())[method].max_tokens == most
 
 
 def test_what_is_kept_of_a_token_is_counted(model):
     """Against what lies in memory after a text was written."""
-    service = ModelService(settings("eagle3", "parallel", "draft_model", "ngram"))
-    found = service._ways
-    sampling = Sampling(temperature=0.0, max_tokens=30, ignore_eos=True)
+    service = NativeEngine(settings("eagle3", "parallel", "draft_model", "ngram"))
+    found = service._methods
+    sampling = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     texts: list = []
-    begin = Way.begin
+    begin = SpeculativeMethod.start_sequence
 
     async def written(method):
         async with aclosing(service.generate([5, 6, 7, 8], sampling=sampling, speculation=method)) as pieces:
@@ -73,60 +73,60 @@ def test_what_is_kept_of_a_token_is_counted(model):
 
             def begun(way):
                 speculation = begin(way)
-                texts.append((way.method, speculation.proposer.proposer))
+                texts.append((way.method, speculation.state.state))
                 return speculation
 
-            patch.setattr(Way, "begin", begun)
+            patch.setattr(SpeculativeMethod, "begin", begun)
             for method in ("eagle3", "parallel", "draft_model"):
                 asyncio.run(written(method))
-        memory = service.engine._memory
-        assert memory.features is not None
-        whole = memory.features[0].nbytes
+        memory = service.core._kv_cache
+        assert memory.aux_hidden_states is not None
+        whole = memory.aux_hidden_states[0].nbytes
         for method, text in texts:
             if method != "draft_model":
                 held = sum(part[:, :, 0].nbytes for part in (text.keys, text.values))
-                assert found[method].foresight.bytes_per_token == held
+                assert found[method].proposer.bytes_per_token == held
                 whole += held
-        small = found["draft_model"].foresight._foresight._memory  # type: ignore[attr-defined]
-        assert found["draft_model"].foresight.bytes_per_token == small.bytes // (small.pages * small.page_size)
-        whole += found["draft_model"].foresight.bytes_per_token + found["ngram"].foresight.bytes_per_token
+        small = found["draft_model"].proposer._proposer._memory  # type: ignore[attr-defined]
+        assert found["draft_model"].proposer.bytes_per_token == small.bytes // (small.pages * small.page_size)
+        whole += found["draft_model"].proposer.bytes_per_token + found["ngram"].proposer.bytes_per_token
         assert bytes_per_token(list(found.values()), service.model) == whole
-        plain = ModelService(settings())
-        plain.close()
-        rows = service.engine._memory.pages * service.engine._memory.page_size
+        plain = NativeEngine(settings())
+        plain.shutdown()
+        rows = service.core._kv_cache.num_blocks * service.core._kv_cache.block_size
         assert rows * (service.model.bytes_per_token + whole) <= 128 * 2**20
-        assert rows < plain.engine._memory.pages * plain.engine._memory.page_size
+        assert rows < plain.core._kv_cache.num_blocks * plain.core._kv_cache.block_size
     finally:
-        service.close()
+        service.shutdown()
 
 
 def test_each_method_reads_the_features_it_names(model):
-    class Method(Ngram):
+    class Method(NgramProposer):
         def __init__(self, *taps):
-            self.taps = taps
+            self.aux_hidden_state_layers = taps
 
     features = torch.arange(5 * 4 * 3).view(5, 12)  # four taps of width three
     for taps, columns in (((7,), (6, 7, 8)), ((11, 2), (9, 10, 11, 0, 1, 2)), ((2, 5, 7, 11), range(12))):
-        way = Way("eagle3", Guard(Method(*taps), 9), 8, True, (2, 5, 7, 11), Costs())
-        assert torch.equal(way.own(features), features[:, list(columns)])  # type: ignore[arg-type]
+        way = SpeculativeMethod("eagle3", GuardedProposer(Method(*taps), 9), 8, True, (2, 5, 7, 11), StepCostModel())
+        assert torch.equal(way.select_layers(features), features[:, list(columns)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("method", "head", "error", "message"),
     [
-        ("eagle3", "demo-parallel", HeadError, "not an EAGLE-3 head"),
-        ("parallel", "demo-eagle3", HeadError, "not a parallel head"),
-        ("space", "demo-eagle3", HeadError, "config.json does not say 'rank'"),
-        ("eagle3", "demo-space", HeadError, "does not say"),
-        ("eagle3", "nowhere", HeadError, "nowhere"),
-        ("draft_model", "nowhere", ModelNotFound, "nowhere is no directory"),
-        ("space", None, HeadError, "this one has none"),
+        ("eagle3", "demo-parallel", ProposerLoadError, "not an EAGLE-3 head"),
+        ("parallel", "demo-eagle3", ProposerLoadError, "not a parallel head"),
+        ("space", "demo-eagle3", ProposerLoadError, "config.json does not say 'rank'"),
+        ("eagle3", "demo-space", ProposerLoadError, "does not say"),
+        ("eagle3", "nowhere", ProposerLoadError, "nowhere"),
+        ("draft_model", "nowhere", ModelNotFoundError, "nowhere is no directory"),
+        ("space", None, ProposerLoadError, "this one has none"),
     ],
 )
 def test_what_does_not_fit_is_refused_when_it_is_loaded(model, method, head, error, message):
     given = SpeculationSettings(method=method, head=head and str(DEMO / head))
     with pytest.raises(error, match=message):
-        ways(settings().model_copy(update={"speculation": (given,)}), model, Costs())
+        load_methods(settings().model_copy(update={"speculation": (given,)}), model, StepCostModel())
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from parse.speculative import policy
-from parse.speculative.cost_model import Costs
-from parse.speculative.guard import Guard
-from parse.speculative.policy import LONGEST_PAUSE, TRIALS, Way
-from parse.speculative.proposal import NOT_YET, NOTHING, Foresight, Proposal, chained
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.guard import GuardedProposer
+from parse.speculative.policy import MAX_PAUSE, MIN_TRIALS, SpeculativeMethod
+from parse.speculative.proposal import NO_PROPOSAL, NOT_YET, Proposal, Proposer, chain_proposal
 from parse.tree import MASK
 
 MS = 1e-3
@@ -68,12 +68,12 @@ class Text:
         """Tokens that would be accepted."""
         return sum(1 for _ in itertools.takewhile(bool, self.comes))
 
-    def take(self, tokens, features, foreseen):
+    def extend(self, tokens, features, foreseen):
         pass
 
 
 @dataclass
-class Method(Foresight):
+class Method(Proposer):
     """Takes `call_s` and, for each step, `step_s`; knows the chances of tokens, and may tell or twist them."""
 
     clock: Clock
@@ -83,7 +83,7 @@ class Method(Foresight):
     blind: bool = False
     texts: list = field(default_factory=list)
 
-    def proposer(self):
+    def new_state(self):
         return self.texts.pop(0)
 
     def propose(self, wishes):
@@ -96,7 +96,7 @@ class Method(Foresight):
                 if chance < wish.floor and not self.blind:
                     break
                 likely.append(chance)
-            found.append(chained(list(range(len(likely))), None if self.blind else likely))
+            found.append(chain_proposal(list(range(len(likely))), None if self.blind else likely))
         self.clock.now += self.call_s + self.step_s * steps
         return found
 
@@ -124,16 +124,16 @@ class Batch:
     while those behind it have yet to hear of theirs."""
 
     def __init__(self, machine, method, costs=None):
-        self.machine, self.method, self.costs = machine, method, costs or Costs()
-        self.costs.begin((size, machine(size)) for size in TRIED)
-        self.way = Way("eagle3", Guard(method, MOST), MOST, method.step_s > 0, (), self.costs)
+        self.machine, self.method, self.costs = machine, method, costs or StepCostModel()
+        self.costs.initialize((size, machine(size)) for size in TRIED)
+        self.way = SpeculativeMethod("eagle3", GuardedProposer(method, MOST), MOST, method.step_s > 0, (), self.costs)
         self.going: list = []
 
     def begin(self, *texts):
         for text in texts:
             self.method.texts.append(text)
-            going = self.way.begin()
-            self.going.append([text, going, going.wish(ROOM)])
+            going = self.way.start_sequence()
+            self.going.append([text, going, going.proposal_call(ROOM)])
 
     def end(self):
         self.going = []
@@ -145,24 +145,24 @@ class Batch:
             asking = [wished.wish for _, _, wished in self.going if wished]
             came.floors += [wish.floor for wish in asking]
             found = iter(self.way.propose(asking) if asking else ())
-            proposals = [next(found) if wished else NOTHING for _, _, wished in self.going]
+            proposals = [next(found) if wished else NO_PROPOSAL for _, _, wished in self.going]
             came.proposed.append(
                 [
-                    len(proposal.tokens) if wished else -1
+                    len(proposal.token_ids) if wished else -1
                     for proposal, (_, _, wished) in zip(proposals, self.going, strict=True)
                 ]
             )
-            entries = sum(1 + len(proposal.tokens) for proposal in proposals)
+            entries = sum(1 + len(proposal.token_ids) for proposal in proposals)
             tokens = 0
             for one, proposal in zip(self.going, proposals, strict=True):
                 text, going, _ = one
-                accepted = min(text.run(), len(proposal.tokens))
+                accepted = min(text.run(), len(proposal.token_ids))
                 going.came(proposal, accepted)
                 tokens += 1 + accepted
                 text.go_on()
                 one[2] = going.wish(ROOM)
             clock.now += self.machine(entries)
-            self.costs.passed(len(self.going), entries, tokens, self.machine(entries))
+            self.costs.record(len(self.going), entries, tokens, self.machine(entries))
             came.tokens += tokens
         came.seconds = clock.now - began
         return came
@@ -266,9 +266,9 @@ def test_a_text_without_success_is_left_alone_and_tried_at_growing_intervals(pac
     batch = Batch(cpu, Method(clock, *PACES[pace]))
     batch.begin(Text(always(0.0), 1))
     tried = [number for number, (size,) in enumerate(batch.write(1000).proposed) if size >= 0]
-    pauses = [after - before for before, after in itertools.pairwise(tried)][TRIALS:]
-    assert tried[: TRIALS - 1] == list(range(TRIALS - 1))
-    assert pauses == sorted(pauses) and max(pauses) == LONGEST_PAUSE
+    pauses = [after - before for before, after in itertools.pairwise(tried)][MIN_TRIALS:]
+    assert tried[: MIN_TRIALS - 1] == list(range(MIN_TRIALS - 1))
+    assert pauses == sorted(pauses) and max(pauses) == MAX_PAUSE
     assert len(tried) < 30
 
 
@@ -278,12 +278,12 @@ def test_proposals_come_back_when_a_text_becomes_predictable_and_go_when_it_ceas
     batch = Batch(cpu, Method(clock, *PACES[pace]))
     batch.begin(*(Text(always(0.02), seed) for seed in range(texts)))
     batch.write(500)
-    before = batch.write(2 * LONGEST_PAUSE)
+    before = batch.write(2 * MAX_PAUSE)
     for chance in (always(0.97), always(0.02)):
         for one in batch.going:
             one[0].chance = chance
-        batch.write(6 * LONGEST_PAUSE)
-        now = batch.write(2 * LONGEST_PAUSE)
+        batch.write(6 * MAX_PAUSE)
+        now = batch.write(2 * MAX_PAUSE)
         if chance(None) < 0.5:
             assert now.depth < 0.5 and now.rate == pytest.approx(before.rate, rel=0.1)
         else:
@@ -317,9 +317,9 @@ def test_after_all_is_forgotten_a_text_is_tried_as_the_first_one_was(clock):
     batch.begin(Text(always(0.0), 0))
     batch.write(200)
     batch.end()
-    batch.way.forget()
+    batch.way.reset()
     batch.begin(Text(always(0.0), 1))
-    came = batch.write(TRIALS - 1).proposed
+    came = batch.write(MIN_TRIALS - 1).proposed
     assert came[0] == [MOST] and [-1] not in came
 
 
@@ -375,7 +375,7 @@ class Silent(Method):
         self.clock.now += self.call_s
         return [self.answer] * len(wishes)
 
-    answer = NOTHING
+    answer = NO_PROPOSAL
 
 
 def test_looking_in_vain_counts_by_the_time_it_takes(clock):
@@ -404,7 +404,7 @@ class Masked(Silent):
         for wish in wishes:
             wish.proposer.asked = not getattr(wish.proposer, "asked", False)
             mere = Proposal([MASK] * 3, (-1, 0, 1), (1.0,) * 3)
-            found.append(mere if wish.proposer.asked else chained([1, 2, 3], (0.9, 0.9, 0.9)))
+            found.append(mere if wish.proposer.asked else chain_proposal([1, 2, 3], (0.9, 0.9, 0.9)))
         return found
 
 
@@ -421,17 +421,17 @@ def test_mere_masks_are_judged_by_what_they_foresaw(clock):
 def test_there_is_no_wish_where_there_is_no_room(clock):
     batch = Batch(flat, Method(clock))
     batch.method.texts.append(Text(always(0.9), 0))
-    going = batch.way.begin()
-    assert going.wish(0) is None
-    wished = going.wish(3)
-    assert wished is not None and wished.wish.most == 3
+    going = batch.way.start_sequence()
+    assert going.proposal_call(0) is None
+    wished = going.proposal_call(3)
+    assert wished is not None and wished.request.max_tokens == 3
 
 
 def test_before_anybody_has_looked_at_the_clock_everything_is_wished_for(clock):
     method = Method(clock, texts=[Text(always(0.0), 0)])
-    way = Way("ngram", Guard(method, MOST), MOST, False, (), Costs())
-    going = way.begin()
+    way = SpeculativeMethod("ngram", GuardedProposer(method, MOST), MOST, False, (), StepCostModel())
+    going = way.start_sequence()
     for _ in range(20):
-        wished = going.wish(ROOM)
-        assert wished is not None and (wished.wish.most, wished.wish.floor) == (MOST, 0)
-        going.came(way.propose([wished.wish])[0], 0)
+        wished = going.proposal_call(ROOM)
+        assert wished is not None and (wished.request.max_tokens, wished.request.min_probability) == (MOST, 0)
+        going.observe(way.propose([wished.request])[0], 0)

@@ -3,11 +3,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parse.engines.native.attention import RowAttention, UnsupportedModel, step_attention
-from parse.engines.native.kv_cache import Memory
-from parse.engines.native.prefix_cache import Context
-from parse.engines.native.scheduled_chunk import Span
-from parse.tree import chain, probed, probes
+from parse.engines.native.attention import ContiguousAttention, UnsupportedModelError, step_attention
+from parse.engines.native.kv_cache import KVCache
+from parse.engines.native.prefix_cache import SequenceState
+from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.tree import chain, suffix_forest, trunk_with_suffixes
 
 LAYER = 3
 
@@ -30,7 +30,14 @@ def requests(draw):
     nodes = list(range(draw(st.integers(1, 6))))
     cuts = draw(st.sets(st.integers(1, len(nodes)), max_size=3))
     tree = draw(
-        st.sampled_from([nodes, chain(nodes), probed(nodes, list(cuts), [1, 2]), probes([0, len(context)], nodes)])
+        st.sampled_from(
+            [
+                nodes,
+                chain(nodes),
+                trunk_with_suffixes(nodes, list(cuts), [1, 2]),
+                suffix_forest([0, len(context)], nodes),
+            ]
+        )
     )
     size = len(context) + len(tree)
     borders = draw(st.sets(st.integers(1, size), max_size=3)) | {size}
@@ -49,11 +56,11 @@ def requests(draw):
 def test_packed_requests_get_what_each_would_alone(requests, shape, window, scale, pages, seed):
     heads, key_heads, width, value_width = shape
     draw = torch.Generator().manual_seed(seed)
-    memory = Memory(pages=5, page_size=50)
+    memory = KVCache(num_blocks=5, block_size=50)
     rows: list[tuple] = []
     for (tokens, tree, borders), page in zip(requests, pages, strict=False):
-        context = Context(tokens)
-        context.pages = [page]
+        context = SequenceState(tokens)
+        context.block_ids = [page]
         size = borders[-1]
         tensors = [torch.randn(size, *s, generator=draw) for s in ((heads, width), (key_heads, width))]
         values = torch.randn(size, key_heads, value_width, generator=draw)
@@ -61,16 +68,16 @@ def test_packed_requests_get_what_each_would_alone(requests, shape, window, scal
     while any(borders for _, _, borders, *_ in rows):
         due = [row for row in rows if row[2]]
         starts = [sum(map(len, row[4])) for row in due]
-        spans = [Span(row[0], row[1], start, row[2].pop(0)) for row, start in zip(due, starts, strict=True)]
-        both = sorted(zip(due, spans, strict=True), key=lambda pair: (len(pair[1]) > 1, pair[1].context.pages[0]))
+        spans = [ScheduledChunk(row[0], row[1], start, row[2].pop(0)) for row, start in zip(due, starts, strict=True)]
+        both = sorted(zip(due, spans, strict=True), key=lambda pair: (len(pair[1]) > 1, pair[1].sequence.block_ids[0]))
         spans = [span for _, span in both]
         query, key, value = (
-            torch.cat([row[3][which][span.first : span.last] for row, span in both]).transpose(0, 1)[None]
+            torch.cat([row[3][which][span.start : span.end] for row, span in both]).transpose(0, 1)[None]
             for which in range(3)
         )
-        slots = torch.tensor([50 * s.context.pages[0] + place for s in spans for place in range(s.first, s.last)])
+        slots = torch.tensor([50 * s.sequence.block_ids[0] + place for s in spans for place in range(s.start, s.end)])
         before = memory.keys[LAYER].clone() if memory.keys else None
-        out = RowAttention(memory, spans, slots).attend(LAYER, query, key, value, scale, window)
+        out = ContiguousAttention(memory, spans, slots).attend(LAYER, query, key, value, scale, window)
         assert out.shape == (1, len(slots), heads, value_width)
         for (row, _), part in zip(both, out[0].split([len(span) for span in spans]), strict=True):
             row[4].append(part)
@@ -78,25 +85,25 @@ def test_packed_requests_get_what_each_would_alone(requests, shape, window, scal
             others = torch.ones(len(before), dtype=torch.bool).index_fill(0, slots, False)
             assert torch.equal(memory.keys[LAYER][others], before[others])
     for context, tree, _, (query, key, value), parts in rows:
-        visible = torch.from_numpy(Span(context, tree, 0, len(query)).visible(window))
+        visible = torch.from_numpy(ScheduledChunk(context, tree, 0, len(query)).visibility(window))
         wanted = [naive(query[i], key, value, visible[i], scale or width**-0.5) for i in range(len(query))]
         torch.testing.assert_close(torch.cat(parts), torch.stack(wanted), atol=1e-5, rtol=1e-5)
 
 
 def test_layers_of_a_model_may_differ_in_their_heads():
     """One step serves them all, whatever it keeps from layer to layer."""
-    context, size = Context(list(range(5))), 9
-    context.pages = [0]
-    memory = Memory(pages=1, page_size=20)
-    span = Span(context, probes([2, 5], [1, 2]), 0, size)
-    attention = RowAttention(memory, [span], torch.arange(size))
+    context, size = SequenceState(list(range(5))), 9
+    context.block_ids = [0]
+    memory = KVCache(num_blocks=1, block_size=20)
+    span = ScheduledChunk(context, suffix_forest([2, 5], [1, 2]), 0, size)
+    attention = ContiguousAttention(memory, [span], torch.arange(size))
     for layer, (heads, key_heads, window) in enumerate([(4, 4, None), (4, 2, 50), (8, 1, 3), (4, 4, 3), (6, 3, None)]):
         query, key, value = (torch.randn(1, n, size, 8) for n in (heads, key_heads, key_heads))
         module = torch.nn.Module()
         module.layer_idx = layer  # type: ignore[assignment]
         out, _ = step_attention(module, query, key, value, None, step=attention, sliding_window=window)
         assert out.is_contiguous()
-        visible = torch.from_numpy(span.visible(window))
+        visible = torch.from_numpy(span.visibility(window))
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
         wanted = [naive(rows[0][i], rows[1], rows[2], visible[i], 8**-0.5) for i in range(size)]
         torch.testing.assert_close(out[0], torch.stack(wanted), atol=1e-5, rtol=1e-5)
@@ -104,7 +111,7 @@ def test_layers_of_a_model_may_differ_in_their_heads():
 
 @pytest.mark.parametrize("given", [dict(softcap=30.0), dict(s_aux=torch.zeros(4))])
 def test_scores_that_are_changed_on_their_way_are_refused(given):
-    with pytest.raises(UnsupportedModel, match="capped scores and sinks"):
+    with pytest.raises(UnsupportedModelError, match="capped scores and sinks"):
         zeros = torch.zeros(1, 1, 1, 4)
-        step = RowAttention(Memory(pages=1, page_size=1), [], torch.tensor([]))
+        step = ContiguousAttention(KVCache(num_blocks=1, block_size=1), [], torch.tensor([]))
         step_attention(torch.nn.Module(), zeros, zeros, zeros, None, step=step, **given)

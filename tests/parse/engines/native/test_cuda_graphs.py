@@ -16,16 +16,22 @@ from torch.utils._pytree import tree_leaves
 from parse.engines.native import engine as engines
 from parse.engines.native import paged_attention
 from parse.engines.native.attention import STEP_ATTENTION
-from parse.engines.native.cuda_graphs import CudaRecorder, Graphs, NothingAskedBack, graphs_for, rows_for
-from parse.engines.native.kv_cache import Memory
+from parse.engines.native.cuda_graphs import (
+    CudaGraphs,
+    CudaRecorder,
+    ForbidHostSync,
+    cuda_graphs_for,
+    padded_batch_size,
+)
+from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
-from parse.engines.native.paged_attention import CannotReplay, DecodingAttention, PagedAttention
-from parse.engines.native.prefix_cache import Context
-from parse.engines.native.programs import Ask
-from parse.engines.native.sampler import Sampler, choose, logprobs
-from parse.engines.native.scheduled_chunk import Span
-from parse.tree import probes
-from parse.types import Cancelled, Sampling
+from parse.engines.native.paged_attention import CannotReplayError, DecodeAttention, PagedAttention
+from parse.engines.native.prefix_cache import SequenceState
+from parse.engines.native.programs import TreeInput
+from parse.engines.native.sampler import Sampler, sample, token_logprobs
+from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.tree import suffix_forest
+from parse.types import RequestCancelled, SamplingParams
 from tests.parse.engines.native.test_paged_attention import ATOL, Writing, gpu, outputs, text
 from tests.parse.engines.native.tiny import SERVED, VOCABULARY, ask, build, paused, plain, serving
 
@@ -55,7 +61,7 @@ class TapeRecorder:
     def __init__(self):
         self.rows: list[int] = []
 
-    def try_out(self, work):
+    def warm_up(self, work):
         work()
 
     def record(self, work):
@@ -107,7 +113,7 @@ def recorder(monkeypatch):
         used, pages = named["seqused_k"], named["block_table"]
         return decode(query, keys, values, bounds, key_bounds, used, pages, most_keys, scale, window_size[0])
 
-    inner = DecodingAttention.attend
+    inner = DecodeAttention.attend
 
     def with_kernel(*args):
         with pytest.MonkeyPatch.context() as patch:
@@ -116,9 +122,9 @@ def recorder(monkeypatch):
             return inner(*args)
 
     def on_tape(model, memory, spare, longest):
-        return Graphs(model, memory, spare, longest, tape)
+        return CudaGraphs(model, memory, spare, longest, tape)
 
-    monkeypatch.setattr(DecodingAttention, "attend", with_kernel)
+    monkeypatch.setattr(DecodeAttention, "attend", with_kernel)
     monkeypatch.setattr(engines, "graphs_for", on_tape)
     return tape
 
@@ -163,7 +169,7 @@ def test_numbers_of_rows_are_recorded_once_and_few(tokenizer, recorder):
             for each in writing:
                 each.reply.result()
     assert sorted(recorder.rows) == sorted(set(recorder.rows))
-    assert [rows_for(n) for n in (1, 2, 3, 4, 5, 8, 9, 33, 64)] == [1, 2, 4, 4, 8, 8, 16, 64, 64]
+    assert [padded_batch_size(n) for n in (1, 2, 3, 4, 5, 8, 9, 33, 64)] == [1, 2, 4, 4, 8, 8, 16, 64, 64]
 
 
 def test_who_leaves_a_replayed_step_leaves_the_others_as_they_were(tokenizer, recorder):
@@ -173,16 +179,18 @@ def test_who_leaves_a_replayed_step_leaves_the_others_as_they_were(tokenizer, re
     with serving(Model(network, tokenizer), **PAGES, graphs=True) as engine, counted(engine) as replayed:
         with paused(engine):
             writing = [Writing(engine, text(random.Random(seed), 20), 90) for seed in range(3)]
-            reply = ask(engine, [3, 4, 5], *[Ask([token], keep=range(i > 0)) for i, token in enumerate(said)])
+            reply = ask(
+                engine, [3, 4, 5], *[TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(said)]
+            )
         for number, each in enumerate(writing):
             while len(each.ids) < 5 * number + 5:
                 time.sleep(0.001)
-            engine.cancel(each.reply.job)
-            assert isinstance(each.reply.wait().error, Cancelled)
+            engine.abort(each.reply.job)
+            assert isinstance(each.reply.wait().error, RequestCancelled)
         got = torch.cat(reply.result())
         torch.testing.assert_close(got, plain(reference, [3, 4, 5, *said])[3:], atol=ATOL, rtol=0)
         assert max(replayed) == 4 and min(replayed) == 1
-        assert engine.load.replayed == len(replayed)
+        assert engine.stats.num_replayed_steps == len(replayed)
 
 
 def test_what_is_asked_for_in_several_steps_outlives_those_that_are_replayed_between(tokenizer, recorder):
@@ -190,7 +198,9 @@ def test_what_is_asked_for_in_several_steps_outlives_those_that_are_replayed_bet
     reference = deepcopy(network)
     said = [7, 8, 9, 10, 11, 12]
     with serving(Model(network, tokenizer), **PAGES, step_tokens=1, graphs=True) as engine, counted(engine) as replayed:
-        got = torch.cat(ask(engine, [3, 4, 5], Ask(said[:3]), Ask(said[3:], keep=range(3))).result())
+        got = torch.cat(
+            ask(engine, [3, 4, 5], TreeInput(said[:3]), TreeInput(said[3:], accepted_path=range(3))).result()
+        )
     torch.testing.assert_close(got, plain(reference, [3, 4, 5, *said])[3:], atol=ATOL, rtol=0)
     assert replayed == [1] * 5
 
@@ -202,10 +212,10 @@ def test_rows_that_nobody_needs_write_to_no_page_that_is_somebodys(tokenizer, re
                 writing = [Writing(engine, [seed], 6) for seed in range(3)]
             for each in writing:
                 each.reply.result()
-        assert engine.load.pages == 4
-        memory = engine._memory
+        assert engine.stats.blocks_total == 4
+        memory = engine._kv_cache
         assert 4 in recorder.rows
-        written = [bool(memory.keys[0][8 * page : 8 * page + 8].any()) for page in range(memory.pages)]
+        written = [bool(memory.keys[0][8 * page : 8 * page + 8].any()) for page in range(memory.num_blocks)]
         assert written == [True, True, True, False, True]  # the spare one last
         assert not bool(memory.keys[0][33:].any())  # and only at its beginning
 
@@ -266,8 +276,8 @@ def test_no_model_that_is_served_asks_its_device_for_a_value_while_it_decodes(ki
 
     tiny = Model(build(kind), tokenizer)
     rows = torch.tensor([[1, 2, 3], [5, 6, 2]])
-    with torch.inference_mode(), NothingAskedBack():
-        tiny.run(rows[:1], rows[1:], Blind(), 0)
+    with torch.inference_mode(), ForbidHostSync():
+        tiny.forward_tensors(rows[:1], rows[1:], Blind(), 0)
 
 
 @pytest.mark.parametrize(
@@ -284,12 +294,12 @@ def test_no_model_that_is_served_asks_its_device_for_a_value_while_it_decodes(ki
 )
 def test_whatever_asks_the_device_for_a_value_is_found(asks):
     for inference in (False, True):
-        with torch.inference_mode(inference), pytest.raises(CannotReplay), NothingAskedBack():
+        with torch.inference_mode(inference), pytest.raises(CannotReplayError), ForbidHostSync():
             asks(torch.zeros(4))
 
 
 def test_what_stays_on_the_device_may_be_recorded():
-    with torch.inference_mode(), NothingAskedBack():
+    with torch.inference_mode(), ForbidHostSync():
         x = torch.arange(4.0)
         x[torch.tensor([1, 2])] = x[torch.tensor([3, 0])] * 2 + torch.tensor(1.0)
         x.copy_(x.to(torch.bfloat16).cumsum(0))
@@ -318,25 +328,30 @@ def test_what_lies_on_a_device_meets_nothing_that_lies_elsewhere(kind, by_kernel
     )  # compares, and here is nothing to compare
     monkeypatch.setattr(Model, "_self_check", lambda tiny: tiny._attend_with(STEP_ATTENTION))
     monkeypatch.setattr(paged_attention, "_has_kernel", lambda device: by_kernel)
-    tiny, memory = Model(network, tokenizer), Memory(9, paged_attention.PAGE)
-    contexts = [Context(list(range(100))) for _ in range(4)]
+    tiny, memory = Model(network, tokenizer), KVCache(9, paged_attention.BLOCK_SIZE)
+    contexts = [SequenceState(list(range(100))) for _ in range(4)]
     for number, context in enumerate(contexts):
-        context.pages = [2 * number, 2 * number + 1]
-    (a, b, c, d), forest = contexts, probes([10, 90], [1, 2, 3])
-    spans = [Span(a, [5], 100, 101), Span(b, [6], 100, 101), Span(c, (), 0, 60), Span(d, forest, 100, 106)]
-    tokens = [token for span in spans for token in span.tokens()]
+        context.block_ids = [2 * number, 2 * number + 1]
+    (a, b, c, d), forest = contexts, suffix_forest([10, 90], [1, 2, 3])
+    spans = [
+        ScheduledChunk(a, [5], 100, 101),
+        ScheduledChunk(b, [6], 100, 101),
+        ScheduledChunk(c, (), 0, 60),
+        ScheduledChunk(d, forest, 100, 106),
+    ]
+    tokens = [token for span in spans for token in span.token_ids()]
     positions = [position for span in spans for position in span.positions()]
     with torch.inference_mode(), OneDevice():
         logits, _ = tiny.forward(tokens, positions, PagedAttention(memory, spans), [0, 1, 64])
         assert (logits.device, logits.shape) == (meta, (3, VOCABULARY))
         table = torch.zeros(4, 6, dtype=torch.long, device=meta)
-        step = DecodingAttention(memory, table[:, 1], table[:, 2:])
-        with NothingAskedBack(), suppress(*([] if by_kernel else [CannotReplay])):
-            assert tiny.run(table[None, :, 0], table[None, :, 1], step, 0)[0].device == meta
+        step = DecodeAttention(memory, table[:, 1], table[:, 2:])
+        with ForbidHostSync(), suppress(*([] if by_kernel else [CannotReplayError])):
+            assert tiny.forward_tensors(table[None, :, 0], table[None, :, 1], step, 0)[0].device == meta
     adjusted = dict(frequency_penalty=0.4, repetition_penalty=1.2, logit_bias={3: 1.0})
-    everything = Sampling(top_p=0.9, top_k=5, min_p=0.1, **adjusted)  # type: ignore[arg-type]
-    draws = [*Sampler(everything, [1, 2], [3]).draws([0, 4]), *Sampler(Sampling(), [1], []).draws()]
-    for last_of_all in (lambda: choose(logits, draws), lambda: logprobs(logits, [1, 2, 3], 2)):
+    everything = SamplingParams(top_p=0.9, top_k=5, min_p=0.1, **adjusted)  # type: ignore[arg-type]
+    draws = [*Sampler(everything, [1, 2], [3]).states([0, 4]), *Sampler(SamplingParams(), [1], []).states()]
+    for last_of_all in (lambda: sample(logits, draws), lambda: token_logprobs(logits, [1, 2, 3], 2)):
         with OneDevice(), pytest.raises(NotImplementedError, match="out of meta") as caught:
             last_of_all()
         assert any("tolist()" in str(entry.statement) for entry in caught.traceback)  # nothing is asked for before
@@ -344,9 +359,9 @@ def test_what_lies_on_a_device_meets_nothing_that_lies_elsewhere(kind, by_kernel
 
 def test_on_a_cpu_nothing_is_recorded(tokenizer):
     tiny = Model(build("llama"), tokenizer)
-    assert graphs_for(tiny, Memory(2, 16), 1, 16) is None
+    assert cuda_graphs_for(tiny, KVCache(2, 16), 1, 16) is None
     with serving(tiny, graphs=True) as engine:
-        assert engine._graphs is None
+        assert engine._cuda_graphs is None
         assert len(written(engine, 2)[0]) == 10
 
 
@@ -357,7 +372,7 @@ def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokeni
     tiny = Model(network.bfloat16().to(device), tokenizer)
     contexts = [text(random.Random(seed), size) for seed, size in enumerate((700, 300, 20, 255, 256))]
     said = text(random.Random(9), 40)
-    asks = [Ask([token], keep=range(i > 0)) for i, token in enumerate(said)]
+    asks = [TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(said)]
     sizes = dict(contexts=8, capacity=1024, step_tokens=2048)
     answers = []
     for graphed in (False, True):
@@ -366,8 +381,8 @@ def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokeni
                 with paused(engine):
                     replies = [ask(engine, context, *asks[: 40 - 5 * i]) for i, context in enumerate(contexts)]
                 answers.append([torch.cat(reply.result()) for reply in replies])
-            if engine._graphs:
-                assert sum(recording is not None for recording in engine._graphs._recordings.values()) >= 3
+            if engine._cuda_graphs:
+                assert sum(recording is not None for recording in engine._cuda_graphs._recordings.values()) >= 3
     assert not caplog.records
     for got in answers[1:]:
         for one, other in zip(got, answers[0], strict=True):
@@ -381,7 +396,7 @@ def test_a_gpu_goes_on_after_a_recording_that_broke_off(device):
     with pytest.raises(RuntimeError):
         recorder.record(lambda: x + x.sum().item())
     assert torch.cuda.current_stream() == before
-    recorder.try_out(lambda: x + 1)
+    recorder.warm_up(lambda: x + 1)
     y, replay = recorder.record(lambda: x + 1)
     x.fill_(4.0)
     replay()

@@ -1,10 +1,10 @@
 import threading
 
-from parse.engines.native.fair_lock import Turns
+from parse.engines.native.fair_lock import FairLock
 
 
 def test_only_one_at_a_time_and_whoever_waited_longest_is_next():
-    turns, entered, inside = Turns(), [], threading.Event()
+    turns, entered, inside = FairLock(), [], threading.Event()
 
     def work(name: str) -> None:
         with turns:
@@ -27,7 +27,7 @@ def test_only_one_at_a_time_and_whoever_waited_longest_is_next():
 
 
 def test_a_turn_that_fails_is_over():
-    turns = Turns()
+    turns = FairLock()
     for _ in range(2):
         try:
             with turns:

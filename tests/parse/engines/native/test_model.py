@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from parse.engines.native.attention import UnsupportedModel
-from parse.engines.native.model import Model, ModelNotFound
-from parse.engines.native.programs import Ask
-from parse.prompts import prompt_ids
-from parse.tree import probes, proposals
+from parse.engines.native.attention import UnsupportedModelError
+from parse.engines.native.model import Model, ModelNotFoundError
+from parse.engines.native.programs import TreeInput
+from parse.prompts import chat_prompt_token_ids
+from parse.tree import suffix_forest, tree_from_parents
 from parse.types import RequestError
 from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, ask, build, paused, plain, serving
 from training.evaluate import MODELS
@@ -31,20 +31,24 @@ def test_a_forest_in_packed_and_chunked_steps_answers_as_separate_texts_do(kind,
     reference = deepcopy(network)
     rng = random.Random(0)
     context, suffix, short, other = text(rng, 57), text(rng, 4), text(rng, 9), text(rng, 40)
-    asked = probes([57, 5, 16, 40, 33], suffix)
-    tree, _ = proposals(text(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
+    asked = suffix_forest([57, 5, 16, 40, 33], suffix)
+    tree, _ = tree_from_parents(text(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
     spoken = text(rng, 14)
     guesses = [text(rng, 5) for _ in range(3)]
     with serving(Model(network, tokenizer), step_tokens=19) as engine:
         with paused(engine):
-            judging = ask(engine, context, Ask(asked))
-            writing = ask(engine, short, *(Ask([token], keep=range(bool(i))) for i, token in enumerate(spoken)))
-            guessing = ask(engine, other, *(Ask(guess, keep=range(2 * bool(i))) for i, guess in enumerate(guesses)))
-            growing = ask(engine, other[:20], Ask(tree))
+            judging = ask(engine, context, TreeInput(asked))
+            writing = ask(
+                engine, short, *(TreeInput([token], accepted_path=range(bool(i))) for i, token in enumerate(spoken))
+            )
+            guessing = ask(
+                engine, other, *(TreeInput(guess, accepted_path=range(2 * bool(i))) for i, guess in enumerate(guesses))
+            )
+            growing = ask(engine, other[:20], TreeInput(tree))
         judged, written, guessed, grown = (r.result() for r in (judging, writing, guessing, growing))
-        before = engine.load
-        again = ask(engine, context[:50], Ask(tree), Ask(tree, read=[4])).result()
-        assert engine.load.prefix_hits - before.prefix_hits == 50
+        before = engine.stats
+        again = ask(engine, context[:50], TreeInput(tree), TreeInput(tree, logits_nodes=[4])).result()
+        assert engine.stats.prefix_hits - before.prefix_hits == 50
 
     def close(got, wanted):
         torch.testing.assert_close(got, wanted, atol=ATOL, rtol=0)
@@ -63,7 +67,7 @@ def test_a_forest_in_packed_and_chunked_steps_answers_as_separate_texts_do(kind,
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_that_would_be_computed_wrong_is_refused_by_name(kind, tokenizer):
-    with pytest.raises(UnsupportedModel, match=f"(?i){kind}.*{REFUSED[kind][1]}"):
+    with pytest.raises(UnsupportedModelError, match=f"(?i){kind}.*{REFUSED[kind][1]}"):
         Model(build(kind), tokenizer)
 
 
@@ -95,7 +99,7 @@ def test_an_unknown_model_that_computes_wrong_is_caught_when_it_is_loaded(mixing
     Model(network, tokenizer)
     layer = network.model.layers[1]
     layer.mlp = mixing(layer.mlp)
-    with pytest.raises(UnsupportedModel, match="does not compute the same packed as alone"):
+    with pytest.raises(UnsupportedModelError, match="does not compute the same packed as alone"):
         Model(network, tokenizer)
 
 
@@ -107,7 +111,7 @@ def test_no_model_is_refused_for_what_rounding_does_in_half_precision(kind, dtyp
         Model(build(kind, seed, num_hidden_layers=3).to(dtype), tokenizer)
     network = build(kind, num_hidden_layers=3).to(dtype)
     network.model.layers[0].mlp = Neighbours(network.model.layers[0].mlp, 1.0)
-    with pytest.raises(UnsupportedModel, match="does not compute the same packed as alone"):
+    with pytest.raises(UnsupportedModelError, match="does not compute the same packed as alone"):
         Model(network, tokenizer)
 
 
@@ -116,7 +120,7 @@ def test_a_wrong_model_is_caught_however_small_its_logits_are(tokenizer):
     network.model.layers[1].mlp = Neighbours(network.model.layers[1].mlp)
     with torch.no_grad():
         network.lm_head.weight *= 1e-5
-    with pytest.raises(UnsupportedModel, match="does not compute the same packed as alone"):
+    with pytest.raises(UnsupportedModelError, match="does not compute the same packed as alone"):
         Model(network, tokenizer)
 
 
@@ -124,15 +128,15 @@ def test_a_model_that_returns_no_numbers_is_refused(tokenizer):
     network = build("llama")
     with torch.no_grad():
         network.lm_head.weight[3] = torch.nan
-    with pytest.raises(UnsupportedModel):
+    with pytest.raises(UnsupportedModelError):
         Model(network, tokenizer)
 
 
 def test_what_holds_no_model_is_said_so(tmp_path):
-    with pytest.raises(ModelNotFound, match=str(tmp_path)):
+    with pytest.raises(ModelNotFoundError, match=str(tmp_path)):
         Model.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelNotFound, match=str(tmp_path)):
+    with pytest.raises(ModelNotFoundError, match=str(tmp_path)):
         Model.load(tmp_path)
 
 
@@ -142,8 +146,8 @@ def test_a_loaded_model_knows_its_limits_and_all_its_end_tokens(tokenizer, tmp_p
     network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = Model.load(tmp_path, device="cpu")
-    assert model.ends == {7, 9, tokenizer.eos_token_id}
-    assert (model.vocabulary, model.longest) == (len(tokenizer), 256)
+    assert model.eos_token_ids == {7, 9, tokenizer.eos_token_id}
+    assert (model.vocab_size, model.max_model_len) == (len(tokenizer), 256)
     assert model.bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, width, bytes
     assert model.network.dtype == torch.float32
 
@@ -153,10 +157,10 @@ def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
     model = Model.load(path, device="cpu", int8=True)
     assert not any(isinstance(part, nn.Linear) for part in model.network.modules())
     given = problem("test", 1, 0)
-    ids = prompt_ids(model.tokenizer, [{"role": "user", "content": given.question}])
+    ids = chat_prompt_token_ids(model.tokenizer, [{"role": "user", "content": given.question}])
     ids += model.tokenizer.encode(answer(given))
     with serving(model, capacity=len(ids)) as engine:
-        (logits,) = ask(engine, [], Ask(ids)).result()
+        (logits,) = ask(engine, [], TreeInput(ids)).result()
     same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), ids).argmax(-1)
     assert same.float().mean() > 0.95
 
@@ -172,9 +176,9 @@ def test_a_folder_without_all_the_weights_or_with_others_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, why in (({"num_hidden_layers": 3}, "lacks"), ({"hidden_size": 48}, "cannot|can be loaded")):
         (folder / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ModelNotFound, match=why):
+        with pytest.raises(ModelNotFoundError, match=why):
             Model.load(folder)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ModelNotFound, match="can be loaded"):
+    with pytest.raises(ModelNotFoundError, match="can be loaded"):
         Model.load(folder)

@@ -8,17 +8,17 @@ from torch.nn.attention.varlen import varlen_attn
 
 from parse.config import EngineSettings
 from parse.engines.native import model, paged_attention
-from parse.engines.native.engine import Engine
-from parse.engines.native.kv_cache import Memory
+from parse.engines.native.engine import EngineCore
+from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
-from parse.engines.native.paged_attention import PagedAttention, kernel_serves
-from parse.engines.native.prefix_cache import Cache, Context
-from parse.engines.native.programs import Ask, generate, warm
-from parse.engines.native.scheduled_chunk import Span
-from parse.engines.native.service import ModelService
-from parse.prompts import Check
-from parse.tree import probed, probes, proposals
-from parse.types import Cancelled, RequestError, Sampling
+from parse.engines.native.paged_attention import PagedAttention, kernel_supports
+from parse.engines.native.prefix_cache import PrefixCache, SequenceState
+from parse.engines.native.programs import TreeInput, generate, prefill
+from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.engines.native.service import NativeEngine
+from parse.prompts import VerificationSuffix
+from parse.tree import suffix_forest, tree_from_parents, trunk_with_suffixes
+from parse.types import RequestCancelled, RequestError, SamplingParams
 from tests.parse.engines.native.tiny import VOCABULARY, WINDOW, alone, ask, build, paused, plain, serving, submit
 
 KINDS = "llama", "qwen3", "mistral", "gemma3_text", "deepseek_v3"
@@ -39,19 +39,19 @@ class Bench:
 
     def __init__(self, network, tokenizer, page_size, device="cpu"):
         self.model = Model(network.to(device), tokenizer)
-        self.memory = Memory(32, page_size)
+        self.memory = KVCache(32, page_size)
         self.free = random.Random(0).sample(range(32), 32)
 
     def context(self, tokens, room=32):
-        context = Context(list(tokens))
-        needed = -(-(len(tokens) + room) // self.memory.page_size)
-        context.pages = [self.free.pop() for _ in range(needed)]
+        context = SequenceState(list(tokens))
+        needed = -(-(len(tokens) + room) // self.memory.block_size)
+        context.block_ids = [self.free.pop() for _ in range(needed)]
         return context
 
     def step(self, *parts):
         """The logits of each span's entries, on the CPU."""
-        spans = [Span(*part) for part in parts]
-        tokens = [token for span in spans for token in span.tokens()]
+        spans = [ScheduledChunk(*part) for part in parts]
+        tokens = [token for span in spans for token in span.token_ids()]
         positions = [position for span in spans for position in span.positions()]
         attention = PagedAttention(self.memory, spans)
         logits, _ = self.model.forward(tokens, positions, attention, None)
@@ -64,9 +64,9 @@ def mixed_steps(bench, scale=1):
     long, middle, short, late = (text(rng, scale * size) for size in (41, 30, 19, 24))
     a, b, c, d = (bench.context(tokens) for tokens in (long, middle, short, late))
     said = text(rng, 2)
-    judged = probes([len(long), 5, 16, len(long) - 8, 33], text(rng, 3))
-    guesses, _ = proposals(text(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
-    trunk = probed(text(rng, 6), [2, 6], text(rng, 3))
+    judged = suffix_forest([len(long), 5, 16, len(long) - 8, 33], text(rng, 3))
+    guesses, _ = tree_from_parents(text(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
+    trunk = trunk_with_suffixes(text(rng, 6), [2, 6], text(rng, 3))
     half = len(long) // 2
     bench.step((c, (), 0, len(short)), (a, (), 0, half), (d, (), 0, 6))
     bench.step((a, (), half, len(long)), (b, (), 0, 13))
@@ -188,14 +188,14 @@ def test_what_the_kernel_is_told_is_what_it_is_documented_to_take(kind, tokenize
 
 
 def test_memory_that_was_never_written_is_not_touched(tokenizer, monkeypatch):
-    empty = Memory._empty
-    monkeypatch.setattr(Memory, "_empty", lambda memory, like: empty(memory, like).fill_(torch.nan))
+    empty = KVCache._allocate
+    monkeypatch.setattr(KVCache, "_empty", lambda memory, like: empty(memory, like).fill_(torch.nan))
     assert all(bool(got.isfinite().all()) for *_, got in mixed_steps(Bench(build("llama"), tokenizer, 16)))
 
 
 def test_masks_and_slots_are_made_once_a_step(tokenizer, monkeypatch):
     made = []
-    gathered, visible = paged_attention._Gathered, Span.visible
+    gathered, visible = paged_attention._GatheredChunks, ScheduledChunk.visibility
 
     def counted(*args):
         made.append("slots")
@@ -206,7 +206,7 @@ def test_masks_and_slots_are_made_once_a_step(tokenizer, monkeypatch):
         return visible(span, window)
 
     monkeypatch.setattr(paged_attention, "_Gathered", counted)
-    monkeypatch.setattr(Span, "visible", noted)
+    monkeypatch.setattr(ScheduledChunk, "visible", noted)
     bench = Bench(build("gemma3_text"), tokenizer, 8)  # of three layers, two have a window
     made.clear()
     context = bench.context(range(20))
@@ -228,9 +228,9 @@ def test_masks_and_slots_are_made_once_a_step(tokenizer, monkeypatch):
 )
 def test_the_kernel_is_left_alone_with_what_it_does_not_take(dtype, width, value_width, page_size, serves, monkeypatch):
     query, values = torch.empty(3, 4, width, dtype=dtype), torch.empty(2, page_size, 2, value_width, dtype=dtype)
-    assert not kernel_serves(query, values)  # not on a CPU
+    assert not kernel_supports(query, values)  # not on a CPU
     monkeypatch.setattr(paged_attention, "_has_kernel", lambda device: True)
-    assert kernel_serves(query, values) == serves
+    assert kernel_supports(query, values) == serves
 
 
 def test_a_model_checks_itself_in_the_way_of_its_device(tokenizer, kernel, monkeypatch):
@@ -250,10 +250,10 @@ class Writing:
             generate(
                 prompt,
                 (),
-                Sampling(**dict(temperature=0.0) | sampling),
-                ends=(),
-                room=tokens,
-                emit=lambda piece: self.ids.extend(piece.ids),
+                SamplingParams(**dict(temperature=0.0) | sampling),
+                stop_token_ids=(),
+                max_new_tokens=tokens,
+                emit=lambda piece: self.ids.extend(piece.token_ids),
             ),
             tokens + 1,
         )
@@ -264,10 +264,13 @@ def outputs(engine):
     rng = random.Random(2)
     common = text(rng, 40)
     prompts = [*(common + text(rng, size) for size in (3, 9, 1)), *(text(rng, size) for size in (30, 5, 17))]
-    tree = probes([10, 40, 25], text(rng, 4))
+    tree = suffix_forest([10, 40, 25], text(rng, 4))
     with paused(engine):
         writing = [Writing(engine, prompt, 30) for prompt in prompts]
-        judging = [ask(engine, common, Ask(tree)), ask(engine, prompts[3], Ask(tokens := text(rng, 9)), Ask(tokens))]
+        judging = [
+            ask(engine, common, TreeInput(tree)),
+            ask(engine, prompts[3], TreeInput(tokens := text(rng, 9)), TreeInput(tokens)),
+        ]
         writing += [Writing(engine, prompt, 30, temperature=1.0, seed=7) for prompt in prompts]
     for each in writing:
         each.reply.result()
@@ -278,13 +281,13 @@ def outputs(engine):
 def set_back(monkeypatch):
     """How many tokens each request had when it was set back."""
     log: list[int] = []
-    inner = Engine._set_back
+    inner = EngineCore._preempt
 
     def counted(engine, job):
         log.append(len(job.context.tokens))
         inner(engine, job)
 
-    monkeypatch.setattr(Engine, "_set_back", counted)
+    monkeypatch.setattr(EngineCore, "_set_back", counted)
     return log
 
 
@@ -301,7 +304,9 @@ def test_pages_change_nothing_that_is_written_even_where_requests_must_be_set_ba
             for got, row in zip(paged_logits, logits, strict=True):
                 torch.testing.assert_close(got, row, atol=ATOL, rtol=0)
             # Whoever wants it all gets it: no page was lost.
-            assert len(ask(engine, text(random.Random(3), engine.longest - 1), Ask([1])).result()) == 1
+            assert (
+                len(ask(engine, text(random.Random(3), engine.max_sequence_length - 1), TreeInput([1])).result()) == 1
+            )
         assert bool(set_back) == (memory["contexts"] == 2)
 
 
@@ -311,7 +316,10 @@ def test_pages_hold_more_requests_than_rows_do(tokenizer):
     for pages in ({}, dict(page_size=8)):
         with serving(tiny, contexts=2, **pages) as engine:
             with paused(engine):
-                replies = [ask(engine, text(random.Random(i), 20), Ask([1]), Ask([2], keep=(0,))) for i in range(8)]
+                replies = [
+                    ask(engine, text(random.Random(i), 20), TreeInput([1]), TreeInput([2], accepted_path=(0,)))
+                    for i in range(8)
+                ]
                 submit(engine, [5], watching(engine, running))
             for reply in replies:
                 reply.result()
@@ -322,27 +330,27 @@ def watching(engine, running):
     running.append(0)
     for _ in range(3):
         running[-1] = max(running[-1], engine.load.running)
-        yield Ask((), read=())
+        yield TreeInput((), logits_nodes=())
 
 
 def test_a_request_that_could_never_fit_is_refused_with_the_limit(tokenizer):
     with serving(Model(build("llama"), tokenizer), contexts=1, capacity=100, page_size=8) as engine:
-        assert engine.longest == 96
+        assert engine.max_sequence_length == 96
         with pytest.raises(RequestError, match=r"97 tokens.* the limit is 96"):
-            ask(engine, text(random.Random(0), 96), Ask([1]))
-        ask(engine, text(random.Random(0), 95), Ask([1])).result()
+            ask(engine, text(random.Random(0), 96), TreeInput([1]))
+        ask(engine, text(random.Random(0), 95), TreeInput([1])).result()
 
 
 def test_a_service_refuses_what_could_never_fit(tokenizer, tmp_path):
     build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    service = ModelService(EngineSettings(model=str(tmp_path), device="cpu", max_context=64, memory_mb=1))
+    service = NativeEngine(EngineSettings(model=str(tmp_path), device="cpu", max_context=64, memory_mb=1))
     try:
-        check = Check(tuple(range(5, 405)) * 4, (1,), (2,))  # longer than all that is set aside for probes
-        with pytest.raises(RequestError, match=f"the limit is {service.engine.longest}"):
+        check = VerificationSuffix(tuple(range(5, 405)) * 4, (1,), (2,))  # longer than all that is set aside for probes
+        with pytest.raises(RequestError, match=f"the limit is {service.core.max_sequence_length}"):
             asyncio.run(service.judge([5, 6], [7, 8], [2], check))
     finally:
-        service.close()
+        service.shutdown()
 
 
 @pytest.mark.parametrize("pages", [{}, dict(page_size=8)])
@@ -352,12 +360,12 @@ def test_a_request_that_outgrows_what_it_announced_fails_alone(pages, tokenizer)
 
     def greedy():
         for _ in range(1000):
-            yield Ask([1], keep=(0,))
+            yield TreeInput([1], accepted_path=(0,))
 
     with serving(Model(network, tokenizer), contexts=2, capacity=64, **pages) as engine:
         with paused(engine):
             outgrowing = submit(engine, text(random.Random(0), 40), greedy(), 4)
-            other = ask(engine, [3, 4, 5], *[Ask([6], keep=range(i > 0)) for i in range(50)])
+            other = ask(engine, [3, 4, 5], *[TreeInput([6], accepted_path=range(i > 0)) for i in range(50)])
         with pytest.raises(RequestError, match="64"):
             outgrowing.result()
         got = torch.cat(other.result())
@@ -365,25 +373,25 @@ def test_a_request_that_outgrows_what_it_announced_fails_alone(pages, tokenizer)
 
 
 def test_a_request_can_be_cancelled_while_it_is_set_back(tokenizer, monkeypatch):
-    inner = Engine._set_back
+    inner = EngineCore._preempt
 
     def cancelled(engine, job):
         inner(engine, job)
         job.cancelled = True
 
-    monkeypatch.setattr(Engine, "_set_back", cancelled)
+    monkeypatch.setattr(EngineCore, "_set_back", cancelled)
     with serving(Model(build("llama"), tokenizer), contexts=1, capacity=64, page_size=8) as engine:
         with paused(engine):
             writing = [Writing(engine, text(random.Random(i), 20), 30) for i in range(2)]
         writing[0].reply.result()
-        with pytest.raises(Cancelled):
+        with pytest.raises(RequestCancelled):
             writing[1].reply.result()
 
 
 def test_a_request_ends_when_others_have_computed_all_it_wanted_while_it_was_set_back(tokenizer, monkeypatch):
     tokens = text(random.Random(0), 40)
     grants = iter([True, False])  # for its first 19 tokens, and not for the next
-    inner = Engine._set_back
+    inner = EngineCore._preempt
 
     def computed_by_another(engine, job):
         inner(engine, job)
@@ -392,22 +400,27 @@ def test_a_request_ends_when_others_have_computed_all_it_wanted_while_it_was_set
         engine._cache.close(twin)
 
     with serving(Model(build("llama"), tokenizer), page_size=8) as engine:
-        monkeypatch.setattr(Engine, "_set_back", computed_by_another)
-        monkeypatch.setattr(engine._cache, "reserve", lambda context, length: next(grants))
-        submit(engine, tokens, warm()).result()
-        assert engine.load.tokens == 19
+        monkeypatch.setattr(EngineCore, "_set_back", computed_by_another)
+        monkeypatch.setattr(engine._prefix_cache, "reserve", lambda context, length: next(grants))
+        submit(engine, tokens, prefill()).result()
+        assert engine.stats.num_tokens == 19
 
 
 def test_a_context_that_must_go_leaves_the_pages_it_shares():
     common, one, other = ([number] * 16 for number in range(3))
-    cache = Cache(3, 16, lambda source, target, count: None)
-    first = cache.open([*common, *one, *one], 0)
+    cache = PrefixCache(3, 16, lambda source, target, count: None)
+    first = cache.allocate([*common, *one, *one], 0)
     assert first is not None
-    first.computed = 48
-    cache.close(first)
-    second = cache.open([*common, *other], 16)
+    first.num_computed_tokens = 48
+    cache.release(first)
+    second = cache.allocate([*common, *other], 16)
     assert second is not None
-    assert (second.computed, len(second.pages), cache.free_pages, cache.idle) == (16, 3, 0, 0)
+    assert (second.num_computed_tokens, len(second.block_ids), cache.num_free_blocks, cache.num_cached_sequences) == (
+        16,
+        3,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("device", [gpu])
@@ -415,7 +428,7 @@ def test_a_context_that_must_go_leaves_the_pages_it_shares():
 def test_a_gpu_computes_in_single_precision_what_a_cpu_does(device, kind, tokenizer):
     reference = build(kind, max_position_embeddings=1024)
     for context, asked, got in mixed_steps(
-        Bench(deepcopy(reference), tokenizer, paged_attention.PAGE, device), scale=9
+        Bench(deepcopy(reference), tokenizer, paged_attention.BLOCK_SIZE, device), scale=9
     ):
         torch.testing.assert_close(got, wanted(reference, context, asked), atol=1e-3, rtol=0)
 
@@ -431,7 +444,7 @@ def test_the_kernel_computes_on_a_gpu_nearly_what_a_cpu_does(device, kind, token
 
     monkeypatch.setattr(paged_attention, "varlen_attn", counted)
     reference = build(kind, max_position_embeddings=1024, initializer_range=0.1)
-    bench = Bench(deepcopy(reference).bfloat16(), tokenizer, paged_attention.PAGE, device)
+    bench = Bench(deepcopy(reference).bfloat16(), tokenizer, paged_attention.BLOCK_SIZE, device)
     for context, asked, got in mixed_steps(bench, scale=9):
         exact = wanted(reference, context, asked)
         assert float((got - exact).abs().mean()) < 0.05 * float(exact.abs().mean())

@@ -11,16 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parse.detokenizer import TextStream
-from parse.engines.native.programs import Answer, generate, judge, warm
-from parse.engines.native.sampler import Sampler, choose
-from parse.prompts import Check
-from parse.speculative.cost_model import Costs
-from parse.speculative.guard import Guard
-from parse.speculative.policy import Way, Wished
-from parse.speculative.proposal import Foresight, Proposal
+from parse.detokenizer import IncrementalDetokenizer
+from parse.engines.native.programs import TreeOutput, generate, prefill, verify
+from parse.engines.native.sampler import Sampler, sample
+from parse.prompts import VerificationSuffix
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.guard import GuardedProposer
+from parse.speculative.policy import ProposalCall, SpeculativeMethod
+from parse.speculative.proposal import Proposal, Proposer
 from parse.tree import TokenTree
-from parse.types import Judged, Sampling, Speculated, summed
+from parse.types import SamplingParams, SpeculationStats, VerifyResult, sum_stats
 from tests.parse.engines.native.chance import surprising
 from training.tokenizer import build
 
@@ -37,21 +37,23 @@ def tokens(ask):
 def write(sampling, output=(), *, room=12, ends=(), table=TABLE, prompt=PROMPT, **options):
     """All pieces, the context in the end, and how many times the model was run."""
     pieces: list = []
-    program = generate(prompt, output, sampling, ends=ends, room=room, emit=pieces.append, **options)
+    program = generate(
+        prompt, output, sampling, stop_token_ids=ends, max_new_tokens=room, emit=pieces.append, **options
+    )
     context = [*prompt, *output][:-1]
     runs = 0
     nodes: list[int] = []
     asked = next(program)
     try:
         while True:
-            if isinstance(asked, Wished):
-                asked = program.send(asked.way.propose([asked.wish])[0])
+            if isinstance(asked, ProposalCall):
+                asked = program.send(asked.method.propose([asked.request])[0])
                 continue
-            context += [nodes[node] for node in asked.keep]
+            context += [nodes[node] for node in asked.accepted_path]
             nodes = tokens(asked)
             logits = table[nodes]
             runs += bool(nodes)
-            asked = program.send(Answer(logits, choose(logits, asked.draws)))
+            asked = program.send(TreeOutput(logits, sample(logits, asked.sampling)))
     except StopIteration:
         return pieces, context, runs
 
@@ -59,14 +61,16 @@ def write(sampling, output=(), *, room=12, ends=(), table=TABLE, prompt=PROMPT, 
 def speculating(proposer):
     """On this one text."""
 
-    class Method(Foresight[Any]):
-        def proposer(self):
+    class Method(Proposer[Any]):
+        def new_state(self):
             return proposer
 
         def propose(self, wishes):
             return [proposer.propose(wish.most) for wish in wishes]
 
-    return Way("ngram", Guard(Method(), VOCABULARY), 100, False, (), Costs()).begin()
+    return SpeculativeMethod(
+        "ngram", GuardedProposer(Method(), VOCABULARY), 100, False, (), StepCostModel()
+    ).start_sequence()
 
 
 def ids(pieces):
@@ -74,7 +78,7 @@ def ids(pieces):
 
 
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.sampled_from([0.0, 0.7, 1.0, 2.0]),
     top_k=st.sampled_from([0, 4]),
     presence_penalty=st.sampled_from([0.0, 1.0]),
@@ -153,15 +157,15 @@ def test_a_proposer_changes_nothing_but_the_number_of_runs(sampling, room, piece
     assert context == [*PROMPT, *text][: len(context)] and len(context) >= len(PROMPT) + len(text) - 1
     assert runs <= len(text) + 1
     assert sum(piece.accepted for piece in pieces) <= (2 if proposed else 0)
-    came = summed(piece.speculated for piece in pieces)
+    came = sum_stats(piece.speculated for piece in pieces)
     assert came is not None and came.passes == runs
     # A pass yields one token, or the end, beside those that were proposed.
-    took = sum(came.accepted) + sum(piece.accepted for piece in pieces)
+    took = sum(came.accepted_per_position) + sum(piece.accepted for piece in pieces)
     assert len(text) - took in (runs, runs - 1)
 
 
 def test_a_proposer_that_is_right_saves_runs_and_siblings_may_hold_the_right_token():
-    sampling = Sampling(temperature=1.0, seed=5, ignore_eos=True)
+    sampling = SamplingParams(temperature=1.0, seed=5, ignore_eos=True)
     text = ids(write(sampling, room=9)[0])
 
     class Knowing:
@@ -177,7 +181,7 @@ def test_a_proposer_that_is_right_saves_runs_and_siblings_may_hold_the_right_tok
 
     pieces, _, runs = write(sampling, room=9, speculation=speculating(Knowing()))
     assert ids(pieces) == text and runs == 4  # three tokens each, as long as there is room
-    assert summed(piece.speculated for piece in pieces) == Speculated("ngram", 4, (6, 4), (3, 2))
+    assert sum_stats(piece.speculated for piece in pieces) == SpeculationStats("ngram", 4, (6, 4), (3, 2))
 
 
 @given(samplings, st.data())
@@ -203,10 +207,10 @@ def test_the_end_token_ends_the_text_unless_it_is_to_be_ignored():
     table = torch.full((VOCABULARY, VOCABULARY), -9.0)
     for last, follows in ((5, 1), (1, END), (END, 3), (3, 3)):
         table[last, follows] = 9.0
-    (first, last), context, _ = write(Sampling(temperature=0), ends={END}, table=table)
+    (first, last), context, _ = write(SamplingParams(temperature=0), ends={END}, table=table)
     assert (first.ids, last.ids, last.finish) == ((1,), (), "stop")
     assert context == [2, 5, 1]
-    pieces, _, _ = write(Sampling(temperature=0, ignore_eos=True), ends={END}, table=table, room=5)
+    pieces, _, _ = write(SamplingParams(temperature=0, ignore_eos=True), ends={END}, table=table, room=5)
     assert ids(pieces) == [1, END, 3, 3, 3]
     assert pieces[-1].finish == "length"
 
@@ -214,8 +218,8 @@ def test_the_end_token_ends_the_text_unless_it_is_to_be_ignored():
 @pytest.mark.parametrize("proposed", [0, 3, 40])
 def test_what_was_written_stays_in_the_context_but_for_the_last_token(proposed):
     """So that the next turn of a conversation starts from it, however it came about."""
-    text = ids(write(Sampling(), room=20)[0])
-    pieces, context, _ = write(Sampling(), room=20, given=text[:proposed])
+    text = ids(write(SamplingParams(), room=20)[0])
+    pieces, context, _ = write(SamplingParams(), room=20, given=text[:proposed])
     assert ids(pieces) == text
     assert context == [*PROMPT, *text[:-1]]
 
@@ -228,13 +232,13 @@ def test_a_stop_string_ends_the_text_wherever_the_tokens_borders_lie(seed, split
     letters = [tokenizer.encode(letter)[0] for letter in "abc"]
     for last in letters:
         table[last, letters] = 0.0
-    whole = ids(write(Sampling(seed=seed), room=30, table=table, prompt=prompt)[0])
+    whole = ids(write(SamplingParams(seed=seed), room=30, table=table, prompt=prompt)[0])
     stop = data.draw(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
     size = next((n for n in range(31) if any(each in tokenizer.decode(whole[:n]) for each in stop)), None)
     split = min(split, size - 1 if size else 29)
-    text = TextStream(tokenizer, stop)
+    text = IncrementalDetokenizer(tokenizer, stop)
     text.add(whole[:split])
-    sampling = Sampling(seed=seed, stop=stop)
+    sampling = SamplingParams(seed=seed, stop=stop)
     proposal = whole[split : split + 7]
     rest, _, _ = write(sampling, whole[:split], room=30 - split, table=table, prompt=prompt, text=text, given=proposal)
     assert whole[:split] + ids(rest) == whole[:size]
@@ -264,40 +268,40 @@ def test_whatever_is_proposed_texts_come_as_often_as_they_should():
         return out
 
     for proposal in ([], likely, [0, 0], [7, 1]):
-        got = first_two(lambda seed, p=proposal: ids(write(Sampling(seed=seed), room=2, given=[*p, 0])[0]))
+        got = first_two(lambda seed, p=proposal: ids(write(SamplingParams(seed=seed), room=2, given=[*p, 0])[0]))
         assert not surprising(got, wanted)
     assert surprising(first_two(favouring), wanted)
 
 
-CHECK = Check((1, 2, 3), correct=(4, 5), incorrect=(6,))
+CHECK = VerificationSuffix((1, 2, 3), correct_token_ids=(4, 5), incorrect_token_ids=(6,))
 
 
 def verdicts(probabilities, cuts, *, most=100, at_once=False, full=None, prefix=None, trunk=(), top=0):
     """The verdict where the model answers so at each cut, and which cuts are asked about, run by run."""
     prompt, kept = 50, 0
-    done: list[Judged] = []
+    done: list[VerifyResult] = []
     runs: list[list[int]] = []
-    program = judge(
+    program = verify(
         prompt,
         cuts,
         CHECK,
-        full=full,
-        prefix=prefix,
-        at_once=at_once,
-        most=most,
+        full_threshold=full,
+        prefix_threshold=prefix,
+        in_one_pass=at_once,
+        max_nodes=most,
         trunk=trunk,
-        top=top,
+        num_logprobs=top,
         done=done.append,
     )
     try:
         ask = next(program)
         while True:
-            kept += len(ask.keep)
+            kept += len(ask.accepted_path)
             if isinstance(ask.nodes, TokenTree):
-                read = list(ask.read or ())
+                read = list(ask.logits_nodes or ())
                 assert tokens(ask) == [1, 2, 3] * len(read)
                 assert read == list(range(2, 3 * len(read), 3))
-                at = ask.nodes.seen(999)[read].tolist()
+                at = ask.nodes.visible_context(999)[read].tolist()
                 runs.append([place - prompt for place in at])
                 logits = torch.randn(len(at), VOCABULARY)
                 for row, place in zip(logits, at, strict=True):
@@ -307,7 +311,7 @@ def verdicts(probabilities, cuts, *, most=100, at_once=False, full=None, prefix=
             else:
                 assert tokens(ask) == list(trunk)
                 logits = TABLE[tokens(ask)]
-            ask = program.send(Answer(logits, choose(logits, ask.draws)))
+            ask = program.send(TreeOutput(logits, sample(logits, ask.sampling)))
     except StopIteration:
         assert kept == len(trunk)
         (verdict,) = done
@@ -358,14 +362,14 @@ def test_the_drafts_log_probabilities_come_with_the_verdict():
 
 
 def test_to_warm_is_to_want_the_context_and_nothing_else():
-    program = warm()
+    program = prefill()
     ask = next(program)
-    assert (tokens(ask), ask.read) == ([], ())
+    assert (tokens(ask), ask.logits_nodes) == ([], ())
     with pytest.raises(StopIteration):
-        program.send(Answer(torch.empty(0), []))
+        program.send(TreeOutput(torch.empty(0), []))
 
 
 def test_a_sampler_that_starts_amid_a_text_draws_what_it_would_have():
-    sampler = Sampler(Sampling(), PROMPT, [])
-    sampler.take(3)
-    assert sampler.position == Sampler(Sampling(), PROMPT, [3]).position
+    sampler = Sampler(SamplingParams(), PROMPT, [])
+    sampler.append(3)
+    assert sampler.position == Sampler(SamplingParams(), PROMPT, [3]).position

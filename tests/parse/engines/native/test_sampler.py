@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parse.engines.native.sampler import Sampler, choose, logprobs, uniform
-from parse.types import RequestError, Sampling
+from parse.engines.native.sampler import Sampler, sample, token_logprobs, uniform_noise
+from parse.types import RequestError, SamplingParams
 from tests.parse.engines.native.chance import surprising
 
 VOCABULARY = 12
@@ -41,7 +41,7 @@ def probabilities(logits, sampling, prompt, output):
 
 
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.sampled_from([0.0, 0.01, 0.3, 1.0, 1.7]),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
     top_k=st.sampled_from([0, 1, 3, 11, 12, 40]),
@@ -56,7 +56,7 @@ tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=6)
 
 
 def next_token(sampler, logits):
-    [token] = choose(logits[None], sampler.draws())
+    [token] = sample(logits[None], sampler.draws())
     return token
 
 
@@ -64,16 +64,16 @@ def next_token(sampler, logits):
 def test_tokens_are_chosen_by_the_definitions(sampling, prompt, output, seed):
     sampler = Sampler(sampling, prompt, output[:2])
     for token in output[2:]:
-        sampler.take(token)
+        sampler.append(token)
     for logits in 2 * torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(seed)):
         before = logits.clone()
         token = next_token(sampler, logits)
         assert torch.equal(logits, before)
         borders = np.cumsum(probabilities(logits, sampling, prompt, output))
-        drawn = uniform(sampling.seed, len(output))
+        drawn = uniform_noise(sampling.seed, len(output))
         if abs(borders - drawn).min() > 1e-6:
             assert token == np.searchsorted(borders, drawn, side="right")
-        sampler.take(token)
+        sampler.append(token)
         output = [*output, token]
 
 
@@ -83,7 +83,7 @@ def test_what_is_chosen_depends_on_nothing_but_the_tokens_so_far(sampling, promp
     at_once, one_by_one = Sampler(sampling, prompt, output), Sampler(sampling, prompt, [])
     for token in output:
         next_token(one_by_one, logits)
-        one_by_one.take(token)
+        one_by_one.append(token)
     assert next_token(at_once, logits) == next_token(one_by_one, logits)
 
 
@@ -97,7 +97,7 @@ def test_what_is_chosen_is_the_same_whatever_else_is_in_the_batch(requests, seed
     samplers = [Sampler(*request) for request in requests]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("parse.engines.native.sampler.AT_ONCE_ON_CPU", together * VOCABULARY)
-        chosen = choose(logits, [next(iter(sampler.draws()), None) for sampler in samplers])
+        chosen = sample(logits, [next(iter(sampler.states()), None) for sampler in samplers])
     assert chosen == [next_token(sampler, row) for sampler, row in zip(samplers, logits, strict=True)]
 
 
@@ -105,76 +105,90 @@ def test_what_is_chosen_is_the_same_whatever_else_is_in_the_batch(requests, seed
 def test_what_follows_a_proposal_is_chosen_ahead_as_it_would_be_afterwards(sampling, prompt, output, proposal, seed):
     logits = 2 * torch.randn(len(proposal) + 1, VOCABULARY, generator=torch.Generator().manual_seed(seed))
     sampler = Sampler(sampling, prompt, output)
-    ahead = choose(logits, sampler.draws([0, *proposal]))
+    ahead = sample(logits, sampler.states([0, *proposal]))
     for token, row, place in zip(ahead, logits, range(len(logits)), strict=True):
         assert token == next_token(sampler, row)
-        sampler.take(*proposal[place : place + 1] or [0])
+        sampler.append(*proposal[place : place + 1] or [0])
 
 
 def test_what_is_no_number_is_told_and_troubles_nobody_else():
     logits = torch.zeros(4, VOCABULARY)
     logits[:, 3] = 9.0
     logits[1, 5], logits[2, 5] = torch.nan, torch.inf
-    assert choose(logits) == [3, -1, -1, 3]
-    assert choose(logits, Sampler(Sampling(top_k=1, top_p=0.9, min_p=0.1), [], []).draws([0] * 4)) == [3, -1, -1, 3]
-    assert choose(logits[:0]) == []
+    assert sample(logits) == [3, -1, -1, 3]
+    assert sample(logits, Sampler(SamplingParams(top_k=1, top_p=0.9, min_p=0.1), [], []).states([0] * 4)) == [
+        3,
+        -1,
+        -1,
+        3,
+    ]
+    assert sample(logits[:0]) == []
 
 
 def test_tokens_come_as_often_as_they_should():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -20.0])
-    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=4), Sampling(temperature=1.5, top_p=0.8)):
+    for sampling in (
+        SamplingParams(),
+        SamplingParams(temperature=0.7, top_k=4),
+        SamplingParams(temperature=1.5, top_p=0.8),
+    ):
         wanted = probabilities(logits, sampling, [], [])
         drawn = np.zeros(len(logits), int)
         for position in range(4000):
             sampler = Sampler(sampling, [], [0] * position)
             drawn[next_token(sampler, logits)] += 1
         assert not surprising(drawn, wanted)
-        assert surprising(drawn, probabilities(logits, Sampling(temperature=1.3), [], []))
+        assert surprising(drawn, probabilities(logits, SamplingParams(temperature=1.3), [], []))
 
 
 def test_the_numbers_drawn_are_uniform_over_positions_and_over_seeds():
-    for drawn in ([uniform(7, k) for k in range(5000)], [uniform(seed, 0) for seed in range(5000)]):
+    for drawn in ([uniform_noise(7, k) for k in range(5000)], [uniform_noise(seed, 0) for seed in range(5000)]):
         assert min(drawn) >= 0
         assert max(drawn) < 1
         assert not surprising(np.bincount([int(20 * x) for x in drawn], minlength=20), [0.05] * 20)
         pairs = [int(5 * one) * 5 + int(5 * two) for one, two in zip(drawn[::2], drawn[1::2], strict=True)]
         assert not surprising(np.bincount(pairs, minlength=25), [0.04] * 25)
-    assert uniform(1, 23) != uniform(12, 3)
+    assert uniform_noise(1, 23) != uniform_noise(12, 3)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-38, 1e-20, 1e-3])
 def test_the_smallest_temperatures_are_as_good_as_greedy(temperature):
     logits = torch.tensor([1.0, 30.0, 29.0, -torch.inf])
     assert all(
-        next_token(Sampler(Sampling(temperature=temperature, seed=seed), [], []), logits) == 1 for seed in range(50)
+        next_token(Sampler(SamplingParams(temperature=temperature, seed=seed), [], []), logits) == 1
+        for seed in range(50)
     )
 
 
 def test_what_cannot_come_never_does(monkeypatch):
     logits = torch.full((1000,), -torch.inf)
     logits[[10, 500]] = 0.0
-    chosen = {next_token(Sampler(Sampling(seed=seed), [], []), logits) for seed in range(200)}
+    chosen = {next_token(Sampler(SamplingParams(seed=seed), [], []), logits) for seed in range(200)}
     assert chosen == {10, 500}
-    assert {next_token(Sampler(Sampling(seed=s, top_k=1), [], []), torch.tensor([0.0, 0.1])) for s in range(50)} == {1}
+    assert {
+        next_token(Sampler(SamplingParams(seed=s, top_k=1), [], []), torch.tensor([0.0, 0.1])) for s in range(50)
+    } == {1}
     for drawn, least_or_most in ((0.0, 10), (1 - 2**-53, 500)):
         monkeypatch.setattr("parse.engines.native.sampler.uniform", lambda *_, drawn=drawn: drawn)
-        assert next_token(Sampler(Sampling(), [], []), logits) == least_or_most
+        assert next_token(Sampler(SamplingParams(), [], []), logits) == least_or_most
 
 
 def test_equals_share():
     """Of equal tokens at the border top_k keeps all; top_p takes no more than it needs."""
     logits = torch.zeros(8)
-    assert {next_token(Sampler(Sampling(seed=s, top_k=3), [], []), logits) for s in range(300)} == set(range(8))
-    assert {next_token(Sampler(Sampling(seed=s, top_p=0.49), [], []), logits) for s in range(300)} == set(range(4))
-    assert next_token(Sampler(Sampling(temperature=0.0), [], []), logits) == 0
+    assert {next_token(Sampler(SamplingParams(seed=s, top_k=3), [], []), logits) for s in range(300)} == set(range(8))
+    assert {next_token(Sampler(SamplingParams(seed=s, top_p=0.49), [], []), logits) for s in range(300)} == set(
+        range(4)
+    )
+    assert next_token(Sampler(SamplingParams(temperature=0.0), [], []), logits) == 0
 
 
 @given(st.integers(0, VOCABULARY - 1), st.integers(0, VOCABULARY), st.integers(0, 10**6))
 def test_logprobs_are_the_models_own(token, count, seed):
     logits = 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
     wanted = torch.log(torch.exp(logits.double()) / torch.exp(logits.double()).sum())
-    [before, got] = logprobs(torch.stack([-logits, logits]), [0, token], count)
-    assert before.logprob == logprobs(-logits[None], [0], 0)[0].logprob
+    [before, got] = token_logprobs(torch.stack([-logits, logits]), [0, token], count)
+    assert before.logprob == token_logprobs(-logits[None], [0], 0)[0].logprob
     assert got.logprob == pytest.approx(float(wanted[token]), abs=1e-5)
     assert [t for t, _ in got.top] == wanted.argsort(descending=True)[:count].tolist()
     assert [value for _, value in got.top] == pytest.approx(sorted(wanted.tolist(), reverse=True)[:count], abs=1e-5)
@@ -217,10 +231,10 @@ def test_logprobs_are_the_models_own(token, count, seed):
 )
 def test_sampling_out_of_bounds_is_refused_by_the_name_of_its_field(field, value):
     with pytest.raises(RequestError, match=f"^{field}: ") as caught:
-        Sampling(**{field: value})
+        SamplingParams(**{field: value})
     assert caught.value.field == field
 
 
 def test_the_likeliest_token_is_left_however_little_is_asked_for():
     logits = torch.tensor([0.0, 3.0, 1.0])
-    assert {next_token(Sampler(Sampling(seed=seed, top_p=1e-300), [], []), logits) for seed in range(20)} == {1}
+    assert {next_token(Sampler(SamplingParams(seed=seed, top_p=1e-300), [], []), logits) for seed in range(20)} == {1}

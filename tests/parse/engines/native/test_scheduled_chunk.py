@@ -5,9 +5,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parse.engines.native.prefix_cache import Context
-from parse.engines.native.scheduled_chunk import Span
-from parse.tree import TokenTree, chain, probed, probes, proposals
+from parse.engines.native.prefix_cache import SequenceState
+from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.tree import TokenTree, chain, suffix_forest, tree_from_parents, trunk_with_suffixes
 
 
 @dataclass
@@ -44,19 +44,19 @@ def forests(draw):
         cuts = draw(st.lists(st.integers(0, known), min_size=1, max_size=4))
         parents = [-1 if j % width == 0 else j - 1 for j in range(width * len(cuts))]
         at = [cut for cut in cuts for _ in suffix]
-        return context, probes(cuts, suffix), row(context, suffix * len(cuts), parents, at)
+        return context, suffix_forest(cuts, suffix), row(context, suffix * len(cuts), parents, at)
     if kind == "probed":
         cuts = sorted(draw(st.sets(st.integers(1, size), max_size=4)), reverse=True)
         parents = list(range(-1, size - 1))
         for cut in cuts:
             parents += [cut - 1, *range(len(parents), len(parents) + width - 1)]
         tokens = trunk + suffix * len(cuts)
-        return context, probed(trunk, cuts, suffix), row(context, tokens, parents, [known] * len(tokens))
+        return context, trunk_with_suffixes(trunk, cuts, suffix), row(context, tokens, parents, [known] * len(tokens))
     # Trees side by side, each hung on a place of its own.
     parts, tokens, parents, at = [], [], [], []
     for _ in range(draw(st.integers(1, 3)) if kind == "forest" else 1):
         above = [draw(st.integers(-1 if node == 0 else 0, node - 1)) for node in range(draw(st.integers(1, 5)))]
-        part, place = proposals([draw(st.integers(0, 9)) for _ in above], above)
+        part, place = tree_from_parents([draw(st.integers(0, 9)) for _ in above], above)
         parts.append(part)
         start, back = len(tokens), np.argsort(place)
         parents += [-1 if above[node] < 0 else start + int(place[above[node]]) for node in back]
@@ -75,14 +75,14 @@ def forests(draw):
 @given(forests(), st.one_of(st.none(), st.integers(1, 12)), st.data())
 def test_wherever_a_row_is_cut_an_entry_sees_its_ancestors_within_the_window(forest, window, data):
     tokens, tree, entries = forest
-    context = Context(tokens)
+    context = SequenceState(tokens)
     borders = sorted({0, len(entries), *data.draw(st.lists(st.integers(0, len(entries)), max_size=4))})
     for first, last in pairwise(borders):
-        span = Span(context, tree, first, last)
+        span = ScheduledChunk(context, tree, first, last)
         assert len(span) == last - first
-        assert span.tokens() == [entry.token for entry in entries[first:last]]
+        assert span.token_ids() == [entry.token for entry in entries[first:last]]
         assert span.positions() == [entry.position for entry in entries[first:last]]
-        visible = span.visible(window)
+        visible = span.visibility(window)
         assert visible.shape == (last - first, last)
         for place in range(first, last):
             reach = window or len(entries)
@@ -95,7 +95,7 @@ def test_wherever_a_row_is_cut_an_entry_sees_its_ancestors_within_the_window(for
 def test_a_causal_span_hides_nothing_that_came_before(forest):
     tokens, tree, entries = forest
     for last in range(1, len(entries) + 1):
-        span = Span(Context(tokens), tree, 0, last)
-        if span.causal:
-            assert (span.visible(None) == np.tri(last, dtype=bool)).all()
+        span = ScheduledChunk(SequenceState(tokens), tree, 0, last)
+        if span.is_causal:
+            assert (span.visibility(None) == np.tri(last, dtype=bool)).all()
             assert span.positions() == list(range(last))

@@ -12,18 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parse.config import EngineSettings
-from parse.engines.native.model import ModelNotFound
-from parse.engines.native.service import ModelService
-from parse.prompts import Check, check_ids, prompt_ids
-from parse.types import Cancelled, EngineStopped, RequestError, Sampling
+from parse.engines.native.model import ModelNotFoundError
+from parse.engines.native.service import NativeEngine
+from parse.prompts import VerificationSuffix, build_verification_suffix, chat_prompt_token_ids
+from parse.types import EngineStopped, RequestCancelled, RequestError, SamplingParams
 from tests.parse.engines.native.tiny import build, plain
 from training.evaluate import MODELS
 from training.task import answer, problem
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 GAP = 1e-4  # between the two best logits; with less, rounding may choose
 CONTEXT = 200
-CHECK = Check((7, 5, 90), correct=(11, 12), incorrect=(13,))
+CHECK = VerificationSuffix((7, 5, 90), correct_token_ids=(11, 12), incorrect_token_ids=(13,))
 
 
 def text(rng, size):
@@ -53,9 +53,9 @@ def settings(path, **changes):
 
 @pytest.fixture(scope="module")
 def service(path):
-    service = ModelService(settings(path))
+    service = NativeEngine(settings(path))
     yield service
-    service.close()
+    service.shutdown()
 
 
 async def collect(stream):
@@ -98,13 +98,13 @@ async def company(service, seed=0):
             elif kind == "warm":
                 await service.warm(stem)
             elif kind in ("write", "guess"):
-                sampling = Sampling(seed=rng.randrange(99), max_tokens=9)
+                sampling = SamplingParams(seed=rng.randrange(99), max_tokens=9)
                 await write(service, stem, (), sampling, proposal=text(rng, 6) if kind == "guess" else ())
             elif kind == "give up":
-                async for _ in service.generate(stem, (), Sampling(seed=1, ignore_eos=True)):
+                async for _ in service.generate(stem, (), SamplingParams(seed=1, ignore_eos=True)):
                     break
             else:
-                task = asyncio.create_task(write(service, stem, (), Sampling(ignore_eos=True)))
+                task = asyncio.create_task(write(service, stem, (), SamplingParams(ignore_eos=True)))
                 await asyncio.sleep(0.003)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)  # this guest may be cancelled meanwhile
@@ -176,11 +176,12 @@ def test_greedy_texts_are_those_of_generate_whoever_else_is_served(service, refe
 def test_the_demo_target_writes_what_generate_writes(tokenizer):
     target = AutoModelForCausalLM.from_pretrained(MODELS / "demo-target")
     prompts = [
-        prompt_ids(tokenizer, [{"role": "user", "content": problem("test", 3, index).question}]) for index in range(6)
+        chat_prompt_token_ids(tokenizer, [{"role": "user", "content": problem("test", 3, index).question}])
+        for index in range(6)
     ]
-    service = ModelService(settings(MODELS / "demo-target", memory_mb=128, max_context=600))
+    service = NativeEngine(settings(MODELS / "demo-target", memory_mb=128, max_context=600))
     try:
-        wanted = generated(target, prompts, 32, service.model.ends)
+        wanted = generated(target, prompts, 32, service.model.eos_token_ids)
 
         async def all_of_them():
             async with company(service):
@@ -191,15 +192,18 @@ def test_the_demo_target_writes_what_generate_writes(tokenizer):
         for prompt, got in zip(prompts, asyncio.run(all_of_them()), strict=True):
             assert agree(target, prompt, got, wanted[tuple(prompt)])
     finally:
-        service.close()
+        service.shutdown()
 
 
 def chances(reference, prompt, draft, cuts):
     """P(correct) at each cut, from a conversation of its own."""
     found = []
     for cut in cuts:
-        logits = plain(reference, [*prompt, *draft[:cut], *CHECK.suffix])[-1].double().exp()
-        yes, no = (sum(float(logits[token]) for token in words) for words in (CHECK.correct, CHECK.incorrect))
+        logits = plain(reference, [*prompt, *draft[:cut], *CHECK.token_ids])[-1].double().exp()
+        yes, no = (
+            sum(float(logits[token]) for token in words)
+            for words in (CHECK.correct_token_ids, CHECK.incorrect_token_ids)
+        )
         found.append(yes / (yes + no))
     return found
 
@@ -237,7 +241,7 @@ def test_seeds_reproduce_texts_whoever_else_is_served(service):
     cases = [
         (
             text(rng, rng.randint(1, 60)),
-            Sampling(
+            SamplingParams(
                 temperature=rng.choice([0.7, 1.0, 1.5]),
                 top_p=rng.choice([0.8, 1.0]),
                 top_k=rng.choice([0, 20]),
@@ -271,7 +275,7 @@ def test_seeds_reproduce_texts_whoever_else_is_served(service):
 def test_log_probabilities_are_those_of_the_text_run_at_once(service, reference):
     prompt = text(random.Random(3), 30)
     pieces = asyncio.run(
-        collect(service.generate(prompt, (), Sampling(seed=5, temperature=0.5, max_tokens=12, logprobs=3)))
+        collect(service.generate(prompt, (), SamplingParams(seed=5, temperature=0.5, max_tokens=12, logprobs=3)))
     )
     written = ids(pieces)
     logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
@@ -286,7 +290,7 @@ def test_a_stop_string_ends_the_text_in_whatever_tokens_it_comes(service, tokeni
     prompt = text(random.Random(4), 20)
 
     async def all_of_them():
-        sampling = Sampling(seed=1, max_tokens=40, ignore_eos=True)
+        sampling = SamplingParams(seed=1, max_tokens=40, ignore_eos=True)
         whole = await write(service, prompt, (), sampling)
         said = tokenizer.decode(whole, skip_special_tokens=True)
         across = 0
@@ -307,13 +311,13 @@ def test_limits_count_the_whole_output(service):
     prompt = text(random.Random(5), 20)
 
     async def all_of_them():
-        whole = await write(service, prompt, (), Sampling(max_tokens=20, ignore_eos=True))
+        whole = await write(service, prompt, (), SamplingParams(max_tokens=20, ignore_eos=True))
         assert len(whole) == 20
-        sampling = Sampling(max_tokens=20, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=20, ignore_eos=True)
         assert len(await write(service, prompt, whole[:13], sampling)) == 7
         pieces = await collect(service.generate(prompt, whole[:13], sampling, proposal=whole[13:] + whole))
         assert (ids(pieces), pieces[-1].finish) == (whole[13:], "length")
-        full = await write(service, prompt, (), Sampling(ignore_eos=True))
+        full = await write(service, prompt, (), SamplingParams(ignore_eos=True))
         assert len(prompt) + len(full) == CONTEXT
 
     asyncio.run(all_of_them())
@@ -324,7 +328,7 @@ def test_the_end_token_ends_the_text_and_is_no_part_of_it(service):
     prompt, end = text(random.Random(6), 20), max(service.model.ends)
 
     async def all_of_them():
-        biased = Sampling(logit_bias={end: 100.0}, max_tokens=5)
+        biased = SamplingParams(logit_bias={end: 100.0}, max_tokens=5)
         (piece,) = await collect(service.generate(prompt, (), biased))
         assert (piece.ids, piece.finish) == ((), "stop")
         assert await write(service, prompt, (), replace(biased, ignore_eos=True)) == [end] * 5
@@ -335,7 +339,7 @@ def test_the_end_token_ends_the_text_and_is_no_part_of_it(service):
 @pytest.fixture
 def slow(path, monkeypatch):
     """A service of which a step takes a while."""
-    service = ModelService(settings(path, step_tokens=4, max_running=2))
+    service = NativeEngine(settings(path, step_tokens=4, max_running=2))
     forward = service.model.forward
 
     def slowly(*step):
@@ -344,7 +348,7 @@ def slow(path, monkeypatch):
 
     monkeypatch.setattr(service.model, "forward", slowly)
     yield service
-    service.close()
+    service.shutdown()
 
 
 def test_to_leave_early_cancels(slow):
@@ -352,12 +356,12 @@ def test_to_leave_early_cancels(slow):
     prompt = text(rng, 3)
 
     async def leave():
-        async for piece in slow.generate(prompt, (), Sampling(ignore_eos=True)):
+        async for piece in slow.generate(prompt, (), SamplingParams(ignore_eos=True)):
             assert piece.finish is None
             break
 
     async def close():
-        stream = slow.generate(prompt, (), Sampling(ignore_eos=True))
+        stream = slow.generate(prompt, (), SamplingParams(ignore_eos=True))
         await anext(stream)
         await stream.aclose()
 
@@ -372,7 +376,7 @@ def test_to_leave_early_cancels(slow):
         for leaving in (
             leave(),
             close(),
-            run_away(write(slow, prompt, (), Sampling(ignore_eos=True))),
+            run_away(write(slow, prompt, (), SamplingParams(ignore_eos=True))),
             run_away(slow.judge(prompt, text(rng, 190), [190], CHECK)),
             run_away(slow.warm(text(rng, 200))),
         ):
@@ -386,11 +390,11 @@ def test_to_leave_early_cancels(slow):
 
 def test_who_is_cancelled_by_somebody_else_is_told(slow):
     async def cancelled():
-        stream = slow.generate([20], (), Sampling(ignore_eos=True))
+        stream = slow.generate([20], (), SamplingParams(ignore_eos=True))
         await anext(stream)
         (job,) = slow.engine._running
         slow.engine.cancel(job)
-        with pytest.raises(Cancelled):
+        with pytest.raises(RequestCancelled):
             async for _ in stream:
                 pass
 
@@ -401,7 +405,7 @@ def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
     prompt = text(random.Random(10), 20)
 
     async def all_of_them():
-        sampling = Sampling(seed=3, max_tokens=40, ignore_eos=True, logprobs=0)
+        sampling = SamplingParams(seed=3, max_tokens=40, ignore_eos=True, logprobs=0)
         whole = await write(service, prompt, (), sampling)
         stream = service.generate(prompt, (), sampling)
         first = await anext(stream)
@@ -436,10 +440,10 @@ def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
         ("prompt", lambda s: write(s, [1] * CONTEXT)),
         ("prompt", lambda s: write(s, [1] * 150, [1] * 50)),
         ("output", lambda s: write(s, [1], [-1])),
-        ("output", lambda s: write(s, [1], [1] * 5, Sampling(max_tokens=5))),
-        ("output", lambda s: write(s, [10], s.model.tokenizer.encode("a STOP"), Sampling(stop=("STOP",)))),
+        ("output", lambda s: write(s, [1], [1] * 5, SamplingParams(max_tokens=5))),
+        ("output", lambda s: write(s, [10], s.model.tokenizer.encode("a STOP"), SamplingParams(stop=("STOP",)))),
         ("proposal", lambda s: write(s, [1], proposal=[510])),
-        ("logit_bias", lambda s: write(s, [1], (), Sampling(logit_bias={510: 1.0}))),
+        ("logit_bias", lambda s: write(s, [1], (), SamplingParams(logit_bias={510: 1.0}))),
         ("prompt", lambda s: s.judge([], [1], [1], CHECK)),
         ("prompt", lambda s: s.judge([510], [1], [1], CHECK)),
         ("draft", lambda s: s.judge([1], [510], [1], CHECK)),
@@ -448,10 +452,10 @@ def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
         ("cuts", lambda s: s.judge([1], [1, 1], [3], CHECK)),
         ("cuts", lambda s: s.judge([1], [1, 1], [2, 1], CHECK)),
         ("cuts", lambda s: s.judge([1], [1, 1], [1, 1], CHECK)),
-        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, suffix=(1, 510)))),
-        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, suffix=()))),
-        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, correct=(-1,)))),
-        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, incorrect=()))),
+        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, token_ids=(1, 510)))),
+        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, token_ids=()))),
+        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, correct_token_ids=(-1,)))),
+        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, incorrect_token_ids=()))),
     ],
 )
 def test_bad_input_is_refused_by_the_name_of_its_field_and_harms_nobody(service, field, call):
@@ -485,40 +489,40 @@ def test_no_question_reaches_beyond_the_positions_a_model_knows(tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     rng = random.Random(13)
-    service = ModelService(settings(tmp_path, max_context=4096))
+    service = NativeEngine(settings(tmp_path, max_context=4096))
     try:
-        assert service.max_context == 256
+        assert service.max_model_len == 256
         prompt, draft = text(rng, 100), text(rng, 156)
         wanted = chances(reference, prompt, draft, [3, 153])
         for options in ({}, dict(full=0.0), dict(logprobs=0)):
             verdict = asyncio.run(service.judge(prompt, draft, [3, 153, 154, 156], CHECK, **options))
-            assert verdict.correct == (*(pytest.approx(chance, abs=1e-4) for chance in wanted), None, None)
+            assert verdict.p_correct == (*(pytest.approx(chance, abs=1e-4) for chance in wanted), None, None)
             assert len(verdict.logprobs) == (156 if options == dict(logprobs=0) else 0)
-        assert asyncio.run(service.judge(prompt, draft, [155], CHECK, full=0.5)).correct == (None,)
+        assert asyncio.run(service.judge(prompt, draft, [155], CHECK, full=0.5)).p_correct == (None,)
         assert len(asyncio.run(write(service, text(rng, 250), (), replace(GREEDY, ignore_eos=True)))) == 6
     finally:
-        service.close()
+        service.shutdown()
 
 
 def test_each_call_begins_where_the_one_before_left_off(path):
     """warm, judge, generate, and the next turn: each recomputes less than a block of 16."""
     rng = random.Random(12)
     prompt, draft = text(rng, 60), text(rng, 40)
-    service = ModelService(settings(path))
+    service = NativeEngine(settings(path))
 
     async def computed(work):
-        before = service.load.tokens
+        before = service.stats.num_tokens
         result = await work
         await at_rest(service)
-        return result, service.load.tokens - before
+        return result, service.stats.num_tokens - before
 
     async def all_of_them():
         assert (await computed(service.warm(prompt)))[1] == 60
         assert (await computed(service.warm(prompt)))[1] <= 16
-        probes = 3 * len(CHECK.suffix)
+        probes = 3 * len(CHECK.token_ids)
         assert (await computed(service.judge(prompt, draft, [10, 20, 40], CHECK)))[1] <= 40 + probes + 16
         assert (await computed(service.judge(prompt, draft, [20, 30, 40], CHECK)))[1] <= probes + 16
-        sampling = Sampling(max_tokens=30, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=30, ignore_eos=True)
         written, tokens = await computed(write(service, prompt, draft[:20], sampling))
         assert len(written) == 10
         assert tokens <= 10 + 16
@@ -526,24 +530,24 @@ def test_each_call_begins_where_the_one_before_left_off(path):
         whole = [*prompt, *draft[:20], *written, *text(rng, 10)]
         assert (await computed(service.warm(whole)))[1] <= 10 + 16
         said = await write(service, whole, (), sampling)
-        other = ModelService(settings(path))
+        other = NativeEngine(settings(path))
         try:
             await write(other, whole, (), sampling, proposal=said)
-            before = other.load.prefix_hits
+            before = other.stats.prefix_hits
             await other.warm([*whole, *said, 9])
-            assert other.load.prefix_hits - before >= len(whole) + len(said) - 16
+            assert other.stats.prefix_hits - before >= len(whole) + len(said) - 16
         finally:
-            other.close()
+            other.shutdown()
 
     try:
         asyncio.run(all_of_them())
     finally:
-        service.close()
+        service.shutdown()
 
 
 def test_to_close_ends_all_streams(slow):
     async def all_of_them():
-        streams = [slow.generate([20 + n] * 9, (), Sampling(ignore_eos=True)) for n in range(5)]
+        streams = [slow.generate([20 + n] * 9, (), SamplingParams(ignore_eos=True)) for n in range(5)]
         tasks = [asyncio.create_task(collect(stream)) for stream in streams]
         await asyncio.sleep(0)
         slow.close()
@@ -558,21 +562,21 @@ def test_to_close_ends_all_streams(slow):
 
 def test_a_service_that_cannot_be_is_refused_with_the_reason(tmp_path):
     with pytest.raises(RequestError, match="memory_mb: 8 hold no context of 600 tokens, that takes 23"):
-        ModelService(settings(MODELS / "demo-target", memory_mb=8, max_context=600))
-    with pytest.raises(ModelNotFound, match="nowhere"):
-        ModelService(settings(tmp_path / "nowhere"))
+        NativeEngine(settings(MODELS / "demo-target", memory_mb=8, max_context=600))
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        NativeEngine(settings(tmp_path / "nowhere"))
 
 
 def test_the_question_of_the_chat_template_is_one_that_can_be_asked(service, tokenizer):
-    prompt = prompt_ids(tokenizer, [{"role": "user", "content": problem("test", 1, 0).question}])
+    prompt = chat_prompt_token_ids(tokenizer, [{"role": "user", "content": problem("test", 1, 0).question}])
     draft = tokenizer.encode(answer(problem("test", 1, 0)))[:20]
-    check = check_ids(tokenizer, "Is it right?")
+    check = build_verification_suffix(tokenizer, "Is it right?")
     verdict = asyncio.run(service.judge(prompt, draft, [10, 20], check))
     assert all(chance is not None and 0 <= chance <= 1 for chance in verdict.correct)
 
 
 def test_every_call_tells_how_much_it_found_known(path):
-    service = ModelService(settings(path))
+    service = NativeEngine(settings(path))
     prompt, draft = text(random.Random(1), 40), text(random.Random(2), 20)
     sampling = replace(GREEDY, max_tokens=len(draft) + 2, ignore_eos=True)
 
@@ -581,10 +585,10 @@ def test_every_call_tells_how_much_it_found_known(path):
         again = await service.warm(prompt)
         judged = await service.judge(prompt, draft, [len(draft)], CHECK)
         written = await collect(service.generate(prompt, draft, sampling))
-        return cold, again, judged.cached, written
+        return cold, again, judged.num_cached_tokens, written
 
     cold, again, judged, written = asyncio.run(calls())
-    service.close()
+    service.shutdown()
     assert (cold, again, judged) == (0, len(prompt), len(prompt))
     assert written[0].cached == len(prompt) + len(draft) - 1  # its last token is asked for anew
     assert all(piece.cached == 0 for piece in written[1:])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from parse.engines.native.engine import Engine, Job
+from parse.engines.native.engine import EngineCore, Request
 from parse.engines.native.model import Model
-from parse.engines.native.programs import Ask, Program
+from parse.engines.native.programs import Program, TreeInput
 from parse.tree import TokenTree
 
 VOCABULARY = 120
@@ -109,7 +109,7 @@ def plain(network: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 def alone(network: PreTrainedModel, context: Sequence[int], tree: TokenTree) -> Tensor:
     """[nodes, vocabulary], each node at the end of a text of its own: what its root sees, and the path to it."""
-    seen, visible = tree.seen(len(context)), tree.visible()
+    seen, visible = tree.visible_context(len(context)), tree.visible()
     texts = [[*context[: seen[node]], *tree.tokens[visible[node]]] for node in range(len(tree))]
     return torch.stack([plain(network, text)[-1] for text in texts])
 
@@ -117,14 +117,14 @@ def alone(network: PreTrainedModel, context: Sequence[int], tree: TokenTree) -> 
 class Reply:
     """What a request answers, and how it ends."""
 
-    job: Job
+    job: Request
 
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
         self.error: BaseException | None = None
         self._ended = threading.Event()
 
-    def end(self, error: BaseException | None) -> None:
+    def on_finished(self, error: BaseException | None) -> None:
         self.error = error
         self._ended.set()
 
@@ -142,13 +142,13 @@ class Reply:
         return self.logits
 
 
-def submit(engine: Engine, tokens: Sequence[int], program: Program, room: int = 0) -> Reply:
+def submit(engine: EngineCore, tokens: Sequence[int], program: Program, room: int = 0) -> Reply:
     reply = Reply()
-    reply.job = engine.submit(Job(list(tokens), program, room, reply))
+    reply.job = engine.add_request(Request(list(tokens), program, room, reply))
     return reply
 
 
-def ask(engine: Engine, tokens: Sequence[int], *asks: Ask) -> Reply:
+def ask(engine: EngineCore, tokens: Sequence[int], *asks: TreeInput) -> Reply:
     """Asks one thing after another, and collects the logits."""
     reply = Reply()
 
@@ -158,20 +158,20 @@ def ask(engine: Engine, tokens: Sequence[int], *asks: Ask) -> Reply:
             assert answer.chosen == answer.logits.argmax(-1).tolist()
             reply.logits.append(answer.logits.clone())
 
-    room = sum(len(each.keep) for each in asks) + max(len(each.nodes) for each in asks)
-    reply.job = engine.submit(Job(list(tokens), program(), room, reply))
+    room = sum(len(each.accepted_path) for each in asks) + max(len(each.nodes) for each in asks)
+    reply.job = engine.add_request(Request(list(tokens), program(), room, reply))
     return reply
 
 
 @contextmanager
-def paused(engine: Engine) -> Iterator[None]:
+def paused(engine: EngineCore) -> Iterator[None]:
     """What is submitted inside reaches the engine at once, so that it shares its steps from the first on."""
     go, reached = threading.Event(), threading.Event()
 
     def hold() -> Program:
         reached.set()
         go.wait(60)
-        yield Ask((), read=())
+        yield TreeInput((), logits_nodes=())
 
     reply = submit(engine, [], hold())
     assert reached.wait(60)
@@ -183,10 +183,10 @@ def paused(engine: Engine) -> Iterator[None]:
 
 
 @contextmanager
-def serving(model: Model, **limits: int) -> Iterator[Engine]:
+def serving(model: Model, **limits: int) -> Iterator[EngineCore]:
     sizes: dict[str, Any] = dict(contexts=5, capacity=128, max_running=8, step_tokens=19)
-    engine = Engine(model, **sizes | limits)
+    engine = EngineCore(model, **sizes | limits)
     try:
         yield engine
     finally:
-        engine.stop()
+        engine.shutdown()

@@ -13,11 +13,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from parse.engines.native.model import Model
-from parse.speculative.guard import Guard
-from parse.speculative.proposal import NOT_YET, NOTHING, Wish
+from parse.speculative.guard import GuardedProposer
+from parse.speculative.proposal import NO_PROPOSAL, NOT_YET, ProposalRequest
 from parse.speculative.proposers import draft_model
-from parse.speculative.proposers.draft_model import DraftModel
-from parse.speculative.proposers.eagle_head import HeadError
+from parse.speculative.proposers.draft_model import DraftModelProposer
+from parse.speculative.proposers.eagle_head import ProposerLoadError
 from tests.parse.engines.native.tiny import VOCABULARY, build, plain
 from tests.parse.speculative.naive import bare, proposed
 
@@ -65,14 +65,14 @@ class Counting:
 
 
 def small(tokenizer, reference=REFERENCE, contexts=4, capacity=CAPACITY):
-    method = DraftModel(Model(deepcopy(reference), tokenizer))
+    method = DraftModelProposer(Model(deepcopy(reference), tokenizer))
     method.reserve(contexts, capacity)
     return method, Counting(method.model)
 
 
 def taken(method, ids):
-    proposer = method.proposer()
-    proposer.take(ids, None, None)
+    proposer = method.new_state()
+    proposer.extend(ids, None, None)
     return proposer
 
 
@@ -96,12 +96,14 @@ def test_what_was_drafted_and_accepted_is_not_read_again_and_what_was_rejected_l
         assert is_what_it_writes(proposal, ids, most)
         assert read.since() == expected + [1] * (most - 1)
         accepted = rng.randint(0, most)
-        own = (written([*ids, *proposal.tokens[:accepted]], 1)[0][0] + 1 + rng.randrange(VOCABULARY - 1)) % VOCABULARY
-        new = [*proposal.tokens[:accepted], own]
+        own = (
+            written([*ids, *proposal.token_ids[:accepted]], 1)[0][0] + 1 + rng.randrange(VOCABULARY - 1)
+        ) % VOCABULARY
+        new = [*proposal.token_ids[:accepted], own]
         # The last token it drafted it has not read itself.
         expected = [len(new) - min(accepted, most - 1)]
         ids += new
-        proposer.take(new, None, None)
+        proposer.extend(new, None, None)
 
 
 def test_a_text_that_went_on_without_proposals_is_caught_up_with(tokenizer):
@@ -110,9 +112,9 @@ def test_a_text_that_went_on_without_proposals_is_caught_up_with(tokenizer):
     ids = text(rng, 9)
     proposer = taken(method, ids)
     first = proposed(method, proposer, MOST)
-    new = [*first.tokens, *text(rng, 30)]
+    new = [*first.token_ids, *text(rng, 30)]
     for token in new:
-        proposer.take([token], None, None)
+        proposer.extend([token], None, None)
     read.since()
     assert is_what_it_writes(proposed(method, proposer, MOST), [*ids, *new])
     assert sum(read.since()) == len(new) - (MOST - 1) + MOST - 1
@@ -123,14 +125,14 @@ def test_who_asks_again_of_the_same_text_gets_nothing_and_loses_nothing(tokenize
     ids = text(random.Random(3), 9)
     proposer = taken(method, ids)
     first = proposed(method, proposer, MOST)
-    assert proposed(method, proposer, MOST) == NOTHING
-    proposer.take(first.tokens[:3], None, None)
-    assert is_what_it_writes(proposed(method, proposer, MOST), [*ids, *first.tokens[:3]])
+    assert proposed(method, proposer, MOST) == NO_PROPOSAL
+    proposer.extend(first.token_ids[:3], None, None)
+    assert is_what_it_writes(proposed(method, proposer, MOST), [*ids, *first.token_ids[:3]])
 
 
 def test_who_has_taken_nothing_has_nothing_to_propose(tokenizer):
     method, read = small(tokenizer)
-    assert not proposed(method, method.proposer(), MOST).tokens and not read.since()
+    assert not proposed(method, method.new_state(), MOST).token_ids and not read.since()
 
 
 def test_a_long_text_is_read_in_pieces_while_it_is_written_on(tokenizer, monkeypatch):
@@ -144,7 +146,7 @@ def test_a_long_text_is_read_in_pieces_while_it_is_written_on(tokenizer, monkeyp
         assert read.since() == [16]
         new = text(rng, 2)
         ids += new
-        proposer.take(new, None, None)
+        proposer.extend(new, None, None)
     assert is_what_it_writes(proposed(method, proposer, MOST), ids)
     assert read.since() == [3, 13] + [1] * (MOST - 1)
 
@@ -156,11 +158,11 @@ def test_while_long_texts_are_read_the_others_keep_their_proposals_and_no_pass_i
     short, *long = text(rng, 10), text(rng, 40), text(rng, 30)
     proposer = taken(method, short)
     proposed(method, proposer, MOST)
-    wishes = [Wish(one, MOST) for one in (*(taken(method, ids) for ids in long), proposer)]
+    wishes = [ProposalRequest(one, MOST) for one in (*(taken(method, ids) for ids in long), proposer)]
     for turn in range(5):
         read.since()
         short.append(rng.randrange(VOCABULARY))
-        proposer.take(short[-1:], None, None)
+        proposer.extend(short[-1:], None, None)
         *others, chain = method.propose(wishes)
         assert is_what_it_writes(chain, short)
         assert sum(read.since()) <= 16 + 3 * (MOST + 1)
@@ -182,15 +184,15 @@ def test_texts_together_have_the_proposals_of_each_alone(tokenizer):
             ids = text(rng, rng.choice((1, 5, 18, 40)))
             going.append((taken(method, ids), ids))
         asking = rng.sample(going, rng.randint(1, len(going)))
-        wishes = [Wish(proposer, rng.randint(1, MOST)) for proposer, _ in asking]
+        wishes = [ProposalRequest(proposer, rng.randint(1, MOST)) for proposer, _ in asking]
         read.since()
         found = method.propose(wishes)
-        assert len(read.since()) <= len(asking) + max(wish.most for wish in wishes)
+        assert len(read.since()) <= len(asking) + max(wish.max_tokens for wish in wishes)
         for (proposer, ids), wish, proposal in zip(asking, wishes, found, strict=True):
-            assert is_what_it_writes(proposal, ids, wish.most)
-            new = [*proposal.tokens[: rng.randint(0, wish.most)], rng.randrange(VOCABULARY)]
+            assert is_what_it_writes(proposal, ids, wish.max_tokens)
+            new = [*proposal.token_ids[: rng.randint(0, wish.max_tokens)], rng.randrange(VOCABULARY)]
             ids += new
-            proposer.take(new, None, None)
+            proposer.extend(new, None, None)
         if turn > 6:
             going.pop(0)
 
@@ -205,11 +207,11 @@ def test_below_the_floor_nothing_is_proposed_and_nobody_drafts_on(tokenizer):
             below, above = ([1.0, *likely][kept], likely[kept])
             proposer = taken(method, ids)
             proposal = proposed(method, proposer, MOST, math.sqrt(below * above))
-            assert list(proposal.tokens) == written(ids, MOST)[0][:kept]
+            assert list(proposal.token_ids) == written(ids, MOST)[0][:kept]
             passes = [size for size in read.since() if size == 1]
             assert len(passes) <= kept + 1
             # And the text goes on from there as if nothing had been proposed.
-            proposer.take([8], None, None)
+            proposer.extend([8], None, None)
             assert is_what_it_writes(proposed(method, proposer, MOST), [*ids, 8])
             read.since()
 
@@ -221,9 +223,10 @@ def test_each_text_has_its_own_floor_and_reach(tokenizer):
     floors = [0.0, 1.0, math.sqrt(math.prod(written(texts[2], 3)[1][1:])), 0.0]
     depths = [2, 9, 9, 9]
     wishes = [
-        Wish(taken(method, ids), MOST, floor, depth) for ids, floor, depth in zip(texts, floors, depths, strict=True)
+        ProposalRequest(taken(method, ids), MOST, floor, depth)
+        for ids, floor, depth in zip(texts, floors, depths, strict=True)
     ]
-    found = [len(proposal.tokens) for proposal in method.propose(wishes)]
+    found = [len(proposal.token_ids) for proposal in method.propose(wishes)]
     assert found == [2, 0, 2, MOST]
 
 
@@ -232,13 +235,13 @@ def test_without_memory_nothing_is_proposed_until_there_is_some(tokenizer):
     rng = random.Random(9)
     texts = [text(rng, 40) for _ in range(3)]
     proposers = [taken(method, ids) for ids in texts]
-    first, second, third = method.propose([Wish(proposer, MOST) for proposer in proposers])
+    first, second, third = method.propose([ProposalRequest(proposer, MOST) for proposer in proposers])
     assert is_what_it_writes(first, texts[0]) and is_what_it_writes(second, texts[1]) and third == NOT_YET
     for ids, proposer in zip(texts, proposers, strict=True):
         ids.append(7)
-        proposer.take([7], None, None)
+        proposer.extend([7], None, None)
     del proposer, proposers[0]
-    second, third = method.propose([Wish(proposer, MOST) for proposer in proposers])
+    second, third = method.propose([ProposalRequest(proposer, MOST) for proposer in proposers])
     assert is_what_it_writes(second, texts[1]) and is_what_it_writes(third, texts[2])
 
 
@@ -267,7 +270,7 @@ def test_texts_let_go_give_their_memory_back(letting_go, tokenizer):
     for _ in range(5):
         texts = [text(rng, 30) for _ in range(3)]
         proposers = [taken(method, ids) for ids in texts]
-        found = method.propose([Wish(proposer, MOST) for proposer in proposers])
+        found = method.propose([ProposalRequest(proposer, MOST) for proposer in proposers])
         assert all(is_what_it_writes(proposal, ids) for proposal, ids in zip(found, texts, strict=True))
         letting_go(proposers)
 
@@ -286,7 +289,7 @@ def test_a_beginning_that_was_read_once_is_not_read_again(there, tokenizer):
     assert is_what_it_writes(proposed(method, taken(method, other), MOST), other)
     assert sum(read.since()) == len(other) - len(beginning) + MOST - 1
     if there:  # and the other one has not suffered
-        first.take([3], None, None)
+        first.extend([3], None, None)
         assert is_what_it_writes(proposed(method, first, MOST), [*one, 3])
 
 
@@ -295,67 +298,67 @@ def test_a_text_longer_than_its_memory_is_let_alone(tokenizer):
     rng = random.Random(12)
     neighbours = [text(rng, 20) for _ in range(2)]
     others = [taken(method, ids) for ids in neighbours]
-    method.propose([Wish(proposer, MOST) for proposer in others])
+    method.propose([ProposalRequest(proposer, MOST) for proposer in others])
     ids = text(rng, 42)
     grown, huge = taken(method, ids), taken(method, text(rng, 70))
     for _ in range(8):
         read.since()
-        grown_chain, nothing = method.propose([Wish(grown, MOST), Wish(huge, MOST)])
+        grown_chain, nothing = method.propose([ProposalRequest(grown, MOST), ProposalRequest(huge, MOST)])
         # The last token drafted needs no memory.
         reach = max(0, min(MOST, 48 - len(ids) + 1))
         if reach:
             assert is_what_it_writes(grown_chain, ids, reach)
-        assert len(grown_chain.tokens) == reach and nothing == NOTHING
+        assert len(grown_chain.token_ids) == reach and nothing == NO_PROPOSAL
         ids.append(9)
-        grown.take([9], None, None)
+        grown.extend([9], None, None)
     for proposer, known in zip(others, neighbours, strict=True):
-        proposer.take([5], None, None)
+        proposer.extend([5], None, None)
         assert is_what_it_writes(proposed(method, proposer, MOST), [*known, 5])
 
 
 def test_a_small_model_that_knows_fewer_positions_than_the_target_keeps_within_them(tokenizer, caplog):
     reference = build("gpt2", seed=3, n_positions=32, max_position_embeddings=32)
     method, _ = small(tokenizer, reference, capacity=300)
-    guard = Guard(method, VOCABULARY)
+    guard = GuardedProposer(method, VOCABULARY)
     rng = random.Random(13)
     for size, reach in ((20, MOST), (30, 3), (32, 1), (33, 0), (200, 0)):
         ids = text(rng, size)
-        proposer = guard.proposer()
-        proposer.take(ids, None, None)
-        (proposal,) = guard.propose([Wish(proposer, MOST)])
-        assert list(proposal.tokens) == (written(ids, reach, reference)[0] if reach else [])
+        proposer = guard.new_state()
+        proposer.extend(ids, None, None)
+        (proposal,) = guard.propose([ProposalRequest(proposer, MOST)])
+        assert list(proposal.token_ids) == (written(ids, reach, reference)[0] if reach else [])
     assert not caplog.records
 
 
 def test_a_token_that_only_the_target_knows_ends_the_proposals_for_its_text(tokenizer, caplog):
     """Embeddings of one family are padded to different sizes."""
     method, _ = small(tokenizer)
-    guard = Guard(method, VOCABULARY + 8)
+    guard = GuardedProposer(method, VOCABULARY + 8)
     ids = text(random.Random(14), 12)
-    strange, plain_one, late = (guard.proposer() for _ in range(3))
-    strange.take([*ids, VOCABULARY, 4], None, None)
-    plain_one.take(ids, None, None)
-    late.take(ids, None, None)
-    found = guard.propose([Wish(proposer, MOST) for proposer in (strange, plain_one, late)])
-    assert found[0] == NOTHING and is_what_it_writes(found[1], ids) and is_what_it_writes(found[2], ids)
+    strange, plain_one, late = (guard.new_state() for _ in range(3))
+    strange.extend([*ids, VOCABULARY, 4], None, None)
+    plain_one.extend(ids, None, None)
+    late.extend(ids, None, None)
+    found = guard.propose([ProposalRequest(proposer, MOST) for proposer in (strange, plain_one, late)])
+    assert found[0] == NO_PROPOSAL and is_what_it_writes(found[1], ids) and is_what_it_writes(found[2], ids)
     for proposer in (strange, plain_one):
-        proposer.take([4], None, None)
-    late.take([VOCABULARY + 7], None, None)
-    found = guard.propose([Wish(proposer, MOST) for proposer in (strange, plain_one, late)])
-    assert found[0] == found[2] == NOTHING and is_what_it_writes(found[1], [*ids, 4])
+        proposer.extend([4], None, None)
+    late.extend([VOCABULARY + 7], None, None)
+    found = guard.propose([ProposalRequest(proposer, MOST) for proposer in (strange, plain_one, late)])
+    assert found[0] == found[2] == NO_PROPOSAL and is_what_it_writes(found[1], [*ids, 4])
     assert not caplog.records
 
 
 def test_a_token_that_only_the_small_model_knows_is_never_proposed(tokenizer):
     known = 40
-    method = DraftModel(Model(deepcopy(REFERENCE), tokenizer), known)
+    method = DraftModelProposer(Model(deepcopy(REFERENCE), tokenizer), known)
     method.reserve(8, CAPACITY)
     rng = random.Random(16)
     for size in range(1, 9):
         ids = [rng.randrange(known) for _ in range(size)]
         proposal = proposed(method, taken(method, ids), MOST)
-        logits = plain(REFERENCE, [*ids, *proposal.tokens])[size - 1 : -1, :known]
-        assert list(proposal.tokens) == logits.argmax(-1).tolist()
+        logits = plain(REFERENCE, [*ids, *proposal.token_ids])[size - 1 : -1, :known]
+        assert list(proposal.token_ids) == logits.argmax(-1).tolist()
 
 
 def test_a_model_with_another_tokenizer_is_refused(tokenizer, tmp_path):
@@ -363,8 +366,10 @@ def test_a_model_with_another_tokenizer_is_refused(tokenizer, tmp_path):
     words = {f"word{number}": number for number in range(len(tokenizer))}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "word0"))).save_pretrained(tmp_path)
     target = Model(build("llama"), tokenizer)
-    with pytest.raises(HeadError, match=f"{tmp_path} does not speak the target's tokens: its tokenizer is another one"):
-        DraftModel.load(tmp_path, target, device="cpu", dtype="float32")
+    with pytest.raises(
+        ProposerLoadError, match=f"{tmp_path} does not speak the target's tokens: its tokenizer is another one"
+    ):
+        DraftModelProposer.load(tmp_path, target, device="cpu", dtype="float32")
 
 
 def test_a_model_on_disk_is_served_as_it_is(tokenizer, tmp_path):
@@ -372,7 +377,7 @@ def test_a_model_on_disk_is_served_as_it_is(tokenizer, tmp_path):
     reference.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     target = Model(build("llama", vocab_size=len(tokenizer)), tokenizer)
-    method = DraftModel.load(tmp_path, target, device="cpu", dtype="float32")
+    method = DraftModelProposer.load(tmp_path, target, device="cpu", dtype="float32")
     method.reserve(1, CAPACITY)
     ids = text(random.Random(15), 25)
     assert is_what_it_writes(proposed(method, taken(method, ids), MOST), ids, reference=reference)

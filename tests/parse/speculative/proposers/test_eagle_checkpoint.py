@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parse.speculative.proposers.eagle3 import Eagle3
+from parse.speculative.proposers.eagle3 import Eagle3Proposer
 from parse.speculative.proposers.eagle_checkpoint import load_head, save_head
-from parse.speculative.proposers.eagle_head import HeadError, Target
+from parse.speculative.proposers.eagle_head import ProposerLoadError, TargetModel
 from tests.parse.speculative import naive
 from tests.parse.speculative.proposers.test_eagle3 import EMBEDDING, FEATURES, TARGET, TEXT, chain
 
@@ -14,9 +14,9 @@ CONFIG = naive.sizes()
 
 
 def proposed(path, target=TARGET):
-    method = Eagle3(*load_head(path, target), beam=2, depth=3)
-    proposer = method.proposer()
-    proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
+    method = Eagle3Proposer(*load_head(path, target), beam=2, depth=3)
+    proposer = method.new_state()
+    proposer.extend(TEXT, FEATURES[: len(TEXT) - 1])
     return naive.proposed(method, proposer, 8)
 
 
@@ -59,7 +59,7 @@ def test_a_head_may_bring_its_embeddings(tmp_path):
     tensors = naive.checkpoint(CONFIG)
     wanted = proposed(naive.write(tmp_path / "without", CONFIG, tensors))
     mine = naive.write(tmp_path / "with", CONFIG, tensors | {"embed_tokens.weight": EMBEDDING})
-    assert proposed(mine, Target(6, torch.zeros_like(EMBEDDING))) == wanted
+    assert proposed(mine, TargetModel(6, torch.zeros_like(EMBEDDING))) == wanted
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -84,9 +84,9 @@ def test_scaled_positions_are_those_of_the_library(tmp_path):
     scaling = {"rope_type": "linear", "factor": 4.0}
     tensors = naive.checkpoint(CONFIG)
     head, embedding = load_head(naive.write(tmp_path, naive.sizes(rope_scaling=scaling), tensors), TARGET)
-    method = Eagle3(head, embedding, beam=2, depth=2)
-    proposer = method.proposer()
-    proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
+    method = Eagle3Proposer(head, embedding, beam=2, depth=2)
+    proposer = method.new_state()
+    proposer.extend(TEXT, FEATURES[: len(TEXT) - 1])
     wanted = chain(tensors, len(TEXT))
     first = naive.Chain(tensors, CONFIG, EMBEDDING, TEXT[1:], FEATURES[:7], [k / 4 for k in range(7)])
     likeliest = {naive.target_token(tensors, int(token)) for token in first.logprobs().topk(2).indices}
@@ -108,7 +108,7 @@ def test_scaled_positions_are_those_of_the_library(tmp_path):
 )
 def test_taps_are_the_usual_ones_or_what_the_checkpoint_says(tmp_path, said, taps):
     folder = naive.write(tmp_path, CONFIG | said, naive.checkpoint(CONFIG))
-    assert Eagle3(*load_head(folder, Target(12, EMBEDDING))).taps == taps
+    assert Eagle3Proposer(*load_head(folder, TargetModel(12, EMBEDDING))).aux_hidden_state_layers == taps
 
 
 def broken(change):
@@ -142,7 +142,7 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_tensors_that_do_not_fit_are_named(tmp_path, message):
     folder = naive.write(tmp_path, CONFIG, broken(WRONG[message]))
-    with pytest.raises(HeadError, match=message):
+    with pytest.raises(ProposerLoadError, match=message):
         load_head(folder, TARGET)
 
 
@@ -172,36 +172,36 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, message):
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
     folder = naive.write(tmp_path, CONFIG | change, naive.checkpoint(CONFIG))
-    with pytest.raises(HeadError, match=message):
+    with pytest.raises(ProposerLoadError, match=message):
         load_head(folder, TARGET)
 
 
 def test_a_head_of_another_width_than_its_target_needs_embeddings_of_its_own(tmp_path):
-    narrow = Target(6, torch.zeros(40, 8))
+    narrow = TargetModel(6, torch.zeros(40, 8))
     config = CONFIG | {"target_hidden_size": 8}
     tensors = naive.checkpoint(CONFIG) | {"fc.weight": torch.zeros(16, 24)}
-    with pytest.raises(HeadError, match="embeddings are 8 wide, the head is 16 and brings no"):
+    with pytest.raises(ProposerLoadError, match="embeddings are 8 wide, the head is 16 and brings no"):
         load_head(naive.write(tmp_path / "without", config, tensors), narrow)
     head, _ = load_head(naive.write(tmp_path / "with", config, tensors | {"embed_tokens.weight": EMBEDDING}), narrow)
     assert head.fc.shape == (16, 24)
 
 
 def test_folders_without_a_whole_head_are_named(tmp_path):
-    with pytest.raises(HeadError, match="nowhere"):
+    with pytest.raises(ProposerLoadError, match="nowhere"):
         load_head(tmp_path / "nowhere", TARGET)
     folder = naive.write(tmp_path / "head", CONFIG, naive.checkpoint(CONFIG))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(HeadError, match=r"model.safetensors is damaged or half-written"):
+    with pytest.raises(ProposerLoadError, match=r"model.safetensors is damaged or half-written"):
         load_head(folder, TARGET)
     weights.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"e")
-    with pytest.raises(HeadError, match=r"pytorch_model.bin is damaged"):
+    with pytest.raises(ProposerLoadError, match=r"pytorch_model.bin is damaged"):
         load_head(folder, TARGET)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(HeadError, match=r"holds neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(ProposerLoadError, match=r"holds neither model.safetensors nor pytorch_model.bin"):
         load_head(folder, TARGET)
     (folder / "config.json").write_text("{")
-    with pytest.raises(HeadError, match=r"config.json is damaged"):
+    with pytest.raises(ProposerLoadError, match=r"config.json is damaged"):
         load_head(folder, TARGET)
     save_file({}, weights)

@@ -4,12 +4,12 @@ from itertools import product
 import pytest
 import torch
 
-from parse.speculative.proposal import Wish
+from parse.speculative.proposal import ProposalRequest
 from parse.speculative.proposers import head_proposer
-from parse.speculative.proposers.eagle3 import Eagle3
+from parse.speculative.proposers.eagle3 import Eagle3Proposer
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import HeadError
-from parse.speculative.proposers.parallelspec import Parallel
+from parse.speculative.proposers.eagle_head import ProposerLoadError
+from parse.speculative.proposers.parallelspec import ParallelSpecProposer
 from tests.parse.speculative import naive
 from tests.parse.speculative.naive import bare, chances, drafted, proposed
 from tests.parse.speculative.proposers.test_eagle3 import EMBEDDING, FEATURES, MORE, TARGET, TEXT
@@ -36,12 +36,12 @@ def logprobs(config, tensors, size):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_chain_is_the_likeliest_token_of_each_place(tmp_path, layers):
     config, tensors, head, embedding = head_of(tmp_path, layers)
-    method = Parallel(head, embedding)
-    proposer = method.proposer()
-    proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
+    method = ParallelSpecProposer(head, embedding)
+    proposer = method.new_state()
+    proposer.extend(TEXT, FEATURES[: len(TEXT) - 1])
     for size in (len(TEXT), len(TEXT) + 1, len(TEXT) + 3):
         new = [*TEXT, *MORE][proposer.length : size]
-        proposer.take(new, FEATURES[size - 1 - len(new) : size - 1])
+        proposer.extend(new, FEATURES[size - 1 - len(new) : size - 1])
         likeliest = logprobs(config, tensors, size).argmax(-1).tolist()
         tokens = tuple(naive.target_token(tensors, token) for token in likeliest)
         assert drafted(method, proposer, 9) == (tokens, (-1, 0, 1, 2))
@@ -51,9 +51,9 @@ def test_a_chain_is_the_likeliest_token_of_each_place(tmp_path, layers):
 @pytest.mark.parametrize(("beam", "most"), [(2, 7), (3, 20), (3, 500)])
 def test_a_tree_holds_the_likeliest_rows_of_choices(tmp_path, beam, most):
     config, tensors, head, embedding = head_of(tmp_path)
-    method = Parallel(head, embedding, beam=beam)
-    proposer = method.proposer()
-    proposer.take(TEXT, FEATURES[: len(TEXT) - 1])
+    method = ParallelSpecProposer(head, embedding, beam=beam)
+    proposer = method.new_state()
+    proposer.extend(TEXT, FEATURES[: len(TEXT) - 1])
     likely, tokens = logprobs(config, tensors, len(TEXT)).topk(beam)
     scores = {
         tuple(naive.target_token(tensors, int(tokens[place, k])) for place, k in enumerate(ranks)): sum(
@@ -75,28 +75,28 @@ def test_a_tree_holds_the_likeliest_rows_of_choices(tmp_path, beam, most):
 
 def test_many_requests_at_once_are_as_each_alone(tmp_path):
     *_, head, embedding = head_of(tmp_path)
-    method = Parallel(head, embedding, beam=2)
-    alone, together = [], [method.proposer() for _ in range(3)]
+    method = ParallelSpecProposer(head, embedding, beam=2)
+    alone, together = [], [method.new_state() for _ in range(3)]
     for proposer, length in zip(together, (len(TEXT), 1, 5), strict=True):
-        other = method.proposer()
+        other = method.new_state()
         for taker in (proposer, other):
-            taker.take(TEXT[:length], FEATURES[: length - 1] if length > 1 else None)
+            taker.extend(TEXT[:length], FEATURES[: length - 1] if length > 1 else None)
         alone.append(drafted(method, other, 6))
-    assert [bare(found) for found in method.propose([Wish(one, 6) for one in together])] == alone
+    assert [bare(found) for found in method.propose([ProposalRequest(one, 6) for one in together])] == alone
     assert alone[1] == ((), ())
 
 
 def test_a_long_prompt_is_read_as_if_it_came_in_pieces(tmp_path):
     *_, head, embedding = head_of(tmp_path)
-    method = Parallel(head, embedding)
+    method = ParallelSpecProposer(head, embedding)
     tokens = torch.randint(40, (600,), generator=torch.Generator().manual_seed(5)).tolist()
     features = torch.randn(599, 48, generator=torch.Generator().manual_seed(6))
-    whole, pieces = method.proposer(), method.proposer()
-    whole.take(tokens, features)
-    pieces.take(tokens[:20], features[:19])
+    whole, pieces = method.new_state(), method.new_state()
+    whole.extend(tokens, features)
+    pieces.extend(tokens[:20], features[:19])
     for end in range(40, 601, 20):
         drafted(method, pieces, 2)
-        pieces.take(tokens[end - 20 : end], features[end - 21 : end - 1])
+        pieces.extend(tokens[end - 20 : end], features[end - 21 : end - 1])
     assert drafted(method, whole, 4) == drafted(method, pieces, 4)
     torch.testing.assert_close(whole.keys[:, :, :599], pieces.keys[:, :, :599], atol=1e-4, rtol=1e-4)
 
@@ -105,19 +105,19 @@ def test_a_long_prompt_is_read_as_if_it_came_in_pieces(tmp_path):
 def test_what_is_long_is_read_a_piece_at_a_time_and_proposes_when_it_is_read(tmp_path, monkeypatch, beside):
     monkeypatch.setattr(head_proposer, "READ", 50)
     *_, head, embedding = head_of(tmp_path)
-    method = Parallel(head, embedding)
+    method = ParallelSpecProposer(head, embedding)
     tokens = torch.randint(40, (180,), generator=torch.Generator().manual_seed(5)).tolist()
     features = torch.randn(179, 48, generator=torch.Generator().manual_seed(6))
-    text, whole, short = (method.proposer() for _ in range(3))
-    text.take(tokens, features)
-    whole.take(tokens, features)
-    short.take(tokens[:20], features[:19])
-    wishes = [Wish(text, 4), *([Wish(short, 4)] if beside else [])]
+    text, whole, short = (method.new_state() for _ in range(3))
+    text.extend(tokens, features)
+    whole.extend(tokens, features)
+    short.extend(tokens[:20], features[:19])
+    wishes = [ProposalRequest(text, 4), *([ProposalRequest(short, 4)] if beside else [])]
     said = []
     for _ in range(4):
         first, *others = method.propose(wishes)
         said.append(first.ready)
-        assert all(len(other.tokens) == 4 for other in others)
+        assert all(len(other.token_ids) == 4 for other in others)
     assert said == [False, False, True, True]
     monkeypatch.setattr(head_proposer, "READ", 1000)
     assert bare(first) == drafted(method, whole, 4)
@@ -126,9 +126,9 @@ def test_what_is_long_is_read_a_piece_at_a_time_and_proposes_when_it_is_read(tmp
 
 def test_each_head_is_for_its_own_method(tmp_path):
     *_, head, embedding = head_of(tmp_path / "parallel")
-    with pytest.raises(HeadError, match="not an EAGLE-3 head"):
-        Eagle3(head, embedding)
+    with pytest.raises(ProposerLoadError, match="not an EAGLE-3 head"):
+        Eagle3Proposer(head, embedding)
     config = naive.sizes()
     single = naive.write(tmp_path / "single", config, naive.checkpoint(config))
-    with pytest.raises(HeadError, match="not a parallel head"):
-        Parallel(*load_head(single, TARGET))
+    with pytest.raises(ProposerLoadError, match="not a parallel head"):
+        ParallelSpecProposer(*load_head(single, TARGET))

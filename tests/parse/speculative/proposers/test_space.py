@@ -12,22 +12,22 @@ from safetensors.torch import load_file, save_file
 from parse.config import EngineSettings, SpeculationSettings
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.model import Model
-from parse.engines.native.programs import Ask
-from parse.engines.native.service import ModelService
-from parse.engines.native.step_timing import pass_seconds
+from parse.engines.native.programs import TreeInput
+from parse.engines.native.service import NativeEngine
+from parse.engines.native.step_timing import measure_step_seconds
 from parse.local import DEMO, DEMO_TARGET
-from parse.speculative.proposal import Foreseen, Wish
-from parse.speculative.proposers.eagle_head import HeadError
-from parse.speculative.proposers.space import MaskToken, Space
+from parse.speculative.proposal import MaskPrediction, ProposalRequest
+from parse.speculative.proposers.eagle_head import ProposerLoadError
+from parse.speculative.proposers.space import MaskTokenEmbedder, SpaceProposer
 from parse.speculative.proposers.space_adapters import (
-    AdapterConfig,
-    Adapters,
+    SpaceAdapters,
+    SpaceAdaptersConfig,
     decoder_layers,
     load_adapters,
     save_adapters,
 )
-from parse.tree import MASK, proposals
-from parse.types import Sampling, summed
+from parse.tree import MASK, tree_from_parents
+from parse.types import SamplingParams, sum_stats
 from tests.parse.engines.native.tiny import VOCABULARY, ask, build, serving
 from training.tokenizer import build as build_tokenizer
 
@@ -38,8 +38,8 @@ TEXT = torch.randint(VOCABULARY, (40,), generator=torch.Generator().manual_seed(
 
 def some_adapters(network, seed=3, masks=3):
     torch.manual_seed(seed)
-    config = AdapterConfig(32, len(decoder_layers(network)), rank=5, masks=masks)
-    adapters = Adapters(config)
+    config = SpaceAdaptersConfig(32, len(decoder_layers(network)), rank=5, masks=masks)
+    adapters = SpaceAdapters(config)
     with torch.no_grad():
         adapters.up.normal_()
         adapters.mask_embedding.normal_()
@@ -49,7 +49,7 @@ def some_adapters(network, seed=3, masks=3):
 def model_with(kind, masks=None):
     network = build(kind)
     model = Model(network, build_tokenizer())
-    model.masks = some_adapters(network).attach(network) if masks is None else masks(network)
+    model.mask_embedder = some_adapters(network).attach(network) if masks is None else masks(network)
     return model
 
 
@@ -76,9 +76,9 @@ TREE = [TEXT[8], MASK, MASK, 5, 9, MASK, MASK, MASK, 7], [-1, 0, 1, 0, 3, 4, 5, 
 @pytest.mark.parametrize("kind", DENSE + EXPERTS)
 def test_a_mask_sees_its_text_and_the_masks_before_it_and_nobody_sees_it(kind):
     model = model_with(kind)
-    tree, place = proposals(*TREE)
+    tree, place = tree_from_parents(*TREE)
     with serving(model) as engine:
-        (logits,) = ask(engine, TEXT[:8], Ask(tree)).result()
+        (logits,) = ask(engine, TEXT[:8], TreeInput(tree)).result()
     tokens, parents = TREE
     for node in range(len(tokens)):
         path = [node]
@@ -90,15 +90,15 @@ def test_a_mask_sees_its_text_and_the_masks_before_it_and_nobody_sees_it(kind):
 
 @pytest.mark.parametrize("kind", DENSE + EXPERTS)
 def test_what_stands_beside_masks_is_the_same_bit_for_bit_whatever_is_learnt_at_them(kind):
-    tree, place = proposals(*TREE)
+    tree, place = tree_from_parents(*TREE)
     found = []
     for masks in (
         None,
         lambda network: some_adapters(network, seed=8).attach(network),
-        lambda network: MaskToken(torch.zeros(32)),  # the model as it is
+        lambda network: MaskTokenEmbedder(torch.zeros(32)),  # the model as it is
     ):
         with serving(model_with(kind, masks)) as engine:
-            found.append(ask(engine, TEXT[:8], Ask(tree)).result()[0])
+            found.append(ask(engine, TEXT[:8], TreeInput(tree)).result()[0])
     tokens = [place[node] for node, token in enumerate(TREE[0]) if token != MASK]
     masks_at = [place[node] for node, token in enumerate(TREE[0]) if token == MASK]
     for other in found[1:]:
@@ -122,21 +122,21 @@ def groups(proposal):
 
 
 def tree(foreseen, most=200, floor=0.0, width=3, depth=99):
-    method = Space(MaskToken(torch.zeros(1)), width)
-    text = method.proposer()
-    text.take([1], None, foreseen)
-    (proposal,) = method.propose([Wish(text, most, floor, depth)])
-    assert [token for token in proposal.tokens if token != MASK] == list(
-        foreseen.tokens[: sum(token != MASK for token in proposal.tokens)] if foreseen else ()
+    method = SpaceProposer(MaskTokenEmbedder(torch.zeros(1)), width)
+    text = method.new_state()
+    text.extend([1], None, foreseen)
+    (proposal,) = method.propose([ProposalRequest(text, most, floor, depth)])
+    assert [token for token in proposal.token_ids if token != MASK] == list(
+        foreseen.tokens[: sum(token != MASK for token in proposal.token_ids)] if foreseen else ()
     )
-    assert len(proposal.tokens) <= most
+    assert len(proposal.token_ids) <= most
     return proposal
 
 
 def test_with_room_for_all_a_group_stands_behind_every_candidate_and_behind_the_text():
-    found = tree(Foreseen((7, 8, 9), (0.9, 0.5, 0.5)))
+    found = tree(MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5)))
     assert groups(found) == {0: 3, 1: 3, 2: 3, 3: 3}
-    assert len(found.tokens) == 3 + 4 * 3
+    assert len(found.token_ids) == 3 + 4 * 3
 
 
 def test_before_anything_was_foreseen_there_is_one_group():
@@ -145,24 +145,24 @@ def test_before_anything_was_foreseen_there_is_one_group():
 
 def test_groups_stand_where_the_text_is_likely_to_end():
     # The chances that it ends behind the text, the first, ...: 0.1, 0.45, 0.225, 0.225
-    foreseen = Foreseen((7, 8, 9), (0.9, 0.5, 0.5))
+    foreseen = MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5))
     assert groups(tree(foreseen, floor=0.2)) == {1: 3, 2: 3, 3: 3}
     assert groups(tree(foreseen, most=3 + 3)) == {1: 3}
     assert groups(tree(foreseen, most=3 + 4)) == {1: 3, 2: 1}
     unlikely = tree(foreseen, floor=0.3)  # the third comes with 0.225
-    assert [token for token in unlikely.tokens if token != MASK] == [7, 8]
+    assert [token for token in unlikely.token_ids if token != MASK] == [7, 8]
     assert groups(unlikely) == {1: 3, 2: 3}  # behind the second it ends with 0.45 now
     assert groups(tree(foreseen, floor=0.95)) == {0: 3}
 
 
 def test_no_more_candidates_than_are_wished_for():
-    found = tree(Foreseen((7, 8, 9), (0.9, 0.5, 0.5)), depth=2)
-    assert [token for token in found.tokens if token != MASK] == [7, 8] and groups(found) == {0: 3, 1: 3, 2: 3}
+    found = tree(MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5)), depth=2)
+    assert [token for token in found.token_ids if token != MASK] == [7, 8] and groups(found) == {0: 3, 1: 3, 2: 3}
 
 
 def test_the_chances_of_candidates_are_those_of_all_before_them_too():
-    found = tree(Foreseen((7, 8, 9), (0.9, 0.5, 0.5)))
-    assert found.likely[:3] == pytest.approx([0.9, 0.45, 0.225])
+    found = tree(MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5)))
+    assert found.probabilities[:3] == pytest.approx([0.9, 0.45, 0.225])
 
 
 # What is loaded.
@@ -199,7 +199,7 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
 )
 def test_adapters_that_do_not_fit_are_refused_with_both_sizes(tmp_path, changes, message):
     network, _ = saved(tmp_path, **changes)
-    with pytest.raises(HeadError, match=message):
+    with pytest.raises(ProposerLoadError, match=message):
         load_adapters(tmp_path, network)
 
 
@@ -208,7 +208,7 @@ def test_what_is_no_number_is_refused(tmp_path):
     with torch.no_grad():
         adapters.up[1, 2, 3] = torch.nan
     save_adapters(adapters, tmp_path)
-    with pytest.raises(HeadError, match="up holds what is no number"):
+    with pytest.raises(ProposerLoadError, match="up holds what is no number"):
         load_adapters(tmp_path, network)
 
 
@@ -217,20 +217,20 @@ def test_a_missing_tensor_is_named(tmp_path, lacking):
     network, _ = saved(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if name != lacking}, tmp_path / "model.safetensors")
-    with pytest.raises(HeadError, match=f"lacks {lacking}"):
+    with pytest.raises(ProposerLoadError, match=f"lacks {lacking}"):
         load_adapters(tmp_path, network)
     save_file(tensors | {"more": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(HeadError, match="holds more, which these adapters have no place for"):
+    with pytest.raises(ProposerLoadError, match="holds more, which these adapters have no place for"):
         load_adapters(tmp_path, network)
 
 
 def test_what_is_damaged_is_said_to_be(tmp_path):
     network, _ = saved(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(HeadError, match="damaged or half-written"):
+    with pytest.raises(ProposerLoadError, match="damaged or half-written"):
         load_adapters(tmp_path, network)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(HeadError, match=r"lacks config\.json"):
+    with pytest.raises(ProposerLoadError, match=r"lacks config\.json"):
         load_adapters(tmp_path, network)
 
 
@@ -240,12 +240,12 @@ def test_what_is_damaged_is_said_to_be(tmp_path):
 def test_a_model_that_was_tuned_as_a_whole_reads_its_mask_token():
     network = build("qwen3")
     tokenizer = SimpleNamespace(mask_token_id=17)
-    method = Space.tuned(network, tokenizer, width=2)  # type: ignore[arg-type]
+    method = SpaceProposer.from_tuned_model(network, tokenizer, num_masks=2)  # type: ignore[arg-type]
     model = Model(network, build_tokenizer())
-    model.masks = method.masks
-    tree, place = proposals([3, MASK, MASK], [-1, 0, 1])
+    model.mask_embedder = method.mask_embedder
+    tree, place = tree_from_parents([3, MASK, MASK], [-1, 0, 1])
     with serving(model) as engine:
-        (logits,) = ask(engine, TEXT[:8], Ask(tree)).result()
+        (logits,) = ask(engine, TEXT[:8], TreeInput(tree)).result()
     wanted = plainly(model, [*TEXT[:8], 3, MASK, MASK])
     with torch.inference_mode():
         network.set_attn_implementation("sdpa")
@@ -258,8 +258,8 @@ def test_a_model_that_was_tuned_as_a_whole_reads_its_mask_token():
     ("token", "message"), [(None, "this one has none"), (VOCABULARY, rf"mask token is {VOCABULARY}, the target knows")]
 )
 def test_without_a_mask_token_it_is_refused(token, message):
-    with pytest.raises(HeadError, match=message):
-        Space.tuned(build("llama"), SimpleNamespace(mask_token_id=token))  # type: ignore[arg-type]
+    with pytest.raises(ProposerLoadError, match=message):
+        SpaceProposer.from_tuned_model(build("llama"), SimpleNamespace(mask_token_id=token))  # type: ignore[arg-type]
 
 
 # In the engine.
@@ -270,24 +270,24 @@ def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_tok
     told: list = []
     # Nothing is known of what passes take, so that all that is foreseen is tried.
     monkeypatch.setattr("parse.engines.native.service.pass_seconds", lambda model: [])
-    monkeypatch.setattr("parse.speculative.cost_model.Costs.passed", lambda *_: None)
+    monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
-    service = ModelService(
+    service = NativeEngine(
         EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=128, speculation=(way,))
     )
-    take = type(Space(MaskToken(torch.zeros(1)), 1).proposer()).take
+    take = type(SpaceProposer(MaskTokenEmbedder(torch.zeros(1)), 1).new_state()).extend
 
     def watched(self, tokens, features, foreseen):
         told.append((list(tokens), foreseen))
         take(self, tokens, features, foreseen)
 
-    monkeypatch.setattr("parse.speculative.proposers.space.Candidates.take", watched)
+    monkeypatch.setattr("parse.speculative.proposers.space.SpaceState.extend", watched)
     prompt = service.model.tokenizer.encode("What is 3 + 4? Think step by step.")
 
     async def written():
-        sampling = Sampling(temperature=0.0, max_tokens=40, ignore_eos=True)
+        sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
         async with aclosing(service.generate(prompt, sampling=sampling)) as pieces:
-            return summed([tokens.speculated async for tokens in pieces])
+            return sum_stats([tokens.speculation async for tokens in pieces])
 
     try:
         came = asyncio.run(written())
@@ -301,32 +301,32 @@ def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_tok
                 assert foreseen.likely == pytest.approx(likely.max(-1).values.tolist(), abs=1e-3)
                 compared += 1
         assert compared > 3
-        assert 0 < sum(came.accepted) < sum(came.proposed)
+        assert 0 < sum(came.accepted_per_position) < sum(came.proposed_per_position)
     finally:
-        service.close()
+        service.shutdown()
 
 
 def test_masks_that_come_to_no_number_foresee_nothing_and_spoil_nothing():
     """As adapters may, in half precision."""
     way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
     settings = EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=128, speculation=(way,))
-    service = ModelService(settings)
+    service = NativeEngine(settings)
     with torch.no_grad():
-        service.model.masks.up.fill_(torch.nan)  # type: ignore[union-attr]
+        service.model.mask_embedder.up.fill_(torch.nan)  # type: ignore[union-attr]
     prompt = service.model.tokenizer.encode("What is 3 + 4? Think step by step.")
 
     async def written(choice):
-        sampling = Sampling(temperature=0.0, max_tokens=20, ignore_eos=True)
+        sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
         async with aclosing(service.generate(prompt, sampling=sampling, speculation=choice)) as pieces:
-            return [token async for tokens in pieces for token in tokens.ids]
+            return [token async for tokens in pieces for token in tokens.token_ids]
 
     try:
         assert asyncio.run(written("space")) == asyncio.run(written("none"))
     finally:
-        service.close()
+        service.shutdown()
 
 
 def test_passes_of_a_few_sizes_leave_no_masks_behind():
     model = model_with("llama")
-    pass_seconds(model)
-    assert model.masks._rows is None
+    measure_step_seconds(model)
+    assert model.mask_embedder._rows is None
