@@ -29,8 +29,8 @@ from bench.questions import demo_tasks
 from deployments.api.backend import Session
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from deployments.observability.exposition import Figures
-from deployments.observability.metrics import OF_ROUTERS, Counter, Gauge, Histogram, Meters
+from deployments.observability.exposition import ReplicaMetrics
+from deployments.observability.metrics import ROUTER_METRICS, Counter, Gauge, Histogram, MetricsRecorder
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.pipeline import Pipeline
@@ -38,12 +38,12 @@ from parse.pipeline import Pipeline
 WARMUP = 4
 
 
-class Telling(Meters):
+class Telling(MetricsRecorder):
     """On both ways, as in a replica; and it looks at the clock."""
 
     def __init__(self) -> None:
-        super().__init__(OF_ROUTERS, deployment="Router")
-        self._to_ray = {metric.name: metric.to_ray() for metric in OF_ROUTERS}
+        super().__init__(ROUTER_METRICS, deployment="Router")
+        self._ray_metrics = {metric.name: metric.create_in_ray() for metric in ROUTER_METRICS}
         self.spent_s, self.written = 0.0, 0
 
     @contextmanager
@@ -66,9 +66,9 @@ class Telling(Meters):
             super().observe(metric, value, **labels)
 
 
-class Silent(Meters):
+class Silent(MetricsRecorder):
     def __init__(self) -> None:
-        super().__init__(OF_ROUTERS, deployment="Router")
+        super().__init__(ROUTER_METRICS, deployment="Router")
 
     def add(self, metric: Counter, amount: float = 1, **labels: str) -> None:
         pass
@@ -85,18 +85,18 @@ class Here:
     """`deployments.api.backend.Backend` in this process."""
 
     pipeline: Pipeline
-    meters: Meters
+    recorder: MetricsRecorder
 
-    def session_pipeline(self, _: Session) -> Pipeline:
+    def pipeline_for_session(self, _: Session) -> Pipeline:
         return self.pipeline
 
-    def troubles(self) -> dict[str, str]:
+    def unavailable_parts(self) -> dict[str, str]:
         return {}
 
-    def measure(self) -> None:
+    def update_metrics(self) -> None:
         pass
 
-    async def others(self) -> list[Figures]:
+    async def collect_peer_metrics(self) -> list[ReplicaMetrics]:
         return []
 
 

@@ -14,9 +14,9 @@ from deployments.app import build
 from deployments.config import ApiSettings, AppSettings, AuditSettings
 from parse.config import EngineSettings, MethodSettings, SpeculationSettings
 
-PLAIN: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+TYPE_NAMES: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
-HEAD = """\
+HEADER = """\
 <!-- Made by `make docs`: change the descriptions of the settings, not this file. -->
 
 # Configuration
@@ -46,7 +46,7 @@ applications:
 ```
 """
 
-RESOURCES = """\
+DEPLOYMENTS_INTRODUCTION = """\
 ## `deployments`: replicas, autoscaling, resources
 
 Three deployments make the application. What is not named under `deployments` keeps these values (here with the default
@@ -54,7 +54,7 @@ settings; the limits on requests follow `api.max_answers`, `api.max_waiting` and
 
 """
 
-MORE_RESOURCES = """\
+DEPLOYMENTS_NOTES = """\
 
 `Drafter` is there only with a `draft`.
 
@@ -82,53 +82,57 @@ How many of each, and what happens when one is lost: [deploying.md](deploying.md
 """
 
 
-def page() -> str:
+def render_configuration_page() -> str:
     parts = [
-        HEAD,
-        section("`args`", AppSettings),
-        section("`target` and `draft`", EngineSettings),
-        section(
+        HEADER,
+        render_section("`args`", AppSettings),
+        render_section("`target` and `draft`", EngineSettings),
+        render_section(
             "`speculation` of a model",
             SpeculationSettings,
             "A list: `[{method: parallel, head: models/demo-parallel}, {method: ngram}]`. Requests choose among what "
             'stands in that of the target, with [`parse.speculation`](api.md#several-tokens-in-a-pass); "none" they '
             "may always choose.",
         ),
-        section(
+        render_section(
             "`method`",
             MethodSettings,
             "A target's folder may hold some of these keys in a `parse.json`. They go before the defaults, and what is "
             "set here goes before them.",
         ),
-        section("`api`", ApiSettings),
-        section("`audit`", AuditSettings),
-        RESOURCES + table(("", *PROPERTIES), [deployment_row(found) for found in made_by_default()]) + MORE_RESOURCES,
+        render_section("`api`", ApiSettings),
+        render_section("`audit`", AuditSettings),
+        DEPLOYMENTS_INTRODUCTION
+        + render_table(
+            ("", *DEPLOYMENT_COLUMNS), [render_deployment_row(deployment) for deployment in default_deployments()]
+        )
+        + DEPLOYMENTS_NOTES,
     ]
     return "\n".join(parts)
 
 
-def section(title: str, model: type[BaseModel], more: str = "") -> str:
+def render_section(title: str, model: type[BaseModel], notes: str = "") -> str:
     rows = [
-        (f"`{name}`", typed(field), default(field), meaning(field).replace("|", "\\|"))
+        (f"`{name}`", describe_type(field), describe_default(field), describe_meaning(field).replace("|", "\\|"))
         for name, field in model.model_fields.items()
     ]
-    text = " ".join(filter(None, (" ".join((model.__doc__ or "").split()), more)))
-    return f"## {title}\n\n{text}\n\n" + table(("key", "value", "default", "meaning"), rows)
+    text = " ".join(filter(None, (" ".join((model.__doc__ or "").split()), notes)))
+    return f"## {title}\n\n{text}\n\n" + render_table(("key", "value", "default", "meaning"), rows)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
+def render_table(column_names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [column_names, ["---"] * len(column_names), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def typed(field: FieldInfo) -> str:
+def describe_type(field: FieldInfo) -> str:
     """As one who writes YAML would say it."""
     kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
-    said = ", ".join([_named(kind) for kind in kinds if kind is not NoneType] + _bounds(field))
-    return f"{said}, or null" if NoneType in kinds else said
+    description = ", ".join([_type_name(kind) for kind in kinds if kind is not NoneType] + _describe_bounds(field))
+    return f"{description}, or null" if NoneType in kinds else description
 
 
-def default(field: FieldInfo) -> str:
+def describe_default(field: FieldInfo) -> str:
     if field.is_required():
         return "needed"
     value = field.get_default()
@@ -137,31 +141,33 @@ def default(field: FieldInfo) -> str:
     return f"`{json.dumps(value)}`"
 
 
-def meaning(field: FieldInfo) -> str:
+def describe_meaning(field: FieldInfo) -> str:
     """Of settings in a section of their own, what that says of itself."""
     kind = field.annotation
     inherited = kind.__doc__ if isinstance(kind, type) and issubclass(kind, BaseModel) else None
     return field.description or " ".join((inherited or "").split())
 
 
-def _named(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        return "one of " + _quoted(get_args(kind))
+        return "one of " + _quote_words(get_args(kind))
     if get_origin(kind) is tuple:
-        of = get_args(kind)[0]
-        if isinstance(of, type) and issubclass(of, BaseModel):
+        item_type = get_args(kind)[0]
+        if isinstance(item_type, type) and issubclass(item_type, BaseModel):
             return "list of sections"
-        return "list of " + (_quoted(get_args(of)) if get_origin(of) is Literal else _named(of))
+        return "list of " + (
+            _quote_words(get_args(item_type)) if get_origin(item_type) is Literal else _type_name(item_type)
+        )
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return "section"
-    return PLAIN[kind]
+    return TYPE_NAMES[kind]
 
 
-def _quoted(words: Sequence[str]) -> str:
+def _quote_words(words: Sequence[str]) -> str:
     return ", ".join(f'`"{word}"`' for word in words)
 
 
-def _bounds(field: FieldInfo) -> list[str]:
+def _describe_bounds(field: FieldInfo) -> list[str]:
     match field.metadata:
         case []:
             return []
@@ -177,7 +183,7 @@ def _bounds(field: FieldInfo) -> list[str]:
             raise TypeError(f"no words for {others}")
 
 
-PROPERTIES = (
+DEPLOYMENT_COLUMNS = (
     "`num_replicas`",
     "`ray_actor_options`",
     "`max_ongoing_requests`",
@@ -186,7 +192,7 @@ PROPERTIES = (
 )
 
 
-def deployment_row(deployment: Deployment) -> list[str]:
+def render_deployment_row(deployment: Deployment) -> list[str]:
     config = deployment._deployment_config
     cpus = (deployment.ray_actor_options or {})["num_cpus"]
     gpus = "" if deployment.name == "Router" else ", num_gpus: see below"
@@ -201,17 +207,17 @@ def deployment_row(deployment: Deployment) -> list[str]:
     ]
 
 
-def made_by_default() -> list[Deployment]:
+def default_deployments() -> list[Deployment]:
     settings = AppSettings(target=EngineSettings(model="target"), draft=EngineSettings(model="draft"))
-    return deployments_of(build(settings))
+    return list_deployments(build(settings))
 
 
-def deployments_of(application: Application) -> list[Deployment]:
+def list_deployments(application: Application) -> list[Deployment]:
     """All that an application consists of, the one that answers HTTP first."""
-    bound = application._bound_deployment
-    inner = [given for given in bound.init_args if isinstance(given, Application)]
-    return [bound, *(deployment for one in inner for deployment in deployments_of(one))]
+    root = application._bound_deployment
+    nested = [argument for argument in root.init_args if isinstance(argument, Application)]
+    return [root, *(deployment for one in nested for deployment in list_deployments(one))]
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(render_configuration_page(), end="")

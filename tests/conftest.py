@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deployments.__main__ import prepare_ray
+from deployments.__main__ import set_ray_environment
 from training.tokenizer import build
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-prepare_ray()  # before anybody imports Ray
+set_ray_environment()  # before anybody imports Ray
 torch.set_num_threads(2)
 
 

@@ -96,7 +96,7 @@ def _asked(name: str, label: str, metric: Metric, within: str = "") -> dashboard
 
 
 def _modes() -> dashboard.CustomVariable:
-    values = ",".join(metrics.MODE["mode"])
+    values = ",".join(metrics.MODE_LABEL["mode"])
     return (
         dashboard.CustomVariable("mode")
         .label("Mode")

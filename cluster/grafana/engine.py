@@ -136,14 +136,14 @@ PASSES = Row(
                 "Calls running",
                 "Calls an engine is at work on. Much below max_running while calls wait: memory is what they wait for.",
             ),
-            Query(VIEW.gauge(metrics.ENGINE_RUNNING, by=EACH), NAMED),
+            Query(VIEW.gauge(metrics.ENGINE_REQUESTS_RUNNING, by=EACH), NAMED),
         ),
         lines(
             About(
                 "Calls waiting",
                 "Calls that wait for an engine. More than a few for minutes: add replicas, or memory.",
             ),
-            Query(VIEW.gauge(metrics.ENGINE_WAITING, by=EACH), NAMED),
+            Query(VIEW.gauge(metrics.ENGINE_REQUESTS_WAITING, by=EACH), NAMED),
         ),
     ],
 )
@@ -158,7 +158,7 @@ MEMORY = Row(
                 "beginning), free. No idle and no free ones: calls wait for memory.",
                 "none",
             ),
-            Query(VIEW.gauge(metrics.ENGINE_PAGES, by=("state",)), "{{state}}"),
+            Query(VIEW.gauge(metrics.ENGINE_KV_CACHE_BLOCKS, by=("state",)), "{{state}}"),
             stacked=True,
         ),
         lines(
@@ -234,7 +234,7 @@ PROPOSALS = Row(
                 "name no method, and no request asks for mode exact.",
                 TOKENS_PER_SECOND,
             ),
-            Query(OF_ROUTERS.rate(metrics.PROPOSED, by=("method",)), "{{method}}"),
+            Query(OF_ROUTERS.rate(metrics.PROPOSED_TOKENS, by=("method",)), "{{method}}"),
             stacked=True,
         ),
         bars(

@@ -75,7 +75,7 @@ NOW = Row(
                 "wait for; the colours begin at 10 and 30 s.",
                 SECONDS,
             ),
-            VIEW.quantile(0.95, metrics.ANSWER),
+            VIEW.quantile(0.95, metrics.ANSWER_SECONDS),
             [(10.0, CAUTION), (30.0, BAD)],
             plain=GOOD,
         ),
@@ -115,9 +115,9 @@ GAIN = Row(
                 TOKENS_PER_SECOND,
                 width=12,
             ),
-            Query(VIEW.rate(metrics.ACCEPTED), "accepted"),
-            Query(VIEW.rate(metrics.WRITTEN), "written"),
-            Query(VIEW.rate(metrics.REJECTED), "rejected"),
+            Query(VIEW.rate(metrics.ACCEPTED_TOKENS), "accepted"),
+            Query(VIEW.rate(metrics.TARGET_TOKENS), "written"),
+            Query(VIEW.rate(metrics.REJECTED_TOKENS), "rejected"),
             stacked=True,
         ),
     ],
@@ -169,7 +169,7 @@ LATENCY = Row(
                 "1%. A p99 far above the rest: some wait, or write alone.",
                 SECONDS,
             ),
-            *percentiles(VIEW, metrics.ANSWER),
+            *percentiles(VIEW, metrics.ANSWER_SECONDS),
         ),
         lines(
             About(
@@ -178,7 +178,7 @@ LATENCY = Row(
                 "high also in mode progressive or off: requests wait.",
                 SECONDS,
             ),
-            *percentiles(VIEW, metrics.FIRST_TOKEN),
+            *percentiles(VIEW, metrics.TIME_TO_FIRST_TOKEN),
         ),
         lines(
             About(
@@ -187,7 +187,7 @@ LATENCY = Row(
                 "more at once than they can do smoothly.",
                 SECONDS,
             ),
-            *percentiles(VIEW, metrics.BETWEEN_TOKENS),
+            *percentiles(VIEW, metrics.INTER_TOKEN_LATENCY),
         ),
     ],
 )

@@ -33,7 +33,7 @@ from grafana_foundation_sdk.models.dashboard import (
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode, HeatmapColorScale
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from deployments.observability.metrics import OF_ENGINES, OF_ROUTERS
+from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS
 
 DRAFT, TARGET, REJECTED = "#2fb89d", "#9c82f5", "#e0675e"  # as on the playground
 TOGETHER, CAUTION, CALM = "#5aa0e6", "#e3a63a", "#8a93a6"
@@ -58,9 +58,12 @@ COLOURS: Mapping[str, str] = MappingProxyType(
 LABEL_VALUES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         label: frozenset(
-            value for metric in (*OF_ROUTERS, *OF_ENGINES) for value in metric.labels.get(label, ()) if value in COLOURS
+            value
+            for metric in (*ROUTER_METRICS, *ENGINE_METRICS)
+            for value in metric.labels.get(label, ())
+            if value in COLOURS
         )
-        for label in {label for metric in (*OF_ROUTERS, *OF_ENGINES) for label in metric.labels}
+        for label in {label for metric in (*ROUTER_METRICS, *ENGINE_METRICS) for label in metric.labels}
     }
     | {"deployment": frozenset(("Router", "Drafter", "Verifier"))}
 )

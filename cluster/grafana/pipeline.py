@@ -48,7 +48,7 @@ NOW = Row(
                 "Requests that wait for a place. More than a few for minutes: add verifiers, or let clients be refused "
                 "sooner (max_waiting).",
             ),
-            VIEW.gauge(metrics.WAITING),
+            VIEW.gauge(metrics.REQUESTS_WAITING),
             [(1.0, CAUTION), (16.0, BAD)],
             plain=GOOD,
         ),
@@ -108,7 +108,7 @@ STAGES = Row(
                 "into.",
                 SECONDS,
             ),
-            Query(VIEW.quantile(0.95, metrics.STAGE, by=("stage",)), "{{stage}}"),
+            Query(VIEW.quantile(0.95, metrics.STAGE_SECONDS, by=("stage",)), "{{stage}}"),
         ),
         lines(
             About(
@@ -117,7 +117,7 @@ STAGES = Row(
                 "taken.",
                 SECONDS,
             ),
-            *percentiles(VIEW, metrics.STAGE, where='stage="queue"'),
+            *percentiles(VIEW, metrics.STAGE_SECONDS, where='stage="queue"'),
         ),
     ],
 )
@@ -166,9 +166,9 @@ QUEUES = Row(
                 "queue above them: saturated.",
                 width=12,
             ),
-            Query(VIEW.gauge(metrics.ANSWERING), "answering"),
-            Query(VIEW.gauge(metrics.WAITING), "waiting"),
-            Query(VIEW.gauge(metrics.PLACES), "places"),
+            Query(VIEW.gauge(metrics.ANSWERS_RUNNING), "answering"),
+            Query(VIEW.gauge(metrics.REQUESTS_WAITING), "waiting"),
+            Query(VIEW.gauge(metrics.ANSWER_SLOTS), "places"),
         ),
         lines(
             About(
@@ -246,7 +246,7 @@ REPLICAS = Row(
                 "replicas start or stop; steadily: one hangs.",
                 PER_SECOND,
             ),
-            Query(VIEW.rate(metrics.UNREACHED, by=("part",)), "{{part}}"),
+            Query(VIEW.rate(metrics.UNREACHED_REPLICAS, by=("part",)), "{{part}}"),
             stacked=True,
         ),
     ],

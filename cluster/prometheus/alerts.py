@@ -46,7 +46,7 @@ def recorded(name: str, having: str = "") -> str:
     return f"max without (source) ({name}{having})"
 
 
-REPORTING = "|".join(f"{prefix}{metrics.PLACES.name}" for prefix in SOURCES.values())
+REPORTING = "|".join(f"{prefix}{metrics.ANSWER_SLOTS.name}" for prefix in SOURCES.values())
 
 ALERTS = (
     Alert(

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from math import ceil
 
-LONGEST_RETRY_S = 60
-WEIGHT = 0.1  # of the newest request in the running mean
+MAX_RETRY_AFTER_S = 60
+RUNNING_MEAN_WEIGHT = 0.1  # of the newest request in the running mean
 
 
 class Overloaded(RuntimeError):
@@ -19,77 +19,77 @@ class Overloaded(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
-class Gate:
+class AdmissionQueue:
     """First come, first served. Belongs to one event loop."""
 
-    def __init__(self, places: int, waiting: int) -> None:
-        self.places, self.most_waiting = places, waiting
-        self.free = places
-        self._line: deque[tuple[int, asyncio.Event]] = deque()  # places wanted; is it let in?
-        self._mean_s = 1.0  # a request's time inside
-        self._rests, self._wanted = asyncio.Event(), asyncio.Event()
-        self._rests.set()
+    def __init__(self, num_slots: int, max_waiting: int) -> None:
+        self.num_slots, self.max_waiting = num_slots, max_waiting
+        self.num_free_slots = num_slots
+        self._waiting: deque[tuple[int, asyncio.Event]] = deque()  # places wanted; is it let in?
+        self._mean_service_s = 1.0  # a request's time inside
+        self._idle, self._busy = asyncio.Event(), asyncio.Event()
+        self._idle.set()
 
     @property
-    def waiting(self) -> int:
-        return len(self._line)
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
-    async def rests(self, seconds: float) -> None:
+    async def wait_until_idle(self, seconds: float) -> None:
         """Comes back when nobody has been inside for that long."""
         while True:
-            await self._rests.wait()
+            await self._idle.wait()
             try:
                 async with asyncio.timeout(seconds):
-                    await self._wanted.wait()
+                    await self._busy.wait()
             except TimeoutError:
                 return
 
-    async def is_wanted(self) -> None:
+    async def wait_until_busy(self) -> None:
         """Comes back when somebody is inside."""
-        await self._wanted.wait()
+        await self._busy.wait()
 
     @asynccontextmanager
-    async def entered(self, count: int) -> AsyncIterator[None]:
+    async def hold_slots(self, count: int) -> AsyncIterator[None]:
         """Holds that many places."""
-        await self._enter(count)
-        self._rests.clear()
-        self._wanted.set()
+        await self._acquire(count)
+        self._idle.clear()
+        self._busy.set()
         started = time.monotonic()
         try:
             yield
         finally:
-            self._mean_s += WEIGHT * (time.monotonic() - started - self._mean_s)
-            self._give_back(count)
+            self._mean_service_s += RUNNING_MEAN_WEIGHT * (time.monotonic() - started - self._mean_service_s)
+            self._release(count)
 
-    async def _enter(self, count: int) -> None:
-        if not self._line and count <= self.free:
-            self.free -= count
+    async def _acquire(self, count: int) -> None:
+        if not self._waiting and count <= self.num_free_slots:
+            self.num_free_slots -= count
             return
-        if len(self._line) >= self.most_waiting:
-            expected = self._mean_s * (len(self._line) + 1) / self.places
-            raise Overloaded(min(LONGEST_RETRY_S, max(1, ceil(expected))))
-        turn = asyncio.Event()
-        entry = (count, turn)
-        self._line.append(entry)
+        if len(self._waiting) >= self.max_waiting:
+            expected_wait_s = self._mean_service_s * (len(self._waiting) + 1) / self.num_slots
+            raise Overloaded(min(MAX_RETRY_AFTER_S, max(1, ceil(expected_wait_s))))
+        admitted = asyncio.Event()
+        entry = (count, admitted)
+        self._waiting.append(entry)
         try:
-            await turn.wait()
+            await admitted.wait()
         except asyncio.CancelledError:
-            if turn.is_set():  # let in and given up in the same moment
-                self._give_back(count)
+            if admitted.is_set():  # let in and given up in the same moment
+                self._release(count)
             else:
-                self._line.remove(entry)
-                self._let_in()
+                self._waiting.remove(entry)
+                self._admit_waiting()
             raise
 
-    def _give_back(self, count: int) -> None:
-        self.free += count
-        self._let_in()
-        if self.free == self.places:
-            self._wanted.clear()
-            self._rests.set()
+    def _release(self, count: int) -> None:
+        self.num_free_slots += count
+        self._admit_waiting()
+        if self.num_free_slots == self.num_slots:
+            self._busy.clear()
+            self._idle.set()
 
-    def _let_in(self) -> None:
-        while self._line and self._line[0][0] <= self.free:
-            count, turn = self._line.popleft()
-            self.free -= count
-            turn.set()
+    def _admit_waiting(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self.num_free_slots:
+            count, admitted = self._waiting.popleft()
+            self.num_free_slots -= count
+            admitted.set()

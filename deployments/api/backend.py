@@ -6,8 +6,8 @@ from typing import Protocol
 
 from opentelemetry.context import Context
 
-from deployments.observability.exposition import Figures
-from deployments.observability.metrics import LostCause, Meters
+from deployments.observability.exposition import ReplicaMetrics
+from deployments.observability.metrics import MetricsRecorder, RetryCause
 from parse.pipeline import Pipeline
 
 
@@ -17,17 +17,17 @@ class Session:
 
     key: str
     request_id: str = ""
-    trace: Context | None = None  # of the answer they are made for
-    counted: bool = True  # as work for a client
-    lost: list[LostCause] = field(default_factory=list)
+    trace_context: Context | None = None  # of the answer they are made for
+    counts_as_busy: bool = True  # as work for a client
+    retry_causes: list[RetryCause] = field(default_factory=list)
 
     @property
-    def retries(self) -> int:
-        return len(self.lost)
+    def num_retries(self) -> int:
+        return len(self.retry_causes)
 
     @property
     def id(self) -> str:
-        return f"{self.key}/{self.retries}" if self.retries else self.key
+        return f"{self.key}/{self.num_retries}" if self.num_retries else self.key
 
 
 class Backend(Protocol):
@@ -36,19 +36,19 @@ class Backend(Protocol):
         """For what does not depend on a session."""
         ...
 
-    def session_pipeline(self, session: Session) -> Pipeline: ...
+    def pipeline_for_session(self, session: Session) -> Pipeline: ...
 
-    def troubles(self) -> dict[str, str]:
+    def unavailable_parts(self) -> dict[str, str]:
         """Which part does not answer at the moment, and what is wrong with it."""
         ...
 
     @property
-    def meters(self) -> Meters: ...
+    def recorder(self) -> MetricsRecorder: ...
 
-    def measure(self) -> None:
+    def update_metrics(self) -> None:
         """Tells the figures that are not told as things happen."""
         ...
 
-    async def others(self) -> Sequence[Figures]:
+    async def collect_peer_metrics(self) -> Sequence[ReplicaMetrics]:
         """The figures of all other replicas that can be reached in time."""
         ...

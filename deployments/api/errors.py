@@ -11,14 +11,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from deployments.api.admission import Overloaded
-from deployments.api.protocol import ChatRequest, CompletionRequest, ErrorBody, Failure
-from deployments.observability.access_log import account_of
+from deployments.api.protocol import ChatCompletionRequest, CompletionRequest, ErrorInfo, ErrorResponse
+from deployments.observability.access_log import get_request_record
 from parse.prompts import TemplateError
 from parse.types import EngineStopped, RequestError
 
 logger = logging.getLogger(__name__)
 
-KINDS = {
+ERROR_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
     500: "server_error",
@@ -41,16 +41,16 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers or {}
-        kind = KINDS.get(status, "invalid_request_error")
-        message = _encodable(message)
-        param = None if param is None else _encodable(param)
-        self.body = ErrorBody(error=Failure(message=message, type=kind, param=param, code=code))
+        error_type = ERROR_TYPES.get(status, "invalid_request_error")
+        message = _replace_lone_surrogates(message)
+        param = None if param is None else _replace_lone_surrogates(param)
+        self.body = ErrorResponse(error=ErrorInfo(message=message, type=error_type, param=param, code=code))
 
-    def response(self) -> JSONResponse:
+    def to_response(self) -> JSONResponse:
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
-def api_error(error: BaseException) -> ApiError:
+def to_api_error(error: BaseException) -> ApiError:
     """Whatever went wrong on the way to an answer, as a client is told."""
     match error:
         case ApiError():
@@ -71,27 +71,27 @@ def api_error(error: BaseException) -> ApiError:
         case HTTPException(status_code=status, detail=detail):
             return ApiError(status, str(detail), headers=dict(error.headers or {}))
         case RequestValidationError():
-            return invalid(error.errors())
+            return to_validation_error(error.errors())
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed on this request", code="internal_error")
 
 
-def _encodable(text: str) -> str:
+def _replace_lone_surrogates(text: str) -> str:
     """Names of fields come from the request and may hold anything."""
     return text.encode(errors="replace").decode()
 
 
-async def respond(request: HttpRequest, error: Exception) -> JSONResponse:
-    told = api_error(error)
-    account_of(request.scope).failed(told.status, told.body.error.code)
-    return told.response()
+async def handle_exception(request: HttpRequest, error: Exception) -> JSONResponse:
+    api_error = to_api_error(error)
+    get_request_record(request.scope).mark_failed(api_error.status, api_error.body.error.code)
+    return api_error.to_response()
 
 
-def invalid(errors: Sequence[Any]) -> ApiError:
+def to_validation_error(errors: Sequence[Any]) -> ApiError:
     """Of several faults that of a value before that of a type, and then the deepest in the request: with
     alternatives, that of the one that was meant."""
-    paths = [(_path(error), error) for error in errors]
-    path, error = max(paths, key=lambda found: (not found[1]["type"].endswith("_type"), len(found[0])))
+    paths = [(_error_path(error), error) for error in errors]
+    path, error = max(paths, key=lambda candidate: (not candidate[1]["type"].endswith("_type"), len(candidate[0])))
     context = error.get("ctx", {})
     if field := context.get("field"):
         path = [*path, field]
@@ -99,43 +99,43 @@ def invalid(errors: Sequence[Any]) -> ApiError:
         message = f"the body is no JSON: {context.get('error', 'it cannot be read')}"
         return ApiError(400, message, param="body", code="invalid_json")
     if not path:
-        unread = isinstance(error.get("input"), bytes)  # by the framework, which goes by the content type
-        message = "must be JSON, sent as application/json" if unread else error["msg"]
+        wrong_content_type = isinstance(error.get("input"), bytes)  # by the framework, which goes by the content type
+        message = "must be JSON, sent as application/json" if wrong_content_type else error["msg"]
         return ApiError(400, f"body: {message}", param="body", code="invalid_value")
-    nothing_allowed = error["type"] == "too_long" and context.get("max_length") == 0
-    unsupported = error["type"] == "unsupported" or nothing_allowed
+    must_be_empty = error["type"] == "too_long" and context.get("max_length") == 0
+    unsupported = error["type"] == "unsupported" or must_be_empty
     message = "is not supported" if unsupported else error["msg"]
-    name = _name(path)
+    name = _format_path(path)
     return ApiError(400, f"{name}: {message}", param=name, code="unsupported_field" if unsupported else "invalid_value")
 
 
-def _path(error: Any) -> list[str | int]:
+def _error_path(error: Any) -> list[str | int]:
     """Its place in the request, without the names of the alternatives that were tried."""
     path: list[str | int] = []
-    for step in error["loc"][1:]:
-        key_of_a_map = path == ["logit_bias"]
-        if isinstance(step, int) or step in FIELDS or key_of_a_map:
-            path.append(step)
+    for key in error["loc"][1:]:
+        is_map_key = path == ["logit_bias"]
+        if isinstance(key, int) or key in REQUEST_FIELD_NAMES or is_map_key:
+            path.append(key)
     return path if error["type"] != "json_invalid" else []
 
 
-def _name(path: Sequence[str | int]) -> str:
+def _format_path(path: Sequence[str | int]) -> str:
     name = ""
-    for step in path:
-        name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
+    for key in path:
+        name += f"[{key}]" if isinstance(key, int) else f".{key}" if name else key
     return name if len(name) <= 100 else f"{name[:97]}..."
 
 
-def _fields(model: type[BaseModel]) -> set[str]:
+def _field_names(model: type[BaseModel]) -> set[str]:
     names = set(model.model_fields)
-    waiting: list[Any] = [info.annotation for info in model.model_fields.values()]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            names |= _fields(found)
+    pending: list[Any] = [info.annotation for info in model.model_fields.values()]
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            names |= _field_names(annotation)
         else:
-            waiting += get_args(found)
+            pending += get_args(annotation)
     return names
 
 
-FIELDS = _fields(ChatRequest) | _fields(CompletionRequest)
+REQUEST_FIELD_NAMES = _field_names(ChatCompletionRequest) | _field_names(CompletionRequest)

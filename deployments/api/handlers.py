@@ -11,187 +11,198 @@ from fastapi.responses import Response, StreamingResponse
 from opentelemetry.context import get_current
 from starlette.types import Receive, Send
 
-from deployments.api.admission import Gate
+from deployments.api.admission import AdmissionQueue
 from deployments.api.backend import Backend, Session
-from deployments.api.errors import ApiError, api_error
-from deployments.api.request_parsing import Asked
-from deployments.api.responses import END, Answer, sse
+from deployments.api.errors import ApiError, to_api_error
+from deployments.api.request_parsing import ParsedRequest
+from deployments.api.responses import DONE_EVENT, ChoiceState, format_sse
 from deployments.config import ApiSettings, AuditSettings
 from deployments.observability import logs, metrics
-from deployments.observability.access_log import LEFT, Account, account_of
+from deployments.observability.access_log import CLIENT_CLOSED_REQUEST, RequestRecord, get_request_record
 from deployments.observability.audit import Auditor
-from deployments.observability.exposition import page
-from deployments.observability.tracing import spanned, tracer
+from deployments.observability.exposition import encode_metrics
+from deployments.observability.tracing import span_attributes, tracer
 from parse.pipeline import Pipeline
 from parse.protocol import Event, Finished, GenerationRequest
 
 
-class Serving:
+class CompletionHandler:
     """Questions in, responses out."""
 
     def __init__(self, backend: Backend, settings: ApiSettings, audit: AuditSettings) -> None:
-        self._backend, self._meters = backend, backend.meters
+        self._backend, self._recorder = backend, backend.recorder
         self._timeout_s = settings.request_timeout_s
-        self._gate = Gate(settings.max_answers, settings.max_waiting)
-        self._auditor = Auditor(audit, self._gate, self._meters, self._alone)
+        self._admission_queue = AdmissionQueue(settings.max_answers, settings.max_waiting)
+        self._auditor = Auditor(audit, self._admission_queue, self._recorder, self._create_audit_pipeline)
 
-    def _alone(self) -> Pipeline:
+    def _create_audit_pipeline(self) -> Pipeline:
         """For what no client has asked for."""
-        return self._backend.session_pipeline(Session("audit", trace=get_current(), counted=False))
+        return self._backend.pipeline_for_session(Session("audit", trace_context=get_current(), counts_as_busy=False))
 
     @asynccontextmanager
-    async def running(self, _: FastAPI) -> AsyncIterator[None]:
-        beside = [asyncio.create_task(work) for work in (self._auditor.work(), self._keep_telling())]
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        background_tasks = [
+            asyncio.create_task(coroutine) for coroutine in (self._auditor.run(), self._export_metrics_loop())
+        ]
         try:
             yield
         finally:
-            for task in beside:
+            for task in background_tasks:
                 task.cancel()
-            await asyncio.gather(*beside, return_exceptions=True)
+            await asyncio.gather(*background_tasks, return_exceptions=True)
 
-    async def metrics(self, accept: str) -> tuple[bytes, str]:
-        others = await self._backend.others()
-        self._measure()
-        return page([self._meters.figures(), *others], accept)
+    async def render_metrics(self, accept: str) -> tuple[bytes, str]:
+        peers = await self._backend.collect_peer_metrics()
+        self._update_metrics()
+        return encode_metrics([self._recorder.collect(), *peers], accept)
 
-    async def _keep_telling(self) -> None:
+    async def _export_metrics_loop(self) -> None:
         while True:
-            self._measure()
-            logs.flush()
-            await asyncio.sleep(metrics.TELL_EVERY_S)
+            self._update_metrics()
+            logs.flush_serve_logger()
+            await asyncio.sleep(metrics.EXPORT_INTERVAL_S)
 
-    def _measure(self) -> None:
-        self._meters.set(metrics.ANSWERING, self._gate.places - self._gate.free)
-        self._meters.set(metrics.PLACES, self._gate.places)
-        self._meters.set(metrics.WAITING, self._gate.waiting)
-        self._backend.measure()
+    def _update_metrics(self) -> None:
+        self._recorder.set(
+            metrics.ANSWERS_RUNNING, self._admission_queue.num_slots - self._admission_queue.num_free_slots
+        )
+        self._recorder.set(metrics.ANSWER_SLOTS, self._admission_queue.num_slots)
+        self._recorder.set(metrics.REQUESTS_WAITING, self._admission_queue.num_waiting)
+        self._backend.update_metrics()
 
-    async def reply(self, asking: Awaitable[Asked], http: HttpRequest) -> Response:
+    async def handle(self, parsing: Awaitable[ParsedRequest], http: HttpRequest) -> Response:
         """Given up if the client leaves before there is anything to send, and nobody else would notice."""
-        replying = asyncio.ensure_future(self._reply(asking, account_of(http.scope)))
-        leaving = asyncio.ensure_future(_left(http.receive))
+        response_task = asyncio.ensure_future(self._respond(parsing, get_request_record(http.scope)))
+        disconnect_task = asyncio.ensure_future(_wait_for_disconnect(http.receive))
         try:
-            await asyncio.wait((replying, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not replying.done():
-                raise ApiError(LEFT, "the client left")
-            return replying.result()
+            await asyncio.wait((response_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
+            if not response_task.done():
+                raise ApiError(CLIENT_CLOSED_REQUEST, "the client left")
+            return response_task.result()
         except Exception as error:
-            raise api_error(error) from error
+            raise to_api_error(error) from error
         finally:
-            replying.cancel()
-            leaving.cancel()
-            await asyncio.gather(replying, leaving, return_exceptions=True)
+            response_task.cancel()
+            disconnect_task.cancel()
+            await asyncio.gather(response_task, disconnect_task, return_exceptions=True)
 
-    async def _reply(self, asking: Awaitable[Asked], account: Account) -> Response:
-        asked = await asking
-        account.mode, account.answers = asked.mode, asked.answers
-        for answer in asked.answers:
-            answer.session.request_id = account.request_id
-        happenings = self._answered(asked)
-        if asked.stream:
+    async def _respond(self, parsing: Awaitable[ParsedRequest], record: RequestRecord) -> Response:
+        parsed = await parsing
+        record.mode, record.choices = parsed.mode, parsed.choices
+        for choice in parsed.choices:
+            choice.session.request_id = record.request_id
+        choice_events = self._generate(parsed)
+        if parsed.stream:
             # The first must have happened before the status is sent: what fails at once fails with its own status.
-            first = await anext(happenings)
+            first_event = await anext(choice_events)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return _Stream(self._streamed(asked, account, first, happenings), happenings, headers)
-        async with aclosing(happenings):
-            async for answer, event in happenings:
-                answer.take(event)
-        self._given(asked, account)
-        return Response(asked.replies.whole(asked.answers).model_dump_json(), media_type="application/json")
+            return _EventStreamResponse(
+                self._stream_chunks(parsed, record, first_event, choice_events), choice_events, headers
+            )
+        async with aclosing(choice_events):
+            async for choice, event in choice_events:
+                choice.add_event(event)
+        self._mark_succeeded(parsed, record)
+        return Response(
+            parsed.response_builder.build_response(parsed.choices).model_dump_json(), media_type="application/json"
+        )
 
-    async def _streamed(
+    async def _stream_chunks(
         self,
-        asked: Asked,
-        account: Account,
-        first: tuple[Answer, Event],
-        rest: AsyncGenerator[tuple[Answer, Event]],
+        parsed: ParsedRequest,
+        record: RequestRecord,
+        first_event: tuple[ChoiceState, Event],
+        later_events: AsyncGenerator[tuple[ChoiceState, Event]],
     ) -> AsyncIterator[str]:
-        replies = asked.replies
+        builder = parsed.response_builder
         try:
-            for answer in asked.answers:
-                if opening := replies.opening(answer):
-                    yield opening
-            async for answer, event in _chained(first, rest):
-                answer.take(event)
-                if part := replies.part(answer, event):
-                    yield part
-            if asked.totals:
-                yield replies.totals(asked.answers)
+            for choice in parsed.choices:
+                if chunk := builder.first_chunk(choice):
+                    yield chunk
+            async for choice, event in _prepend(first_event, later_events):
+                choice.add_event(event)
+                if chunk := builder.event_chunk(choice, event):
+                    yield chunk
+            if parsed.include_usage:
+                yield builder.usage_chunk(parsed.choices)
         except Exception as error:
-            fault = api_error(error)
-            account.failed(fault.status, fault.body.error.code)
-            yield sse(fault.body.model_dump())
+            api_error = to_api_error(error)
+            record.mark_failed(api_error.status, api_error.body.error.code)
+            yield format_sse(api_error.body.model_dump())
         else:
-            self._given(asked, account)
-        yield END
+            self._mark_succeeded(parsed, record)
+        yield DONE_EVENT
 
-    def _given(self, asked: Asked, account: Account) -> None:
-        account.outcome = "ok"
-        for question, answer in zip(asked.questions, asked.answers, strict=True):
-            self._auditor.offer(account.request_id, question, answer)
+    def _mark_succeeded(self, parsed: ParsedRequest, record: RequestRecord) -> None:
+        record.outcome = "ok"
+        for request, choice in zip(parsed.generation_requests, parsed.choices, strict=True):
+            self._auditor.submit(record.request_id, request, choice)
 
-    async def _answered(self, asked: Asked) -> AsyncGenerator[tuple[Answer, Event]]:
+    async def _generate(self, parsed: ParsedRequest) -> AsyncGenerator[tuple[ChoiceState, Event]]:
         """What happens to all of the answers, as it happens. Leaving the iteration gives them up."""
-        happened: asyncio.Queue[tuple[Answer, Event] | None] = asyncio.Queue()
-        began = time.perf_counter()
+        queue: asyncio.Queue[tuple[ChoiceState, Event] | None] = asyncio.Queue()
+        started = time.perf_counter()
 
-        async def one(question: GenerationRequest, answer: Answer) -> None:
-            answer.waited_s = time.perf_counter() - began
-            pipeline = self._backend.session_pipeline(answer.session)
-            with tracer.start_as_current_span("answer", attributes={"parse.asked": question.mode}) as span:
-                answer.session.trace = get_current()
-                async with aclosing(pipeline.answer(question)) as events:
+        async def generate_choice(request: GenerationRequest, choice: ChoiceState) -> None:
+            choice.queue_s = time.perf_counter() - started
+            pipeline = self._backend.pipeline_for_session(choice.session)
+            with tracer.start_as_current_span("answer", attributes={"parse.asked": request.mode}) as span:
+                choice.session.trace_context = get_current()
+                async with aclosing(pipeline.answer(request)) as events:
                     async for event in events:
-                        happened.put_nowait((answer, event))
+                        queue.put_nowait((choice, event))
                         if isinstance(event, Finished):
-                            span.set_attributes(spanned(event.usage))
+                            span.set_attributes(span_attributes(event.usage))
 
-        async def all_of_them() -> None:
+        async def generate_all() -> None:
             try:
                 async with (
                     asyncio.timeout(self._timeout_s),
-                    self._gate.entered(len(asked.questions)),
+                    self._admission_queue.hold_slots(len(parsed.generation_requests)),
                     asyncio.TaskGroup() as group,
                 ):
-                    for question, answer in zip(asked.questions, asked.answers, strict=True):
-                        group.create_task(one(question, answer))
+                    for request, choice in zip(parsed.generation_requests, parsed.choices, strict=True):
+                        group.create_task(generate_choice(request, choice))
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
             finally:
-                happened.put_nowait(None)
+                queue.put_nowait(None)
 
-        working = asyncio.create_task(all_of_them())
+        task = asyncio.create_task(generate_all())
         try:
-            while (item := await happened.get()) is not None:
+            while (item := await queue.get()) is not None:
                 yield item
-            await working  # raises what went wrong
+            await task  # raises what went wrong
         finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
-class _Stream(StreamingResponse):
+class _EventStreamResponse(StreamingResponse):
     """However it ends, the answers end with it, and not only once nobody holds it any more."""
 
     def __init__(
-        self, content: AsyncIterator[str], happenings: AsyncGenerator[tuple[Answer, Event]], headers: dict[str, str]
+        self,
+        content: AsyncIterator[str],
+        choice_events: AsyncGenerator[tuple[ChoiceState, Event]],
+        headers: dict[str, str],
     ) -> None:
         super().__init__(content, media_type="text/event-stream", headers=headers)
-        self._happenings = happenings
+        self._choice_events = choice_events
 
     async def stream_response(self, send: Send) -> None:
-        async with aclosing(self._happenings):
+        async with aclosing(self._choice_events):
             await super().stream_response(send)
 
 
-async def _chained(
-    first: tuple[Answer, Event], rest: AsyncGenerator[tuple[Answer, Event]]
-) -> AsyncIterator[tuple[Answer, Event]]:
+async def _prepend(
+    first: tuple[ChoiceState, Event], rest: AsyncGenerator[tuple[ChoiceState, Event]]
+) -> AsyncIterator[tuple[ChoiceState, Event]]:
     yield first
     async for item in rest:
         yield item
 
 
-async def _left(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -22,11 +22,11 @@ from parse.types import (
     SamplingParams,
 )
 
-LARGEST = 9_223_372_036_854_776_000  # as the OpenAI API has it
-MOST_BIASES = 1024
+MAX_INTEGER = 9_223_372_036_854_776_000  # as the OpenAI API has it
+MAX_LOGIT_BIAS_TOKENS = 1024
 
 
-def _encodable(text: str) -> str:
+def _reject_lone_surrogates(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -34,54 +34,56 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(_reject_lone_surrogates)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 PromptText = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-TokenName = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # a token id: keys are strings in JSON
-Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenIdKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # a token id: keys are strings in JSON
+BiasValue = Annotated[float, Field(ge=-100, le=100)]
 
 
-def _few(biases: Any) -> Any:
+def _check_logit_bias_size(logit_bias: Any) -> Any:
     """Asked before any of them is looked at."""
-    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
-        raise PydanticCustomError("too_many", "Input should hold at most {most} of them", {"most": MOST_BIASES})
-    return biases
+    if isinstance(logit_bias, dict) and len(logit_bias) > MAX_LOGIT_BIAS_TOKENS:
+        raise PydanticCustomError(
+            "too_many", "Input should hold at most {most} of them", {"most": MAX_LOGIT_BIAS_TOKENS}
+        )
+    return logit_bias
 
 
-Biases = Annotated[
-    dict[TokenName, Bias],
-    Field(max_length=MOST_BIASES, json_schema_extra={"additionalProperties": False}),
-    BeforeValidator(_few),
+LogitBias = Annotated[
+    dict[TokenIdKey, BiasValue],
+    Field(max_length=MAX_LOGIT_BIAS_TOKENS, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(_check_logit_bias_size),
 ]
 
 
-class Wire(BaseModel):
+class OpenAIBaseModel(BaseModel):
     """What is wrong is told once: of a body full of it, a list of all faults would take the server seconds."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            for name in given:
+    def _reject_unknown_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in data:
                 if name not in cls.model_fields:
-                    shown = name.encode(errors="replace").decode()
-                    raise PydanticCustomError("unsupported", "is not supported", {"field": shown})
-        return given
+                    printable_name = name.encode(errors="replace").decode()
+                    raise PydanticCustomError("unsupported", "is not supported", {"field": printable_name})
+        return data
 
 
-class TextPart(Wire):
+class TextContentPart(OpenAIBaseModel):
     type: Literal["text"]
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+Content = Text | Annotated[list[TextContentPart], Field(min_length=1, fail_fast=True)]
 
 
-class ChatMessage(Wire):
+class ChatMessage(OpenAIBaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     # A message of ours, sent back.
@@ -92,21 +94,21 @@ class ChatMessage(Wire):
     tool_calls: None = None
 
 
-class StreamOptions(Wire):
+class StreamOptions(OpenAIBaseModel):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class Prediction(Wire):
+class Prediction(OpenAIBaseModel):
     type: Literal["content"]
     content: Content
 
 
-class PlainText(Wire):
+class TextResponseFormat(OpenAIBaseModel):
     type: Literal["text"]
 
 
-class ParseOptions(Wire):
+class ParseOptions(OpenAIBaseModel):
     """How drafts are used for this request, and how the target writes."""
 
     mode: Mode | None = Field(None, description="The operator's choice by default.")
@@ -120,44 +122,44 @@ class ParseOptions(Wire):
     trace: bool = Field(False, description="Tell who wrote which part, what was rejected, and P(correct) at every cut.")
 
 
-class Request(Wire):
+class BaseCompletionRequest(OpenAIBaseModel):
     """What both kinds of request have in common."""
 
     model: Text = Field(description="As /v1/models names it.")
-    max_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
     temperature: float | None = Field(None, ge=0, le=2, description="1 by default; 0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=LARGEST, description="0, the default, is no limit.")
+    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER, description="0, the default, is no limit.")
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    logit_bias: Biases | None = None
-    seed: int | None = Field(None, ge=-LARGEST, le=LARGEST, description="The same seed gives the same answer.")
+    logit_bias: LogitBias | None = None
+    seed: int | None = Field(None, ge=-MAX_INTEGER, le=MAX_INTEGER, description="The same seed gives the same answer.")
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     ignore_eos: bool = False
-    n: int | None = Field(None, ge=1, le=LARGEST)
+    n: int | None = Field(None, ge=1, le=MAX_INTEGER)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, max_length=512, description="As prompt_cache_key, which comes first.")
-    parse: Annotated[ParseOptions, BeforeValidator(lambda given: {} if given is None else given)] = ParseOptions()
+    parse: Annotated[ParseOptions, BeforeValidator(lambda value: {} if value is None else value)] = ParseOptions()
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> "Request":
+    def _check_stream_options(self) -> "BaseCompletionRequest":
         if self.stream_options is not None and not self.stream:
-            raise _refused("stream_options", "is for streams only: set stream to true")
+            raise _field_error("stream_options", "is for streams only: set stream to true")
         return self
 
     @property
-    def choices(self) -> int:
+    def num_choices(self) -> int:
         return self.n or 1
 
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        given = {
+    def to_sampling_params(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        explicit_params = {
             name: value
             for name in (
                 "temperature",
@@ -173,7 +175,7 @@ class Request(Wire):
         }
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         return SamplingParams(
-            **given,
+            **explicit_params,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             seed=seed,
             stop=tuple(stop),
@@ -181,22 +183,22 @@ class Request(Wire):
             logprobs=logprobs,
         )
 
-    def thresholds(self, usual: Thresholds, *, lowest_full: float, lowest_prefix: float) -> Thresholds:
-        for name, value, lowest in (
+    def resolve_thresholds(self, defaults: Thresholds, *, lowest_full: float, lowest_prefix: float) -> Thresholds:
+        for name, value, minimum in (
             ("full", self.parse.full, lowest_full),
             ("prefix", self.parse.prefix, lowest_prefix),
         ):
-            if value is not None and value < lowest:
-                raise RequestError(f"parse.{name}", f"must be at least {lowest} here, got {value}")
+            if value is not None and value < minimum:
+                raise RequestError(f"parse.{name}", f"must be at least {minimum} here, got {value}")
         full, prefix = self.parse.full, self.parse.prefix
-        return Thresholds(usual.full if full is None else full, usual.prefix if prefix is None else prefix)
+        return Thresholds(defaults.full if full is None else full, defaults.prefix if prefix is None else prefix)
 
 
-class ChatRequest(Request):
+class ChatCompletionRequest(BaseCompletionRequest):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prediction: Prediction | None = Field(None, description="A draft of your own, in place of the drafter's.")
@@ -204,7 +206,7 @@ class ChatRequest(Request):
         None, max_length=512, description="Requests with the same key meet the same replica, and its cache."
     )
     # What happens anyway.
-    response_format: PlainText | None = None
+    response_format: TextResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -212,29 +214,32 @@ class ChatRequest(Request):
     tool_choice: Literal["none", "auto"] | None = None
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> "ChatRequest":
+    def _check_field_combinations(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refused("top_logprobs", "needs logprobs to be true")
+            raise _field_error("top_logprobs", "needs logprobs to be true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _refused("max_tokens", "differs from max_completion_tokens, which replaces it")
+            raise _field_error("max_tokens", "differs from max_completion_tokens, which replaces it")
         return self
 
     @property
-    def limit(self) -> int | None:
+    def effective_max_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def wanted_logprobs(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def turns(self) -> list[dict[str, str]]:
+    def to_template_messages(self) -> list[dict[str, str]]:
         return [
-            {"role": "system" if message.role == "developer" else message.role, "content": text_of(message.content)}
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": join_text_parts(message.content),
+            }
             for message in self.messages
         ]
 
 
-class CompletionRequest(Request):
+class CompletionRequest(BaseCompletionRequest):
     """POST /v1/completions: text, or tokens, to go on from. There is no turn to judge, so by default none is."""
 
     prompt: (
@@ -250,45 +255,45 @@ class CompletionRequest(Request):
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
-    def _best_is_all(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != self.choices:
-            raise _refused("best_of", "is not supported: every answer is returned, so it must equal n")
+    def _check_best_of(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise _field_error("best_of", "is not supported: every answer is returned, so it must equal n")
         return self
 
-    def prompts(self) -> list[str | list[int]]:
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        if given and isinstance(given[0], int):
-            return [[token for token in given if isinstance(token, int)]]
-        return [prompt for prompt in given if not isinstance(prompt, int)]
+    def split_prompts(self) -> list[str | list[int]]:
+        prompt_input = self.prompt
+        if isinstance(prompt_input, str):
+            return [prompt_input]
+        if prompt_input and isinstance(prompt_input[0], int):
+            return [[token for token in prompt_input if isinstance(token, int)]]
+        return [prompt for prompt in prompt_input if not isinstance(prompt, int)]
 
 
-def text_of(content: Content) -> str:
+def join_text_parts(content: Content) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def _refused(field: str, message: str) -> PydanticCustomError:
+def _field_error(field: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
 
 
 # What goes back.
 
 
-class Failure(BaseModel):
+class ErrorInfo(BaseModel):
     message: str
     type: str
     param: str | None = None
     code: str | None = None
 
 
-class ErrorBody(BaseModel):
+class ErrorResponse(BaseModel):
     """An error, as the OpenAI API shapes it."""
 
-    error: Failure
+    error: ErrorInfo
 
 
-class Offer(BaseModel):
+class ParseCapabilities(BaseModel):
     """What a request may choose in `parse`, and what holds where it chooses nothing."""
 
     modes: list[Mode]
@@ -306,7 +311,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "parse-serve"
     max_model_len: int
-    parse: Offer
+    parse: ParseCapabilities
 
 
 class ModelList(BaseModel):
@@ -322,7 +327,7 @@ class StageTimes(BaseModel):
     end: float
 
 
-class TracedVerdict(BaseModel):
+class TracedVerification(BaseModel):
     """What was made of a draft, or of a window of one."""
 
     start: int = Field(description="Tokens of the answer before it.")
@@ -332,13 +337,13 @@ class TracedVerdict(BaseModel):
     rejected: str
 
 
-class TracedPiece(BaseModel):
+class TracedTextDelta(BaseModel):
     text: str
     origin: Literal["draft", "target"]
     tokens: int
 
 
-class ProposalPlace(BaseModel):
+class PositionAcceptance(BaseModel):
     """Of all proposals of a method, the tokens at one place."""
 
     proposed: int
@@ -355,7 +360,7 @@ class SpeculationReport(BaseModel):
     tokens_per_pass: float
     proposed: int
     accepted: int
-    places: list[ProposalPlace] = Field(description="The next token first, then the one behind it, and so on.")
+    places: list[PositionAcceptance] = Field(description="The next token first, then the one behind it, and so on.")
 
 
 class ParseReport(BaseModel):
@@ -376,26 +381,26 @@ class ParseReport(BaseModel):
     first_s: float
     total_s: float
     stages: list[StageTimes]
-    pieces: list[TracedPiece] | None = None
-    verdicts: list[TracedVerdict] | None = None
+    pieces: list[TracedTextDelta] | None = None
+    verdicts: list[TracedVerification] | None = None
 
 
-class PromptDetails(BaseModel):
+class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
-class CompletionDetails(BaseModel):
+class CompletionTokensDetails(BaseModel):
     accepted_prediction_tokens: int = Field(description="Of the draft, whoever wrote it.")
     rejected_prediction_tokens: int
     reasoning_tokens: int = 0
 
 
-class WireUsage(BaseModel):
+class CompletionUsage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(BaseModel):
@@ -404,25 +409,25 @@ class TopLogprob(BaseModel):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class ChatCompletionTokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
+class ChatCompletionLogprobs(BaseModel):
+    content: list[ChatCompletionTokenLogprob]
     refusal: None = None
 
 
-class AnswerMessage(BaseModel):
+class ChatCompletionMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
+class ChatCompletionChoice(BaseModel):
     index: int
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None
+    message: ChatCompletionMessage
+    logprobs: ChatCompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -431,8 +436,8 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[ChatChoice]
-    usage: WireUsage
+    choices: list[ChatCompletionChoice]
+    usage: CompletionUsage
     parse: ParseReport | list[ParseReport] = Field(description="One, or with n above 1 one for each choice.")
 
 
@@ -456,47 +461,59 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: WireUsage
+    usage: CompletionUsage
     parse: ParseReport | list[ParseReport] = Field(description="One, or with several answers one for each.")
 
 
-def usage_of(prompts: Sequence[int], answers: Sequence[int], usages: Sequence[Usage]) -> WireUsage:
+def aggregate_usage(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[int], usages: Sequence[Usage]
+) -> CompletionUsage:
     """Of all choices together; a prompt that several choices share counts once, as OpenAI counts."""
-    prompt, completion, choices = sum(prompts), sum(answers), len(usages) // len(prompts)
-    cached = (min(usage.cached_tokens for usage in usages[at : at + choices]) for at in range(0, len(usages), choices))
-    return WireUsage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=PromptDetails(cached_tokens=sum(cached)),
-        completion_tokens_details=CompletionDetails(
+    prompt_tokens, completion_tokens, choices_per_prompt = (
+        sum(prompt_lengths),
+        sum(completion_lengths),
+        len(usages) // len(prompt_lengths),
+    )
+    cached_tokens = (
+        min(usage.cached_tokens for usage in usages[start : start + choices_per_prompt])
+        for start in range(0, len(usages), choices_per_prompt)
+    )
+    return CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached_tokens)),
+        completion_tokens_details=CompletionTokensDetails(
             accepted_prediction_tokens=sum(usage.accepted_tokens for usage in usages),
             rejected_prediction_tokens=sum(usage.rejected_tokens for usage in usages),
         ),
     )
 
 
-def speculation_report(usage: Usage) -> SpeculationReport | None:
-    found = usage.speculation
-    if found is None:
+def build_speculation_report(usage: Usage) -> SpeculationReport | None:
+    speculation = usage.speculation
+    if speculation is None:
         return None
-    places = zip(found.proposed_per_position, found.accepted_per_position, strict=True)
+    positions = zip(speculation.proposed_per_position, speculation.accepted_per_position, strict=True)
     return SpeculationReport(
-        method=found.method,
-        passes=found.passes,
+        method=speculation.method,
+        passes=speculation.passes,
         tokens=usage.decoded_tokens,
-        tokens_per_pass=usage.decoded_tokens / found.passes,
-        proposed=sum(found.proposed_per_position),
-        accepted=sum(found.accepted_per_position),
-        places=[ProposalPlace(proposed=of, accepted=n, share=n / of) for of, n in places],
+        tokens_per_pass=usage.decoded_tokens / speculation.passes,
+        proposed=sum(speculation.proposed_per_position),
+        accepted=sum(speculation.accepted_per_position),
+        places=[
+            PositionAcceptance(proposed=proposed, accepted=accepted, share=accepted / proposed)
+            for proposed, accepted in positions
+        ],
     )
 
 
-def traced(verdict: Verification) -> TracedVerdict:
-    return TracedVerdict(
-        start=verdict.start,
-        cuts=list(verdict.prefix_lengths),
-        correct=list(verdict.p_correct),
-        kept=verdict.accepted_prefix_length,
-        rejected=verdict.rejected_text,
+def trace_verification(verification: Verification) -> TracedVerification:
+    return TracedVerification(
+        start=verification.start,
+        cuts=list(verification.prefix_lengths),
+        correct=list(verification.p_correct),
+        kept=verification.accepted_prefix_length,
+        rejected=verification.rejected_text,
     )

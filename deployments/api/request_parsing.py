@@ -10,175 +10,207 @@ from typing import Any
 
 from deployments.api.backend import Session
 from deployments.api.errors import ApiError
-from deployments.api.protocol import ChatRequest, CompletionRequest, ModelCard, Offer, Request, text_of
-from deployments.api.responses import Answer, ChatReplies, CompletionReplies, Head, Replies, new_id
-from deployments.api.token_text import Vocabulary
+from deployments.api.protocol import (
+    BaseCompletionRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    ModelCard,
+    ParseCapabilities,
+    join_text_parts,
+)
+from deployments.api.responses import (
+    ChatResponseBuilder,
+    ChoiceState,
+    CompletionResponseBuilder,
+    ResponseBuilder,
+    ResponseContext,
+    generate_id,
+)
+from deployments.api.token_text import TokenText
 from deployments.config import ApiSettings
 from parse.pipeline import Pipeline
 from parse.prompts import chat_prompt_token_ids
 from parse.protocol import GenerationRequest, Mode
 from parse.types import RequestError
 
-DEFAULT_COMPLETION = 16  # tokens, as the OpenAI API has it
-UNREAD_PIECE = 64  # tokens between two pieces of an answer that nobody reads along
-LONG_TEXT = 20_000  # characters, from which tokenizing would hold up the other requests
+DEFAULT_COMPLETION_MAX_TOKENS = 16  # tokens, as the OpenAI API has it
+NON_STREAM_INTERVAL = 64  # tokens between two pieces of an answer that nobody reads along
+MAX_INLINE_TOKENIZATION_CHARS = 20_000  # characters, from which tokenizing would hold up the other requests
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request, understood."""
 
-    questions: Sequence[GenerationRequest]
-    answers: Sequence[Answer]
-    replies: Replies
+    generation_requests: Sequence[GenerationRequest]
+    choices: Sequence[ChoiceState]
+    response_builder: ResponseBuilder
     stream: bool
-    totals: bool
+    include_usage: bool
 
     @property
     def mode(self) -> Mode:
-        return self.questions[0].mode
+        return self.generation_requests[0].mode
 
 
-class Reader:
+class RequestParser:
     """Understands requests to one model."""
 
     def __init__(self, pipeline: Pipeline, settings: ApiSettings, model_name: str) -> None:
         self._pipeline, self._settings = pipeline, settings
-        self._vocabulary = Vocabulary(pipeline.tokenizer)
-        usual = pipeline.settings.thresholds()
-        offer = Offer(
+        self._token_text = TokenText(pipeline.tokenizer)
+        default_thresholds = pipeline.settings.thresholds()
+        capabilities = ParseCapabilities(
             modes=list(settings.modes),
-            full=usual.full,
-            prefix=usual.prefix,
+            full=default_thresholds.full,
+            prefix=default_thresholds.prefix,
             lowest_full=settings.lowest_full,
             lowest_prefix=settings.lowest_prefix,
             methods=[*pipeline.methods, "none"],
             speculation=pipeline.methods[0] if pipeline.methods else "none",
         )
-        self.card = ModelCard(id=model_name, created=int(time.time()), max_model_len=pipeline.longest or 0, parse=offer)
+        self.model_card = ModelCard(
+            id=model_name, created=int(time.time()), max_model_len=pipeline.longest or 0, parse=capabilities
+        )
 
-    async def chat(self, request: ChatRequest) -> Asked:
+    async def parse_chat(self, request: ChatCompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
-        self._check_choices(request.choices)
-        turns = request.turns()
+        self._check_num_choices(request.num_choices)
+        messages = request.to_template_messages()
         tokenizer = self._pipeline.tokenizer
-        prompt = await _aside(sum(len(turn["content"]) for turn in turns), chat_prompt_token_ids, tokenizer, turns)
+        prompt = await _run_in_thread_if_long(
+            sum(len(message["content"]) for message in messages), chat_prompt_token_ids, tokenizer, messages
+        )
         prediction = None
         if request.prediction is not None:
-            text = text_of(request.prediction.content)
-            prediction = (await _aside(len(text), _encoded, tokenizer, text))[: self._pipeline.longest]
-        key = request.prompt_cache_key or request.user or _beginning(turns)
-        return self._asked(
+            text = join_text_parts(request.prediction.content)
+            prediction = (await _run_in_thread_if_long(len(text), _encode, tokenizer, text))[: self._pipeline.longest]
+        session_key = request.prompt_cache_key or request.user or _conversation_key(messages)
+        return self._build_parsed_request(
             request,
             [prompt],
-            key,
-            request.parse.mode or self._usual("auto"),
-            request.limit,
-            request.wanted_logprobs,
+            session_key,
+            request.parse.mode or self._allowed_mode("auto"),
+            request.effective_max_tokens,
+            request.num_logprobs,
             field="messages",
-            messages=turns,
+            messages=messages,
             prediction=prediction,
         )
 
-    async def completion(self, request: CompletionRequest) -> Asked:
+    async def parse_completion(self, request: CompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
         tokenizer = self._pipeline.tokenizer
         prompts = []
-        for given in request.prompts():
-            ids = await _aside(len(given), _encoded, tokenizer, given) if isinstance(given, str) else list(given)
-            if not ids:
+        for prompt_input in request.split_prompts():
+            token_ids = (
+                await _run_in_thread_if_long(len(prompt_input), _encode, tokenizer, prompt_input)
+                if isinstance(prompt_input, str)
+                else list(prompt_input)
+            )
+            if not token_ids:
                 raise RequestError("prompt", "must not be empty")
-            if max(ids) >= len(tokenizer):
+            if max(token_ids) >= len(tokenizer):
                 raise RequestError("prompt", f"token ids must lie in 0..{len(tokenizer) - 1}")
-            prompts.append(ids)
-        self._check_choices(request.choices * len(prompts), "n" if request.choices > 1 else "prompt")
-        mode = request.parse.mode or self._usual("off")
-        limit = DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
-        key = request.user or _digest(str(prompts[0][:64]))
-        return self._asked(request, prompts, key, mode, limit, request.logprobs, field="prompt")
+            prompts.append(token_ids)
+        self._check_num_choices(request.num_choices * len(prompts), "n" if request.num_choices > 1 else "prompt")
+        mode = request.parse.mode or self._allowed_mode("off")
+        max_tokens = DEFAULT_COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        session_key = request.user or _digest(str(prompts[0][:64]))
+        return self._build_parsed_request(
+            request, prompts, session_key, mode, max_tokens, request.logprobs, field="prompt"
+        )
 
-    def _asked(
+    def _build_parsed_request(
         self,
-        request: Request,
+        request: BaseCompletionRequest,
         prompts: Sequence[Sequence[int]],
-        key: str,
+        session_key: str,
         mode: Mode,
-        limit: int | None,
+        max_tokens: int | None,
         logprobs: int | None,
         *,
         field: str,
         messages: Sequence[dict[str, str]] = (),
         prediction: Sequence[int] | None = None,
-    ) -> Asked:
+    ) -> ParsedRequest:
         settings, pipeline = self._settings, self._pipeline
         if mode not in settings.modes:
             raise RequestError("parse.mode", f"must be one of {', '.join(settings.modes)} here, got {mode}")
-        speculation, methods = request.parse.speculation, self.card.parse.methods
+        speculation, methods = request.parse.speculation, self.model_card.parse.methods
         if speculation is not None and speculation not in methods:
             raise RequestError("parse.speculation", f"must be one of {', '.join(methods)} here, got {speculation}")
-        thresholds = request.thresholds(
+        thresholds = request.resolve_thresholds(
             pipeline.settings.thresholds(), lowest_full=settings.lowest_full, lowest_prefix=settings.lowest_prefix
         )
-        longest = pipeline.longest
+        max_model_len = pipeline.longest
         for prompt in prompts:
-            if longest is not None and len(prompt) + (limit or 1) > longest:
-                given = f"{len(prompt)} tokens" + (f" and up to {limit} of an answer" if limit else "")
-                message = f"{field}: {given} are more than the {longest} that this model takes"
+            if max_model_len is not None and len(prompt) + (max_tokens or 1) > max_model_len:
+                requested_length = f"{len(prompt)} tokens" + (
+                    f" and up to {max_tokens} of an answer" if max_tokens else ""
+                )
+                message = f"{field}: {requested_length} are more than the {max_model_len} that this model takes"
                 raise ApiError(400, message, param=field, code="context_length_exceeded")
         seed = random.getrandbits(62) if request.seed is None else request.seed
         stream = bool(request.stream)
-        questions: list[GenerationRequest] = []
-        answers: list[Answer] = []
-        arrived = time.time()
+        generation_requests: list[GenerationRequest] = []
+        choices: list[ChoiceState] = []
+        arrival_time = time.time()
         for prompt in prompts:
-            for choice in range(request.choices):
-                sampling = request.sampling(seed + choice, max_tokens=limit, logprobs=logprobs)
-                if any(token >= len(pipeline.tokenizer) for token in sampling.logit_bias):
-                    raise RequestError("logit_bias", f"token ids must lie in 0..{len(pipeline.tokenizer) - 1}")
-                piece = 1 if stream else UNREAD_PIECE
-                questions.append(
-                    GenerationRequest(prompt, messages, sampling, mode, thresholds, prediction, piece, speculation)
+            for choice_index in range(request.num_choices):
+                sampling_params = request.to_sampling_params(
+                    seed + choice_index, max_tokens=max_tokens, logprobs=logprobs
                 )
-                answers.append(Answer(len(answers), len(prompt), Session(key), arrived, stream))
-        chat = field == "messages"
-        head = Head(
-            model=self.card.id,
-            prompts=[len(prompt) for prompt in prompts],
+                if any(token >= len(pipeline.tokenizer) for token in sampling_params.logit_bias):
+                    raise RequestError("logit_bias", f"token ids must lie in 0..{len(pipeline.tokenizer) - 1}")
+                stream_interval = 1 if stream else NON_STREAM_INTERVAL
+                generation_requests.append(
+                    GenerationRequest(
+                        prompt, messages, sampling_params, mode, thresholds, prediction, stream_interval, speculation
+                    )
+                )
+                choices.append(ChoiceState(len(choices), len(prompt), Session(session_key), arrival_time, stream))
+        is_chat = field == "messages"
+        context = ResponseContext(
+            model=self.model_card.id,
+            prompt_lengths=[len(prompt) for prompt in prompts],
             trace=request.parse.trace,
-            usage=request.includes_usage,
-            id=new_id("chatcmpl" if chat else "cmpl"),
+            include_usage=request.includes_usage,
+            id=generate_id("chatcmpl" if is_chat else "cmpl"),
         )
-        replies: Replies = (ChatReplies if chat else CompletionReplies)(head, self._vocabulary)
-        return Asked(questions, answers, replies, stream, request.includes_usage)
+        response_builder: ResponseBuilder = (ChatResponseBuilder if is_chat else CompletionResponseBuilder)(
+            context, self._token_text
+        )
+        return ParsedRequest(generation_requests, choices, response_builder, stream, request.includes_usage)
 
     def check_model(self, name: str) -> None:
-        if name != self.card.id:
-            message = f"model: there is no {name[:100]!r} here, but {self.card.id!r}"
+        if name != self.model_card.id:
+            message = f"model: there is no {name[:100]!r} here, but {self.model_card.id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _usual(self, mode: Mode) -> Mode:
-        return mode if mode in self._settings.modes else self._settings.modes[0]
+    def _allowed_mode(self, preferred: Mode) -> Mode:
+        return preferred if preferred in self._settings.modes else self._settings.modes[0]
 
-    def _check_choices(self, count: int, field: str = "n") -> None:
-        most = min(self._settings.max_choices, self._settings.max_answers)
-        if count > most:
-            raise RequestError(field, f"answers to one request are limited to {most}, got {count}")
+    def _check_num_choices(self, count: int, field: str = "n") -> None:
+        max_choices = min(self._settings.max_choices, self._settings.max_answers)
+        if count > max_choices:
+            raise RequestError(field, f"answers to one request are limited to {max_choices}, got {count}")
 
 
-async def _aside(size: int, work: Any, *given: Any) -> Any:
+async def _run_in_thread_if_long(size: int, function: Any, *args: Any) -> Any:
     """In a thread of its own, if there is much of it."""
-    return work(*given) if size < LONG_TEXT else await asyncio.to_thread(work, *given)
+    return function(*args) if size < MAX_INLINE_TOKENIZATION_CHARS else await asyncio.to_thread(function, *args)
 
 
-def _encoded(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _beginning(turns: Sequence[dict[str, str]]) -> str:
+def _conversation_key(messages: Sequence[dict[str, str]]) -> str:
     """What all turns of a conversation share: what it began with, up to the first question."""
-    users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
-    end = users[0] + 1 if users else 1
-    return _digest(str([(turn["role"], turn["content"]) for turn in turns[:end]]))
+    user_positions = [position for position, message in enumerate(messages) if message["role"] == "user"]
+    end = user_positions[0] + 1 if user_positions else 1
+    return _digest(str([(message["role"], message["content"]) for message in messages[:end]]))
 
 
 def _digest(text: str) -> str:

@@ -11,76 +11,78 @@ from pydantic import BaseModel
 
 from deployments.api.backend import Session
 from deployments.api.protocol import (
-    AnswerMessage,
-    ChatChoice,
     ChatCompletion,
-    ChatLogprobs,
+    ChatCompletionChoice,
+    ChatCompletionLogprobs,
+    ChatCompletionMessage,
+    ChatCompletionTokenLogprob,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    CompletionUsage,
     ParseReport,
     StageTimes,
-    TokenLogprob,
     TopLogprob,
-    TracedPiece,
-    WireUsage,
-    speculation_report,
-    traced,
-    usage_of,
+    TracedTextDelta,
+    aggregate_usage,
+    build_speculation_report,
+    trace_verification,
 )
-from deployments.api.token_text import Vocabulary
+from deployments.api.token_text import TokenText
 from parse.protocol import Event, Finished, TextDelta, Verification
 from parse.types import Logprob
 
 
 @dataclass
-class Answer:
+class ChoiceState:
     """One choice, as far as it has come."""
 
     index: int
     prompt_tokens: int
     session: Session
-    arrived: float  # seconds since 1970
-    streamed: bool = False
-    waited_s: float = 0.0  # from its arrival until it was begun
-    gaps: list[float] = field(default_factory=list)  # between two parts of a stream, for a token of the later one
-    pieces: list[TextDelta] = field(default_factory=list)
-    verdicts: list[Verification] = field(default_factory=list)
-    done: Finished | None = None
-    _spoke: float | None = None
+    arrival_time: float  # seconds since 1970
+    stream: bool = False
+    queue_s: float = 0.0  # from its arrival until it was begun
+    inter_token_s: list[float] = field(
+        default_factory=list
+    )  # between two parts of a stream, for a token of the later one
+    deltas: list[TextDelta] = field(default_factory=list)
+    verifications: list[Verification] = field(default_factory=list)
+    finished: Finished | None = None
+    _last_delta_at: float | None = None
 
-    def take(self, event: Event) -> None:
+    def add_event(self, event: Event) -> None:
         match event:
             case TextDelta():
-                self.pieces.append(event)
-                if self.streamed and event.token_ids:
+                self.deltas.append(event)
+                if self.stream and event.token_ids:
                     now = time.perf_counter()
-                    if self._spoke is not None:
-                        self.gaps.append((now - self._spoke) / len(event.token_ids))
-                    self._spoke = now
+                    if self._last_delta_at is not None:
+                        self.inter_token_s.append((now - self._last_delta_at) / len(event.token_ids))
+                    self._last_delta_at = now
             case Verification():
-                self.verdicts.append(event)
+                self.verifications.append(event)
             case Finished():
-                self.done = event
+                self.finished = event
 
     @property
-    def ended(self) -> Finished:
-        assert self.done is not None, "asked for before its end"
-        return self.done
+    def result(self) -> Finished:
+        assert self.finished is not None, "asked for before its end"
+        return self.finished
 
     @property
     def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
+        return "".join(delta.text for delta in self.deltas)
 
     @property
-    def tokens(self) -> int:
-        return sum(len(piece.token_ids) for piece in self.pieces)
+    def num_tokens(self) -> int:
+        return sum(len(delta.token_ids) for delta in self.deltas)
 
-    def report(self, *, trace: bool) -> ParseReport:
-        usage = self.ended.usage
-        stages = [StageTimes(name="queue", start=0.0, end=self.waited_s)]
+    def build_report(self, *, trace: bool) -> ParseReport:
+        usage = self.result.usage
+        stages = [StageTimes(name="queue", start=0.0, end=self.queue_s)]
         stages += [
-            StageTimes(name=stage.name, start=self.waited_s + stage.start, end=self.waited_s + stage.end)
+            StageTimes(name=stage.name, start=self.queue_s + stage.start, end=self.queue_s + stage.end)
             for stage in usage.stages
         ]
         return ParseReport(
@@ -93,225 +95,237 @@ class Answer:
             boundary=usage.accepted_prefix_length,
             fallback=usage.fallback.message if usage.fallback else None,
             cached=usage.cached_tokens,
-            speculation=speculation_report(usage),
-            retries=self.session.retries,
-            arrived=self.arrived,
-            first_s=self.waited_s + usage.ttft_s,
-            total_s=self.waited_s + usage.total_s,
+            speculation=build_speculation_report(usage),
+            retries=self.session.num_retries,
+            arrived=self.arrival_time,
+            first_s=self.queue_s + usage.ttft_s,
+            total_s=self.queue_s + usage.total_s,
             stages=stages,
-            pieces=[traced_piece(piece) for piece in self.pieces] if trace else None,
-            verdicts=[traced(verdict) for verdict in self.verdicts] if trace else None,
+            pieces=[trace_text_delta(delta) for delta in self.deltas] if trace else None,
+            verdicts=[trace_verification(verification) for verification in self.verifications] if trace else None,
         )
 
 
-def traced_piece(piece: TextDelta) -> TracedPiece:
-    return TracedPiece(text=piece.text, origin=piece.origin, tokens=len(piece.token_ids))
+def trace_text_delta(delta: TextDelta) -> TracedTextDelta:
+    return TracedTextDelta(text=delta.text, origin=delta.origin, tokens=len(delta.token_ids))
 
 
 @dataclass(frozen=True)
-class Head:
+class ResponseContext:
     """What all parts of a reply have in common."""
 
     model: str
-    prompts: Sequence[int]  # tokens of each prompt
+    prompt_lengths: Sequence[int]  # tokens of each prompt
     trace: bool
-    usage: bool  # does the stream tell it?
+    include_usage: bool  # does the stream tell it?
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def summed(self, answers: Sequence[Answer]) -> WireUsage:
-        return usage_of(self.prompts, [a.tokens for a in answers], [a.ended.usage for a in answers])
+    def total_usage(self, choices: Sequence[ChoiceState]) -> CompletionUsage:
+        return aggregate_usage(
+            self.prompt_lengths, [choice.num_tokens for choice in choices], [choice.result.usage for choice in choices]
+        )
 
-    def reports(self, answers: Sequence[Answer]) -> ParseReport | list[ParseReport]:
-        reports = [answer.report(trace=self.trace) for answer in answers]
+    def build_reports(self, choices: Sequence[ChoiceState]) -> ParseReport | list[ParseReport]:
+        reports = [choice.build_report(trace=self.trace) for choice in choices]
         return reports[0] if len(reports) == 1 else reports
 
-    def shown(self, happened: TextDelta | Verification) -> dict[str, Any] | None:
+    def trace_event(self, event: TextDelta | Verification) -> dict[str, Any] | None:
         """Of what happened on the way, where the request asks for it."""
         if not self.trace:
             return None
-        if isinstance(happened, TextDelta):
-            return {"piece": _plain(traced_piece(happened))}
-        return {"verdict": _plain(traced(happened))}
+        if isinstance(event, TextDelta):
+            return {"piece": _dump(trace_text_delta(event))}
+        return {"verdict": _dump(trace_verification(event))}
 
-    def chunk(
+    def format_chunk(
         self,
-        kind: str,
+        object_name: str,
         choices: list[dict[str, Any]],
         parse: dict[str, Any] | None = None,
-        usage: WireUsage | None = None,
+        usage: CompletionUsage | None = None,
     ) -> str:
-        body = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-        if self.usage:
-            body["usage"] = _plain(usage)
-        return sse(body if parse is None else body | {"parse": parse})
+        body = {"id": self.id, "object": object_name, "created": self.created, "model": self.model, "choices": choices}
+        if self.include_usage:
+            body["usage"] = _dump(usage)
+        return format_sse(body if parse is None else body | {"parse": parse})
 
 
-class Replies(Protocol):
+class ResponseBuilder(Protocol):
     """Of one endpoint."""
 
-    def whole(self, answers: Sequence[Answer]) -> BaseModel: ...
+    def build_response(self, choices: Sequence[ChoiceState]) -> BaseModel: ...
 
-    def opening(self, answer: Answer) -> str | None: ...
+    def first_chunk(self, choice: ChoiceState) -> str | None: ...
 
-    def part(self, answer: Answer, happened: Event) -> str | None: ...
+    def event_chunk(self, choice: ChoiceState, event: Event) -> str | None: ...
 
-    def totals(self, answers: Sequence[Answer]) -> str: ...
+    def usage_chunk(self, choices: Sequence[ChoiceState]) -> str: ...
 
 
 @dataclass(frozen=True)
-class ChatReplies:
-    head: Head
-    vocabulary: Vocabulary
+class ChatResponseBuilder:
+    context: ResponseContext
+    token_text: TokenText
 
-    def whole(self, answers: Sequence[Answer]) -> ChatCompletion:
-        choices = [
-            ChatChoice(
-                index=answer.index,
-                message=AnswerMessage(content=answer.text),
-                logprobs=self._logprobs(answer.pieces),
-                finish_reason=answer.ended.finish_reason,
+    def build_response(self, choices: Sequence[ChoiceState]) -> ChatCompletion:
+        response_choices = [
+            ChatCompletionChoice(
+                index=choice.index,
+                message=ChatCompletionMessage(content=choice.text),
+                logprobs=self._build_logprobs(choice.deltas),
+                finish_reason=choice.result.finish_reason,
             )
-            for answer in answers
+            for choice in choices
         ]
-        head = self.head
+        context = self.context
         return ChatCompletion(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            choices=choices,
-            usage=head.summed(answers),
-            parse=head.reports(answers),
+            id=context.id,
+            created=context.created,
+            model=context.model,
+            choices=response_choices,
+            usage=context.total_usage(choices),
+            parse=context.build_reports(choices),
         )
 
-    def opening(self, answer: Answer) -> str | None:
-        return self._chunk(answer, {"role": "assistant", "content": ""})
+    def first_chunk(self, choice: ChoiceState) -> str | None:
+        return self._format_chunk(choice, {"role": "assistant", "content": ""})
 
-    def part(self, answer: Answer, happened: Event) -> str | None:
-        match happened:
+    def event_chunk(self, choice: ChoiceState, event: Event) -> str | None:
+        match event:
             case TextDelta(text=text):
-                logprobs = self._logprobs([happened])
-                if not text and logprobs is None and not self.head.trace:
+                logprobs = self._build_logprobs([event])
+                if not text and logprobs is None and not self.context.trace:
                     return None
-                return self._chunk(answer, {"content": text}, logprobs=logprobs, parse=self.head.shown(happened))
+                return self._format_chunk(
+                    choice, {"content": text}, logprobs=logprobs, parse=self.context.trace_event(event)
+                )
             case Verification():
-                shown = self.head.shown(happened)
-                return self._chunk(answer, {}, parse=shown) if shown else None
+                event_trace = self.context.trace_event(event)
+                return self._format_chunk(choice, {}, parse=event_trace) if event_trace else None
             case Finished(finish):
-                return self._chunk(answer, {}, finish=finish, parse=_plain(answer.report(trace=False)))
+                return self._format_chunk(choice, {}, finish=finish, parse=_dump(choice.build_report(trace=False)))
 
-    def totals(self, answers: Sequence[Answer]) -> str:
-        return self.head.chunk("chat.completion.chunk", [], usage=self.head.summed(answers))
+    def usage_chunk(self, choices: Sequence[ChoiceState]) -> str:
+        return self.context.format_chunk("chat.completion.chunk", [], usage=self.context.total_usage(choices))
 
-    def _chunk(
+    def _format_chunk(
         self,
-        answer: Answer,
+        choice: ChoiceState,
         delta: dict[str, Any],
         *,
-        logprobs: ChatLogprobs | None = None,
+        logprobs: ChatCompletionLogprobs | None = None,
         finish: str | None = None,
         parse: dict[str, Any] | None = None,
     ) -> str:
-        shown = _plain(logprobs)
-        choice = {"index": answer.index, "delta": delta, "logprobs": shown, "finish_reason": finish}
-        return self.head.chunk("chat.completion.chunk", [choice], parse)
+        logprobs_json = _dump(logprobs)
+        chunk_choice = {"index": choice.index, "delta": delta, "logprobs": logprobs_json, "finish_reason": finish}
+        return self.context.format_chunk("chat.completion.chunk", [chunk_choice], parse)
 
-    def _logprobs(self, pieces: Sequence[TextDelta]) -> ChatLogprobs | None:
-        if not any(piece.logprobs for piece in pieces):
+    def _build_logprobs(self, deltas: Sequence[TextDelta]) -> ChatCompletionLogprobs | None:
+        if not any(delta.logprobs for delta in deltas):
             return None
-        return ChatLogprobs(
+        return ChatCompletionLogprobs(
             content=[
-                self._logprob(token, logprob)
-                for piece in pieces
-                for token, logprob in zip(piece.token_ids, piece.logprobs, strict=True)
+                self._build_token_logprob(token, logprob)
+                for delta in deltas
+                for token, logprob in zip(delta.token_ids, delta.logprobs, strict=True)
             ]
         )
 
-    def _logprob(self, token: int, logprob: Logprob) -> TokenLogprob:
-        top = [self._top(other, value) for other, value in logprob.top]
-        return TokenLogprob(**dict(self._top(token, logprob.logprob)), top_logprobs=top)
+    def _build_token_logprob(self, token: int, logprob: Logprob) -> ChatCompletionTokenLogprob:
+        top = [self._build_top_logprob(other, value) for other, value in logprob.top]
+        return ChatCompletionTokenLogprob(**dict(self._build_top_logprob(token, logprob.logprob)), top_logprobs=top)
 
-    def _top(self, token: int, value: float) -> TopLogprob:
-        text = self.vocabulary.text(token)
-        return TopLogprob(token=text, logprob=max(value, LOWEST), bytes=self.vocabulary.bytes(token))
+    def _build_top_logprob(self, token: int, value: float) -> TopLogprob:
+        text = self.token_text.decode(token)
+        return TopLogprob(token=text, logprob=max(value, MIN_LOGPROB), bytes=self.token_text.decode_bytes(token))
 
 
-LOWEST = -9999.0  # JSON has no infinity
+MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 
 @dataclass(frozen=True)
-class CompletionReplies:
-    head: Head
-    vocabulary: Vocabulary
+class CompletionResponseBuilder:
+    context: ResponseContext
+    token_text: TokenText
 
-    def whole(self, answers: Sequence[Answer]) -> Completion:
-        head = self.head
+    def build_response(self, choices: Sequence[ChoiceState]) -> Completion:
+        context = self.context
         return Completion(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            choices=[self._choice(answer, answer.pieces, 0, answer.ended.finish_reason) for answer in answers],
-            usage=head.summed(answers),
-            parse=head.reports(answers),
+            id=context.id,
+            created=context.created,
+            model=context.model,
+            choices=[self._build_choice(choice, choice.deltas, 0, choice.result.finish_reason) for choice in choices],
+            usage=context.total_usage(choices),
+            parse=context.build_reports(choices),
         )
 
-    def opening(self, answer: Answer) -> str | None:
+    def first_chunk(self, choice: ChoiceState) -> str | None:
         return None
 
-    def part(self, answer: Answer, happened: Event) -> str | None:
-        match happened:
+    def event_chunk(self, choice: ChoiceState, event: Event) -> str | None:
+        match event:
             case TextDelta(text=text):
-                if not text and not happened.logprobs and not self.head.trace:
+                if not text and not event.logprobs and not self.context.trace:
                     return None
-                said = len(answer.text) - len(text)
-                return self._chunk(self._choice(answer, [happened], said, None), self.head.shown(happened))
+                text_offset = len(choice.text) - len(text)
+                return self._format_chunk(
+                    self._build_choice(choice, [event], text_offset, None), self.context.trace_event(event)
+                )
             case Verification():
-                shown = self.head.shown(happened)
-                return self._chunk(self._choice(answer, [], 0, None), shown) if shown else None
+                event_trace = self.context.trace_event(event)
+                return self._format_chunk(self._build_choice(choice, [], 0, None), event_trace) if event_trace else None
             case Finished(finish):
-                return self._chunk(self._choice(answer, [], 0, finish), _plain(answer.report(trace=False)))
+                return self._format_chunk(
+                    self._build_choice(choice, [], 0, finish), _dump(choice.build_report(trace=False))
+                )
 
-    def totals(self, answers: Sequence[Answer]) -> str:
-        return self.head.chunk("text_completion", [], usage=self.head.summed(answers))
+    def usage_chunk(self, choices: Sequence[ChoiceState]) -> str:
+        return self.context.format_chunk("text_completion", [], usage=self.context.total_usage(choices))
 
-    def _chunk(self, choice: CompletionChoice, parse: dict[str, Any] | None) -> str:
-        return self.head.chunk("text_completion", [choice.model_dump()], parse)
+    def _format_chunk(self, choice: CompletionChoice, parse: dict[str, Any] | None) -> str:
+        return self.context.format_chunk("text_completion", [choice.model_dump()], parse)
 
-    def _choice(self, answer: Answer, pieces: Sequence[TextDelta], said: int, finish: Any) -> CompletionChoice:
+    def _build_choice(
+        self, choice: ChoiceState, deltas: Sequence[TextDelta], text_offset: int, finish: Any
+    ) -> CompletionChoice:
         return CompletionChoice(
-            index=answer.index,
-            text="".join(piece.text for piece in pieces),
-            logprobs=self._logprobs(pieces, said),
+            index=choice.index,
+            text="".join(delta.text for delta in deltas),
+            logprobs=self._build_logprobs(deltas, text_offset),
             finish_reason=finish,
         )
 
-    def _logprobs(self, pieces: Sequence[TextDelta], said: int) -> CompletionLogprobs | None:
-        if not any(piece.logprobs for piece in pieces):
+    def _build_logprobs(self, deltas: Sequence[TextDelta], text_offset: int) -> CompletionLogprobs | None:
+        if not any(delta.logprobs for delta in deltas):
             return None
-        found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for piece in pieces:
-            for token, logprob in zip(piece.token_ids, piece.logprobs, strict=True):
-                text = self.vocabulary.text(token)
-                found.tokens.append(text)
-                found.token_logprobs.append(max(logprob.logprob, LOWEST))
-                likeliest = [*logprob.top, (token, logprob.logprob)]
-                found.top_logprobs.append({self.vocabulary.text(t): max(value, LOWEST) for t, value in likeliest})
-                found.text_offset.append(said)
-                said += len(text)
-        return found
+        logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for delta in deltas:
+            for token, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+                text = self.token_text.decode(token)
+                logprobs.tokens.append(text)
+                logprobs.token_logprobs.append(max(logprob.logprob, MIN_LOGPROB))
+                top_logprobs = [*logprob.top, (token, logprob.logprob)]
+                logprobs.top_logprobs.append(
+                    {self.token_text.decode(other): max(value, MIN_LOGPROB) for other, value in top_logprobs}
+                )
+                logprobs.text_offset.append(text_offset)
+                text_offset += len(text)
+        return logprobs
 
 
-def sse(body: dict[str, Any]) -> str:
+def format_sse(body: dict[str, Any]) -> str:
     """As server-sent events write it: in ASCII, for some clients end lines at characters beyond it."""
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 
-END = "data: [DONE]\n\n"
+DONE_EVENT = "data: [DONE]\n\n"
 
 
-def new_id(prefix: str) -> str:
+def generate_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def _plain(model: BaseModel | None) -> dict[str, Any] | None:
+def _dump(model: BaseModel | None) -> dict[str, Any] | None:
     return None if model is None else model.model_dump()

@@ -12,28 +12,28 @@ from starlette.exceptions import HTTPException
 
 from deployments import playground
 from deployments.api.backend import Backend
-from deployments.api.errors import ApiError, respond
-from deployments.api.handlers import Serving
-from deployments.api.limits import Limits, api_keys
+from deployments.api.errors import ApiError, handle_exception
+from deployments.api.handlers import CompletionHandler
+from deployments.api.limits import RequestLimitsMiddleware, load_api_keys
 from deployments.api.protocol import (
     ChatCompletion,
-    ChatRequest,
+    ChatCompletionRequest,
     Completion,
     CompletionRequest,
-    ErrorBody,
+    ErrorResponse,
     ModelCard,
     ModelList,
 )
-from deployments.api.request_parsing import Reader
+from deployments.api.request_parsing import RequestParser
 from deployments.config import ApiSettings, AuditSettings
-from deployments.observability.access_log import Journal
+from deployments.observability.access_log import AccessLogMiddleware
 
 NO_AUDIT = AuditSettings()
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}  # Ray Serve's is around it
 DESCRIPTION = (
     "The OpenAI API, answered by PARSE: one model drafts, a larger one keeps what is right and writes the rest."
 )
-MEANINGS: dict[int | str, str] = {
+ERROR_DESCRIPTIONS: dict[int | str, str] = {
     400: "The request cannot be served as it stands; `param` names the field.",
     401: "A key is missing or wrong.",
     404: "There is no such model.",
@@ -43,49 +43,61 @@ MEANINGS: dict[int | str, str] = {
     504: "The answer took too long.",
     "default": "Whatever else went wrong.",
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": meaning} for status, meaning in MEANINGS.items()
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": meaning} for status, meaning in ERROR_DESCRIPTIONS.items()
 }
-FIGURES: dict[int | str, dict[str, Any]] = {
+METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}}
 }
-CHUNK = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": CHUNK}}}}
+CHUNK_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"itemSchema": CHUNK_SCHEMA}}}
+}
 
 
 def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: AuditSettings = NO_AUDIT) -> FastAPI:
-    reader = Reader(backend.pipeline, settings, model_name)
-    serving = Serving(backend, settings, audit)
+    parser = RequestParser(backend.pipeline, settings, model_name)
+    handler = CompletionHandler(backend, settings, audit)
     app = FastAPI(
-        title="parse-serve", version="1", description=DESCRIPTION, lifespan=serving.running, telemetry=NO_TELEMETRY
+        title="parse-serve", version="1", description=DESCRIPTION, lifespan=handler.lifespan, telemetry=NO_TELEMETRY
     )
     app.add_middleware(
-        Limits,
-        keys=api_keys(settings.api_keys_file, settings.api_keys_env),
+        RequestLimitsMiddleware,
+        keys=load_api_keys(settings.api_keys_file, settings.api_keys_env),
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
     )
-    app.add_middleware(Journal, meters=backend.meters)  # around all others
-    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, respond)
+    app.add_middleware(AccessLogMiddleware, recorder=backend.recorder)  # around all others
+    for exception_class in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(exception_class, handle_exception)
     bearer = Depends(HTTPBearer(auto_error=False, description="Where the server has keys."))
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED, dependencies=[bearer])
-    async def chat_completions(request: ChatRequest, http: HttpRequest) -> Response:
-        return await serving.reply(reader.chat(request), http)
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=ERROR_RESPONSES | STREAM_RESPONSES,
+        dependencies=[bearer],
+    )
+    async def chat_completions(request: ChatCompletionRequest, http: HttpRequest) -> Response:
+        return await handler.handle(parser.parse_chat(request), http)
 
-    @app.post("/v1/completions", response_model=Completion, responses=ERRORS | STREAMED, dependencies=[bearer])
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses=ERROR_RESPONSES | STREAM_RESPONSES,
+        dependencies=[bearer],
+    )
     async def completions(request: CompletionRequest, http: HttpRequest) -> Response:
-        return await serving.reply(reader.completion(request), http)
+        return await handler.handle(parser.parse_completion(request), http)
 
-    @app.get("/v1/models", responses=_errors(401, "default"), dependencies=[bearer])
+    @app.get("/v1/models", responses=_error_responses(401, "default"), dependencies=[bearer])
     async def models() -> ModelList:
-        return ModelList(data=[reader.card])
+        return ModelList(data=[parser.model_card])
 
-    @app.get("/v1/models/{model:path}", responses=_errors(401, 404, "default"), dependencies=[bearer])
+    @app.get("/v1/models/{model:path}", responses=_error_responses(401, 404, "default"), dependencies=[bearer])
     async def model(model: str) -> ModelCard:
-        reader.check_model(model)
-        return reader.card
+        parser.check_model(model)
+        return parser.model_card
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -95,19 +107,19 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
     @app.get("/ready", responses={503: {"description": "No verifier answers."}})
     async def ready() -> JSONResponse:
         """Can it answer? Without a drafter it can, only slower."""
-        troubles = backend.troubles()
+        troubles = backend.unavailable_parts()
         status = "unavailable" if "verifier" in troubles else "degraded" if troubles else "ready"
         return JSONResponse({"status": status, "troubles": troubles}, 503 if status == "unavailable" else 200)
 
-    @app.get("/metrics", responses=FIGURES | _errors(401, "default"), dependencies=[bearer])
-    async def figures(http: HttpRequest) -> Response:
+    @app.get("/metrics", responses=METRICS_RESPONSES | _error_responses(401, "default"), dependencies=[bearer])
+    async def metrics(http: HttpRequest) -> Response:
         """For Prometheus: the figures of all routers, drafters and verifiers."""
-        content, kind = await serving.metrics(http.headers.get("accept", ""))
-        return Response(content, headers={"Content-Type": kind})
+        content, content_type = await handler.render_metrics(http.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": content_type})
 
-    app.include_router(playground.router())
+    app.include_router(playground.create_router())
     return app
 
 
-def _errors(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
-    return {status: ERRORS[status] for status in statuses}
+def _error_responses(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    return {status: ERROR_RESPONSES[status] for status in statuses}

@@ -7,22 +7,22 @@ from parse.detokenizer import REPLACEMENT_CHARACTER
 ANCHOR = "a"  # something to stand behind, for tokens that lose a leading space at the beginning of a text
 
 
-class Vocabulary:
+class TokenText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
-        self._before = self._decoded([])
+        self._anchor_text = self._decode_after_anchor([])
         self._texts: dict[int, str] = {}
 
-    def text(self, token: int) -> str:
+    def decode(self, token: int) -> str:
         if token not in self._texts:
-            self._texts[token] = self._decoded([token])[len(self._before) :]
+            self._texts[token] = self._decode_after_anchor([token])[len(self._anchor_text) :]
         return self._texts[token]
 
-    def bytes(self, token: int) -> list[int] | None:
+    def decode_bytes(self, token: int) -> list[int] | None:
         """None of a token that is no whole character."""
-        text = self.text(token)
+        text = self.decode(token)
         return None if REPLACEMENT_CHARACTER in text else list(text.encode())
 
-    def _decoded(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode([*self._anchor, *ids], skip_special_tokens=False))
+    def _decode_after_anchor(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode([*self._anchor, *token_ids], skip_special_tokens=False))

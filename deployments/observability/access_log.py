@@ -11,132 +11,144 @@ from typing import Any, Literal
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api.responses import Answer
+from deployments.api.responses import ChoiceState
 from deployments.observability import metrics
-from deployments.observability.metrics import CancelCause, Meters, Outcome
-from deployments.observability.request_metrics import tally
+from deployments.observability.metrics import CancelCause, MetricsRecorder, RequestOutcome
+from deployments.observability.request_metrics import record_choice_metrics
 from parse.protocol import Mode
 from parse.types import sum_stats
 
 logger = logging.getLogger(__name__)
 
-ANSWERING = frozenset({"/v1/chat/completions", "/v1/completions"})
-ID_HEADER = "x-request-id"
-LONGEST_ID = 128
-NOT_OF_A_WORD = re.compile("[^!-~]")  # in an id it would end the line of the log, or begin another figure in it
-KEY = "parse.account"
-LEFT = 499  # the status of who left before there was one
-OUTCOMES: Mapping[int, Outcome] = {401: "unauthorized", LEFT: "left", 503: "unavailable", 504: "timeout"}
-CANCELLED: Mapping[Outcome, CancelCause] = {"left": "left_waiting", "timeout": "timeout"}
-SERIOUS: frozenset[Outcome] = frozenset({"unavailable", "failed"})
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+REQUEST_ID_HEADER = "x-request-id"
+MAX_LOGGED_LENGTH = 128
+UNSAFE_CHARACTERS = re.compile("[^!-~]")  # in an id it would end the line of the log, or begin another figure in it
+SCOPE_KEY = "parse.account"
+CLIENT_CLOSED_REQUEST = 499  # the status of who left before there was one
+STATUS_OUTCOMES: Mapping[int, RequestOutcome] = {
+    401: "unauthorized",
+    CLIENT_CLOSED_REQUEST: "left",
+    503: "unavailable",
+    504: "timeout",
+}
+CANCEL_CAUSES: Mapping[RequestOutcome, CancelCause] = {"left": "left_waiting", "timeout": "timeout"}
+WARNING_OUTCOMES: frozenset[RequestOutcome] = frozenset({"unavailable", "failed"})
 
 
 @dataclass
-class Account:
+class RequestRecord:
     """What becomes known of a request while it is served."""
 
     request_id: str
     path: str
     mode: Mode | Literal["unknown"] = "unknown"
-    answers: Sequence[Answer] = ()
+    choices: Sequence[ChoiceState] = ()
     status: int | None = None
-    outcome: Outcome | None = None
-    started: float = field(default_factory=time.perf_counter)
+    outcome: RequestOutcome | None = None
+    started_at: float = field(default_factory=time.perf_counter)
 
-    def failed(self, status: int, code: str | None = None) -> None:
-        usual: Outcome = "invalid" if status < 500 else "failed"
-        self.outcome = "overloaded" if code == "overloaded" else OUTCOMES.get(status, usual)
+    def mark_failed(self, status: int, code: str | None = None) -> None:
+        default: RequestOutcome = "invalid" if status < 500 else "failed"
+        self.outcome = "overloaded" if code == "overloaded" else STATUS_OUTCOMES.get(status, default)
 
-    def close(self) -> Outcome:
+    def final_outcome(self) -> RequestOutcome:
         """Who neither got all of an answer nor an error has left."""
         if self.outcome is None and self.status is not None and self.status >= 400:
-            self.failed(self.status)
+            self.mark_failed(self.status)
         return self.outcome or "left"
 
 
-def account_of(scope: Scope) -> Account:
-    found: Account = scope[KEY]
-    return found
+def get_request_record(scope: Scope) -> RequestRecord:
+    record: RequestRecord = scope[SCOPE_KEY]
+    return record
 
 
-class Journal:
+class AccessLogMiddleware:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, *, meters: Meters) -> None:
-        self._app, self._meters = app, meters
+    def __init__(self, app: ASGIApp, *, recorder: MetricsRecorder) -> None:
+        self._app, self._recorder = app, recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        given = Headers(scope=scope).get(ID_HEADER)  # by Ray Serve's proxy, which then tells it to the client as well
-        account = scope[KEY] = Account(_plain(given) if given else uuid.uuid4().hex, _plain(path))
+        client_request_id = Headers(scope=scope).get(
+            REQUEST_ID_HEADER
+        )  # by Ray Serve's proxy, which then tells it to the client as well
+        record = scope[SCOPE_KEY] = RequestRecord(
+            _sanitize(client_request_id) if client_request_id else uuid.uuid4().hex, _sanitize(path)
+        )
 
-        async def send_on(message: Message) -> None:
+        async def send_with_request_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                account.status = message["status"]
-                if not given:
-                    MutableHeaders(scope=message)[ID_HEADER] = account.request_id
+                record.status = message["status"]
+                if not client_request_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.request_id
             await send(message)
 
         try:
-            await self._app(scope, receive, send_on)
+            await self._app(scope, receive, send_with_request_id)
         except Exception:
-            account.failed(500)
+            record.mark_failed(500)
             raise
         finally:
-            if path in ANSWERING:
-                self._count(account)
-            if path in ANSWERING or 400 <= (account.status or 0) < 500:
-                self._log(account)
+            if path in GENERATION_PATHS:
+                self._record_metrics(record)
+            if path in GENERATION_PATHS or 400 <= (record.status or 0) < 500:
+                self._log(record)
 
-    def _count(self, account: Account) -> None:
-        outcome, meters = account.close(), self._meters
-        meters.add(metrics.REQUESTS, mode=account.mode, outcome=outcome)
-        if outcome in CANCELLED:
-            reading = outcome == "left" and account.status == 200
-            meters.add(metrics.CANCELLATIONS, cause="left_reading" if reading else CANCELLED[outcome])
-        for answer in account.answers:
-            for cause in answer.session.lost:
-                meters.add(metrics.RETRIES, cause=cause)
+    def _record_metrics(self, record: RequestRecord) -> None:
+        outcome, recorder = record.final_outcome(), self._recorder
+        recorder.add(metrics.REQUESTS, mode=record.mode, outcome=outcome)
+        if outcome in CANCEL_CAUSES:
+            left_while_reading = outcome == "left" and record.status == 200
+            recorder.add(metrics.CANCELLATIONS, cause="left_reading" if left_while_reading else CANCEL_CAUSES[outcome])
+        for choice in record.choices:
+            for cause in choice.session.retry_causes:
+                recorder.add(metrics.RETRIES, cause=cause)
             if outcome == "ok":
-                tally(meters, answer)
+                record_choice_metrics(recorder, choice)
 
-    def _log(self, account: Account) -> None:
-        outcome = account.close()
-        level = logging.WARNING if outcome in SERIOUS else logging.INFO
+    def _log(self, record: RequestRecord) -> None:
+        outcome = record.final_outcome()
+        level = logging.WARNING if outcome in WARNING_OUTCOMES else logging.INFO
         if logger.isEnabledFor(level):
-            told = _told(account, outcome)
-            logger.log(level, " ".join(f"{name}={value}" for name, value in told.items()), extra=told)
+            fields = _log_fields(record, outcome)
+            logger.log(level, " ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
 
 
-def _plain(given: str) -> str:
-    return NOT_OF_A_WORD.sub("?", given[:LONGEST_ID])
+def _sanitize(text: str) -> str:
+    return UNSAFE_CHARACTERS.sub("?", text[:MAX_LOGGED_LENGTH])
 
 
-def _told(account: Account, outcome: Outcome) -> dict[str, Any]:
+def _log_fields(record: RequestRecord, outcome: RequestOutcome) -> dict[str, Any]:
     """No word of what was asked or answered."""
-    told: dict[str, Any] = {
-        "request_id": account.request_id,
-        "path": account.path,
+    fields: dict[str, Any] = {
+        "request_id": record.request_id,
+        "path": record.path,
         "outcome": outcome,
-        "status": account.status,
-        "mode": account.mode,
-        "seconds": round(time.perf_counter() - account.started, 4),
+        "status": record.status,
+        "mode": record.mode,
+        "seconds": round(time.perf_counter() - record.started_at, 4),
     }
     if outcome != "ok":
-        return told
-    usages = [answer.ended.usage for answer in account.answers]
-    told |= {
-        "prompt_tokens": sum(answer.prompt_tokens for answer in account.answers),
+        return fields
+    usages = [choice.result.usage for choice in record.choices]
+    fields |= {
+        "prompt_tokens": sum(choice.prompt_tokens for choice in record.choices),
         "drafted": sum(usage.draft_tokens for usage in usages),
         "accepted": sum(usage.accepted_tokens for usage in usages),
         "written": sum(usage.target_tokens for usage in usages),
-        "retries": sum(answer.session.retries for answer in account.answers),
+        "retries": sum(choice.session.num_retries for choice in record.choices),
     }
-    if speculated := sum_stats(usage.speculation for usage in usages):
-        passed = sum(usage.decoded_tokens for usage in usages if usage.speculation)
-        told |= {"speculation": speculated.method, "tokens_per_pass": round(passed / speculated.passes, 2)}
+    if speculation := sum_stats(usage.speculation for usage in usages):
+        target_pass_tokens = sum(usage.decoded_tokens for usage in usages if usage.speculation)
+        fields |= {
+            "speculation": speculation.method,
+            "tokens_per_pass": round(target_pass_tokens / speculation.passes, 2),
+        }
     fallbacks = [usage.fallback.cause for usage in usages if usage.fallback]
-    return told | ({"fallback": ",".join(fallbacks)} if fallbacks else {})
+    return fields | ({"fallback": ",".join(fallbacks)} if fallbacks else {})

@@ -13,73 +13,84 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from deployments.api.admission import Gate
-from deployments.api.responses import Answer
+from deployments.api.admission import AdmissionQueue
+from deployments.api.responses import ChoiceState
 from deployments.config import AuditSettings
 from deployments.observability import metrics
-from deployments.observability.metrics import AuditResult, Meters
+from deployments.observability.metrics import AuditResult, MetricsRecorder
 from deployments.observability.tracing import tracer
 from parse.pipeline import Pipeline
 from parse.protocol import NO_STREAMING, GenerationRequest, Mode, TextDelta
 
 logger = logging.getLogger(__name__)
 
-LOSSY: frozenset[Mode] = frozenset({"full", "progressive", "rounds"})
-MOST_WAITING = 256
-MOST_TRIES = 8
-TAIL = 2000  # characters, of which the last match counts: others wait while it is looked for
-QUIET_S = 0.25  # between two requests of one client the service is not idle
+LOSSY_MODES: frozenset[Mode] = frozenset({"full", "progressive", "rounds"})
+MAX_PENDING_CASES = 256
+MAX_ATTEMPTS = 8
+MAX_RESULT_SEARCH_CHARS = 2000  # characters, of which the last match counts: others wait while it is looked for
+MIN_IDLE_S = 0.25  # between two requests of one client the service is not idle
 
 
 @dataclass
-class Case:
+class AuditCase:
     """An answer as it was sent."""
 
     request_id: str
-    question: GenerationRequest
+    request: GenerationRequest
     text: str
-    ids: Sequence[int]
-    tries: int = 0
+    token_ids: Sequence[int]
+    attempts: int = 0
 
 
 class Auditor:
     """Belongs to one event loop."""
 
-    def __init__(self, settings: AuditSettings, gate: Gate, meters: Meters, pipeline: Callable[[], Pipeline]) -> None:
-        self._settings, self._gate, self._meters, self._pipeline = settings, gate, meters, pipeline
-        self._result = re.compile(settings.result) if settings.result else None
-        self._cases: deque[Case] = deque()
-        self._came = asyncio.Event()
+    def __init__(
+        self,
+        settings: AuditSettings,
+        admission_queue: AdmissionQueue,
+        recorder: MetricsRecorder,
+        create_pipeline: Callable[[], Pipeline],
+    ) -> None:
+        self._settings, self._admission_queue, self._recorder, self._create_pipeline = (
+            settings,
+            admission_queue,
+            recorder,
+            create_pipeline,
+        )
+        self._result_pattern = re.compile(settings.result) if settings.result else None
+        self._cases: deque[AuditCase] = deque()
+        self._case_added = asyncio.Event()
 
-    def offer(self, request_id: str, question: GenerationRequest, answer: Answer) -> None:
-        usage = answer.ended.usage
-        if usage.mode not in LOSSY or not usage.accepted_tokens or random.random() >= self._settings.share:
+    def submit(self, request_id: str, request: GenerationRequest, choice: ChoiceState) -> None:
+        usage = choice.result.usage
+        if usage.mode not in LOSSY_MODES or not usage.accepted_tokens or random.random() >= self._settings.share:
             return
-        ids = [token for piece in answer.pieces for token in piece.token_ids]
-        self._cases.append(Case(request_id, question, answer.text, ids))
-        if len(self._cases) > MOST_WAITING:
+        token_ids = [token for delta in choice.deltas for token in delta.token_ids]
+        self._cases.append(AuditCase(request_id, request, choice.text, token_ids))
+        if len(self._cases) > MAX_PENDING_CASES:
             self._drop(self._cases.popleft())
-        self._came.set()
+        self._case_added.set()
 
-    async def work(self) -> None:
+    async def run(self) -> None:
         """For ever."""
         while True:
-            await self._came.wait()
-            await self._gate.rests(QUIET_S)
+            await self._case_added.wait()
+            await self._admission_queue.wait_until_idle(MIN_IDLE_S)
             if not self._cases:
-                self._came.clear()
+                self._case_added.clear()
                 continue
-            await self._try(self._cases.popleft())
+            await self._attempt(self._cases.popleft())
 
-    async def _try(self, case: Case) -> None:
-        case.tries += 1
-        auditing = asyncio.create_task(self._audit(case))
-        wanted = asyncio.create_task(self._gate.is_wanted())
+    async def _attempt(self, case: AuditCase) -> None:
+        case.attempts += 1
+        audit_task = asyncio.create_task(self._audit(case))
+        busy_task = asyncio.create_task(self._admission_queue.wait_until_busy())
         try:
-            await asyncio.wait((auditing, wanted), return_when=asyncio.FIRST_COMPLETED)
-            if auditing.done():
-                self._meters.add(metrics.AUDITS, result=auditing.result())
-            elif case.tries >= MOST_TRIES:
+            await asyncio.wait((audit_task, busy_task), return_when=asyncio.FIRST_COMPLETED)
+            if audit_task.done():
+                self._recorder.add(metrics.AUDITS, result=audit_task.result())
+            elif case.attempts >= MAX_ATTEMPTS:
                 self._drop(case)
             else:
                 self._cases.append(case)
@@ -87,46 +98,59 @@ class Auditor:
             logger.warning("an audit failed", exc_info=True, extra={"request_id": case.request_id})
             self._drop(case)
         finally:
-            auditing.cancel()
-            wanted.cancel()
-            await asyncio.gather(auditing, wanted, return_exceptions=True)
+            audit_task.cancel()
+            busy_task.cancel()
+            await asyncio.gather(audit_task, busy_task, return_exceptions=True)
 
-    async def _audit(self, case: Case) -> AuditResult:
+    async def _audit(self, case: AuditCase) -> AuditResult:
         with tracer.start_as_current_span("audit", attributes={"request_id": case.request_id}):
-            return await self._compared(case, self._pipeline())
+            return await self._compare(case, self._create_pipeline())
 
-    async def _compared(self, case: Case, pipeline: Pipeline) -> AuditResult:
+    async def _compare(self, case: AuditCase, pipeline: Pipeline) -> AuditResult:
         # Two samples of one model differ by chance: what is compared with is the likeliest.
-        sampling = replace(case.question.sampling_params, temperature=0.0)
-        alone = replace(
-            case.question, mode="off", sampling_params=sampling, prediction=None, stream_interval=NO_STREAMING
+        sampling_params = replace(case.request.sampling_params, temperature=0.0)
+        target_request = replace(
+            case.request, mode="off", sampling_params=sampling_params, prediction=None, stream_interval=NO_STREAMING
         )
-        pieces = [event async for event in pipeline.answer(alone) if isinstance(event, TextDelta)]
-        text, ids = "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.token_ids]
-        sent, own = [await _likelihood(pipeline, case.question.prompt_token_ids, answer) for answer in (case.ids, ids)]
-        self._meters.observe(metrics.AUDIT_GAP, max(0.0, own - sent))
-        wanted, found = self._found(text), self._found(case.text)
-        agrees = own - sent <= self._settings.gap if wanted is None else wanted == found
+        deltas = [event async for event in pipeline.answer(target_request) if isinstance(event, TextDelta)]
+        target_text, target_ids = (
+            "".join(delta.text for delta in deltas),
+            [token for delta in deltas for token in delta.token_ids],
+        )
+        sent_logprob, target_logprob = [
+            await _mean_logprob(pipeline, case.request.prompt_token_ids, answer_ids)
+            for answer_ids in (case.token_ids, target_ids)
+        ]
+        self._recorder.observe(metrics.AUDIT_GAP, max(0.0, target_logprob - sent_logprob))
+        target_result, sent_result = self._extract_result(target_text), self._extract_result(case.text)
+        agrees = (
+            target_logprob - sent_logprob <= self._settings.gap
+            if target_result is None
+            else target_result == sent_result
+        )
         if not agrees:
-            logger.info("the target answers otherwise", extra={"request_id": case.request_id, "gap": own - sent})
+            logger.info(
+                "the target answers otherwise",
+                extra={"request_id": case.request_id, "gap": target_logprob - sent_logprob},
+            )
         return "agree" if agrees else "disagree"
 
-    def _found(self, text: str) -> tuple[str, ...] | None:
+    def _extract_result(self, text: str) -> tuple[str, ...] | None:
         """What counts in an answer, if that is known."""
-        if self._result is None:
+        if self._result_pattern is None:
             return None
-        last = None
-        for last in self._result.finditer(text[-TAIL:]):  # noqa: B007
+        last_match = None
+        for last_match in self._result_pattern.finditer(text[-MAX_RESULT_SEARCH_CHARS:]):  # noqa: B007
             pass
-        return None if last is None else last.groups() or (last.group(),)
+        return None if last_match is None else last_match.groups() or (last_match.group(),)
 
-    def _drop(self, case: Case) -> None:
-        self._meters.add(metrics.AUDITS, result="dropped")
+    def _drop(self, case: AuditCase) -> None:
+        self._recorder.add(metrics.AUDITS, result="dropped")
 
 
-async def _likelihood(pipeline: Pipeline, prompt: Sequence[int], ids: Sequence[int]) -> float:
+async def _mean_logprob(pipeline: Pipeline, prompt: Sequence[int], token_ids: Sequence[int]) -> float:
     """The target's mean log-probability of the tokens, each after those before it."""
-    if not ids:
+    if not token_ids:
         return 0.0
-    judged = await pipeline.verifier.judge(prompt, ids, [len(ids)], pipeline.check, logprobs=0)
-    return fmean(found.logprob for found in judged.logprobs)
+    verify_result = await pipeline.verifier.judge(prompt, token_ids, [len(token_ids)], pipeline.check, logprobs=0)
+    return fmean(token_logprob.logprob for token_logprob in verify_result.logprobs)

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 
 @dataclass(frozen=True)
-class Origin:
+class ReplicaLabels:
     """The labels that Ray's own pipeline gives to a replica's figures."""
 
     application: str
@@ -18,32 +18,34 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Figures:
+class ReplicaMetrics:
     """Of one replica."""
 
-    origin: Origin
+    labels: ReplicaLabels
     families: Sequence[Family]
 
 
-def page(figures: Sequence[Figures], accept: str) -> tuple[bytes, str]:
+def encode_metrics(replicas: Sequence[ReplicaMetrics], accept: str) -> tuple[bytes, str]:
     """In the format that the reader prefers; and the name of that format."""
     try:
         encode, content_type = choose_encoder(accept)
     except TypeError:  # the version asked for is none: what everybody reads is no worse an answer than an error
         encode, content_type = choose_encoder("")
-    return encode(_Together(figures)), content_type
+    return encode(_MergedCollector(replicas)), content_type
 
 
-class _Together(Collector):
-    def __init__(self, figures: Sequence[Figures]) -> None:
-        self._figures = figures
+class _MergedCollector(Collector):
+    def __init__(self, replicas: Sequence[ReplicaMetrics]) -> None:
+        self._replicas = replicas
 
     def collect(self) -> Iterator[Family]:
         """A family of the same name in several replicas is one, whose series differ in their labels."""
-        together: dict[str, Family] = {}
-        for one in self._figures:
-            labels = vars(one.origin)
-            for family in one.families:
-                whole = together.setdefault(family.name, Family(family.name, family.documentation, family.type))
-                whole.samples += [sample._replace(labels={**sample.labels, **labels}) for sample in family.samples]
-        yield from together.values()
+        merged: dict[str, Family] = {}
+        for replica in self._replicas:
+            labels = vars(replica.labels)
+            for family in replica.families:
+                merged_family = merged.setdefault(family.name, Family(family.name, family.documentation, family.type))
+                merged_family.samples += [
+                    sample._replace(labels={**sample.labels, **labels}) for sample in family.samples
+                ]
+        yield from merged.values()

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from deployments.observability.metrics import OF_ENGINES, OF_ROUTERS, Counter, Gauge, Histogram, Metric
+from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS, Counter, Gauge, Histogram, Metric
 
-HEAD = """\
+HEADER = """\
 <!-- Made by `make docs`: change deployments/observability/metrics.py, not this file. -->
 
 # Metrics
@@ -24,25 +24,28 @@ here and no others.
 """
 
 
-def page() -> str:
+def render_metrics_page() -> str:
     return "\n".join(
         [
-            HEAD,
+            HEADER,
             "## Of requests and answers\n\nTold by routers.\n",
-            table(OF_ROUTERS),
+            render_metrics_table(ROUTER_METRICS),
             "## Of engines\n\nTold by each replica of a drafter or verifier: the label `deployment` says which.\n",
-            table(OF_ENGINES),
+            render_metrics_table(ENGINE_METRICS),
         ]
     )
 
 
-def table(metrics: Sequence[Metric]) -> str:
+def render_metrics_table(metrics: Sequence[Metric]) -> str:
     lines = ["| metric | kind | labels | |", "| --- | --- | --- | --- |"]
-    lines += [f"| `{metric.name}` | {kind(metric)} | {labels(metric)} | {metric.help} |" for metric in metrics]
+    lines += [
+        f"| `{metric.name}` | {describe_kind(metric)} | {describe_labels(metric)} | {metric.help} |"
+        for metric in metrics
+    ]
     return "\n".join(lines) + "\n"
 
 
-def kind(metric: Metric) -> str:
+def describe_kind(metric: Metric) -> str:
     match metric:
         case Counter():
             return "counter"
@@ -52,11 +55,11 @@ def kind(metric: Metric) -> str:
             return f"histogram, {len(buckets)} buckets from {buckets[0]:g} to {buckets[-1]:g}"
 
 
-def labels(metric: Metric) -> str:
-    return "; ".join(f"`{name}`: {_listed(values)}" for name, values in metric.labels.items())
+def describe_labels(metric: Metric) -> str:
+    return "; ".join(f"`{name}`: {_format_values(values)}" for name, values in metric.labels.items())
 
 
-def _listed(values: Sequence[str]) -> str:
+def _format_values(values: Sequence[str]) -> str:
     numbered = [value for value in values if value.isdecimal()]
     if len(numbered) > 2:
         return f"{numbered[0]} to {numbered[-1]}, {', '.join(value for value in values if value not in numbered)}"
@@ -64,4 +67,4 @@ def _listed(values: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(render_metrics_page(), end="")

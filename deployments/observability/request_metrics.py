@@ -2,44 +2,46 @@
 
 from collections.abc import Sequence
 
-from deployments.api.responses import Answer
+from deployments.api.responses import ChoiceState
 from deployments.observability import metrics
-from deployments.observability.metrics import POSITIONS, Meters, VerdictKind
+from deployments.observability.metrics import POSITIONS, DraftOutcome, MetricsRecorder
 from parse.protocol import Usage, Verification
 
-OPEN_END = len(POSITIONS) - 1  # positions beyond that share the last name
+LAST_POSITION = len(POSITIONS) - 1  # positions beyond that share the last name
 
 
-def tally(meters: Meters, answer: Answer) -> None:
-    usage, finish = answer.ended.usage, answer.ended.finish_reason
+def record_choice_metrics(recorder: MetricsRecorder, choice: ChoiceState) -> None:
+    usage, finish = choice.result.usage, choice.result.finish_reason
     mode = usage.mode
-    meters.add(metrics.ANSWERS, mode=mode, finish=finish)
-    meters.add(metrics.VERDICTS, mode=mode, verdict=_verdict(usage))
-    meters.add(metrics.PROMPT_TOKENS, answer.prompt_tokens)
-    meters.add(metrics.CACHED_TOKENS, usage.cached_tokens)
-    meters.add(metrics.DRAFTED, usage.draft_tokens, mode=mode)
-    meters.add(metrics.ACCEPTED, usage.accepted_tokens, mode=mode)
-    meters.add(metrics.REJECTED, usage.rejected_tokens, mode=mode)
-    meters.add(metrics.WRITTEN, usage.target_tokens, mode=mode)
-    meters.add(metrics.ROUNDS, usage.rounds, mode=mode)
+    recorder.add(metrics.ANSWERS, mode=mode, finish=finish)
+    recorder.add(metrics.DRAFT_OUTCOMES, mode=mode, verdict=_draft_outcome(usage))
+    recorder.add(metrics.PROMPT_TOKENS, choice.prompt_tokens)
+    recorder.add(metrics.CACHED_TOKENS, usage.cached_tokens)
+    recorder.add(metrics.DRAFT_TOKENS, usage.draft_tokens, mode=mode)
+    recorder.add(metrics.ACCEPTED_TOKENS, usage.accepted_tokens, mode=mode)
+    recorder.add(metrics.REJECTED_TOKENS, usage.rejected_tokens, mode=mode)
+    recorder.add(metrics.TARGET_TOKENS, usage.target_tokens, mode=mode)
+    recorder.add(metrics.VERIFICATION_ROUNDS, usage.rounds, mode=mode)
     if usage.draft_tokens:
-        meters.observe(metrics.ACCEPTED_SHARE, usage.accepted_tokens / usage.draft_tokens, mode=mode)
+        recorder.observe(metrics.ACCEPTED_SHARE, usage.accepted_tokens / usage.draft_tokens, mode=mode)
     if usage.accepted_prefix_length is not None:
-        meters.observe(metrics.BOUNDARY, usage.accepted_prefix_length, mode=mode)
+        recorder.observe(metrics.ACCEPTED_PREFIX_LENGTH, usage.accepted_prefix_length, mode=mode)
     if usage.fallback is not None:
-        meters.add(metrics.FALLBACKS, cause=usage.fallback.cause)
+        recorder.add(metrics.FALLBACKS, cause=usage.fallback.cause)
     if mode == "exact":  # the rule takes tokens of the draft up to the first that differs
-        _proposed(meters, "draft", [1] * usage.draft_tokens, [1] * usage.accepted_tokens)
-    if speculated := usage.speculation:
-        meters.add(metrics.PASSES, speculated.passes, method=speculated.method)
-        meters.add(metrics.PASSED, usage.decoded_tokens, method=speculated.method)
-        _proposed(meters, speculated.method, speculated.proposed_per_position, speculated.accepted_per_position)
-    for verdict in answer.verdicts:
-        _chances(meters, verdict)
-    _times(meters, answer)
+        _record_proposals(recorder, "draft", [1] * usage.draft_tokens, [1] * usage.accepted_tokens)
+    if speculation := usage.speculation:
+        recorder.add(metrics.TARGET_PASSES, speculation.passes, method=speculation.method)
+        recorder.add(metrics.TARGET_PASS_TOKENS, usage.decoded_tokens, method=speculation.method)
+        _record_proposals(
+            recorder, speculation.method, speculation.proposed_per_position, speculation.accepted_per_position
+        )
+    for verification in choice.verifications:
+        _record_correct_probabilities(recorder, verification)
+    _record_times(recorder, choice)
 
 
-def _verdict(usage: Usage) -> VerdictKind:
+def _draft_outcome(usage: Usage) -> DraftOutcome:
     if not usage.draft_tokens:
         return "skipped"
     if not usage.accepted_tokens:
@@ -47,30 +49,30 @@ def _verdict(usage: Usage) -> VerdictKind:
     return "partial" if usage.rejected_tokens else "whole"
 
 
-def _proposed(meters: Meters, method: str, proposed: Sequence[int], accepted: Sequence[int]) -> None:
+def _record_proposals(recorder: MetricsRecorder, method: str, proposed: Sequence[int], accepted: Sequence[int]) -> None:
     """Tokens at each place of the proposals."""
-    for metric, counts in ((metrics.PROPOSED, proposed), (metrics.PROPOSED_ACCEPTED, accepted)):
-        for position, count in zip(POSITIONS, (*counts[:OPEN_END], sum(counts[OPEN_END:])), strict=False):
-            meters.add(metric, count, method=method, position=position)
+    for metric, counts in ((metrics.PROPOSED_TOKENS, proposed), (metrics.ACCEPTED_PROPOSED_TOKENS, accepted)):
+        for position, count in zip(POSITIONS, (*counts[:LAST_POSITION], sum(counts[LAST_POSITION:])), strict=False):
+            recorder.add(metric, count, method=method, position=position)
 
 
-def _chances(meters: Meters, verdict: Verification) -> None:
-    for cut, chance in zip(verdict.prefix_lengths, verdict.p_correct, strict=True):
-        if chance is not None:
-            kept = cut <= verdict.accepted_prefix_length
-            meters.observe(metrics.CORRECT, chance, kept="yes" if kept else "no")
+def _record_correct_probabilities(recorder: MetricsRecorder, verification: Verification) -> None:
+    for prefix_length, probability in zip(verification.prefix_lengths, verification.p_correct, strict=True):
+        if probability is not None:
+            kept = prefix_length <= verification.accepted_prefix_length
+            recorder.observe(metrics.CORRECT_PROBABILITY, probability, kept="yes" if kept else "no")
 
 
-def _times(meters: Meters, answer: Answer) -> None:
-    usage = answer.ended.usage
+def _record_times(recorder: MetricsRecorder, choice: ChoiceState) -> None:
+    usage = choice.result.usage
     mode = usage.mode
-    stages = [("queue", answer.waited_s), *((stage.name, stage.end - stage.start) for stage in usage.stages)]
+    stages = [("queue", choice.queue_s), *((stage.name, stage.end - stage.start) for stage in usage.stages)]
     for name, seconds in stages:
-        meters.observe(metrics.STAGE, seconds, stage=name, mode=mode)
-        meters.add(metrics.SPENT, seconds, on=name, mode=mode)
-    whole = answer.waited_s + usage.total_s
-    meters.observe(metrics.ANSWER, whole, mode=mode)
-    meters.add(metrics.SPENT, whole, on="answer", mode=mode)
-    meters.observe(metrics.FIRST_TOKEN, answer.waited_s + usage.ttft_s, mode=mode)
-    for gap in answer.gaps:
-        meters.observe(metrics.BETWEEN_TOKENS, gap, mode=mode)
+        recorder.observe(metrics.STAGE_SECONDS, seconds, stage=name, mode=mode)
+        recorder.add(metrics.SPENT_SECONDS, seconds, on=name, mode=mode)
+    total_s = choice.queue_s + usage.total_s
+    recorder.observe(metrics.ANSWER_SECONDS, total_s, mode=mode)
+    recorder.add(metrics.SPENT_SECONDS, total_s, on="answer", mode=mode)
+    recorder.observe(metrics.TIME_TO_FIRST_TOKEN, choice.queue_s + usage.ttft_s, mode=mode)
+    for latency_s in choice.inter_token_s:
+        recorder.observe(metrics.INTER_TOKEN_LATENCY, latency_s, mode=mode)

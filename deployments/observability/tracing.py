@@ -15,13 +15,13 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from parse.protocol import Usage
 
 tracer = trace.get_tracer("parse")
-CALLS_OF_OUR_OWN = frozenset({"alive", "figures", "describe"})
-NO_REQUESTS = frozenset({"/ready", "/health", "/metrics"})
-OTEL_TIMEOUTS = "OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"
-TIMEOUT_S = 5.0  # half of what it would be; nobody waits for it but who shuts down
+UNTRACED_METHODS = frozenset({"alive", "collect_metrics", "describe"})
+UNTRACED_PATHS = frozenset({"/ready", "/health", "/metrics"})
+OTEL_TIMEOUT_VARIABLES = "OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"
+EXPORT_TIMEOUT_S = 5.0  # half of what it would be; nobody waits for it but who shuts down
 
 
-def spanned(usage: Usage) -> dict[str, str | int]:
+def span_attributes(usage: Usage) -> dict[str, str | int]:
     """What a span of an answer says of it."""
     counts = {
         "drafted": usage.draft_tokens,
@@ -33,8 +33,8 @@ def spanned(usage: Usage) -> dict[str, str | int]:
     if usage.speculation:
         counts["passes"] = usage.speculation.passes
     method = usage.speculation.method if usage.speculation else "none"
-    named = {"parse.mode": usage.mode, "parse.speculation": method}
-    return named | {f"parse.{name}": count for name, count in counts.items()}
+    attributes = {"parse.mode": usage.mode, "parse.speculation": method}
+    return attributes | {f"parse.{name}": count for name, count in counts.items()}
 
 
 def otlp() -> list[SpanProcessor]:
@@ -44,15 +44,15 @@ def otlp() -> list[SpanProcessor]:
     no request anything. Nor should it fill the logs.
     """
     logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
-    timeout = None if any(name in os.environ for name in OTEL_TIMEOUTS) else TIMEOUT_S
-    return [_OfRequests(OTLPSpanExporter(timeout=timeout))]
+    timeout = None if any(name in os.environ for name in OTEL_TIMEOUT_VARIABLES) else EXPORT_TIMEOUT_S
+    return [_RequestSpanProcessor(OTLPSpanExporter(timeout=timeout))]
 
 
-class _OfRequests(BatchSpanProcessor):
+class _RequestSpanProcessor(BatchSpanProcessor):
     """What the service asks of itself every second would fill the store of traces."""
 
     def on_end(self, span: ReadableSpan) -> None:
-        known = span.attributes or {}
-        route = known.get("route", known.get("http.route", ""))
-        if known.get("call_method") not in CALLS_OF_OUR_OWN and not str(route).endswith(tuple(NO_REQUESTS)):
+        attributes = span.attributes or {}
+        route = attributes.get("route", attributes.get("http.route", ""))
+        if attributes.get("call_method") not in UNTRACED_METHODS and not str(route).endswith(tuple(UNTRACED_PATHS)):
             super().on_end(span)

@@ -7,14 +7,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-PAGE = "index.html"
+INDEX_FILE = "index.html"
 SCRIPTS = "api charts dom drafts examples main pane problems session theme transcript".split()
 ASSETS = {"icon.svg": "image/svg+xml", "playground.css": "text/css"} | {f"{n}.js": "text/javascript" for n in SCRIPTS}
 # To everybody, as the documents of the API are: they are the same for all servers and hold no answer. Whoever may
 # not ask is told so by the API itself, and the page shows it. The empty path is `/` under a route prefix.
 PATHS = frozenset({"", "/", *(f"/playground/{name}" for name in ASSETS)})
 # Nothing from elsewhere, nothing inline, and no text that becomes markup: what models write is not to be trusted.
-HEADERS = {
+SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'",
@@ -24,21 +24,21 @@ HEADERS = {
 }
 
 
-def router() -> APIRouter:
-    found = APIRouter()
-    _serve(found, "/", PAGE, "text/html")
-    for name, kind in ASSETS.items():
-        _serve(found, f"/playground/{name}", name, kind)
-    return found
+def create_router() -> APIRouter:
+    router = APIRouter()
+    _add_file_route(router, "/", INDEX_FILE, "text/html")
+    for name, media_type in ASSETS.items():
+        _add_file_route(router, f"/playground/{name}", name, media_type)
+    return router
 
 
-def _serve(router: APIRouter, path: str, name: str, kind: str) -> None:
+def _add_file_route(router: APIRouter, path: str, name: str, media_type: str) -> None:
     content = (Path(__file__).parent / name).read_bytes()
-    headers = HEADERS | {"ETag": f'"{blake2b(content, digest_size=12).hexdigest()}"'}
+    headers = SECURITY_HEADERS | {"ETag": f'"{blake2b(content, digest_size=12).hexdigest()}"'}
 
-    async def file(request: Request) -> Response:
+    async def send_file(request: Request) -> Response:
         if headers["ETag"] in request.headers.get("if-none-match", ""):  # a proxy that compresses adds W/ to it
             return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers, media_type=kind)
+        return Response(content, headers=headers, media_type=media_type)
 
-    router.add_route(path, file, include_in_schema=False)
+    router.add_route(path, send_file, include_in_schema=False)

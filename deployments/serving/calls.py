@@ -19,31 +19,31 @@ from deployments.observability.tracing import tracer
 from parse.protocol import StageName
 from parse.types import TokenDelta
 
-IN_SERVE: contextvars.ContextVar[Any] = serve.context._serve_request_context
+SERVE_REQUEST_CONTEXT: contextvars.ContextVar[Any] = serve.context._serve_request_context
 
 
 @dataclass(frozen=True)
-class Within:
+class CallContext:
     """What a call is a part of."""
 
     request_id: str = ""  # for the log of the replica
-    trace: Context | None = None
+    trace_context: Context | None = None
 
-    def enter(self) -> None:
-        IN_SERVE.set(_RequestContext(request_id=self.request_id))
-        if self.trace is not None:
-            attach(self.trace)
+    def activate(self) -> None:
+        SERVE_REQUEST_CONTEXT.set(_RequestContext(request_id=self.request_id))
+        if self.trace_context is not None:
+            attach(self.trace_context)
 
 
-ALONE = Within()
+NO_REQUEST = CallContext()
 
 
 @contextmanager
-def stage(name: StageName, session: Session) -> Iterator[Within]:
+def trace_stage(name: StageName, session: Session) -> Iterator[CallContext]:
     """A span in the trace of an answer. It is handed on by hand: what runs here changes from task to task."""
-    span = tracer.start_span(name, session.trace)
+    span = tracer.start_span(name, session.trace_context)
     try:
-        yield Within(session.request_id, trace.set_span_in_context(span, session.trace))
+        yield CallContext(session.request_id, trace.set_span_in_context(span, session.trace_context))
     except Exception as error:
         span.record_exception(error)
         raise
@@ -51,11 +51,11 @@ def stage(name: StageName, session: Session) -> Iterator[Within]:
         span.end()
 
 
-def call(handle: DeploymentHandle, within: Within, *given: Any) -> Any:
-    return apart(within, handle.remote, *given)
+def call_replica(handle: DeploymentHandle, context: CallContext, *args: Any) -> Any:
+    return run_in_fresh_context(context, handle.remote, *args)
 
 
-def apart(within: Within, function: Callable[..., Any], *given: Any) -> Any:
+def run_in_fresh_context(context: CallContext, function: Callable[..., Any], *args: Any) -> Any:
     """Outside of the request's context.
 
     There Ray Serve gives every call the request's own inner id, by which it finds the caller who waits for a replica:
@@ -63,30 +63,30 @@ def apart(within: Within, function: Callable[..., Any], *given: Any) -> Any:
     were made; ours are ended by whoever made them.
     """
     fresh = contextvars.Context()
-    fresh.run(within.enter)
-    return fresh.run(function, *given)
+    fresh.run(context.activate)
+    return fresh.run(function, *args)
 
 
-async def result(response: Any) -> Any:
+async def await_result(response: Any) -> Any:
     """Of a call, which is cancelled with the caller."""
     try:
-        return await _plain(response)
+        return await _unwrap_errors(response)
     except BaseException:
         response.cancel()
         raise
 
 
-async def items(responses: Any) -> AsyncGenerator[TokenDelta]:
+async def stream_items(responses: Any) -> AsyncGenerator[TokenDelta]:
     """Of a stream, which is cancelled with its reader."""
     try:
         with suppress(StopAsyncIteration):
             while True:
-                yield await _plain(anext(responses))
+                yield await _unwrap_errors(anext(responses))
     finally:
         responses.cancel()
 
 
-async def _plain(call: Awaitable[Any]) -> Any:
+async def _unwrap_errors(call: Awaitable[Any]) -> Any:
     """Errors of the replica as they were raised there."""
     try:
         return await call

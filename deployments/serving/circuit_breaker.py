@@ -7,82 +7,82 @@ from contextlib import AbstractContextManager, asynccontextmanager
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.serving.calls import ALONE, call, result
-from deployments.serving.overlap import Overlap, Part
+from deployments.serving.calls import NO_REQUEST, await_result, call_replica
+from deployments.serving.overlap import BusyTime, ServicePart
 from parse.types import DraftUnavailable
 
 logger = logging.getLogger(__name__)
 
-WATCH_EVERY_S = 1.0
-PATIENCE_S = 5.0  # with a replica that is asked whether it is alive
+HEALTH_CHECK_INTERVAL_S = 1.0
+HEALTH_CHECK_TIMEOUT_S = 5.0  # with a replica that is asked whether it is alive
 
 
-class Watch:
+class CircuitBreaker:
     """Whether a deployment answers: it is asked every second, so that no request has to find out by waiting."""
 
-    def __init__(self, name: Part, handle: DeploymentHandle, overlap: Overlap) -> None:
-        self.trouble: str | None = None
-        self._overlap = overlap
+    def __init__(self, name: ServicePart, handle: DeploymentHandle, busy_time: BusyTime) -> None:
+        self.failure: str | None = None
+        self._busy_time = busy_time
         self._name, self._handle = name, handle.options(method_name="alive")
-        self._waiting: set[asyncio.Timeout] = set()
-        self._heard = 0.0
-        self._task = asyncio.get_running_loop().create_task(self._keep_asking())
+        self._pending_timeouts: set[asyncio.Timeout] = set()
+        self._last_success_at = 0.0
+        self._task = asyncio.get_running_loop().create_task(self._health_check_loop())
 
     @asynccontextmanager
-    async def while_it_answers(self) -> AsyncIterator[None]:
+    async def fail_fast(self) -> AsyncIterator[None]:
         """Raises NoDraft as soon as it does not."""
-        if self.trouble:
-            raise DraftUnavailable("silent", f"the {self._name} {self.trouble}")
+        if self.failure:
+            raise DraftUnavailable("silent", f"the {self._name} {self.failure}")
         try:
             async with asyncio.timeout(None) as scope:
-                self._waiting.add(scope)
+                self._pending_timeouts.add(scope)
                 try:
-                    with self.at_work():
+                    with self.track_busy_time():
                         yield
                 finally:
-                    self._waiting.discard(scope)
+                    self._pending_timeouts.discard(scope)
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise DraftUnavailable("silent", f"the {self._name} {self.trouble}") from None
+            raise DraftUnavailable("silent", f"the {self._name} {self.failure}") from None
 
-    def at_work(self) -> AbstractContextManager[None]:
+    def track_busy_time(self) -> AbstractContextManager[None]:
         """For a request of ours."""
-        return self._overlap.at_work(self._name)
+        return self._busy_time.track(self._name)
 
-    def heard(self) -> None:
+    def record_success(self) -> None:
         """It answered somebody. Where it has so much to do that our question waits in line, that says enough."""
-        self._heard = asyncio.get_running_loop().time()
+        self._last_success_at = asyncio.get_running_loop().time()
 
-    def suspect(self, trouble: str) -> None:
+    def record_failure(self, failure: str) -> None:
         """Until it answers again."""
-        if self.trouble is None:
-            logger.warning("the %s has trouble: %s", self._name, trouble)
-        self.trouble = trouble
+        if self.failure is None:
+            logger.warning("the %s has trouble: %s", self._name, failure)
+        self.failure = failure
 
     def close(self) -> None:
         self._task.cancel()
 
-    async def _keep_asking(self) -> None:
+    async def _health_check_loop(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            asked = loop.time()
+            started = loop.time()
             try:
-                async with asyncio.timeout(PATIENCE_S):
-                    await result(call(self._handle, ALONE))
+                async with asyncio.timeout(HEALTH_CHECK_TIMEOUT_S):
+                    await await_result(call_replica(self._handle, NO_REQUEST))
             except TimeoutError:
-                if self._heard < asked:
-                    self._lost("does not answer")
+                if self._last_success_at < started:
+                    self._open("does not answer")
             except Exception as error:
-                self._lost(f"fails: {error}")
+                self._open(f"fails: {error}")
             else:
-                if self.trouble is not None:
+                if self.failure is not None:
                     logger.info("the %s answers again", self._name)
-                self.trouble = None
-            await asyncio.sleep(WATCH_EVERY_S)
+                self.failure = None
+            await asyncio.sleep(HEALTH_CHECK_INTERVAL_S)
 
-    def _lost(self, trouble: str) -> None:
-        self.suspect(trouble)
+    def _open(self, failure: str) -> None:
+        self.record_failure(failure)
         now = asyncio.get_running_loop().time()
-        for scope in self._waiting:
+        for scope in self._pending_timeouts:
             scope.reschedule(now)

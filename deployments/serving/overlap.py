@@ -5,32 +5,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Part = Literal["drafter", "verifier"]
+ServicePart = Literal["drafter", "verifier"]
 
 
-class Overlap:
+class BusyTime:
     """For how long one router had something drafted, something judged or written, and both at once."""
 
     def __init__(self) -> None:
         self.drafter_s = self.verifier_s = self.both_s = 0.0
-        self._at_work: dict[Part, int] = {"drafter": 0, "verifier": 0}
-        self._told = time.perf_counter()
+        self._active_calls: dict[ServicePart, int] = {"drafter": 0, "verifier": 0}
+        self._updated_at = time.perf_counter()
 
     @contextmanager
-    def at_work(self, part: Part) -> Iterator[None]:
-        self.tell()
-        self._at_work[part] += 1
+    def track(self, part: ServicePart) -> Iterator[None]:
+        self.update()
+        self._active_calls[part] += 1
         try:
             yield
         finally:
-            self.tell()
-            self._at_work[part] -= 1
+            self.update()
+            self._active_calls[part] -= 1
 
-    def tell(self) -> None:
+    def update(self) -> None:
         """Brings the times up to now."""
         now = time.perf_counter()
-        passed, self._told = now - self._told, now
-        drafting, verifying = self._at_work["drafter"] > 0, self._at_work["verifier"] > 0
-        self.drafter_s += passed * drafting
-        self.verifier_s += passed * verifying
-        self.both_s += passed * (drafting and verifying)
+        elapsed, self._updated_at = now - self._updated_at, now
+        drafting, verifying = self._active_calls["drafter"] > 0, self._active_calls["verifier"] > 0
+        self.drafter_s += elapsed * drafting
+        self.verifier_s += elapsed * verifying
+        self.both_s += elapsed * (drafting and verifying)

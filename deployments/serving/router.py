@@ -13,13 +13,13 @@ from deployments.api.backend import Session
 from deployments.api.routes import create_app
 from deployments.config import AppSettings
 from deployments.observability import logs, metrics
-from deployments.observability.exposition import Figures
-from deployments.observability.metrics import Meters
-from deployments.observability.metrics_collection import gathered
-from deployments.serving.circuit_breaker import Watch
-from deployments.serving.clients import RemoteDrafter, RemoteVerifier
-from deployments.serving.overlap import Overlap
-from deployments.serving.replica import Description
+from deployments.observability.exposition import ReplicaMetrics
+from deployments.observability.metrics import MetricsRecorder
+from deployments.observability.metrics_collection import collect_replica_metrics
+from deployments.serving.circuit_breaker import CircuitBreaker
+from deployments.serving.clients import DrafterClient, VerifierClient
+from deployments.serving.overlap import BusyTime
+from deployments.serving.replica import ReplicaInfo
 from parse.config import MethodSettings
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
@@ -32,73 +32,85 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: AppSettings, verifier: DeploymentHandle, drafter: DeploymentHandle | None
     ) -> None:
-        logs.join_serve()
+        logs.attach_to_serve_logger()
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it needs no GPU and takes no memory of one
         self._settings = settings
         target = settings.target.model
         method = MethodSettings.for_model(target, **settings.method.model_dump(exclude_unset=True))
         tokenizer = AutoTokenizer.from_pretrained(target)
-        check = build_verification_suffix(tokenizer, method.check_question, method.correct, method.incorrect)
+        suffix = build_verification_suffix(tokenizer, method.check_question, method.correct, method.incorrect)
         self._verifier, self._drafter = verifier, drafter
-        longest = (await verifier.describe.remote()).max_context
-        self._overlap = Overlap()
-        self._meters = Meters(metrics.OF_ROUTERS, deployment="Router")
-        self._routers = serve.get_deployment_handle(self._meters.origin.deployment, self._meters.origin.application)
-        self._watches = {"verifier": Watch("verifier", verifier, self._overlap)}
+        max_model_len = (await verifier.describe.remote()).max_model_len
+        self._busy_time = BusyTime()
+        self._recorder = MetricsRecorder(metrics.ROUTER_METRICS, deployment="Router")
+        self._routers = serve.get_deployment_handle(
+            self._recorder.replica_labels.deployment, self._recorder.replica_labels.application
+        )
+        self._circuit_breakers = {"verifier": CircuitBreaker("verifier", verifier, self._busy_time)}
         if drafter is not None:
-            self._watches["drafter"] = Watch("drafter", drafter, self._overlap)
+            self._circuit_breakers["drafter"] = CircuitBreaker("drafter", drafter, self._busy_time)
         self._pipeline = Pipeline(
-            verifier=RemoteVerifier(verifier, Session(""), self._watches["verifier"]),
+            verifier=VerifierClient(verifier, Session(""), self._circuit_breakers["verifier"]),
             tokenizer=tokenizer,
-            check=check,
+            check=suffix,
             settings=method,
-            longest=longest,
-            methods=tuple(way.method for way in settings.target.speculation),
+            longest=max_model_len,
+            methods=tuple(config.method for config in settings.target.speculation),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self, self._settings.api, self._settings.model_name, self._settings.audit)
 
-    async def describe(self) -> Description:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return Description(self._settings.model_name, "none", visible, self._pipeline.longest or 0, os.getpid())
+    async def describe(self) -> ReplicaInfo:
+        visible_gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return ReplicaInfo(self._settings.model_name, "none", visible_gpus, self._pipeline.longest or 0, os.getpid())
 
-    async def figures(self) -> Figures:
-        return self._meters.figures()
+    async def collect_metrics(self) -> ReplicaMetrics:
+        return self._recorder.collect()
 
     @property
-    def meters(self) -> Meters:
-        return self._meters
+    def recorder(self) -> MetricsRecorder:
+        return self._recorder
 
-    def measure(self) -> None:
-        overlap = self._overlap
-        overlap.tell()
+    def update_metrics(self) -> None:
+        busy_time = self._busy_time
+        busy_time.update()
         for part, seconds in (
-            ("drafter", overlap.drafter_s),
-            ("verifier", overlap.verifier_s),
-            ("both", overlap.both_s),
+            ("drafter", busy_time.drafter_s),
+            ("verifier", busy_time.verifier_s),
+            ("both", busy_time.both_s),
         ):
-            self._meters.reach(metrics.BUSY, seconds, part=part)
-        for name, watch in self._watches.items():
-            self._meters.set(metrics.TROUBLE, watch.trouble is not None, part=name)
+            self._recorder.update_total(metrics.BUSY_SECONDS, seconds, part=part)
+        for name, circuit_breaker in self._circuit_breakers.items():
+            self._recorder.set(metrics.PART_UNAVAILABLE, circuit_breaker.failure is not None, part=name)
 
-    async def others(self) -> list[Figures]:
+    async def collect_peer_metrics(self) -> list[ReplicaMetrics]:
         """A scrape reaches one router only: it tells of all."""
         handles = {"Verifier": self._verifier, "Router": self._routers}
         if self._drafter is not None:
             handles["Drafter"] = self._drafter
-        own = self._meters.origin
-        return [found for found in await gathered(handles, self._meters) if found.origin != own]
+        own_labels = self._recorder.replica_labels
+        return [
+            replica
+            for replica in await collect_replica_metrics(handles, self._recorder)
+            if replica.labels != own_labels
+        ]
 
     @property
     def pipeline(self) -> Pipeline:
         return self._pipeline
 
-    def session_pipeline(self, session: Session) -> Pipeline:
-        services: dict[str, Any] = {"verifier": RemoteVerifier(self._verifier, session, self._watches["verifier"])}
+    def pipeline_for_session(self, session: Session) -> Pipeline:
+        services: dict[str, Any] = {
+            "verifier": VerifierClient(self._verifier, session, self._circuit_breakers["verifier"])
+        }
         if self._drafter is not None:
-            services["drafter"] = RemoteDrafter(self._drafter, session, self._watches["drafter"])
+            services["drafter"] = DrafterClient(self._drafter, session, self._circuit_breakers["drafter"])
         return replace(self._pipeline, **services)
 
-    def troubles(self) -> dict[str, str]:
-        return {name: watch.trouble for name, watch in self._watches.items() if watch.trouble}
+    def unavailable_parts(self) -> dict[str, str]:
+        return {
+            name: circuit_breaker.failure
+            for name, circuit_breaker in self._circuit_breakers.items()
+            if circuit_breaker.failure
+        }

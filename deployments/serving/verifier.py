@@ -3,13 +3,13 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from deployments.serving.replica import Host
+from deployments.serving.replica import ModelReplica
 from parse.config import EngineSettings
 from parse.prompts import VerificationSuffix
 from parse.types import MethodChoice, SamplingParams, TokenDelta, VerifyResult
 
 
-class Verifier(Host):
+class Verifier(ModelReplica):
     """`parse.protocol.Verifier`, a call at a time."""
 
     async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
@@ -17,7 +17,7 @@ class Verifier(Host):
         await self.warm_up()
 
     async def warm(self, prompt: Sequence[int]) -> int:
-        return await self.service.warm(prompt)
+        return await self.engine.warm(prompt)
 
     async def judge(
         self,
@@ -29,7 +29,7 @@ class Verifier(Host):
         prefix: float | None,
         logprobs: int | None,
     ) -> VerifyResult:
-        return await self.service.judge(prompt, draft, cuts, check, full=full, prefix=prefix, logprobs=logprobs)
+        return await self.engine.judge(prompt, draft, cuts, check, full=full, prefix=prefix, logprobs=logprobs)
 
     async def generate(
         self,
@@ -40,9 +40,7 @@ class Verifier(Host):
         piece: int,
         speculation: MethodChoice | None,
     ) -> AsyncGenerator[TokenDelta]:
-        writing = self.service.generate(
-            prompt, output, sampling, proposal=proposal, piece=piece, speculation=speculation
-        )
-        async with aclosing(writing) as pieces:
-            async for tokens in pieces:
+        stream = self.engine.generate(prompt, output, sampling, proposal=proposal, piece=piece, speculation=speculation)
+        async with aclosing(stream) as deltas:
+            async for tokens in deltas:
                 yield tokens

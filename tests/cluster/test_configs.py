@@ -15,11 +15,11 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from deployments.__main__ import FASTER
+from deployments.__main__ import THROUGHPUT_ENVIRONMENT
 from deployments.app import build
 from deployments.config import HOUSE, AppSettings
-from deployments.launch import BUILDER, NotServing, read_config
-from deployments.reference import deployments_of
+from deployments.launch import BUILDER_IMPORT_PATH, LaunchError, read_config
+from deployments.reference import list_deployments
 
 CLUSTER = HOUSE / "cluster"
 RAY_SERVICE = CLUSTER / "rayservice.yaml"
@@ -45,7 +45,7 @@ def application(config):
 
 def test_it_fits_both_schemas(config):
     ServeDeploySchema.model_validate(config)
-    assert application(config)["import_path"] == BUILDER
+    assert application(config)["import_path"] == BUILDER_IMPORT_PATH
     AppSettings.model_validate(application(config)["args"])
 
 
@@ -62,7 +62,7 @@ def test_it_has_no_key_that_serve_would_pass_over(config):
 
 def test_the_deployments_it_names_are_those_that_are_built(config):
     app = application(config)
-    built = {deployment.name for deployment in deployments_of(build(AppSettings.model_validate(app["args"])))}
+    built = {deployment.name for deployment in list_deployments(build(AppSettings.model_validate(app["args"])))}
     assert built == {"Router", "Verifier", "Drafter"}
     assert {deployment["name"] for deployment in app.get("deployments", [])} <= built
 
@@ -79,7 +79,7 @@ def test_each_names_the_cores_and_a_model_on_gpus_its_gpus(config):
 
 
 def test_without_a_draft_there_is_no_drafter():
-    built = deployments_of(build(AppSettings.model_validate({"target": {"model": "models/demo-target"}})))
+    built = list_deployments(build(AppSettings.model_validate({"target": {"model": "models/demo-target"}})))
     assert {deployment.name for deployment in built} == {"Router", "Verifier"}
 
 
@@ -98,7 +98,7 @@ def test_the_page_on_deploying_names_what_there_is():
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     for deployment in yaml.safe_load(example)["deployments"]:
         assert DeploymentSchema.model_validate(deployment).name in ("Router", "Verifier", "Drafter")
-    assert [name for name in FASTER if name not in page] == []
+    assert [name for name in THROUGHPUT_ENVIRONMENT if name not in page] == []
     unnamed = {"Dockerfile.dockerignore", "__init__.py", "__pycache__"}
     assert set(re.findall(r"cluster/([\w.]+)", page)) >= {path.name for path in CLUSTER.iterdir()} - unnamed
 
@@ -140,5 +140,5 @@ def test_wrong_keys_and_values_are_refused(place, wrong, tmp_path: Path):
     part |= wrong
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises((NotServing, ValidationError)):
+    with pytest.raises((LaunchError, ValidationError)):
         read_config(path)

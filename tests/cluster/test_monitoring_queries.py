@@ -13,8 +13,8 @@ from cluster.monitoring import LOOPBACK
 from cluster.prometheus import figures
 from cluster.prometheus.queries import View
 from deployments.observability import metrics
-from deployments.observability.exposition import page
-from deployments.observability.metrics import Meters
+from deployments.observability.exposition import encode_metrics
+from deployments.observability.metrics import MetricsRecorder
 from tests.cluster.querying import (
     PREFIXES,
     QueryFailed,
@@ -35,13 +35,13 @@ class Service:
     """Routers and engines as they would tell of themselves: in each tick the same happens."""
 
     def __init__(self) -> None:
-        self.router = Meters(metrics.OF_ROUTERS, deployment="Router")
-        self.engines = [Meters(metrics.OF_ENGINES, deployment=name) for name in ("Drafter", "Verifier")]
+        self.router = MetricsRecorder(metrics.ROUTER_METRICS, deployment="Router")
+        self.engines = [MetricsRecorder(metrics.ENGINE_METRICS, deployment=name) for name in ("Drafter", "Verifier")]
 
     def page(self) -> bytes:
         """By both ways on one page; the second leaves out what has never happened."""
         everyone = (self.router, *self.engines)
-        text = page([meters.figures() for meters in everyone], "text/plain")[0].decode()
+        text = encode_metrics([meters.collect() for meters in everyone], "text/plain")[0].decode()
         by_ray = [f"ray_{name}{labels} {value}" for name, labels, value in HAPPENED.findall(text)]
         return "\n".join([text, *by_ray, ""]).encode()
 
@@ -69,64 +69,64 @@ class Service:
         for _ in range(times):
             tell.add(metrics.REQUESTS, mode=mode, outcome="ok")
             tell.add(metrics.ANSWERS, mode=mode, finish="stop")
-            tell.add(metrics.VERDICTS, mode=mode, verdict="partial" if accepted else "skipped")
+            tell.add(metrics.DRAFT_OUTCOMES, mode=mode, verdict="partial" if accepted else "skipped")
             tell.add(metrics.PROMPT_TOKENS, 100)
             tell.add(metrics.CACHED_TOKENS, 25)
-            tell.add(metrics.DRAFTED, accepted + rejected, mode=mode)
-            tell.add(metrics.ACCEPTED, accepted, mode=mode)
-            tell.add(metrics.REJECTED, rejected, mode=mode)
-            tell.add(metrics.WRITTEN, written, mode=mode)
-            tell.observe(metrics.STAGE, queue_s, mode=mode, stage="queue")
-            tell.observe(metrics.STAGE, write_s, mode=mode, stage="write")
-            tell.observe(metrics.FIRST_TOKEN, total_s / 2, mode=mode)
-            tell.observe(metrics.BETWEEN_TOKENS, 0.01, mode=mode)
-            tell.observe(metrics.ANSWER, total_s, mode=mode)
+            tell.add(metrics.DRAFT_TOKENS, accepted + rejected, mode=mode)
+            tell.add(metrics.ACCEPTED_TOKENS, accepted, mode=mode)
+            tell.add(metrics.REJECTED_TOKENS, rejected, mode=mode)
+            tell.add(metrics.TARGET_TOKENS, written, mode=mode)
+            tell.observe(metrics.STAGE_SECONDS, queue_s, mode=mode, stage="queue")
+            tell.observe(metrics.STAGE_SECONDS, write_s, mode=mode, stage="write")
+            tell.observe(metrics.TIME_TO_FIRST_TOKEN, total_s / 2, mode=mode)
+            tell.observe(metrics.INTER_TOKEN_LATENCY, 0.01, mode=mode)
+            tell.observe(metrics.ANSWER_SECONDS, total_s, mode=mode)
             for on, seconds in (("queue", queue_s), ("write", write_s), ("answer", total_s)):
-                tell.add(metrics.SPENT, seconds, on=on, mode=mode)
+                tell.add(metrics.SPENT_SECONDS, seconds, on=on, mode=mode)
             if accepted:
-                tell.add(metrics.ROUNDS, 2, mode=mode)
+                tell.add(metrics.VERIFICATION_ROUNDS, 2, mode=mode)
                 tell.observe(metrics.ACCEPTED_SHARE, accepted / (accepted + rejected), mode=mode)
-                tell.observe(metrics.BOUNDARY, accepted, mode=mode)
+                tell.observe(metrics.ACCEPTED_PREFIX_LENGTH, accepted, mode=mode)
 
     def _happen(self) -> None:
         tell = self.router
-        tell.observe(metrics.CORRECT, 0.98, kept="yes")
-        tell.observe(metrics.CORRECT, 0.03, kept="no")
+        tell.observe(metrics.CORRECT_PROBABILITY, 0.98, kept="yes")
+        tell.observe(metrics.CORRECT_PROBABILITY, 0.03, kept="no")
         for part, seconds in (("drafter", 0.06), ("verifier", 0.1), ("both", 0.04)):
-            tell.add(metrics.BUSY, seconds, part=part)
-        for gauge, value in ((metrics.ANSWERING, 6), (metrics.PLACES, 8), (metrics.WAITING, 2)):
+            tell.add(metrics.BUSY_SECONDS, seconds, part=part)
+        for gauge, value in ((metrics.ANSWERS_RUNNING, 6), (metrics.ANSWER_SLOTS, 8), (metrics.REQUESTS_WAITING, 2)):
             tell.set(gauge, value)
-        tell.set(metrics.TROUBLE, 1, part="drafter")
-        tell.set(metrics.TROUBLE, 0, part="verifier")
+        tell.set(metrics.PART_UNAVAILABLE, 1, part="drafter")
+        tell.set(metrics.PART_UNAVAILABLE, 0, part="verifier")
         tell.add(metrics.REQUESTS, mode="rounds", outcome="timeout")
         tell.add(metrics.REQUESTS, mode="unknown", outcome="invalid")
         tell.add(metrics.RETRIES, cause="died")
         tell.add(metrics.FALLBACKS, cause="busy")
         tell.add(metrics.CANCELLATIONS, cause="timeout")
-        tell.add(metrics.PROPOSED, 10, method="draft", position="1")
-        tell.add(metrics.PROPOSED_ACCEPTED, 5, method="draft", position="1")
-        tell.add(metrics.PASSES, 4, method="parallel")
-        tell.add(metrics.PASSED, 14, method="parallel")
+        tell.add(metrics.PROPOSED_TOKENS, 10, method="draft", position="1")
+        tell.add(metrics.ACCEPTED_PROPOSED_TOKENS, 5, method="draft", position="1")
+        tell.add(metrics.TARGET_PASSES, 4, method="parallel")
+        tell.add(metrics.TARGET_PASS_TOKENS, 14, method="parallel")
         for position, accepted in (("1", 4), ("12", 1)):
-            tell.add(metrics.PROPOSED, 4, method="parallel", position=position)
-            tell.add(metrics.PROPOSED_ACCEPTED, accepted, method="parallel", position=position)
+            tell.add(metrics.PROPOSED_TOKENS, 4, method="parallel", position=position)
+            tell.add(metrics.ACCEPTED_PROPOSED_TOKENS, accepted, method="parallel", position=position)
         tell.add(metrics.AUDITS, 3, result="agree")
         tell.add(metrics.AUDITS, 1, result="disagree")
         tell.observe(metrics.AUDIT_GAP, 0.2)
-        tell.add(metrics.UNREACHED, part="Verifier")
+        tell.add(metrics.UNREACHED_REPLICAS, part="Verifier")
 
     @staticmethod
-    def _compute(tell: Meters) -> None:
-        tell.set(metrics.ENGINE_RUNNING, 3)
-        tell.set(metrics.ENGINE_WAITING, 1)
+    def _compute(tell: MetricsRecorder) -> None:
+        tell.set(metrics.ENGINE_REQUESTS_RUNNING, 3)
+        tell.set(metrics.ENGINE_REQUESTS_WAITING, 1)
         for state, pages in (("used", 60), ("idle", 30), ("free", 10)):
-            tell.set(metrics.ENGINE_PAGES, pages, state=state)
+            tell.set(metrics.ENGINE_KV_CACHE_BLOCKS, pages, state=state)
         tell.add(metrics.ENGINE_STEPS, 10)
-        tell.add(metrics.ENGINE_BATCHED, 25)
+        tell.add(metrics.ENGINE_STEP_REQUESTS, 25)
         tell.add(metrics.ENGINE_TOKENS, 400)
-        tell.add(metrics.ENGINE_BUSY, 0.1)
-        tell.add(metrics.ENGINE_LOOKED, 100)
-        tell.add(metrics.ENGINE_FOUND, 40)
+        tell.add(metrics.ENGINE_BUSY_SECONDS, 0.1)
+        tell.add(metrics.ENGINE_PREFIX_CACHE_QUERIES, 100)
+        tell.add(metrics.ENGINE_PREFIX_CACHE_HITS, 40)
         tell.add(metrics.ENGINE_EVICTIONS, 2)
 
 

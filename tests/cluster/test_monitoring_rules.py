@@ -101,7 +101,7 @@ def test_the_scrapes_are_of_the_router_and_of_ray():
 )
 def test_a_query_names_nothing_that_is_not_declared(condition):
     with pytest.raises(ValueError, match=r"is not declared|not a condition"):
-        View().rate(metrics.DRAFTED, condition)
+        View().rate(metrics.DRAFT_TOKENS, condition)
 
 
 def test_parentheses_are_written_where_they_are_needed():

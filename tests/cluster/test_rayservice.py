@@ -21,7 +21,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from deployments.__main__ import FASTER
+from deployments.__main__ import THROUGHPUT_ENVIRONMENT
 from deployments.config import HOUSE
 from tests.cluster.test_configs import RAY_SERVICE
 
@@ -160,7 +160,7 @@ def test_its_port_is_the_one_that_serve_listens_on(service, cluster):
 def test_serve_is_set_up_as_make_serve_does_it(cluster):
     for pod in pods(cluster):
         env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
-        assert FASTER.items() <= env.items()
+        assert THROUGHPUT_ENVIRONMENT.items() <= env.items()
 
 
 def test_keys_come_from_a_secret_to_where_routers_run(service, cluster):

@@ -12,8 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from deployments.api.backend import Session
-from deployments.observability.exposition import Figures
-from deployments.observability.metrics import OF_ROUTERS, Meters
+from deployments.observability.exposition import ReplicaMetrics
+from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
 from parse.pipeline import Pipeline
 from parse.types import MethodChoice, SamplingParams, SpeculationStats, TokenDelta
 
@@ -24,18 +24,18 @@ PATIENCE_S = 20
 class LocalBackend:
     pipeline: Pipeline
     wrong: dict[str, str] = field(default_factory=dict)
-    meters: Meters = field(default_factory=lambda: Meters(OF_ROUTERS, deployment="Router"))
+    recorder: MetricsRecorder = field(default_factory=lambda: MetricsRecorder(ROUTER_METRICS, deployment="Router"))
 
-    def session_pipeline(self, _: Session) -> Pipeline:
+    def pipeline_for_session(self, _: Session) -> Pipeline:
         return self.pipeline
 
-    def troubles(self) -> dict[str, str]:
+    def unavailable_parts(self) -> dict[str, str]:
         return self.wrong
 
-    def measure(self) -> None:
+    def update_metrics(self) -> None:
         pass
 
-    async def others(self) -> list[Figures]:
+    async def collect_peer_metrics(self) -> list[ReplicaMetrics]:
         return []
 
 

@@ -42,7 +42,7 @@ def narrowed() -> dict[str, Any]:
     written = deepcopy(WRITTEN)
     schemas = written["components"]["schemas"]
     most = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2}
-    for name in ("ChatRequest", "CompletionRequest"):
+    for name in ("ChatCompletionRequest", "CompletionRequest"):
         fields = schemas[name]["properties"]
         fields["model"] = {"const": MODEL}
         for field in fields.keys() & most.keys():
@@ -51,7 +51,7 @@ def narrowed() -> dict[str, Any]:
         for field in fields.keys() & {"top_logprobs", "stream_options", "best_of", "max_completion_tokens"}:
             del fields[field]
         schemas[name]["required"].append("max_tokens")
-    schemas["ChatRequest"]["properties"]["messages"]["maxItems"] = 3
+    schemas["ChatCompletionRequest"]["properties"]["messages"]["maxItems"] = 3
     for threshold in ("full", "prefix"):
         schemas["ParseOptions"]["properties"][threshold] = {"type": "number", "minimum": 0.5, "maximum": 1}
     schemas["ParseOptions"]["properties"]["speculation"] = {"enum": [None, "none", *(way.method for way in WAYS)]}

@@ -12,14 +12,26 @@ from deployments import __main__ as command
 from deployments import launch
 from deployments.app import build
 from deployments.config import HOUSE, AppSettings
-from deployments.launch import Deployment, NotServing, check_port, lacking, read_config, taken, wait_until_ready
-from deployments.reference import deployments_of
+from deployments.launch import (
+    DeploymentProgress,
+    LaunchError,
+    check_port,
+    find_missing_capacity,
+    find_occupied_resource,
+    read_config,
+    wait_until_ready,
+)
+from deployments.reference import list_deployments
 from parse.config import EngineSettings, SpeculationSettings
 from parse.local import DEMO_TARGET
 
 GPU_EACH = [
-    Deployment("Verifier", wanted=1, placed=0, running=0, needs={"CPU": 0.3, "GPU": 1}),
-    Deployment("Drafter", wanted=2, placed=1, running=0, needs={"CPU": 0.3, "GPU": 0.5}),
+    DeploymentProgress(
+        "Verifier", target_replicas=1, placed_replicas=0, running_replicas=0, resources={"CPU": 0.3, "GPU": 1}
+    ),
+    DeploymentProgress(
+        "Drafter", target_replicas=2, placed_replicas=1, running_replicas=0, resources={"CPU": 0.3, "GPU": 0.5}
+    ),
 ]
 
 
@@ -35,12 +47,15 @@ GPU_EACH = [
     ],
 )
 def test_what_no_waiting_will_bring_is_named(nodes, message):
-    assert lacking(GPU_EACH, nodes) == message
+    assert find_missing_capacity(GPU_EACH, nodes) == message
 
 
 def test_what_others_hold_is_named():
-    assert taken(GPU_EACH, {"CPU": 4, "GPU": 1}) is None
-    assert taken(GPU_EACH, {"CPU": 4, "GPU": 0.5}) == "a replica of Verifier needs 1 GPU, and 0.5 are free"
+    assert find_occupied_resource(GPU_EACH, {"CPU": 4, "GPU": 1}) is None
+    assert (
+        find_occupied_resource(GPU_EACH, {"CPU": 4, "GPU": 0.5})
+        == "a replica of Verifier needs 1 GPU, and 0.5 are free"
+    )
 
 
 def details(status="DEPLOYING", message="", *, pid=None, state="STARTING"):
@@ -59,7 +74,7 @@ def cluster(monkeypatch):
     """Its only node has no GPU."""
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 4})
-    monkeypatch.setattr(launch, "SETTLED_S", 0.0)
+    monkeypatch.setattr(launch, "CAPACITY_CHECK_DELAY_S", 0.0)
 
 
 def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
@@ -86,17 +101,17 @@ def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
 
 @pytest.mark.usefixtures("cluster")
 def test_the_wait_ends_where_there_is_no_place():
-    with pytest.raises(NotServing, match="needs 1 GPU, and no node has more than 0"):
+    with pytest.raises(LaunchError, match="needs 1 GPU, and no node has more than 0"):
         wait_until_ready(details, lambda: False, timeout_s=60, logs="/logs")
 
 
 def test_the_wait_ends_with_the_reasons_of_a_failure():
-    with pytest.raises(NotServing, match=r"cannot be deployed: wrong\nits constructor failed"):
+    with pytest.raises(LaunchError, match=r"cannot be deployed: wrong\nits constructor failed"):
         wait_until_ready(lambda: details("DEPLOY_FAILED", "wrong"), lambda: False, timeout_s=60, logs="/logs")
 
 
 def test_the_wait_ends_when_it_took_too_long():
-    with pytest.raises(NotServing, match=r"not ready after 0 s: Verifier loading; the logs are in /logs$"):
+    with pytest.raises(LaunchError, match=r"not ready after 0 s: Verifier loading; the logs are in /logs$"):
         wait_until_ready(lambda: details(pid=1), lambda: False, timeout_s=0, logs="/logs")
 
 
@@ -104,7 +119,7 @@ def test_what_is_unhealthy_may_recover_and_is_told_if_it_does_not():
     sick, well = details("UNHEALTHY", "a replica died", pid=1), details("RUNNING", pid=1, state="RUNNING")
     seen = [sick, sick, well]
     wait_until_ready(lambda: seen.pop(0), lambda: True, timeout_s=60, logs="/logs")
-    with pytest.raises(NotServing, match=r"not ready after 0 s: .*; the logs are in /logs; a replica died"):
+    with pytest.raises(LaunchError, match=r"not ready after 0 s: .*; the logs are in /logs; a replica died"):
         wait_until_ready(lambda: sick, lambda: True, timeout_s=0, logs="/logs")
 
 
@@ -139,23 +154,23 @@ def test_what_is_unhealthy_may_recover_and_is_told_if_it_does_not():
 def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, message):
     path = tmp_path / "serve_config.yaml"
     path.write_text(text)
-    with pytest.raises(NotServing, match=str(path)) as refused:
+    with pytest.raises(LaunchError, match=str(path)) as refused:
         read_config(path)
     assert message in str(refused.value)
-    with pytest.raises(NotServing, match="No such file"):
+    with pytest.raises(LaunchError, match="No such file"):
         read_config(tmp_path / "nowhere.yaml")
 
 
 def test_folders_that_are_not_there_are_named(tmp_path):
     for there in (DEMO_TARGET, "models/demo-target", "Qwen/Qwen3-8B", "gpt2"):
         heads = (SpeculationSettings(method="eagle3", head=there), SpeculationSettings(method="ngram"))
-        launch.check_folders("target", EngineSettings(model=there, speculation=heads))
+        launch.check_model_folders("target", EngineSettings(model=there, speculation=heads))
     for nowhere in (str(tmp_path / "none"), "./none", "~/none-of-mine", "models/none"):
-        with pytest.raises(NotServing, match=f"draft.model: there is no folder {re.escape(nowhere)}"):
-            launch.check_folders("draft", EngineSettings(model=nowhere))
+        with pytest.raises(LaunchError, match=f"draft.model: there is no folder {re.escape(nowhere)}"):
+            launch.check_model_folders("draft", EngineSettings(model=nowhere))
         headed = EngineSettings(model="gpt2", speculation=(SpeculationSettings(method="parallel", head=nowhere),))
-        with pytest.raises(NotServing, match=f"target.speculation.head: there is no folder {re.escape(nowhere)}"):
-            launch.check_folders("target", headed)
+        with pytest.raises(LaunchError, match=f"target.speculation.head: there is no folder {re.escape(nowhere)}"):
+            launch.check_model_folders("target", headed)
 
 
 def test_models_and_heads_of_the_house_are_found_wherever_a_replica_runs(monkeypatch, tmp_path):
@@ -163,7 +178,7 @@ def test_models_and_heads_of_the_house_are_found_wherever_a_replica_runs(monkeyp
     ways = [{"method": "eagle3", "head": "models/demo-eagle3"}, {"method": "draft_model", "head": "some/model"}]
     target = {"model": "models/demo-target", "speculation": [*ways, {"method": "ngram"}]}
     application = build(AppSettings.model_validate({"target": target}))
-    (given,) = [found.init_args[0] for found in deployments_of(application) if found.name == "Verifier"]
+    (given,) = [found.init_args[0] for found in list_deployments(application) if found.name == "Verifier"]
     assert given.model == DEMO_TARGET
     assert [way.head for way in given.speculation] == [str(HOUSE / "models" / "demo-eagle3"), "some/model", None]
 
@@ -176,7 +191,7 @@ def test_the_mode_off_needs_no_quotes(tmp_path):
 
 
 def test_the_demo_is_served_on_this_machine_only():
-    config, settings = read_config(command.CONFIG)
+    config, settings = read_config(command.DEFAULT_CONFIG)
     assert config["http_options"]["host"] == "127.0.0.1" and settings.model_name == "demo-target"
 
 
@@ -185,7 +200,7 @@ def test_a_port_that_is_taken_is_named():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(NotServing, match=f"port {port} of 127.0.0.1 cannot be had"):
+        with pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1 cannot be had"):
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
 
@@ -193,20 +208,20 @@ def test_a_port_that_is_taken_is_named():
 def test_rays_ports_are_guarded_by_a_token_of_our_own(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "")  # so that it is afterwards as it was
     monkeypatch.delenv("RAY_AUTH_MODE")
-    monkeypatch.setattr(command, "TOKEN", tmp_path / "deep" / "token")
-    monkeypatch.setattr(command, "RAYS_OWN_TOKEN", tmp_path / "none")
+    monkeypatch.setattr(command, "TOKEN_FILE", tmp_path / "deep" / "token")
+    monkeypatch.setattr(command, "RAY_DEFAULT_TOKEN_FILE", tmp_path / "none")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")
-    command.guard_ray()
-    token = command.TOKEN.read_text()
-    assert len(token) == 64 and stat.S_IMODE(command.TOKEN.stat().st_mode) == 0o600
-    assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["RAY_AUTH_TOKEN_PATH"] == str(command.TOKEN)
+    command.require_ray_token()
+    token = command.TOKEN_FILE.read_text()
+    assert len(token) == 64 and stat.S_IMODE(command.TOKEN_FILE.stat().st_mode) == 0o600
+    assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["RAY_AUTH_TOKEN_PATH"] == str(command.TOKEN_FILE)
     monkeypatch.delenv("RAY_AUTH_MODE")
-    command.guard_ray()
-    assert command.TOKEN.read_text() == token
+    command.require_ray_token()
+    assert command.TOKEN_FILE.read_text() == token
 
 
 def test_who_decided_about_tokens_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "TOKEN", tmp_path / "token")
+    monkeypatch.setattr(command, "TOKEN_FILE", tmp_path / "token")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    command.guard_ray()
-    assert os.environ["RAY_AUTH_MODE"] == "disabled" and not command.TOKEN.exists()
+    command.require_ray_token()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled" and not command.TOKEN_FILE.exists()

@@ -101,7 +101,7 @@ def saying(pair: LocalPair, script: Script, model: str = MODEL, **settings: Any)
 def answering(chat: Callable[[], Response]) -> Iterator[str]:
     """The page over a server of which nothing but the answer to a chat is to be expected."""
     app = FastAPI()
-    app.include_router(playground.router())
+    app.include_router(playground.create_router())
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -157,7 +157,7 @@ def test_the_page_and_its_parts_are_there_for_everybody_and_for_nothing_but_them
 
 
 def test_every_file_is_served():
-    assert {path.name for path in FILES} == {playground.PAGE, *playground.ASSETS}
+    assert {path.name for path in FILES} == {playground.INDEX_FILE, *playground.ASSETS}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

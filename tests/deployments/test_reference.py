@@ -14,21 +14,21 @@ from pydantic import BaseModel, Field
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
 from deployments.api.protocol import (
-    ChatRequest,
+    ChatCompletionRequest,
     CompletionRequest,
-    Offer,
+    ParseCapabilities,
     ParseOptions,
     ParseReport,
-    ProposalPlace,
+    PositionAcceptance,
     SpeculationReport,
     StageTimes,
-    TracedPiece,
-    TracedVerdict,
+    TracedTextDelta,
+    TracedVerification,
 )
-from deployments.api.routes import MEANINGS
+from deployments.api.routes import ERROR_DESCRIPTIONS
 from deployments.app import build
 from deployments.config import HOUSE, ApiSettings, AppSettings, AuditSettings
-from deployments.reference import deployments_of, meaning, page, typed
+from deployments.reference import describe_meaning, describe_type, list_deployments, render_configuration_page
 from parse.config import EngineSettings, MethodSettings, SpeculationSettings
 from parse.protocol import Mode, StageName
 from parse.types import MethodChoice
@@ -44,13 +44,13 @@ def examples() -> Iterator[str]:
 
 
 def test_the_page_is_what_the_settings_make_of_it():
-    assert PAGE.read_text() == page(), "python -m deployments.reference > docs/configuration.md"
+    assert PAGE.read_text() == render_configuration_page(), "python -m deployments.reference > docs/configuration.md"
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_setting_says_what_it_is_for_and_stands_on_the_page(model):
     for name, field in model.model_fields.items():
-        assert len(meaning(field)) > 10, name
+        assert len(describe_meaning(field)) > 10, name
         assert f"| `{name}` |" in PAGE.read_text()
 
 
@@ -65,7 +65,7 @@ def test_values_are_named_as_one_writes_them():
         sections: tuple[SpeculationSettings, ...]
         odd: int = Field(multiple_of=2)
 
-    said = {name: typed(field) for name, field in Example.model_fields.items() if name != "odd"}
+    said = {name: describe_type(field) for name, field in Example.model_fields.items() if name != "odd"}
     assert said == {
         "plain": "text",
         "whole": "whole number, at least 1",
@@ -76,7 +76,7 @@ def test_values_are_named_as_one_writes_them():
         "sections": "list of sections",
     }
     with pytest.raises(TypeError, match=MultipleOf.__name__):  # better than a page that is silent about it
-        typed(Example.model_fields["odd"])
+        describe_type(Example.model_fields["odd"])
 
 
 def test_its_examples_can_be_deployed():
@@ -92,7 +92,7 @@ def test_limits_on_requests_follow_the_settings_that_the_page_names():
     def limits(**api):
         model = {"model": "m", "max_running": api.pop("max_running", 32)}
         settings = AppSettings.model_validate({"target": model, "draft": model, "api": api})
-        return {found.name: found.max_ongoing_requests for found in deployments_of(build(settings))}
+        return {found.name: found.max_ongoing_requests for found in list_deployments(build(settings))}
 
     usual = limits()
     assert limits(max_answers=65)["Router"] == limits(max_waiting=257)["Router"] == usual["Router"] + 1
@@ -108,16 +108,16 @@ API = (HOUSE / "docs" / "api.md").read_text()
 @pytest.mark.parametrize(
     "model",
     [
-        ChatRequest,
+        ChatCompletionRequest,
         CompletionRequest,
-        Offer,
+        ParseCapabilities,
         ParseOptions,
         ParseReport,
-        ProposalPlace,
+        PositionAcceptance,
         SpeculationReport,
         StageTimes,
-        TracedPiece,
-        TracedVerdict,
+        TracedTextDelta,
+        TracedVerification,
     ],
 )
 def test_the_page_on_the_api_names_every_field(model):
@@ -125,7 +125,7 @@ def test_the_page_on_the_api_names_every_field(model):
 
 
 def test_the_page_on_the_api_names_every_field_of_openais_that_is_refused():
-    for official, ours in ((OfficialChat, ChatRequest), (OfficialCompletion, CompletionRequest)):
+    for official, ours in ((OfficialChat, ChatCompletionRequest), (OfficialCompletion, CompletionRequest)):
         refused = official.__annotations__.keys() - ours.model_fields.keys()
         assert [name for name in sorted(refused) if f"`{name}`" not in API] == []
 
@@ -133,7 +133,7 @@ def test_the_page_on_the_api_names_every_field_of_openais_that_is_refused():
 def test_the_page_on_the_api_names_every_mode_stage_and_status():
     names = [*get_args(Mode), *get_args(StageName), *get_args(MethodChoice), "queue"]
     assert [name for name in names if f"`{name}`" not in API] == []
-    assert [status for status in MEANINGS if isinstance(status, int) and f"| {status} |" not in API] == []
+    assert [status for status in ERROR_DESCRIPTIONS if isinstance(status, int) and f"| {status} |" not in API] == []
 
 
 def test_the_python_example_runs(address, capsys):

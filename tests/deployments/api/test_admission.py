@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.api.admission import LONGEST_RETRY_S, Gate, Overloaded
+from deployments.api.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Overloaded
 
 
 class Visitor:
     """Enters, stays until told to leave, and notes where it got."""
 
-    def __init__(self, gate: Gate, count: int) -> None:
+    def __init__(self, gate: AdmissionQueue, count: int) -> None:
         self.gate, self.count = gate, count
         self.state = "waiting"
         self._may_leave = asyncio.Event()
@@ -19,7 +19,7 @@ class Visitor:
 
     async def _visit(self) -> None:
         try:
-            async with self.gate.entered(self.count):
+            async with self.gate.hold_slots(self.count):
                 self.state = "inside"
                 await self._may_leave.wait()
             self.state = "left"
@@ -50,13 +50,13 @@ async def gone(visitors: list[Visitor]) -> None:
             await asyncio.wait_for(visitor.task, 10)
 
 
-def whole(gate: Gate) -> bool:
-    return gate.free == gate.places and gate.waiting == 0
+def whole(gate: AdmissionQueue) -> bool:
+    return gate.num_free_slots == gate.num_slots and gate.num_waiting == 0
 
 
 def test_who_came_first_is_served_first_even_if_a_later_one_would_fit():
     async def check() -> None:
-        gate = Gate(3, 10)
+        gate = AdmissionQueue(3, 10)
         first, large, small = (Visitor(gate, count) for count in (2, 3, 1))
         await settled()
         assert [v.state for v in (first, large, small)] == ["inside", "waiting", "waiting"]
@@ -74,12 +74,12 @@ def test_who_came_first_is_served_first_even_if_a_later_one_would_fit():
 
 def test_who_gives_up_makes_way_for_those_behind():
     async def check() -> None:
-        gate = Gate(2, 10)
+        gate = AdmissionQueue(2, 10)
         inside, large, small = Visitor(gate, 1), Visitor(gate, 2), Visitor(gate, 1)
         await settled()
         large.give_up()
         await settled()
-        assert small.state == "inside" and gate.waiting == 0
+        assert small.state == "inside" and gate.num_waiting == 0
         await gone([inside, large, small])
         assert whole(gate)
 
@@ -89,7 +89,7 @@ def test_who_gives_up_makes_way_for_those_behind():
 @pytest.mark.parametrize("given_up_first", [False, True])
 def test_nothing_is_lost_when_a_place_becomes_free_and_its_heir_gives_up_in_the_same_moment(given_up_first):
     async def check() -> None:
-        gate = Gate(1, 10)
+        gate = AdmissionQueue(1, 10)
         inside, heir, next_one = (Visitor(gate, 1) for _ in range(3))
         await settled()
         steps = [inside.leave, heir.give_up]
@@ -106,11 +106,11 @@ def test_nothing_is_lost_when_a_place_becomes_free_and_its_heir_gives_up_in_the_
 
 def test_nothing_is_lost_when_who_was_let_in_gives_up_before_noticing():
     async def check() -> None:
-        gate = Gate(1, 10)
+        gate = AdmissionQueue(1, 10)
         inside, heir, next_one = (Visitor(gate, 1) for _ in range(3))
         await settled()
         inside.leave()
-        while gate.waiting > 1:  # until the heir is let in, which its own task has not seen
+        while gate.num_waiting > 1:  # until the heir is let in, which its own task has not seen
             await asyncio.sleep(0)
         assert heir.state == "waiting"
         heir.give_up()
@@ -124,13 +124,13 @@ def test_nothing_is_lost_when_who_was_let_in_gives_up_before_noticing():
 
 def test_too_many_waiting_are_told_when_to_come_again():
     async def check() -> None:
-        gate = Gate(1, 1)
+        gate = AdmissionQueue(1, 1)
         inside, waiting = Visitor(gate, 1), Visitor(gate, 1)
         await settled()
         with pytest.raises(Overloaded) as refused:
-            async with gate.entered(1):
+            async with gate.hold_slots(1):
                 raise AssertionError("let in")
-        assert 1 <= refused.value.retry_after_s <= LONGEST_RETRY_S
+        assert 1 <= refused.value.retry_after_s <= MAX_RETRY_AFTER_S
         assert str(refused.value.retry_after_s) in str(refused.value)
         await gone([inside, waiting])
         assert whole(gate)
@@ -140,11 +140,11 @@ def test_too_many_waiting_are_told_when_to_come_again():
 
 def test_a_gate_without_a_waiting_room_serves_whom_it_has_a_place_for():
     async def check() -> None:
-        gate = Gate(1, 0)
+        gate = AdmissionQueue(1, 0)
         for _ in range(3):
-            async with gate.entered(1):
+            async with gate.hold_slots(1):
                 with pytest.raises(Overloaded):
-                    async with gate.entered(1):
+                    async with gate.hold_slots(1):
                         raise AssertionError("let in")
         assert whole(gate)
 
@@ -156,13 +156,13 @@ def test_the_longer_visits_take_the_later_one_is_to_come_again(visit_s, least, m
     async def check() -> None:
         now = [0.0]
         monkeypatch.setattr("deployments.api.admission.time.monotonic", lambda: now[0])
-        gate = Gate(1, 0)
+        gate = AdmissionQueue(1, 0)
         for _ in range(5):
-            async with gate.entered(1):
+            async with gate.hold_slots(1):
                 now[0] += visit_s
-        async with gate.entered(1):
+        async with gate.hold_slots(1):
             with pytest.raises(Overloaded) as refused:
-                async with gate.entered(1):
+                async with gate.hold_slots(1):
                     raise AssertionError("let in")
         assert least <= refused.value.retry_after_s <= most
 
@@ -171,9 +171,9 @@ def test_the_longer_visits_take_the_later_one_is_to_come_again(visit_s, least, m
 
 def test_a_visit_that_fails_gives_its_places_back():
     async def check() -> None:
-        gate = Gate(2, 0)
+        gate = AdmissionQueue(2, 0)
         with pytest.raises(ZeroDivisionError):
-            async with gate.entered(2):
+            async with gate.hold_slots(2):
                 raise ZeroDivisionError
         assert whole(gate)
 
@@ -217,7 +217,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["come", "leave", "give up"]), st.i
 @given(places=st.integers(1, 4), most_waiting=st.integers(0, 4), actions=ACTIONS)
 def test_a_gate_is_a_queue(places, most_waiting, actions):
     async def check() -> None:
-        gate, queue = Gate(places, most_waiting), Queue(places, most_waiting)
+        gate, queue = AdmissionQueue(places, most_waiting), Queue(places, most_waiting)
         visitors: list[Visitor] = []
         for action, number in actions:
             if action == "come":
@@ -234,7 +234,7 @@ def test_a_gate_is_a_queue(places, most_waiting, actions):
                 await settled()
             inside = {who for who, visitor in enumerate(visitors) if visitor.state == "inside"}
             assert inside == queue.inside.keys()
-            assert (gate.free, gate.waiting) == (queue.free, len(queue.line))
+            assert (gate.num_free_slots, gate.num_waiting) == (queue.free, len(queue.line))
         await gone(visitors)
         assert whole(gate)
 
@@ -245,7 +245,7 @@ def test_a_gate_is_a_queue(places, most_waiting, actions):
 @given(places=st.integers(1, 3), actions=ACTIONS, pauses=st.lists(st.integers(0, 2), min_size=40, max_size=40))
 def test_nothing_leaks_however_comings_and_goings_meet(places, actions, pauses):
     async def check() -> None:
-        gate = Gate(places, 3)
+        gate = AdmissionQueue(places, 3)
         visitors: list[Visitor] = []
         for (action, number), pause in zip(actions, pauses, strict=False):
             if action == "come":
@@ -255,7 +255,7 @@ def test_nothing_leaks_however_comings_and_goings_meet(places, actions, pauses):
                 visitor.leave() if action == "leave" else visitor.give_up()
             for _ in range(pause):
                 await asyncio.sleep(0)
-            assert 0 <= gate.free <= places and gate.waiting <= 3
+            assert 0 <= gate.num_free_slots <= places and gate.num_waiting <= 3
             assert sum(v.count for v in visitors if v.state == "inside") <= places
         await gone(visitors)
         assert whole(gate)
@@ -267,11 +267,11 @@ def test_nothing_leaks_however_comings_and_goings_meet(places, actions, pauses):
 @pytest.mark.parametrize("count", [1, 2])
 def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
     async def seen():
-        gate = Gate(2, 5)
-        resting = asyncio.ensure_future(gate.rests(0.05))
+        gate = AdmissionQueue(2, 5)
+        resting = asyncio.ensure_future(gate.wait_until_idle(0.05))
         visitors = [Visitor(gate, count) for _ in range(3)]  # some of them wait
         await settled()
-        wanted = asyncio.ensure_future(gate.is_wanted())
+        wanted = asyncio.ensure_future(gate.wait_until_busy())
         await asyncio.wait_for(wanted, 1)
         for visitor in visitors:
             await asyncio.sleep(0.06)
@@ -279,8 +279,8 @@ def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
             visitor.leave()
             await settled()
         await asyncio.wait_for(resting, 5)
-        assert gate.free == 2
-        later = asyncio.ensure_future(gate.is_wanted())
+        assert gate.num_free_slots == 2
+        later = asyncio.ensure_future(gate.wait_until_busy())
         await settled()
         assert not later.done()
         later.cancel()
@@ -290,27 +290,27 @@ def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
 
 def test_it_rests_when_who_was_let_in_leaves_in_the_same_moment():
     async def seen():
-        gate = Gate(1, 5)
+        gate = AdmissionQueue(1, 5)
         first, heir = Visitor(gate, 1), Visitor(gate, 1)
         await settled()
         first.leave()
-        while gate.waiting:  # until the heir is let in, which it does not know yet
+        while gate.num_waiting:  # until the heir is let in, which it does not know yet
             await asyncio.sleep(0)
         heir.give_up()
         await settled()
-        assert gate.free == 1
-        await asyncio.wait_for(gate.rests(0.01), 5)
+        assert gate.num_free_slots == 1
+        await asyncio.wait_for(gate.wait_until_idle(0.01), 5)
 
     asyncio.run(seen())
 
 
 def test_who_comes_meanwhile_keeps_it_from_resting():
     async def seen():
-        gate = Gate(1, 5)
-        resting = asyncio.ensure_future(gate.rests(0.1))
+        gate = AdmissionQueue(1, 5)
+        resting = asyncio.ensure_future(gate.wait_until_idle(0.1))
         for _ in range(10):
             await asyncio.sleep(0.02)
-            async with gate.entered(1):
+            async with gate.hold_slots(1):
                 pass
             assert not resting.done()
         await asyncio.wait_for(resting, 5)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
-from deployments.api.limits import Limits, api_keys
-from deployments.api.protocol import ErrorBody
+from deployments.api.limits import RequestLimitsMiddleware, load_api_keys
+from deployments.api.protocol import ErrorResponse
 
 HERE, ELSEWHERE = ("127.0.0.1", 5000), ("192.0.2.7", 5000)
 CHAT = "/v1/chat/completions"
@@ -26,7 +26,7 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        return ErrorBody.model_validate_json(self.body).error.model_dump()
+        return ErrorResponse.model_validate_json(self.body).error.model_dump()
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +60,7 @@ def asked(
     async def send(message: Message) -> None:
         sent.append(message)
 
-    app = Limits(echo, keys=keys, max_body_bytes=most, body_timeout_s=patience)
+    app = RequestLimitsMiddleware(echo, keys=keys, max_body_bytes=most, body_timeout_s=patience)
     scope = dict(type="http", path=path, client=client, headers=list(headers), root_path=root_path, method="POST")
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
     start, *bodies = sent
@@ -157,18 +157,18 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("one\n\n  two \n")
     monkeypatch.setenv("OUR_KEYS", "three, four,,")
-    assert api_keys(str(file), "OUR_KEYS") == ("one", "two", "three", "four")
-    assert api_keys(None, "OUR_KEYS") == ("three", "four")
-    assert api_keys(str(file), "NOT_SET") == ("one", "two")
-    assert api_keys(None, "NOT_SET") == ()
+    assert load_api_keys(str(file), "OUR_KEYS") == ("one", "two", "three", "four")
+    assert load_api_keys(None, "OUR_KEYS") == ("three", "four")
+    assert load_api_keys(str(file), "NOT_SET") == ("one", "two")
+    assert load_api_keys(None, "NOT_SET") == ()
 
 
 def test_a_file_without_keys_is_an_error_and_does_not_open_the_server(tmp_path):
     (tmp_path / "keys").write_text("\n \n")
     with pytest.raises(ValueError, match="holds no key"):
-        api_keys(str(tmp_path / "keys"), "NOT_SET")
+        load_api_keys(str(tmp_path / "keys"), "NOT_SET")
     with pytest.raises(FileNotFoundError):
-        api_keys(str(tmp_path / "none"), "NOT_SET")
+        load_api_keys(str(tmp_path / "none"), "NOT_SET")
 
 
 # What they may send.
@@ -231,6 +231,6 @@ def test_what_is_no_request_passes_untouched():
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope["type"])
 
-    limits = Limits(app, keys=["one"], max_body_bytes=1, body_timeout_s=1)
+    limits = RequestLimitsMiddleware(app, keys=["one"], max_body_bytes=1, body_timeout_s=1)
     asyncio.run(limits({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan"]

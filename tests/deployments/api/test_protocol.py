@@ -8,14 +8,14 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as OfficialCompletion
 from pydantic import ValidationError
 
-from deployments.api.errors import invalid
+from deployments.api.errors import to_validation_error
 from deployments.api.protocol import (
-    LARGEST,
-    ChatRequest,
+    MAX_INTEGER,
+    BaseCompletionRequest,
+    ChatCompletionRequest,
     CompletionRequest,
-    Failure,
-    Request,
-    usage_of,
+    ErrorInfo,
+    aggregate_usage,
 )
 from parse.acceptance import Thresholds
 from parse.protocol import Usage
@@ -32,20 +32,20 @@ def message(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Hello"} | fields]}
 
 
-def read(model: type[Request], body: Any) -> Any:
+def read(model: type[BaseCompletionRequest], body: Any) -> Any:
     """As it comes over the wire."""
     return model.model_validate(json.loads(json.dumps(body)))
 
 
-def fault(model: type[Request], body: Any) -> Failure:
+def fault(model: type[BaseCompletionRequest], body: Any) -> ErrorInfo:
     """What a client is told."""
     with pytest.raises(ValidationError) as refused:
         model.model_validate(body)
     errors = [error | {"loc": ("body", *error["loc"])} for error in refused.value.errors()]
     assert len(errors) < 20, "a long list of faults takes long to make"
-    told = invalid(errors)
+    told = to_validation_error(errors)
     assert told.status == 400
-    told.response()  # can be written
+    told.to_response()  # can be written
     return told.body.error
 
 
@@ -53,11 +53,16 @@ def fault(model: type[Request], body: Any) -> Failure:
 
 
 def test_what_is_not_said_or_null_is_plain_sampling():
-    nothing = dict.fromkeys(ChatRequest.model_fields.keys() - {"model", "messages", "ignore_eos"})
+    nothing = dict.fromkeys(ChatCompletionRequest.model_fields.keys() - {"model", "messages", "ignore_eos"})
     for body in (CHAT, CHAT | nothing):
-        asked = read(ChatRequest, body)
-        assert asked.sampling(7, max_tokens=None, logprobs=None) == SamplingParams(seed=7)
-        assert (asked.choices, asked.limit, asked.wanted_logprobs, asked.includes_usage) == (1, None, None, False)
+        asked = read(ChatCompletionRequest, body)
+        assert asked.to_sampling_params(7, max_tokens=None, logprobs=None) == SamplingParams(seed=7)
+        assert (asked.num_choices, asked.effective_max_tokens, asked.num_logprobs, asked.includes_usage) == (
+            1,
+            None,
+            None,
+            False,
+        )
 
 
 def test_what_is_said_reaches_the_sampling():
@@ -71,18 +76,21 @@ def test_what_is_said_reaches_the_sampling():
         repetition_penalty=1.25,
         ignore_eos=True,
     )
-    asked = read(ChatRequest, CHAT | said | dict(stop=["a", "b"], logit_bias={"5": -100, "6": 0.5}))
+    asked = read(ChatCompletionRequest, CHAT | said | dict(stop=["a", "b"], logit_bias={"5": -100, "6": 0.5}))
     wanted = SamplingParams(**said, stop=("a", "b"), logit_bias={5: -100.0, 6: 0.5}, seed=3, max_tokens=4, logprobs=2)
-    assert asked.sampling(3, max_tokens=4, logprobs=2) == wanted
+    assert asked.to_sampling_params(3, max_tokens=4, logprobs=2) == wanted
 
 
 @pytest.mark.parametrize(("stop", "wanted"), [(None, ()), ("a", ("a",)), ([], ()), (["a", "bc"], ("a", "bc"))])
 def test_a_stop_string_may_stand_alone(stop, wanted):
-    assert read(ChatRequest, CHAT | {"stop": stop}).sampling(0, max_tokens=None, logprobs=None).stop == wanted
+    assert (
+        read(ChatCompletionRequest, CHAT | {"stop": stop}).to_sampling_params(0, max_tokens=None, logprobs=None).stop
+        == wanted
+    )
 
 
 def test_whole_numbers_are_numbers():
-    assert read(ChatRequest, CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
+    assert read(ChatCompletionRequest, CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,7 @@ def test_whole_numbers_are_numbers():
     [({}, None), ({"max_tokens": 3}, 3), ({"max_completion_tokens": 4}, 4), (dict.fromkeys(LIMITS, 5), 5)],
 )
 def test_the_limit_has_two_names(said, limit):
-    assert read(ChatRequest, CHAT | said).limit == limit
+    assert read(ChatCompletionRequest, CHAT | said).effective_max_tokens == limit
 
 
 @pytest.mark.parametrize(
@@ -98,21 +106,24 @@ def test_the_limit_has_two_names(said, limit):
     [({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 3}, 3), ({"logprobs": False}, None)],
 )
 def test_log_probabilities_are_asked_for_in_two_fields(said, wanted):
-    assert read(ChatRequest, CHAT | said).wanted_logprobs == wanted
+    assert read(ChatCompletionRequest, CHAT | said).num_logprobs == wanted
 
 
 def test_turns_are_text_and_developers_speak_for_the_system():
     parts = [{"type": "text", "text": "One"}, {"type": "text", "text": ", two"}]
     roles = ["system", "developer", "user", "assistant"]
-    asked = read(ChatRequest, CHAT | {"messages": [{"role": role, "content": parts} for role in roles]})
-    assert [turn["role"] for turn in asked.turns()] == ["system", "system", "user", "assistant"]
-    assert {turn["content"] for turn in asked.turns()} == {"One, two"}
+    asked = read(ChatCompletionRequest, CHAT | {"messages": [{"role": role, "content": parts} for role in roles]})
+    assert [turn["role"] for turn in asked.to_template_messages()] == ["system", "system", "user", "assistant"]
+    assert {turn["content"] for turn in asked.to_template_messages()} == {"One, two"}
 
 
 def test_an_answer_of_ours_may_be_sent_back():
     ours = {"role": "assistant", "content": "57.", "refusal": None, "annotations": None, "audio": None}
     ours |= {"function_call": None, "tool_calls": None}
-    assert read(ChatRequest, CHAT | {"messages": [*CHAT["messages"], ours]}).turns()[1]["content"] == "57."
+    assert (
+        read(ChatCompletionRequest, CHAT | {"messages": [*CHAT["messages"], ours]}).to_template_messages()[1]["content"]
+        == "57."
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +131,7 @@ def test_an_answer_of_ours_may_be_sent_back():
     [("a b", ["a b"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])],
 )
 def test_prompts_are_texts_or_tokens_one_or_several(given, wanted):
-    assert read(CompletionRequest, COMPLETION | {"prompt": given}).prompts() == wanted
+    assert read(CompletionRequest, COMPLETION | {"prompt": given}).split_prompts() == wanted
 
 
 def test_thresholds_are_the_operators_unless_a_request_sets_its_own():
@@ -131,15 +142,15 @@ def test_thresholds_are_the_operators_unless_a_request_sets_its_own():
         ({"prefix": 0.7}, Thresholds(0.9, 0.7)),
         ({"full": 0.5, "prefix": 0.5}, Thresholds(0.5, 0.5)),
     ):
-        asked = read(ChatRequest, CHAT | {"parse": parse})
-        assert asked.thresholds(usual, lowest_full=0.5, lowest_prefix=0.5) == wanted
+        asked = read(ChatCompletionRequest, CHAT | {"parse": parse})
+        assert asked.resolve_thresholds(usual, lowest_full=0.5, lowest_prefix=0.5) == wanted
 
 
 @pytest.mark.parametrize("field", ["full", "prefix"])
 def test_thresholds_below_the_operators_lowest_are_refused(field):
-    asked = read(ChatRequest, CHAT | {"parse": {field: 0.49}})
+    asked = read(ChatCompletionRequest, CHAT | {"parse": {field: 0.49}})
     with pytest.raises(RequestError) as refused:
-        asked.thresholds(Thresholds(), lowest_full=0.5, lowest_prefix=0.5)
+        asked.resolve_thresholds(Thresholds(), lowest_full=0.5, lowest_prefix=0.5)
     assert refused.value.field == f"parse.{field}" and "0.5" in str(refused.value)
 
 
@@ -148,7 +159,7 @@ def test_thresholds_below_the_operators_lowest_are_refused(field):
 
 def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
     for ours, body, official in (
-        (ChatRequest, CHAT, OfficialChat),
+        (ChatCompletionRequest, CHAT, OfficialChat),
         (CompletionRequest, COMPLETION, OfficialCompletion),
     ):
         theirs = set(official.__annotations__)
@@ -197,7 +208,7 @@ def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
         ({"frequency_penalty": float("-inf")}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"seed": 1.5}, "seed"),
-        ({"seed": LARGEST + 1}, "seed"),
+        ({"seed": MAX_INTEGER + 1}, "seed"),
         ({"stop": 5}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": ["a", 5]}, "stop[1]"),
@@ -250,7 +261,7 @@ def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
     ],
 )
 def test_a_chat_that_cannot_be_served_is_refused_by_the_fields_name(said, param):
-    told = fault(ChatRequest, CHAT | said)
+    told = fault(ChatCompletionRequest, CHAT | said)
     assert told.param == param and told.type == "invalid_request_error"
     assert told.message.startswith(f"{param}: ")
 
@@ -291,7 +302,7 @@ def test_a_completion_that_cannot_be_served_is_refused_by_the_fields_name(said, 
 
 @pytest.mark.parametrize("name", ["model", "messages"])
 def test_what_is_missing_is_named(name):
-    told = fault(ChatRequest, {key: value for key, value in CHAT.items() if key != name})
+    told = fault(ChatCompletionRequest, {key: value for key, value in CHAT.items() if key != name})
     assert told.param == name and "required" in told.message
 
 
@@ -303,7 +314,7 @@ def test_what_is_said_of_a_token_id_regards_token_ids():
     "token", ["", "x", "-1", "1.5", " 5", "5 ", "5\n", "05", "+5", "٣", "1e3", "0x5", "9" * 10, "9" * 5000, "[key]"]
 )
 def test_a_bias_is_for_a_token_id(token):
-    told = fault(ChatRequest, CHAT | {"logit_bias": {token: 1}})
+    told = fault(ChatCompletionRequest, CHAT | {"logit_bias": {token: 1}})
     assert told.param is not None and told.param.startswith(f"logit_bias.{token}"[:90]) and len(told.message) < 200
 
 
@@ -313,16 +324,16 @@ MANY = 50_000
 @pytest.mark.parametrize(
     ("model", "body"),
     [
-        (ChatRequest, CHAT | {f"field {place}": 1 for place in range(MANY)}),
-        (ChatRequest, CHAT | {"messages": [1] * MANY}),
-        (ChatRequest, CHAT | {"messages": [{f"field {place}": 1 for place in range(40)}] * 4000}),
-        (ChatRequest, CHAT | message(content=[1] * MANY)),
-        (ChatRequest, CHAT | message(content=[{"a": 1}] * MANY)),
-        (ChatRequest, CHAT | {"logit_bias": {str(token): "x" for token in range(MANY)}}),
-        (ChatRequest, CHAT | {"stop": [1] * MANY}),
-        (ChatRequest, CHAT | {"tools": [1] * MANY}),
-        (ChatRequest, CHAT | {"modalities": [1] * MANY}),
-        (ChatRequest, CHAT | {"prediction": {"type": "content", "content": [[]] * MANY}}),
+        (ChatCompletionRequest, CHAT | {f"field {place}": 1 for place in range(MANY)}),
+        (ChatCompletionRequest, CHAT | {"messages": [1] * MANY}),
+        (ChatCompletionRequest, CHAT | {"messages": [{f"field {place}": 1 for place in range(40)}] * 4000}),
+        (ChatCompletionRequest, CHAT | message(content=[1] * MANY)),
+        (ChatCompletionRequest, CHAT | message(content=[{"a": 1}] * MANY)),
+        (ChatCompletionRequest, CHAT | {"logit_bias": {str(token): "x" for token in range(MANY)}}),
+        (ChatCompletionRequest, CHAT | {"stop": [1] * MANY}),
+        (ChatCompletionRequest, CHAT | {"tools": [1] * MANY}),
+        (ChatCompletionRequest, CHAT | {"modalities": [1] * MANY}),
+        (ChatCompletionRequest, CHAT | {"prediction": {"type": "content", "content": [[]] * MANY}}),
         (CompletionRequest, COMPLETION | {"prompt": [1.5] * MANY}),
         (CompletionRequest, COMPLETION | {"prompt": [-1] * MANY}),
         (CompletionRequest, COMPLETION | {"prompt": [[]] * MANY}),
@@ -357,7 +368,7 @@ def test_of_a_body_full_of_faults_only_a_few_are_looked_for(model, body):
     ],
 )
 def test_half_a_surrogate_pair_is_no_text_wherever_it_stands(said):
-    told = fault(ChatRequest, CHAT | said)
+    told = fault(ChatCompletionRequest, CHAT | said)
     place = next(iter(said))
     assert told.param is not None and told.param.startswith(place.encode(errors="replace").decode())
 
@@ -371,12 +382,12 @@ JSON = st.recursive(
 
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(
-    model=st.sampled_from([ChatRequest, CompletionRequest]),
-    field=st.sampled_from(sorted(ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys())),
+    model=st.sampled_from([ChatCompletionRequest, CompletionRequest]),
+    field=st.sampled_from(sorted(ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys())),
     value=JSON,
 )
 def test_whatever_a_field_holds_it_is_taken_or_named(model, field, value):
-    body = (CHAT if model is ChatRequest else COMPLETION) | {field: value}
+    body = (CHAT if model is ChatCompletionRequest else COMPLETION) | {field: value}
     try:
         model.model_validate(body)
     except ValidationError:
@@ -389,7 +400,7 @@ def test_whatever_a_field_holds_it_is_taken_or_named(model, field, value):
 
 def test_a_method_s_proposals_are_no_draft():
     usage = Usage("off", target_tokens=12, speculation=SpeculationStats("parallel", 4, (4, 4, 4), (4, 3, 1)))
-    details = usage_of([5], [12], [usage]).completion_tokens_details
+    details = aggregate_usage([5], [12], [usage]).completion_tokens_details
     assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (0, 0)
 
 
@@ -401,7 +412,7 @@ def test_a_prompt_of_several_choices_counts_once_and_the_answers_each():
         Usage("off", target_tokens=3, cached_tokens=16),
         Usage("off", target_tokens=4, cached_tokens=19),
     ]
-    wire = usage_of([10, 20], [7, 4, 3, 4], usages)
+    wire = aggregate_usage([10, 20], [7, 4, 3, 4], usages)
     assert (wire.prompt_tokens, wire.completion_tokens, wire.total_tokens) == (30, 18, 48)
     assert wire.prompt_tokens_details.cached_tokens == 0 + 16
     details = wire.completion_tokens_details

@@ -6,20 +6,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deployments.api.backend import Session
-from deployments.api.responses import Answer, ChatReplies, CompletionReplies, Head, sse
-from deployments.api.token_text import Vocabulary
+from deployments.api.responses import (
+    ChatResponseBuilder,
+    ChoiceState,
+    CompletionResponseBuilder,
+    ResponseContext,
+    format_sse,
+)
+from deployments.api.token_text import TokenText
 from parse.protocol import Event, Finished, TextDelta, Usage
 from parse.types import Logprob, SpeculationStats
 
 
-def head(*, trace: bool = False, usage: bool = False) -> Head:
-    return Head(model="m", prompts=[3], trace=trace, usage=usage, id="x")
+def head(*, trace: bool = False, usage: bool = False) -> ResponseContext:
+    return ResponseContext(model="m", prompt_lengths=[3], trace=trace, include_usage=usage, id="x")
 
 
-def answer(*events: Event) -> Answer:
-    taken = Answer(0, 3, Session("k"), arrived=0.0)
+def answer(*events: Event) -> ChoiceState:
+    taken = ChoiceState(0, 3, Session("k"), arrival_time=0.0)
     for event in events:
-        taken.take(event)
+        taken.add_event(event)
     return taken
 
 
@@ -44,24 +50,24 @@ def spaced() -> PreTrainedTokenizerBase:
 
 def test_a_token_is_shown_with_the_space_it_has_within_a_text(spaced):
     assert spaced.decode([2]) == "b"  # alone it has none
-    vocabulary = Vocabulary(spaced)
-    assert [vocabulary.text(token) for token in (1, 2, 3)] == [" a", " b", "c"]
-    assert vocabulary.bytes(2) == [32, 98]
+    vocabulary = TokenText(spaced)
+    assert [vocabulary.decode(token) for token in (1, 2, 3)] == [" a", " b", "c"]
+    assert vocabulary.decode_bytes(2) == [32, 98]
 
 
 def test_tokens_shown_one_by_one_are_the_text(tokenizer):
     text = "First, Uma 73 — naïve.\nStep 2:"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    vocabulary = Vocabulary(tokenizer)
-    whole = [token for token in ids if vocabulary.bytes(token) is not None]
+    vocabulary = TokenText(tokenizer)
+    whole = [token for token in ids if vocabulary.decode_bytes(token) is not None]
     assert len(whole) < len(ids)  # some hold half a character only
-    assert all(bytes(vocabulary.bytes(token) or []).decode() == vocabulary.text(token) for token in whole)
+    assert all(bytes(vocabulary.decode_bytes(token) or []).decode() == vocabulary.decode(token) for token in whole)
     plain = tokenizer.encode("First, Uma 73.\nStep 2:", add_special_tokens=False)
-    assert "".join(map(vocabulary.text, plain)) == "First, Uma 73.\nStep 2:"
+    assert "".join(map(vocabulary.decode, plain)) == "First, Uma 73.\nStep 2:"
 
 
 def test_special_tokens_are_shown_too(tokenizer):
-    assert Vocabulary(tokenizer).text(tokenizer.eos_token_id) == tokenizer.eos_token
+    assert TokenText(tokenizer).decode(tokenizer.eos_token_id) == tokenizer.eos_token
 
 
 # Events, sent as chunks.
@@ -69,15 +75,15 @@ def test_special_tokens_are_shown_too(tokenizer):
 
 @pytest.mark.parametrize("text", ["\u2028", "a\x85b", "\x0b\x0c\x1c", "\r\n", "\n\ndata: [DONE]\n\n", "é\U0001f600"])
 def test_an_event_is_one_whatever_its_text_holds(text):
-    sent = sse({"text": text})
+    sent = format_sse({"text": text})
     (line, _) = httpx.Response(200, content=sent.encode()).iter_lines()  # ends lines where Python does
     assert json.loads(line.removeprefix("data: ")) == {"text": text} == data(sent)
 
 
-@pytest.mark.parametrize("kind", [ChatReplies, CompletionReplies])
+@pytest.mark.parametrize("kind", [ChatResponseBuilder, CompletionResponseBuilder])
 def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, kind):
     half = TextDelta("", (200,), "draft")  # half a character
-    vocabulary = Vocabulary(tokenizer)
+    vocabulary = TokenText(tokenizer)
     assert kind(head(), vocabulary).part(answer(half), half) is None
     sent = data(kind(head(trace=True), vocabulary).part(answer(half), half))
     assert sent["parse"] == {"piece": {"text": "", "origin": "draft", "tokens": 1}}
@@ -85,13 +91,13 @@ def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, ki
     assert data(kind(head(), vocabulary).part(answer(likely), likely))["choices"][0]["logprobs"]
 
 
-@pytest.mark.parametrize("kind", [ChatReplies, CompletionReplies])
+@pytest.mark.parametrize("kind", [ChatResponseBuilder, CompletionResponseBuilder])
 def test_what_is_impossible_is_a_number_all_the_same(tokenizer, kind):
     impossible = TextDelta("x", (300,), "target", (Logprob(float("-inf"), ((301, float("-inf")),)),))
     done = Finished("stop", Usage("off", target_tokens=1))
     for sent in (
-        data(kind(head(), Vocabulary(tokenizer)).part(answer(impossible), impossible)),
-        json.loads(kind(head(), Vocabulary(tokenizer)).whole([answer(impossible, done)]).model_dump_json()),
+        data(kind(head(), TokenText(tokenizer)).part(answer(impossible), impossible)),
+        json.loads(kind(head(), TokenText(tokenizer)).whole([answer(impossible, done)]).model_dump_json()),
     ):
         assert "-9999.0" in json.dumps(sent) and "Infinity" not in json.dumps(sent)
 
@@ -100,8 +106,8 @@ def test_waiting_for_a_place_counts_among_the_times():
     waited = answer(
         TextDelta("x", (300,), "target"), Finished("stop", Usage("off", target_tokens=1, ttft_s=0.5, total_s=1.0))
     )
-    waited.waited_s = 2.0
-    told = waited.report(trace=False)
+    waited.queue_s = 2.0
+    told = waited.build_report(trace=False)
     assert (told.first_s, told.total_s) == (2.5, 3.0)
     assert [(stage.name, stage.start, stage.end) for stage in told.stages] == [("queue", 0.0, 2.0)]
 
@@ -114,7 +120,7 @@ def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
         target_tokens=10,
         speculation=SpeculationStats("eagle3", 4, (4, 2), (3, 2)),
     )
-    told = answer(Finished("stop", usage)).report(trace=False).speculation
+    told = answer(Finished("stop", usage)).build_report(trace=False).speculation
     assert told is not None
     places = [{"proposed": 4, "accepted": 3, "share": 0.75}, {"proposed": 2, "accepted": 2, "share": 1.0}]
     counted = {"method": "eagle3", "passes": 4, "tokens": 10, "proposed": 6, "accepted": 5, "places": places}
@@ -122,16 +128,16 @@ def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
 
 
 def test_a_method_that_proposed_nothing_wrote_all_the_same():
-    told = answer(Finished("stop", Usage("off", target_tokens=3, speculation=SpeculationStats("ngram", 3)))).report(
-        trace=False
-    )
+    told = answer(
+        Finished("stop", Usage("off", target_tokens=3, speculation=SpeculationStats("ngram", 3)))
+    ).build_report(trace=False)
     assert told.speculation is not None and (told.speculation.tokens_per_pass, told.speculation.places) == (1.0, [])
 
 
 def test_where_no_method_was_at_work_the_report_says_so():
-    assert answer(Finished("stop", Usage("off", target_tokens=3))).report(trace=False).speculation is None
+    assert answer(Finished("stop", Usage("off", target_tokens=3))).build_report(trace=False).speculation is None
 
 
 def test_an_answer_of_nothing_is_an_answer(tokenizer):
-    whole = ChatReplies(head(), Vocabulary(tokenizer)).whole([answer(Finished("stop", Usage("off")))])
+    whole = ChatResponseBuilder(head(), TokenText(tokenizer)).build_response([answer(Finished("stop", Usage("off")))])
     assert whole.choices[0].message.content == "" and whole.usage.completion_tokens == 0

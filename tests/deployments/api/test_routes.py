@@ -18,8 +18,8 @@ import pytest
 from openai import OpenAI
 from starlette.requests import ClientDisconnect
 
-from deployments.api.protocol import ChatRequest, CompletionRequest
-from deployments.api.request_parsing import Asked, Reader
+from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
+from deployments.api.request_parsing import ParsedRequest, RequestParser
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.local import LocalPair
@@ -132,7 +132,7 @@ def test_of_two_fields_of_a_name_the_last_counts(raw):
 )
 def test_a_wrong_value_is_refused_by_the_fields_name(raw, value):
     for path, usual, fields in (
-        (CHAT, ASKED, ChatRequest.model_fields),
+        (CHAT, ASKED, ChatCompletionRequest.model_fields),
         (COMPLETIONS, {"model": MODEL, "prompt": "Hello"}, CompletionRequest.model_fields),
     ):
         for name in fields:
@@ -508,16 +508,18 @@ def test_a_stream_that_nobody_reads_frees_the_engine(pair, raw):
 # How a request is understood.
 
 
-def understood(pair: LocalPair, body: dict[str, Any], **settings: Any) -> Asked:
-    reader = Reader(pair.pipeline, ApiSettings(**settings), MODEL)
+def understood(pair: LocalPair, body: dict[str, Any], **settings: Any) -> ParsedRequest:
+    reader = RequestParser(pair.pipeline, ApiSettings(**settings), MODEL)
     if "prompt" in body:
-        return asyncio.run(reader.completion(CompletionRequest.model_validate({"model": MODEL} | body)))
-    return asyncio.run(reader.chat(ChatRequest.model_validate({"model": MODEL, "messages": HELLO} | body)))
+        return asyncio.run(reader.parse_completion(CompletionRequest.model_validate({"model": MODEL} | body)))
+    return asyncio.run(
+        reader.parse_chat(ChatCompletionRequest.model_validate({"model": MODEL, "messages": HELLO} | body))
+    )
 
 
 def test_a_prediction_beyond_the_context_is_not_looked_at(pair):
     body = {"prediction": {"type": "content", "content": "x" * 100_000}, "stop": ["no such thing"]}
-    (question,) = understood(pair, body).questions
+    (question,) = understood(pair, body).generation_requests
     assert question.prediction is not None and len(question.prediction) <= pair.pipeline.longest
 
 
@@ -526,8 +528,8 @@ def test_a_prediction_beyond_the_context_is_not_looked_at(pair):
     [(("auto", "off", "full"), "auto", "off"), (("off",), "off", "off"), (("full", "exact"), "full", "full")],
 )
 def test_who_names_no_mode_gets_one_that_the_operator_allows(pair, modes, chat, completion):
-    assert understood(pair, {}, modes=modes).questions[0].mode == chat
-    assert understood(pair, {"prompt": "x"}, modes=modes).questions[0].mode == completion
+    assert understood(pair, {}, modes=modes).generation_requests[0].mode == chat
+    assert understood(pair, {"prompt": "x"}, modes=modes).generation_requests[0].mode == completion
 
 
 def test_modes_the_operator_does_not_allow_are_refused(pair):
@@ -576,13 +578,13 @@ def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(ad
 
 def test_completions_choose_a_method_too(pair):
     asked = understood(pair, {"prompt": "x", "n": 2, "parse": {"speculation": "ngram"}})
-    assert [question.speculative_method for question in asked.questions] == ["ngram"] * 2
-    assert understood(pair, {"prompt": "x"}).questions[0].speculative_method is None
+    assert [question.speculative_method for question in asked.generation_requests] == ["ngram"] * 2
+    assert understood(pair, {"prompt": "x"}).generation_requests[0].speculative_method is None
 
 
 def test_what_belongs_together_meets_the_same_replica(pair):
     def key(body: dict[str, Any]) -> str:
-        return understood(pair, body).answers[0].session.id
+        return understood(pair, body).choices[0].session.id
 
     def talk(*said: str) -> dict[str, Any]:
         roles = ["user", "assistant"] * len(said)
@@ -597,5 +599,5 @@ def test_what_belongs_together_meets_the_same_replica(pair):
 
 
 def test_a_pipeline_is_asked_in_small_pieces_only_where_somebody_reads_along(pair):
-    assert understood(pair, {"stream": True}).questions[0].stream_interval == 1
-    assert understood(pair, {}).questions[0].stream_interval > 1
+    assert understood(pair, {"stream": True}).generation_requests[0].stream_interval == 1
+    assert understood(pair, {}).generation_requests[0].stream_interval > 1

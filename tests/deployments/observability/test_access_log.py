@@ -14,13 +14,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.api.backend import Session
-from deployments.api.responses import Answer
+from deployments.api.responses import ChoiceState
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from deployments.observability.access_log import Account, Journal
-from deployments.observability.exposition import Origin
-from deployments.observability.metrics import OF_ROUTERS, Meters
-from deployments.observability.request_metrics import tally
+from deployments.observability.access_log import AccessLogMiddleware, RequestRecord
+from deployments.observability.exposition import ReplicaLabels
+from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
+from deployments.observability.request_metrics import record_choice_metrics
 from parse.local import LocalPair
 from parse.protocol import Finished, Stage, TextDelta, Usage, Verification
 from parse.types import DraftUnavailable, SpeculationStats
@@ -32,7 +32,7 @@ CHAT = "/v1/chat/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
 MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
 CHOICES = (None, "ngram", "parallel", "none", None)
-OWN = Origin("local", "Router", "local")
+OWN = ReplicaLabels("local", "Router", "local")
 HOSTILE = 'x"} 1\nparse_requests_total{mode="<b>"} 9\n'
 
 
@@ -217,21 +217,23 @@ def test_why_the_target_wrote_alone_is_told_by_name(pair):
 
 
 def test_lost_calls_are_counted_even_if_the_answer_was_not_given():
-    meters = Meters(OF_ROUTERS, deployment="Router")
-    account = Account(
-        "id", "/v1/completions", answers=[Answer(0, 5, Session("s", lost=["died", "died", "stopped"]), 0.0)]
+    meters = MetricsRecorder(ROUTER_METRICS, deployment="Router")
+    account = RequestRecord(
+        "id",
+        "/v1/completions",
+        choices=[ChoiceState(0, 5, Session("s", retry_causes=["died", "died", "stopped"]), 0.0)],
     )
-    Journal(cast(Any, None), meters=meters)._count(account)
+    AccessLogMiddleware(cast(Any, None), recorder=meters)._record_metrics(account)
     lost = {sample.labels["cause"]: sample.value for sample in _samples(meters, "parse_retries_total")}
     assert lost == {"died": 2.0, "cancelled": 0.0, "stopped": 1.0, "unavailable": 0.0}
 
 
 def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
-    meters = Meters(OF_ROUTERS, deployment="Router")
-    answer = Answer(0, 5, Session("s"), 0.0)
-    answer.take(TextDelta("a", (1, 2, 3), "draft"))
-    answer.take(Finished("stop", Usage("exact", draft_tokens=20, accepted_tokens=3, target_tokens=4)))
-    tally(meters, answer)
+    meters = MetricsRecorder(ROUTER_METRICS, deployment="Router")
+    answer = ChoiceState(0, 5, Session("s"), 0.0)
+    answer.add_event(TextDelta("a", (1, 2, 3), "draft"))
+    answer.add_event(Finished("stop", Usage("exact", draft_tokens=20, accepted_tokens=3, target_tokens=4)))
+    record_choice_metrics(meters, answer)
     proposed, accepted = (
         {s.labels["position"]: s.value for s in _samples(meters, name) if s.labels["method"] == "draft"}
         for name in ("parse_proposed_tokens_total", "parse_proposed_accepted_tokens_total")
@@ -241,14 +243,14 @@ def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
 
 
 def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_with_what_came_of_them():
-    meters = Meters(OF_ROUTERS, deployment="Router")
+    meters = MetricsRecorder(ROUTER_METRICS, deployment="Router")
     proposed, accepted = (9,) * 18, (8, 5, *[0] * 15, 2)
     speculated = SpeculationStats("eagle3", 9, proposed, accepted)
     alone = Usage("off", target_tokens=20, speculation=speculated)
     for usage in (alone, replace(alone, mode="exact", draft_tokens=4, accepted_tokens=3)):
-        answer = Answer(0, 5, Session("s"), 0.0)
-        answer.take(Finished("stop", usage))
-        tally(meters, answer)
+        answer = ChoiceState(0, 5, Session("s"), 0.0)
+        answer.add_event(Finished("stop", usage))
+        record_choice_metrics(meters, answer)
 
     def told(name: str, method: str) -> dict[str, float]:
         samples = [s for s in _samples(meters, name) if s.labels["method"] == method and s.value]
@@ -280,14 +282,14 @@ def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, ca
 
 
 def test_chances_are_told_by_whether_the_prefix_was_kept():
-    meters = Meters(OF_ROUTERS, deployment="Router")
-    answer = Answer(0, 5, Session("s"), 0.0)
-    answer.take(Verification(0, tuple(range(12)), (4, 8, 12), (0.99, 0.2, None), 4, "x"))
-    answer.take(Verification(4, tuple(range(8)), (4, 8), (0.95, 0.97), 8, ""))
-    answer.take(
+    meters = MetricsRecorder(ROUTER_METRICS, deployment="Router")
+    answer = ChoiceState(0, 5, Session("s"), 0.0)
+    answer.add_event(Verification(0, tuple(range(12)), (4, 8, 12), (0.99, 0.2, None), 4, "x"))
+    answer.add_event(Verification(4, tuple(range(8)), (4, 8), (0.95, 0.97), 8, ""))
+    answer.add_event(
         Finished("stop", Usage("rounds", draft_tokens=20, accepted_tokens=12, stages=(Stage("judge", 0.0, 0.5),)))
     )
-    tally(meters, answer)
+    record_choice_metrics(meters, answer)
     counts = {s.labels["kept"]: s.value for s in _samples(meters, "parse_correct_probability_count")}
     sums = {s.labels["kept"]: s.value for s in _samples(meters, "parse_correct_probability_sum")}
     assert counts == {"yes": 3.0, "no": 1.0}
@@ -300,7 +302,9 @@ def test_nothing_a_client_sends_becomes_a_label(pair):
         client.post(CHAT, json=asked(HOSTILE, max_tokens=2, user="<script>", prompt_cache_key="<script>"))
         text = client.get("/metrics").text
     assert "<" not in text and text.count('mode="off",outcome="ok"') == 1
-    declared = {(name, value) for metric in OF_ROUTERS for name, values in metric.labels.items() for value in values}
+    declared = {
+        (name, value) for metric in ROUTER_METRICS for name, values in metric.labels.items() for value in values
+    }
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             assert {(k, v) for k, v in sample.labels.items() - vars(OWN).items() if k != "le"} <= declared
@@ -348,5 +352,5 @@ def test_who_is_refused_elsewhere_finds_his_request_in_the_log_too(pair, caplog,
         assert outcomes(client, Authorization="Bearer right") == {}
 
 
-def _samples(meters: Meters, name: str) -> list[Any]:
-    return [sample for family in meters.figures().families for sample in family.samples if sample.name == name]
+def _samples(meters: MetricsRecorder, name: str) -> list[Any]:
+    return [sample for family in meters.collect().families for sample in family.samples if sample.name == name]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from deployments.api.admission import Gate
+from deployments.api.admission import AdmissionQueue
 from deployments.api.backend import Session
-from deployments.api.responses import Answer
+from deployments.api.responses import ChoiceState
 from deployments.config import AuditSettings
-from deployments.observability.audit import MOST_TRIES, Auditor
-from deployments.observability.metrics import OF_ROUTERS, Meters
+from deployments.observability.audit import MAX_ATTEMPTS, Auditor
+from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
 from parse.protocol import Finished, GenerationRequest, TextDelta, Usage
 from parse.types import Logprob, SamplingParams, VerifyResult
 
@@ -45,16 +45,16 @@ class Target:
         return VerifyResult((0.5,), tuple(Logprob(chance + delta) for delta in (-0.1, 0.1)))
 
 
-def sent(text: str, **usage: Any) -> Answer:
-    answer = Answer(0, 2, Session("s"), 0.0)
-    answer.take(TextDelta(text, (30, 31), "draft"))
-    answer.take(Finished("stop", replace(Usage("full", draft_tokens=2, accepted_tokens=2), **usage)))
+def sent(text: str, **usage: Any) -> ChoiceState:
+    answer = ChoiceState(0, 2, Session("s"), 0.0)
+    answer.add_event(TextDelta(text, (30, 31), "draft"))
+    answer.add_event(Finished("stop", replace(Usage("full", draft_tokens=2, accepted_tokens=2), **usage)))
     return answer
 
 
 class Audited:
     def __init__(self, target: Target, **settings: Any) -> None:
-        self.gate, self.meters = Gate(2, 2), Meters(OF_ROUTERS, deployment="Router")
+        self.gate, self.meters = AdmissionQueue(2, 2), MetricsRecorder(ROUTER_METRICS, deployment="Router")
         self.target = target
         given = AuditSettings(**{"share": 1.0} | settings)
         self.auditor = Auditor(given, self.gate, self.meters, lambda: target)  # type: ignore[arg-type, return-value]
@@ -67,10 +67,10 @@ class Audited:
         return count.value, total.value
 
     def _samples(self, name: str) -> list[Any]:
-        return [s for family in self.meters.figures().families for s in family.samples if s.name == name]
+        return [s for family in self.meters.collect().families for s in family.samples if s.name == name]
 
     async def until(self, holds) -> None:
-        working = asyncio.create_task(self.auditor.work())
+        working = asyncio.create_task(self.auditor.run())
         try:
             async with asyncio.timeout(20):
                 while not holds():
@@ -82,7 +82,7 @@ class Audited:
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
-    monkeypatch.setattr("deployments.observability.audit.QUIET_S", 0.01)
+    monkeypatch.setattr("deployments.observability.audit.MIN_IDLE_S", 0.01)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def _hurried(monkeypatch):
 def test_the_same_result_agrees_in_whatever_words(own, said, result):
     async def seen():
         audited = Audited(Target(own, {(30, 31): -9.0}), result=NUMBER)
-        audited.auditor.offer("id", QUESTION, sent(said))
+        audited.auditor.submit("id", QUESTION, sent(said))
         await audited.until(audited.results)
         assert audited.results() == {result: 1.0}
         count, total = audited.gaps()
@@ -115,7 +115,7 @@ def test_the_same_result_agrees_in_whatever_words(own, said, result):
 def test_where_no_result_is_known_the_targets_opinion_decides(result, likelihood, expected, gap):
     async def seen():
         audited = Audited(Target("none", {(30, 31): likelihood}), result=result, gap=0.5)
-        audited.auditor.offer("id", QUESTION, sent("12"))
+        audited.auditor.submit("id", QUESTION, sent("12"))
         await audited.until(audited.results)
         assert audited.results() == {expected: 1.0}
         assert audited.gaps()[1] == pytest.approx(gap)
@@ -131,8 +131,8 @@ def test_where_no_result_is_known_the_targets_opinion_decides(result, likelihood
 def test_only_what_may_be_lossy_is_audited(usage):
     async def seen():
         audited = Audited(Target("12"), result=NUMBER)
-        audited.auditor.offer("id", QUESTION, sent("13", **usage))
-        audited.auditor.offer("id", QUESTION, sent("12"))
+        audited.auditor.submit("id", QUESTION, sent("13", **usage))
+        audited.auditor.submit("id", QUESTION, sent("12"))
         await audited.until(audited.results)
         assert audited.results() == {"agree": 1.0} and len(audited.target.asked) == 1
 
@@ -145,7 +145,7 @@ def test_a_share_is_audited(share):
         random.seed(1)
         audited = Audited(Target("12"), share=share, result=NUMBER)
         for _ in range(200):
-            audited.auditor.offer("id", QUESTION, sent("12"))
+            audited.auditor.submit("id", QUESTION, sent("12"))
         chosen = len(audited.auditor._cases)
         assert (chosen == 0) if share == 0 else (30 < chosen < 70)
         await audited.until(lambda: not audited.auditor._cases)
@@ -156,14 +156,14 @@ def test_a_share_is_audited(share):
 def test_who_comes_has_the_service_to_himself_and_the_audit_begins_again_later():
     async def seen():
         audited = Audited(Target("12", wait_s=0.1), result=NUMBER)
-        audited.auditor.offer("id", QUESTION, sent("12"))
+        audited.auditor.submit("id", QUESTION, sent("12"))
         interrupted = False
 
         async def client():
             nonlocal interrupted
             while not audited.target.asked:
                 await asyncio.sleep(0.002)
-            async with audited.gate.entered(1):
+            async with audited.gate.hold_slots(1):
                 await asyncio.sleep(0.2)
                 interrupted = not audited.results() and len(audited.target.asked) == 1
 
@@ -178,20 +178,20 @@ def test_who_comes_has_the_service_to_himself_and_the_audit_begins_again_later()
 def test_what_never_finds_its_moment_is_dropped_and_counted():
     async def seen():
         audited = Audited(Target("12", wait_s=5), result=NUMBER)
-        audited.auditor.offer("id", QUESTION, sent("12"))
+        audited.auditor.submit("id", QUESTION, sent("12"))
 
         async def clients():
             while not audited.results():
                 tries = len(audited.target.asked)
                 while len(audited.target.asked) == tries and not audited.results():
                     await asyncio.sleep(0.002)
-                async with audited.gate.entered(1):
+                async with audited.gate.hold_slots(1):
                     await asyncio.sleep(0.005)
 
         coming = asyncio.create_task(clients())
         await audited.until(audited.results)
         coming.cancel()
-        assert audited.results() == {"dropped": 1.0} and len(audited.target.asked) == MOST_TRIES
+        assert audited.results() == {"dropped": 1.0} and len(audited.target.asked) == MAX_ATTEMPTS
 
     asyncio.run(seen())
 
@@ -204,7 +204,7 @@ def test_an_audit_that_fails_harms_nobody():
     async def seen():
         audited = Audited(Broken("12"), result=NUMBER)
         for _ in range(2):
-            audited.auditor.offer("id", QUESTION, sent("12"))
+            audited.auditor.submit("id", QUESTION, sent("12"))
         await audited.until(lambda: audited.results() == {"dropped": 2.0})
 
     asyncio.run(seen())
@@ -231,11 +231,11 @@ def test_against_the_demo_pair_a_wrong_answer_is_found_out(pair):
             AuditSettings(share=1.0, result=NUMBER), audited.gate, audited.meters, lambda: pipeline
         )
         for said, number in ((text, 73), (text.replace("73.", "74."), 74)):
-            answer = Answer(0, len(prompt), Session("s"), 0.0)
-            answer.take(TextDelta(said, tuple(ids), "draft"))
-            answer.take(Finished("stop", Usage("full", draft_tokens=len(ids), accepted_tokens=len(ids))))
+            answer = ChoiceState(0, len(prompt), Session("s"), 0.0)
+            answer.add_event(TextDelta(said, tuple(ids), "draft"))
+            answer.add_event(Finished("stop", Usage("full", draft_tokens=len(ids), accepted_tokens=len(ids))))
             asked = GenerationRequest(prompt, sampling_params=SamplingParams(temperature=0.0, max_tokens=120))
-            audited.auditor.offer(str(number), asked, answer)
+            audited.auditor.submit(str(number), asked, answer)
         await audited.until(lambda: sum(audited.results().values()) == 2)
         assert audited.results() == {"agree": 1.0, "disagree": 1.0}
         assert audited.gaps()[0] == 2.0

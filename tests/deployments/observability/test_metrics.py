@@ -10,11 +10,11 @@ from prometheus_client.parser import text_string_to_metric_families as plain_fam
 
 from deployments.config import HOUSE
 from deployments.observability import metrics
-from deployments.observability.exposition import Figures, Origin, page
-from deployments.observability.metrics import OF_ENGINES, OF_ROUTERS, Counter, Gauge, Histogram, Meters
-from deployments.observability.metrics_reference import page as reference_page
+from deployments.observability.exposition import ReplicaLabels, ReplicaMetrics, encode_metrics
+from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS, Counter, Gauge, Histogram, MetricsRecorder
+from deployments.observability.metrics_reference import render_metrics_page as reference_page
 
-ALL = (*OF_ROUTERS, *OF_ENGINES)
+ALL = (*ROUTER_METRICS, *ENGINE_METRICS)
 COUNTER = Counter("parse_eggs_total", "Eggs.", {"colour": ("white", "brown")})
 GAUGE = Gauge("parse_hens", "Hens.")
 HISTOGRAM = Histogram("parse_weight_grams", "Weights.", (40.0, 60.0))
@@ -29,11 +29,11 @@ def values(families: Iterable) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
-def told(meters: Meters) -> dict[tuple[str, tuple[str, ...]], float]:
+def told(meters: MetricsRecorder) -> dict[tuple[str, tuple[str, ...]], float]:
     """Without the labels of a replica."""
-    text, _ = page([meters.figures()], "")
+    text, _ = encode_metrics([meters.collect()], "")
     found = values(plain_families(text.decode()))
-    own = {f"{name}={value}" for name, value in vars(meters.origin).items()}
+    own = {f"{name}={value}" for name, value in vars(meters.replica_labels).items()}
     return {
         (name, tuple(label for label in labels if label not in own)): value for (name, labels), value in found.items()
     }
@@ -59,14 +59,14 @@ def test_names_are_given_once():
 
 
 def test_a_label_takes_no_value_but_those_declared():
-    meters = Meters((COUNTER,), deployment="Coop")
+    meters = MetricsRecorder((COUNTER,), deployment="Coop")
     with pytest.raises(ValueError, match="'<b>' is not declared for colour"):
         meters.add(COUNTER, colour="<b>")
     assert {labels for _, labels in told(meters)} == {("colour=white",), ("colour=brown",)}
 
 
 def test_what_is_told_is_shown_and_counters_begin_at_zero():
-    meters = Meters((COUNTER, GAUGE, HISTOGRAM), deployment="Coop")
+    meters = MetricsRecorder((COUNTER, GAUGE, HISTOGRAM), deployment="Coop")
     assert told(meters)["parse_eggs_total", ("colour=brown",)] == 0.0
     meters.add(COUNTER, 3, colour="white")
     meters.add(COUNTER, 0, colour="brown")
@@ -82,10 +82,10 @@ def test_what_is_told_is_shown_and_counters_begin_at_zero():
 
 
 def test_what_somebody_else_counts_is_brought_up_to_his_count():
-    meters = Meters((COUNTER,), deployment="Coop")
+    meters = MetricsRecorder((COUNTER,), deployment="Coop")
     for total in (5, 5, 12):
-        meters.reach(COUNTER, total, colour="white")
-    meters.reach(COUNTER, 2, colour="brown")
+        meters.update_total(COUNTER, total, colour="white")
+    meters.update_total(COUNTER, 2, colour="brown")
     found = told(meters)
     assert (found["parse_eggs_total", ("colour=white",)], found["parse_eggs_total", ("colour=brown",)]) == (12.0, 2.0)
 
@@ -96,10 +96,10 @@ def test_what_somebody_else_counts_is_brought_up_to_his_count():
 def test_replicas_stand_side_by_side_on_one_page(accept, read):
     figures = []
     for replica, eggs in (("a", 1), ("b", 20)):
-        meters = Meters((COUNTER, HISTOGRAM), deployment="Coop")
+        meters = MetricsRecorder((COUNTER, HISTOGRAM), deployment="Coop")
         meters.add(COUNTER, eggs, colour="white")
-        figures.append(Figures(Origin("farm", "Coop", replica), meters.figures().families))
-    text, kind = page(figures, accept)
+        figures.append(ReplicaMetrics(ReplicaLabels("farm", "Coop", replica), meters.collect().families))
+    text, kind = encode_metrics(figures, accept)
     assert kind.startswith(accept.partition(";")[0] or "text/plain")
     families = list(read(text.decode()))
     assert sorted(family.name for family in families) == ["parse_eggs", "parse_weight_grams"]
@@ -112,8 +112,8 @@ def test_replicas_stand_side_by_side_on_one_page(accept, read):
 @pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
 @pytest.mark.parametrize("version", ["x", "1.x", "", "2.0.0", "9" * 5000, "\xb2"])
 def test_a_version_that_nobody_knows_is_no_reason_to_tell_nothing(kind, version):
-    meters = Meters((COUNTER,), deployment="Coop")
-    text, _ = page([meters.figures()], f"{kind}; version={version}")
+    meters = MetricsRecorder((COUNTER,), deployment="Coop")
+    text, _ = encode_metrics([meters.collect()], f"{kind}; version={version}")
     assert b"\nparse_eggs_total{" in text
 
 

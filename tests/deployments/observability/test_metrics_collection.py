@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 
-from deployments.observability.exposition import Figures, Origin
-from deployments.observability.metrics import OF_ROUTERS, Meters
-from deployments.observability.metrics_collection import gathered
+from deployments.observability.exposition import ReplicaLabels, ReplicaMetrics
+from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
+from deployments.observability.metrics_collection import collect_replica_metrics
 
-HERE = Figures(Origin("farm", "Verifier", "a"), [])
+HERE = ReplicaMetrics(ReplicaLabels("farm", "Verifier", "a"), [])
 
 
 class Replica:
     """Its end of a call, as Ray Serve's handle has it."""
 
-    def __init__(self, answer: Callable[[], Awaitable[Figures]]) -> None:
+    def __init__(self, answer: Callable[[], Awaitable[ReplicaMetrics]]) -> None:
         self.answer, self.given_up = answer, False
 
-    async def get_async(self) -> Figures:
+    async def get_async(self) -> ReplicaMetrics:
         try:
             return await self.answer()
         except asyncio.CancelledError:
@@ -32,47 +32,47 @@ class Handle:
         self.replicas = replicas
 
     def broadcast(self, method: str) -> Any:
-        assert method == "figures"
+        assert method == "collect_metrics"
         return self
 
     async def _fetch_replica_results_async(self) -> tuple[Replica, ...]:
         return self.replicas
 
 
-async def at_once() -> Figures:
+async def at_once() -> ReplicaMetrics:
     return HERE
 
 
-async def never() -> Figures:
+async def never() -> ReplicaMetrics:
     await asyncio.Event().wait()
     raise AssertionError
 
 
-async def failing() -> Figures:
+async def failing() -> ReplicaMetrics:
     raise ConnectionError("gone")
 
 
-def unreached(meters: Meters) -> dict[str, float]:
+def unreached(meters: MetricsRecorder) -> dict[str, float]:
     return {
         sample.labels["part"]: sample.value
-        for family in meters.figures().families
+        for family in meters.collect().families
         for sample in family.samples
         if sample.name == "parse_unreached_replicas_total" and sample.value
     }
 
 
 @pytest.fixture
-def meters() -> Meters:
-    return Meters(OF_ROUTERS, deployment="Router")
+def meters() -> MetricsRecorder:
+    return MetricsRecorder(ROUTER_METRICS, deployment="Router")
 
 
 def test_who_does_not_answer_is_counted_and_given_up(meters, monkeypatch):
-    monkeypatch.setattr("deployments.observability.metrics_collection.PATIENCE_S", 0.02)
+    monkeypatch.setattr("deployments.observability.metrics_collection.SCRAPE_TIMEOUT_S", 0.02)
     hanging = Replica(never)
     handles: Any = {"Verifier": Handle(Replica(at_once), hanging, Replica(failing)), "Drafter": Handle()}
 
     async def seen() -> None:
-        assert await gathered(handles, meters) == [HERE]
+        assert await collect_replica_metrics(handles, meters) == [HERE]
         await asyncio.sleep(0)
 
     asyncio.run(seen())
@@ -84,7 +84,7 @@ def test_a_reader_who_leaves_takes_his_questions_along(meters):
     handles: Any = {"Verifier": Handle(hanging)}
 
     async def seen() -> None:
-        scrape = asyncio.create_task(gathered(handles, meters))
+        scrape = asyncio.create_task(collect_replica_metrics(handles, meters))
         await asyncio.sleep(0.01)
         scrape.cancel()
         await asyncio.gather(scrape, return_exceptions=True)

@@ -13,7 +13,7 @@ import httpx
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.serving.replica import Description
+from deployments.serving.replica import ReplicaInfo
 from parse.engines.native.engine import EngineStats
 from training import measure
 from training.task import Problem
@@ -63,7 +63,7 @@ class Service:
         """Of all replicas."""
         return list(await replicas(name).broadcast("load").results_async())
 
-    async def describe(self, name: str) -> list[Description]:
+    async def describe(self, name: str) -> list[ReplicaInfo]:
         return list(await replicas(name).broadcast("describe").results_async())
 
     async def comes_to_rest(self) -> None:

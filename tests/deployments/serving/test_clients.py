@@ -12,9 +12,9 @@ from ray.serve.exceptions import BackPressureError
 
 from deployments.api.backend import Session
 from deployments.serving import circuit_breaker, clients
-from deployments.serving.circuit_breaker import Watch
-from deployments.serving.clients import RemoteDrafter, RemoteVerifier, VerifierLost
-from deployments.serving.overlap import Overlap
+from deployments.serving.circuit_breaker import CircuitBreaker
+from deployments.serving.clients import DrafterClient, RetriesExhausted, VerifierClient
+from deployments.serving.overlap import BusyTime
 from parse.prompts import VerificationSuffix
 from parse.protocol import NO_STREAMING, GenerationRequest
 from parse.types import DraftUnavailable, EngineStopped, RequestError, SamplingParams, TokenDelta, VerifyResult
@@ -71,7 +71,7 @@ class Response:
 
 
 FOREVER = object()
-DEAF: Any = SimpleNamespace(heard=lambda: None, at_work=nullcontext)
+DEAF: Any = SimpleNamespace(record_success=lambda: None, track_busy_time=nullcontext)
 
 
 def scripted(script: list) -> Any:
@@ -80,9 +80,9 @@ def scripted(script: list) -> Any:
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
-    monkeypatch.setattr(clients, "PAUSE_S", 0.001)
-    monkeypatch.setattr(circuit_breaker, "WATCH_EVERY_S", 0.01)
-    monkeypatch.setattr(circuit_breaker, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(clients, "RETRY_BACKOFF_S", 0.001)
+    monkeypatch.setattr(circuit_breaker, "HEALTH_CHECK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(circuit_breaker, "HEALTH_CHECK_TIMEOUT_S", 0.05)
 
 
 def raised_there(error):
@@ -103,12 +103,12 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
         ]
     )
     session = Session("s")
-    stream = RemoteVerifier(handle, session, DEAF).generate(
+    stream = VerifierClient(handle, session, DEAF).generate(
         (1, 2), (5,), GREEDY, proposal=(10, 11, 12, 13), piece=4, speculation="ngram"
     )
     pieces = asyncio.run(collect(stream))
     assert [token for tokens in pieces for token in tokens.ids] == [10, 11, 12, 20, 21, 22]
-    assert pieces[-1].finish == "stop" and session.retries == 2
+    assert pieces[-1].finish == "stop" and session.num_retries == 2
     assert [given[1:] for _, given in handle.calls] == [
         ((5,), GREEDY, (10, 11, 12, 13), 4, "ngram"),
         ((5, 10, 11, 12, 20), GREEDY, (), 4, "ngram"),
@@ -124,13 +124,13 @@ def test_of_a_proposal_taken_so_far_the_rest_is_proposed_again():
             [TokenDelta((12,), finish_reason="stop", num_accepted=1)],
         ]
     )
-    asyncio.run(collect(RemoteVerifier(handle, Session("s"), DEAF).generate((1,), (), GREEDY, proposal=(10, 11, 12))))
+    asyncio.run(collect(VerifierClient(handle, Session("s"), DEAF).generate((1,), (), GREEDY, proposal=(10, 11, 12))))
     assert handle.calls[1][1] == ((1,), (10, 11), GREEDY, (12,), 1, None)
 
 
 def test_a_stream_that_ends_before_the_answer_was_lost():
     handle = scripted([[TokenDelta((10,))], [TokenDelta((11,), finish_reason="length")]])
-    pieces = asyncio.run(collect(RemoteVerifier(handle, Session("s"), DEAF).generate((1,), (), GREEDY)))
+    pieces = asyncio.run(collect(VerifierClient(handle, Session("s"), DEAF).generate((1,), (), GREEDY)))
     assert [tokens.ids for tokens in pieces] == [(10,), (11,)]
 
 
@@ -138,26 +138,26 @@ def test_a_lost_judgement_is_asked_for_again_and_a_refused_one_is_not():
     verdict = VerifyResult((0.5,))
     handle = scripted([[ActorDiedError()], [verdict]])
     session = Session("s")
-    assert asyncio.run(RemoteVerifier(handle, session, DEAF).judge((1,), (2,), (1,), CHECK, full=0.9)) == verdict
-    assert session.retries == 1 and handle.calls[0][1] == ((1,), (2,), (1,), CHECK, 0.9, None, None)
+    assert asyncio.run(VerifierClient(handle, session, DEAF).judge((1,), (2,), (1,), CHECK, full=0.9)) == verdict
+    assert session.num_retries == 1 and handle.calls[0][1] == ((1,), (2,), (1,), CHECK, 0.9, None, None)
     refusing = scripted([[raised_there(RequestError("draft", "is too long"))]])
     with pytest.raises(RequestError, match=r"^draft: is too long$"):
-        asyncio.run(RemoteVerifier(refusing, session, DEAF).judge((1,), (2,), (1,), CHECK))
+        asyncio.run(VerifierClient(refusing, session, DEAF).judge((1,), (2,), (1,), CHECK))
     assert len(refusing.calls) == 1
 
 
 def test_verifiers_that_die_one_after_the_other_end_the_request():
     handle, session = scripted([[ActorDiedError()]]), Session("s")
-    with pytest.raises(VerifierLost):
-        asyncio.run(RemoteVerifier(handle, session, DEAF).warm((1,)))
-    assert len(handle.calls) == clients.MOST_RETRIES + 1
+    with pytest.raises(RetriesExhausted):
+        asyncio.run(VerifierClient(handle, session, DEAF).warm((1,)))
+    assert len(handle.calls) == clients.MAX_RETRIES + 1
 
 
 def test_whoever_gives_up_cancels_the_call():
     handle = scripted([[FOREVER]])
 
     async def give_up():
-        verifier = RemoteVerifier(handle, Session("s"), DEAF)
+        verifier = VerifierClient(handle, Session("s"), DEAF)
         judging = asyncio.create_task(verifier.judge((1,), (2,), (1,), CHECK))
         writing = asyncio.create_task(collect(verifier.generate((1,), (), GREEDY)))
         while len(handle.calls) < 2:
@@ -172,9 +172,9 @@ def test_whoever_gives_up_cancels_the_call():
 
 
 async def drafted(handle, alive, *, piece=NO_STREAMING, session=None):
-    watch = Watch("drafter", alive, Overlap())
+    watch = CircuitBreaker("drafter", alive, BusyTime())
     try:
-        drafter = RemoteDrafter(handle, session or Session("s"), watch)
+        drafter = DrafterClient(handle, session or Session("s"), watch)
         return await collect(drafter.draft(QUESTION, (4,), stream_interval=piece))
     finally:
         watch.close()
@@ -183,7 +183,7 @@ async def drafted(handle, alive, *, piece=NO_STREAMING, session=None):
 def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
     whole = scripted([[TokenDelta((7, 8), finish_reason="stop")]])
     assert asyncio.run(drafted(whole, scripted([[None]]))) == [TokenDelta((7, 8), finish_reason="stop")]
-    assert whole.calls[0][0] == {"method_name": "draft_whole", "session_id": "s"}
+    assert whole.calls[0][0] == {"method_name": "draft_complete", "session_id": "s"}
     windows = scripted([[TokenDelta((7,)), TokenDelta((8,), finish_reason="stop")]])
     assert len(asyncio.run(drafted(windows, scripted([[None]]), piece=4))) == 2
     assert windows.calls[0][0] == {"method_name": "draft", "session_id": "s", "stream": True}
@@ -205,15 +205,15 @@ def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers()
     hanging, well = scripted([[FOREVER]]), scripted([[TokenDelta((7,), finish_reason="stop")]])
 
     async def requests():
-        watch = Watch("drafter", alive, Overlap())
-        drafters = {name: RemoteDrafter(h, Session("s"), watch) for name, h in (("h", hanging), ("w", well))}
+        watch = CircuitBreaker("drafter", alive, BusyTime())
+        drafters = {name: DrafterClient(h, Session("s"), watch) for name, h in (("h", hanging), ("w", well))}
         with pytest.raises(DraftUnavailable, match="the drafter does not answer"):
             await collect(drafters["h"].draft(QUESTION, (), stream_interval=NO_STREAMING))
         assert hanging.cancelled == 1
         with pytest.raises(DraftUnavailable, match="the drafter does not answer"):
             await collect(drafters["w"].draft(QUESTION, (), stream_interval=NO_STREAMING))
         assert not well.calls
-        while watch.trouble:
+        while watch.failure:
             await asyncio.sleep(0.005)
         assert await collect(drafters["w"].draft(QUESTION, (), stream_interval=NO_STREAMING))
         watch.close()
@@ -223,13 +223,13 @@ def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers()
 
 def test_after_a_death_there_are_no_drafts_until_one_answers():
     async def requests():
-        watch = Watch("drafter", scripted([[None], [ActorDiedError()], [None]]), Overlap())
-        dying = RemoteDrafter(scripted([[ActorDiedError()], [TokenDelta((7,))]]), Session("s"), watch)
+        watch = CircuitBreaker("drafter", scripted([[None], [ActorDiedError()], [None]]), BusyTime())
+        dying = DrafterClient(scripted([[ActorDiedError()], [TokenDelta((7,))]]), Session("s"), watch)
         with pytest.raises(DraftUnavailable, match="lost"):
             await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
         with pytest.raises(DraftUnavailable, match="ActorDiedError"):
             await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
-        while watch.trouble:
+        while watch.failure:
             await asyncio.sleep(0.005)
         assert await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
         watch.close()
@@ -239,15 +239,15 @@ def test_after_a_death_there_are_no_drafts_until_one_answers():
 
 def test_one_that_answers_others_is_well_though_our_question_waits_in_line():
     async def requests():
-        watch = Watch("verifier", scripted([[None], [FOREVER]]), Overlap())
-        verifier = RemoteVerifier(scripted([[7]]), Session("s"), watch)
+        watch = CircuitBreaker("verifier", scripted([[None], [FOREVER]]), BusyTime())
+        verifier = VerifierClient(scripted([[7]]), Session("s"), watch)
         for _ in range(40):  # four times as long as its patience
             assert await verifier.warm((1,)) == 7
             await asyncio.sleep(0.005)
-        assert watch.trouble is None
-        while watch.trouble is None:
+        assert watch.failure is None
+        while watch.failure is None:
             await asyncio.sleep(0.005)
-        assert watch.trouble == "does not answer"
+        assert watch.failure == "does not answer"
         watch.close()
 
     asyncio.run(asyncio.wait_for(requests(), 30))

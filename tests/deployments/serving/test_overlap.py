@@ -1,7 +1,7 @@
 import random
 from typing import Any
 
-from deployments.serving.overlap import Overlap, Part
+from deployments.serving.overlap import BusyTime, ServicePart
 
 
 def test_times_are_those_of_a_count_moment_by_moment(monkeypatch):
@@ -9,10 +9,10 @@ def test_times_are_those_of_a_count_moment_by_moment(monkeypatch):
     now = 0.0
     monkeypatch.setattr("deployments.serving.overlap.time.perf_counter", lambda: now)
     rng = random.Random(4)
-    found = Overlap()
+    found = BusyTime()
     expected = {"drafter": 0.0, "verifier": 0.0, "both": 0.0}
-    at_work: list[tuple[Part, Any]] = []
-    parts: list[Part] = ["drafter", "verifier"]
+    at_work: list[tuple[ServicePart, Any]] = []
+    parts: list[ServicePart] = ["drafter", "verifier"]
     for _ in range(500):
         passed = rng.random()
         busy = {part for part, _ in at_work}
@@ -25,10 +25,10 @@ def test_times_are_those_of_a_count_moment_by_moment(monkeypatch):
             work.__exit__(None, None, None)
         else:
             part = rng.choice(parts)
-            work = found.at_work(part)
+            work = found.track(part)
             work.__enter__()
             at_work.append((part, work))
-    found.tell()
+    found.update()
     for name, seconds in expected.items():
         assert abs(getattr(found, f"{name}_s") - seconds) < 1e-9
     assert 0 < found.both_s < min(found.drafter_s, found.verifier_s)

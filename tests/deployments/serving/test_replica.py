@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from deployments.serving import replica
-from deployments.serving.replica import Host
+from deployments.serving.replica import ModelReplica
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT
 from parse.types import SamplingParams
@@ -15,41 +15,41 @@ from parse.types import SamplingParams
 @pytest.fixture
 def hosted(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    hosted = Host(EngineSettings(model=DEMO_DRAFT, threads=1, memory_mb=64, max_context=512))
+    hosted = ModelReplica(EngineSettings(model=DEMO_DRAFT, threads=1, memory_mb=64, max_context=512))
     yield hosted
-    hosted.service.shutdown()
+    hosted.engine.shutdown()
 
 
 def test_it_warms_up_and_forgets_what_it_warmed_up_with(hosted):
     asyncio.run(hosted.warm_up())
-    load = hosted.service.load
+    load = hosted.engine.load
     assert load.steps > 10 and not load.running
-    assert asyncio.run(hosted.service.warm(range(64))) == 0
+    assert asyncio.run(hosted.engine.warm(range(64))) == 0
     description = asyncio.run(hosted.describe())
-    assert (description.device, description.visible_gpus, description.max_context) == ("cpu", "", 512)
+    assert (description.device, description.visible_gpus, description.max_model_len) == ("cpu", "", 512)
 
 
 def test_an_engine_that_makes_no_step_is_ill_and_one_without_work_is_not(hosted, monkeypatch):
-    monkeypatch.setattr(replica, "STUCK_S", 0.0)
+    monkeypatch.setattr(replica, "MAX_STEP_DURATION_S", 0.0)
     hosted.check_health()
 
     async def held_up():
-        stream = hosted.service.generate(
+        stream = hosted.engine.generate(
             (1, 2, 3), sampling=SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
         )
         await anext(stream)
-        monkeypatch.setattr(type(hosted.service), "load", property(lambda _: frozen))
+        monkeypatch.setattr(type(hosted.engine), "load", property(lambda _: frozen))
         hosted.check_health()  # has just seen it move
         with pytest.raises(RuntimeError, match="no step for 0 s"):
             await hosted.alive()
         await stream.aclose()
 
-    frozen = hosted.service.load
+    frozen = hosted.engine.load
     frozen = replace(frozen, running=1, steps=7)
     asyncio.run(held_up())
 
 
 def test_a_stopped_engine_is_ill(hosted):
-    hosted.service.close()
+    hosted.engine.close()
     with pytest.raises(RuntimeError, match="died"):
         hosted.check_health()
