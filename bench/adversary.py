@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.contenders import Ours
+from bench.contenders import PipelineContender
 from parse.config import EngineSettings
 from parse.local import LocalPair
 from parse.prompts import chat_prompt_token_ids
@@ -16,65 +16,68 @@ from parse.protocol import Drafter, GenerationRequest
 from parse.types import TokenDelta
 from training import measure
 
-SPOILED = 3  # the token of each draft that is made wrong
+CORRUPTED_POSITION = 3  # the token of each draft that is made wrong
 
 
-class Spoiler:
+class CorruptingDrafter:
     """Costs what the drafter costs, and is wrong from the first line on."""
 
     def __init__(self, drafter: Drafter, wrong: int) -> None:
-        self.drafter, self.wrong = drafter, wrong
+        self.drafter, self.wrong_token = drafter, wrong
 
     async def draft(
         self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
     ) -> AsyncGenerator[TokenDelta]:
-        place = -1
+        position = -1
         async for tokens in self.drafter.draft(request, output, stream_interval=stream_interval):
             ids = list(tokens.token_ids)
             for k in range(len(ids)):
-                place += 1
-                if place == SPOILED:
-                    ids[k] = self.wrong
+                position += 1
+                if position == CORRUPTED_POSITION:
+                    ids[k] = self.wrong_token
             yield replace(tokens, token_ids=tuple(ids))
 
 
-def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
+def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]:
+    torch.set_num_threads(num_threads)
     target, draft = (
-        EngineSettings(model=str(models / name), threads=threads) for name in ("demo-target", "demo-draft")
+        EngineSettings(model=str(models / name), threads=num_threads) for name in ("demo-target", "demo-draft")
     )
     pair = LocalPair(target, draft)
     assert pair.pipeline.drafter is not None
-    spoiler = Spoiler(pair.pipeline.drafter, wrong=pair.tokenizer.encode(" 98")[0])
-    pair.pipeline = replace(pair.pipeline, drafter=spoiler)
-    auto, off = Ours(pair, "auto"), Ours(pair, "off")
+    corrupting_drafter = CorruptingDrafter(pair.pipeline.drafter, wrong=pair.tokenizer.encode(" 98")[0])
+    pair.pipeline = replace(pair.pipeline, drafter=corrupting_drafter)
+    auto, off = PipelineContender(pair, "auto"), PipelineContender(pair, "off")
     prompts = [
         chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": problem.question}])
-        for problem in measure.problems(seed, count, split="bench")
+        for problem in measure.draw_problems(seed, count, split="bench")
     ]
 
-    async def both() -> tuple[list[Any], list[Any]]:
+    async def run_both() -> tuple[list[Any], list[Any]]:
         await off(prompts[0])
-        with_drafts, alone = [], []
-        for turn, prompt in enumerate(prompts):
-            first, second = (auto, off) if turn % 2 else (off, auto)
+        auto_results, off_results = [], []
+        for index, prompt in enumerate(prompts):
+            first, second = (auto, off) if index % 2 else (off, auto)
             answers = {first: await first(prompt), second: await second(prompt)}
-            with_drafts.append(answers[auto])
-            alone.append(answers[off])
-        return with_drafts, alone
+            auto_results.append(answers[auto])
+            off_results.append(answers[off])
+        return auto_results, off_results
 
     try:
-        with_drafts, alone = asyncio.run(both())
+        auto_results, off_results = asyncio.run(run_both())
     finally:
         pair.close()
-    ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(with_drafts, alone, strict=True)]
-    drafted = [ratio for ratio, answer in zip(ratios, with_drafts, strict=True) if answer.drafted]
+    ratios = [
+        off_result.seconds / auto_result.seconds
+        for auto_result, off_result in zip(auto_results, off_results, strict=True)
+    ]
+    drafted_ratios = [ratio for ratio, result in zip(ratios, auto_results, strict=True) if result.draft_tokens]
     return {
         "requests": count,
-        "drafted_for": len(drafted),
-        "accepted_tokens": sum(answer.accepted for answer in with_drafts),
-        "of_target": sum(a.seconds for a in alone) / sum(a.seconds for a in with_drafts),
-        "worst_request": min(drafted, default=1.0),
+        "drafted_for": len(drafted_ratios),
+        "accepted_tokens": sum(result.accepted_tokens for result in auto_results),
+        "of_target": sum(a.seconds for a in off_results) / sum(a.seconds for a in auto_results),
+        "worst_request": min(drafted_ratios, default=1.0),
         "first_request": ratios[0],
     }
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 
-from bench.questions import Task
+from bench.workload import SampleRequest
 
 
 @dataclass(frozen=True)
-class Asking:
+class RequestParams:
     """What goes along with every question."""
 
     model: str
@@ -26,72 +26,72 @@ class Asking:
     mode: str | None = None
     timeout_s: float = 600.0
 
-    def body(self, task: Task) -> dict[str, Any]:
-        asked = {
+    def body(self, request: SampleRequest) -> dict[str, Any]:
+        fields = {
             "model": self.model,
-            "messages": task.messages,
+            "messages": request.messages,
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "stream": self.stream,
         }
         if self.stream:
-            asked["stream_options"] = {"include_usage": True}
-        return asked | ({"parse": {"mode": self.mode}} if self.mode else {})
+            fields["stream_options"] = {"include_usage": True}
+        return fields | ({"parse": {"mode": self.mode}} if self.mode else {})
 
 
 @dataclass(frozen=True)
-class Report:
+class ServerReport:
     """What our servers say of how an answer was made."""
 
     mode: str
-    drafted: int  # tokens
-    accepted: int
-    cached: int
+    draft_tokens: int  # tokens
+    accepted_tokens: int
+    cached_tokens: int
     arrived: float  # seconds since 1970
     stages: Sequence[tuple[str, float, float]]  # name, start and end in seconds since it arrived
 
     @classmethod
-    def read(cls, said: Mapping[str, Any]) -> "Report":
-        stages = tuple((str(s["name"]), float(s["start"]), float(s["end"])) for s in said["stages"])
-        drafted, accepted, cached = (int(said[name]) for name in ("drafted", "accepted", "cached"))
-        return cls(str(said["mode"]), drafted, accepted, cached, float(said["arrived"]), stages)
+    def from_json(cls, report: Mapping[str, Any]) -> "ServerReport":
+        stages = tuple((str(s["name"]), float(s["start"]), float(s["end"])) for s in report["stages"])
+        draft_tokens, accepted_tokens, cached_tokens = (int(report[name]) for name in ("drafted", "accepted", "cached"))
+        return cls(str(report["mode"]), draft_tokens, accepted_tokens, cached_tokens, float(report["arrived"]), stages)
 
 
 @dataclass(frozen=True)
-class Reply:
+class TimedResponse:
     """An answer as it came."""
 
     text: str
     ended: bool  # by itself
     prompt_tokens: int = 0
-    tokens: int = 0
-    report: Report | None = None
-    came: Sequence[float] = ()  # when each chunk of a stream did
+    completion_tokens: int = 0
+    report: ServerReport | None = None
+    chunk_times: Sequence[float] = ()  # when each chunk of a stream did
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestResult:
     """What became of a question. Times are those of one clock, in seconds."""
 
-    task: Task
-    due: float  # when it was to be asked
-    done: float
-    reply: Reply | None = None
+    request: SampleRequest
+    scheduled_at: float  # when it was to be asked
+    finished_at: float
+    response: TimedResponse | None = None
     error: str | None = None  # its kind: an HTTP status, the server's own code, or an exception's class
     detail: str = ""
 
     @property
     def latency_s(self) -> float:
-        return self.done - self.due
+        return self.finished_at - self.scheduled_at
 
 
 CONNECT_S = 10.0
 
-Ask = Callable[[Task, float], Awaitable[Outcome]]
+SendRequest = Callable[[SampleRequest, float], Awaitable[RequestResult]]
 """A task, and when it was due."""
 
 
-class Failed(Exception):
+class RequestFailed(Exception):
     """The server says so itself."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
@@ -99,16 +99,16 @@ class Failed(Exception):
         self.kind = kind
 
 
-class Unreachable(Exception):
+class ServerUnreachable(Exception):
     """There is nobody to ask."""
 
 
-def connected(url: str, api_key: str | None) -> httpx.AsyncClient:
+def open_client(url: str, api_key: str | None) -> httpx.AsyncClient:
     """Keeps its connections, as many as it takes."""
     try:
         address = httpx.URL(url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
-        raise Unreachable(f"{url!r} is no address: {error}") from error
+        raise ServerUnreachable(f"{url!r} is no address: {error}") from error
     return httpx.AsyncClient(
         base_url=address,
         headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
@@ -119,100 +119,113 @@ def connected(url: str, api_key: str | None) -> httpx.AsyncClient:
     )
 
 
-async def first_model(client: httpx.AsyncClient) -> str:
+async def get_first_model(client: httpx.AsyncClient) -> str:
     """Its name; or why there is no use in asking on."""
     try:
         response = await client.get("/v1/models", timeout=CONNECT_S)
         if response.status_code != 200:
-            failure = _refusal(response)
-            raise Unreachable(f"{client.base_url} answers {failure.kind}: {failure}")
+            failure = _http_failure(response)
+            raise ServerUnreachable(f"{client.base_url} answers {failure.kind}: {failure}")
         return str(response.json()["data"][0]["id"])
     except httpx.HTTPError as error:
-        raise Unreachable(f"{client.base_url} cannot be reached: {error or type(error).__name__}") from error
+        raise ServerUnreachable(f"{client.base_url} cannot be reached: {error or type(error).__name__}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Unreachable(f"{client.base_url} is no server of the OpenAI API: it lists no models") from error
+        raise ServerUnreachable(f"{client.base_url} is no server of the OpenAI API: it lists no models") from error
 
 
-async def ask(client: httpx.AsyncClient, asking: Asking, task: Task, due: float) -> Outcome:
-    answered = _streamed if asking.stream else _whole
+async def send_request(
+    client: httpx.AsyncClient, params: RequestParams, request: SampleRequest, scheduled_at: float
+) -> RequestResult:
+    send = _send_streaming if params.stream else _send_blocking
     try:
-        async with asyncio.timeout(asking.timeout_s):
-            reply = await answered(client, asking.body(task))
-    except Failed as failure:
-        return Outcome(task, due, time.perf_counter(), error=failure.kind, detail=str(failure))
+        async with asyncio.timeout(params.timeout_s):
+            response = await send(client, params.body(request))
+    except RequestFailed as failure:
+        return RequestResult(request, scheduled_at, time.perf_counter(), error=failure.kind, detail=str(failure))
     except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError, AttributeError) as error:
         # The last four: of a reply in another shape than the API's.
-        return Outcome(task, due, time.perf_counter(), error=type(error).__name__, detail=str(error))
-    return Outcome(task, due, time.perf_counter(), reply)
+        return RequestResult(request, scheduled_at, time.perf_counter(), error=type(error).__name__, detail=str(error))
+    return RequestResult(request, scheduled_at, time.perf_counter(), response)
 
 
-async def _whole(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
+async def _send_blocking(client: httpx.AsyncClient, body: Mapping[str, Any]) -> TimedResponse:
     response = await client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
-        raise _refusal(response)
-    found = response.json()
-    choice = found["choices"][0]
-    return _reply(choice["message"]["content"], choice["finish_reason"], found.get("usage"), found.get("parse"))
+        raise _http_failure(response)
+    completion = response.json()
+    choice = completion["choices"][0]
+    return _build_response(
+        choice["message"]["content"], choice["finish_reason"], completion.get("usage"), completion.get("parse")
+    )
 
 
-async def _streamed(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
+async def _send_streaming(client: httpx.AsyncClient, body: Mapping[str, Any]) -> TimedResponse:
     texts: list[str] = []
-    came: list[float] = []
+    chunk_times: list[float] = []
     finish = usage = report = None
     complete = False
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
-            raise _refusal(response)
-        async for data in server_sent(response.aiter_raw()):
+            raise _http_failure(response)
+        async for data in iter_event_data(response.aiter_raw()):
             if data == b"[DONE]":
                 complete = True
                 continue
             event = json.loads(data)
             if "error" in event:
-                raise _failure(event["error"], "error")
+                raise _parse_failure(event["error"], "error")
             for choice in event["choices"]:
                 if text := choice["delta"].get("content"):
                     texts.append(text)
-                    came.append(time.perf_counter())
+                    chunk_times.append(time.perf_counter())
                 finish = choice.get("finish_reason") or finish
             usage, report = event.get("usage") or usage, event.get("parse") or report
     if not complete:
-        raise Failed("incomplete", "the stream ended before its end was sent")
-    return _reply("".join(texts), finish, usage, report, came)
+        raise RequestFailed("incomplete", "the stream ended before its end was sent")
+    return _build_response("".join(texts), finish, usage, report, chunk_times)
 
 
-def _reply(
+def _build_response(
     text: str,
     finish: str | None,
     usage: Mapping[str, Any] | None,
     report: Mapping[str, Any] | None,
-    came: Sequence[float] = (),
-) -> Reply:
-    prompt, tokens = (int((usage or {}).get(name, 0)) for name in ("prompt_tokens", "completion_tokens"))
-    return Reply(text, finish == "stop", prompt, tokens, Report.read(report) if report else None, came)
+    chunk_times: Sequence[float] = (),
+) -> TimedResponse:
+    prompt_tokens, completion_tokens = (
+        int((usage or {}).get(name, 0)) for name in ("prompt_tokens", "completion_tokens")
+    )
+    return TimedResponse(
+        text,
+        finish == "stop",
+        prompt_tokens,
+        completion_tokens,
+        ServerReport.from_json(report) if report else None,
+        chunk_times,
+    )
 
 
-async def server_sent(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def iter_event_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The data of every event; it has one line, as the API sends it."""
     rest = b""
-    async for part in parts:
-        *lines, rest = (rest + part).split(b"\n")
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].strip()
 
 
-def _refusal(response: httpx.Response) -> Failed:
+def _http_failure(response: httpx.Response) -> RequestFailed:
     """Its kind is the status, whatever the body says."""
     try:
-        said = response.json()["error"]
+        error = response.json()["error"]
     except (ValueError, LookupError, TypeError):
-        said = response.text[:200]
-    return Failed(str(response.status_code), str(_failure(said, "")))
+        error = response.text[:200]
+    return RequestFailed(str(response.status_code), str(_parse_failure(error, "")))
 
 
-def _failure(said: Any, kind: str) -> Failed:
-    if not isinstance(said, Mapping):
-        return Failed(kind, str(said))
-    return Failed(str(said.get("code") or said.get("type") or kind), str(said.get("message", "")))
+def _parse_failure(error: Any, kind: str) -> RequestFailed:
+    if not isinstance(error, Mapping):
+        return RequestFailed(kind, str(error))
+    return RequestFailed(str(error.get("code") or error.get("type") or kind), str(error.get("message", "")))

@@ -5,63 +5,68 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.latency import Run, figures
+from bench.latency import BenchmarkRun, summarize
 
 Pace = dict[str, float | None]
-HEADS = (
+COLUMNS = (
     "load, mode, requests/s, tokens/s, first token, a token, latency p50, p95, p99, "
     "accepted, right, overlap, cached, errors"
 )
-RATIO_HEADS = (
+RATIO_COLUMNS = (
     "load, mode over the first, requests/s, tokens/s, latency p50, medians of rounds: requests/s, tokens/s, latency p50"
 )
 
 
-def compared(runs: Sequence[Run]) -> dict[str, Any]:
-    found = [
+def compare_runs(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
+    summaries = [
         {
             "mode": run.mode,
             "concurrency": run.load.clients,
             "rate": run.load.rate,
-            **figures(run.rounds),
-            "rounds": [_pace(figures([part])) for part in run.rounds],
+            **summarize(run.rounds),
+            "rounds": [_pace(summarize([part])) for part in run.rounds],
         }
         for run in runs
     ]
     firsts: dict[str, Mapping[str, Any]] = {}
     ratios: dict[str, dict[str, Any]] = {}
-    for run, one in zip(runs, found, strict=True):
-        first = firsts.setdefault(run.load.name, one)
-        ratios.setdefault(run.load.name, {})[run.mode] = _ratios(one, first)
-    return {"runs": found, "ratios": ratios}
+    for run, summary in zip(runs, summaries, strict=True):
+        first = firsts.setdefault(run.load.name, summary)
+        ratios.setdefault(run.load.name, {})[run.mode] = _ratios(summary, first)
+    return {"runs": summaries, "ratios": ratios}
 
 
-def _pace(found: Mapping[str, Any]) -> Pace:
+def _pace(summary: Mapping[str, Any]) -> Pace:
     return {
-        "requests_per_s": found["requests_per_s"],
-        "tokens_per_s": found["tokens_per_s"],
-        "latency_p50": found["latency_s"]["p50"],
+        "requests_per_s": summary["requests_per_s"],
+        "tokens_per_s": summary["tokens_per_s"],
+        "latency_p50": summary["latency_s"]["p50"],
     }
 
 
-def _ratios(one: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+def _ratios(summary: Mapping[str, Any], first_summary: Mapping[str, Any]) -> dict[str, Any]:
     """Over all rounds together, and the medians of their own."""
-    whole = _quotients(_pace(one), _pace(first))
-    rounds = [_quotients(mine, its) for mine, its in zip(one["rounds"], first["rounds"], strict=True)]
-    return {**whole, "median": {name: _median([part[name] for part in rounds]) for name in whole}}
+    overall = _quotients(_pace(summary), _pace(first_summary))
+    rounds = [
+        _quotients(round_pace, first_pace)
+        for round_pace, first_pace in zip(summary["rounds"], first_summary["rounds"], strict=True)
+    ]
+    return {**overall, "median": {name: _median([part[name] for part in rounds]) for name in overall}}
 
 
-def _quotients(mine: Pace, its: Pace) -> Pace:
-    return {name: value / base if value is not None and (base := its[name]) else None for name, value in mine.items()}
+def _quotients(pace: Pace, base_pace: Pace) -> Pace:
+    return {
+        name: value / base if value is not None and (base := base_pace[name]) else None for name, value in pace.items()
+    }
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+    defined = [value for value in values if value is not None]
+    return statistics.median(defined) if defined else None
 
 
 def table(result: Mapping[str, Any]) -> str:
-    lines = _heading(HEADS.split(", "))
+    lines = _heading(COLUMNS.split(", "))
     for load, run in zip(_loads(result), result["runs"], strict=True):
         times = run["ttft_s"]["p50"], run["itl_s"]["p50"], *(run["latency_s"][share] for share in ("p50", "p95", "p99"))
         shares = run["accepted_share"], run["accuracy"], run["overlap_share"], run["cached_share"]
@@ -70,10 +75,10 @@ def table(result: Mapping[str, Any]) -> str:
             _row(
                 load,
                 run["mode"],
-                _shown(run["requests_per_s"], ".2f"),
-                _shown(run["tokens_per_s"], ".0f"),
+                _formatted(run["requests_per_s"], ".2f"),
+                _formatted(run["tokens_per_s"], ".0f"),
                 *map(_ms, times),
-                *(_shown(share, ".1%") for share in shares),
+                *(_formatted(share, ".1%") for share in shares),
                 errors or "none",
             )
         )
@@ -83,12 +88,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _ratio_lines(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = _heading(RATIO_HEADS.split(", "))
+    lines = _heading(RATIO_COLUMNS.split(", "))
     for load, modes in ratios.items():
-        for mode, found in modes.items():
-            medians = found["median"]
+        for mode, ratio in modes.items():
+            medians = ratio["median"]
             lines.append(
-                _row(load, mode, *(_shown(part[name], ".2f") for part in (found, medians) for name in medians))
+                _row(load, mode, *(_formatted(part[name], ".2f") for part in (ratio, medians) for name in medians))
             )
     return lines
 
@@ -109,19 +114,19 @@ def _ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.{0 if seconds >= 0.01 else 2}f} ms"
 
 
-def _shown(value: float | None, how: str) -> str:
-    return "" if value is None else f"{value:{how}}"
+def _formatted(value: float | None, format_spec: str) -> str:
+    return "" if value is None else f"{value:{format_spec}}"
 
 
-def plot(runs: Sequence[Run], result: Mapping[str, Any], path: Path) -> None:
+def plot(runs: Sequence[BenchmarkRun], result: Mapping[str, Any], path: Path) -> None:
     """How many were answered within what time, and at what rate."""
     from matplotlib import pyplot
 
     figure, (within, rates) = pyplot.subplots(1, 2, figsize=(8, 3.2))
     names = [f"{run.mode}, {run.load.name}" for run in runs]
     for name, run in zip(names, runs, strict=True):
-        seconds = sorted(outcome.latency_s for outcome in run.outcomes if outcome.reply)
-        within.step(seconds, [(place + 1) / len(seconds) for place in range(len(seconds))], where="post", label=name)
+        seconds = sorted(result_.latency_s for result_ in run.results if result_.response)
+        within.step(seconds, [(index + 1) / len(seconds) for index in range(len(seconds))], where="post", label=name)
     within.set(xlabel="latency, s", ylabel="share of answers", ylim=(0, 1.02))
     within.legend(frameon=False, fontsize=7)
     bars = rates.bar(names, [run["requests_per_s"] for run in result["runs"]], color="#2a7")

@@ -22,62 +22,62 @@ MODES: tuple[Mode, ...] = ("off", "full", "progressive", "rounds", "exact", "aut
 
 
 @dataclass(frozen=True)
-class Answer:
+class BenchResult:
     ids: tuple[int, ...]  # without the end token
     ended: bool
     seconds: float
-    first_s: float  # until the first token could be shown
-    drafted: int = 0
-    accepted: int = 0
-    written: int = 0
-    judgements: int = 0
-    writing_s: float = 0.0  # of it, the target writing
-    speculated: SpeculationStats | None = None
+    ttft_s: float  # until the first token could be shown
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    target_tokens: int = 0
+    num_verifications: int = 0
+    decode_s: float = 0.0  # of it, the target writing
+    speculation: SpeculationStats | None = None
 
 
-Contender = Callable[[Sequence[int]], Awaitable[Answer]]
+Contender = Callable[[Sequence[int]], Awaitable[BenchResult]]
 """From a prompt's ids to an answer."""
 
-Answers = dict[str, list[Answer]]
+ResultsByContender = dict[str, list[BenchResult]]
 
 
-async def compete(
-    field: Mapping[str, Contender], prompts: Sequence[Sequence[int]], meanwhile: Callable[[int], None]
-) -> Answers:
+async def run_contenders(
+    contenders: Mapping[str, Contender], prompts: Sequence[Sequence[int]], after_prompt: Callable[[int], None]
+) -> ResultsByContender:
     """Everyone answers every prompt; who begins changes from prompt to prompt. `meanwhile` is called after each."""
-    answers: Answers = {name: [] for name in field}
-    names = list(field)
+    results: ResultsByContender = {name: [] for name in contenders}
+    names = list(contenders)
     for name in names:  # a first answer, not counted, for whatever is done once
-        await field[name](prompts[0])
-    for turn, prompt in enumerate(tqdm(prompts, desc="problems", unit="problem", file=sys.stderr)):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            answers[name].append(await field[name](prompt))
-        meanwhile(turn)
-    return answers
+        await contenders[name](prompts[0])
+    for index, prompt in enumerate(tqdm(prompts, desc="problems", unit="problem", file=sys.stderr)):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            results[name].append(await contenders[name](prompt))
+        after_prompt(index)
+    return results
 
 
-def tokens_per_s(answers: Sequence[Answer]) -> float:
-    return sum(len(a.ids) for a in answers) / sum(a.seconds for a in answers)
+def tokens_per_s(results: Sequence[BenchResult]) -> float:
+    return sum(len(a.ids) for a in results) / sum(a.seconds for a in results)
 
 
-def contenders(models: Path, *, threads: int) -> tuple[LocalPair, dict[str, Contender]]:
+def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict[str, Contender]]:
     """All of them on models of their own, for the engine changes how its models attend."""
     target, draft = models / "demo-target", models / "demo-draft"
     pair = LocalPair(
-        EngineSettings(model=str(target), threads=threads),
-        EngineSettings(model=str(draft), threads=threads),
+        EngineSettings(model=str(target), threads=num_threads),
+        EngineSettings(model=str(draft), threads=num_threads),
     )
-    peers = Peers(pair, *(AutoModelForCausalLM.from_pretrained(path).eval() for path in (target, draft)))
-    ours: dict[str, Contender] = {mode: Ours(pair, mode) for mode in MODES}
+    baselines = Baselines(pair, *(AutoModelForCausalLM.from_pretrained(path).eval() for path in (target, draft)))
+    pipeline_contenders: dict[str, Contender] = {mode: PipelineContender(pair, mode) for mode in MODES}
     return pair, {
-        **ours,
-        "hf_generate": peers.generate,
-        "hf_assisted": peers.assisted,
-        "sequential": peers.sequential,
+        **pipeline_contenders,
+        "hf_generate": baselines.generate,
+        "hf_assisted": baselines.assisted,
+        "sequential": baselines.sequential,
     }
 
 
-class Ours:
+class PipelineContender:
     """In one mode; what the target writes itself it writes by one method."""
 
     def __init__(
@@ -86,21 +86,21 @@ class Ours:
         self.pair, self.mode, self.method = pair, mode, method
         self.pipeline = pipeline or pair.pipeline
 
-    async def __call__(self, prompt: Sequence[int]) -> Answer:
-        forget(self.pair)
-        return await self.answer(prompt)
+    async def __call__(self, prompt: Sequence[int]) -> BenchResult:
+        clear_caches(self.pair)
+        return await self.answer_prompt(prompt)
 
-    async def answer(self, prompt: Sequence[int]) -> Answer:
+    async def answer_prompt(self, prompt: Sequence[int]) -> BenchResult:
         """With whatever is known of the prompt."""
-        question = GenerationRequest(prompt, sampling_params=GREEDY, mode=self.mode, speculative_method=self.method)
+        request = GenerationRequest(prompt, sampling_params=GREEDY, mode=self.mode, speculative_method=self.method)
         ids: list[int] = []
-        async for event in self.pipeline.answer(question):
+        async for event in self.pipeline.answer(request):
             match event:
                 case TextDelta():
                     ids += event.token_ids
                 case Finished(finish, usage):
                     pass
-        return Answer(
+        return BenchResult(
             tuple(ids),
             finish == "stop",
             usage.total_s,
@@ -114,94 +114,105 @@ class Ours:
         )
 
 
-def forget(pair: LocalPair) -> None:
+def clear_caches(pair: LocalPair) -> None:
     """Every answer starts from nothing: what one contender computed must not serve the next."""
     for service in (pair.target, pair.draft):
         if service is not None:
             service.reset_prefix_cache()
 
 
-class Peers:
+class Baselines:
     """The library's own generation, and the step by step verification of SpecReason over our engine."""
 
     def __init__(self, pair: LocalPair, target: PreTrainedModel, draft: PreTrainedModel) -> None:
         self.pair, self.target, self.draft = pair, target, draft
-        self.end = next(iter(pair.target.model.eos_token_ids))
+        self.eos_token_id = next(iter(pair.target.model.eos_token_ids))
 
-    async def generate(self, prompt: Sequence[int]) -> Answer:
-        return self._generated(prompt, None)
+    async def generate(self, prompt: Sequence[int]) -> BenchResult:
+        return self._run_generate(prompt, None)
 
-    async def assisted(self, prompt: Sequence[int]) -> Answer:
-        return self._generated(prompt, self.draft)
+    async def assisted(self, prompt: Sequence[int]) -> BenchResult:
+        return self._run_generate(prompt, self.draft)
 
-    async def sequential(self, prompt: Sequence[int]) -> Answer:
+    async def sequential(self, prompt: Sequence[int]) -> BenchResult:
         """A step, here a line, is drafted, judged, and taken or written again by the target, before the next one."""
-        forget(self.pair)
+        clear_caches(self.pair)
         pipeline, draft, target = self.pair.pipeline, self.pair.draft, self.pair.target
         assert draft is not None
         started = time.perf_counter()
-        first = 0.0
+        first_token_at = 0.0
         output: list[int] = []
-        drafted = accepted = written = judgements = 0
+        draft_tokens = accepted_tokens = target_tokens = num_verifications = 0
         ended = False
-        line = replace(GREEDY, stop=("\n",))
+        line_sampling = replace(GREEDY, stop=("\n",))
         while not ended and len(output) < (GREEDY.max_tokens or 0):
             step: list[int] = []
-            async for tokens in draft.generate((*prompt, *output), (), line, piece=64):
+            async for tokens in draft.generate((*prompt, *output), (), line_sampling, piece=64):
                 step += tokens.token_ids
                 last = tokens
-            ended = last.finish_reason == "stop" and not self._line_ends(step)
-            drafted += len(step)
+            ended = last.finish_reason == "stop" and not self._ends_line(step)
+            draft_tokens += len(step)
             if step:
-                cuts = prefix_lengths_every(len(step), len(step), ended=True)
-                judged = await target.judge((*prompt, *output), step, cuts, pipeline.check)
-                judgements += 1
-                if (judged.p_correct[-1] or 0.0) >= pipeline.settings.prefix:
-                    accepted += len(step)
+                prefix_lengths = prefix_lengths_every(len(step), len(step), ended=True)
+                verification = await target.judge((*prompt, *output), step, prefix_lengths, pipeline.check)
+                num_verifications += 1
+                if (verification.p_correct[-1] or 0.0) >= pipeline.settings.prefix:
+                    accepted_tokens += len(step)
                     output += step
-                    first = first or time.perf_counter()
+                    first_token_at = first_token_at or time.perf_counter()
                     continue
-            own: list[int] = []
-            async for tokens in target.generate((*prompt, *output), (), line):
-                own += tokens.token_ids
-                first = first or time.perf_counter()
+            rewritten: list[int] = []
+            async for tokens in target.generate((*prompt, *output), (), line_sampling):
+                rewritten += tokens.token_ids
+                first_token_at = first_token_at or time.perf_counter()
                 last = tokens
-            ended = last.finish_reason == "stop" and not self._line_ends(own)
-            written += len(own)
-            output += own
+            ended = last.finish_reason == "stop" and not self._ends_line(rewritten)
+            target_tokens += len(rewritten)
+            output += rewritten
         now = time.perf_counter()
-        return Answer(tuple(output), ended, now - started, first - started, drafted, accepted, written, judgements)
+        return BenchResult(
+            tuple(output),
+            ended,
+            now - started,
+            first_token_at - started,
+            draft_tokens,
+            accepted_tokens,
+            target_tokens,
+            num_verifications,
+        )
 
-    def _line_ends(self, ids: Sequence[int]) -> bool:
+    def _ends_line(self, ids: Sequence[int]) -> bool:
         return "\n" in str(self.pair.tokenizer.decode(list(ids[-1:])))
 
     @torch.inference_mode()
-    def _generated(self, prompt: Sequence[int], assistant: PreTrainedModel | None) -> Answer:
-        watch = _Watch()
+    def _run_generate(self, prompt: Sequence[int], assistant: PreTrainedModel | None) -> BenchResult:
+        timer = _FirstTokenTimer()
         started = time.perf_counter()
         out = self.target.generate(  # type: ignore[operator]
             torch.tensor([list(prompt)]),
             do_sample=False,
             max_new_tokens=GREEDY.max_tokens,
             assistant_model=assistant,
-            streamer=watch,
+            streamer=timer,
         )
         seconds = time.perf_counter() - started
         ids = out[0, len(prompt) :].tolist()
-        ended = ids[-1] == self.end
-        return Answer(tuple(ids[: len(ids) - ended]), ended, seconds, watch.first - started, written=len(ids))
+        ended = ids[-1] == self.eos_token_id
+        return BenchResult(
+            tuple(ids[: len(ids) - ended]), ended, seconds, timer.first_token_at - started, target_tokens=len(ids)
+        )
 
 
-class _Watch:
+class _FirstTokenTimer:
     """A streamer that only looks at the clock."""
 
     def __init__(self) -> None:
-        self.calls, self.first = 0, 0.0
+        self.calls, self.first_token_at = 0, 0.0
 
     def put(self, value: torch.Tensor) -> None:
         self.calls += 1
         if self.calls == 2:  # the first call brings the prompt
-            self.first = time.perf_counter()
+            self.first_token_at = time.perf_counter()
 
     def end(self) -> None:
         pass

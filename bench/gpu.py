@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from bench.throughput import drain, generate_s, read, texts
+from bench.throughput import drain, generate_s, prefill_s, random_prompts
 from parse.config import EngineSettings
 from parse.engines.native.model import Model
 from parse.engines.native.service import MAX_SUFFIX_TOKENS, NativeEngine
@@ -35,38 +35,38 @@ from parse.prompts import VerificationSuffix
 from parse.types import SamplingParams
 from training.evaluate import MODELS
 
-DRAFT, SUFFIX, CUTS = 512, 16, (16, 32)  # tokens, tokens, probes
-ANSWER = 64  # tokens
-WRITERS = 8  # beside whom a draft is judged
-READERS = 4  # prompts at the same time
+DRAFT_TOKENS, SUFFIX_TOKENS, PREFIX_COUNTS = 512, 16, (16, 32)  # tokens, tokens, probes
+ANSWER_TOKENS = 64  # tokens
+NUM_DECODING = 8  # beside whom a draft is judged
+NUM_PREFILLS = 4  # prompts at the same time
 ROUNDS = 3  # the medians count
 
 
 @dataclass(frozen=True)
-class Shape:
-    kind: str
-    width: int
-    inside: int  # of the feed-forward layers
-    layers: int
-    heads: int
-    key_heads: int
-    vocabulary: int
-    head: int = 128
-    tied: bool = False
+class ModelShape:
+    model_type: str
+    hidden_size: int
+    intermediate_size: int  # of the feed-forward layers
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    head_dim: int = 128
+    tie_word_embeddings: bool = False
 
 
 SHAPES = {
-    "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 151936, tied=True),
-    "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 151936, tied=True),
-    "qwen3-8b": Shape("qwen3", 4096, 12288, 36, 32, 8, 151936),
-    "qwen3-32b": Shape("qwen3", 5120, 25600, 64, 64, 8, 151936),
-    "llama-3.1-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128256),
-    "tiny": Shape("llama", 64, 128, 2, 4, 2, 8192, head=16),  # to try this program
+    "qwen3-0.6b": ModelShape("qwen3", 1024, 3072, 28, 16, 8, 151936, tie_word_embeddings=True),
+    "qwen3-1.7b": ModelShape("qwen3", 2048, 6144, 28, 16, 8, 151936, tie_word_embeddings=True),
+    "qwen3-8b": ModelShape("qwen3", 4096, 12288, 36, 32, 8, 151936),
+    "qwen3-32b": ModelShape("qwen3", 5120, 25600, 64, 64, 8, 151936),
+    "llama-3.1-8b": ModelShape("llama", 4096, 14336, 32, 32, 8, 128256),
+    "tiny": ModelShape("llama", 64, 128, 2, 4, 2, 8192, head_dim=16),  # to try this program
 }
 
 
 @dataclass(frozen=True)
-class Costs:
+class RooflineCosts:
     """What no program can do without, from the shapes alone."""
 
     step_bytes: int  # of weights that every step reads
@@ -74,29 +74,29 @@ class Costs:
     token_flops: int  # for each token of a prompt, attention not counted
 
 
-def costs(shape: Shape, size: int) -> Costs:
+def roofline_costs(shape: ModelShape, size: int) -> RooflineCosts:
     """`size` bytes a number."""
-    attention = shape.width * shape.head * (2 * shape.heads + 2 * shape.key_heads)
-    layers = shape.layers * (attention + 3 * shape.width * shape.inside)
-    return Costs(
-        step_bytes=size * (layers + shape.width * shape.vocabulary),
-        token_bytes=size * 2 * shape.layers * shape.key_heads * shape.head,
+    attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
+    layers = shape.num_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
+    return RooflineCosts(
+        step_bytes=size * (layers + shape.hidden_size * shape.vocab_size),
+        token_bytes=size * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim,
         token_flops=2 * layers,  # logits are computed for the last one only
     )
 
 
-def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.for_model(
-        shape.kind,
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.inside,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        head_dim=shape.head,
+        shape.model_type,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
         max_position_embeddings=8192,
-        tie_word_embeddings=shape.tied,
+        tie_word_embeddings=shape.tie_word_embeddings,
         eos_token_id=None,
         bos_token_id=None,
         pad_token_id=None,
@@ -107,93 +107,100 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedM
     return network.eval()
 
 
-def copied_per_s(device: torch.device) -> float:
+def copy_bytes_per_s(device: torch.device) -> float:
     """Bytes, read and written."""
     source = torch.empty(2**32 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), device)
+    return 2 * source.numel() / time_s(lambda: target.copy_(source), device)
 
 
-def multiplied_per_s(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations in a product of random matrices."""
     size = 8192 if device.type == "cuda" else 512
-    one, other = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: one @ other, device)
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / time_s(lambda: left @ right, device)
 
 
-def seconds(work: Callable[[], object], device: torch.device, times: int = 10) -> float:
+def time_s(work: Callable[[], object], device: torch.device, times: int = 10) -> float:
     for _ in range(3):
         work()
-    wait(device)
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(times):
         work()
-    wait(device)
+    synchronize(device)
     return (time.perf_counter() - started) / times
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
-class Plan:
-    context: int
-    batches: Sequence[int]
-    step_tokens: int
+class BenchmarkPlan:
+    prompt_tokens: int
+    batch_sizes: Sequence[int]
+    max_num_batched_tokens: int
 
 
-def of_the_library(network: PreTrainedModel, plan: Plan) -> dict[str, Any]:
+def measure_generate(network: PreTrainedModel, plan: BenchmarkPlan) -> dict[str, Any]:
     """Milliseconds, before the engine has touched the model; its attention is the library's own choice."""
     device = network.device
     decode: dict[str, float] = {}
-    for batch in tqdm(plan.batches, desc="generate()", file=sys.stderr):
-        rows = torch.tensor(texts(batch, plan.context, seed=batch), device=device)
-        generate_s(network, rows, 4)
-        many, one = (statistics.median(generate_s(network, rows, n) for _ in range(ROUNDS)) for n in (ANSWER, 1))
-        decode[str(batch)] = (many - one) / (ANSWER - 1) * 1e3
-    fresh = torch.tensor(texts(READERS, plan.context, seed=7), device=device)
-    reading = statistics.median(generate_s(network, fresh, 1) for _ in range(ROUNDS))
-    prompt, draft, suffix = asked(plan)
+    for batch in tqdm(plan.batch_sizes, desc="generate()", file=sys.stderr):
+        input_ids = torch.tensor(random_prompts(batch, plan.prompt_tokens, seed=batch), device=device)
+        generate_s(network, input_ids, 4)
+        answer_s, first_token_s = (
+            statistics.median(generate_s(network, input_ids, n) for _ in range(ROUNDS)) for n in (ANSWER_TOKENS, 1)
+        )
+        decode[str(batch)] = (answer_s - first_token_s) / (ANSWER_TOKENS - 1) * 1e3
+    new_prompts = torch.tensor(random_prompts(NUM_PREFILLS, plan.prompt_tokens, seed=7), device=device)
+    prefill_s = statistics.median(generate_s(network, new_prompts, 1) for _ in range(ROUNDS))
+    prompt, draft, suffix = verification_inputs(plan)
 
     @torch.inference_mode()
-    def judged(cuts: Sequence[int]) -> float:
+    def verify_one_by_one_s(lengths: Sequence[int]) -> float:
         started = time.perf_counter()
-        for cut in cuts:
-            row = torch.tensor([[*prompt, *draft[:cut], *suffix]], device=device)
-            network(input_ids=row, use_cache=False, logits_to_keep=1)
-        wait(device)
+        for length in lengths:
+            input_ids = torch.tensor([[*prompt, *draft[:length], *suffix]], device=device)
+            network(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+        synchronize(device)
         return time.perf_counter() - started
 
-    judged(places(2))
+    verify_one_by_one_s(prefix_lengths(2))
     return {
         "decode_ms": decode,
-        "prompt_tokens_per_s": fresh.numel() / reading,
-        "judge_ms": {str(n): judged(places(n)) * 1e3 for n in CUTS},
+        "prompt_tokens_per_s": new_prompts.numel() / prefill_s,
+        "judge_ms": {str(n): verify_one_by_one_s(prefix_lengths(n)) * 1e3 for n in PREFIX_COUNTS},
     }
 
 
-def asked(plan: Plan) -> tuple[list[int], list[int], list[int]]:
-    prompt, draft, suffix = (texts(1, n, seed)[0] for seed, n in enumerate((plan.context, DRAFT, SUFFIX), start=1))
+def verification_inputs(plan: BenchmarkPlan) -> tuple[list[int], list[int], list[int]]:
+    prompt, draft, suffix = (
+        random_prompts(1, n, seed)[0]
+        for seed, n in enumerate((plan.prompt_tokens, DRAFT_TOKENS, SUFFIX_TOKENS), start=1)
+    )
     return prompt, draft, suffix
 
 
-def places(cuts: int) -> list[int]:
-    return [DRAFT * (k + 1) // cuts for k in range(cuts)]
+def prefix_lengths(count: int) -> list[int]:
+    return [DRAFT_TOKENS * (k + 1) // count for k in range(count)]
 
 
 @contextmanager
-def serving(model: Model, plan: Plan, graphs: bool) -> Iterator[NativeEngine]:
-    longest = plan.context + max(DRAFT, ANSWER) + 16
-    pages = 512  # tokens: what is written, and pages that are not quite full
-    room = (max(plan.batches) + WRITERS + READERS) * (plan.context + pages) + 2 * (longest + MAX_SUFFIX_TOKENS)
+def start_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> Iterator[NativeEngine]:
+    max_model_len = plan.prompt_tokens + max(DRAFT_TOKENS, ANSWER_TOKENS) + 16
+    extra_tokens = 512  # tokens: what is written, and pages that are not quite full
+    cache_tokens = (max(plan.batch_sizes) + NUM_DECODING + NUM_PREFILLS) * (plan.prompt_tokens + extra_tokens) + 2 * (
+        max_model_len + MAX_SUFFIX_TOKENS
+    )
     settings = EngineSettings(
         model=model.name,
-        max_context=longest,
-        memory_mb=room * model.bytes_per_token // 2**20 + 1,
-        max_running=max(*plan.batches, WRITERS + 1),
-        step_tokens=plan.step_tokens,
+        max_context=max_model_len,
+        memory_mb=cache_tokens * model.bytes_per_token // 2**20 + 1,
+        max_running=max(*plan.batch_sizes, NUM_DECODING + 1),
+        step_tokens=plan.max_num_batched_tokens,
     )
     service = NativeEngine(settings, model, cuda_graphs=graphs)
     try:
@@ -204,23 +211,28 @@ def serving(model: Model, plan: Plan, graphs: bool) -> Iterator[NativeEngine]:
             torch.cuda.empty_cache()
 
 
-def of_the_engine(model: Model, plan: Plan, graphs: bool) -> dict[str, Any]:
-    with serving(model, plan, graphs) as service:
+def measure_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> dict[str, Any]:
+    with start_engine(model, plan, graphs) as service:
         decode, sampled = {}, {}
-        for batch in tqdm(plan.batches, desc="engine", file=sys.stderr):
-            decode[str(batch)] = median_ms(partial(written, service, plan, batch, temperature=0.0))
-            sampled[str(batch)] = median_ms(partial(written, service, plan, batch, temperature=0.8, top_p=0.95))
-        fresh = iter(range(100, 1 << 30))
-        reading = median_ms(lambda: read(service, texts(READERS, plan.context, seed=next(fresh))))
-        judge = {str(cuts): median_ms(partial(judged, service, plan, cuts)) for cuts in CUTS}
-        beside = median_ms(partial(judged_beside_writers, service, plan, CUTS[0]))
+        for batch in tqdm(plan.batch_sizes, desc="engine", file=sys.stderr):
+            decode[str(batch)] = median_ms(partial(decode_s, service, plan, batch, temperature=0.0))
+            sampled[str(batch)] = median_ms(partial(decode_s, service, plan, batch, temperature=0.8, top_p=0.95))
+        seeds = iter(range(100, 1 << 30))
+        prefill_ms = median_ms(
+            lambda: prefill_s(service, random_prompts(NUM_PREFILLS, plan.prompt_tokens, seed=next(seeds)))
+        )
+        verify_ms = {
+            str(num_prefixes): median_ms(partial(verify_s, service, plan, num_prefixes))
+            for num_prefixes in PREFIX_COUNTS
+        }
+        verify_while_decoding_ms = median_ms(partial(verify_while_decoding_s, service, plan, PREFIX_COUNTS[0]))
         load = service.stats
     return {
-        "decode_ms": {batch: ms / ANSWER for batch, ms in decode.items()},
-        "sampled_ms": {batch: ms / ANSWER for batch, ms in sampled.items()},
-        "prompt_tokens_per_s": READERS * plan.context / reading * 1e3,
-        "judge_ms": judge,
-        "judge_beside_writers_ms": beside,
+        "decode_ms": {batch: ms / ANSWER_TOKENS for batch, ms in decode.items()},
+        "sampled_ms": {batch: ms / ANSWER_TOKENS for batch, ms in sampled.items()},
+        "prompt_tokens_per_s": NUM_PREFILLS * plan.prompt_tokens / prefill_ms * 1e3,
+        "judge_ms": verify_ms,
+        "judge_beside_writers_ms": verify_while_decoding_ms,
         "replayed_share": load.num_replayed_steps / load.num_steps,
     }
 
@@ -231,86 +243,91 @@ def median_ms(work: Callable[[], Any]) -> float:
     return statistics.median(asyncio.run(work()) for _ in range(ROUNDS)) * 1e3
 
 
-async def written(service: NativeEngine, plan: Plan, batch: int, **sampling: Any) -> float:
-    prompts = texts(batch, plan.context, seed=batch)
+async def decode_s(service: NativeEngine, plan: BenchmarkPlan, batch: int, **sampling: Any) -> float:
+    prompts = random_prompts(batch, plan.prompt_tokens, seed=batch)
     for prompt in prompts:
         await service.warm(prompt)
-    how = SamplingParams(max_tokens=ANSWER, ignore_eos=True, **sampling)
+    sampling_params = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True, **sampling)
     started = time.perf_counter()
-    await asyncio.gather(*(drain(service, prompt, how) for prompt in prompts))
+    await asyncio.gather(*(drain(service, prompt, sampling_params) for prompt in prompts))
     return time.perf_counter() - started
 
 
-async def judged(service: NativeEngine, plan: Plan, cuts: int) -> float:
-    prompt, draft, suffix = asked(plan)
+async def verify_s(service: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
+    prompt, draft, suffix = verification_inputs(plan)
     await service.warm([*prompt, *draft])
     started = time.perf_counter()
-    await service.judge(prompt, draft, places(cuts), VerificationSuffix(tuple(suffix), (1,), (2,)))
+    await service.judge(prompt, draft, prefix_lengths(num_prefixes), VerificationSuffix(tuple(suffix), (1,), (2,)))
     return time.perf_counter() - started
 
 
-async def judged_beside_writers(service: NativeEngine, plan: Plan, cuts: int) -> float:
-    how = SamplingParams(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
-    prompts = texts(WRITERS, plan.context, seed=3)
+async def verify_while_decoding_s(service: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
+    sampling_params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    prompts = random_prompts(NUM_DECODING, plan.prompt_tokens, seed=3)
     for prompt in prompts:
         await service.warm(prompt)
-    writers = [asyncio.create_task(drain(service, prompt, how)) for prompt in prompts]
+    decoding = [asyncio.create_task(drain(service, prompt, sampling_params)) for prompt in prompts]
     await asyncio.sleep(0.02)
-    taken = await judged(service, plan, cuts)
-    await asyncio.gather(*writers)
-    return taken
+    seconds = await verify_s(service, plan, num_prefixes)
+    await asyncio.gather(*decoding)
+    return seconds
 
 
-def profiled(model: Model, plan: Plan, graphs: bool, batch: int) -> dict[str, Any]:
+def profile_decode(model: Model, plan: BenchmarkPlan, graphs: bool, batch: int) -> dict[str, Any]:
     """How much of the time the device computes while it decodes, and what."""
-    with serving(model, plan, graphs) as service:
-        asyncio.run(written(service, plan, batch, temperature=0.0))
-        on = ProfilerActivity.CUDA if model.device.type == "cuda" else ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[on]) as profile:
-            taken = asyncio.run(written(service, plan, batch, temperature=0.0))
+    with start_engine(model, plan, graphs) as service:
+        asyncio.run(decode_s(service, plan, batch, temperature=0.0))
+        activity = ProfilerActivity.CUDA if model.device.type == "cuda" else ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profile:
+            seconds = asyncio.run(decode_s(service, plan, batch, temperature=0.0))
     kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
     busy = sum(kernel.self_device_time_total for kernel in kernels) * 1e-6
     return {
-        "busy": busy / taken,
-        "kernels_a_step": sum(kernel.count for kernel in kernels) / ANSWER,
-        "longest_ms_a_step": {k.key[:60]: k.self_device_time_total * 1e-3 / ANSWER for k in kernels[:8]},
+        "busy": busy / seconds,
+        "kernels_a_step": sum(kernel.count for kernel in kernels) / ANSWER_TOKENS,
+        "longest_ms_a_step": {k.key[:60]: k.self_device_time_total * 1e-3 / ANSWER_TOKENS for k in kernels[:8]},
     }
 
 
-def run(name: str, plan: Plan, device: torch.device, profile: bool) -> dict[str, Any]:
+def run(name: str, plan: BenchmarkPlan, device: torch.device, profile: bool) -> dict[str, Any]:
     shape, dtype = SHAPES[name], torch.bfloat16 if device.type == "cuda" else torch.float32
-    copied, multiplied = copied_per_s(device), multiplied_per_s(device, dtype)
-    network = build(shape, device, dtype)
-    library = of_the_library(network, plan)
+    copied, multiplied = copy_bytes_per_s(device), matmul_flops_per_s(device, dtype)
+    network = build_model(shape, device, dtype)
+    generate = measure_generate(network, plan)
     model = Model(network, AutoTokenizer.from_pretrained(MODELS / "demo-target"), name)
-    least = costs(shape, dtype.itemsize)
-    ways = {"ordinary": False, "recorded": True}
+    roofline = roofline_costs(shape, dtype.itemsize)
+    graph_modes = {"ordinary": False, "recorded": True}
     return {
         "shape": name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "context": plan.context,
+        "context": plan.prompt_tokens,
         "copied_tb_per_s": copied * 1e-12,
         "multiplied_tflops": multiplied * 1e-12,
         "bound": {
             "decode_ms": {
-                str(batch): (least.step_bytes + batch * plan.context * least.token_bytes) / copied * 1e3
-                for batch in plan.batches
+                str(batch): (roofline.step_bytes + batch * plan.prompt_tokens * roofline.token_bytes) / copied * 1e3
+                for batch in plan.batch_sizes
             },
-            "prompt_tokens_per_s": multiplied / least.token_flops,
+            "prompt_tokens_per_s": multiplied / roofline.token_flops,
         },
-        "generate": library,
-        **{way: of_the_engine(model, plan, graphs) for way, graphs in ways.items()},
+        "generate": generate,
+        **{name_: measure_engine(model, plan, graphs) for name_, graphs in graph_modes.items()},
         "profile": {
-            way: {str(batch): profiled(model, plan, graphs, batch) for batch in (plan.batches[0], plan.batches[-1])}
-            for way, graphs in ways.items()
+            name_: {
+                str(batch): profile_decode(model, plan, graphs, batch)
+                for batch in (plan.batch_sizes[0], plan.batch_sizes[-1])
+            }
+            for name_, graphs in graph_modes.items()
             if profile
         },
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    bound, library, ordinary, recorded = (result[way] for way in ("bound", "generate", "ordinary", "recorded"))
+    bound, generate, ordinary, recorded = (
+        result[measured] for measured in ("bound", "generate", "ordinary", "recorded")
+    )
     lines = [
         f"{result['shape']} in random weights, context {result['context']}; {result['device']}, {result['versions']}; "
         f"copies at {result['copied_tb_per_s']:.2f} TB/s, multiplies at {result['multiplied_tflops']:.0f} TFLOP/s",
@@ -318,33 +335,33 @@ def table(result: Mapping[str, Any]) -> str:
         "| batch | ms a step, recorded | ordinary | generate() | bound | of the bound | sampled |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for batch, least in bound["decode_ms"].items():
-        cells = [*(way["decode_ms"][batch] for way in (recorded, ordinary, library)), least]
-        share = least / recorded["decode_ms"][batch]
+    for batch, bound_ms in bound["decode_ms"].items():
+        cells = [*(mode["decode_ms"][batch] for mode in (recorded, ordinary, generate)), bound_ms]
+        share = bound_ms / recorded["decode_ms"][batch]
         sampled = recorded["sampled_ms"][batch]
         lines.append(f"| {batch} | {' | '.join(f'{ms:.2f}' for ms in cells)} | {share:.0%} | {sampled:.2f} |")
     lines.append("")
     share = recorded["replayed_share"]
     lines.append(f"Recorded: {share:.0%} of all steps were replayed, prompts and judging among them.")
-    reading, most = ordinary["prompt_tokens_per_s"], bound["prompt_tokens_per_s"]
+    speed, max_speed = ordinary["prompt_tokens_per_s"], bound["prompt_tokens_per_s"]
     lines.append(
-        f"Prompts: {reading:.0f} tokens/s, {reading / most:.0%} of what multiplying allows; generate() "
-        f"{library['prompt_tokens_per_s']:.0f}"
+        f"Prompts: {speed:.0f} tokens/s, {speed / max_speed:.0%} of what multiplying allows; generate() "
+        f"{generate['prompt_tokens_per_s']:.0f}"
     )
     step = next(iter(recorded["decode_ms"].values()))
-    for cuts, ms in recorded["judge_ms"].items():
-        naive = library["judge_ms"][cuts]
+    for num_prefixes, ms in recorded["judge_ms"].items():
+        naive = generate["judge_ms"][num_prefixes]
         lines.append(
-            f"{cuts} cached prefixes: {ms:.1f} ms, {ms / step:.1f} decode steps; one by one {naive:.0f} ms, "
+            f"{num_prefixes} cached prefixes: {ms:.1f} ms, {ms / step:.1f} decode steps; one by one {naive:.0f} ms, "
             f"{naive / ms:.0f} times"
         )
-    lines.append(f"{CUTS[0]} beside {WRITERS} who write: {recorded['judge_beside_writers_ms']:.1f} ms")
-    for way, batches in result["profile"].items():
-        for batch, seen in batches.items():
-            longest = ", ".join(f"{name} {ms:.3f}" for name, ms in seen["longest_ms_a_step"].items())
+    lines.append(f"{PREFIX_COUNTS[0]} beside {NUM_DECODING} who write: {recorded['judge_beside_writers_ms']:.1f} ms")
+    for key, batches in result["profile"].items():
+        for batch, profile in batches.items():
+            kernel_times = ", ".join(f"{name} {ms:.3f}" for name, ms in profile["longest_ms_a_step"].items())
             lines.append(
-                f"{way}, batch {batch}: the device computes {seen['busy']:.0%} of the time, "
-                f"{seen['kernels_a_step']:.0f} kernels a step; ms a step: {longest}"
+                f"{key}, batch {batch}: the device computes {profile['busy']:.0%} of the time, "
+                f"{profile['kernels_a_step']:.0f} kernels a step; ms a step: {kernel_times}"
             )
     return "\n".join(lines)
 
@@ -366,7 +383,9 @@ def main() -> None:
     batches = sorted({int(batch) for batch in args.batches.split(",")})
     if not batches or batches[0] < 1 or args.context < 1:
         parser.error("--batches, --context: at least 1")
-    result = run(args.shape, Plan(args.context, batches, args.step_tokens), torch.device(args.device), args.profile)
+    result = run(
+        args.shape, BenchmarkPlan(args.context, batches, args.step_tokens), torch.device(args.device), args.profile
+    )
     print(table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -29,132 +29,155 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from bench.client import Ask, Asking, Outcome, Unreachable, ask, connected, first_model
-from bench.comparison import compared, plot, table
-from bench.latency import Load, Round, Run
-from bench.questions import BadPrompts, Task, demo_tasks, prompt_tasks
+from bench.client import (
+    RequestParams,
+    RequestResult,
+    SendRequest,
+    ServerUnreachable,
+    get_first_model,
+    open_client,
+    send_request,
+)
+from bench.comparison import compare_runs, plot, table
+from bench.latency import BenchmarkRun, OfferedLoad, Round
+from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests
 
 DEFAULT = "default"  # stands for the mode of a request that names none
 ROUNDS = 4
 Number = TypeVar("Number", int, float)
 
 
-async def closed_loop(ask: Ask, tasks: Sequence[Task], clients: int) -> list[Outcome]:
+async def closed_loop(send: SendRequest, requests: Sequence[SampleRequest], clients: int) -> list[RequestResult]:
     """So many clients, each of which asks again when it was answered."""
-    waiting, outcomes = iter(tasks), list[Outcome]()
+    pending, results = iter(requests), list[RequestResult]()
 
     async def client() -> None:
-        for task in waiting:
-            outcomes.append(await ask(task, time.perf_counter()))
+        for request in pending:
+            results.append(await send(request, time.perf_counter()))
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return outcomes
+    return results
 
 
-async def open_loop(ask: Ask, tasks: Sequence[Task], arrivals: Sequence[float]) -> list[Outcome]:
+async def open_loop(
+    send: SendRequest, requests: Sequence[SampleRequest], arrivals: Sequence[float]
+) -> list[RequestResult]:
     """Every task at its time, however many are still unanswered; also what is asked late counts from its time."""
     started = time.perf_counter()
 
-    async def at(arrival: float, task: Task) -> Outcome:
+    async def send_at(arrival: float, request: SampleRequest) -> RequestResult:
         await asyncio.sleep(started + arrival - time.perf_counter())
-        return await ask(task, started + arrival)
+        return await send(request, started + arrival)
 
-    return await asyncio.gather(*map(at, arrivals, tasks))
+    return await asyncio.gather(*map(send_at, arrivals, requests))
 
 
-def poisson(rate: float, count: int, seed: str) -> list[float]:
+def poisson_arrivals(rate: float, count: int, seed: str) -> list[float]:
     """When they arrive, in seconds from the start; the same seed gives the same times.
 
     A Poisson process of which it is known that so many came in the time they should take: that they came at any moment
     alike. So the rate is kept exactly, however few they are.
     """
-    drawn = random.Random(seed)
-    return sorted(drawn.uniform(0, count / rate) for _ in range(count))
+    rng = random.Random(seed)
+    return sorted(rng.uniform(0, count / rate) for _ in range(count))
 
 
-async def one_round(load: Load, ask: Ask, tasks: Sequence[Task], seed: str) -> Round:
+async def run_round(load: OfferedLoad, send: SendRequest, requests: Sequence[SampleRequest], seed: str) -> Round:
     started, cpu_s = time.perf_counter(), time.process_time()
     if load.rate is not None:
-        outcomes = await open_loop(ask, tasks, poisson(load.rate, len(tasks), seed))
+        results = await open_loop(send, requests, poisson_arrivals(load.rate, len(requests), seed))
     else:
-        outcomes = await closed_loop(ask, tasks, load.clients or 1)
-    return Round(outcomes, time.perf_counter() - started, time.process_time() - cpu_s)
+        results = await closed_loop(send, requests, load.clients or 1)
+    return Round(results, time.perf_counter() - started, time.process_time() - cpu_s)
 
 
 @dataclass(frozen=True)
-class Contender:
+class Workload:
     """A mode to ask in, and what is asked."""
 
-    ask: Ask
-    tasks: Sequence[Task]
+    send: SendRequest
+    requests: Sequence[SampleRequest]
 
 
-async def in_turns(field: Mapping[str, Contender], load: Load, span: range, rounds: int, seed: int) -> list[Run]:
+async def run_interleaved(
+    workloads: Mapping[str, Workload], load: OfferedLoad, span: range, rounds: int, seed: int
+) -> list[BenchmarkRun]:
     """All of them under the load, each on that span of its tasks."""
-    names = list(field)
-    found: dict[str, list[Round]] = {name: [] for name in names}
-    for turn in range(rounds):
-        part = span[len(span) * turn // rounds : len(span) * (turn + 1) // rounds]
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            contender = field[name]
-            tasks = contender.tasks[part.start : part.stop]
-            found[name].append(await one_round(load, contender.ask, tasks, f"{seed}/{turn}"))
-    return [Run(name, load, found[name]) for name in names]
+    names = list(workloads)
+    rounds_by_name: dict[str, list[Round]] = {name: [] for name in names}
+    for round_index in range(rounds):
+        part = span[len(span) * round_index // rounds : len(span) * (round_index + 1) // rounds]
+        for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
+            workload = workloads[name]
+            requests = workload.requests[part.start : part.stop]
+            rounds_by_name[name].append(await run_round(load, workload.send, requests, f"{seed}/{round_index}"))
+    return [BenchmarkRun(name, load, rounds_by_name[name]) for name in names]
 
 
-async def against(args: argparse.Namespace, tasks: Mapping[str, Sequence[Task]]) -> tuple[str, list[Run]]:
+async def run_load(
+    args: argparse.Namespace, requests_by_mode: Mapping[str, Sequence[SampleRequest]]
+) -> tuple[str, list[BenchmarkRun]]:
     """The model that was asked, and what came of the tasks of each mode; the first of them are for warming up."""
-    runs: list[Run] = []
-    async with connected(args.url, args.api_key) as client:
-        listed = await first_model(client)
-        asking = Asking(args.model or listed, args.max_tokens, args.temperature, args.stream, timeout_s=args.timeout)
-        with tqdm(total=sum(map(len, tasks.values())), desc="requests", unit="request", file=sys.stderr) as bar:
-            field = {
-                mode: Contender(_counted(partial(ask, client, replace(asking, mode=_named(mode))), bar), given)
-                for mode, given in tasks.items()
+    runs: list[BenchmarkRun] = []
+    async with open_client(args.url, args.api_key) as client:
+        first_model = await get_first_model(client)
+        params = RequestParams(
+            args.model or first_model, args.max_tokens, args.temperature, args.stream, timeout_s=args.timeout
+        )
+        with tqdm(
+            total=sum(map(len, requests_by_mode.values())), desc="requests", unit="request", file=sys.stderr
+        ) as bar:
+            workloads = {
+                mode: Workload(
+                    _with_progress(partial(send_request, client, replace(params, mode=_requested_mode(mode))), bar),
+                    requests,
+                )
+                for mode, requests in requests_by_mode.items()
             }
-            for contender in field.values():
-                await closed_loop(contender.ask, contender.tasks[: args.warmup], 1)
-            for place, load in enumerate(args.loads):
-                start = args.warmup + place * args.requests
-                runs += await in_turns(field, load, range(start, start + args.requests), args.rounds, args.seed)
-    return asking.model, runs
+            for workload in workloads.values():
+                await closed_loop(workload.send, workload.requests[: args.warmup], 1)
+            for load_index, load in enumerate(args.loads):
+                start = args.warmup + load_index * args.requests
+                runs += await run_interleaved(
+                    workloads, load, range(start, start + args.requests), args.rounds, args.seed
+                )
+    return params.model, runs
 
 
-def _named(mode: str) -> str | None:
+def _requested_mode(mode: str) -> str | None:
     return None if mode == DEFAULT else mode
 
 
-def _counted(ask: Ask, bar: tqdm) -> Ask:
-    async def counted(task: Task, due: float) -> Outcome:
-        outcome = await ask(task, due)
+def _with_progress(send: SendRequest, bar: tqdm) -> SendRequest:
+    async def send_and_count(request: SampleRequest, scheduled_at: float) -> RequestResult:
+        result = await send(request, scheduled_at)
         bar.update()
-        return outcome
+        return result
 
-    return counted
+    return send_and_count
 
 
-def complaints(runs: Sequence[Run]) -> list[str]:
+def error_messages(runs: Sequence[BenchmarkRun]) -> list[str]:
     """One of each kind of error, in the server's words."""
-    words = {o.error: o.detail for run in reversed(runs) for o in reversed(run.outcomes) if o.error}
-    return [f"{kind}: {detail or 'no more was said'}" for kind, detail in words.items()]
+    details = {o.error: o.detail for run in reversed(runs) for o in reversed(run.results) if o.error}
+    return [f"{kind}: {detail or 'no more was said'}" for kind, detail in details.items()]
 
 
-def _tasks(args: argparse.Namespace) -> dict[str, list[Task]]:
+def _build_requests(args: argparse.Namespace) -> dict[str, list[SampleRequest]]:
     count = args.warmup + len(args.loads) * args.requests
     if args.prompts:
-        return dict.fromkeys(args.modes, prompt_tasks(args.prompts, count))
-    return {mode: demo_tasks(count, args.seed, cast) for cast, mode in enumerate(args.modes)}
+        return dict.fromkeys(args.modes, load_requests(args.prompts, count))
+    return {mode: demo_requests(count, args.seed, name_set) for name_set, mode in enumerate(args.modes)}
 
 
 def main() -> None:
     args = _arguments()
     try:
-        model, runs = asyncio.run(against(args, _tasks(args)))
-    except (BadPrompts, Unreachable) as trouble:
+        model, runs = asyncio.run(run_load(args, _build_requests(args)))
+    except (InvalidPromptFile, ServerUnreachable) as trouble:
         sys.exit(f"load: {trouble}")
-    asked = {name: getattr(args, name) for name in ("url", "seed", "max_tokens", "temperature", "stream", "warmup")}
-    result = {**asked, "model": model, "prompts": str(args.prompts or "demo"), **compared(runs)}
+    settings = {name: getattr(args, name) for name in ("url", "seed", "max_tokens", "temperature", "stream", "warmup")}
+    result = {**settings, "model": model, "prompts": str(args.prompts or "demo"), **compare_runs(runs)}
     if args.plot:
         plot(runs, result, args.plot)
     if args.json == "-":
@@ -163,9 +186,9 @@ def main() -> None:
         print(table(result))
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-    for line in complaints(runs):
+    for line in error_messages(runs):
         print(f"load: {line}", file=sys.stderr)
-    if not any(outcome.reply for run in runs for outcome in run.outcomes):
+    if not any(request_result.response for run in runs for request_result in run.results):
         sys.exit("load: no request was answered")
 
 
@@ -175,26 +198,32 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--url", required=True, help="the server's address, with or without /v1")
     parser.add_argument("--requests", type=_at_least(1), default=100, metavar="N", help="of each mode under each load")
-    parser.add_argument("--concurrency", type=_several(int), default=[], metavar="C", help="clients; or several: 1,8")
-    parser.add_argument("--rate", type=_several(float), default=[], metavar="R", help="arrivals a second, or several")
+    parser.add_argument(
+        "--concurrency", type=_distinct_numbers(int), default=[], metavar="C", help="clients; or several: 1,8"
+    )
+    parser.add_argument(
+        "--rate", type=_distinct_numbers(float), default=[], metavar="R", help="arrivals a second, or several"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--mode", help="as the server knows it; by default the request names none")
     mode.add_argument("--compare", type=_names, metavar="M1,M2", help="modes in turn; ratios are to the first")
     parser.add_argument("--rounds", type=_at_least(1), help=f"turns of each mode; {ROUNDS} if modes are compared, or 1")
     parser.add_argument("--prompts", type=Path, help='a file of {"prompt" or "messages": ..., "answer": what is said}')
     parser.add_argument("--seed", type=int, default=5, help="of the demo's problems, and of the arrivals")
-    parser.add_argument("--max-tokens", type=_at_least(1), default=Asking.max_tokens)
-    parser.add_argument("--temperature", type=float, default=Asking.temperature)
+    parser.add_argument("--max-tokens", type=_at_least(1), default=RequestParams.max_tokens)
+    parser.add_argument("--temperature", type=float, default=RequestParams.temperature)
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--model", help="by default the first that the server lists")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="by default OPENAI_API_KEY's value")
-    parser.add_argument("--timeout", type=float, default=Asking.timeout_s, help="seconds for one request, all in all")
+    parser.add_argument(
+        "--timeout", type=float, default=RequestParams.timeout_s, help="seconds for one request, all in all"
+    )
     parser.add_argument("--warmup", type=_at_least(0), default=2, help="requests in each mode that do not count")
     parser.add_argument("--json", metavar="PATH", help="where the figures go; - for standard output")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw latencies and rates, as .svg or .png")
     args = parser.parse_args()
     clients = args.concurrency or ([] if args.rate else [1])
-    args.loads = [*(Load(clients=count) for count in clients), *(Load(rate=rate) for rate in args.rate)]
+    args.loads = [*(OfferedLoad(clients=count) for count in clients), *(OfferedLoad(rate=rate) for rate in args.rate)]
     args.modes = args.compare or [args.mode or DEFAULT]
     args.rounds = args.rounds or (ROUNDS if args.compare else 1)
     if args.rounds > args.requests:
@@ -205,16 +234,16 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(minimum: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if (value := int(text)) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
         return value
 
     return number
 
 
-def _several(kind: type[Number]) -> Callable[[str], list[Number]]:
+def _distinct_numbers(kind: type[Number]) -> Callable[[str], list[Number]]:
     def numbers(text: str) -> list[Number]:
         values = [kind(part) for part in text.split(",")]
         if not all(0 < value < 1e6 for value in values) or len(set(values)) < len(values):

@@ -22,10 +22,10 @@ from typing import Any
 import ray
 import uvicorn
 
-from bench.client import Asking, ask, connected
-from bench.latency import Load, Run
-from bench.load import Contender, closed_loop, in_turns
-from bench.questions import demo_tasks
+from bench.client import RequestParams, open_client, send_request
+from bench.latency import BenchmarkRun, OfferedLoad
+from bench.load import Workload, closed_loop, run_interleaved
+from bench.workload import demo_requests
 from deployments.api.backend import Session
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
@@ -38,20 +38,20 @@ from parse.pipeline import Pipeline
 WARMUP = 4
 
 
-class Telling(MetricsRecorder):
+class TimedRecorder(MetricsRecorder):
     """On both ways, as in a replica; and it looks at the clock."""
 
     def __init__(self) -> None:
         super().__init__(ROUTER_METRICS, deployment="Router")
         self._ray_metrics = {metric.name: metric.create_in_ray() for metric in ROUTER_METRICS}
-        self.spent_s, self.written = 0.0, 0
+        self.spent_s, self.updates = 0.0, 0
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.spent_s += time.perf_counter() - started
-        self.written += 1
+        self.updates += 1
 
     def add(self, metric: Counter, amount: float = 1, **labels: str) -> None:
         with self._timed():
@@ -66,7 +66,7 @@ class Telling(MetricsRecorder):
             super().observe(metric, value, **labels)
 
 
-class Silent(MetricsRecorder):
+class NullRecorder(MetricsRecorder):
     def __init__(self) -> None:
         super().__init__(ROUTER_METRICS, deployment="Router")
 
@@ -81,7 +81,7 @@ class Silent(MetricsRecorder):
 
 
 @dataclass
-class Here:
+class InProcessBackend:
     """`deployments.api.backend.Backend` in this process."""
 
     pipeline: Pipeline
@@ -101,7 +101,7 @@ class Here:
 
 
 @contextmanager
-def served(backend: Here) -> Iterator[str]:
+def serve(backend: InProcessBackend) -> Iterator[str]:
     """Its address."""
     app = create_app(backend, ApiSettings(), "demo-target")
     with socket.create_server(("127.0.0.1", 0)) as port:
@@ -115,47 +115,50 @@ def served(backend: Here) -> Iterator[str]:
             thread.join()
 
 
-async def against(addresses: Mapping[str, str], args: argparse.Namespace) -> list[Run]:
-    asking = Asking("demo-target", mode=args.mode)
+async def run_both(addresses: Mapping[str, str], args: argparse.Namespace) -> list[BenchmarkRun]:
+    params = RequestParams("demo-target", mode=args.mode)
     count = WARMUP + args.requests
-    async with connected(addresses["telling"], None) as one, connected(addresses["silent"], None) as other:
-        field = {
-            name: Contender(partial(ask, client, asking), demo_tasks(count, args.seed, cast))
-            for cast, (name, client) in enumerate((("silent", other), ("telling", one)))
+    async with open_client(addresses["telling"], None) as metered, open_client(addresses["silent"], None) as unmetered:
+        workloads = {
+            name: Workload(partial(send_request, client, params), demo_requests(count, args.seed, name_set))
+            for name_set, (name, client) in enumerate((("silent", unmetered), ("telling", metered)))
         }
-        for contender in field.values():
-            await closed_loop(contender.ask, contender.tasks[:WARMUP], 1)
-        load = Load(clients=args.concurrency)
-        return await in_turns(field, load, range(WARMUP, count), args.rounds, args.seed)
+        for workload in workloads.values():
+            await closed_loop(workload.send, workload.requests[:WARMUP], 1)
+        load = OfferedLoad(clients=args.concurrency)
+        return await run_interleaved(workloads, load, range(WARMUP, count), args.rounds, args.seed)
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    args = _arguments(given)
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _arguments(arguments)
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     ray.init("local", num_cpus=1, **quiet)
     target, draft = (EngineSettings(model=model, threads=1, memory_mb=512) for model in (DEMO_TARGET, DEMO_DRAFT))
-    telling = Telling()
+    timed = TimedRecorder()
     with ExitStack() as stack:
         pair = stack.enter_context(LocalPair(target, draft))
-        meters = {"telling": telling, "silent": Silent()}
-        addresses = {name: stack.enter_context(served(Here(pair.pipeline, each))) for name, each in meters.items()}
-        runs = asyncio.run(against(addresses, args))
-    silent, told = runs
-    rates = [[len(found.outcomes) / found.wall_s for found in run.rounds] for run in (silent, told)]
-    pairs = [with_metrics / without for without, with_metrics in zip(*rates, strict=True)]
-    seconds = sum(found.wall_s for found in told.rounds)
+        meters = {"telling": timed, "silent": NullRecorder()}
+        addresses = {
+            name: stack.enter_context(serve(InProcessBackend(pair.pipeline, recorder)))
+            for name, recorder in meters.items()
+        }
+        runs = asyncio.run(run_both(addresses, args))
+    unmetered, metered = runs
+    rates = [[len(measured.results) / measured.wall_s for measured in run.rounds] for run in (unmetered, metered)]
+    ratios = [with_metrics / without for without, with_metrics in zip(*rates, strict=True)]
+    seconds = sum(measured.wall_s for measured in metered.rounds)
     print(f"requests/s, medians: {median(rates[0]):.2f} silent, {median(rates[1]):.2f} telling")
-    print(f"telling over silent, round by round: {', '.join(f'{ratio:.3f}' for ratio in pairs)}; {median(pairs):.3f}")
-    asked = args.requests + WARMUP
-    each = telling.spent_s / telling.written
+    print(f"telling over silent, round by round: {', '.join(f'{ratio:.3f}' for ratio in ratios)}; {median(ratios):.3f}")
+    requests = args.requests + WARMUP
+    update_s = timed.spent_s / timed.updates
     print(
-        f"{telling.written / asked:.0f} figures a request, {each * 1e6:.1f} us each with the look at the clock: "
-        f"{telling.spent_s / asked * 1e3:.2f} ms a request, {telling.spent_s / seconds:.2%} of the time"
+        f"{timed.updates / requests:.0f} figures a request, {update_s * 1e6:.1f} us each with the look at the clock: "
+        f"{timed.spent_s / requests * 1e3:.2f} ms a request, {timed.spent_s / seconds:.2%} of the time"
     )
     ray.shutdown()
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.metering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -164,7 +167,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6, help="turns of each (default: 6)")
     parser.add_argument("--mode", default="full")
     parser.add_argument("--seed", type=int, default=5)
-    return parser.parse_args(given)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

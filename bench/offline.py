@@ -23,33 +23,37 @@ from typing import Any
 import torch
 
 from bench import adversary, speculation, throughput
-from bench.contenders import Answer, Answers, compete, contenders, tokens_per_s
+from bench.contenders import BenchResult, ResultsByContender, build_contenders, run_contenders, tokens_per_s
 from parse.engines.native.kernels import optimize_modules
 from parse.prompts import chat_prompt_token_ids
 from training import measure
 from training.evaluate import MODELS, load_pair
-from training.rows import Writer
+from training.examples import ExampleBuilder
 from training.task import Problem
 
 
-def figures(answers: Answers, problems: Sequence[Problem], costs: measure.Costs, writer: Writer) -> dict[str, Any]:
-    speeds = {name: tokens_per_s(given) for name, given in answers.items()}
+def summarize(
+    results: ResultsByContender, problems: Sequence[Problem], costs: measure.ForwardCosts, builder: ExampleBuilder
+) -> dict[str, Any]:
+    speeds = {name: tokens_per_s(contender_results) for name, contender_results in results.items()}
     modes: dict[str, dict[str, Any]] = {}
-    for name, given in answers.items():
-        right = [
-            measure.whole(writer, problem, [*a.ids, writer.end] if a.ended else a.ids)
-            for problem, a in zip(problems, given, strict=True)
+    for name, contender_results in results.items():
+        is_correct = [
+            measure.is_correct(builder, problem, [*a.ids, builder.eos_token_id] if a.ended else a.ids)
+            for problem, a in zip(problems, contender_results, strict=True)
         ]
-        drafted = [a for a in given if a.drafted]
+        with_draft = [a for a in contender_results if a.draft_tokens]
         modes[name] = {
             "tokens_per_s": speeds[name],
             "speedup": speeds[name] / speeds["off"],
-            "answer_s": statistics.median(a.seconds for a in given),
-            "accuracy": statistics.mean(right),
-            "accepted_share": statistics.mean(a.accepted / a.drafted for a in drafted) if drafted else None,
-            "ttft_s": statistics.median(a.first_s for a in given),
+            "answer_s": statistics.median(a.seconds for a in contender_results),
+            "accuracy": statistics.mean(is_correct),
+            "accepted_share": statistics.mean(a.accepted_tokens / a.draft_tokens for a in with_draft)
+            if with_draft
+            else None,
+            "ttft_s": statistics.median(a.ttft_s for a in contender_results),
         }
-    ideal = ideal_speedup(answers["full"], costs)
+    ideal = ideal_speedup(results["full"], costs)
     return {
         "problems": len(problems),
         "modes": modes,
@@ -59,19 +63,21 @@ def figures(answers: Answers, problems: Sequence[Problem], costs: measure.Costs,
     }
 
 
-def ideal_speedup(full: Sequence[Answer], costs: measure.Costs) -> float:
+def ideal_speedup(full: Sequence[BenchResult], costs: measure.ForwardCosts) -> float:
     """Tokens per second of mode full over the target's, were there nothing but forward passes.
 
     The target reads the prompt while the drafter writes.
     """
-    seconds = tokens = alone = 0.0
-    for answer in full:
-        drafting = costs.draft_prompt + answer.drafted * costs.draft_token
-        judging = costs.judge_whole + (costs.judge_prefixes if answer.accepted < answer.drafted else 0.0)
-        seconds += max(drafting, costs.target_prompt) + judging + answer.written * costs.target_token
-        alone += costs.target_prompt + len(answer.ids) * costs.target_token
-        tokens += len(answer.ids)
-    return alone / seconds
+    seconds = tokens = target_only = 0.0
+    for result in full:
+        drafting = costs.draft_prompt + result.draft_tokens * costs.draft_token
+        verification = costs.judge_whole + (
+            costs.judge_prefixes if result.accepted_tokens < result.draft_tokens else 0.0
+        )
+        seconds += max(drafting, costs.target_prompt) + verification + result.target_tokens * costs.target_token
+        target_only += costs.target_prompt + len(result.ids) * costs.target_token
+        tokens += len(result.ids)
+    return target_only / seconds
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -109,23 +115,29 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def run(count: int, seed: int, models: Path, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    problems = measure.problems(seed, count, split="bench")
+def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]:
+    torch.set_num_threads(num_threads)
+    problems = measure.draw_problems(seed, count, split="bench")
     plain = load_pair(models)
-    drafts = measure.judged(plain, problems[:25], measure.answers(plain.draft, plain.writer, problems[:25]), stride=8)
+    drafts = measure.verify_drafts(
+        plain, problems[:25], measure.generate_answers(plain.draft, plain.example_builder, problems[:25]), stride=8
+    )
     for model in (plain.draft, plain.target):
         optimize_modules(model)  # as the engine does, so that the costs are those of the same arithmetic
-    costs: list[measure.Costs] = []
-    pair, field = contenders(models, threads=threads)
+    costs: list[measure.ForwardCosts] = []
+    pair, contenders = build_contenders(models, num_threads=num_threads)
     try:
         prompts = [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
-        answers = asyncio.run(
-            compete(field, prompts, lambda turn: costs.append(measure.costs_of(plain, drafts[turn % len(drafts)])))
+        results = asyncio.run(
+            run_contenders(
+                contenders,
+                prompts,
+                lambda index: costs.append(measure.measure_draft_costs(plain, drafts[index % len(drafts)])),
+            )
         )
     finally:
         pair.close()
-    return figures(answers, problems, measure.median(costs), plain.writer)
+    return summarize(results, problems, measure.median_costs(costs), plain.example_builder)
 
 
 def main() -> None:
@@ -146,22 +158,22 @@ def main() -> None:
         parser.error("--problems: at least 1")
     if args.engine:
         result = throughput.run(args.threads)
-        shown = throughput.table(result)
+        text = throughput.table(result)
     elif args.adversary:
         result = adversary.run(args.problems, args.seed, args.models, args.threads)
-        shown = adversary.table(result)
+        text = adversary.table(result)
     elif args.speculation:
         result = speculation.run(args.problems, args.seed, args.models, args.threads)
-        shown = speculation.table(result)
+        text = speculation.table(result)
     else:
         result = run(args.problems, args.seed, args.models, args.threads)
-        shown = table(result)
+        text = table(result)
         if args.plot:
             plot(result, args.plot)
     if args.json == "-":
         print(json.dumps(result, indent=2))
     else:
-        print(shown)
+        print(text)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 

@@ -50,8 +50,8 @@ def serve_drafts(settings: EngineSettings, pipe: Connection) -> None:
                 finish = tokens.finish_reason
             pipe.send((number, TokenDelta(tuple(ids), finish_reason=finish)))
 
-        while (asked := await loop.run_in_executor(None, pipe.recv)) is not None:
-            task = asyncio.create_task(draft(*asked))
+        while (call := await loop.run_in_executor(None, pipe.recv)) is not None:
+            task = asyncio.create_task(draft(*call))
             running.add(task)
             task.add_done_callback(running.discard)
         service.shutdown()
@@ -59,16 +59,16 @@ def serve_drafts(settings: EngineSettings, pipe: Connection) -> None:
     asyncio.run(serve())
 
 
-class RemoteDrafter:
+class PipeDrafter:
     """The other end of the pipe."""
 
     def __init__(self, settings: EngineSettings) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve_drafts, args=(settings, theirs), daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=serve_drafts, args=(settings, child_pipe), daemon=True)
         self._process.start()
         assert self._pipe.recv() == "ready"
-        self._asked: dict[int, asyncio.Future[TokenDelta]] = {}
+        self._pending: dict[int, asyncio.Future[TokenDelta]] = {}
         self._listener = ThreadPoolExecutor(1)
         self._count = 0
 
@@ -76,15 +76,15 @@ class RemoteDrafter:
         loop = asyncio.get_running_loop()
         while (answer := await loop.run_in_executor(self._listener, self._receive)) is not None:
             number, tokens = answer
-            self._asked.pop(number).set_result(tokens)
+            self._pending.pop(number).set_result(tokens)
 
     async def draft(
         self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
     ) -> AsyncGenerator[TokenDelta]:
         self._count += 1
-        self._asked[self._count] = asyncio.get_running_loop().create_future()
+        self._pending[self._count] = asyncio.get_running_loop().create_future()
         self._pipe.send((self._count, tuple(request.prompt_token_ids), tuple(output), replace(request.sampling_params)))
-        yield await self._asked[self._count]
+        yield await self._pending[self._count]
 
     def close(self) -> None:
         self._pipe.send(None)
@@ -98,60 +98,66 @@ class RemoteDrafter:
             return None
 
 
-async def finished(pipeline: Pipeline, prompts: Sequence[Sequence[int]], in_flight: int) -> tuple[float, list[Usage]]:
+async def run_requests(
+    pipeline: Pipeline, prompts: Sequence[Sequence[int]], in_flight: int
+) -> tuple[float, list[Usage]]:
     """Seconds for all of them, and what each took."""
-    places = asyncio.Semaphore(in_flight)
+    slots = asyncio.Semaphore(in_flight)
     usages: list[Usage] = []
 
-    async def one(prompt: Sequence[int]) -> None:
-        async with places:
-            *_, done = [
+    async def run_one(prompt: Sequence[int]) -> None:
+        async with slots:
+            *_, finished = [
                 event async for event in pipeline.answer(GenerationRequest(prompt, sampling_params=GREEDY, mode="full"))
             ]
-            assert isinstance(done, Finished)
-            usages.append(done.usage)
+            assert isinstance(finished, Finished)
+            usages.append(finished.usage)
 
     started = time.perf_counter()
-    await asyncio.gather(*(one(prompt) for prompt in prompts))
+    await asyncio.gather(*(run_one(prompt) for prompt in prompts))
     return time.perf_counter() - started, usages
 
 
-async def compare(models: Path, prompts: Sequence[Sequence[int]], *, running: int, in_flight: int) -> dict[str, Any]:
+async def compare(
+    models: Path, prompts: Sequence[Sequence[int]], *, max_num_seqs: int, in_flight: int
+) -> dict[str, Any]:
     """Requests per second with so many in flight over one by one."""
     target, draft = (
-        EngineSettings(model=str(models / name), threads=1, max_running=running)
+        EngineSettings(model=str(models / name), threads=1, max_running=max_num_seqs)
         for name in ("demo-target", "demo-draft")
     )
-    drafter, service = RemoteDrafter(draft), NativeEngine(target)
+    drafter, service = PipeDrafter(draft), NativeEngine(target)
     tokenizer = service.model.tokenizer
     method = MethodSettings.for_model(target.model)
-    check = build_verification_suffix(tokenizer, method.check_question)
-    pipeline = Pipeline(verifier=service, tokenizer=tokenizer, check=check, settings=method, drafter=drafter)
-    listening = asyncio.create_task(drafter.listen())
-    await finished(pipeline, prompts[:2], 1)
+    verification_suffix = build_verification_suffix(tokenizer, method.check_question)
+    pipeline = Pipeline(
+        verifier=service, tokenizer=tokenizer, check=verification_suffix, settings=method, drafter=drafter
+    )
+    listen_task = asyncio.create_task(drafter.listen())
+    await run_requests(pipeline, prompts[:2], 1)
     half = len(prompts) // 2
-    alone_s = together_s = draft_s = target_s = 0.0
+    sequential_s = pipelined_s = draft_s = target_s = 0.0
     for part in (prompts[:half], prompts[half:]):  # in turns: a change of pace falls on both
         service.core.reset_prefix_cache()
-        seconds, usages = await finished(pipeline, part, 1)
-        alone_s += seconds
+        seconds, usages = await run_requests(pipeline, part, 1)
+        sequential_s += seconds
         draft_s += sum(usage.seconds("draft") for usage in usages)
         target_s += sum(usage.seconds("judge", "write") for usage in usages)
         service.core.reset_prefix_cache()
-        together_s += (await finished(pipeline, part, in_flight))[0]
+        pipelined_s += (await run_requests(pipeline, part, in_flight))[0]
     drafter.close()
-    await listening
+    await listen_task
     service.shutdown()
     bound = (draft_s + target_s) / max(draft_s, target_s)
     return {
         "in_flight": in_flight,
         "draft_ms": draft_s / len(prompts) * 1e3,
         "target_ms": target_s / len(prompts) * 1e3,
-        "one_by_one_per_s": len(prompts) / alone_s,
-        "pipelined_per_s": len(prompts) / together_s,
-        "ratio": alone_s / together_s,
+        "one_by_one_per_s": len(prompts) / sequential_s,
+        "pipelined_per_s": len(prompts) / pipelined_s,
+        "ratio": sequential_s / pipelined_s,
         "bound": bound,
-        "of_bound": alone_s / together_s / bound,
+        "of_bound": sequential_s / pipelined_s / bound,
     }
 
 
@@ -168,11 +174,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.models / "demo-target")
     prompts = [
         chat_prompt_token_ids(tokenizer, [{"role": "user", "content": problem.question}])
-        for problem in measure.problems(args.seed, args.problems, split="bench")
+        for problem in measure.draw_problems(args.seed, args.problems, split="bench")
     ]
     result = {
-        "single": asyncio.run(compare(args.models, prompts, running=1, in_flight=3)),
-        "batched": asyncio.run(compare(args.models, prompts, running=32, in_flight=8)),
+        "single": asyncio.run(compare(args.models, prompts, max_num_seqs=1, in_flight=3)),
+        "batched": asyncio.run(compare(args.models, prompts, max_num_seqs=32, in_flight=8)),
     }
     text = json.dumps(result, indent=2)
     if args.json and args.json != "-":

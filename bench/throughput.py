@@ -24,34 +24,34 @@ from parse.tree import suffix_forest
 from parse.types import SamplingParams
 from training.evaluate import MODELS
 
-LAYERS, WIDTH, VOCABULARY = 12, 256, 8192
-PROMPT, DRAFT, ANSWER = 256, 256, 128  # tokens
-CUTS, SUFFIX = 16, 16
+LAYERS, HIDDEN_SIZE, VOCAB_SIZE = 12, 256, 8192
+PROMPT_TOKENS, DRAFT_TOKENS, ANSWER_TOKENS = 256, 256, 128  # tokens
+NUM_PREFIXES, SUFFIX_TOKENS = 16, 16
 BATCHES = (1, 4, 8, 16)
 HOST_BATCHES = (1, 8, 32)
 ROUNDS = 5  # everything is measured that often, in turns; the medians count
-GREEDY = SamplingParams(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
-def run(threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
+def run(num_threads: int) -> dict[str, Any]:
+    torch.set_num_threads(num_threads)
     with tempfile.TemporaryDirectory() as folder:
         network = random_model()
         network.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODELS / "demo-target").save_pretrained(folder)
-        service = NativeEngine(EngineSettings(model=folder, threads=threads, max_context=1024, memory_mb=1024))
-        peer: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
+        service = NativeEngine(EngineSettings(model=folder, threads=num_threads, max_context=1024, memory_mb=1024))
+        hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
     try:
         # The system hands memory out when it is first touched, which is not what is measured here.
-        asyncio.run(read(service, texts(2 * max(BATCHES), PROMPT, seed=0)))
+        asyncio.run(prefill_s(service, random_prompts(2 * max(BATCHES), PROMPT_TOKENS, seed=0)))
         return {
-            "model": f"Llama, {LAYERS} layers x {WIDTH}, random weights, float32",
-            "threads": threads,
-            "decode": {str(batch): decoding(service, peer, batch) for batch in BATCHES},
-            "prompts": {str(batch): reading(service, peer, batch) for batch in BATCHES},
-            "verification": verification(service, peer),
-            "host_ms": host(),
-            "memory": memory(),
+            "model": f"Llama, {LAYERS} layers x {HIDDEN_SIZE}, random weights, float32",
+            "threads": num_threads,
+            "decode": {str(batch): measure_decode(service, hf_model, batch) for batch in BATCHES},
+            "prompts": {str(batch): measure_prefill(service, hf_model, batch) for batch in BATCHES},
+            "verification": measure_verification(service, hf_model),
+            "host_ms": measure_host_overhead(),
+            "memory": measure_memory(),
         }
     finally:
         service.shutdown()
@@ -60,9 +60,9 @@ def run(threads: int) -> dict[str, Any]:
 def random_model() -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=4 * HIDDEN_SIZE,
         num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -73,88 +73,103 @@ def random_model() -> PreTrainedModel:
     return model.eval()
 
 
-def decoding(service: NativeEngine, peer: PreTrainedModel, batch: int) -> dict[str, float]:
+def measure_decode(service: NativeEngine, hf_model: PreTrainedModel, batch: int) -> dict[str, float]:
     """Tokens per second after prompts that are cached, the prompts' own time taken off."""
-    prompts = texts(batch, PROMPT, seed=batch)
+    prompts = random_prompts(batch, PROMPT_TOKENS, seed=batch)
 
-    def ours() -> float:
-        started = asyncio.run(_warmed(service, prompts))
-        return batch * (ANSWER - 1) / started
+    def engine_speed() -> float:
+        seconds = asyncio.run(_decode_s(service, prompts))
+        return batch * (ANSWER_TOKENS - 1) / seconds
 
-    def theirs() -> float:
-        rows = torch.tensor(prompts)
-        return batch * (ANSWER - 1) / (generate_s(peer, rows, ANSWER) - generate_s(peer, rows, 1))
+    def generate_speed() -> float:
+        input_ids = torch.tensor(prompts)
+        return (
+            batch
+            * (ANSWER_TOKENS - 1)
+            / (generate_s(hf_model, input_ids, ANSWER_TOKENS) - generate_s(hf_model, input_ids, 1))
+        )
 
-    return _side_by_side(ours, theirs)
+    return _compare_speeds(engine_speed, generate_speed)
 
 
-def reading(service: NativeEngine, peer: PreTrainedModel, batch: int) -> dict[str, float]:
+def measure_prefill(service: NativeEngine, hf_model: PreTrainedModel, batch: int) -> dict[str, float]:
     """Prompt tokens per second."""
-    fresh = iter(range(1, 1 << 30))
+    seeds = iter(range(1, 1 << 30))
 
-    def ours() -> float:
-        prompts = texts(batch, PROMPT, seed=1000 * batch + next(fresh))
-        return batch * PROMPT / asyncio.run(read(service, prompts))
+    def engine_speed() -> float:
+        prompts = random_prompts(batch, PROMPT_TOKENS, seed=1000 * batch + next(seeds))
+        return batch * PROMPT_TOKENS / asyncio.run(prefill_s(service, prompts))
 
-    def theirs() -> float:
-        return batch * PROMPT / generate_s(peer, torch.tensor(texts(batch, PROMPT, seed=7)), 1)
+    def generate_speed() -> float:
+        return (
+            batch * PROMPT_TOKENS / generate_s(hf_model, torch.tensor(random_prompts(batch, PROMPT_TOKENS, seed=7)), 1)
+        )
 
-    return _side_by_side(ours, theirs)
+    return _compare_speeds(engine_speed, generate_speed)
 
 
-def verification(service: NativeEngine, peer: PreTrainedModel) -> dict[str, float]:
+def measure_verification(service: NativeEngine, hf_model: PreTrainedModel) -> dict[str, float]:
     """Milliseconds to judge 16 cached prefixes: packed, as separate texts, and under a dense mask from scratch."""
-    prompt, draft, suffix = (texts(1, size, seed)[0] for size, seed in ((PROMPT, 1), (DRAFT, 2), (SUFFIX, 3)))
-    cuts = [DRAFT * (k + 1) // CUTS for k in range(CUTS)]
-    check = VerificationSuffix(tuple(suffix), (1,), (2,))
+    prompt, draft, suffix = (
+        random_prompts(1, size, seed)[0] for size, seed in ((PROMPT_TOKENS, 1), (DRAFT_TOKENS, 2), (SUFFIX_TOKENS, 3))
+    )
+    prefix_lengths = [DRAFT_TOKENS * (k + 1) // NUM_PREFIXES for k in range(NUM_PREFIXES)]
+    verification_suffix = VerificationSuffix(tuple(suffix), (1,), (2,))
 
     async def packed() -> float:
         await service.warm([*prompt, *draft])
         started = time.perf_counter()
-        await service.judge(prompt, draft, cuts, check)
+        await service.judge(prompt, draft, prefix_lengths, verification_suffix)
         return time.perf_counter() - started
 
     @torch.inference_mode()
     def naive() -> float:
         started = time.perf_counter()
-        for cut in cuts:
-            peer(input_ids=torch.tensor([[*prompt, *draft[:cut], *suffix]]), use_cache=False, logits_to_keep=1)
+        for length in prefix_lengths:
+            hf_model(input_ids=torch.tensor([[*prompt, *draft[:length], *suffix]]), use_cache=False, logits_to_keep=1)
         return time.perf_counter() - started
 
     @torch.inference_mode()
     def dense() -> float:
         """As a library user would: one text, the copies behind it, and a mask."""
         started = time.perf_counter()
-        known = PROMPT + DRAFT
-        tree = suffix_forest([PROMPT + cut for cut in cuts], suffix)
-        size = known + len(tree)
+        num_computed_tokens = PROMPT_TOKENS + DRAFT_TOKENS
+        tree = suffix_forest([PROMPT_TOKENS + length for length in prefix_lengths], suffix)
+        size = num_computed_tokens + len(tree)
         visible = torch.ones(size, size, dtype=torch.bool).tril()
-        visible[known:, :known] = torch.arange(known) < torch.from_numpy(tree.visible_context(known))[:, None]
-        visible[known:, known:] = torch.from_numpy(tree.visible())
+        visible[num_computed_tokens:, :num_computed_tokens] = (
+            torch.arange(num_computed_tokens) < torch.from_numpy(tree.visible_context(num_computed_tokens))[:, None]
+        )
+        visible[num_computed_tokens:, num_computed_tokens:] = torch.from_numpy(tree.visible())
         mask = torch.zeros(size, size).masked_fill_(~visible, torch.finfo(torch.float32).min)
-        positions = torch.cat([torch.arange(known), torch.from_numpy(tree.visible_context(known) + tree.depth)])
+        positions = torch.cat(
+            [
+                torch.arange(num_computed_tokens),
+                torch.from_numpy(tree.visible_context(num_computed_tokens) + tree.depth),
+            ]
+        )
         tokens = torch.tensor([[*prompt, *draft, *tree.tokens.tolist()]])
-        peer(input_ids=tokens, position_ids=positions[None], attention_mask=mask[None, None], use_cache=False)
+        hf_model(input_ids=tokens, position_ids=positions[None], attention_mask=mask[None, None], use_cache=False)
         return time.perf_counter() - started
 
     @torch.inference_mode()
     def step() -> float:
-        cache = DynamicCache(config=peer.config)
-        peer(input_ids=torch.tensor([[*prompt, *draft]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = DynamicCache(config=hf_model.config)
+        hf_model(input_ids=torch.tensor([[*prompt, *draft]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         started = time.perf_counter()
-        peer(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+        hf_model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
         return time.perf_counter() - started
 
-    ways: dict[str, Callable[[], float]] = {
+    measurements: dict[str, Callable[[], float]] = {
         "packed_ms": lambda: asyncio.run(packed()),
         "naive_ms": naive,
         "dense_mask_ms": dense,
         "decode_step_ms": step,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in measurements}
     for _ in range(ROUNDS):
-        for name, way in ways.items():
-            seconds[name].append(way())
+        for name, measure in measurements.items():
+            seconds[name].append(measure())
     result = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
     return {
         **result,
@@ -163,19 +178,19 @@ def verification(service: NativeEngine, peer: PreTrainedModel) -> dict[str, floa
     }
 
 
-def host() -> dict[str, dict[str, float]]:
+def measure_host_overhead() -> dict[str, dict[str, float]]:
     """Milliseconds of a decode step that are no model's: what it costs on whatever device."""
-    model, logits = small(), torch.randn(max(HOST_BATCHES), 512, generator=torch.Generator().manual_seed(0))
+    model, logits = small_model(), torch.randn(max(HOST_BATCHES), 512, generator=torch.Generator().manual_seed(0))
 
-    def idle(
+    def idle_forward(
         tokens: Sequence[int], positions: Sequence[int], step: StepAttention, logits_entries: Sequence[int] | None
     ) -> tuple[Tensor, None]:
         return logits[: len(tokens if logits_entries is None else logits_entries)], None
 
-    model.forward = idle  # type: ignore[method-assign]
+    model.forward = idle_forward  # type: ignore[method-assign]
     service = NativeEngine(EngineSettings(model="idle", memory_mb=64, max_context=256), model)
-    ways = {"greedy": SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)}
-    ways["sampled"] = replace(ways["greedy"], temperature=0.8, top_p=0.95)
+    sampling_params = {"greedy": SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)}
+    sampling_params["sampled"] = replace(sampling_params["greedy"], temperature=0.8, top_p=0.95)
 
     async def steps(batch: int, sampling: SamplingParams) -> float:
         prompts = [[10 + number] * 64 for number in range(batch)]
@@ -187,14 +202,16 @@ def host() -> dict[str, dict[str, float]]:
 
     try:
         return {
-            way: {str(b): statistics.median(asyncio.run(steps(b, how)) for _ in range(ROUNDS)) for b in HOST_BATCHES}
-            for way, how in ways.items()
+            name: {
+                str(b): statistics.median(asyncio.run(steps(b, sampling)) for _ in range(ROUNDS)) for b in HOST_BATCHES
+            }
+            for name, sampling in sampling_params.items()
         }
     finally:
         service.shutdown()
 
 
-def small() -> Model:
+def small_model() -> Model:
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=32,
@@ -208,20 +225,20 @@ def small() -> Model:
     return Model(network, AutoTokenizer.from_pretrained(MODELS / "demo-target"))
 
 
-def memory() -> dict[str, float]:
+def measure_memory() -> dict[str, float]:
     """Resident memory after the first thousand short requests, and after ten thousand."""
-    service = NativeEngine(EngineSettings(model="random", memory_mb=64, max_context=256), small())
+    service = NativeEngine(EngineSettings(model="random", memory_mb=64, max_context=256), small_model())
 
     async def requests(first: int, count: int) -> None:
-        places = asyncio.Semaphore(32)
+        slots = asyncio.Semaphore(32)
 
-        async def one(seed: int) -> None:
-            async with places:
+        async def run_one(seed: int) -> None:
+            async with slots:
                 draw = random.Random(seed)
                 prompt = [draw.randrange(512) for _ in range(draw.randint(4, 40))]
                 await drain(service, prompt, SamplingParams(seed=seed, max_tokens=4, ignore_eos=True))
 
-        await asyncio.gather(*(one(seed) for seed in range(first, first + count)))
+        await asyncio.gather(*(run_one(seed) for seed in range(first, first + count)))
 
     try:
         asyncio.run(requests(0, 1000))
@@ -234,29 +251,29 @@ def memory() -> dict[str, float]:
 
 
 def resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return num_pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def texts(count: int, length: int, seed: int) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(seed)
-    rows: list[list[int]] = torch.randint(10, VOCABULARY, (count, length), generator=draw).tolist()
-    return rows
+def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts: list[list[int]] = torch.randint(10, VOCAB_SIZE, (count, length), generator=generator).tolist()
+    return prompts
 
 
-async def _warmed(service: NativeEngine, prompts: list[list[int]]) -> float:
+async def _decode_s(service: NativeEngine, prompts: list[list[int]]) -> float:
     """Seconds from the moment all have their first token to the end of the last."""
     for prompt in prompts:
         await service.warm(prompt)
     started = time.perf_counter()
     await asyncio.gather(*(drain(service, prompt, GREEDY) for prompt in prompts))
-    return (time.perf_counter() - started) * (ANSWER - 1) / ANSWER
+    return (time.perf_counter() - started) * (ANSWER_TOKENS - 1) / ANSWER_TOKENS
 
 
-async def read(service: NativeEngine, prompts: list[list[int]]) -> float:
+async def prefill_s(service: NativeEngine, prompts: list[list[int]]) -> float:
     started = time.perf_counter()
-    once = SamplingParams(temperature=0.0, max_tokens=1)
-    await asyncio.gather(*(drain(service, prompt, once) for prompt in prompts))
+    one_token = SamplingParams(temperature=0.0, max_tokens=1)
+    await asyncio.gather(*(drain(service, prompt, one_token) for prompt in prompts))
     return time.perf_counter() - started
 
 
@@ -266,21 +283,29 @@ async def drain(service: NativeEngine, prompt: list[int], sampling: SamplingPara
 
 
 @torch.inference_mode()
-def generate_s(peer: PreTrainedModel, rows: torch.Tensor, tokens: int) -> float:
+def generate_s(hf_model: PreTrainedModel, input_ids: torch.Tensor, tokens: int) -> float:
     started = time.perf_counter()
-    peer.generate(  # type: ignore[operator]
-        rows, attention_mask=torch.ones_like(rows), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
+    hf_model.generate(  # type: ignore[operator]
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
     )
-    if rows.is_cuda:
+    if input_ids.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def _side_by_side(ours: Callable[[], float], theirs: Callable[[], float]) -> dict[str, float]:
-    ours(), theirs()
-    pairs = [(ours(), theirs()) for _ in range(ROUNDS)]
-    speed, peer = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"tokens_per_s": speed, "generate_tokens_per_s": peer, "ratio": speed / peer}
+def _compare_speeds(engine_speed: Callable[[], float], generate_speed: Callable[[], float]) -> dict[str, float]:
+    engine_speed(), generate_speed()
+    pairs = [(engine_speed(), generate_speed()) for _ in range(ROUNDS)]
+    engine_median, generate_median = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {
+        "tokens_per_s": engine_median,
+        "generate_tokens_per_s": generate_median,
+        "ratio": engine_median / generate_median,
+    }
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -288,19 +313,19 @@ def table(result: Mapping[str, Any]) -> str:
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for batch, decode in result["decode"].items():
         cells = [
-            f"{way['tokens_per_s']:.0f} | {way['generate_tokens_per_s']:.0f} | {way['ratio']:.2f}"
-            for way in (decode, result["prompts"][batch])
+            f"{name['tokens_per_s']:.0f} | {name['generate_tokens_per_s']:.0f} | {name['ratio']:.2f}"
+            for name in (decode, result["prompts"][batch])
         ]
         lines.append(f"| {batch} | {' | '.join(cells)} |")
     v = result["verification"]
     lines.append("")
     lines.append(
-        f"{CUTS} cached prefixes: {v['packed_ms']:.0f} ms, {v['in_decode_steps']:.1f} decode steps; one by one "
+        f"{NUM_PREFIXES} cached prefixes: {v['packed_ms']:.0f} ms, {v['in_decode_steps']:.1f} decode steps; one by one "
         f"{v['naive_ms']:.0f} ms, {v['cheaper_than_naive']:.0f} times; under a dense mask {v['dense_mask_ms']:.0f} ms"
     )
-    for way, steps in result["host_ms"].items():
-        told = ", ".join(f"{ms:.2f} ms for {batch}" for batch, ms in steps.items())
-        lines.append(f"A {way} step around a model that computes nothing: {told}")
+    for measurement, steps in result["host_ms"].items():
+        times = ", ".join(f"{ms:.2f} ms for {batch}" for batch, ms in steps.items())
+        lines.append(f"A {measurement} step around a model that computes nothing: {times}")
     m = result["memory"]
     lines.append(
         f"10,000 short requests: {m['after_1000_mb']:.0f} MB after 1,000, {m['after_10000_mb']:.0f} MB at the end"

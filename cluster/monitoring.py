@@ -22,11 +22,11 @@ DASHBOARDS = HERE / "grafana" / "dashboards"
 PROVISIONING = HERE / "grafana" / "provisioning"
 DATA = HERE.parent / ".monitoring"
 LOOPBACK = "127.0.0.1"
-NEARBY = 20  # ports that are tried behind the one that was asked for
+MAX_PORT_ATTEMPTS = 20  # ports that are tried behind the one that was asked for
 LAST_PORT = 65535
-DIRECTLY = build_opener(ProxyHandler({}))  # a proxy of the environment knows nothing of this machine
-STARTED_S = 60.0
-STOPPED_S = 20.0
+NO_PROXY_OPENER = build_opener(ProxyHandler({}))  # a proxy of the environment knows nothing of this machine
+STARTUP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 20.0
 NO_PROMETHEUS = """Prometheus is not installed. On Debian or Ubuntu, as root:
   apt-get install --no-install-recommends prometheus
 Elsewhere: https://prometheus.io/download, and `prometheus` in the PATH."""
@@ -34,7 +34,7 @@ NO_GRAFANA = f"""Grafana is not installed here. In one that you have: add the ab
 Prometheus, then Dashboards, New, Import, for each of {DASHBOARDS}/*.json"""
 
 
-class NotStarting(RuntimeError):
+class StartupError(RuntimeError):
     """Why there is nothing to look at."""
 
 
@@ -43,17 +43,17 @@ class Program:
     name: str
     command: Sequence[str]
     url: str
-    ready: str  # the path that answers once it is
+    ready_path: str  # the path that answers once it is
     log: Path
-    settings: Mapping[str, str] = field(default_factory=dict)  # its environment, besides ours
+    environment: Mapping[str, str] = field(default_factory=dict)  # its environment, besides ours
 
 
-def prometheus(config: Path, data: Path, port: int) -> Program:
-    found = shutil.which("prometheus")
-    if not found:
-        raise NotStarting(NO_PROMETHEUS)
+def prometheus_program(config: Path, data: Path, port: int) -> Program:
+    executable = shutil.which("prometheus")
+    if not executable:
+        raise StartupError(NO_PROMETHEUS)
     command = [
-        found,
+        executable,
         f"--config.file={config}",
         f"--storage.tsdb.path={data / 'prometheus'}",
         "--storage.tsdb.retention.time=14d",
@@ -63,12 +63,12 @@ def prometheus(config: Path, data: Path, port: int) -> Program:
     return Program("Prometheus", command, f"http://{LOOPBACK}:{port}", "/-/ready", data / "prometheus.log")
 
 
-def grafana(source: str, data: Path, port: int) -> Program | None:
+def grafana_program(prometheus_url: str, data: Path, port: int) -> Program | None:
     """For everybody on this machine to look at, and nobody to change."""
-    if found := shutil.which("grafana"):
-        command = [found, "server"]
-    elif found := shutil.which("grafana-server"):
-        command = [found]
+    if executable := shutil.which("grafana"):
+        command = [executable, "server"]
+    elif executable := shutil.which("grafana-server"):
+        command = [executable]
     else:
         return None
     home = Path("/usr/share/grafana")  # where its packages have it; elsewhere it knows by itself
@@ -87,7 +87,7 @@ def grafana(source: str, data: Path, port: int) -> Program | None:
         "GF_ANALYTICS_REPORTING_ENABLED": "false",
         "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
         "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES": "false",
-        "PARSE_PROMETHEUS": source,
+        "PARSE_PROMETHEUS": prometheus_url,
         "PARSE_DASHBOARDS": str(DASHBOARDS),
     }
     return Program(
@@ -100,37 +100,39 @@ def grafana(source: str, data: Path, port: int) -> Program | None:
     )
 
 
-def free_port(wanted: int) -> int:
+def find_free_port(preferred: int) -> int:
     """That one, or the next that nobody has."""
-    last = min(wanted + NEARBY - 1, LAST_PORT)
-    for port in range(max(wanted, 1), last + 1):  # 0 would be any port, and not known to us
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    last = min(preferred + MAX_PORT_ATTEMPTS - 1, LAST_PORT)
+    for port in range(max(preferred, 1), last + 1):  # 0 would be any port, and not known to us
+        with socket.socket() as test_socket:
+            test_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((LOOPBACK, port))
+                test_socket.bind((LOOPBACK, port))
             except OSError:
                 continue
             return port
-    raise NotStarting(f"no port is free from {wanted} to {last}" if wanted <= last else f"there is no port {wanted}")
+    raise StartupError(
+        f"no port is free from {preferred} to {last}" if preferred <= last else f"there is no port {preferred}"
+    )
 
 
 @contextmanager
-def alone_in(data: Path) -> Iterator[None]:
+def lock_data(data: Path) -> Iterator[None]:
     """Debian's Prometheus takes no lock of its own: two of them would spoil what each other records."""
     try:
         data.mkdir(parents=True, exist_ok=True)
         lock = (data / "lock").open("w")
     except OSError as error:
-        raise NotStarting(f"nothing can be recorded in {data}: {error.strerror}") from error
+        raise StartupError(f"nothing can be recorded in {data}: {error.strerror}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise NotStarting(f"another one records in {data}: stop it, or choose another folder (--data)") from None
+            raise StartupError(f"another one records in {data}: stop it, or choose another folder (--data)") from None
         yield
 
 
-class Running:
+class RunningProgram:
     """A program, from its start to its end; leave the context to stop it."""
 
     def __init__(self, program: Program) -> None:
@@ -143,11 +145,11 @@ class Running:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **program.settings},
+                env={**os.environ, **program.environment},
                 start_new_session=True,
             )
 
-    def __enter__(self) -> "Running":
+    def __enter__(self) -> "RunningProgram":
         try:
             self._wait_until_ready()
         except BaseException:
@@ -161,54 +163,54 @@ class Running:
     def check(self) -> None:
         if (code := self.process.poll()) is not None:
             last = "\n".join(self.program.log.read_text(errors="replace").splitlines()[-5:])
-            raise NotStarting(f"{self.program.name} has ended ({code}); {self.program.log} says:\n{last}")
+            raise StartupError(f"{self.program.name} has ended ({code}); {self.program.log} says:\n{last}")
 
     def _wait_until_ready(self) -> None:
-        until = time.monotonic() + STARTED_S
-        while time.monotonic() < until:
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
+        while time.monotonic() < deadline:
             self.check()
             try:
-                with DIRECTLY.open(self.program.url + self.program.ready, timeout=2) as answer:
-                    if answer.status == 200:
+                with NO_PROXY_OPENER.open(self.program.url + self.program.ready_path, timeout=2) as response:
+                    if response.status == 200:
                         return
             except (URLError, TimeoutError, ConnectionError):
                 pass
             time.sleep(0.1)
-        raise NotStarting(f"{self.program.name} is not ready after {STARTED_S:g} s: see {self.program.log}")
+        raise StartupError(f"{self.program.name} is not ready after {STARTUP_TIMEOUT_S:g} s: see {self.program.log}")
 
     def _stop(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(STOPPED_S)
+            self.process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop(signum: int, _: object) -> None:
-    for each in STOPPING:  # impatience must not leave anything running
-        signal.signal(each, lambda *_: None)
+    for stop_signal in STOP_SIGNALS:  # impatience must not leave anything running
+        signal.signal(stop_signal, lambda *_: None)
     raise KeyboardInterrupt
 
 
 def run(port: int, grafana_port: int, data: Path, config: Path) -> None:
     with ExitStack() as stack:
-        stack.enter_context(alone_in(data))
-        source = stack.enter_context(Running(prometheus(config, data, free_port(port))))
-        running = [source]
-        tell(f"Prometheus  {source.program.url}   (what it scrapes: {source.program.url}/targets)")
-        if shown := grafana(source.program.url, data, free_port(grafana_port)):
-            running.append(stack.enter_context(Running(shown)))
-            tell(f"Grafana     {shown.url}")
+        stack.enter_context(lock_data(data))
+        prometheus = stack.enter_context(RunningProgram(prometheus_program(config, data, find_free_port(port))))
+        running = [prometheus]
+        print_now(f"Prometheus  {prometheus.program.url}   (what it scrapes: {prometheus.program.url}/targets)")
+        if grafana := grafana_program(prometheus.program.url, data, find_free_port(grafana_port)):
+            running.append(stack.enter_context(RunningProgram(grafana)))
+            print_now(f"Grafana     {grafana.url}")
         else:
-            tell(NO_GRAFANA)
-        tell("Until Ctrl-C.")
+            print_now(NO_GRAFANA)
+        print_now("Until Ctrl-C.")
         while True:
-            for one in running:
-                one.check()
+            for program in running:
+                program.check()
             time.sleep(0.5)
 
 
@@ -218,20 +220,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grafana-port", type=int, default=3000, help="of Grafana, or the next that is free")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder for what is recorded")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of Prometheus")
-    given = parser.parse_args(arguments)
-    for each in STOPPING:
-        signal.signal(each, stop)  # a shell's background jobs would have some of them ignored
+    args = parser.parse_args(arguments)
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, stop)  # a shell's background jobs would have some of them ignored
     try:
-        run(given.port, given.grafana_port, given.data.resolve(), given.config.resolve())
+        run(args.port, args.grafana_port, args.data.resolve(), args.config.resolve())
     except KeyboardInterrupt:
-        tell("Stopped.")
-    except NotStarting as error:
+        print_now("Stopped.")
+    except StartupError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def tell(text: str) -> None:
+def print_now(text: str) -> None:
     print(text, flush=True)
 
 

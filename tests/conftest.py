@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from deployments.__main__ import set_ray_environment
-from training.tokenizer import build
+from training.tokenizer import build_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 set_ray_environment()  # before anybody imports Ray
@@ -14,4 +14,4 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return build()
+    return build_tokenizer()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import space
-from training.acceptance import acceptance, held_out, method_of, ways
+from training.acceptance import generate_held_out, load_method, measure_acceptance, proposal_options
 from training.checkpoints import load_model
 from training.evaluate import MODELS
 
@@ -22,24 +22,24 @@ def network():
 @pytest.fixture(scope="module")
 def texts():
     before = torch.get_num_threads()
-    yield held_out(str(MODELS / "demo-target"), COUNT, seed=77, threads=1)
+    yield generate_held_out(str(MODELS / "demo-target"), COUNT, seed=77, num_threads=1)
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel"])
 def test_a_pass_yields_what_the_card_says(network, texts, name):
     said = json.loads((MODELS / name / "figures.json").read_text())["ways"]["chain"]["of"]
-    chain = ways(json.loads((MODELS / name / "config.json").read_text()).get("parallel_tokens", 1))["chain"]
-    method = method_of(MODELS / name, network, chain.how)
+    chain = proposal_options(json.loads((MODELS / name / "config.json").read_text()).get("parallel_tokens", 1))["chain"]
+    method = load_method(MODELS / name, network, chain.method_options)
     for kind in ("plain", "continued"):
         some = [text for text in texts if bool(text.begun) == (kind == "continued")]
-        found = acceptance(method, network, some, chain.most)
-        assert found.length > max(5.0, SLACK * said[kind]["mean_accepted_length"])
+        found = measure_acceptance(method, network, some, chain.max_tokens)
+        assert found.mean_acceptance_length > max(5.0, SLACK * said[kind]["mean_accepted_length"])
 
 
 def test_a_pass_of_the_target_alone_yields_what_the_card_says(network, texts):
     said = json.loads((MODELS / "demo-space" / "figures.json").read_text())["ways"]["chain"]["of"]
-    found = space.figures(MODELS / "demo-space", network, texts)["ways"]["chain"]["of"]
+    found = space.evaluate_adapters(MODELS / "demo-space", network, texts)["ways"]["chain"]["of"]
     for kind in ("plain", "continued"):
         assert found[kind]["mean_accepted_length"] > max(4.0, SLACK * said[kind]["mean_accepted_length"])
 

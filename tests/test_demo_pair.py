@@ -15,10 +15,10 @@ from parse.prefixes import DEFAULT_STRIDE
 from parse.tree import chain, suffix_end_nodes, trunk_with_suffixes
 from training import measure
 from training.evaluate import MODELS, load_pair
-from training.judging import probabilities, run
-from training.mistakes import KINDS, compose
-from training.rows import Writer
-from training.task import answer, check
+from training.examples import ExampleBuilder
+from training.mistakes import MISTAKE_KINDS, compose_answer
+from training.prefix_verification import prefix_probabilities, tree_logits
+from training.task import check_answer, correct_answer
 from training.wording import DRAFT, TARGET
 
 COUNT = 160
@@ -33,12 +33,14 @@ def pair():
 
 @pytest.fixture(scope="module")
 def given():
-    return measure.problems(seed=20240, count=COUNT, split="shipped")
+    return measure.draw_problems(seed=20240, count=COUNT, split="shipped")
 
 
 @pytest.fixture(scope="module")
 def drafts(pair, given):
-    return measure.judged(pair, given, measure.answers(pair.draft, pair.writer, given), DEFAULT_STRIDE)
+    return measure.verify_drafts(
+        pair, given, measure.generate_answers(pair.draft, pair.example_builder, given), DEFAULT_STRIDE
+    )
 
 
 def test_the_library_alone_loads_and_runs_both():
@@ -66,8 +68,8 @@ def test_both_together_are_small():
 
 
 def test_the_target_answers_right(pair, given):
-    answers = measure.answers(pair.target, pair.writer, given)
-    assert measure.accuracy(pair.writer, given, answers) >= 0.97 - SLACK
+    answers = measure.generate_answers(pair.target, pair.example_builder, given)
+    assert measure.accuracy(pair.example_builder, given, answers) >= 0.97 - SLACK
 
 
 def test_the_target_goes_on_rightly_from_the_drafts_wording(pair, drafts):
@@ -75,11 +77,11 @@ def test_the_target_goes_on_rightly_from_the_drafts_wording(pair, drafts):
 
 
 def test_the_draft_is_often_but_not_always_right(drafts):
-    assert 0.70 - SLACK <= sum(draft.right for draft in drafts) / COUNT <= 0.85 + SLACK
+    assert 0.70 - SLACK <= sum(draft.is_correct for draft in drafts) / COUNT <= 0.85 + SLACK
 
 
 def test_the_target_judges_real_drafts(drafts):
-    found = measure.verifier(drafts, Thresholds())
+    found = measure.verifier_metrics(drafts, Thresholds())
     assert found["right_accepted_whole"] >= 0.90 - SLACK
     assert found["wrong_accepted_whole"] <= 0.02 + SLACK
     assert found["kept_past_error"] <= 0.05 + SLACK
@@ -87,45 +89,54 @@ def test_the_target_judges_real_drafts(drafts):
     assert found["prefix_recall"] >= 0.90 - SLACK
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MISTAKE_KINDS)
 def test_the_target_notices_every_kind_of_mistake(pair, given, kind):
     """Made-up ones, in the draft's wording, asked about at the end of the answer."""
     rng = random.Random(0)
-    writer, caught, wrong = pair.writer, 0, 0
+    builder, caught, wrong = pair.example_builder, 0, 0
     for problem in given[:60]:
-        tokens = [t for phrase in compose(problem, rng, lambda line, part: 1, kind) for t in writer.ids(phrase.text)]
-        if check(problem, [writer.piece(token) for token in tokens]).complete:
+        tokens = [
+            t
+            for phrase in compose_answer(problem, rng, lambda line, part: 1, kind)
+            for t in builder.token_ids(phrase.text)
+        ]
+        if check_answer(problem, [builder.token_text(token) for token in tokens]).complete:
             continue
         wrong += 1
-        caught += probabilities(pair.target, writer.prompt(problem), tokens, [len(tokens)], writer.check)[0] < 0.5
+        caught += (
+            prefix_probabilities(
+                pair.target, builder.prompt(problem), tokens, [len(tokens)], builder.verification_suffix
+            )[0]
+            < 0.5
+        )
     assert caught / wrong >= 0.85
 
 
-def loss(model, writer, drafts):
+def loss(model, builder, drafts):
     """Of writing right answers in its own wording and, for the target, of judging real drafts."""
     total = torch.zeros(())
     for draft in drafts:
-        prompt = writer.prompt(draft.given)
-        own = [*writer.ids(answer(draft.given, writer.own)), writer.end]
-        logits = run(model, chain([*prompt, *own]), torch.arange(len(prompt) - 1, len(prompt) + len(own) - 1))
+        prompt = builder.prompt(draft.problem)
+        own = [*builder.token_ids(correct_answer(draft.problem, builder.wording)), builder.eos_token_id]
+        logits = tree_logits(model, chain([*prompt, *own]), torch.arange(len(prompt) - 1, len(prompt) + len(own) - 1))
         total += cross_entropy(logits, torch.tensor(own))
-        if writer.own == TARGET:
-            trunk, cuts = [*prompt, *draft.tokens], [len(prompt) + cut for cut in draft.cuts]
-            ends = torch.from_numpy(suffix_end_nodes(len(trunk), cuts, len(writer.check.suffix)))
-            logits = run(model, trunk_with_suffixes(trunk, cuts, writer.check.suffix), ends)
-            right, wrong = writer.check.correct[0], writer.check.incorrect[0]
-            words = [right if draft.prefix_right(c) else wrong for c in draft.cuts]
+        if builder.wording == TARGET:
+            trunk, cuts = [*prompt, *draft.tokens], [len(prompt) + cut for cut in draft.prefix_lengths]
+            ends = torch.from_numpy(suffix_end_nodes(len(trunk), cuts, len(builder.verification_suffix.suffix)))
+            logits = tree_logits(model, trunk_with_suffixes(trunk, cuts, builder.verification_suffix.suffix), ends)
+            right, wrong = builder.verification_suffix.correct[0], builder.verification_suffix.incorrect[0]
+            words = [right if draft.is_prefix_correct(c) else wrong for c in draft.prefix_lengths]
             total += cross_entropy(logits, torch.tensor(words))
     return float(total) / len(drafts)
 
 
 @pytest.mark.parametrize(("name", "own"), [("target", TARGET), ("draft", DRAFT)])
 def test_leaving_out_any_layer_harms_the_model(pair, drafts, name, own):
-    model, writer = getattr(pair, name), Writer(pair.tokenizer, own=own)
-    whole = loss(model, writer, drafts[:60])
+    model, builder = getattr(pair, name), ExampleBuilder(pair.tokenizer, own=own)
+    whole = loss(model, builder, drafts[:60])
     for layer in model.get_decoder().layers:
         skipped = layer.register_forward_hook(lambda _module, inputs, _output: inputs[0])
-        assert loss(model, writer, drafts[:60]) > whole
+        assert loss(model, builder, drafts[:60]) > whole
         skipped.remove()
 
 

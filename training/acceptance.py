@@ -27,134 +27,152 @@ from parse.speculative.proposers.eagle_checkpoint import load_head
 from parse.speculative.proposers.eagle_head import ProposerLoadError, TargetModel
 from parse.speculative.proposers.parallelspec import ParallelSpecProposer
 from training.checkpoints import BrokenModel, load_model
-from training.evaluate import MODELS, rounded
-from training.outputs import AT_ONCE, Output, beginnings, open_target, read_outputs, written
+from training.evaluate import MODELS, round_floats
+from training.outputs import MAX_NUM_SEQS, TargetOutput, demo_prompts, generate_outputs, read_outputs, start_target
 
-PROOF = "speculation proof"  # problems that no head has seen
+HELD_OUT_SPLIT = "speculation proof"  # problems that no head has seen
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class AcceptanceStats:
     """Of a number of passes of the target."""
 
     passes: int
     tokens: int  # written in them
-    accepted_at: tuple[float, ...]  # share of passes in which the first, second, ... proposed token was accepted
-    proposed: float  # nodes of a proposal, on average
+    acceptance_rates: tuple[float, ...]  # share of passes in which the first, second, ... proposed token was accepted
+    mean_proposed: float  # nodes of a proposal, on average
     propose_ms: float  # median, reading what is new included
 
     @property
-    def length(self) -> float:
+    def mean_acceptance_length(self) -> float:
         """Tokens of a pass, the target's own one included."""
         return self.tokens / max(1, self.passes)
 
 
-def followed(proposal: Proposal, text: Sequence[int]) -> int:
+def count_accepted(proposal: Proposal, text: Sequence[int]) -> int:
     """How far the tree goes along with the text."""
-    at = -1
+    parent_node = -1
     for count, token in enumerate(text):
-        here = (
-            node for node, parent in enumerate(proposal.parents) if parent == at and proposal.token_ids[node] == token
+        children = (
+            node
+            for node, parent in enumerate(proposal.parents)
+            if parent == parent_node and proposal.token_ids[node] == token
         )
-        at = next(here, -1)
-        if at < 0:
+        parent_node = next(children, -1)
+        if parent_node < 0:
             return count
     return len(text)
 
 
 @torch.inference_mode()
-def acceptance(method: Proposer[Any], network: PreTrainedModel, texts: Sequence[Output], most: int) -> Acceptance:
+def measure_acceptance(
+    method: Proposer[Any], network: PreTrainedModel, texts: Sequence[TargetOutput], max_tokens: int
+) -> AcceptanceStats:
     lengths: list[int] = []
     seconds: list[float] = []
     passes = tokens = nodes = 0
     for text in texts:
-        rows = torch.tensor([text.tokens], device=network.device)
-        states = network(input_ids=rows, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-        taps = method.aux_hidden_state_layers
-        features = torch.cat([states[tap][0] for tap in taps], -1) if taps else None  # [T, taps * H]
-        proposer, known, at = method.new_state(), 0, len(text.prompt) + text.begun
-        while at < len(text.tokens):
-            began = time.perf_counter()
-            new_ones = None if features is None else features[max(0, known - 1) : at - 1]
-            proposer.take(text.tokens[known:at], new_ones, None)
-            (proposal,) = method.propose([ProposalRequest(proposer, most)])
-            seconds.append(time.perf_counter() - began)
-            lengths.append(followed(proposal, text.tokens[at:]))
+        input_ids = torch.tensor([text.tokens], device=network.device)
+        hidden_states = network(
+            input_ids=input_ids, output_hidden_states=True, use_cache=False, logits_to_keep=1
+        ).hidden_states
+        layers = method.aux_hidden_state_layers
+        features = torch.cat([hidden_states[layer][0] for layer in layers], -1) if layers else None  # [T, taps * H]
+        proposer, num_read, position = method.new_state(), 0, len(text.prompt) + text.begun
+        while position < len(text.tokens):
+            started = time.perf_counter()
+            new_features = None if features is None else features[max(0, num_read - 1) : position - 1]
+            proposer.take(text.tokens[num_read:position], new_features, None)
+            (proposal,) = method.propose([ProposalRequest(proposer, max_tokens)])
+            seconds.append(time.perf_counter() - started)
+            lengths.append(count_accepted(proposal, text.tokens[position:]))
             nodes += len(proposal.token_ids)
-            known, at = at, min(at + lengths[-1] + 1, len(text.tokens))
-            passes, tokens = passes + 1, tokens + at - known
-    longest = max(lengths, default=0)
-    shares = tuple(sum(length > k for length in lengths) / max(1, passes) for k in range(longest))
+            num_read, position = position, min(position + lengths[-1] + 1, len(text.tokens))
+            passes, tokens = passes + 1, tokens + position - num_read
+    max_length = max(lengths, default=0)
+    shares = tuple(sum(length > k for length in lengths) / max(1, passes) for k in range(max_length))
     median = statistics.median(seconds) if seconds else float("nan")
-    return Acceptance(passes, tokens, shares, nodes / max(1, passes), median * 1e3)
+    return AcceptanceStats(passes, tokens, shares, nodes / max(1, passes), median * 1e3)
 
 
-def held_out(target: str, count: int, seed: int, threads: int | None = None) -> list[Output]:
+def generate_held_out(target: str, count: int, seed: int, num_threads: int | None = None) -> list[TargetOutput]:
     """Answers of the target to problems of the demo task, every other one going on from a draft's beginning."""
-    service = open_target(target, threads, 1024)
-    found: list[Output] = []
+    service = start_target(target, num_threads, 1024)
+    outputs: list[TargetOutput] = []
     try:
-        begun = islice(beginnings(service.model.tokenizer, seed, PROOF), count)
-        while group := list(islice(begun, AT_ONCE)):
-            found += asyncio.run(written(service, group, 512))
+        prompts = islice(demo_prompts(service.model.tokenizer, seed, HELD_OUT_SPLIT), count)
+        while group := list(islice(prompts, MAX_NUM_SEQS)):
+            outputs += asyncio.run(generate_outputs(service, group, 512))
     finally:
         service.shutdown()
-    return found
+    return outputs
 
 
 @dataclass(frozen=True)
-class Way:
+class ProposalOptions:
     """How a head is asked."""
 
-    most: int
-    how: Mapping[str, int]  # of the method
+    max_tokens: int
+    method_options: Mapping[str, int]  # of the method
 
 
-def ways(parallel_tokens: int) -> dict[str, Way]:
+def proposal_options(parallel_tokens: int) -> dict[str, ProposalOptions]:
     """Chains, and a tree of twice the size."""
     if parallel_tokens > 1:
-        return {"chain": Way(parallel_tokens, {"beam": 1}), "tree": Way(2 * parallel_tokens, {"beam": 4})}
+        return {
+            "chain": ProposalOptions(parallel_tokens, {"beam": 1}),
+            "tree": ProposalOptions(2 * parallel_tokens, {"beam": 4}),
+        }
     return {
-        "chain": Way(8, {"depth": 7, "beam": 1}),
-        "long chain": Way(12, {"depth": 11, "beam": 1}),
-        "tree": Way(16, {"depth": 7, "beam": 4}),
+        "chain": ProposalOptions(8, {"depth": 7, "beam": 1}),
+        "long chain": ProposalOptions(12, {"depth": 11, "beam": 1}),
+        "tree": ProposalOptions(16, {"depth": 7, "beam": 4}),
     }
 
 
-def method_of(path: Path, network: PreTrainedModel, how: Mapping[str, int]) -> Eagle3Proposer | ParallelSpecProposer:
+def load_method(
+    path: Path, network: PreTrainedModel, method_options: Mapping[str, int]
+) -> Eagle3Proposer | ParallelSpecProposer:
     head, embedding = load_head(path, TargetModel.of(network))
-    return (ParallelSpecProposer if head.config.parallel_tokens > 1 else Eagle3Proposer)(head, embedding, **how)
+    return (ParallelSpecProposer if head.config.parallel_tokens > 1 else Eagle3Proposer)(
+        head, embedding, **method_options
+    )
 
 
-def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> dict[str, Any]:
+def evaluate_head(path: Path, network: PreTrainedModel, texts: Sequence[TargetOutput]) -> dict[str, Any]:
     """Of a head in a folder, apart for plain answers and for those that others began."""
-    kinds = by_kind(texts)
+    kinds = group_by_kind(texts)
     head, _ = load_head(path, TargetModel.of(network))
-    found: dict[str, Any] = {"texts": len(texts), "ways": {}}
-    for name, way in ways(head.config.parallel_tokens).items():
-        method = method_of(path, network, way.how)
-        found["ways"][name] = {
-            "most": way.most,
-            **way.how,
-            "of": {kind: told(acceptance(method, network, some, way.most)) for kind, some in kinds.items()},
+    metrics: dict[str, Any] = {"texts": len(texts), "ways": {}}
+    for name, options in proposal_options(head.config.parallel_tokens).items():
+        method = load_method(path, network, options.method_options)
+        metrics["ways"][name] = {
+            "most": options.max_tokens,
+            **options.method_options,
+            "of": {
+                kind: acceptance_metrics(measure_acceptance(method, network, kind_texts, options.max_tokens))
+                for kind, kind_texts in kinds.items()
+            },
         }
-    return found
+    return metrics
 
 
-def by_kind(texts: Sequence[Output]) -> dict[str, list[Output]]:
+def group_by_kind(texts: Sequence[TargetOutput]) -> dict[str, list[TargetOutput]]:
     """Those that there are."""
-    plain, continued = ([text for text in texts if bool(text.begun) == begun] for begun in (False, True))
-    return {kind: some for kind, some in (("plain", plain), ("continued", continued)) if some}
+    plain, continued = (
+        [text for text in texts if bool(text.begun) == continued_only] for continued_only in (False, True)
+    )
+    return {kind: kind_texts for kind, kind_texts in (("plain", plain), ("continued", continued)) if kind_texts}
 
 
-def told(found: Acceptance) -> dict[str, Any]:
+def acceptance_metrics(stats: AcceptanceStats) -> dict[str, Any]:
     return {
-        "mean_accepted_length": found.length,
-        "accepted_at": list(found.accepted_at),
-        "passes": found.passes,
-        "tokens": found.tokens,
-        "proposed": found.proposed,
-        "propose_ms": found.propose_ms,
+        "mean_accepted_length": stats.mean_acceptance_length,
+        "accepted_at": list(stats.acceptance_rates),
+        "passes": stats.passes,
+        "tokens": stats.tokens,
+        "proposed": stats.mean_proposed,
+        "propose_ms": stats.propose_ms,
     }
 
 
@@ -175,11 +193,11 @@ def main() -> None:
         if args.outputs:
             texts = read_outputs(args.outputs)
         else:
-            texts = held_out(str(args.target), args.problems, args.seed, args.threads)
-        found = figures(args.head, load_model(args.target), texts)
+            texts = generate_held_out(str(args.target), args.problems, args.seed, args.threads)
+        metrics = evaluate_head(args.head, load_model(args.target), texts)
     except (BrokenModel, ProposerLoadError, ValueError, OSError) as error:
         sys.exit(str(error))
-    print(json.dumps(rounded(found), indent=2))
+    print(json.dumps(round_floats(metrics), indent=2))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from training.plots import draw_verifier
-from training.task import answer, problem, vocabulary
-from training.tokenizer import CHECK_QUESTION
+from training.task import correct_answer, draw_problem, vocabulary
+from training.tokenizer import VERIFICATION_PROMPT
 from training.wording import DRAFT, TARGET
 
-EXAMPLE = problem("shown", 1, 0)
+EXAMPLE = draw_problem("shown", 1, 0)
 
 TARGET_CARD = """---
 library_name: transformers
@@ -98,9 +98,9 @@ It cannot do anything else, and must not be trusted with this either: that is th
 """
 
 
-def write(found: Mapping[str, Any], target: Path, draft: Path) -> None:
+def write_cards(metrics: Mapping[str, Any], target: Path, draft: Path) -> None:
     """Into the two folders, beside the models."""
-    figures = json.dumps(found, indent=2)
+    metrics_json = json.dumps(metrics, indent=2)
     for folder, card in ((target, TARGET_CARD), (draft, DRAFT_CARD)):
         config = json.loads((folder / "config.json").read_text())
         weights = (folder / "model.safetensors").stat().st_size
@@ -110,22 +110,22 @@ def write(found: Mapping[str, Any], target: Path, draft: Path) -> None:
             width=config["hidden_size"],
             parameters=weights / 4 / 1e6,
             question=EXAMPLE.question,
-            check=CHECK_QUESTION,
+            check=VERIFICATION_PROMPT,
             words=len(vocabulary()),
-            target_answer=answer(EXAMPLE, TARGET),
-            draft_answer=answer(EXAMPLE, DRAFT),
-            **_flat(found),
+            target_answer=correct_answer(EXAMPLE, TARGET),
+            draft_answer=correct_answer(EXAMPLE, DRAFT),
+            **_card_fields(metrics),
         )
         (folder / "README.md").write_text(text)
-        (folder / "figures.json").write_text(figures + "\n")
-    draw_verifier(found["verifier"], target / "verifier.svg")
+        (folder / "figures.json").write_text(metrics_json + "\n")
+    draw_verifier(metrics["verifier"], target / "verifier.svg")
 
 
-def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
-    verifier, target, draft = found["verifier"], found["target"], found["draft"]
+def _card_fields(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    verifier, target, draft = metrics["verifier"], metrics["target"], metrics["draft"]
     return dict(
-        problems=found["problems"],
-        stride=found["stride"],
+        problems=metrics["problems"],
+        stride=metrics["stride"],
         target_accuracy=target["accuracy"],
         continuation=target["continuation_accuracy"],
         draft_accuracy=draft["accuracy"],
@@ -135,7 +135,7 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
         precision=verifier["prefix_precision"],
         recall=verifier["prefix_recall"],
         ece=verifier["ece"],
-        ratio=found["cost_ratio"],
-        share=1 / found["cost_ratio"],
-        agreement=found["token_agreement"],
+        ratio=metrics["cost_ratio"],
+        share=1 / metrics["cost_ratio"],
+        agreement=metrics["token_agreement"],
     )

@@ -27,16 +27,16 @@ from parse.speculative.proposers.eagle_head import (
     TargetModel,
 )
 from training import heads
-from training.foresight import Batch, Library, by_frequency, shuffled, wholly
-from training.loop import Cosine, Losses, adamw, train
-from training.outputs import Output
-from training.rollouts import rollout_attention, up_to
+from training.head_data import FeatureStore, HeadBatch, batch_indices, most_frequent_tokens, trainable_texts
+from training.loop import CosineSchedule, Losses, adamw, train
+from training.outputs import TargetOutput
+from training.rollouts import rollout_attention, visible_up_to
 
 DECAY = 0.8  # of a step's loss against the one before
 
 
 @dataclass(frozen=True)
-class Recipe:
+class HeadRecipe:
     steps: int = 1500
     rate: float = 4e-3
     warmup: int = 50
@@ -49,24 +49,29 @@ class Recipe:
     memory_mb: int = 4096  # features are kept as far as that goes, and extracted again beyond
 
     @property
-    def schedule(self) -> Cosine:
-        return Cosine(self.steps, self.rate, self.warmup)
+    def schedule(self) -> CosineSchedule:
+        return CosineSchedule(self.steps, self.rate, self.warmup)
 
 
 def new_head(
-    network: PreTrainedModel, texts: Sequence[Output], recipe: Recipe, *, layers: int = 1, parallel: int = 1
+    network: PreTrainedModel,
+    texts: Sequence[TargetOutput],
+    recipe: HeadRecipe,
+    *,
+    layers: int = 1,
+    parallel_tokens: int = 1,
 ) -> EagleHead:
     """Sizes are the target's, and so is `lm_head` to begin with; unless there is a head to start from."""
     target, config = TargetModel.of(network), network.config.get_text_config()
     if recipe.start:
-        head, own = load_head(recipe.start, target)
-        if (head.config.parallel_tokens > 1) != (parallel > 1):
+        head, embedding_weight = load_head(recipe.start, target)
+        if (head.config.parallel_tokens > 1) != (parallel_tokens > 1):
             raise ProposerLoadError(f"{recipe.start} holds a head of another method")
-        if not torch.equal(own, target.embedding):
+        if not torch.equal(embedding_weight, target.embedding):
             raise ProposerLoadError(f"{recipe.start} brings embeddings of its own, which are not trained here")
-        head.config = replace(head.config, parallel_tokens=parallel)
+        head.config = replace(head.config, parallel_tokens=parallel_tokens)
         return head.float().requires_grad_(True)
-    chosen = by_frequency(texts, target.vocab_size, recipe.draft_vocabulary)
+    draft_token_ids = most_frequent_tokens(texts, target.vocab_size, recipe.draft_vocabulary)
     torch.manual_seed(recipe.seed)
     rope = dict(config.rope_parameters)
     head = EagleHead(
@@ -77,7 +82,7 @@ def new_head(
             num_key_value_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads,
             vocab_size=target.vocab_size,
-            draft_vocab_size=len(chosen),
+            draft_vocab_size=len(draft_token_ids),
             target_hidden_size=target.hidden_size,
             aux_hidden_state_layers=target.default_aux_layers,
             num_hidden_layers=layers,
@@ -85,45 +90,49 @@ def new_head(
             rope_theta=rope.pop("rope_theta", 10000.0),
             rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
             max_position_embeddings=config.max_position_embeddings,
-            parallel_tokens=parallel,
+            parallel_tokens=parallel_tokens,
         )
     )
-    head.to_target = chosen
+    head.to_target = draft_token_ids
     output = network.get_output_embeddings().weight
     assert isinstance(output, Tensor)
     with torch.no_grad():
-        head.lm_head.copy_(output[chosen.to(output.device)])
+        head.lm_head.copy_(output[draft_token_ids.to(output.device)])
     return head.to(target.embedding.device)
 
 
 class Distillation:
     """What the target would say, over those of its tokens that are chosen."""
 
-    def __init__(self, chosen: Tensor, network: PreTrainedModel) -> None:
-        self._read = network.get_output_embeddings()
-        self._chosen = chosen
-        self._known = torch.zeros(TargetModel.of(network).vocab_size, dtype=torch.bool, device=chosen.device)
-        self._known[chosen] = True
+    def __init__(self, draft_token_ids: Tensor, network: PreTrainedModel) -> None:
+        self._lm_head = network.get_output_embeddings()
+        self._draft_token_ids = draft_token_ids
+        self._in_draft_vocab = torch.zeros(
+            TargetModel.of(network).vocab_size, dtype=torch.bool, device=draft_token_ids.device
+        )
+        self._in_draft_vocab[draft_token_ids] = True
 
     @torch.no_grad()
-    def wanted(self, top: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def target_distribution(self, last_hidden_states: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """The target's distribution, [.., draft vocabulary], and where it counts: its own choice is in there."""
-        logits: Tensor = self._read(top).float()
-        return logits[..., self._chosen].softmax(-1), valid & self._known[logits.argmax(-1)]
+        logits: Tensor = self._lm_head(last_hidden_states).float()
+        return logits[..., self._draft_token_ids].softmax(-1), valid & self._in_draft_vocab[logits.argmax(-1)]
 
-    def loss(self, logits: Tensor, top: Tensor, valid: Tensor) -> tuple[Tensor, float]:
+    def loss(self, logits: Tensor, last_hidden_states: Tensor, valid: Tensor) -> tuple[Tensor, float]:
         """The mean over what counts, and how often the head's choice is the target's."""
-        wanted, counts = self.wanted(top, valid)
-        weight = counts / counts.sum().clamp(min=1)
-        loss = -((wanted * logits.log_softmax(-1)).sum(-1) * weight).sum()
-        same = ((logits.argmax(-1) == wanted.argmax(-1)) * weight).sum()
-        return loss, float(same) if bool(counts.any()) else float("nan")
+        target_probs, counted = self.target_distribution(last_hidden_states, valid)
+        weight = counted / counted.sum().clamp(min=1)
+        loss = -((target_probs * logits.log_softmax(-1)).sum(-1) * weight).sum()
+        agreement = ((logits.argmax(-1) == target_probs.argmax(-1)) * weight).sum()
+        return loss, float(agreement) if bool(counted.any()) else float("nan")
 
 
-def unrolled(head: EagleHead, embeddings: Tensor, rotation: RotaryEmbedding, given: Batch) -> Iterator[Tensor]:
+def rollout_logits(
+    head: EagleHead, embeddings: Tensor, rotation: RotaryEmbedding, batch: HeadBatch
+) -> Iterator[Tensor]:
     """The head's logits of every step on from all anchors, [B, A, draft vocabulary] each."""
-    size, width = given.tokens.shape
-    anchors, seen = given.anchors, up_to(given.anchors, width)
+    size, width = batch.tokens.shape
+    anchors, visible = batch.anchors, visible_up_to(batch.anchors, width)
     keys: list[Tensor] = []  # the text's, then those of each step, [B, A, 1, key heads, d]
     values: list[Tensor] = []
 
@@ -131,52 +140,58 @@ def unrolled(head: EagleHead, embeddings: Tensor, rotation: RotaryEmbedding, giv
         first = not keys
         keys.append(key if first else key[:, :, None])
         values.append(value if first else value[:, :, None])
-        none = key.new_empty(size, anchors.shape[1], 0, *key.shape[-2:])
-        own_keys, own_values = (torch.cat([none, *own[1:]], 2) for own in (keys, values))
-        own_seen = torch.ones(1, own_keys.shape[2], dtype=torch.bool, device=key.device)
-        return rollout_attention(query[:, :, None], keys[0], values[0], seen, own_keys, own_values, own_seen)[:, :, 0]
+        empty = key.new_empty(size, anchors.shape[1], 0, *key.shape[-2:])
+        drafted_keys, drafted_values = (torch.cat([empty, *drafted[1:]], 2) for drafted in (keys, values))
+        drafted_visible = torch.ones(1, drafted_keys.shape[2], dtype=torch.bool, device=key.device)
+        return rollout_attention(
+            query[:, :, None], keys[0], values[0], visible, drafted_keys, drafted_values, drafted_visible
+        )[:, :, 0]
 
-    rows = torch.arange(size, device=anchors.device)[:, None]
-    embedded = embedding(given.tokens, embeddings)
-    hidden = head(embedded, head.fuse(given.features), rotation.cos_sin(range(width)), attend, (rows, anchors))
+    batch_index = torch.arange(size, device=anchors.device)[:, None]
+    embedded = embedding(batch.tokens, embeddings)
+    hidden = head(embedded, head.fuse(batch.features), rotation.cos_sin(range(width)), attend, (batch_index, anchors))
     yield head.logits(hidden)
-    for step in range(1, given.valid.shape[2]):
-        embedded = embedding(given.next_tokens[..., step], embeddings)
-        cos, sin = (turn.view(*anchors.shape, 1, -1) for turn in rotation.cos_sin((anchors + step).flatten().tolist()))
+    for step in range(1, batch.valid.shape[2]):
+        embedded = embedding(batch.next_tokens[..., step], embeddings)
+        cos, sin = (
+            component.view(*anchors.shape, 1, -1) for component in rotation.cos_sin((anchors + step).flatten().tolist())
+        )
         hidden = head(embedded, hidden, (cos, sin), attend)
         yield head.logits(hidden)
 
 
-def losses(head: EagleHead, network: PreTrainedModel, library: Library, recipe: Recipe) -> Losses:
+def head_losses(head: EagleHead, network: PreTrainedModel, features: FeatureStore, recipe: HeadRecipe) -> Losses:
     distillation, embeddings = Distillation(head.to_target, network), TargetModel.of(network).embedding
     rotation = RotaryEmbedding(head.config, head.fc)
 
-    def of(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        given = library.batch(shuffled(len(library.texts), recipe.texts, recipe.seed, step), recipe.ahead)
-        total, told = torch.zeros((), device=head.fc.device), {}
-        for ahead, logits in enumerate(unrolled(head, embeddings, rotation, given)):
-            loss, same = distillation.loss(logits, given.top[:, :, ahead], given.valid[..., ahead])
-            total = total + DECAY**ahead * loss
-            told[f"same {ahead + 1}"] = same
-        yield total, {"loss": total.item(), **told}
+    def step_losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        batch = features.batch(batch_indices(len(features.texts), recipe.texts, recipe.seed, step), recipe.ahead)
+        total, metrics = torch.zeros((), device=head.fc.device), {}
+        for offset, logits in enumerate(rollout_logits(head, embeddings, rotation, batch)):
+            loss, agreement = distillation.loss(
+                logits, batch.last_hidden_states[:, :, offset], batch.valid[..., offset]
+            )
+            total = total + DECAY**offset * loss
+            metrics[f"same {offset + 1}"] = agreement
+        yield total, {"loss": total.item(), **metrics}
 
-    return of
+    return step_losses
 
 
-def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: Recipe, folder: Path) -> EagleHead:
-    texts = list(wholly(texts))
+def train_head(network: PreTrainedModel, texts: Sequence[TargetOutput], recipe: HeadRecipe, folder: Path) -> EagleHead:
+    texts = list(trainable_texts(texts))
     head = new_head(network, texts, recipe)
-    library = Library(network, head.config.aux_hidden_state_layers, texts, recipe.memory_mb)
-    train(folder, head, losses(head, network, library, recipe), recipe.schedule, optimized_by=adamw)
+    features = FeatureStore(network, head.config.aux_hidden_state_layers, texts, recipe.memory_mb)
+    train(folder, head, head_losses(head, network, features, recipe), recipe.schedule, build_optimizers=adamw)
     return head.eval()
 
 
 def main() -> None:
-    usual = Recipe()
-    parser = heads.arguments("eagle3", __doc__, usual.steps, usual.rate, usual.texts, usual.ahead)
-    args = heads.with_sizes(parser).parse_args()
-    recipe = Recipe(**heads.of_head(args))
-    heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder), heads.OF_HEADS)
+    defaults = HeadRecipe()
+    parser = heads.build_parser("eagle3", __doc__, defaults.steps, defaults.rate, defaults.texts, defaults.ahead)
+    args = heads.add_size_arguments(parser).parse_args()
+    recipe = HeadRecipe(**heads.head_recipe_arguments(args))
+    heads.run(args, lambda network, texts, folder: train_head(network, texts, recipe, folder), heads.HEAD_PUBLISHER)
 
 
 if __name__ == "__main__":

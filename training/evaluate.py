@@ -27,34 +27,36 @@ SWEEP = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 DECIMALS = 4
 
 
-def load_pair(folder: Path) -> measure.Pair:
+def load_pair(folder: Path) -> measure.ModelPair:
     target, draft = folder / "demo-target", folder / "demo-draft"
     models = load_model(draft), load_model(target)
     tokenizer = load_tokenizer(target)
     if load_tokenizer(draft).get_vocab() != tokenizer.get_vocab():
         raise BrokenModel(f"{draft} and {target} do not have the same vocabulary")
-    return measure.Pair(*models, tokenizer)
+    return measure.ModelPair(*models, tokenizer)
 
 
-def figures(
-    pair: measure.Pair, count: int, seed: int, stride: int, thresholds: Thresholds, split: str = "evaluation"
-) -> tuple[dict[str, Any], list[measure.Judged]]:
-    writer, given = pair.writer, measure.problems(seed, count, split)
-    drafted = measure.answers(pair.draft, writer, given)
-    own = measure.answers(pair.target, writer, given)
-    drafts = measure.judged(pair, given, drafted, stride)
+def evaluate_pair(
+    pair: measure.ModelPair, count: int, seed: int, stride: int, thresholds: Thresholds, split: str = "evaluation"
+) -> tuple[dict[str, Any], list[measure.VerifiedDraft]]:
+    builder, problems = pair.example_builder, measure.draw_problems(seed, count, split)
+    draft_answers = measure.generate_answers(pair.draft, builder, problems)
+    target_answers = measure.generate_answers(pair.target, builder, problems)
+    drafts = measure.verify_drafts(pair, problems, draft_answers, stride)
     ece, curve = measure.reliability(drafts)
-    verifier = measure.verifier(drafts, thresholds)
-    cost = measure.costs(pair, drafts)
-    whole_share = statistics.fmean(d.kept(thresholds) == len(d.tokens) for d in drafts)
+    verifier = measure.verifier_metrics(drafts, thresholds)
+    cost = measure.measure_costs(pair, drafts)
+    full_answer_share = statistics.fmean(d.accepted_prefix_length(thresholds) == len(d.tokens) for d in drafts)
     by_family = {
         name: {
-            "draft": statistics.fmean(d.right for d in drafts if d.given.family == name),
+            "draft": statistics.fmean(d.is_correct for d in drafts if d.problem.family == name),
             "target": statistics.fmean(
-                measure.whole(writer, g, a) for g, a in zip(given, own, strict=True) if g.family == name
+                measure.is_correct(builder, g, a)
+                for g, a in zip(problems, target_answers, strict=True)
+                if g.family == name
             ),
         }
-        for name in dict.fromkeys(g.family for g in given)
+        for name in dict.fromkeys(g.family for g in problems)
     }
     return {
         "problems": count,
@@ -62,15 +64,15 @@ def figures(
         "stride": stride,
         "thresholds": {"full": thresholds.full, "prefix": thresholds.prefix},
         "draft": {
-            "accuracy": statistics.fmean(d.right for d in drafts),
+            "accuracy": statistics.fmean(d.is_correct for d in drafts),
             "ms_per_token": cost.draft_token,
             "tokens": statistics.fmean(len(d.tokens) for d in drafts),
         },
         "target": {
-            "accuracy": measure.accuracy(writer, given, own),
+            "accuracy": measure.accuracy(builder, problems, target_answers),
             "continuation_accuracy": measure.continuation_accuracy(pair, drafts, seed),
             "ms_per_token": cost.target_token,
-            "tokens": statistics.fmean(map(len, own)),
+            "tokens": statistics.fmean(map(len, target_answers)),
         },
         "families": by_family,
         "cost_ratio": cost.target_token / cost.draft_token,
@@ -80,17 +82,25 @@ def figures(
             **verifier,
             "ece": ece,
             "reliability": [dict(zip(("mean_p", "right", "count"), point, strict=True)) for point in curve],
-            "sweep": [{"threshold": at, **measure.verifier(drafts, Thresholds(full=at, prefix=at))} for at in SWEEP],
+            "sweep": [
+                {
+                    "threshold": threshold,
+                    **measure.verifier_metrics(drafts, Thresholds(full=threshold, prefix=threshold)),
+                }
+                for threshold in SWEEP
+            ],
         },
-        "ideal_speedup": measure.ideal_speedup(cost, drafts, own, verifier["accepted_share"], whole_share),
+        "ideal_speedup": measure.ideal_speedup(
+            cost, drafts, target_answers, verifier["accepted_share"], full_answer_share
+        ),
     }, drafts
 
 
-def rounded(value: Any) -> Any:
+def round_floats(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
+        return {key: round_floats(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [rounded(inner) for inner in value]
+        return [round_floats(inner) for inner in value]
     return round(value, DECIMALS) if isinstance(value, float) else value
 
 
@@ -113,14 +123,14 @@ def main() -> None:
         pair = load_pair(args.models)
     except (BrokenModel, DamagedCheckpoint) as error:
         sys.exit(str(error))
-    found, _ = figures(pair, args.problems, args.seed, args.stride, Thresholds(args.full, args.prefix))
-    text = json.dumps(rounded(found), indent=2)
+    metrics, _ = evaluate_pair(pair, args.problems, args.seed, args.stride, Thresholds(args.full, args.prefix))
+    text = json.dumps(round_floats(metrics), indent=2)
     if args.json == "-":
         print(text)
     else:
         Path(args.json).write_text(text + "\n")
     if args.plot:
-        draw_verifier(found["verifier"], args.plot)
+        draw_verifier(metrics["verifier"], args.plot)
 
 
 def _positive(text: str) -> int:

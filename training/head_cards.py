@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from training.evaluate import rounded
+from training.evaluate import round_floats
 
 CARD = """---
 library_name: parse-serve
@@ -86,13 +86,13 @@ EAGLE3, PARALLEL = "An EAGLE-3 head", "A parallel head"
 EXTRA = ", with further layers, `mask_embedding` and `mask_hidden` beside it"
 
 
-def write_card(folder: Path, target: str, found: Mapping[str, Any], trained: str) -> None:
+def write_head_card(folder: Path, target: str, metrics: Mapping[str, Any], trained: str) -> None:
     """Of a head, into its folder."""
     config = json.loads((folder / "config.json").read_text())
     parallel = "parallel_tokens" in config
     layers = config["num_hidden_layers"]
     text = CARD.format(
-        **_common(folder, target, found, trained),
+        **_common_fields(folder, target, metrics, trained),
         folder=f"models/{folder.name}",
         what=PARALLEL if parallel else EAGLE3,
         extra=EXTRA if parallel else "",
@@ -102,57 +102,63 @@ def write_card(folder: Path, target: str, found: Mapping[str, Any], trained: str
         whole=config["vocab_size"],
         taps=", ".join(map(str, config["eagle_aux_hidden_state_layer_ids"])),
         lengths="\n".join(
-            f"| {name} | {of['proposed']:.1f} | {of['mean_accepted_length']:.2f} | {of['propose_ms']:.2f} |"
-            for name, of in _rows(found)
+            f"| {name} | {stats['proposed']:.1f} | {stats['mean_accepted_length']:.2f} | {stats['propose_ms']:.2f} |"
+            for name, stats in _table_rows(metrics)
         ),
     )
-    _write(folder, text, found)
+    _write(folder, text, metrics)
 
 
-def write_space_card(folder: Path, target: str, found: Mapping[str, Any], trained: str) -> None:
+def write_space_card(folder: Path, target: str, metrics: Mapping[str, Any], trained: str) -> None:
     """Of adapters, into their folder."""
     config = json.loads((folder / "config.json").read_text())
     text = SPACE_CARD.format(
-        **_common(folder, target, found, trained),
+        **_common_fields(folder, target, metrics, trained),
         masks=config["masks"],
         rank=config["rank"],
         layers=config["num_hidden_layers"],
         lengths="\n".join(
-            f"| {name} | {of['proposed']:.1f} | {of['mean_accepted_length']:.2f} |" for name, of in _rows(found)
+            f"| {name} | {stats['proposed']:.1f} | {stats['mean_accepted_length']:.2f} |"
+            for name, stats in _table_rows(metrics)
         ),
     )
-    _write(folder, text, found)
+    _write(folder, text, metrics)
 
 
-def _write(folder: Path, text: str, found: Mapping[str, Any]) -> None:
+def _write(folder: Path, text: str, metrics: Mapping[str, Any]) -> None:
     (folder / "README.md").write_text(text)
-    (folder / "figures.json").write_text(json.dumps(rounded(dict(found)), indent=2) + "\n")
+    (folder / "figures.json").write_text(json.dumps(round_floats(dict(metrics)), indent=2) + "\n")
 
 
-def _rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """By way and kind of text."""
-    return [(f"{way}, {kind}", of) for way, each in found["ways"].items() for kind, of in each["of"].items()]
+    return [
+        (f"{options_name}, {kind}", stats)
+        for options_name, options in metrics["ways"].items()
+        for kind, stats in options["of"].items()
+    ]
 
 
-def _common(folder: Path, target: str, found: Mapping[str, Any], trained: str) -> dict[str, Any]:
-    rows = _rows(found)
-    wide = max(len(of["accepted_at"]) for _, of in rows)
+def _common_fields(folder: Path, target: str, metrics: Mapping[str, Any], trained: str) -> dict[str, Any]:
+    rows = _table_rows(metrics)
+    num_positions = max(len(stats["accepted_at"]) for _, stats in rows)
     shares = (
-        [f"{share:.1%}" for share in of["accepted_at"]] + [""] * (wide - len(of["accepted_at"])) for _, of in rows
+        [f"{share:.1%}" for share in stats["accepted_at"]] + [""] * (num_positions - len(stats["accepted_at"]))
+        for _, stats in rows
     )
     return {
         "name": folder.name,
         "target": target,
-        "parameters": _parameters(folder) / 1e6,
+        "parameters": _count_parameters(folder) / 1e6,
         "trained": trained,
-        "proof": found["texts"],
-        "places": " | ".join(str(place + 1) for place in range(wide)),
-        "rules": " | ".join(["---"] * wide),
+        "proof": metrics["texts"],
+        "places": " | ".join(str(position + 1) for position in range(num_positions)),
+        "rules": " | ".join(["---"] * num_positions),
         "shares": "\n".join(f"| {name} | {' | '.join(row)} |" for (name, _), row in zip(rows, shares, strict=True)),
     }
 
 
-def _parameters(folder: Path) -> int:
+def _count_parameters(folder: Path) -> int:
     with safe_open(folder / "model.safetensors", "pt") as tensors:
         shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys() if name not in ("d2t", "t2d"))  # noqa: SIM118
         return sum(math.prod(shape) for shape in shapes)

@@ -15,43 +15,47 @@ from transformers import PreTrainedModel
 from parse.speculative.proposers.eagle_checkpoint import save_head
 from parse.speculative.proposers.eagle_head import EagleHead, ProposerLoadError
 from parse.types import RequestError
-from training.acceptance import figures, held_out
+from training.acceptance import evaluate_head, generate_held_out
 from training.checkpoints import BrokenModel, load_model, load_tokenizer
 from training.evaluate import MODELS
-from training.head_cards import write_card
+from training.head_cards import write_head_card
 from training.loop import DamagedCheckpoint
-from training.outputs import Output, beginnings, open_target, read_outputs, read_prompts, write_outputs
+from training.outputs import TargetOutput, demo_prompts, read_outputs, read_prompts, start_target, write_outputs
 from training.plots import draw_log
 
 DEMO = MODELS / "demo-target"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-OWN_SHARE, OWN_MOST = 0.05, 200  # of a target's outputs, kept for the figures where they are not of the demo task
+EVAL_SHARE, MAX_EVAL = 0.05, 200  # of a target's outputs, kept for the figures where they are not of the demo task
 
 M = TypeVar("M")
 
-Train = Callable[[PreTrainedModel, Sequence[Output], Path], M]
+Train = Callable[[PreTrainedModel, Sequence[TargetOutput], Path], M]
 """For a network, on these texts, with checkpoints and log in that folder."""
 
 
 @dataclass(frozen=True)
-class Publishing(Generic[M]):
+class Publisher(Generic[M]):
     """What becomes of something trained: its files, how well they foresee these texts, and its card."""
 
     save: Callable[[M, Path, torch.dtype], None]
-    figures: Callable[[Path, PreTrainedModel, Sequence[Output]], dict[str, Any]]
-    card: Callable[[Path, str, Mapping[str, Any], str], None]
+    evaluate: Callable[[Path, PreTrainedModel, Sequence[TargetOutput]], dict[str, Any]]
+    write_card: Callable[[Path, str, Mapping[str, Any], str], None]
 
 
-OF_HEADS = Publishing[EagleHead](lambda head, folder, dtype: save_head(head, folder, dtype=dtype), figures, write_card)
+HEAD_PUBLISHER = Publisher[EagleHead](
+    lambda head, folder, dtype: save_head(head, folder, dtype=dtype), evaluate_head, write_head_card
+)
 
 
-def arguments(name: str, page: str, steps: int, rate: float, texts: int, ahead: int) -> argparse.ArgumentParser:
+def build_parser(
+    name: str, description: str, steps: int, rate: float, texts: int, ahead: int
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"python -m training.{name}", description=page, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m training.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--outputs", type=Path, metavar="JSONL", help="what the target wrote, by training.outputs")
-    given.add_argument("--prompts", type=Path, metavar="JSONL", help="what it is to answer; else the demo task")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--outputs", type=Path, metavar="JSONL", help="what the target wrote, by training.outputs")
+    source.add_argument("--prompts", type=Path, metavar="JSONL", help="what it is to answer; else the demo task")
     parser.add_argument("--target", type=Path, default=DEMO, help="folder of the target")
     parser.add_argument("--out", type=Path, default=MODELS / f"demo-{name}", help="folder of what is trained")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="checkpoints, log, outputs")
@@ -70,57 +74,59 @@ def arguments(name: str, page: str, steps: int, rate: float, texts: int, ahead: 
     return parser
 
 
-def with_sizes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_size_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--draft-vocabulary", type=int, metavar="N", help="the N tokens written most; else all")
     parser.add_argument("--intermediate", type=int, help="width of the MLP; else the target's")
     parser.add_argument("--memory-mb", type=int, default=4096, help="features kept instead of computed again")
     return parser
 
 
-def chosen(args: argparse.Namespace, *more: str) -> dict[str, Any]:
+def recipe_arguments(args: argparse.Namespace, *extra: str) -> dict[str, Any]:
     """What of the arguments is the recipe's."""
-    names = "steps", "rate", "texts", "ahead", "start", "seed", *more
+    names = "steps", "rate", "texts", "ahead", "start", "seed", *extra
     return {name: getattr(args, name) for name in names}
 
 
-def of_head(args: argparse.Namespace) -> dict[str, Any]:
-    return chosen(args, "draft_vocabulary", "intermediate", "memory_mb")
+def head_recipe_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return recipe_arguments(args, "draft_vocabulary", "intermediate", "memory_mb")
 
 
-def run(args: argparse.Namespace, train: Train[M], publishing: Publishing[M]) -> None:
+def run(args: argparse.Namespace, train: Train[M], publisher: Publisher[M]) -> None:
     """Trains, and puts what came of it into its folder, with its figures."""
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        _run(args, train, publishing)
+        _run(args, train, publisher)
     except (BrokenModel, DamagedCheckpoint, ProposerLoadError, RequestError, ValueError, OSError) as error:
         sys.exit(str(error))
 
 
-def _run(args: argparse.Namespace, train: Train[M], publishing: Publishing[M]) -> None:
-    texts = read_outputs(args.outputs or _outputs(args))
+def _run(args: argparse.Namespace, train: Train[M], publisher: Publisher[M]) -> None:
+    texts = read_outputs(args.outputs or _generate_outputs(args))
     network = load_model(args.target)
     nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu")
     demo = not (args.outputs or args.prompts)
-    kept = 0 if demo else min(OWN_MOST, max(1, round(OWN_SHARE * len(texts))))
-    trained = train(network, texts[: len(texts) - kept], args.runs)
-    publishing.save(trained, args.out, DTYPES[args.dtype])
+    num_held_out = 0 if demo else min(MAX_EVAL, max(1, round(EVAL_SHARE * len(texts))))
+    model = train(network, texts[: len(texts) - num_held_out], args.runs)
+    publisher.save(model, args.out, DTYPES[args.dtype])
     log = args.runs / "log.jsonl"
-    told = json.loads(log.read_text().splitlines()[-1])
-    draw_log(log, args.out / "training.svg", [key for key in told if key.startswith("same")])
-    proof = held_out(str(args.target), args.held_out, args.seed, args.threads) if demo else texts[-kept:]
+    last_entry = json.loads(log.read_text().splitlines()[-1])
+    draw_log(log, args.out / "training.svg", [key for key in last_entry if key.startswith("same")])
+    held_out = (
+        generate_held_out(str(args.target), args.held_out, args.seed, args.threads) if demo else texts[-num_held_out:]
+    )
     steps = f"{args.steps} steps" + (" on from earlier ones" if args.start else "")
-    found = publishing.figures(args.out, network, proof)
-    publishing.card(args.out, args.target.name, found, f"{steps}, {len(texts) - kept} texts")
+    metrics = publisher.evaluate(args.out, network, held_out)
+    publisher.write_card(args.out, args.target.name, metrics, f"{steps}, {len(texts) - num_held_out} texts")
 
 
-def _outputs(args: argparse.Namespace) -> Path:
+def _generate_outputs(args: argparse.Namespace) -> Path:
     path: Path = args.runs / "outputs.jsonl"
-    service = open_target(str(args.target), args.threads, args.context)
+    service = start_target(str(args.target), args.threads, args.context)
     try:
         tokenizer = load_tokenizer(args.target)
-        begun = read_prompts(args.prompts, tokenizer) if args.prompts else beginnings(tokenizer, args.seed)
-        write_outputs(service, begun, args.count, path, longest=args.longest)
+        prompts = read_prompts(args.prompts, tokenizer) if args.prompts else demo_prompts(tokenizer, args.seed)
+        write_outputs(service, prompts, args.count, path, max_tokens=args.longest)
     finally:
         service.shutdown()
     return path

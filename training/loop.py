@@ -30,7 +30,7 @@ class DamagedCheckpoint(RuntimeError):
     """A file that should hold a checkpoint does not, or holds one of something else."""
 
 
-class Rates(Protocol):
+class LearningRateSchedule(Protocol):
     """A frozen dataclass: what was trained on other rates is not gone on with."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -38,13 +38,13 @@ class Rates(Protocol):
     @property
     def steps(self) -> int: ...
 
-    def at(self, step: int) -> tuple[float, ...]:
+    def rates_at(self, step: int) -> tuple[float, ...]:
         """The rate of each optimizer."""
         ...
 
 
 @dataclass(frozen=True)
-class Schedule:
+class WarmupStableDecaySchedule:
     """Linear warm-up, a plateau, and a linear way down to nothing."""
 
     steps: int
@@ -53,21 +53,21 @@ class Schedule:
     warmup: int = 50
     decay: float = 0.4  # share of the steps on the way down
 
-    def at(self, step: int) -> tuple[float, float]:
+    def rates_at(self, step: int) -> tuple[float, float]:
         up = min(1.0, (step + 1) / self.warmup)
         down = min(1.0, (1 - step / self.steps) / self.decay)
         return self.rate * up * down, self.embeddings * up * down
 
 
 @dataclass(frozen=True)
-class Cosine:
+class CosineSchedule:
     """Linear warm-up and half a cosine down to nothing, for a single optimizer."""
 
     steps: int
     rate: float
     warmup: int = 50
 
-    def at(self, step: int) -> tuple[float, ...]:
+    def rates_at(self, step: int) -> tuple[float, ...]:
         up = min(1.0, (step + 1) / self.warmup)
         return (self.rate * up * 0.5 * (1 + math.cos(math.pi * step / self.steps)),)
 
@@ -75,10 +75,10 @@ class Cosine:
 def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings, norms and small heads."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    learning = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learning if p.ndim == 2 and id(p) not in embeddings and min(p.shape) > 1]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in learning if id(p) not in chosen]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings and min(p.shape) > 1]
+    matrix_ids = {id(p) for p in matrices}
+    others = [p for p in trainable if id(p) not in matrix_ids]
     return [
         torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
@@ -93,9 +93,9 @@ def train(
     folder: Path,
     model: nn.Module,
     losses: Losses,
-    schedule: Rates,
+    schedule: LearningRateSchedule,
     *,
-    optimized_by: Callable[[nn.Module], list[Optimizer]] = muon_and_adamw,
+    build_optimizers: Callable[[nn.Module], list[Optimizer]] = muon_and_adamw,
     snapshot: Callable[[int], bool] | None = None,
     snapshot_every: int = 0,
 ) -> None:
@@ -105,20 +105,20 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, log = folder / "state.pt", folder / "log.jsonl"
-    optimizers = optimized_by(model)
-    step, spent = _resume(state, model, optimizers, schedule)
-    started = saved = time.monotonic()
-    seen: dict[str, list[float]] = defaultdict(list)
+    optimizers = build_optimizers(model)
+    step, previous_s = _resume(state, model, optimizers, schedule)
+    started = saved_at = time.monotonic()
+    metric_values: dict[str, list[float]] = defaultdict(list)
     with log.open("a") as out, tqdm(total=schedule.steps, initial=step, desc=folder.name, unit="step") as bar:
         while step < schedule.steps:
-            for optimizer, rate in zip(optimizers, schedule.at(step), strict=True):
+            for optimizer, rate in zip(optimizers, schedule.rates_at(step), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
             for loss, metrics in losses(step):
                 loss.backward()
                 for name, value in metrics.items():
                     if not math.isnan(value):  # a share of nothing
-                        seen[name].append(value)
+                        metric_values[name].append(value)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -126,21 +126,23 @@ def train(
             step += 1
             bar.update()
             if step % LOG_EVERY == 0 or step == schedule.steps:
-                means = {name: round(sum(values) / len(values), 5) for name, values in seen.items()}
-                seconds = round(spent + time.monotonic() - started, 1)
+                means = {name: round(sum(values) / len(values), 5) for name, values in metric_values.items()}
+                seconds = round(previous_s + time.monotonic() - started, 1)
                 out.write(json.dumps({"step": step, "seconds": seconds, **means}) + "\n")
                 out.flush()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-                seen.clear()
+                metric_values.clear()
             enough = snapshot is not None and step % snapshot_every == 0 and snapshot(step)
-            if enough or step == schedule.steps or time.monotonic() - saved > SAVE_EVERY_S:
-                _save(state, model, optimizers, schedule, step, spent + time.monotonic() - started)
-                saved = time.monotonic()
+            if enough or step == schedule.steps or time.monotonic() - saved_at > SAVE_EVERY_S:
+                _save(state, model, optimizers, schedule, step, previous_s + time.monotonic() - started)
+                saved_at = time.monotonic()
             if enough:
                 return
 
 
-def _resume(path: Path, model: nn.Module, optimizers: list[Optimizer], schedule: Rates) -> tuple[int, float]:
+def _resume(
+    path: Path, model: nn.Module, optimizers: list[Optimizer], schedule: LearningRateSchedule
+) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
     state = load_checkpoint(path)
@@ -162,12 +164,12 @@ def _save(
     path: Path,
     model: nn.Module,
     optimizers: list[Optimizer],
-    schedule: Rates,
+    schedule: LearningRateSchedule,
     step: int,
     seconds: float,
 ) -> None:
     """Written beside and moved into place, so that a half-written file never bears the checkpoint's name."""
-    beside = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     torch.save(
         {
             "schedule": asdict(schedule),
@@ -176,9 +178,9 @@ def _save(
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         },
-        beside,
+        temporary,
     )
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

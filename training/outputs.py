@@ -26,15 +26,15 @@ from parse.engines.native.service import NativeEngine
 from parse.prompts import chat_prompt_token_ids
 from parse.protocol import NO_STREAMING
 from parse.types import RequestError, SamplingParams
-from training.task import answer, problem
+from training.task import correct_answer, draw_problem
 from training.wording import DRAFT
 
 SPLIT = "speculation"  # of the task's problems; the proof has one of its own
-AT_ONCE = 64  # written together, and lost together by an interruption
+MAX_NUM_SEQS = 64  # written together, and lost together by an interruption
 
 
 @dataclass(frozen=True)
-class Output:
+class TargetOutput:
     prompt: list[int]
     output: list[int]  # with the end token, if it ended by itself
     begun: int  # of its tokens, how many others wrote
@@ -44,91 +44,103 @@ class Output:
         return self.prompt + self.output
 
 
-Beginning = tuple[list[int], list[int]]
+PromptAndPrefix = tuple[list[int], list[int]]
 """A prompt, and the tokens of an answer that are there already."""
 
 
-def beginnings(tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT) -> Iterator[Beginning]:
+def demo_prompts(tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT) -> Iterator[PromptAndPrefix]:
     """Of the demo task, without end: plain prompts and begun answers in turn, both of either family."""
     index = 0
     while True:
-        given = problem(split, seed, index)
-        begun: list[int] = []
+        problem = draw_problem(split, seed, index)
+        prefix: list[int] = []
         if index // 2 % 2:
-            whole = tokenizer.encode(answer(given, DRAFT), add_special_tokens=False)
-            begun = whole[: random.Random(f"{split}/{seed}/{index}/cut").randrange(1, len(whole))]
-        yield chat_prompt_token_ids(tokenizer, [{"role": "user", "content": given.question}]), begun
+            draft_answer = tokenizer.encode(correct_answer(problem, DRAFT), add_special_tokens=False)
+            prefix = draft_answer[: random.Random(f"{split}/{seed}/{index}/cut").randrange(1, len(draft_answer))]
+        yield chat_prompt_token_ids(tokenizer, [{"role": "user", "content": problem.question}]), prefix
         index += 1
 
 
-def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Beginning]:
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[PromptAndPrefix]:
     with path.open() as lines:
         for number, line in enumerate(lines, 1):
             try:
-                found = json.loads(line)
-                messages = found.get("messages") or [{"role": "user", "content": found["prompt"]}]
+                entry = json.loads(line)
+                messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
                 ids = chat_prompt_token_ids(tokenizer, messages)
             except (ValueError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}: no prompt ({error})") from error
             yield ids, []
 
 
-def read_outputs(path: Path) -> list[Output]:
+def read_outputs(path: Path) -> list[TargetOutput]:
     """All whole lines; a torn last one is what an interruption left."""
-    found = []
+    outputs = []
     with path.open() as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith("\n"):
                 break
             try:
-                found.append(Output(**json.loads(line)))
+                outputs.append(TargetOutput(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: no output ({error})") from error
-    return found
+    return outputs
 
 
-async def written(
-    service: NativeEngine, begun: Sequence[Beginning], longest: int, *, temperature: float = 0.0
-) -> list[Output]:
+async def generate_outputs(
+    service: NativeEngine, prompts: Sequence[PromptAndPrefix], max_tokens: int, *, temperature: float = 0.0
+) -> list[TargetOutput]:
     """What the target makes of each, all of them at once."""
 
-    async def one(prompt: list[int], start: list[int]) -> Output:
-        sampling = SamplingParams(temperature=temperature, max_tokens=len(start) + longest)
-        output, finish = list(start), None
-        async for tokens in service.generate(prompt, start, sampling, piece=NO_STREAMING):
+    async def generate_one(prompt: list[int], prefix: list[int]) -> TargetOutput:
+        sampling = SamplingParams(temperature=temperature, max_tokens=len(prefix) + max_tokens)
+        output, finish = list(prefix), None
+        async for tokens in service.generate(prompt, prefix, sampling, piece=NO_STREAMING):
             output += tokens.token_ids
             finish = tokens.finish_reason
-        return Output(prompt, output + [_end(service)] * (finish == "stop"), len(start))
+        return TargetOutput(prompt, output + [_eos_token_id(service)] * (finish == "stop"), len(prefix))
 
-    return await asyncio.gather(*(one(*given) for given in begun))
+    return await asyncio.gather(*(generate_one(*prompt_and_prefix) for prompt_and_prefix in prompts))
 
 
 def write_outputs(
-    service: NativeEngine, begun: Iterable[Beginning], count: int, path: Path, *, longest: int, temperature: float = 0.0
+    service: NativeEngine,
+    prompts: Iterable[PromptAndPrefix],
+    count: int,
+    path: Path,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
 ) -> None:
     """Appends to `path` until it holds `count` lines, or there are no more prompts."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = len(read_outputs(path)) if path.exists() else 0
-    if done:
-        whole = path.read_text()
-        path.write_text(whole[: whole.rindex("\n") + 1])
-    rest = islice(begun, done, count)
-    with path.open("a") as out, tqdm(total=count, initial=done, desc=path.name, unit="answer") as bar:
-        while group := list(islice(rest, AT_ONCE)):
-            for output in asyncio.run(written(service, group, longest, temperature=temperature)):
+    num_done = len(read_outputs(path)) if path.exists() else 0
+    if num_done:
+        content = path.read_text()
+        path.write_text(content[: content.rindex("\n") + 1])
+    remaining = islice(prompts, num_done, count)
+    with path.open("a") as out, tqdm(total=count, initial=num_done, desc=path.name, unit="answer") as bar:
+        while group := list(islice(remaining, MAX_NUM_SEQS)):
+            for output in asyncio.run(generate_outputs(service, group, max_tokens, temperature=temperature)):
                 out.write(json.dumps(asdict(output)) + "\n")
             out.flush()
             bar.update(len(group))
 
 
-def _end(service: NativeEngine) -> int:
+def _eos_token_id(service: NativeEngine) -> int:
     """The end token; where there are several, the one of the tokenizer."""
-    own = service.model.tokenizer.eos_token_id
-    return own if isinstance(own, int) and own in service.model.eos_token_ids else min(service.model.eos_token_ids)
+    eos_token_id = service.model.tokenizer.eos_token_id
+    return (
+        eos_token_id
+        if isinstance(eos_token_id, int) and eos_token_id in service.model.eos_token_ids
+        else min(service.model.eos_token_ids)
+    )
 
 
-def open_target(model: str, threads: int | None, longest: int) -> NativeEngine:
-    return NativeEngine(EngineSettings(model=model, threads=threads, max_running=AT_ONCE, max_context=longest))
+def start_target(model: str, num_threads: int | None, max_model_len: int) -> NativeEngine:
+    return NativeEngine(
+        EngineSettings(model=model, threads=num_threads, max_running=MAX_NUM_SEQS, max_context=max_model_len)
+    )
 
 
 def main() -> None:
@@ -147,10 +159,10 @@ def main() -> None:
     args = parser.parse_args()
     service = None
     try:
-        service = open_target(args.target, args.threads, args.context)
+        service = start_target(args.target, args.threads, args.context)
         tokenizer = service.model.tokenizer
-        begun = read_prompts(args.prompts, tokenizer) if args.prompts else beginnings(tokenizer, args.seed)
-        write_outputs(service, begun, args.count, args.out, longest=args.longest, temperature=args.temperature)
+        prompts = read_prompts(args.prompts, tokenizer) if args.prompts else demo_prompts(tokenizer, args.seed)
+        write_outputs(service, prompts, args.count, args.out, max_tokens=args.longest, temperature=args.temperature)
     except (ValueError, OSError, RequestError) as error:
         sys.exit(str(error))
     finally:

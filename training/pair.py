@@ -8,7 +8,7 @@
 2. *drafts*: it answers problems of its own; the checker marks them. They are the target's lessons in real mistakes.
 3. *base*: five layers learn to write. A shallow model gets there in a quarter of the time of a deep one.
 4. *recall*: the base learns to keep each token readable at its top, for the layers to come.
-5. *target*: nine more layers on top of them learn to notice and to judge (training/lessons.py).
+5. *target*: nine more layers on top of them learn to notice and to judge (training/objectives.py).
 6. *polish*: all layers together practise what is still hard.
 7. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
 """
@@ -42,23 +42,23 @@ from parse.prefixes import DEFAULT_STRIDE
 from training import cards, measure
 from training.attention import TREE_ATTENTION
 from training.checkpoints import BrokenModel, load_model
-from training.evaluate import MODELS, figures, load_pair
-from training.lessons import Deciding, Judging, Recalling, Writing
-from training.loop import DamagedCheckpoint, Losses, Schedule, train
-from training.rows import Row, Writer, batch
-from training.task import close_record, problem
-from training.tokenizer import CHECK_QUESTION, build
+from training.evaluate import MODELS, evaluate_pair, load_pair
+from training.examples import ExampleBuilder, TrainingExample, collate
+from training.generation import generate_batch
+from training.loop import DamagedCheckpoint, Losses, WarmupStableDecaySchedule, train
+from training.objectives import ErrorDetectionObjective, NextTokenObjective, RecallObjective, VerificationObjective
+from training.task import draw_close_record, draw_problem
+from training.tokenizer import VERIFICATION_PROMPT, build_tokenizer
 from training.wording import DRAFT, TARGET
-from training.writing import write
 
 BASE_LAYERS, LAYERS = 5, 14  # of the target, before and after it learns to judge
-NAMES = "demo-target", "demo-draft"
-CONTEXT = 1024  # tokens; the longest question and answer take about 400
-ENDLESS = 1 << 30  # problems to draw from
+MODEL_NAMES = "demo-target", "demo-draft"
+MAX_MODEL_LEN = 1024  # tokens; the longest question and answer take about 400
+NUM_PROBLEMS = 1 << 30  # problems to draw from
 DRAFT_FOREIGN = 0.3  # so that the draft can go on from the target's words as well
 RECALL_MISTAKEN = 0.3
 SCRAMBLED_SHARE = 0.15
-SAMPLED_AT = 0.7  # temperature of the drafts that show other mistakes than the likeliest
+DRAFT_TEMPERATURE = 0.7  # temperature of the drafts that show other mistakes than the likeliest
 
 Draft = tuple[int, list[int]]
 """Index of the problem, and what was written."""
@@ -69,41 +69,41 @@ EMBEDDING_SCALE = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PairRecipe:
     """Settings of a run; a smoke run has the same with small numbers."""
 
     seed: int = 0
     batch_tokens: int = 6144
-    draft: Schedule = Schedule(steps=3000, rate=8e-3)
+    draft: WarmupStableDecaySchedule = WarmupStableDecaySchedule(steps=3000, rate=8e-3)
     snapshot_every: int = 100
-    wanted_accuracy: float = 0.78
+    snapshot_accuracy: float = 0.78
     selection_problems: int = 300
     drafted_problems: int = 24000
-    base: Schedule = Schedule(steps=1500, rate=4e-3)
-    recall: Schedule = Schedule(steps=350, rate=1.5e-3, embeddings=5e-4, decay=0.8)
-    target: Schedule = Schedule(steps=2600, rate=3e-3)
-    polish: Schedule = Schedule(steps=500, rate=1e-3, embeddings=2e-4, decay=0.8)
+    base: WarmupStableDecaySchedule = WarmupStableDecaySchedule(steps=1500, rate=4e-3)
+    recall: WarmupStableDecaySchedule = WarmupStableDecaySchedule(steps=350, rate=1.5e-3, embeddings=5e-4, decay=0.8)
+    target: WarmupStableDecaySchedule = WarmupStableDecaySchedule(steps=2600, rate=3e-3)
+    polish: WarmupStableDecaySchedule = WarmupStableDecaySchedule(steps=500, rate=1e-3, embeddings=2e-4, decay=0.8)
     foreign: float = 0.45  # share of the target's lessons not in its own wording throughout
     mistaken: float = 0.5
     scrambled: float = 0.35
     real_drafts: float = 0.25
     hard_drafts: float = 0.5  # share of real drafts while polishing
     close: float = 0.6  # share of hard comparisons among the other problems then
-    cuts: int = 6
-    probed: float = 0.6  # share of rows that carry probes
+    num_prefixes: int = 6
+    verification_share: float = 0.6  # share of rows that carry probes
     proof_problems: int = 400
 
 
-SMOKE = Recipe(
+SMOKE = PairRecipe(
     batch_tokens=1024,
-    draft=Schedule(steps=12, rate=8e-3, warmup=4),
+    draft=WarmupStableDecaySchedule(steps=12, rate=8e-3, warmup=4),
     snapshot_every=6,
     selection_problems=6,
     drafted_problems=12,
-    base=Schedule(steps=6, rate=4e-3, warmup=4),
-    recall=Schedule(steps=3, rate=4e-3, warmup=1),
-    target=Schedule(steps=6, rate=4e-3, warmup=4),
-    polish=Schedule(steps=3, rate=1e-3, warmup=1),
+    base=WarmupStableDecaySchedule(steps=6, rate=4e-3, warmup=4),
+    recall=WarmupStableDecaySchedule(steps=3, rate=4e-3, warmup=1),
+    target=WarmupStableDecaySchedule(steps=6, rate=4e-3, warmup=4),
+    polish=WarmupStableDecaySchedule(steps=3, rate=1e-3, warmup=1),
     proof_problems=6,
 )
 
@@ -117,7 +117,7 @@ def draft_config(tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
         num_hidden_layers=2,
         num_attention_heads=6,
         ffn_dim=384,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=MAX_MODEL_LEN,
         dropout=0.0,
         **_ids(tokenizer),
     )
@@ -132,7 +132,7 @@ def target_config(tokenizer: PreTrainedTokenizerBase, layers: int = LAYERS) -> P
         num_key_value_heads=4,
         head_dim=32,
         intermediate_size=352,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=MAX_MODEL_LEN,
         **_ids(tokenizer),
     )
 
@@ -146,7 +146,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     )
 
 
-def fresh(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def new_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=TREE_ATTENTION)
     model.get_input_embeddings().weight.data.normal_(0, EMBEDDING_SCALE)
@@ -158,241 +158,263 @@ def fresh(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
-def lessons(rows: Callable[[random.Random], Row], writer: Writer, lesson: Writing, recipe: Recipe, name: str) -> Losses:
+def stage_losses(
+    draw_example: Callable[[random.Random], TrainingExample],
+    builder: ExampleBuilder,
+    objective: NextTokenObjective,
+    recipe: PairRecipe,
+    name: str,
+) -> Losses:
     """The endless, seeded lessons of a stage, a batch of about `batch_tokens` a step."""
 
     def losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
         rng = random.Random(f"{name}/{recipe.seed}/{step}")
-        drawn, size = [], 0
+        examples, size = [], 0
         while size < recipe.batch_tokens:
-            drawn.append(rows(rng))
-            size += drawn[-1].width(writer.check)
+            examples.append(draw_example(rng))
+            size += examples[-1].num_tokens(builder.verification_suffix)
         # Sorted by length and halved: little is padding.
-        drawn.sort(key=lambda row: row.width(writer.check))
-        parts = [part for part in (drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]) if part]
+        examples.sort(key=lambda example: example.num_tokens(builder.verification_suffix))
+        parts = [part for part in (examples[: len(examples) // 2], examples[len(examples) // 2 :]) if part]
         for part in parts:
-            loss, metrics = lesson(batch(part, writer.check, writer.pad).to(lesson.model.device))
+            loss, metrics = objective(
+                collate(part, builder.verification_suffix, builder.pad_token_id).to(objective.model.device)
+            )
             yield loss / len(parts), metrics
 
     return losses
 
 
-def train_draft(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+def train_draft(recipe: PairRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
     """The snapshot that is right about as often as wanted, of a run that ends once one is."""
-    chosen, tried = folder / "chosen", folder / "snapshots.jsonl"
+    chosen, snapshot_log = folder / "chosen", folder / "snapshots.jsonl"
     if chosen.exists():
         return load_model(chosen)
-    writer = Writer(tokenizer, own=DRAFT)
-    model = fresh(draft_config(tokenizer), recipe.seed)
-    lesson = Writing(model)
-    selection = measure.problems(recipe.seed, recipe.selection_problems, split="selection")
+    builder = ExampleBuilder(tokenizer, own=DRAFT)
+    model = new_model(draft_config(tokenizer), recipe.seed)
+    objective = NextTokenObjective(model)
+    selection = measure.draw_problems(recipe.seed, recipe.selection_problems, split="selection")
 
-    def row(rng: random.Random) -> Row:
-        given = problem("draft", recipe.seed, rng.randrange(ENDLESS))
-        return writer.written(given, rng, foreign=DRAFT_FOREIGN, mistaken=0.0, cuts=0)
+    def draw_example(rng: random.Random) -> TrainingExample:
+        problem = draw_problem("draft", recipe.seed, rng.randrange(NUM_PROBLEMS))
+        return builder.build_synthetic(problem, rng, foreign=DRAFT_FOREIGN, mistaken=0.0, num_prefixes=0)
 
     def snapshot(step: int) -> bool:
         model.eval()
-        right = measure.accuracy(writer, selection, measure.answers(model, writer, selection))
+        accuracy = measure.accuracy(builder, selection, measure.generate_answers(model, builder, selection))
         model.train()
         save(model, tokenizer, folder / f"step-{step}")
-        with tried.open("a") as out:
-            out.write(json.dumps({"step": step, "accuracy": right}) + "\n")
-        return right >= recipe.wanted_accuracy
+        with snapshot_log.open("a") as out:
+            out.write(json.dumps({"step": step, "accuracy": accuracy}) + "\n")
+        return accuracy >= recipe.snapshot_accuracy
 
-    losses = lessons(row, writer, lesson, recipe, "draft")
-    train(folder, lesson, losses, recipe.draft, snapshot=snapshot, snapshot_every=recipe.snapshot_every)
-    snapshots = [json.loads(line) for line in tried.read_text().splitlines()]
-    best = min(snapshots, key=lambda snapshot: abs(snapshot["accuracy"] - recipe.wanted_accuracy))
+    losses = stage_losses(draw_example, builder, objective, recipe, "draft")
+    train(folder, objective, losses, recipe.draft, snapshot=snapshot, snapshot_every=recipe.snapshot_every)
+    snapshots = [json.loads(line) for line in snapshot_log.read_text().splitlines()]
+    best = min(snapshots, key=lambda snapshot: abs(snapshot["accuracy"] - recipe.snapshot_accuracy))
     print(f"draft: step {best['step']}, {best['accuracy']:.0%} right on the selection problems")
-    shutil.copytree(folder / f"step-{best['step']}", beside := folder / "chosen.tmp", dirs_exist_ok=True)
-    beside.rename(chosen)
+    shutil.copytree(folder / f"step-{best['step']}", temporary := folder / "chosen.tmp", dirs_exist_ok=True)
+    temporary.rename(chosen)
     return load_model(chosen)
 
 
-def collect_drafts(recipe: Recipe, draft: PreTrainedModel, writer: Writer, path: Path) -> list[Draft]:
+def collect_drafts(recipe: PairRecipe, draft: PreTrainedModel, builder: ExampleBuilder, path: Path) -> list[Draft]:
     """Drafts of problems kept apart for this, half of them sampled, half greedy."""
     if not path.exists():
         indices = range(recipe.drafted_problems)
-        prompts = [writer.prompt(problem("drafts", recipe.seed, index)) for index in indices]
+        prompts = [builder.prompt(draw_problem("drafts", recipe.seed, index)) for index in indices]
         half = len(prompts) // 2
         torch.manual_seed(recipe.seed)
-        answers = write(draft, writer.tokenizer, prompts[:half])
-        answers += write(draft, writer.tokenizer, prompts[half:], temperature=SAMPLED_AT)
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(pair) + "\n" for pair in zip(indices, answers, strict=True)))
-        beside.rename(path)
+        answers = generate_batch(draft, builder.tokenizer, prompts[:half])
+        answers += generate_batch(draft, builder.tokenizer, prompts[half:], temperature=DRAFT_TEMPERATURE)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(pair) + "\n" for pair in zip(indices, answers, strict=True)))
+        temporary.rename(path)
     return [(index, tokens) for index, tokens in map(json.loads, path.read_text().splitlines())]
 
 
-def train_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
-    writer = Writer(tokenizer, own=TARGET)
-    model = fresh(target_config(tokenizer, BASE_LAYERS), recipe.seed)
-    lesson = Writing(model)
+def train_base(recipe: PairRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+    builder = ExampleBuilder(tokenizer, own=TARGET)
+    model = new_model(target_config(tokenizer, BASE_LAYERS), recipe.seed)
+    objective = NextTokenObjective(model)
 
-    def row(rng: random.Random) -> Row:
-        given = problem("base", recipe.seed, rng.randrange(ENDLESS))
-        return writer.written(given, rng, foreign=recipe.foreign, mistaken=0.0, cuts=0)
+    def draw_example(rng: random.Random) -> TrainingExample:
+        problem = draw_problem("base", recipe.seed, rng.randrange(NUM_PROBLEMS))
+        return builder.build_synthetic(problem, rng, foreign=recipe.foreign, mistaken=0.0, num_prefixes=0)
 
-    losses = lessons(row, writer, lesson, recipe, "base")
-    return finished(folder, tokenizer, model, lambda: train(folder, lesson, losses, recipe.base))
+    losses = stage_losses(draw_example, builder, objective, recipe, "base")
+    return load_or_train(folder, tokenizer, model, lambda: train(folder, objective, losses, recipe.base))
 
 
-def teach_recall(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, folder: Path
+def train_recall(
+    recipe: PairRecipe, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, folder: Path
 ) -> PreTrainedModel:
-    writer = Writer(tokenizer, own=TARGET)
+    builder = ExampleBuilder(tokenizer, own=TARGET)
     base.set_attn_implementation(TREE_ATTENTION)
-    lesson = Recalling(base)
-    nn.Module.to(lesson, base.device)
+    objective = RecallObjective(base)
+    nn.Module.to(objective, base.device)
 
-    def row(rng: random.Random) -> Row:
-        given = problem("recall", recipe.seed, rng.randrange(ENDLESS))
-        return writer.written(given, rng, foreign=recipe.foreign, mistaken=RECALL_MISTAKEN, cuts=0)
+    def draw_example(rng: random.Random) -> TrainingExample:
+        problem = draw_problem("recall", recipe.seed, rng.randrange(NUM_PROBLEMS))
+        return builder.build_synthetic(problem, rng, foreign=recipe.foreign, mistaken=RECALL_MISTAKEN, num_prefixes=0)
 
-    losses = lessons(row, writer, lesson, recipe, "recall")
-    return finished(folder, tokenizer, base, lambda: train(folder, lesson, losses, recipe.recall))
+    losses = stage_losses(draw_example, builder, objective, recipe, "recall")
+    return load_or_train(folder, tokenizer, base, lambda: train(folder, objective, losses, recipe.recall))
 
 
 def train_target(
-    recipe: Recipe,
+    recipe: PairRecipe,
     tokenizer: PreTrainedTokenizerBase,
     base: PreTrainedModel,
     drafts: Sequence[Draft],
     folder: Path,
 ) -> PreTrainedModel:
-    writer = Writer(tokenizer, own=TARGET)
-    model = grown(base, target_config(tokenizer), recipe.seed)
-    lesson = Judging(model, writer.check, BASE_LAYERS).to(model.device)
+    builder = ExampleBuilder(tokenizer, own=TARGET)
+    model = add_layers(base, target_config(tokenizer), recipe.seed)
+    objective = ErrorDetectionObjective(model, builder.verification_suffix, BASE_LAYERS).to(model.device)
 
-    def row(rng: random.Random) -> Row:
+    def draw_example(rng: random.Random) -> TrainingExample:
         if rng.random() < recipe.real_drafts:
             index, tokens = rng.choice(drafts)
-            return writer.drafted(problem("drafts", recipe.seed, index), tokens, rng, recipe.cuts)
-        given = problem("target", recipe.seed, rng.randrange(ENDLESS))
+            return builder.build_from_draft(
+                draw_problem("drafts", recipe.seed, index), tokens, rng, recipe.num_prefixes
+            )
+        problem = draw_problem("target", recipe.seed, rng.randrange(NUM_PROBLEMS))
         if rng.random() < recipe.scrambled:
-            return writer.scrambled(given, rng, foreign=recipe.foreign, share=SCRAMBLED_SHARE)
-        cuts = recipe.cuts if rng.random() < recipe.probed else 0
-        return writer.written(given, rng, foreign=recipe.foreign, mistaken=recipe.mistaken, cuts=cuts)
+            return builder.build_scrambled(problem, rng, foreign=recipe.foreign, share=SCRAMBLED_SHARE)
+        num_prefixes = recipe.num_prefixes if rng.random() < recipe.verification_share else 0
+        return builder.build_synthetic(
+            problem, rng, foreign=recipe.foreign, mistaken=recipe.mistaken, num_prefixes=num_prefixes
+        )
 
-    losses = lessons(row, writer, lesson, recipe, "target")
-    return finished(folder, tokenizer, model, lambda: train(folder, lesson, losses, recipe.target))
+    losses = stage_losses(draw_example, builder, objective, recipe, "target")
+    return load_or_train(folder, tokenizer, model, lambda: train(folder, objective, losses, recipe.target))
 
 
 def polish(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel, drafts: Sequence[Draft], folder: Path
+    recipe: PairRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    target: PreTrainedModel,
+    drafts: Sequence[Draft],
+    folder: Path,
 ) -> PreTrainedModel:
     """All layers together practise what is still hard: close records, and wrong drafts as often as right ones."""
-    writer = Writer(tokenizer, own=TARGET)
+    builder = ExampleBuilder(tokenizer, own=TARGET)
     target.set_attn_implementation(TREE_ATTENTION)
-    lesson = Deciding(target, writer.check)
-    given = [problem("drafts", recipe.seed, index) for index, _ in drafts]
-    right = [measure.whole(writer, g, tokens) for g, (_, tokens) in zip(given, drafts, strict=True)]
-    by_verdict = [[k for k, r in enumerate(right) if r is wanted] for wanted in (True, False)]
+    objective = VerificationObjective(target, builder.verification_suffix)
+    draft_problems = [draw_problem("drafts", recipe.seed, index) for index, _ in drafts]
+    correctness = [
+        measure.is_correct(builder, g, tokens) for g, (_, tokens) in zip(draft_problems, drafts, strict=True)
+    ]
+    indices_by_correctness = [[k for k, r in enumerate(correctness) if r is expected] for expected in (True, False)]
 
-    def row(rng: random.Random) -> Row:
+    def draw_example(rng: random.Random) -> TrainingExample:
         if rng.random() < recipe.hard_drafts:
-            k = rng.choice(rng.choice([verdict for verdict in by_verdict if verdict]))
-            return writer.drafted(given[k], drafts[k][1], rng, recipe.cuts)
-        draw = close_record if rng.random() < recipe.close else problem
-        posed = draw("polish", recipe.seed, rng.randrange(ENDLESS))
-        cuts = recipe.cuts if rng.random() < recipe.probed else 0
-        return writer.written(posed, rng, foreign=recipe.foreign, mistaken=recipe.mistaken, cuts=cuts)
+            k = rng.choice(rng.choice([indices for indices in indices_by_correctness if indices]))
+            return builder.build_from_draft(draft_problems[k], drafts[k][1], rng, recipe.num_prefixes)
+        draw_demo_problem = draw_close_record if rng.random() < recipe.close else draw_problem
+        problem = draw_demo_problem("polish", recipe.seed, rng.randrange(NUM_PROBLEMS))
+        num_prefixes = recipe.num_prefixes if rng.random() < recipe.verification_share else 0
+        return builder.build_synthetic(
+            problem, rng, foreign=recipe.foreign, mistaken=recipe.mistaken, num_prefixes=num_prefixes
+        )
 
-    losses = lessons(row, writer, lesson, recipe, "polish")
+    losses = stage_losses(draw_example, builder, objective, recipe, "polish")
     before = {name: weight.detach().clone() for name, weight in target.named_parameters()}
 
     def practise() -> None:
-        train(folder, lesson, losses, recipe.polish)
+        train(folder, objective, losses, recipe.polish)
         # Practice alone costs the target some of its own answers; halfway, it writes and judges best.
         for name, weight in target.named_parameters():
             weight.data.lerp_(before[name], 0.5)
 
-    return finished(folder, tokenizer, target, practise)
+    return load_or_train(folder, tokenizer, target, practise)
 
 
-def grown(base: PreTrainedModel, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def add_layers(base: PreTrainedModel, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A deeper model that starts out saying what `base` says: its layers below, new ones on top that say little yet.
 
     The base's weights stay as they are from here on: what the new layers hold a token against must stand still while
     they learn to, and judging must not cost the target its own answers.
     """
-    model = fresh(config, seed)
+    model = new_model(config, seed)
     missing = model.load_state_dict(base.state_dict(), strict=False)
     above = [f"layers.{layer}." for layer in range(BASE_LAYERS, LAYERS)]
     assert not missing.unexpected_keys
     assert all(any(layer in name for layer in above) for name in missing.missing_keys)
-    kept = set(base.state_dict()) - {"model.norm.weight"}
+    frozen = set(base.state_dict()) - {"model.norm.weight"}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in kept)
+        parameter.requires_grad_(name not in frozen)
     return model
 
 
-def finished(
+def load_or_train(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, training: Callable[[], None]
 ) -> PreTrainedModel:
     """The model of a stage: trained now, or as an earlier run left it."""
-    done = folder / "finished"
-    if not done.exists():
+    finished = folder / "finished"
+    if not finished.exists():
         training()
-        save(model, tokenizer, beside := folder / "finished.tmp")
-        beside.rename(done)
-    return load_model(done)
+        save(model, tokenizer, temporary := folder / "finished.tmp")
+        temporary.rename(finished)
+    return load_model(finished)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / METHOD_FILE).write_text(json.dumps({"check_question": CHECK_QUESTION}) + "\n")
+    (folder / METHOD_FILE).write_text(json.dumps({"check_question": VERIFICATION_PROMPT}) + "\n")
 
 
-def prove(recipe: Recipe, candidate: Path, models: Path, *, force: bool) -> bool:
+def publish_if_better(recipe: PairRecipe, candidate: Path, models: Path, *, force: bool) -> bool:
     """Puts the candidate pair into `models`, with its cards, unless the pair there is the better one."""
-    new, _ = measured(recipe, candidate)
-    if not force and any((models / name).exists() for name in NAMES):
+    new, _ = evaluate_folder(recipe, candidate)
+    if not force and any((models / name).exists() for name in MODEL_NAMES):
         try:
-            old, _ = measured(recipe, models)
+            old, _ = evaluate_folder(recipe, models)
         except BrokenModel as error:
             raise BrokenModel(f"{error}; --force replaces the pair in {models}") from error
-        if (theirs := quality(new)) < (ours := quality(old)):
-            print(f"kept the pair in {models}: its quality is {ours:.4f}, of the new one {theirs:.4f} (--force)")
+        if (new_score := quality(new)) < (old_score := quality(old)):
+            print(
+                f"kept the pair in {models}: its quality is {old_score:.4f}, of the new one {new_score:.4f} (--force)"
+            )
             return False
-    for name in NAMES:
-        shutil.rmtree(beside := models / f"{name}.tmp", ignore_errors=True)
-        shutil.copytree(candidate / name, beside)
-    cards.write(new, models / f"{NAMES[0]}.tmp", models / f"{NAMES[1]}.tmp")
-    for name in NAMES:
+    for name in MODEL_NAMES:
+        shutil.rmtree(temporary := models / f"{name}.tmp", ignore_errors=True)
+        shutil.copytree(candidate / name, temporary)
+    cards.write_cards(new, models / f"{MODEL_NAMES[0]}.tmp", models / f"{MODEL_NAMES[1]}.tmp")
+    for name in MODEL_NAMES:
         shutil.rmtree(models / name, ignore_errors=True)
         (models / f"{name}.tmp").rename(models / name)
     return True
 
 
-def measured(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], list[measure.Judged]]:
+def evaluate_folder(recipe: PairRecipe, folder: Path) -> tuple[dict[str, Any], list[measure.VerifiedDraft]]:
     pair = load_pair(folder)
-    return figures(pair, recipe.proof_problems, recipe.seed, DEFAULT_STRIDE, Thresholds(), split="proof")
+    return evaluate_pair(pair, recipe.proof_problems, recipe.seed, DEFAULT_STRIDE, Thresholds(), split="proof")
 
 
-def quality(found: Mapping[str, Any]) -> float:
+def quality(metrics: Mapping[str, Any]) -> float:
     """One number to hold two pairs against each other: the share of cases, of every kind, that come out right."""
-    target, verifier = found["target"], found["verifier"]
+    target, verifier = metrics["target"], metrics["verifier"]
     shares = [target["accuracy"], target["continuation_accuracy"], verifier["right_accepted_whole"]]
     shares += [1 - verifier["wrong_accepted_whole"], 1 - verifier["kept_past_error"]]
     shares += [verifier["prefix_precision"], verifier["prefix_recall"]]
-    known = [share for share in shares if not math.isnan(share)]
-    return sum(known) / len(known)
+    defined = [share for share in shares if not math.isnan(share)]
+    return sum(defined) / len(defined)
 
 
-def make(recipe: Recipe, runs: Path, models: Path, *, force: bool) -> bool:
-    tokenizer = build()
+def train_pair(recipe: PairRecipe, runs: Path, models: Path, *, force: bool) -> bool:
+    tokenizer = build_tokenizer()
     draft = train_draft(recipe, tokenizer, runs / "draft")
-    drafts = collect_drafts(recipe, draft, Writer(tokenizer, own=DRAFT), runs / "drafts.jsonl")
+    drafts = collect_drafts(recipe, draft, ExampleBuilder(tokenizer, own=DRAFT), runs / "drafts.jsonl")
     base = train_base(recipe, tokenizer, runs / "base")
-    recalling = teach_recall(recipe, tokenizer, base, runs / "recall")
-    judging = train_target(recipe, tokenizer, recalling, drafts, runs / "target")
-    target = polish(recipe, tokenizer, judging, drafts, runs / "polish")
-    for name, model in zip(NAMES, (target, draft), strict=True):
+    recall_model = train_recall(recipe, tokenizer, base, runs / "recall")
+    verifier_model = train_target(recipe, tokenizer, recall_model, drafts, runs / "target")
+    target = polish(recipe, tokenizer, verifier_model, drafts, runs / "polish")
+    for name, model in zip(MODEL_NAMES, (target, draft), strict=True):
         save(model, tokenizer, runs / "pair" / name)
-    return prove(recipe, runs / "pair", models, force=force)
+    return publish_if_better(recipe, runs / "pair", models, force=force)
 
 
 def main() -> None:
@@ -408,10 +430,10 @@ def main() -> None:
     try:
         if args.smoke:
             with tempfile.TemporaryDirectory() as folder:
-                make(replace(SMOKE, seed=args.seed), Path(folder) / "runs", Path(folder) / "models", force=False)
+                train_pair(replace(SMOKE, seed=args.seed), Path(folder) / "runs", Path(folder) / "models", force=False)
             print("smoke run: every stage works")
         else:
-            make(Recipe(seed=args.seed), args.runs, args.models, force=args.force)
+            train_pair(PairRecipe(seed=args.seed), args.runs, args.models, force=args.force)
     except (BrokenModel, DamagedCheckpoint) as error:
         sys.exit(str(error))
 

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 def draw_verifier(verifier: Mapping[str, Any], path: Path) -> None:
     """The threshold sweep and the reliability curve, side by side."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    at = [row["threshold"] for row in verifier["sweep"]]
+    thresholds = [row["threshold"] for row in verifier["sweep"]]
     for key, label, style in (
         ("right_accepted_whole", "right drafts accepted whole", "-"),
         ("prefix_precision", "prefix precision", "-"),
@@ -28,7 +28,7 @@ def draw_verifier(verifier: Mapping[str, Any], path: Path) -> None:
         ("wrong_accepted_whole", "wrong drafts accepted whole", "--"),
         ("kept_past_error", "wrong drafts kept past the error", "--"),
     ):
-        left.plot(at, [row[key] for row in verifier["sweep"]], style, label=label, marker=".")
+        left.plot(thresholds, [row[key] for row in verifier["sweep"]], style, label=label, marker=".")
     left.set(xlabel="threshold on P(correct)", ylim=(-0.02, 1.02), title="What a threshold costs")
     left.legend(fontsize="small", loc="center")
     points = verifier["reliability"]

@@ -23,14 +23,14 @@ from parse.speculative.proposal import chain_proposal
 from parse.speculative.proposers.eagle_head import ProposerLoadError
 from parse.speculative.proposers.space_adapters import SpaceAdapters, SpaceAdaptersConfig, load_adapters, save_adapters
 from training import heads
-from training.acceptance import Acceptance, by_kind, followed, told
+from training.acceptance import AcceptanceStats, acceptance_metrics, count_accepted, group_by_kind
 from training.eagle3 import Distillation
-from training.foresight import Batch, Features, batch, shuffled, some, wholly
 from training.head_cards import write_space_card
-from training.lessons import half_pays
-from training.loop import Cosine, Losses, adamw, train
-from training.outputs import Output
-from training.rollouts import rollout_attention, up_to
+from training.head_data import HeadBatch, HeadFeatures, batch_indices, collate_features, sample_anchors, trainable_texts
+from training.loop import CosineSchedule, Losses, adamw, train
+from training.objectives import bfloat16_is_faster
+from training.outputs import TargetOutput
+from training.rollouts import rollout_attention, visible_up_to
 
 DECAY = 0.9  # of a mask's loss against the one before
 GROUP_ATTENTION = "mask_groups"
@@ -49,29 +49,29 @@ class SpaceRecipe:
     start: Path | None = None  # adapters to go on from; their sizes stay
 
     @property
-    def schedule(self) -> Cosine:
-        return Cosine(self.steps, self.rate, self.warmup)
+    def schedule(self) -> CosineSchedule:
+        return CosineSchedule(self.steps, self.rate, self.warmup)
 
 
 @dataclass(frozen=True)
-class Groups:
+class MaskGroups:
     """What the masks see: the text up to their anchors, and those of their own group that stand before them."""
 
-    text: DynamicCache
-    seen: Tensor  # [B, A, T] bool
+    past_key_values: DynamicCache
+    visible: Tensor  # [B, A, T] bool
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """[B, heads, A * S, d] each, to [B, A * S, heads, d]."""
-        anchors = self.seen.shape[1]
-        grouped = (rows.transpose(1, 2).unflatten(1, (anchors, -1)) for rows in (query, key, value))
+        anchors = self.visible.shape[1]
+        grouped = (states.transpose(1, 2).unflatten(1, (anchors, -1)) for states in (query, key, value))
         query, key, value = grouped
         size, masks, width = len(query), query.shape[2], query.shape[-1]
-        past = self.text.layers[layer]
-        assert isinstance(past, CacheLayerMixin) and past.keys is not None and past.values is not None
-        own = torch.ones(masks, masks, dtype=torch.bool, device=query.device).tril()
+        past_layer = self.past_key_values.layers[layer]
+        assert isinstance(past_layer, CacheLayerMixin) and past_layer.keys is not None and past_layer.values is not None
+        causal = torch.ones(masks, masks, dtype=torch.bool, device=query.device).tril()
         query = query * (scale * width**0.5)  # the rollout's attention scales by the width
-        text_keys, text_values = (rows.transpose(1, 2) for rows in (past.keys, past.values))
-        out = rollout_attention(query, text_keys, text_values, self.seen, key, value, own)
+        text_keys, text_values = (states.transpose(1, 2) for states in (past_layer.keys, past_layer.values))
+        out = rollout_attention(query, text_keys, text_values, self.visible, key, value, causal)
         return out.reshape(size, anchors * masks, -1, width)
 
 
@@ -83,7 +83,7 @@ def group_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    groups: Groups | None = None,
+    groups: MaskGroups | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     if groups is None:  # the text: what stands behind it is never seen by it, so padding needs no mask
@@ -99,32 +99,42 @@ def group_attention(
 AttentionInterface.register(GROUP_ATTENTION, group_attention)
 
 
-def lesson(
-    network: PreTrainedModel, texts: Sequence[Output], ahead: int, *, share: float = 1.0, seed: int = 0
-) -> tuple[Batch, Groups]:
+def mask_batch(
+    network: PreTrainedModel, texts: Sequence[TargetOutput], num_masks: int, *, share: float = 1.0, seed: int = 0
+) -> tuple[HeadBatch, MaskGroups]:
     """Of anchors i, whose next token is known: mask s learns from what the target says s tokens beyond that."""
     network.set_attn_implementation(GROUP_ATTENTION)
     width = max(len(text.tokens) for text in texts)
-    rows = torch.tensor([text.tokens + [0] * (width - len(text.tokens)) for text in texts], device=network.device)
-    known = DynamicCache(config=network.config)
+    input_ids = torch.tensor([text.tokens + [0] * (width - len(text.tokens)) for text in texts], device=network.device)
+    past_key_values = DynamicCache(config=network.config)
     with torch.no_grad():
         out = network(
-            input_ids=rows, past_key_values=known, use_cache=True, output_hidden_states=True, logits_to_keep=1
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            use_cache=True,
+            output_hidden_states=True,
+            logits_to_keep=1,
         )
     features = []
-    for text, top in zip(texts, out.hidden_states[-1], strict=True):
-        first = max(0, len(text.prompt) + text.begun - 2)
+    for text, last_hidden_states in zip(texts, out.hidden_states[-1], strict=True):
+        first_anchor = max(0, len(text.prompt) + text.begun - 2)
         features.append(
-            Features(top.new_empty(len(text.tokens) - 1, 0), top[first + 1 : len(text.tokens)].float(), first)
+            HeadFeatures(
+                last_hidden_states.new_empty(len(text.tokens) - 1, 0),
+                last_hidden_states[first_anchor + 1 : len(text.tokens)].float(),
+                first_anchor,
+            )
         )
-    given = some(batch(texts, features, ahead + 1), share, seed)
-    return given, Groups(known, up_to(given.anchors + 1, width))
+    sampled = sample_anchors(collate_features(texts, features, num_masks + 1), share, seed)
+    return sampled, MaskGroups(past_key_values, visible_up_to(sampled.anchors + 1, width))
 
 
-def foreseen(adapters: SpaceAdapters, network: PreTrainedModel, given: Batch, groups: Groups) -> Tensor:
+def mask_logits(
+    adapters: SpaceAdapters, network: PreTrainedModel, mask_anchors: HeadBatch, groups: MaskGroups
+) -> Tensor:
     """The target's logits at all masks of all anchors, [B, A, S, vocabulary]."""
-    size, anchors, masks = *given.anchors.shape, given.valid.shape[2] - 1
-    positions = given.anchors[..., None] + 2 + torch.arange(masks, device=given.anchors.device)
+    size, anchors, masks = *mask_anchors.anchors.shape, mask_anchors.valid.shape[2] - 1
+    positions = mask_anchors.anchors[..., None] + 2 + torch.arange(masks, device=mask_anchors.anchors.device)
     embedded = adapters.mask_embedding.expand(size, anchors * masks, -1)
     with adapters.at(slice(None)):
         out = network(inputs_embeds=embedded, position_ids=positions.flatten(1), use_cache=False, groups=groups)
@@ -132,56 +142,65 @@ def foreseen(adapters: SpaceAdapters, network: PreTrainedModel, given: Batch, gr
     return logits.unflatten(1, (anchors, masks))
 
 
-def losses(adapters: SpaceAdapters, network: PreTrainedModel, texts: Sequence[Output], recipe: SpaceRecipe) -> Losses:
+def adapter_losses(
+    adapters: SpaceAdapters, network: PreTrainedModel, texts: Sequence[TargetOutput], recipe: SpaceRecipe
+) -> Losses:
     device = network.device
     distillation = Distillation(torch.arange(network.config.get_text_config().vocab_size, device=device), network)
-    half = half_pays(device.type)
+    use_bfloat16 = bfloat16_is_faster(device.type)
 
-    def of(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        chosen = [texts[k] for k in shuffled(len(texts), recipe.texts, recipe.seed, step)]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+    def step_losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        step_texts = [texts[k] for k in batch_indices(len(texts), recipe.texts, recipe.seed, step)]
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bfloat16):
             seed = 1_000_003 * recipe.seed + step
-            given, groups = lesson(network, chosen, recipe.ahead, share=recipe.share, seed=seed)
-            logits = foreseen(adapters, network, given, groups)
-        total, told = torch.zeros((), device=device), {}
+            mask_anchors, groups = mask_batch(network, step_texts, recipe.ahead, share=recipe.share, seed=seed)
+            logits = mask_logits(adapters, network, mask_anchors, groups)
+        total, metrics = torch.zeros((), device=device), {}
         for mask in range(recipe.ahead):
-            loss, same = distillation.loss(logits[:, :, mask], given.top[:, :, mask + 1], given.valid[..., mask + 1])
+            loss, agreement = distillation.loss(
+                logits[:, :, mask], mask_anchors.last_hidden_states[:, :, mask + 1], mask_anchors.valid[..., mask + 1]
+            )
             total = total + DECAY**mask * loss
-            told[f"same {mask + 1}"] = same
-        yield total, {"loss": total.item(), **told}
+            metrics[f"same {mask + 1}"] = agreement
+        yield total, {"loss": total.item(), **metrics}
 
-    return of
+    return step_losses
 
 
-def acceptance(adapters: SpaceAdapters, network: PreTrainedModel, texts: Sequence[Output]) -> Acceptance:
+def measure_acceptance(
+    adapters: SpaceAdapters, network: PreTrainedModel, texts: Sequence[TargetOutput]
+) -> AcceptanceStats:
     """Of candidates that the masks behind the last accepted one foresaw, a group being there wherever that was."""
     lengths: list[int] = []
     passes = tokens = proposed = 0
     with torch.inference_mode():
         for text in texts:
-            given, groups = lesson(network, [text], adapters.config.masks)
-            guesses = foreseen(adapters, network, given, groups).argmax(-1)[0].tolist()
+            mask_anchors, groups = mask_batch(network, [text], adapters.config.masks)
+            guesses = mask_logits(adapters, network, mask_anchors, groups).argmax(-1)[0].tolist()
             # Those of the masks behind token t say what stands from t + 2 on.
-            behind = dict(zip((given.anchors[0] + 1).tolist(), guesses, strict=True))
-            at = len(text.prompt) + text.begun
+            candidates_after = dict(zip((mask_anchors.anchors[0] + 1).tolist(), guesses, strict=True))
+            position = len(text.prompt) + text.begun
             candidates: list[int] = []
-            while at < len(text.tokens):
+            while position < len(text.tokens):
                 proposal = chain_proposal(candidates)
-                lengths.append(followed(proposal, text.tokens[at:]))
+                lengths.append(count_accepted(proposal, text.tokens[position:]))
                 proposed += len(candidates)
-                known, last = at, at + lengths[-1] - 1
-                at = min(last + 2, len(text.tokens))
-                candidates = behind.get(last, [])
-                passes, tokens = passes + 1, tokens + at - known
-    longest = max(lengths, default=0)
-    shares = tuple(sum(length > place for length in lengths) / passes for place in range(longest))
-    return Acceptance(passes, tokens, shares, proposed / max(1, passes), 0.0)
+                pass_start, last_accepted = position, position + lengths[-1] - 1
+                position = min(last_accepted + 2, len(text.tokens))
+                candidates = candidates_after.get(last_accepted, [])
+                passes, tokens = passes + 1, tokens + position - pass_start
+    max_length = max(lengths, default=0)
+    shares = tuple(sum(length > k for length in lengths) / passes for k in range(max_length))
+    return AcceptanceStats(passes, tokens, shares, proposed / max(1, passes), 0.0)
 
 
-def figures(path: Path, network: PreTrainedModel, texts: Sequence[Output]) -> dict[str, Any]:
+def evaluate_adapters(path: Path, network: PreTrainedModel, texts: Sequence[TargetOutput]) -> dict[str, Any]:
     adapters = load_adapters(path, network).attach(network)
-    of = {kind: told(acceptance(adapters, network, some)) for kind, some in by_kind(texts).items()}
-    return {"texts": len(texts), "ways": {"chain": {"most": adapters.config.masks, "of": of}}}
+    acceptance_by_kind = {
+        kind: acceptance_metrics(measure_acceptance(adapters, network, kind_texts))
+        for kind, kind_texts in group_by_kind(texts).items()
+    }
+    return {"texts": len(texts), "ways": {"chain": {"most": adapters.config.masks, "of": acceptance_by_kind}}}
 
 
 def new_adapters(network: PreTrainedModel, recipe: SpaceRecipe) -> SpaceAdapters:
@@ -197,23 +216,33 @@ def new_adapters(network: PreTrainedModel, recipe: SpaceRecipe) -> SpaceAdapters
     ).to(network.device)
 
 
-def trained(network: PreTrainedModel, texts: Sequence[Output], recipe: SpaceRecipe, folder: Path) -> SpaceAdapters:
+def train_adapters(
+    network: PreTrainedModel, texts: Sequence[TargetOutput], recipe: SpaceRecipe, folder: Path
+) -> SpaceAdapters:
     network.requires_grad_(False)
     adapters = new_adapters(network, recipe).attach(network)
-    train(folder, adapters, losses(adapters, network, list(wholly(texts)), recipe), recipe.schedule, optimized_by=adamw)
+    train(
+        folder,
+        adapters,
+        adapter_losses(adapters, network, list(trainable_texts(texts)), recipe),
+        recipe.schedule,
+        build_optimizers=adamw,
+    )
     return adapters.eval()
 
 
 def main() -> None:
-    usual = SpaceRecipe()
-    parser = heads.arguments("space", __doc__, usual.steps, usual.rate, usual.texts, usual.ahead)
-    parser.add_argument("--rank", type=int, default=usual.rank, help="of the networks behind the layers")
+    defaults = SpaceRecipe()
+    parser = heads.build_parser("space", __doc__, defaults.steps, defaults.rate, defaults.texts, defaults.ahead)
+    parser.add_argument("--rank", type=int, default=defaults.rank, help="of the networks behind the layers")
     args = parser.parse_args()
-    recipe = SpaceRecipe(**heads.chosen(args), rank=args.rank)
-    publishing = heads.Publishing[SpaceAdapters](
-        lambda adapters, folder, dtype: save_adapters(adapters, folder, dtype=dtype), figures, write_space_card
+    recipe = SpaceRecipe(**heads.recipe_arguments(args), rank=args.rank)
+    publisher = heads.Publisher[SpaceAdapters](
+        lambda adapters, folder, dtype: save_adapters(adapters, folder, dtype=dtype),
+        evaluate_adapters,
+        write_space_card,
     )
-    heads.run(args, lambda network, texts, folder: trained(network, texts, recipe, folder), publishing)
+    heads.run(args, lambda network, texts, folder: train_adapters(network, texts, recipe, folder), publisher)
 
 
 if __name__ == "__main__":

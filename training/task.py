@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
 
-from training.wording import DRAFT, ENDINGS, LINES, TARGET, Slots, every_wording, said
+from training.wording import DRAFT, ENDINGS, LINES, TARGET, Slots, all_wordings, render_parts
 
 NAMES = (
     "Ann Ben Cara Dan Eve Finn Gus Hal Ida Jack Kim Leo Max Nora Otto Pam Quinn Rosa Sam Tess Uma Vera Will Zoe"
@@ -27,13 +27,13 @@ ITEMS = "shells coins cards books apples stamps marbles pens keys nuts".split()
 LOSING = "loses sells drops breaks lends".split()
 GAINING = "finds buys wins gets earns".split()
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth".split()
-LARGEST = 99  # totals and scores; each number is one token
+MAX_NUMBER = 99  # totals and scores; each number is one token
 
 State = tuple[str, ...]
 """What the steps move on, as the words that name it: (total,) or (leader, score)."""
 
 
-class NotOfTheTask(ValueError):
+class UnrecognizedQuestion(ValueError):
     """The text is no question of this task."""
 
 
@@ -65,7 +65,7 @@ class Problem(Protocol):
 
 
 @dataclass(frozen=True)
-class Totals:
+class TotalsProblem:
     name: str
     item: str
     first: int
@@ -89,7 +89,7 @@ class Totals:
         verb, by = self.moves[number if takes is None else takes]
         loses = verb in LOSING
         total = int(state[0]) + (-by if loses else by)
-        after = to or (str(min(max(total, 0), LARGEST)),)  # only a mistaken answer can leave the range
+        after = to or (str(min(max(total, 0), MAX_NUMBER)),)  # only a mistaken answer can leave the range
         words = ("minus", "-", "down") if loses else ("plus", "+", "up")
         slots = dict(zip(("minus", "sign", "down"), words, strict=True))
         slots |= _labels(number) | dict(name=self.name, item=self.item, verb=verb, a=state[0], b=str(by), c=after[0])
@@ -99,21 +99,21 @@ class Totals:
         return dict(name=self.name, item=self.item, c=state[0])
 
     def states(self) -> list[State]:
-        return [(str(total),) for total in range(LARGEST + 1)]
+        return [(str(total),) for total in range(MAX_NUMBER + 1)]
 
     @classmethod
-    def draw(cls, rng: random.Random) -> "Totals":
+    def draw(cls, rng: random.Random) -> "TotalsProblem":
         first = total = rng.randint(10, 90)
         moves = []
         for _ in range(rng.randint(7, 13)):
             by = rng.randint(2, 9)
-            loses = total + by > LARGEST or (total >= by and rng.random() < 0.5)
+            loses = total + by > MAX_NUMBER or (total >= by and rng.random() < 0.5)
             moves.append((rng.choice(LOSING if loses else GAINING), by))
             total += -by if loses else by
         return cls(rng.choice(NAMES), rng.choice(ITEMS), first, tuple(moves))
 
     @classmethod
-    def read(cls, question: str) -> "Totals | None":
+    def parse(cls, question: str) -> "TotalsProblem | None":
         shape = re.fullmatch(r"(\w+) has (\d+) (\w+)\. In turn: (.+)\. How many (\w+) now\?", question)
         if not shape:
             return None
@@ -123,7 +123,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Record:
+class RecordProblem:
     first: tuple[str, int]
     scores: tuple[tuple[str, int], ...]
     family = "record"
@@ -157,32 +157,32 @@ class Record:
         return [(name, str(score)) for name, score in (self.first, *self.scores)]
 
     @classmethod
-    def draw(cls, rng: random.Random) -> "Record":
+    def draw(cls, rng: random.Random) -> "RecordProblem":
         count = rng.randint(6, 12)
         names = rng.sample(NAMES, count + 1)
-        scores = rng.sample(range(1, LARGEST + 1), count)
+        scores = rng.sample(range(1, MAX_NUMBER + 1), count)
         # Half of the records stand low enough to fall more than once, else most problems are decided at once.
-        first = rng.choice([s for s in range(1, LARGEST if rng.random() < 0.5 else 40) if s not in scores])
+        first = rng.choice([s for s in range(1, MAX_NUMBER if rng.random() < 0.5 else 40) if s not in scores])
         return cls((names[0], first), tuple(zip(names[1:], scores, strict=True)))
 
     @classmethod
-    def draw_close(cls, rng: random.Random) -> "Record":
+    def draw_close(cls, rng: random.Random) -> "RecordProblem":
         """Most scores within a few points of the record they are held against: the comparisons that are hard."""
         count = rng.randint(6, 12)
         names = rng.sample(NAMES, count + 1)
-        record = first = rng.randint(5, LARGEST - 5)
+        record = first = rng.randint(5, MAX_NUMBER - 5)
         scores: list[int] = []
         for _ in range(count):
-            near = [record + apart for apart in (-3, -2, -1, 1, 2, 3) if 1 <= record + apart <= LARGEST]
+            near = [record + apart for apart in (-3, -2, -1, 1, 2, 3) if 1 <= record + apart <= MAX_NUMBER]
             free = [score for score in near if score != first and score not in scores]
             if rng.random() < 0.3 or not free:
-                free = [score for score in range(1, LARGEST + 1) if score != first and score not in scores]
+                free = [score for score in range(1, MAX_NUMBER + 1) if score != first and score not in scores]
             scores.append(rng.choice(free))
             record = max(record, scores[-1])
         return cls((names[0], first), tuple(zip(names[1:], scores, strict=True)))
 
     @classmethod
-    def read(cls, question: str) -> "Record | None":
+    def parse(cls, question: str) -> "RecordProblem | None":
         shape = re.fullmatch(r"(\w+) has the record with (\d+)\. In turn: (.+)\. Who has the record now\?", question)
         if not shape:
             return None
@@ -190,82 +190,82 @@ class Record:
         return cls((shape[1], int(shape[2])), tuple((name, int(score)) for name, score in pairs))
 
 
-FAMILIES: tuple[type[Totals] | type[Record], ...] = (Totals, Record)
+FAMILIES: tuple[type[TotalsProblem] | type[RecordProblem], ...] = (TotalsProblem, RecordProblem)
 
 
 def _labels(number: int) -> dict[str, str]:
     return dict(i=str(number + 1), nth=ORDINALS[number], Nth=ORDINALS[number].capitalize())
 
 
-def problem(split: str, seed: int, index: int) -> Problem:
+def draw_problem(split: str, seed: int, index: int) -> Problem:
     """Problem `index` of a seeded, endless sequence; sequences of different splits never share their draws."""
     rng = random.Random(f"{split}/{seed}/{index}")
     return FAMILIES[index % len(FAMILIES)].draw(rng)
 
 
-def close_record(split: str, seed: int, index: int) -> Problem:
+def draw_close_record(split: str, seed: int, index: int) -> Problem:
     """As `problem`, only records whose comparisons are hard."""
-    return Record.draw_close(random.Random(f"close {split}/{seed}/{index}"))
+    return RecordProblem.draw_close(random.Random(f"close {split}/{seed}/{index}"))
 
 
-def read(question: str) -> Problem:
+def parse_question(question: str) -> Problem:
     """The problem that a question states."""
     for family in FAMILIES:
         try:
-            found = family.read(question)
-            if found and found.question == question and _solvable(found):
-                return found
+            problem = family.parse(question)
+            if problem and problem.question == question and _solvable(problem):
+                return problem
         except (ValueError, LookupError):
             continue  # the outline fits but a clause does not
-    raise NotOfTheTask(f"not a question of this task: {question[:120]!r}")
+    raise UnrecognizedQuestion(f"not a question of this task: {question[:120]!r}")
 
 
-def _solvable(found: Problem) -> bool:
-    state = found.start
-    for number in range(found.steps):
-        state = found.step(number, state).state
-    return found.steps > 0
+def _solvable(problem: Problem) -> bool:
+    state = problem.start
+    for number in range(problem.steps):
+        state = problem.step(number, state).state
+    return problem.steps > 0
 
 
-def answer(given: Problem, wording: int = TARGET) -> str:
+def correct_answer(problem: Problem, wording: int = TARGET) -> str:
     """The right answer in one wording throughout."""
-    text, state = [], given.start
-    for number in range(given.steps):
-        slots, state = given.step(number, state)
-        text += said(LINES[given.family], [wording] * len(LINES[given.family]), slots)
-    return "".join(text + said(ENDINGS[given.family], [wording], given.ending(state)))
+    text, state = [], problem.start
+    for number in range(problem.steps):
+        slots, state = problem.step(number, state)
+        text += render_parts(LINES[problem.family], [wording] * len(LINES[problem.family]), slots)
+    return "".join(text + render_parts(ENDINGS[problem.family], [wording], problem.ending(state)))
 
 
-class Checked(NamedTuple):
+class CheckResult(NamedTuple):
     first_wrong: int | None
     """Index of the first piece that no right answer could have at its place; None if there is none."""
     complete: bool
     """The pieces are a whole right answer."""
 
 
-def check(given: Problem, pieces: Sequence[str]) -> Checked:
+def check_answer(problem: Problem, token_texts: Sequence[str]) -> CheckResult:
     """Judges an answer, or the beginning of one, cut into pieces (tokens) in any way."""
-    state, number, line = given.start, 0, ""
-    alive = _right_lines(given, number, state)
-    for index, piece in enumerate(pieces):
-        line += piece
-        while alive and number < given.steps and "\n" in line:
-            whole, line = line.split("\n", 1)
-            if whole + "\n" not in alive:
-                return Checked(index, False)
-            state = given.step(number, state).state
+    state, number, line = problem.start, 0, ""
+    candidates = _correct_lines(problem, number, state)
+    for index, token_text in enumerate(token_texts):
+        line += token_text
+        while candidates and number < problem.steps and "\n" in line:
+            finished_line, line = line.split("\n", 1)
+            if finished_line + "\n" not in candidates:
+                return CheckResult(index, False)
+            state = problem.step(number, state).state
             number += 1
-            alive = _right_lines(given, number, state)
-        alive = [right for right in alive if right.startswith(line)]
-        if not alive:
-            return Checked(index, False)
-    return Checked(None, number == given.steps and line in alive)
+            candidates = _correct_lines(problem, number, state)
+        candidates = [candidate for candidate in candidates if candidate.startswith(line)]
+        if not candidates:
+            return CheckResult(index, False)
+    return CheckResult(None, number == problem.steps and line in candidates)
 
 
-def _right_lines(given: Problem, number: int, state: State) -> list[str]:
-    if number < given.steps:
-        return every_wording(LINES[given.family], given.step(number, state).slots)
-    return every_wording(ENDINGS[given.family], given.ending(state))
+def _correct_lines(problem: Problem, number: int, state: State) -> list[str]:
+    if number < problem.steps:
+        return all_wordings(LINES[problem.family], problem.step(number, state).slots)
+    return all_wordings(ENDINGS[problem.family], problem.ending(state))
 
 
 @cache
@@ -273,13 +273,13 @@ def vocabulary() -> frozenset[str]:
     """Every word and sign that a question or a right answer can hold."""
     texts = []
     for index in range(len(FAMILIES) * 400):
-        given = problem("vocabulary", 0, index)
-        texts.append(given.question)
-        state = given.start
-        for number in range(given.steps):
-            texts += _right_lines(given, number, state)
-            state = given.step(number, state).state
-        texts += _right_lines(given, given.steps, state)
+        problem = draw_problem("vocabulary", 0, index)
+        texts.append(problem.question)
+        state = problem.start
+        for number in range(problem.steps):
+            texts += _correct_lines(problem, number, state)
+            state = problem.step(number, state).state
+        texts += _correct_lines(problem, problem.steps, state)
     return frozenset(word for text in set(texts) for word in WORD.findall(text))
 
 
@@ -298,22 +298,22 @@ def main() -> None:
         parser.error("--question and --answer go together")
     if args.question is None:
         for index in range(args.problems):
-            given = problem("shown", args.seed, index)
-            print(f"{given.question}\n\n{answer(given)}\n\n  or\n\n{answer(given, DRAFT)}\n\n")
+            problem = draw_problem("shown", args.seed, index)
+            print(f"{problem.question}\n\n{correct_answer(problem)}\n\n  or\n\n{correct_answer(problem, DRAFT)}\n\n")
         return
     try:
-        given = read(args.question)
-    except NotOfTheTask as error:
+        problem = parse_question(args.question)
+    except UnrecognizedQuestion as error:
         sys.exit(str(error))
-    pieces = WORD.findall(args.answer.replace("\\n", "\n"))
-    strange = next((piece for piece in pieces if piece not in vocabulary()), None)
-    if strange is not None:
-        sys.exit(f"not an answer of this task, which never says {strange!r}")
-    found = check(given, pieces)
-    if found.first_wrong is not None:
-        print(f"wrong at word {found.first_wrong}: {pieces[found.first_wrong]!r}")
+    words = WORD.findall(args.answer.replace("\\n", "\n"))
+    unknown_word = next((word for word in words if word not in vocabulary()), None)
+    if unknown_word is not None:
+        sys.exit(f"not an answer of this task, which never says {unknown_word!r}")
+    result = check_answer(problem, words)
+    if result.first_wrong is not None:
+        print(f"wrong at word {result.first_wrong}: {words[result.first_wrong]!r}")
     else:
-        print("right" if found.complete else "right so far")
+        print("right" if result.complete else "right so far")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from training.task import WORD, vocabulary
 
 PAD, SYSTEM, USER, ASSISTANT, END = SPECIAL = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
-CHECK_QUESTION = "Is this right so far?"
+VERIFICATION_PROMPT = "Is this right so far?"
 CORRECT, INCORRECT = "Correct", "Incorrect"
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer step by step.", "You are careful and precise.")
 
@@ -26,8 +26,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def build() -> PreTrainedTokenizerFast:
-    spoken: Iterable[str] = (CHECK_QUESTION, CORRECT, INCORRECT, *SYSTEM_PROMPTS)
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    spoken: Iterable[str] = (VERIFICATION_PROMPT, CORRECT, INCORRECT, *SYSTEM_PROMPTS)
     words = vocabulary().union(*(WORD.findall(text) for text in spoken))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spelled = {byte_level.pre_tokenize_str(word)[0][0] for word in words}

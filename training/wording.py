@@ -40,14 +40,14 @@ ENDINGS: dict[str, tuple[Part, ...]] = {
 }
 
 
-def said(parts: Sequence[Part], choice: Sequence[int], slots: Slots) -> list[str]:
+def render_parts(parts: Sequence[Part], choice: Sequence[int], slots: Slots) -> list[str]:
     """The text of each part in the chosen wording; a part without that alternative has only one way to say it."""
     return [
         part[index if index < len(part) else 0].format_map(slots) for part, index in zip(parts, choice, strict=True)
     ]
 
 
-def every_wording(parts: Sequence[Part], slots: Slots) -> list[str]:
+def all_wordings(parts: Sequence[Part], slots: Slots) -> list[str]:
     """All right texts of a line."""
     return [
         "".join(words)

@@ -13,11 +13,11 @@ FOLDER = Path(__file__).parent / "dashboards"
 BOARDS = (OVERVIEW, PIPELINE, QUALITY, ENGINE)
 
 
-def written() -> dict[Path, str]:
+def render_files() -> dict[Path, str]:
     encoder = JSONEncoder(sort_keys=True, indent=1, ensure_ascii=False)
     return {FOLDER / f"{board.name}.json": encoder.encode(board.built()) + "\n" for board in BOARDS}
 
 
 if __name__ == "__main__":
-    for path, text in written().items():
+    for path, text in render_files().items():
         path.write_text(text)

@@ -13,24 +13,24 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableSort,
 )
 
-from cluster.grafana.panels import PROMETHEUS, Query, Shape
+from cluster.grafana.panels import PROMETHEUS, Panel, Query
 from cluster.prometheus.queries import View
 from deployments.observability import metrics
 from deployments.observability.metrics import Histogram, Metric
 
 TAG = "parse"
 PREFIX, WINDOW = "${prefix}", "$__rate_interval"
-OF_SERVICE = View(PREFIX, WINDOW, {"application": "$application", "mode": "$mode"})
-OF_ENGINES = View(PREFIX, WINDOW, {"application": "$application", "deployment": "$deployment", "replica": "$replica"})
+SERVICE_VIEW = View(PREFIX, WINDOW, {"application": "$application", "mode": "$mode"})
+ENGINE_VIEW = View(PREFIX, WINDOW, {"application": "$application", "deployment": "$deployment", "replica": "$replica"})
 # Grafana takes a text from both sides of " : " and trims it: the blank behind the first is an empty value.
-WAYS = "/metrics of the router :  ,Ray's pipeline : ray_"
+PREFIX_CHOICES = "/metrics of the router :  ,Ray's pipeline : ray_"
 SERVICE_VARIABLES, ENGINE_VARIABLES = ("application", "mode"), ("application", "deployment", "replica")
 
 
 @dataclass(frozen=True)
 class Row:
     title: str
-    panels: Sequence[Shape]
+    panels: Sequence[Panel]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Board:
             .with_variable(
                 dashboard.CustomVariable("prefix")
                 .label("By way of")
-                .values(WAYS)
+                .values(PREFIX_CHOICES)
                 .current(VariableOption(selected=True, text="/metrics of the router", value=""))
             )
         )
@@ -79,13 +79,13 @@ class Board:
         return built
 
 
-def _asked(name: str, label: str, metric: Metric, within: str = "") -> dashboard.QueryVariable:
+def _label_values_variable(name: str, label: str, metric: Metric, selector: str = "") -> dashboard.QueryVariable:
     """All values that a label has."""
     return (
         dashboard.QueryVariable(name)
         .label(label)
         .datasource(PROMETHEUS)
-        .query(f"label_values({PREFIX}{metric.name}{within}, {name})")
+        .query(f"label_values({PREFIX}{metric.name}{selector}, {name})")
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(VariableSort.ALPHABETICAL_ASC)
         .multi(True)
@@ -95,7 +95,7 @@ def _asked(name: str, label: str, metric: Metric, within: str = "") -> dashboard
     )
 
 
-def _modes() -> dashboard.CustomVariable:
+def _mode_variable() -> dashboard.CustomVariable:
     values = ",".join(metrics.MODE_LABEL["mode"])
     return (
         dashboard.CustomVariable("mode")
@@ -111,15 +111,17 @@ def _modes() -> dashboard.CustomVariable:
 ALL = VariableOption(selected=True, text="All", value="$__all")
 IN_APPLICATION = '{application=~"$application"}'
 VARIABLES = {
-    "application": lambda: _asked("application", "Application", metrics.REQUESTS),
-    "mode": _modes,
-    "deployment": lambda: _asked("deployment", "Model", metrics.ENGINE_STEPS, IN_APPLICATION),
-    "replica": lambda: _asked(
+    "application": lambda: _label_values_variable("application", "Application", metrics.REQUESTS),
+    "mode": _mode_variable,
+    "deployment": lambda: _label_values_variable("deployment", "Model", metrics.ENGINE_STEPS, IN_APPLICATION),
+    "replica": lambda: _label_values_variable(
         "replica", "Replica", metrics.ENGINE_STEPS, '{application=~"$application",deployment=~"$deployment"}'
     ),
 }
 
 
-def percentiles(view: View, metric: Histogram, *, of: Sequence[int] = (50, 95, 99), where: str = "") -> list[Query]:
-    conditions = (where,) if where else ()
-    return [Query(view.quantile(percent / 100, metric, *conditions), f"p{percent}") for percent in of]
+def percentile_queries(
+    view: View, metric: Histogram, *, percents: Sequence[int] = (50, 95, 99), condition: str = ""
+) -> list[Query]:
+    conditions = (condition,) if condition else ()
+    return [Query(view.quantile(percent / 100, metric, *conditions), f"p{percent}") for percent in percents]

@@ -1,32 +1,32 @@
 """Is it fast, is it used, does it fail?"""
 
-from cluster.grafana.boards import OF_SERVICE, SERVICE_VARIABLES, Board, Row, percentiles
+from cluster.grafana.boards import SERVICE_VARIABLES, SERVICE_VIEW, Board, Row, percentile_queries
 from cluster.grafana.panels import (
     BAD,
     CAUTION,
     GOOD,
+    NEUTRAL,
     REQUESTS_PER_SECOND,
     SECONDS,
     SHARE,
     TIMES,
-    TOGETHER,
     TOKENS_PER_SECOND,
-    About,
+    PanelOptions,
     Query,
-    lines,
-    tile,
+    stat_panel,
+    time_series_panel,
 )
 from cluster.prometheus import figures
 from deployments.observability import metrics
 
-VIEW = OF_SERVICE
-ASKED = VIEW.without("mode")  # requests are counted by what they asked for, answers by what was done
+VIEW = SERVICE_VIEW
+ALL_MODES_VIEW = VIEW.without("mode")  # requests are counted by what they asked for, answers by what was done
 
 NOW = Row(
     "Now",
     [
-        tile(
-            About(
+        stat_panel(
+            PanelOptions(
                 "Speed-up",
                 "How much longer the target alone would have taken for the same tokens, going by its own pace while it "
                 "writes. Under 1, drafting costs more than it gives.",
@@ -34,42 +34,42 @@ NOW = Row(
             ),
             figures.speed_up(VIEW),
             [(1.0, CAUTION), (1.2, GOOD)],
-            plain=BAD,
+            base_colour=BAD,
             decimals=2,
         ),
-        tile(
-            About(
+        stat_panel(
+            PanelOptions(
                 "Accepted",
                 "Share of drafted tokens that stand in answers. Low: the draft model guesses badly or is judged too "
                 "strictly, and its work is thrown away.",
                 SHARE,
             ),
-            figures.accepted(VIEW),
+            figures.accepted_share(VIEW),
             [(0.3, CAUTION), (0.6, GOOD)],
-            plain=BAD,
+            base_colour=BAD,
         ),
-        tile(
-            About(
+        stat_panel(
+            PanelOptions(
                 "Requests",
                 "Requests that ended, a second, in whatever mode and with whatever outcome. None at all, where there "
                 "should be some: look at what is before the service.",
                 REQUESTS_PER_SECOND,
             ),
-            ASKED.rate(metrics.REQUESTS),
-            plain=TOGETHER,
+            ALL_MODES_VIEW.rate(metrics.REQUESTS),
+            base_colour=NEUTRAL,
         ),
-        tile(
-            About(
+        stat_panel(
+            PanelOptions(
                 "Tokens",
                 "Tokens of answers, a second, whoever wrote them. Falling while requests do not: answers get slower "
                 "or shorter.",
                 TOKENS_PER_SECOND,
             ),
             figures.answer_tokens(VIEW, ""),
-            plain=TOGETHER,
+            base_colour=NEUTRAL,
         ),
-        tile(
-            About(
+        stat_panel(
+            PanelOptions(
                 "Latency p95",
                 "Of 20 answers 19 took no longer from arrival to end, waiting included. Good is what your clients "
                 "wait for; the colours begin at 10 and 30 s.",
@@ -77,18 +77,18 @@ NOW = Row(
             ),
             VIEW.quantile(0.95, metrics.ANSWER_SECONDS),
             [(10.0, CAUTION), (30.0, BAD)],
-            plain=GOOD,
+            base_colour=GOOD,
         ),
-        tile(
-            About(
+        stat_panel(
+            PanelOptions(
                 "Failures",
                 "Share of requests that the service failed: overloaded, unavailable, timed out, or by a fault of its "
                 "own. From 1% on, look below for which.",
                 SHARE,
             ),
-            figures.failures(VIEW),
+            figures.failure_share(VIEW),
             [(0.01, CAUTION), (0.05, BAD)],
-            plain=GOOD,
+            base_colour=GOOD,
         ),
     ],
 )
@@ -96,8 +96,8 @@ NOW = Row(
 GAIN = Row(
     "What drafting gains",
     [
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Speed-up by mode",
                 "How much longer the target alone would have taken, for each mode. The dashed line is the target "
                 "alone: a mode that stays under it should not be asked for.",
@@ -107,8 +107,8 @@ GAIN = Row(
             Query(figures.speed_up(VIEW, by=("mode",)), "{{mode}}"),
             limit=(1.0, BAD),
         ),
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Tokens by who wrote them",
                 "Tokens a second: accepted from drafts, written by the target, and rejected, which reached nobody. "
                 "Much of the last is work for nothing.",
@@ -126,18 +126,18 @@ GAIN = Row(
 TRAFFIC = Row(
     "Traffic",
     [
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Requests by outcome",
                 "Requests a second, by how they ended. All but ok, invalid, unauthorized and left are failures of the "
                 "service.",
                 REQUESTS_PER_SECOND,
             ),
-            Query(ASKED.rate(metrics.REQUESTS, by=("outcome",)), "{{outcome}}"),
+            Query(ALL_MODES_VIEW.rate(metrics.REQUESTS, by=("outcome",)), "{{outcome}}"),
             stacked=True,
         ),
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Answers by mode",
                 "Answers a second, by what was done for them. Much off where clients ask for auto: drafting does not "
                 "pay, or there is no drafter.",
@@ -146,15 +146,15 @@ TRAFFIC = Row(
             Query(VIEW.rate(metrics.ANSWERS, by=("mode",)), "{{mode}}"),
             stacked=True,
         ),
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Answers cut short",
                 "Share of answers that ended at a limit of tokens, not by themselves. High: clients' limits are too "
                 "low, or a model does not find its end.",
                 SHARE,
             ),
-            Query(figures.cut_short(VIEW), "cut short"),
-            most=1.0,
+            Query(figures.truncated_share(VIEW), "cut short"),
+            max_value=1.0,
         ),
     ],
 )
@@ -162,32 +162,32 @@ TRAFFIC = Row(
 LATENCY = Row(
     "Latency",
     [
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Answers",
                 "Time from arrival to the end of an answer, waiting included: the middle one, and the slowest 5% and "
                 "1%. A p99 far above the rest: some wait, or write alone.",
                 SECONDS,
             ),
-            *percentiles(VIEW, metrics.ANSWER_SECONDS),
+            *percentile_queries(VIEW, metrics.ANSWER_SECONDS),
         ),
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "First token",
                 "Time from arrival to the first of an answer. Drafts that are judged whole come late and at once; "
                 "high also in mode progressive or off: requests wait.",
                 SECONDS,
             ),
-            *percentiles(VIEW, metrics.TIME_TO_FIRST_TOKEN),
+            *percentile_queries(VIEW, metrics.TIME_TO_FIRST_TOKEN),
         ),
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Between tokens",
                 "Time between parts of a streamed answer, for each token of the later part. High: the verifiers have "
                 "more at once than they can do smoothly.",
                 SECONDS,
             ),
-            *percentiles(VIEW, metrics.INTER_TOKEN_LATENCY),
+            *percentile_queries(VIEW, metrics.INTER_TOKEN_LATENCY),
         ),
     ],
 )
@@ -195,26 +195,26 @@ LATENCY = Row(
 FAILURES = Row(
     "Failures",
     [
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Failures by outcome",
                 "Requests a second that the service failed. overloaded: add verifiers. unavailable: they are gone. "
                 "timeout: answers take too long. failed: see the logs.",
                 REQUESTS_PER_SECOND,
                 width=12,
             ),
-            Query(ASKED.rate(metrics.REQUESTS, figures.FAILURES, by=("outcome",)), "{{outcome}}"),
+            Query(ALL_MODES_VIEW.rate(metrics.REQUESTS, figures.FAILED_OUTCOMES, by=("outcome",)), "{{outcome}}"),
             stacked=True,
         ),
-        lines(
-            About(
+        time_series_panel(
+            PanelOptions(
                 "Share of failures",
                 "Share of requests that the service failed, of those that were its to answer. Over the dashed line, "
                 "at 5%, somebody is called.",
                 SHARE,
                 width=12,
             ),
-            Query(figures.failures(VIEW), "failed"),
+            Query(figures.failure_share(VIEW), "failed"),
             limit=(0.05, BAD),
         ),
     ],

@@ -36,7 +36,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS
 
 DRAFT, TARGET, REJECTED = "#2fb89d", "#9c82f5", "#e0675e"  # as on the playground
-TOGETHER, CAUTION, CALM = "#5aa0e6", "#e3a63a", "#8a93a6"
+NEUTRAL, CAUTION, MUTED = "#5aa0e6", "#e3a63a", "#8a93a6"
 GOOD, BAD = DRAFT, REJECTED
 
 # A series of that name has that colour wherever it is shown.
@@ -45,11 +45,9 @@ COLOURS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("accepted", "draft", "drafter", "Drafter", "whole", "agree", "rounds", "kept", "ok"), DRAFT),
         **dict.fromkeys(("written", "write", "verifier", "Verifier", "off", "used"), TARGET),
         **dict.fromkeys(("rejected", "none", "disagree", "failed", "not kept", "p99", "died"), REJECTED),
-        **dict.fromkeys(
-            ("judge", "both", "partial", "full", "idle", "p50", "Router", "running", "answering"), TOGETHER
-        ),
+        **dict.fromkeys(("judge", "both", "partial", "full", "idle", "p50", "Router", "running", "answering"), NEUTRAL),
         **dict.fromkeys(("queue", "waiting", "overloaded", "p95", "exact", "busy"), CAUTION),
-        **dict.fromkeys(("warm", "skipped", "left", "free", "auto", "dropped", "places", "does_not_pay"), CALM),
+        **dict.fromkeys(("warm", "skipped", "left", "free", "auto", "dropped", "places", "does_not_pay"), MUTED),
         "progressive": "#8fc46b",
         "timeout": "#d9822b",
         "unavailable": "#b5485d",
@@ -74,7 +72,7 @@ PER_SECOND, TOKENS_PER_SECOND, REQUESTS_PER_SECOND = "suffix: /s", "suffix: tok/
 
 Steps = Sequence[tuple[float, str]]
 S = TypeVar("S", series.Panel, stat.Panel, heatmap.Panel, bargauge.Panel, statetimeline.Panel)
-Shape = series.Panel | stat.Panel | heatmap.Panel | bargauge.Panel | statetimeline.Panel
+Panel = series.Panel | stat.Panel | heatmap.Panel | bargauge.Panel | statetimeline.Panel
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class About:
+class PanelOptions:
     """What every panel tells of itself."""
 
     title: str
@@ -99,12 +97,14 @@ class About:
     height: int = 8
 
 
-def tile(about: About, expression: str, steps: Steps = (), *, plain: str = CALM, decimals: int | None = None) -> Shape:
+def stat_panel(
+    options: PanelOptions, expression: str, steps: Steps = (), *, base_colour: str = MUTED, decimals: int | None = None
+) -> Panel:
     """One figure, large, one of six in a row; its colour says whether it is well."""
     panel = (
-        _described(stat.Panel(), replace(about, width=4, height=5))
+        _with_options(stat.Panel(), replace(options, width=4, height=5))
         .with_target(_target(Query(expression), "A"))
-        .thresholds(_thresholds(steps, plain))
+        .thresholds(_thresholds(steps, base_colour))
         .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
         .color_mode(BigValueColorMode.VALUE)
         .graph_mode(BigValueGraphMode.AREA)
@@ -114,16 +114,16 @@ def tile(about: About, expression: str, steps: Steps = (), *, plain: str = CALM,
     return panel if decimals is None else panel.decimals(decimals)
 
 
-def lines(
-    about: About,
+def time_series_panel(
+    options: PanelOptions,
     *queries: Query,
     stacked: bool = False,
     limit: tuple[float, str] | None = None,
-    most: float | None = None,
-) -> Shape:
+    max_value: float | None = None,
+) -> Panel:
     """Over time. The limit is drawn as a dashed line."""
     panel = (
-        _described(series.Panel(), about)
+        _with_options(series.Panel(), options)
         .min(0)
         .line_width(1 if stacked else 2)
         .fill_opacity(45 if stacked else 8)
@@ -141,22 +141,22 @@ def lines(
     )
     if stacked:
         panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
-    if most is not None:
-        panel.max(most)
+    if max_value is not None:
+        panel.max(max_value)
     if limit:
         panel.thresholds(_thresholds([limit], "transparent"))
         panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.DASHED))
-    for at, query in enumerate(queries):
-        panel.with_target(_target(query, chr(ord("A") + at)))
+    for index, query in enumerate(queries):
+        panel.with_target(_target(query, chr(ord("A") + index)))
     for name in sorted(frozenset().union(*(query.names() for query in queries))):
         panel.override_by_name(name, [DynamicConfigValue("color", {"mode": "fixed", "fixedColor": COLOURS[name]})])
     return panel
 
 
-def heat(about: About, expression: str, colour: str) -> Shape:
+def heatmap_panel(options: PanelOptions, expression: str, colour: str) -> Panel:
     """Where the values of a histogram lie, over time."""
     return (
-        _described(heatmap.Panel(), about)
+        _with_options(heatmap.Panel(), options)
         .with_target(_target(Query(expression, "{{le}}"), "A").format(PromQueryFormat.HEATMAP))
         .calculate(False)
         .color(
@@ -166,7 +166,7 @@ def heat(about: About, expression: str, colour: str) -> Shape:
             .scale(HeatmapColorScale.EXPONENTIAL)
             .exponent(0.5)
         )
-        .y_axis(heatmap.YAxisConfig().unit(about.unit))
+        .y_axis(heatmap.YAxisConfig().unit(options.unit))
         .cell_gap(1)
         .filter_values(heatmap.FilterValueRange().le(1e-9))
         .show_legend()
@@ -174,12 +174,14 @@ def heat(about: About, expression: str, colour: str) -> Shape:
     )
 
 
-def bars(about: About, query: Query, steps: Steps = (), *, plain: str = CALM, most: float | None = None) -> Shape:
+def bar_gauge_panel(
+    options: PanelOptions, query: Query, steps: Steps = (), *, base_colour: str = MUTED, max_value: float | None = None
+) -> Panel:
     """One bar for each series, as it is now."""
     panel = (
-        _described(bargauge.Panel(), about)
+        _with_options(bargauge.Panel(), options)
         .with_target(_target(query, "A").instant())
-        .thresholds(_thresholds(steps, plain))
+        .thresholds(_thresholds(steps, base_colour))
         .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
         .display_mode(BarGaugeDisplayMode.BASIC)
         .orientation(VizOrientation.VERTICAL)
@@ -187,14 +189,14 @@ def bars(about: About, query: Query, steps: Steps = (), *, plain: str = CALM, mo
         .min(0)
         .no_value("-")
     )
-    return panel if most is None else panel.max(most)
+    return panel if max_value is None else panel.max(max_value)
 
 
-def states(about: About, query: Query, words: Mapping[int, tuple[str, str]]) -> Shape:
+def state_timeline_panel(options: PanelOptions, query: Query, words: Mapping[int, tuple[str, str]]) -> Panel:
     """How long something was what: of each value, the word and the colour."""
     results = {str(value): ValueMappingResult(text=word, color=colour) for value, (word, colour) in words.items()}
     return (
-        _described(statetimeline.Panel(), about)
+        _with_options(statetimeline.Panel(), options)
         .with_target(_target(query, "A"))
         .mappings([ValueMap(options=results)])
         .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
@@ -205,14 +207,14 @@ def states(about: About, query: Query, words: Mapping[int, tuple[str, str]]) -> 
     )
 
 
-def _described(panel: S, about: About) -> S:
+def _with_options(panel: S, options: PanelOptions) -> S:
     return (
-        panel.title(about.title)
-        .description(about.description)
+        panel.title(options.title)
+        .description(options.description)
         .datasource(PROMETHEUS)
-        .unit(about.unit)
-        .span(about.width)
-        .height(about.height)
+        .unit(options.unit)
+        .span(options.width)
+        .height(options.height)
     )
 
 
@@ -220,6 +222,9 @@ def _target(query: Query, ref: str) -> prometheus.Dataquery:
     return prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(ref).range()
 
 
-def _thresholds(steps: Steps, plain: str) -> dashboard.ThresholdsConfig:
-    found = [Threshold(value=None, color=plain), *(Threshold(value=value, color=colour) for value, colour in steps)]
-    return dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(found)
+def _thresholds(steps: Steps, base_colour: str) -> dashboard.ThresholdsConfig:
+    thresholds = [
+        Threshold(value=None, color=base_colour),
+        *(Threshold(value=value, color=colour) for value, colour in steps),
+    ]
+    return dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(thresholds)

@@ -9,13 +9,13 @@ from cluster.prometheus.alerts import alerts
 from cluster.prometheus.rules import rules
 
 HERE = Path(__file__).parent
-WHENCE = "# Written by `make dashboards` from cluster/prometheus/{}: change it there.\n"
+HEADER = "# Written by `make dashboards` from cluster/prometheus/{}: change it there.\n"
 
 
-def written() -> dict[Path, str]:
+def render_files() -> dict[Path, str]:
     return {
-        HERE / "rules.yml": WHENCE.format("rules.py") + _yaml(rules()),
-        HERE / "alerts.yml": WHENCE.format("alerts.py") + _yaml(alerts()),
+        HERE / "rules.yml": HEADER.format("rules.py") + _yaml(rules()),
+        HERE / "alerts.yml": HEADER.format("alerts.py") + _yaml(alerts()),
     }
 
 
@@ -24,5 +24,5 @@ def _yaml(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    for path, text in written().items():
+    for path, text in render_files().items():
         path.write_text(text)

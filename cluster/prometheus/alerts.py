@@ -14,7 +14,7 @@ class Alert:
     name: str
     expression: str
     comparison: str
-    holds: str
+    hold_time: str
     severity: Literal["critical", "warning"]
     summary: str
     description: str
@@ -29,7 +29,7 @@ class Alert:
         return {
             "alert": self.name,
             "expr": self.expr,
-            "for": self.holds,
+            "for": self.hold_time,
             "labels": {"severity": self.severity},
             "annotations": {
                 "summary": self.summary,
@@ -39,11 +39,11 @@ class Alert:
         }
 
 
-def recorded(name: str, having: str = "") -> str:
+def recorded_series(name: str, selector: str = "") -> str:
     """One series, though figures may come by both ways: nobody is to be called twice."""
     if name not in RECORDS:
         raise ValueError(f"{name} is not recorded")
-    return f"max without (source) ({name}{having})"
+    return f"max without (source) ({name}{selector})"
 
 
 REPORTING = "|".join(f"{prefix}{metrics.ANSWER_SLOTS.name}" for prefix in SOURCES.values())
@@ -53,7 +53,7 @@ ALERTS = (
         name="ParseNotReporting",
         expression=f'(count({{__name__=~"{REPORTING}"}}) or vector(0))',
         comparison="< 1",
-        holds="2m",
+        hold_time="2m",
         severity="critical",
         summary="No router reports any figure.",
         description=(
@@ -63,9 +63,9 @@ ALERTS = (
     ),
     Alert(
         name="ParseFailures",
-        expression=recorded("application:parse_failures:ratio_rate5m"),
+        expression=recorded_series("application:parse_failures:ratio_rate5m"),
         comparison="> 0.05",
-        holds="5m",
+        hold_time="5m",
         severity="critical",
         summary="{{ $value | humanizePercentage }} of the requests to {{ $labels.application }} fail.",
         description=(
@@ -76,9 +76,9 @@ ALERTS = (
     ),
     Alert(
         name="ParseVerifierInTrouble",
-        expression=recorded("application:parse_trouble:max", '{part="verifier"}'),
+        expression=recorded_series("application:parse_trouble:max", '{part="verifier"}'),
         comparison=">= 1",
-        holds="2m",
+        hold_time="2m",
         severity="critical",
         summary="No verifier of {{ $labels.application }} answers.",
         description=(
@@ -88,9 +88,9 @@ ALERTS = (
     ),
     Alert(
         name="ParseDrafterInTrouble",
-        expression=recorded("application:parse_trouble:max", '{part="drafter"}'),
+        expression=recorded_series("application:parse_trouble:max", '{part="drafter"}'),
         comparison=">= 1",
-        holds="5m",
+        hold_time="5m",
         severity="warning",
         summary="No drafter of {{ $labels.application }} answers.",
         description=(
@@ -100,9 +100,9 @@ ALERTS = (
     ),
     Alert(
         name="ParseVerifiersLost",
-        expression=recorded("application:parse_lost_calls:increase15m"),
+        expression=recorded_series("application:parse_lost_calls:increase15m"),
         comparison="> 3",
-        holds="1m",
+        hold_time="1m",
         severity="warning",
         summary="Verifiers of {{ $labels.application }} are being lost.",
         description=(
@@ -112,9 +112,9 @@ ALERTS = (
     ),
     Alert(
         name="ParseReplicasSilent",
-        expression=recorded("application:parse_unreached_replicas:increase2m"),
+        expression=recorded_series("application:parse_unreached_replicas:increase2m"),
         comparison="> 1",
-        holds="5m",
+        hold_time="5m",
         severity="warning",
         summary="Replicas of {{ $labels.application }} do not tell their figures.",
         description=(
@@ -124,9 +124,9 @@ ALERTS = (
     ),
     Alert(
         name="ParseQueueSaturated",
-        expression=recorded("application:parse_waiting:ratio"),
+        expression=recorded_series("application:parse_waiting:ratio"),
         comparison="> 0.5",
-        holds="5m",
+        hold_time="5m",
         severity="warning",
         summary="Requests to {{ $labels.application }} wait for a place.",
         description=(
@@ -136,22 +136,22 @@ ALERTS = (
     ),
     Alert(
         name="ParseAcceptanceCollapsed",
-        expression=recorded("application:parse_judged_accepted:ratio_rate5m"),
+        expression=recorded_series("application:parse_judged_accepted:ratio_rate5m"),
         comparison="< 0.3",
-        holds="10m",
+        hold_time="10m",
         severity="warning",
         summary="Only {{ $value | humanizePercentage }} of what is drafted for {{ $labels.application }} is accepted.",
         description=(
             "Drafts cost, and are thrown away. Were models, templates or thresholds changed, or do clients ask "
             "something new? See P(correct) on the dashboard of quality. Until then mode off, or auto, saves the cost."
         ),
-        guard=f"{recorded('application:parse_judged_tokens:rate5m')} > 1",
+        guard=f"{recorded_series('application:parse_judged_tokens:rate5m')} > 1",
     ),
     Alert(
         name="ParseDraftingCosts",
-        expression=recorded("application:parse_judged_speed_up:ratio_rate5m"),
+        expression=recorded_series("application:parse_judged_speed_up:ratio_rate5m"),
         comparison="< 1",
-        holds="15m",
+        hold_time="15m",
         severity="warning",
         summary="Drafting for {{ $labels.application }} costs more than it gives.",
         description=(
@@ -162,16 +162,16 @@ ALERTS = (
     ),
     Alert(
         name="ParseAuditsDisagree",
-        expression=recorded("application:parse_disagreement:ratio_increase1h"),
+        expression=recorded_series("application:parse_disagreement:ratio_increase1h"),
         comparison="> 0.2",
-        holds="15m",
+        hold_time="15m",
         severity="warning",
         summary="{{ $value | humanizePercentage }} of the audits of {{ $labels.application }} disagree.",
         description=(
             "The target alone comes to other results than what it let pass. Raise full and prefix, and compare "
             "answers of mode full and off. Where many answers are right, a part of it is expected."
         ),
-        guard=f"{recorded('application:parse_audited:increase1h')} >= 20",
+        guard=f"{recorded_series('application:parse_audited:increase1h')} >= 20",
     ),
 )
 

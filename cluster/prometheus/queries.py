@@ -23,22 +23,22 @@ class View:
     by: tuple[str, ...] = ()
 
     def without(self, label: str) -> "View":
-        return replace(self, where={known: value for known, value in self.where.items() if known != label})
+        return replace(self, where={name: value for name, value in self.where.items() if name != label})
 
     def over(self, window: str) -> "View":
         return replace(self, window=window)
 
-    def series(self, metric: Metric, *conditions: str, part: str = "") -> str:
+    def series(self, metric: Metric, *conditions: str, suffix: str = "") -> str:
         for condition in conditions:
-            _check(metric, condition)
-        having = (*IDENTITY, *metric.labels)
-        chosen = [f'{label}=~"{value}"' for label, value in self.where.items() if label in having]
-        inside = ",".join([*chosen, *conditions])
-        return f"{self.prefix}{metric.name}{part}" + (f"{{{inside}}}" if inside else "")
+            _check_condition(metric, condition)
+        labels = (*IDENTITY, *metric.labels)
+        matchers = [f'{label}=~"{value}"' for label, value in self.where.items() if label in labels]
+        selector = ",".join([*matchers, *conditions])
+        return f"{self.prefix}{metric.name}{suffix}" + (f"{{{selector}}}" if selector else "")
 
-    def aggregated(self, how: str, inner: str, by: tuple[str, ...] = ()) -> str:
-        kept = tuple(dict.fromkeys((*self.by, *by)))
-        return f"{how} by ({', '.join(kept)}) ({inner})" if kept else f"{how}({inner})"
+    def aggregated(self, operator: str, inner: str, by: tuple[str, ...] = ()) -> str:
+        labels = tuple(dict.fromkeys((*self.by, *by)))
+        return f"{operator} by ({', '.join(labels)}) ({inner})" if labels else f"{operator}({inner})"
 
     def rate(self, metric: Counter, *conditions: str, by: tuple[str, ...] = ()) -> str:
         return self.aggregated("sum", f"rate({self.series(metric, *conditions)}[{self.window}])", by)
@@ -48,63 +48,63 @@ class View:
 
     def total(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
         """Of what was observed, a second."""
-        return self.aggregated("sum", f"rate({self.series(metric, *conditions, part='_sum')}[{self.window}])", by)
+        return self.aggregated("sum", f"rate({self.series(metric, *conditions, suffix='_sum')}[{self.window}])", by)
 
     def count(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
         """Of observations, a second."""
-        return self.aggregated("sum", f"rate({self.series(metric, *conditions, part='_count')}[{self.window}])", by)
+        return self.aggregated("sum", f"rate({self.series(metric, *conditions, suffix='_count')}[{self.window}])", by)
 
     def mean(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
-        return share(self.total(metric, *conditions, by=by), self.count(metric, *conditions, by=by))
+        return ratio(self.total(metric, *conditions, by=by), self.count(metric, *conditions, by=by))
 
     def buckets(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
-        inner = f"rate({self.series(metric, *conditions, part='_bucket')}[{self.window}])"
+        inner = f"rate({self.series(metric, *conditions, suffix='_bucket')}[{self.window}])"
         return self.aggregated("sum", inner, (*by, "le"))
 
     def quantile(self, q: float, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
         return f"histogram_quantile({q}, {self.buckets(metric, *conditions, by=by)})"
 
-    def gauge(self, metric: Gauge, *conditions: str, by: tuple[str, ...] = (), how: str = "sum") -> str:
-        return self.aggregated(how, self.series(metric, *conditions), by)
+    def gauge(self, metric: Gauge, *conditions: str, by: tuple[str, ...] = (), operator: str = "sum") -> str:
+        return self.aggregated(operator, self.series(metric, *conditions), by)
 
 
-def _check(metric: Metric, condition: str) -> None:
-    found = CONDITION.fullmatch(condition)
-    if not found:
+def _check_condition(metric: Metric, condition: str) -> None:
+    match = CONDITION.fullmatch(condition)
+    if not match:
         raise ValueError(f"{condition}: not a condition")
-    label, operator, value = found.groups()
+    label, operator, value = match.groups()
     declared = metric.labels.get(label, ())
-    for wanted in value.split("|") if "~" in operator else (value,):
-        if wanted not in declared:
-            raise ValueError(f"{metric.name}: {condition}: {wanted} is not declared for {label}")
+    for alternative in value.split("|") if "~" in operator else (value,):
+        if alternative not in declared:
+            raise ValueError(f"{metric.name}: {condition}: {alternative} is not declared for {label}")
 
 
-def share(part: str, whole: str) -> str:
+def ratio(part: str, total: str) -> str:
     """Nothing at all where there is no whole: no traffic is neither good nor bad."""
-    return f"{grouped(part)} / ({whole} > 0)"
+    return f"{parenthesized(part)} / ({total} > 0)"
 
 
-def or_none(part: str, whole: str) -> str:
+def or_zero(part: str, total: str) -> str:
     """Zero where the whole has a series and the part none: a way out may leave out what has never happened."""
-    return f"({part} or 0 * {grouped(whole)})"
+    return f"({part} or 0 * {parenthesized(total)})"
 
 
-def share_or_none(part: str, whole: str) -> str:
-    return share(or_none(part, whole), whole)
+def ratio_or_zero(part: str, total: str) -> str:
+    return ratio(or_zero(part, total), total)
 
 
-def grouped(expression: str) -> str:
+def parenthesized(expression: str) -> str:
     """In parentheses, unless it is one call."""
     plain = re.fullmatch(r"[\w:]+( by \([\w, ]+\) )?\(.*\)", expression, re.DOTALL)
-    return expression if (plain or expression.startswith("(")) and _one_call(expression) else f"({expression})"
+    return expression if (plain or expression.startswith("(")) and _is_one_call(expression) else f"({expression})"
 
 
-def _one_call(expression: str) -> bool:
+def _is_one_call(expression: str) -> bool:
     """Whether the parenthesis that closes at the end is the only one at its depth, `by (...)` aside."""
-    bare = re.sub(r"^[\w:]+ by \([\w, ]+\) ", "", expression)
+    call = re.sub(r"^[\w:]+ by \([\w, ]+\) ", "", expression)
     depth = 0
-    for at, letter in enumerate(bare):
+    for index, letter in enumerate(call):
         depth += {"(": 1, ")": -1}.get(letter, 0)
         if depth == 0 and letter == ")":
-            return at == len(bare) - 1
+            return index == len(call) - 1
     return False

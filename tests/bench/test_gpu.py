@@ -11,16 +11,18 @@ from bench import gpu
 @pytest.mark.parametrize("name", gpu.SHAPES)
 def test_the_bounds_count_the_weights_of_the_model(name):
     shape = gpu.SHAPES[name]
-    network = gpu.build(shape, torch.device("meta"), torch.bfloat16)
+    network = gpu.build_model(shape, torch.device("meta"), torch.bfloat16)
     weights = sum(parameter.numel() for parameter in network.parameters())
-    embedding = shape.vocabulary * shape.width
-    least = gpu.costs(shape, 2)
-    assert least.step_bytes == pytest.approx(2 * (weights - (0 if shape.tied else embedding)), rel=1e-3)
-    assert least.token_flops == pytest.approx(2 * (weights - (1 if shape.tied else 2) * embedding), rel=1e-2)
+    embedding = shape.vocab_size * shape.hidden_size
+    least = gpu.roofline_costs(shape, 2)
+    assert least.step_bytes == pytest.approx(2 * (weights - (0 if shape.tie_word_embeddings else embedding)), rel=1e-3)
+    assert least.token_flops == pytest.approx(
+        2 * (weights - (1 if shape.tie_word_embeddings else 2) * embedding), rel=1e-2
+    )
 
 
 def test_the_program_can_be_tried_without_a_gpu(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "ANSWER", 4)
+    monkeypatch.setattr(gpu, "ANSWER_TOKENS", 4)
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     out = tmp_path / "figures.json"
     command = f"gpu --shape tiny --device cpu --batches 3,1 --context 40 --json {out}"

@@ -14,18 +14,18 @@ import pytest
 from fastapi import FastAPI, Response
 from fastapi.responses import StreamingResponse
 
-from bench.client import Asking, Outcome, Reply, Report, ask, connected
-from bench.comparison import compared, table
-from bench.latency import Load, Round, Run, figures, overlap_s, percentile, spread
-from bench.load import closed_loop, main, open_loop, poisson
-from bench.questions import BadPrompts, Task, demo_tasks, prompt_tasks, recast
+from bench.client import RequestParams, RequestResult, ServerReport, TimedResponse, open_client, send_request
+from bench.comparison import compare_runs, table
+from bench.latency import BenchmarkRun, OfferedLoad, Round, overlap_s, percentile, spread, summarize
+from bench.load import closed_loop, main, open_loop, poisson_arrivals
+from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests, replace_names
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from tests.deployments.live import LocalBackend, served
 from training import measure
-from training.task import answer, problem
+from training.task import correct_answer, draw_problem
 
 SPREADS = "ttft_s", "itl_s", "latency_s"
 
@@ -89,7 +89,7 @@ def test_modes_are_compared_on_the_same_problems(server, tmp_path):
 def test_tokens_are_those_the_server_counts(server):
     found = found_by("--url", f"{server}/v1/", "--requests", 3, "--mode", "off", "--warmup", 1, "--seed", 12)
     used = []
-    for task in demo_tasks(4, seed=12)[1:]:
+    for task in demo_requests(4, seed=12)[1:]:
         body = {"model": "demo-target", "messages": task.messages, "temperature": 0, "parse": {"mode": "off"}}
         used.append(httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60).json()["usage"])
     assert found["runs"][0]["completion_tokens"] == sum(usage["completion_tokens"] for usage in used)
@@ -104,8 +104,8 @@ def test_requests_may_arrive_at_a_rate_and_come_whole(server):
 
 
 def test_prompts_may_come_from_a_file(server, tmp_path):
-    given = problem("bench", 14, 0)
-    right = re.findall(r"\d+", answer(given))[-1]  # said in any wording
+    given = draw_problem("bench", 14, 0)
+    right = re.findall(r"\d+", correct_answer(given))[-1]  # said in any wording
     lines = [
         {"prompt": given.question, "answer": right},
         {"messages": [{"role": "user", "content": given.question}], "answer": "no such words"},
@@ -189,13 +189,13 @@ def test_errors_are_counted_by_kind():
     asked = "503 503 500 cut hang error garbage end fine".split()
 
     async def outcomes(url):
-        async with connected(url, None) as client:
-            asking = partial(ask, client, Asking("any", timeout_s=1.0))
-            return await closed_loop(asking, [Task([{"role": "user", "content": word}]) for word in asked], 3)
+        async with open_client(url, None) as client:
+            asking = partial(send_request, client, RequestParams("any", timeout_s=1.0))
+            return await closed_loop(asking, [SampleRequest([{"role": "user", "content": word}]) for word in asked], 3)
 
     with served(broken_server()) as url:
         found = asyncio.run(outcomes(url))
-    assert figures([Round(found, 1.0, 0.0)])["errors"] == {
+    assert summarize([Round(found, 1.0, 0.0)])["errors"] == {
         "503": 2,
         "500": 1,
         "RemoteProtocolError": 1,
@@ -206,7 +206,7 @@ def test_errors_are_counted_by_kind():
     }
     details = {outcome.error: outcome.detail for outcome in found}
     assert details["503"] == "no" and details["internal_error"] == "it failed"
-    (fine,) = [outcome.reply for outcome in found if outcome.reply]
+    (fine,) = [outcome.response for outcome in found if outcome.response]
     assert fine.text == "so far" and fine.report is None and not fine.ended
 
 
@@ -223,17 +223,17 @@ def test_percentiles_are_those_of_numpy():
 
 
 def test_what_cannot_be_known_is_null():
-    failed = Outcome(Task([]), 0.0, 1.0, error="503")
-    found = figures([Round([failed], 2.0, 0.1)])
+    failed = RequestResult(SampleRequest([]), 0.0, 1.0, error="503")
+    found = summarize([Round([failed], 2.0, 0.1)])
     assert found["requests"] == 1 and found["answered"] == 0 and found["requests_per_s"] == 0.0
     for name in SPREADS:
         assert set(found[name].values()) == {None}
     assert found["accuracy"] is found["accepted_share"] is found["overlap_share"] is found["stages_s"]["draft"] is None
-    assert "| 1 of 503 |" in table(compared([Run("off", Load(1), [Round([failed], 2.0, 0.1)])]))
+    assert "| 1 of 503 |" in table(compare_runs([BenchmarkRun("off", OfferedLoad(1), [Round([failed], 2.0, 0.1)])]))
 
 
 def report(arrived, *stages, drafted=0, accepted=0):
-    return Report("full", drafted, accepted, 0, arrived, stages)
+    return ServerReport("full", drafted, accepted, 0, arrived, stages)
 
 
 def busy(reports, at, *sides):
@@ -272,14 +272,14 @@ def test_overlap_by_hand():
 
 def test_figures_by_hand():
     def outcome(due, came, tokens, right, **made):
-        reply = Reply("text", True, 10, tokens, report(0.0, ("draft", 0.0, 0.5), **made), came)
-        return Outcome(Task([], lambda text, ended: right), due, came[-1] + 1.0, reply)
+        reply = TimedResponse("text", True, 10, tokens, report(0.0, ("draft", 0.0, 0.5), **made), came)
+        return RequestResult(SampleRequest([], lambda text, ended: right), due, came[-1] + 1.0, reply)
 
     rounds = [
         Round([outcome(0.0, (1.0, 1.5, 3.0), 5, True, drafted=10, accepted=9)], 4.0, 0.4),
         Round([outcome(10.0, (12.0,), 1, False, drafted=30, accepted=1)], 6.0, 0.1),
     ]
-    found = figures(rounds)
+    found = summarize(rounds)
     assert found["requests_per_s"] == 0.2 and found["tokens_per_s"] == 0.6
     assert found["ttft_s"]["mean"] == 1.5 and found["latency_s"]["mean"] == 3.5
     assert found["itl_s"]["mean"] == 0.5 and found["pause_s"]["p99"] == 1.5  # the second has nothing between tokens
@@ -289,10 +289,10 @@ def test_figures_by_hand():
 
 def test_ratios_are_to_the_first_mode_with_medians_of_the_rounds():
     def run(mode, *walls):
-        outcome = Outcome(Task([]), 0.0, 2.0, Reply("text", True, tokens=10))
-        return Run(mode, Load(8), [Round([outcome], wall, 0.0) for wall in walls])
+        outcome = RequestResult(SampleRequest([]), 0.0, 2.0, TimedResponse("text", True, completion_tokens=10))
+        return BenchmarkRun(mode, OfferedLoad(8), [Round([outcome], wall, 0.0) for wall in walls])
 
-    found = compared([run("off", 1.0, 1.0, 1.0), run("full", 0.5, 0.25, 1.0)])["ratios"]["8"]
+    found = compare_runs([run("off", 1.0, 1.0, 1.0), run("full", 0.5, 0.25, 1.0)])["ratios"]["8"]
     assert set(found["off"].pop("median").values()) == set(found["off"].values()) == {1.0}
     assert found["full"]["requests_per_s"] == pytest.approx(3 / 1.75) == found["full"]["tokens_per_s"]
     assert found["full"]["median"] == {"requests_per_s": 2.0, "tokens_per_s": 2.0, "latency_p50": 1.0}
@@ -307,17 +307,17 @@ class Slow:
     def __init__(self) -> None:
         self.under_way = self.most = 0
 
-    async def __call__(self, task: Task, due: float) -> Outcome:
+    async def __call__(self, task: SampleRequest, due: float) -> RequestResult:
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         await asyncio.sleep(0.05)
         self.under_way -= 1
-        return Outcome(task, due, time.perf_counter())
+        return RequestResult(task, due, time.perf_counter())
 
 
 def test_a_closed_loop_has_so_many_under_way():
     slow = Slow()
-    assert len(asyncio.run(closed_loop(slow, [Task([])] * 7, 3))) == 7 and slow.most == 3
+    assert len(asyncio.run(closed_loop(slow, [SampleRequest([])] * 7, 3))) == 7 and slow.most == 3
 
 
 def test_an_open_loop_waits_for_nobody_and_counts_from_the_arrival():
@@ -327,14 +327,16 @@ def test_an_open_loop_waits_for_nobody_and_counts_from_the_arrival():
         time.sleep(0.05)  # a client that cannot keep to its schedule
         return await slow(task, due)
 
-    together = asyncio.run(open_loop(slow, [Task([])] * 4, arrivals))
-    assert [outcome.due - together[0].due for outcome in together] == pytest.approx(arrivals) and slow.most == 4
-    assert asyncio.run(open_loop(late, [Task([])] * 4, arrivals))[-1].latency_s > 5 * 0.05 - 0.03
+    together = asyncio.run(open_loop(slow, [SampleRequest([])] * 4, arrivals))
+    assert [outcome.scheduled_at - together[0].scheduled_at for outcome in together] == pytest.approx(
+        arrivals
+    ) and slow.most == 4
+    assert asyncio.run(open_loop(late, [SampleRequest([])] * 4, arrivals))[-1].latency_s > 5 * 0.05 - 0.03
 
 
 def test_arrivals_are_seeded_and_poisson():
-    times = poisson(5.0, 20_000, "a")
-    assert times == poisson(5.0, 20_000, "a") != poisson(5.0, 20_000, "b")
+    times = poisson_arrivals(5.0, 20_000, "a")
+    assert times == poisson_arrivals(5.0, 20_000, "a") != poisson_arrivals(5.0, 20_000, "b")
     gaps = np.diff([0.0, *times])
     assert (
         gaps.min() >= 0 and gaps.mean() == pytest.approx(0.2, rel=0.03) and gaps.std() == pytest.approx(0.2, rel=0.05)
@@ -345,21 +347,25 @@ def test_arrivals_are_seeded_and_poisson():
 
 
 def test_the_demo_asks_the_problems_of_the_benchmarks():
-    problems = measure.problems(3, 6, split="bench")
-    tasks = demo_tasks(6, seed=3)
+    problems = measure.draw_problems(3, 6, split="bench")
+    tasks = demo_requests(6, seed=3)
     assert [task.messages[0]["content"] for task in tasks] == [given.question for given in problems]
     for task, given, other in zip(tasks, problems, problems[1:] + problems[:1], strict=True):
-        assert task.right is not None and task.right(answer(given), True)
-        assert not task.right(answer(given), False) and not task.right(answer(given)[:-1], True)
-        assert not task.right(answer(other), True)
+        assert task.is_correct is not None and task.is_correct(correct_answer(given), True)
+        assert not task.is_correct(correct_answer(given), False) and not task.is_correct(
+            correct_answer(given)[:-1], True
+        )
+        assert not task.is_correct(correct_answer(other), True)
 
 
 def test_another_cast_changes_the_names_and_nothing_else(tokenizer):
     for index in range(40):
-        given = problem("bench", 3, index)
-        other = recast(given, 2)
-        sizes = {(len(tokenizer.encode(one.question)), len(tokenizer.encode(answer(one)))) for one in (given, other)}
-        assert recast(given, 0) == given and len(sizes) == 1
+        given = draw_problem("bench", 3, index)
+        other = replace_names(given, 2)
+        sizes = {
+            (len(tokenizer.encode(one.question)), len(tokenizer.encode(correct_answer(one)))) for one in (given, other)
+        }
+        assert replace_names(given, 0) == given and len(sizes) == 1
         assert other.question.split()[0] != given.question.split()[0]  # no common beginning to be cached
 
 
@@ -381,20 +387,22 @@ def test_another_cast_changes_the_names_and_nothing_else(tokenizer):
 def test_bad_lines_of_a_file_are_refused_by_number(tmp_path, line, complaint):
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'{{"prompt": "fine"}}\n\n{line}\n')
-    with pytest.raises(BadPrompts, match="line 3: ") as refused:
-        prompt_tasks(file, 5)
+    with pytest.raises(InvalidPromptFile, match="line 3: ") as refused:
+        load_requests(file, 5)
     assert complaint in str(refused.value)
 
 
 def test_a_file_begins_again_and_must_hold_something(tmp_path):
     file = tmp_path / "prompts.jsonl"
-    with pytest.raises(BadPrompts):
-        prompt_tasks(file, 1)
+    with pytest.raises(InvalidPromptFile):
+        load_requests(file, 1)
     file.write_text('{"prompt": "a"}\n{"prompt": "b", "answer": "yes"}\n')
-    tasks = prompt_tasks(file, 3)
+    tasks = load_requests(file, 3)
     assert [task.messages[0]["content"] for task in tasks] == ["a", "b", "a"]
-    assert tasks[0].right is None
-    assert tasks[1].right is not None and tasks[1].right("oh yes", False) and not tasks[1].right("no", True)
+    assert tasks[0].is_correct is None
+    assert (
+        tasks[1].is_correct is not None and tasks[1].is_correct("oh yes", False) and not tasks[1].is_correct("no", True)
+    )
     file.write_text("\n")
-    with pytest.raises(BadPrompts, match="holds no prompt"):
-        prompt_tasks(file, 1)
+    with pytest.raises(InvalidPromptFile, match="holds no prompt"):
+        load_requests(file, 1)

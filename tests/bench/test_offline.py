@@ -6,18 +6,18 @@ import pytest
 
 from bench import adversary
 from bench.contenders import MODES as PARSE_MODES
-from bench.contenders import Answer
+from bench.contenders import BenchResult
 from bench.offline import ideal_speedup, table
 from training.evaluate import MODELS
-from training.measure import Costs
+from training.measure import ForwardCosts
 
-COSTS = Costs(
+COSTS = ForwardCosts(
     draft_token=1.0, target_token=10.0, draft_prompt=2.0, target_prompt=15.0, judge_whole=20.0, judge_prefixes=30.0
 )
 
 
 def answer(*, ids, drafted, accepted, written):
-    return Answer(tuple(range(ids)), True, 1.0, 0.1, drafted, accepted, written, 1)
+    return BenchResult(tuple(range(ids)), True, 1.0, 0.1, drafted, accepted, written, 1)
 
 
 def test_the_ideal_by_hand():
@@ -54,6 +54,6 @@ def test_no_problems_are_refused():
 
 
 def test_the_adversarys_drafts_are_all_wrong():
-    found = adversary.run(3, seed=1, models=MODELS, threads=1)
+    found = adversary.run(3, seed=1, models=MODELS, num_threads=1)
     assert found["drafted_for"] == 3 and found["accepted_tokens"] == 0
     assert 0 < found["worst_request"] <= found["first_request"]

@@ -2,16 +2,16 @@ import asyncio
 
 import pytest
 
-from bench import crowds, passes, speculation
-from bench.contenders import Answer, Ours, tokens_per_s
-from bench.speculation import METHODS, figures, methods, name_of
+from bench import concurrency, forward_passes, speculation
+from bench.contenders import BenchResult, PipelineContender, tokens_per_s
+from bench.speculation import METHODS, contender_name, speculation_settings, summarize
 from parse.config import EngineSettings, SpeculationSettings
 from parse.local import LocalPair
 from parse.prompts import chat_prompt_token_ids
 from parse.types import SpeculationStats
 from training import measure
 from training.evaluate import MODELS
-from training.rows import Writer
+from training.examples import ExampleBuilder
 from training.wording import TARGET
 
 
@@ -24,29 +24,29 @@ def pair():
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(passes, "ENTRIES", (1, 13, 48))
-    monkeypatch.setattr(passes, "TRIES", 1)
-    monkeypatch.setattr(crowds, "CLIENTS", (1, 2))
-    monkeypatch.setattr(crowds, "ROUNDS", 1)
-    monkeypatch.setattr(crowds, "WAVES", 1)
-    monkeypatch.setattr(crowds, "FEWEST", 2)
+    monkeypatch.setattr(forward_passes, "ENTRY_COUNTS", (1, 13, 48))
+    monkeypatch.setattr(forward_passes, "NUM_TRIALS", 1)
+    monkeypatch.setattr(concurrency, "CLIENT_COUNTS", (1, 2))
+    monkeypatch.setattr(concurrency, "ROUNDS", 1)
+    monkeypatch.setattr(concurrency, "ANSWERS_PER_CLIENT", 1)
+    monkeypatch.setattr(concurrency, "MIN_ANSWERS", 2)
 
 
 def prompts_of(pair, count):
-    problems = measure.problems(1, count, split="bench")
+    problems = measure.draw_problems(1, count, split="bench")
     return [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
 
 
 def answer(ids, *, seconds=1.0, came=None):
-    return Answer(tuple(ids), True, seconds, 0.1, writing_s=0.5, speculated=came)
+    return BenchResult(tuple(ids), True, seconds, 0.1, decode_s=0.5, speculation=came)
 
 
 def test_every_method_of_the_engine_has_its_settings():
-    assert {settings.method for settings in methods(MODELS)} == set(METHODS)
+    assert {settings.method for settings in speculation_settings(MODELS)} == set(METHODS)
 
 
 def test_contenders_are_told_by_mode_and_method():
-    assert name_of("full", "eagle3") == "full + eagle3" and name_of("rounds", "none") == "rounds"
+    assert contender_name("full", "eagle3") == "full + eagle3" and contender_name("rounds", "none") == "rounds"
 
 
 def test_speedups_are_over_the_target_alone_and_texts_are_compared(pair):
@@ -55,7 +55,7 @@ def test_speedups_are_over_the_target_alone_and_texts_are_compared(pair):
         "off": [answer(range(10), seconds=2.0), answer(range(20), seconds=4.0)],
         "off + eagle3": [answer(range(10), came=came), answer(range(19), came=came)],
     }
-    found = figures(answers, measure.problems(1, 2), Writer(pair.tokenizer, own=TARGET))["contenders"]
+    found = summarize(answers, measure.draw_problems(1, 2), ExampleBuilder(pair.tokenizer, own=TARGET))["contenders"]
     assert found["off"]["speedup"] == 1.0 and found["off"]["tokens_per_pass"] is None
     ours = found["off + eagle3"]
     assert ours["speedup"] == pytest.approx(14.5 / 5) and tokens_per_s(answers["off"]) == 5
@@ -65,32 +65,36 @@ def test_speedups_are_over_the_target_alone_and_texts_are_compared(pair):
 
 def test_what_an_engine_does_is_written_down_and_told_on(pair):
     told = pair.target.engine.costs
-    watch = passes.Watch(pair.target)
+    watch = forward_passes.RecordingCostModel(pair.target)
     (prompt,) = prompts_of(pair, 1)
     try:
-        said = asyncio.run(Ours(pair, "off", "ngram")(prompt))
-        seen = watch.taken()
+        said = asyncio.run(PipelineContender(pair, "off", "ngram")(prompt))
+        seen = watch.pop_records()
     finally:
         pair.target.engine.costs = told
-    assert said.speculated is not None
-    assert len(seen.passes) == said.speculated.passes - 1  # the first reads the prompt
-    proposed = sum(said.speculated.proposed_per_position)
+    assert said.speculation is not None
+    assert len(seen.passes) == said.speculation.passes - 1  # the first reads the prompt
+    proposed = sum(said.speculation.proposed_per_position)
     assert sum(p.entries for p in seen.passes) in range(len(seen.passes), len(seen.passes) + proposed + 1)
-    assert len(seen.proposing) >= said.speculated.proposed_per_position[0] and all(s > 0 for _, s in seen.proposing)
-    assert told.entries != 1.0 and watch.taken() == passes.Seen()
+    assert len(seen.proposal_times) >= said.speculation.proposed_per_position[0] and all(
+        s > 0 for _, s in seen.proposal_times
+    )
+    assert told.entries != 1.0 and watch.pop_records() == forward_passes.PassRecords()
 
 
 def test_bare_passes_take_time(pair, few):
-    curve = passes.bare(pair.target.model, 2)
+    curve = forward_passes.measure_passes(pair.target.model, 2)
     assert curve.texts == 2 and curve.entries == (1, 13, 48) and all(s > 0 for s in curve.seconds)
-    assert passes.prompt_s(pair.target.model, 30) > 0
+    assert forward_passes.measure_prefill_s(pair.target.model, 30) > 0
 
 
 def test_all_clients_take_from_one_row_of_questions(pair, few):
-    watch = passes.Watch(pair.target)
-    found = asyncio.run(crowds.block(Ours(pair, "off", "ngram"), watch, prompts_of(pair, 3), 3))
-    assert len(found.answers) == 3 and found.tokens_per_s > 0
-    assert max(p.texts for p in found.seen.passes) == 3
+    watch = forward_passes.RecordingCostModel(pair.target)
+    found = asyncio.run(
+        concurrency.run_concurrently(PipelineContender(pair, "off", "ngram"), watch, prompts_of(pair, 3), 3)
+    )
+    assert len(found.results) == 3 and found.tokens_per_s > 0
+    assert max(p.texts for p in found.records.passes) == 3
 
 
 def test_the_whole_comparison_on_a_single_problem(few, monkeypatch):
@@ -103,7 +107,7 @@ def test_the_whole_comparison_on_a_single_problem(few, monkeypatch):
         explained = found["model"]["methods"][method]
         assert explained["predicted"] > 0 and explained["tokens_per_pass"] >= 1
     assert [(one["clients"], one["method"]) for one in found["crowds"]] == [
-        (clients, settings.method) for clients in (1, 2) for settings in methods(MODELS)
+        (clients, settings.method) for clients in (1, 2) for settings in speculation_settings(MODELS)
     ]
     shown = speculation.table(found)
     assert all(f"| {name} |" in shown for name in found["contenders"])

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from cluster.grafana.__main__ import FOLDER
-from cluster.monitoring import LOOPBACK, Program, Running
+from cluster.monitoring import LOOPBACK, Program, RunningProgram
 from cluster.prometheus.alerts import ALERTS
 from cluster.prometheus.rules import rules
 from deployments.config import HOUSE
@@ -178,5 +178,5 @@ def prometheus(
         "--log.level=warn",
     ]
     program = Program("Prometheus", command, f"http://{LOOPBACK}:{port}", "/-/ready", folder / "prometheus.log")
-    with Running(program):
+    with RunningProgram(program):
         yield Prometheus(program.url)

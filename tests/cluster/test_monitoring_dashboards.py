@@ -7,7 +7,7 @@ import pytest
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 import deployments.observability.metrics
-from cluster.grafana.__main__ import FOLDER, written
+from cluster.grafana.__main__ import FOLDER, render_files
 from deployments.config import HOUSE
 from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
 from tests.cluster.querying import PREFIXES, dashboard_queries, dashboards, panels
@@ -26,9 +26,9 @@ SERIES = re.compile(r"(\w*?)(parse_[a-z_]+)(?:\{([^}]*)\})?")
 
 
 def test_they_are_what_the_code_makes():
-    for path, text in written().items():
+    for path, text in render_files().items():
         assert path.read_text() == text, f"{path.name} is not up to date: make dashboards"
-    assert set(written()) == set(FOLDER.glob("*.json"))
+    assert set(render_files()) == set(FOLDER.glob("*.json"))
 
 
 @pytest.mark.parametrize("name", BOARDS)

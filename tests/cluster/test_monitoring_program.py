@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
-from cluster.monitoring import LOOPBACK, PROVISIONING, free_port, grafana
+from cluster.monitoring import LOOPBACK, PROVISIONING, find_free_port, grafana_program
 from deployments.config import HOUSE
 from tests.cluster.querying import needs_prometheus
 
@@ -116,9 +116,9 @@ def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, way):
 def test_grafana_is_given_the_source_and_the_dashboards_and_may_be_looked_at_only(tmp_path, monkeypatch):
     script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, told=tmp_path / "told.json"))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    program = grafana("http://127.0.0.1:9", tmp_path, 3)
+    program = grafana_program("http://127.0.0.1:9", tmp_path, 3)
     assert program
-    settings = program.settings
+    settings = program.environment
     assert settings["GF_SERVER_HTTP_ADDR"] == LOOPBACK
     assert (settings["GF_AUTH_ANONYMOUS_ENABLED"], settings["GF_AUTH_ANONYMOUS_ORG_ROLE"]) == ("true", "Viewer")
     (source,) = PROVISIONING.glob("datasources/*")
@@ -200,9 +200,9 @@ def test_without_prometheus_it_says_how_to_get_it(tmp_path):
 def test_a_port_that_is_taken_is_passed_over():
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
-        assert free_port(port) > port
-    assert free_port(port) == port
-    assert free_port(0) > 0
+        assert find_free_port(port) > port
+    assert find_free_port(port) == port
+    assert find_free_port(0) > 0
 
 
 def tools(folder: Path, *, root: bool, there: Sequence[str] = (), fails: Sequence[str] = ()) -> tuple[str, list[str]]:

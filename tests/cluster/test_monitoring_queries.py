@@ -198,22 +198,22 @@ def test_every_alert_can_be_asked(asked):
     [
         # 0.7 s for 70 tokens are 10 ms each; 150 tokens took 1 s, waiting aside.
         (figures.speed_up, 1.5),
-        (lambda view: figures.speed_up(view, figures.JUDGED), 2.0),
-        (figures.accepted, 85 / 110),
-        (lambda view: figures.accepted(view, figures.JUDGED), 0.8),
-        (figures.overlap, 1 / 3),
-        (figures.failures, 1 / 5),
-        (figures.waiting, 0.25),
-        (figures.in_use, 0.75),
-        (figures.fallbacks, 1 / 4),
-        (figures.disagreement, 1 / 4),
-        (figures.batch, 2.5),
-        (figures.cache_hits, 0.4),
+        (lambda view: figures.speed_up(view, figures.VERIFIED_MODES), 2.0),
+        (figures.accepted_share, 85 / 110),
+        (lambda view: figures.accepted_share(view, figures.VERIFIED_MODES), 0.8),
+        (figures.overlap_share, 1 / 3),
+        (figures.failure_share, 1 / 5),
+        (figures.waiting_ratio, 0.25),
+        (figures.slots_in_use, 0.75),
+        (figures.fallback_share, 1 / 4),
+        (figures.disagreement_share, 1 / 4),
+        (figures.batch_size, 2.5),
+        (figures.cache_hit_share, 0.4),
         (figures.tokens_per_pass, 3.5),
-        (figures.known_prompt, 0.25),
-        (lambda view: figures.pages(view, "used"), 0.6),
-        (lambda view: figures.verdicts(view, "partial"), 1.0),
-        (lambda view: figures.verdicts(view, "whole"), 0.0),
+        (figures.cached_prompt_share, 0.25),
+        (lambda view: figures.kv_block_share(view, "used"), 0.6),
+        (lambda view: figures.draft_outcome_share(view, "partial"), 1.0),
+        (lambda view: figures.draft_outcome_share(view, "whole"), 0.0),
         (lambda view: view.mean(metrics.AUDIT_GAP), 0.2),
     ],
 )
@@ -239,8 +239,11 @@ def test_what_is_proposed_by_who_proposes_it_and_where(asked, prefix):
     assert {method: share for method, share in shares.items() if share == share} == pytest.approx(
         {"draft": 0.5, "parallel": 5 / 8}
     )
-    for condition, expected in ((figures.DRAFTS, {"01": 0.5}), (figures.METHODS, {"01": 1.0, "12": 0.25})):
-        found = asked.query(figures.proposals_by_place(view, condition))
+    for condition, expected in (
+        (figures.DRAFT_PROPOSALS, {"01": 0.5}),
+        (figures.METHOD_PROPOSALS, {"01": 1.0, "12": 0.25}),
+    ):
+        found = asked.query(figures.acceptance_by_position(view, condition))
         places = {series["metric"]["position"]: float(series["value"][1]) for series in found}
         assert {place: share for place, share in places.items() if share == share} == pytest.approx(expected)
 

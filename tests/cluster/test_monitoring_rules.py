@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.prometheus.__main__ import written
+from cluster.prometheus.__main__ import render_files
 from cluster.prometheus.alerts import ALERTS
-from cluster.prometheus.queries import View, grouped, share_or_none
+from cluster.prometheus.queries import View, parenthesized, ratio_or_zero
 from deployments.config import HOUSE
 from deployments.observability import metrics
 from tests.cluster.querying import RULES, needs_prometheus
@@ -26,7 +26,7 @@ def promtool(*arguments: str | Path) -> str:
 
 
 def test_the_files_are_what_the_code_makes():
-    for path, text in written().items():
+    for path, text in render_files().items():
         assert path.read_text() == text, f"{path.name} is not up to date: make dashboards"
 
 
@@ -81,7 +81,7 @@ def test_each_alert_says_what_to_do_and_where_to_read_on(alert):
     heads = [line.lstrip("# ").lower() for line in PAGE.splitlines() if line.startswith("#")]
     assert anchor in heads
     assert annotations["summary"].endswith(".") and len(annotations["description"]) > 80
-    assert alert.holds.endswith("m")
+    assert alert.hold_time.endswith("m")
 
 
 def test_the_page_tells_of_no_alert_that_is_gone():
@@ -105,8 +105,8 @@ def test_a_query_names_nothing_that_is_not_declared(condition):
 
 
 def test_parentheses_are_written_where_they_are_needed():
-    assert grouped("sum(a)") == "sum(a)" and grouped("(a + b)") == "(a + b)"
-    assert grouped("sum by (x, y) (rate(a[5m]))") == "sum by (x, y) (rate(a[5m]))"
-    assert grouped("sum(a) / sum(b)") == "(sum(a) / sum(b))"
-    assert grouped("(a) + (b)") == "((a) + (b))"
-    assert share_or_none("sum(a)", "sum(b)") == "(sum(a) or 0 * sum(b)) / (sum(b) > 0)"
+    assert parenthesized("sum(a)") == "sum(a)" and parenthesized("(a + b)") == "(a + b)"
+    assert parenthesized("sum by (x, y) (rate(a[5m]))") == "sum by (x, y) (rate(a[5m]))"
+    assert parenthesized("sum(a) / sum(b)") == "(sum(a) / sum(b))"
+    assert parenthesized("(a) + (b)") == "((a) + (b))"
+    assert ratio_or_zero("sum(a)", "sum(b)") == "(sum(a) or 0 * sum(b)) / (sum(b) > 0)"

@@ -20,7 +20,7 @@ from parse.prompts import chat_prompt_token_ids
 from tests.deployments.conftest import MODEL
 from training import measure
 
-PROBLEMS = sorted(measure.problems(11, 60, split="client"), key=lambda problem: problem.steps)[:6]  # short ones
+PROBLEMS = sorted(measure.draw_problems(11, 60, split="client"), key=lambda problem: problem.steps)[:6]  # short ones
 MODES = ["off", "full", "progressive", "rounds", "exact", "auto"]
 OPEN: Any = [{"role": "user", "content": "Hello."}]  # the pair has much to say to what it does not know
 REPEATABLE = ["off", "full", "progressive", "exact"]  # the others weigh what drafts cost at the time

@@ -19,14 +19,14 @@ from parse.prompts import VerificationSuffix
 from parse.protocol import Verifier
 from tests.deployments.conftest import MODEL, WAYS
 from tests.deployments.live import LocalBackend, served
-from training.tokenizer import build
+from training.tokenizer import build_tokenizer
 
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 # What the document says does not depend on who answers.
 NOBODY = Pipeline(
     verifier=cast(Verifier, None),
-    tokenizer=build(),
+    tokenizer=build_tokenizer(),
     check=VerificationSuffix((), (), ()),
     settings=MethodSettings(),
     longest=1,

@@ -7,9 +7,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from parse.detokenizer import IncrementalDetokenizer
-from training.tokenizer import build
+from training.tokenizer import build_tokenizer
 
-BYTES = build()
+BYTES = build_tokenizer()
 WORDS = ["Hello", " wor", "ld", "é", "漢字", "🎉", "👩‍👩‍👧", "\n", "  ", "1", "23", ".", "STOP", "ST", "OP", "</s>"]
 writing = st.lists(st.one_of(st.sampled_from(WORDS), st.characters(exclude_categories=["Cs"])), max_size=12).map(
     "".join

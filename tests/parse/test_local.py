@@ -19,12 +19,12 @@ from parse.prompts import chat_prompt_token_ids
 from parse.protocol import Finished, GenerationRequest, TextDelta
 from parse.types import SamplingParams
 from training import measure
-from training.rows import Writer
-from training.tokenizer import CHECK_QUESTION
+from training.examples import ExampleBuilder
+from training.tokenizer import VERIFICATION_PROMPT
 from training.wording import TARGET
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=240)
-PROBLEMS = measure.problems(3, 12, split="local")
+PROBLEMS = measure.draw_problems(3, 12, split="local")
 
 
 def settings(path):
@@ -68,11 +68,11 @@ def test_the_target_alone_writes_what_generate_writes(pair):
 
 @pytest.mark.parametrize("mode", ["full", "rounds", "progressive"])
 def test_drafts_are_taken_and_the_answers_are_right(pair, mode):
-    writer = Writer(pair.tokenizer, own=TARGET)
+    writer = ExampleBuilder(pair.tokenizer, own=TARGET)
     right = accepted = drafted = 0
     for given in PROBLEMS:
         ids, done = answered(pair, given, mode)
-        right += done.finish_reason == "stop" and measure.whole(writer, given, [*ids, writer.end])
+        right += done.finish_reason == "stop" and measure.is_correct(writer, given, [*ids, writer.eos_token_id])
         accepted, drafted = accepted + done.usage.accepted_tokens, drafted + done.usage.draft_tokens
         assert len(ids) == done.usage.accepted_tokens + done.usage.target_tokens
     assert right >= len(PROBLEMS) - 1
@@ -159,7 +159,7 @@ def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
 
 
 def test_the_demo_is_asked_what_it_was_taught():
-    assert MethodSettings.for_model(DEMO_TARGET).check_question == CHECK_QUESTION
+    assert MethodSettings.for_model(DEMO_TARGET).check_question == VERIFICATION_PROMPT
 
 
 def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):

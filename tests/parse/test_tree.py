@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from parse.tree import chain, suffix_end_nodes, suffix_forest, tree_from_parents, trunk_with_suffixes
-from training.judging import cached, run
+from training.prefix_verification import prefill, tree_logits
 
 
 def parents(trunk, cuts, width):
@@ -116,5 +116,5 @@ def test_one_pass_over_the_tree_answers_as_separate_conversations_do(config):
         model(input_ids=torch.tensor([[*prompt, *draft[:cut], *suffix]])).logits[0, -1] for cut in cuts
     ]  # fmt: skip
     at = torch.from_numpy(suffix_end_nodes(len(draft), cuts, len(suffix)))
-    together = run(model, trunk_with_suffixes(draft, cuts, suffix), at, cached(model, prompt))
+    together = tree_logits(model, trunk_with_suffixes(draft, cuts, suffix), at, prefill(model, prompt))
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-4)

@@ -7,11 +7,11 @@ import torch
 from parse.speculative.proposal import Proposal, Proposer, chain_proposal
 from parse.speculative.proposers.eagle_checkpoint import save_head
 from parse.speculative.proposers.ngram import NgramProposer
-from tests.training.test_foresight import target, texts
+from tests.training.test_head_data import target, texts
 from training import eagle3, parallel
-from training.acceptance import acceptance, figures, followed
-from training.head_cards import write_card
-from training.outputs import Output
+from training.acceptance import count_accepted, evaluate_head, measure_acceptance
+from training.head_cards import write_head_card
+from training.outputs import TargetOutput
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +25,11 @@ def one_thread():
 
 def test_a_tree_is_followed_along_the_text():
     tree = Proposal((5, 6, 7, 8, 9), (-1, -1, 1, 1, 3))
-    assert followed(tree, [6, 8, 9, 1]) == 3
-    assert followed(tree, [6, 8]) == 2
-    assert followed(tree, [5, 7]) == 1
-    assert followed(tree, [9]) == 0
-    assert followed(Proposal(), [1]) == 0
+    assert count_accepted(tree, [6, 8, 9, 1]) == 3
+    assert count_accepted(tree, [6, 8]) == 2
+    assert count_accepted(tree, [5, 7]) == 1
+    assert count_accepted(tree, [9]) == 0
+    assert count_accepted(Proposal(), [1]) == 0
 
 
 class Knowing(Proposer[Any]):
@@ -57,31 +57,33 @@ class Knowing(Proposer[Any]):
 @pytest.mark.parametrize("right", [True, False])
 def test_passes_are_counted_and_every_feature_comes_once(right):
     network = target()
-    text = Output([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], 1)
+    text = TargetOutput([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], 1)
     seen: list[float] = []
-    found = acceptance(Knowing(text.tokens, right, seen), network, [text], most=2)
+    found = measure_acceptance(Knowing(text.tokens, right, seen), network, [text], max_tokens=2)
     assert found.tokens == 6  # the first of the output was there
     assert found.passes == (2 if right else 6)
-    assert found.length == found.tokens / found.passes
-    assert found.accepted_at == ((1.0, 1.0) if right else ())
+    assert found.mean_acceptance_length == found.tokens / found.passes
+    assert found.acceptance_rates == ((1.0, 1.0) if right else ())
     with torch.no_grad():
         states = network(torch.tensor([text.tokens]), output_hidden_states=True).hidden_states[2][0, :, 0]
     assert seen == pytest.approx(states[: len(seen)].tolist(), abs=1e-5)
 
 
 def test_methods_without_features_are_measured_alike():
-    found = acceptance(NgramProposer(), target(), [Output([1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3], 0)], most=4)
+    found = measure_acceptance(
+        NgramProposer(), target(), [TargetOutput([1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3], 0)], max_tokens=4
+    )
     assert found.tokens == 7
     assert found.passes < 7
 
 
-@pytest.mark.parametrize(("method", "recipe"), [(eagle3, eagle3.Recipe), (parallel, parallel.ParallelRecipe)])
+@pytest.mark.parametrize(("method", "recipe"), [(eagle3, eagle3.HeadRecipe), (parallel, parallel.ParallelRecipe)])
 def test_a_card_holds_the_figures(tmp_path, method, recipe):
     network, given = target(), texts(6)
-    head = method.trained(network, given, recipe(steps=2, ahead=3, texts=2), tmp_path / "run")
+    head = method.train_head(network, given, recipe(steps=2, ahead=3, texts=2), tmp_path / "run")
     save_head(head, folder := tmp_path / "head")
-    found = figures(folder, network, given)
-    write_card(folder, "some-target", found, "2 steps, 6 texts")
+    found = evaluate_head(folder, network, given)
+    write_head_card(folder, "some-target", found, "2 steps, 6 texts")
     card = (folder / "README.md").read_text()
     told = json.loads((folder / "figures.json").read_text())
     assert "for `some-target`" in card

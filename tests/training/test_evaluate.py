@@ -8,15 +8,15 @@ import pytest
 from parse.acceptance import Thresholds
 from training import measure
 from training.evaluate import MODELS
-from training.measure import Judged
-from training.task import problem
+from training.measure import VerifiedDraft
+from training.task import draw_problem
 
-FAMILY = problem("test", 1, 0)
+FAMILY = draw_problem("test", 1, 0)
 HALF = Thresholds(0.5, 0.5)
 
 
 def judged(*, first_wrong=None, complete=True, correct=(1.0, 1.0, 1.0)):
-    return Judged(FAMILY, tuple(range(20)), True, first_wrong, complete, (8, 16, 20), correct)
+    return VerifiedDraft(FAMILY, tuple(range(20)), True, first_wrong, complete, (8, 16, 20), correct)
 
 
 def test_the_verifiers_figures_by_hand():
@@ -27,7 +27,7 @@ def test_the_verifiers_figures_by_hand():
         judged(first_wrong=10, complete=False, correct=(0.9, 0.8, 0.1)),  # wrong, kept past its error
         judged(first_wrong=3, complete=False, correct=(0.1, 0.1, 0.9)),  # wrong, accepted whole
     ]
-    found = measure.verifier(drafts, HALF)
+    found = measure.verifier_metrics(drafts, HALF)
     assert found["right_accepted_whole"] == 1 / 2
     assert found["wrong_accepted_whole"] == 1 / 3
     assert found["kept_past_error"] == 2 / 3
@@ -40,7 +40,7 @@ def test_the_verifiers_figures_by_hand():
 
 def test_an_answer_that_ends_too_early_is_right_so_far_but_no_right_answer():
     early = judged(complete=False)
-    assert [early.prefix_right(cut) for cut in early.cuts] == [True, True, False]
+    assert [early.is_prefix_correct(cut) for cut in early.prefix_lengths] == [True, True, False]
 
 
 def test_reliability_by_hand():
@@ -51,11 +51,11 @@ def test_reliability_by_hand():
 
 
 def test_the_ideal_speedup_by_hand():
-    cost = measure.Costs(
+    cost = measure.ForwardCosts(
         draft_token=1.0, target_token=10.0, draft_prompt=5.0, target_prompt=9.0, judge_whole=30.0, judge_prefixes=20.0
     )
     # The target alone: 40 tokens, 400 ms. Draft 20 ms, judging 30 ms and half the time 20 more, a quarter left: 100 ms.
-    ideal = measure.ideal_speedup(cost, [judged()], [range(40)], accepted_share=0.75, whole_share=0.5)
+    ideal = measure.ideal_speedup(cost, [judged()], [range(40)], accepted_share=0.75, full_answer_share=0.5)
     assert ideal == pytest.approx(400 / 160)
 
 

@@ -12,12 +12,12 @@ from parse.local import DEMO_TARGET
 from parse.speculative.proposers.eagle_checkpoint import load_head, save_head
 from parse.speculative.proposers.eagle_head import ProposerLoadError, RotaryEmbedding, TargetModel
 from tests.parse.speculative import naive
-from tests.training.test_foresight import target, texts
+from tests.training.test_head_data import target, texts
 from training import eagle3, loop, parallel
-from training.foresight import Library, shuffled, some
+from training.head_data import FeatureStore, batch_indices, sample_anchors
 from training.loop import DamagedCheckpoint
 
-RECIPE = eagle3.Recipe(steps=4, rate=1e-2, warmup=2, texts=2, ahead=3, draft_vocabulary=18)
+RECIPE = eagle3.HeadRecipe(steps=4, rate=1e-2, warmup=2, texts=2, ahead=3, draft_vocabulary=18)
 PARALLEL = parallel.ParallelRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=3, draft_vocabulary=18, share=0.8)
 
 
@@ -36,7 +36,7 @@ def network():
 
 
 def new_parallel(network, given):
-    return eagle3.new_head(network, given, PARALLEL, layers=PARALLEL.layers, parallel=PARALLEL.ahead)
+    return eagle3.new_head(network, given, PARALLEL, layers=PARALLEL.layers, parallel_tokens=PARALLEL.ahead)
 
 
 def written_out(head, folder):
@@ -69,12 +69,12 @@ def states(network, text, taps):
 def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_path):
     given = texts()
     head = eagle3.new_head(network, given, RECIPE)
-    library = Library(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
-    ((loss, told),) = eagle3.losses(head, network, library, RECIPE)(2)
+    library = FeatureStore(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
+    ((loss, told),) = eagle3.head_losses(head, network, library, RECIPE)(2)
     tensors, config = written_out(head, tmp_path)
     embedding = network.get_input_embeddings().weight.detach()
     by_step: list[list[float]] = [[] for _ in range(RECIPE.ahead)]
-    for text in (given[k] for k in shuffled(len(given), RECIPE.texts, RECIPE.seed, 2)):
+    for text in (given[k] for k in batch_indices(len(given), RECIPE.texts, RECIPE.seed, 2)):
         features, logits = states(network, text, head.config.aux_hidden_state_layers)
         for anchor in range(len(text.prompt) + text.begun - 2, len(text.tokens) - 2):
             elements = range(anchor + 1)
@@ -97,12 +97,12 @@ def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_pa
 def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_path):
     given = texts()
     head = new_parallel(network, given)
-    library = Library(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
-    ((loss, _),) = parallel.losses(head, network, library, PARALLEL)(1)
+    library = FeatureStore(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
+    ((loss, _),) = parallel.head_losses(head, network, library, PARALLEL)(1)
     tensors, config = written_out(head, tmp_path)
     embedding = network.get_input_embeddings().weight.detach()
-    chosen = shuffled(len(given), PARALLEL.texts, PARALLEL.seed, 1)
-    kept = some(library.batch(chosen, PARALLEL.ahead), PARALLEL.share, 1)
+    chosen = batch_indices(len(given), PARALLEL.texts, PARALLEL.seed, 1)
+    kept = sample_anchors(library.batch(chosen, PARALLEL.ahead), PARALLEL.share, 1)
     by_step: list[list[float]] = [[] for _ in range(PARALLEL.ahead)]
     for row, text in enumerate(given[k] for k in chosen):
         features, logits = states(network, text, head.config.aux_hidden_state_layers)
@@ -127,35 +127,35 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(network, tmp_path,
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     given = texts(7)
     recipe = replace(recipe, memory_mb=0)  # what is kept was extracted in other batches, and rounded a little otherwise
-    whole = method.trained(network, given, recipe, tmp_path / "a")
-    batches = method.shuffled
+    whole = method.train_head(network, given, recipe, tmp_path / "a")
+    batches = method.batch_indices
 
     def stopped(count, size, seed, step):
         if step == 2:
             raise KeyboardInterrupt
         return batches(count, size, seed, step)
 
-    monkeypatch.setattr(method, "shuffled", stopped)
+    monkeypatch.setattr(method, "batch_indices", stopped)
     with pytest.raises(KeyboardInterrupt):
-        method.trained(network, given, recipe, tmp_path / "b")
-    monkeypatch.setattr(method, "shuffled", batches)
-    resumed = method.trained(network, given, recipe, tmp_path / "b")
-    again = method.trained(network, given, recipe, tmp_path / "c")
+        method.train_head(network, given, recipe, tmp_path / "b")
+    monkeypatch.setattr(method, "batch_indices", batches)
+    resumed = method.train_head(network, given, recipe, tmp_path / "b")
+    again = method.train_head(network, given, recipe, tmp_path / "c")
     for one, other, third in zip(whole.parameters(), resumed.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, third)
     with pytest.raises(DamagedCheckpoint, match="another schedule"):
-        method.trained(network, given, replace(recipe, steps=5), tmp_path / "b")
+        method.train_head(network, given, replace(recipe, steps=5), tmp_path / "b")
 
 
 def test_training_brings_the_loss_down(network, tmp_path):
     recipe = replace(RECIPE, steps=12, rate=3e-2)
     given = texts(6)
     head = eagle3.new_head(network, given, recipe)
-    library = Library(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
-    losses = eagle3.losses(head, network, library, recipe)
+    library = FeatureStore(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
+    losses = eagle3.head_losses(head, network, library, recipe)
     before = next(losses(0))[0].item()
-    loop.train(tmp_path, head, losses, recipe.schedule, optimized_by=loop.adamw)
+    loop.train(tmp_path, head, losses, recipe.schedule, build_optimizers=loop.adamw)
     assert next(losses(0))[0].item() < 0.8 * before
 
 
@@ -191,10 +191,10 @@ def test_training_may_go_on_from_a_head(network, tmp_path):
     head = eagle3.new_head(network, given, recipe)
     before, _ = load_head(tmp_path / "eagle3", TargetModel.of(network))
     assert all(torch.equal(one, other) for one, other in zip(head.parameters(), before.parameters(), strict=True))
-    eagle3.trained(network, given, recipe, tmp_path / "run")
+    eagle3.train_head(network, given, recipe, tmp_path / "run")
     with pytest.raises(ProposerLoadError, match="a head of another method"):
         eagle3.new_head(network, given, replace(recipe, start=tmp_path / "parallel"))
-    wider = eagle3.new_head(network, given, replace(PARALLEL, start=tmp_path / "parallel"), layers=2, parallel=5)
+    wider = eagle3.new_head(network, given, replace(PARALLEL, start=tmp_path / "parallel"), layers=2, parallel_tokens=5)
     assert wider.config.parallel_tokens == 5
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from training import loop
-from training.loop import DamagedCheckpoint, Schedule, load_checkpoint, train
+from training.loop import DamagedCheckpoint, WarmupStableDecaySchedule, load_checkpoint, train
 
-SCHEDULE = Schedule(steps=12, rate=1e-2, warmup=3)
+SCHEDULE = WarmupStableDecaySchedule(steps=12, rate=1e-2, warmup=3)
 
 
 def model():
@@ -45,7 +45,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
 def test_training_learns_and_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 4)
     learner = model()
-    train(tmp_path, learner, losses(learner), Schedule(steps=200, rate=3e-2, embeddings=3e-2))
+    train(tmp_path, learner, losses(learner), WarmupStableDecaySchedule(steps=200, rate=3e-2, embeddings=3e-2))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(4, 201, 4))
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
@@ -65,8 +65,8 @@ def test_snapshots_come_when_asked_for_and_can_end_the_run(tmp_path):
 
 
 def test_the_rate_rises_stays_and_falls():
-    schedule = Schedule(steps=100, rate=1.0, embeddings=0.5, warmup=10)
-    rates = [schedule.at(step) for step in range(100)]
+    schedule = WarmupStableDecaySchedule(steps=100, rate=1.0, embeddings=0.5, warmup=10)
+    rates = [schedule.rates_at(step) for step in range(100)]
     assert [matrix for matrix, _ in rates[:10]] == pytest.approx([k / 10 for k in range(1, 11)])
     assert all(rate == (1.0, 0.5) for rate in rates[10:61])
     assert rates[80] == pytest.approx((0.5, 0.25))
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
     learner = model()
     train(tmp_path, learner, losses(learner), SCHEDULE)
     with pytest.raises(DamagedCheckpoint, match="another schedule"):
-        train(tmp_path, learner, losses(learner), Schedule(steps=13, rate=1e-2))
+        train(tmp_path, learner, losses(learner), WarmupStableDecaySchedule(steps=13, rate=1e-2))
     other = nn.Linear(3, 3)
     with pytest.raises(DamagedCheckpoint, match="no checkpoint of this model"):
         train(tmp_path, other, losses(other), SCHEDULE)

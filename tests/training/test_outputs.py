@@ -6,49 +6,57 @@ import pytest
 
 from parse.local import DEMO_TARGET
 from training import outputs
-from training.outputs import Output, beginnings, open_target, read_outputs, read_prompts, write_outputs, written
-from training.task import answer, problem
+from training.outputs import (
+    TargetOutput,
+    demo_prompts,
+    generate_outputs,
+    read_outputs,
+    read_prompts,
+    start_target,
+    write_outputs,
+)
+from training.task import correct_answer, draw_problem
 from training.wording import DRAFT
 
 
 @pytest.fixture(scope="module")
 def service():
-    opened = open_target(DEMO_TARGET, None, 1024)
+    opened = start_target(DEMO_TARGET, None, 1024)
     yield opened
     opened.shutdown()
 
 
 def test_every_other_pair_of_problems_goes_on_from_a_drafts_beginning(tokenizer):
-    begun = list(islice(beginnings(tokenizer, 3), 8))
+    begun = list(islice(demo_prompts(tokenizer, 3), 8))
     assert [bool(start) for _, start in begun] == [False, False, True, True] * 2
     for index in (2, 3, 6, 7):
-        given = problem(outputs.SPLIT, 3, index)
+        given = draw_problem(outputs.SPLIT, 3, index)
         assert given.question in tokenizer.decode(begun[index][0])
-        assert answer(given, DRAFT).startswith(tokenizer.decode(begun[index][1]))
-    assert begun == list(islice(beginnings(tokenizer, 3), 8))
+        assert correct_answer(given, DRAFT).startswith(tokenizer.decode(begun[index][1]))
+    assert begun == list(islice(demo_prompts(tokenizer, 3), 8))
 
 
 def test_the_target_goes_on_and_ends(service, tokenizer):
-    begun = list(islice(beginnings(tokenizer, 3), 4))
-    short = asyncio.run(written(service, begun, 5))
+    begun = list(islice(demo_prompts(tokenizer, 3), 4))
+    short = asyncio.run(generate_outputs(service, begun, 5))
     for (prompt, start), output in zip(begun, short, strict=True):
         assert output.prompt == prompt
         assert output.output[: len(start)] == start
         assert output.begun == len(start)
         assert len(output.output) == len(start) + 5 or output.output[-1] == tokenizer.eos_token_id
-    (whole,) = asyncio.run(written(service, begun[:1], 240))
+    (whole,) = asyncio.run(generate_outputs(service, begun[:1], 240))
     assert whole.output[-1] == tokenizer.eos_token_id
     assert whole.output[:5] == short[0].output
 
 
 def test_an_interrupted_run_goes_on_behind_the_last_whole_line(service, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "AT_ONCE", 2)
+    monkeypatch.setattr(outputs, "MAX_NUM_SEQS", 2)
     whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
-    write_outputs(service, beginnings(tokenizer, 1), 5, whole, longest=4)
+    write_outputs(service, demo_prompts(tokenizer, 1), 5, whole, max_tokens=4)
     lines = whole.read_text().splitlines(keepends=True)
     torn.write_text("".join(lines[:2]) + lines[2][:20])
     assert len(read_outputs(torn)) == 2
-    write_outputs(service, beginnings(tokenizer, 1), 5, torn, longest=4)
+    write_outputs(service, demo_prompts(tokenizer, 1), 5, torn, max_tokens=4)
     assert torn.read_text() == whole.read_text()
     assert len(read_outputs(whole)) == 5
 
@@ -72,4 +80,4 @@ def test_a_line_that_holds_no_output_is_named(tmp_path):
     with pytest.raises(ValueError, match="line 2: no output"):
         read_outputs(path)
     path.write_text(json.dumps({"prompt": [1], "output": [2], "begun": 0}) + "\n")
-    assert read_outputs(path) == [Output([1], [2], 0)]
+    assert read_outputs(path) == [TargetOutput([1], [2], 0)]

@@ -8,15 +8,15 @@ import torch
 from training import pair
 from training.checkpoints import BrokenModel, load_model
 from training.loop import DamagedCheckpoint, load_checkpoint
-from training.pair import SMOKE, make, target_config
-from training.tokenizer import build
+from training.pair import SMOKE, target_config, train_pair
+from training.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The whole recipe, in small."""
     folder = tmp_path_factory.mktemp("pair")
-    assert make(SMOKE, folder / "runs", folder / "models", force=False)
+    assert train_pair(SMOKE, folder / "runs", folder / "models", force=False)
     return folder
 
 
@@ -41,13 +41,13 @@ def test_both_models_come_with_tokenizer_card_and_figures(made):
 
 def test_a_finished_run_is_not_run_again(made, monkeypatch):
     monkeypatch.setattr(pair, "train", lambda *_args, **_kwargs: pytest.fail("trained again"))
-    monkeypatch.setattr(pair, "write", lambda *_args, **_kwargs: pytest.fail("drafted again"))
-    make(SMOKE, made / "runs", made / "models", force=False)
+    monkeypatch.setattr(pair, "generate_batch", lambda *_args, **_kwargs: pytest.fail("drafted again"))
+    train_pair(SMOKE, made / "runs", made / "models", force=False)
 
 
 def test_the_grown_target_starts_out_as_its_base(made, tokenizer):
     base = load_model(made / "runs" / "base" / "finished")
-    grown = pair.grown(base, pair.target_config(tokenizer), seed=0)
+    grown = pair.add_layers(base, pair.target_config(tokenizer), seed=0)
     for name, weight in base.state_dict().items():
         assert (grown.state_dict()[name] == weight).all()
 
@@ -57,7 +57,7 @@ def test_learning_to_judge_leaves_the_base_as_it_was(made):
     target = load_model(made / "runs" / "target" / "finished").state_dict()
     assert all((target[name] == base[name]).all() for name in base if name != "model.norm.weight")
     above = "model.layers.13.mlp.down_proj.weight"
-    assert (target[above] != pair.fresh(target_config(build()), SMOKE.seed).state_dict()[above]).any()
+    assert (target[above] != pair.new_model(target_config(build_tokenizer()), SMOKE.seed).state_dict()[above]).any()
 
 
 def test_the_polished_target_stands_halfway_between_before_and_after_practice(made):
@@ -80,7 +80,7 @@ def test_a_better_pair_is_not_overwritten_by_a_worse_one(made, tmp_path, monkeyp
     before = (models / "demo-target" / "README.md").stat().st_mtime_ns
     qualities = iter([0.5, 0.9])  # of the new pair, of the old one
     monkeypatch.setattr(pair, "quality", lambda _: next(qualities))
-    assert pair.prove(SMOKE, made / "runs" / "pair", models, force=force) is replaced
+    assert pair.publish_if_better(SMOKE, made / "runs" / "pair", models, force=force) is replaced
     assert ((models / "demo-target" / "README.md").stat().st_mtime_ns != before) is replaced
 
 
@@ -89,7 +89,7 @@ def test_a_damaged_pair_is_named_rather_than_replaced(made, tmp_path):
     weights = models / "demo-draft" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BrokenModel, match=r"demo-draft/model\.safetensors is damaged.*--force"):
-        pair.prove(SMOKE, made / "runs" / "pair", models, force=False)
+        pair.publish_if_better(SMOKE, made / "runs" / "pair", models, force=False)
 
 
 def test_a_run_of_another_recipe_is_not_gone_on_with(made, tmp_path):
@@ -97,4 +97,4 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(made, tmp_path):
     shutil.rmtree(tmp_path / "runs" / "target" / "finished")
     longer = replace(SMOKE, target=replace(SMOKE.target, steps=99))
     with pytest.raises(DamagedCheckpoint, match="another schedule"):
-        make(longer, tmp_path / "runs", tmp_path / "models", force=False)
+        train_pair(longer, tmp_path / "runs", tmp_path / "models", force=False)

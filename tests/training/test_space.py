@@ -14,12 +14,12 @@ from parse.engines.native.service import NativeEngine
 from parse.local import DEMO, DEMO_TARGET
 from parse.speculative.proposers.space_adapters import load_adapters, save_adapters
 from parse.types import SamplingParams, sum_stats
-from tests.training.test_foresight import target, texts
+from tests.training.test_head_data import target, texts
 from training import loop, space
-from training.acceptance import held_out
+from training.acceptance import generate_held_out
 from training.checkpoints import load_model
-from training.evaluate import rounded
-from training.foresight import shuffled
+from training.evaluate import round_floats
+from training.head_data import batch_indices
 from training.loop import DamagedCheckpoint
 
 RECIPE = space.SpaceRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=3, rank=4, share=1.0)
@@ -37,7 +37,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def in_full(monkeypatch):
     """Without bfloat16, which rounds."""
-    monkeypatch.setattr(space, "half_pays", lambda device: False)
+    monkeypatch.setattr(space, "bfloat16_is_faster", lambda device: False)
 
 
 def grown(network, recipe=RECIPE):
@@ -64,10 +64,10 @@ def written_out(adapters, network, tokens, masks):
 def test_the_loss_is_that_of_masks_behind_every_anchor():
     network, given = target(), texts()
     adapters = grown(network)
-    ((loss, told),) = space.losses(adapters, network, given, RECIPE)(2)
+    ((loss, told),) = space.adapter_losses(adapters, network, given, RECIPE)(2)
     by_mask: list[list[float]] = [[] for _ in range(RECIPE.ahead)]
     same: list[list[bool]] = [[] for _ in range(RECIPE.ahead)]
-    for text in (given[k] for k in shuffled(len(given), RECIPE.texts, RECIPE.seed, 2)):
+    for text in (given[k] for k in batch_indices(len(given), RECIPE.texts, RECIPE.seed, 2)):
         says = written_out(adapters, network, text.tokens, 0)
         for anchor in range(len(text.prompt) + text.begun - 1, len(text.tokens)):
             found = written_out(adapters, network, text.tokens[: anchor + 1], RECIPE.ahead)
@@ -86,16 +86,16 @@ def test_only_the_adapters_learn_and_they_do(tmp_path):
     network, given = target(), texts()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     recipe = replace(RECIPE, steps=60, rate=3e-2, texts=5)
-    adapters = space.trained(network, given, recipe, tmp_path)
-    ((_, told),) = space.losses(adapters, network, given, recipe)(0)
+    adapters = space.train_adapters(network, given, recipe, tmp_path)
+    ((_, told),) = space.adapter_losses(adapters, network, given, recipe)(0)
     assert all(told[f"same {mask}"] > 0.7 for mask in (1, 2, 3))
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
-    whole = space.trained(target(), texts(), RECIPE, tmp_path / "whole")
+    whole = space.train_adapters(target(), texts(), RECIPE, tmp_path / "whole")
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    ask, asked = space.losses, []
+    ask, asked = space.adapter_losses, []
 
     def twice(*given):
         of = ask(*given)
@@ -108,15 +108,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(space, "losses", twice)
+    monkeypatch.setattr(space, "adapter_losses", twice)
     with pytest.raises(KeyboardInterrupt):
-        space.trained(target(), texts(), RECIPE, tmp_path / "torn")
-    torn = space.trained(target(), texts(), RECIPE, tmp_path / "torn")
+        space.train_adapters(target(), texts(), RECIPE, tmp_path / "torn")
+    torn = space.train_adapters(target(), texts(), RECIPE, tmp_path / "torn")
     assert asked == [0, 1, 2, 2, 3]
     for one, two in zip(whole.parameters(), torn.parameters(), strict=True):
         assert torch.equal(one, two)
     with pytest.raises(DamagedCheckpoint, match="another schedule"):
-        space.trained(target(), texts(), replace(RECIPE, steps=9), tmp_path / "torn")
+        space.train_adapters(target(), texts(), replace(RECIPE, steps=9), tmp_path / "torn")
 
 
 def test_training_may_go_on_from_adapters(tmp_path):
@@ -142,7 +142,7 @@ def test_the_command_writes_adapters_and_their_card(tmp_path, monkeypatch):
     assert "Adapters that make `target` foresee" in card and "rank 4 behind each of 6 layers" in card
     assert (tmp_path / "out" / "training.svg").is_file()
     kept_apart = texts(40)[-2:]
-    found = rounded(space.figures(tmp_path / "out", target(), kept_apart))
+    found = round_floats(space.evaluate_adapters(tmp_path / "out", target(), kept_apart))
     assert json.loads((tmp_path / "out" / "figures.json").read_text()) == found
 
 
@@ -151,10 +151,10 @@ def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
     # Nothing is known of what passes take, so that groups stand everywhere.
     monkeypatch.setattr("parse.engines.native.service.pass_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
-    proof = [text for text in held_out(DEMO_TARGET, 8, seed=5, threads=1) if not text.begun][:3]
+    proof = [text for text in generate_held_out(DEMO_TARGET, 8, seed=5, num_threads=1) if not text.begun][:3]
     network = load_model(DEMO / "demo-target")
     adapters = load_adapters(DEMO / "demo-space", network).attach(network)
-    counted = space.acceptance(adapters, network, proof)
+    counted = space.measure_acceptance(adapters, network, proof)
     way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
     service = NativeEngine(
         EngineSettings(model=DEMO_TARGET, threads=1, max_context=768, memory_mb=256, speculation=(way,))

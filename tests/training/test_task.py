@@ -6,27 +6,27 @@ import sys
 
 import pytest
 
-from training.mistakes import KINDS, compose
+from training.mistakes import MISTAKE_KINDS, compose_answer
 from training.task import (
     FAMILIES,
     GAINING,
     WORD,
-    NotOfTheTask,
     Problem,
-    Record,
-    Totals,
-    answer,
-    check,
-    problem,
-    read,
+    RecordProblem,
+    TotalsProblem,
+    UnrecognizedQuestion,
+    check_answer,
+    correct_answer,
+    draw_problem,
+    parse_question,
 )
 from training.wording import ENDINGS, LINES
 
 SMALL: list[Problem] = [
-    Totals("Max", "nuts", 20, (("loses", 3), ("finds", 8))),
-    Record(("Zoe", 40), (("Ann", 37), ("Ben", 52))),
+    TotalsProblem("Max", "nuts", 20, (("loses", 3), ("finds", 8))),
+    RecordProblem(("Zoe", 40), (("Ann", 37), ("Ben", 52))),
 ]
-PROBLEMS = [problem("test", 1, index) for index in range(90)]
+PROBLEMS = [draw_problem("test", 1, index) for index in range(90)]
 
 
 def every_right_answer(given):
@@ -54,7 +54,7 @@ def final_answer(question):
 
 def test_the_last_line_holds_what_a_second_solution_finds():
     for given in PROBLEMS:
-        assert final_answer(given.question) in re.findall(r"\w+", answer(given).splitlines()[-1])
+        assert final_answer(given.question) in re.findall(r"\w+", correct_answer(given).splitlines()[-1])
 
 
 @pytest.mark.parametrize("given", SMALL, ids=lambda given: given.family)
@@ -69,7 +69,7 @@ def test_the_checker_agrees_with_the_list_of_all_right_answers(given):
             first_wrong = next(
                 (k for k in range(len(spoilt)) if not any(r.startswith("".join(spoilt[: k + 1])) for r in rights)), None
             )
-            found = check(given, spoilt)
+            found = check_answer(given, spoilt)
             assert found.first_wrong == first_wrong
             assert found.complete == ("".join(spoilt) in rights)
 
@@ -77,13 +77,13 @@ def test_the_checker_agrees_with_the_list_of_all_right_answers(given):
 def test_the_checker_does_not_mind_how_an_answer_is_cut_into_pieces():
     rng = random.Random(0)
     for given in PROBLEMS[:30]:
-        text = answer(given, 1).replace(" 4", " 5")
-        by_character = check(given, list(text))
+        text = correct_answer(given, 1).replace(" 4", " 5")
+        by_character = check_answer(given, list(text))
         pieces, at = [], 0
         while at < len(text):
             pieces.append(text[at : at + rng.randint(1, 20)])
             at += len(pieces[-1])
-        found = check(given, pieces)
+        found = check_answer(given, pieces)
         assert (found.first_wrong is None) == (by_character.first_wrong is None)
         if found.first_wrong is not None and by_character.first_wrong is not None:
             assert len("".join(pieces[: found.first_wrong])) <= by_character.first_wrong
@@ -94,36 +94,40 @@ def test_every_wording_of_an_answer_is_right_and_every_beginning_right_so_far():
     rng = random.Random(0)
     for given in PROBLEMS:
         for voice in (lambda line, part: 0, lambda line, part: 1, lambda line, part: 2, lambda line, part: None):
-            words = WORD.findall("".join(phrase.text for phrase in compose(given, rng, voice)))
-            assert check(given, words) == (None, True)
-            assert check(given, words[: rng.randrange(len(words))]) == (None, False)
+            words = WORD.findall("".join(phrase.text for phrase in compose_answer(given, rng, voice)))
+            assert check_answer(given, words) == (None, True)
+            assert check_answer(given, words[: rng.randrange(len(words))]) == (None, False)
 
 
 def test_an_answer_that_goes_on_after_its_end_is_wrong_there():
     for given in PROBLEMS:
-        words = WORD.findall(answer(given))
-        assert check(given, [*words, " So"]) == (len(words), False)
+        words = WORD.findall(correct_answer(given))
+        assert check_answer(given, [*words, " So"]) == (len(words), False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MISTAKE_KINDS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.family)
 def test_mistakes_are_mistakes(kind, family):
     rng = random.Random(0)
     problems = [family.draw(rng) for _ in range(60)]
-    answers = ["".join(p.text for p in compose(given, rng, lambda line, part: None, kind)) for given in problems]
-    wrong = [not check(given, WORD.findall(text)).complete for given, text in zip(problems, answers, strict=True)]
+    answers = ["".join(p.text for p in compose_answer(given, rng, lambda line, part: None, kind)) for given in problems]
+    wrong = [
+        not check_answer(given, WORD.findall(text)).complete for given, text in zip(problems, answers, strict=True)
+    ]
     assert sum(wrong) >= 50  # another step's operation is now and then the same, and a 13th step has no 14th after it
 
 
 def test_answers_are_60_to_200_tokens_long():
-    for given in (problem("length", 0, index) for index in range(600)):
+    for given in (draw_problem("length", 0, index) for index in range(600)):
         for wording in (0, 1, 2):
-            assert 60 <= len(WORD.findall(answer(given, wording))) <= 210 - 10 * (wording < 2)
+            assert 60 <= len(WORD.findall(correct_answer(given, wording))) <= 210 - 10 * (wording < 2)
 
 
 def test_the_two_own_wordings_share_few_words_beyond_names_and_numbers():
     for given in PROBLEMS:
-        ours, theirs = ({w.strip() for w in WORD.findall(answer(given, k)) if w.strip().isalpha()} for k in (0, 1))
+        ours, theirs = (
+            {w.strip() for w in WORD.findall(correct_answer(given, k)) if w.strip().isalpha()} for k in (0, 1)
+        )
         slots = set(WORD.findall(given.question))
         shared = {w for w in ours & theirs if f" {w}" not in slots and w not in slots}
         assert shared <= {"to", "from"}
@@ -139,14 +143,14 @@ def test_alternatives_of_a_part_differ_in_their_first_word():
 
 
 def test_seeds_and_splits_give_different_problems_and_the_same_ones_again():
-    drawn = {(s, k): [problem(s, k, i).question for i in range(30)] for s in ("a", "b") for k in (1, 2)}
-    assert drawn["a", 1] == [problem("a", 1, i).question for i in range(30)]
+    drawn = {(s, k): [draw_problem(s, k, i).question for i in range(30)] for s in ("a", "b") for k in (1, 2)}
+    assert drawn["a", 1] == [draw_problem("a", 1, i).question for i in range(30)]
     assert len(set(itertools.chain(*drawn.values()))) == 120
 
 
 def test_a_question_is_read_back_as_the_problem_it_states():
     for given in PROBLEMS:
-        assert read(given.question) == given
+        assert parse_question(given.question) == given
 
 
 @pytest.mark.parametrize(
@@ -161,8 +165,8 @@ def test_a_question_is_read_back_as_the_problem_it_states():
     ],
 )
 def test_other_questions_are_refused(text):
-    with pytest.raises(NotOfTheTask, match="not a question of this task"):
-        read(text)
+    with pytest.raises(UnrecognizedQuestion, match="not a question of this task"):
+        parse_question(text)
 
 
 def run_cli(*args):
@@ -170,7 +174,7 @@ def run_cli(*args):
 
 
 def test_the_command_line_checks_an_answer():
-    question, right = SMALL[0].question, answer(SMALL[0])
+    question, right = SMALL[0].question, correct_answer(SMALL[0])
     assert run_cli("--question", question, "--answer", right).stdout == "right\n"
     assert run_cli("--question", question, "--answer", right[:30]).stdout.startswith("right so far")
     assert "' 18'" in run_cli("--question", question, "--answer", right.replace("17", "18", 1)).stdout

@@ -3,22 +3,22 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from training.mistakes import compose
-from training.task import WORD, answer, problem, vocabulary
-from training.tokenizer import CHECK_QUESTION, SYSTEM_PROMPTS
+from training.mistakes import compose_answer
+from training.task import WORD, correct_answer, draw_problem, vocabulary
+from training.tokenizer import SYSTEM_PROMPTS, VERIFICATION_PROMPT
 
 
 def test_every_word_of_the_task_is_one_token(tokenizer):
     for word in vocabulary():
         assert len(tokenizer.encode(word)) == 1
-    text = answer(problem("test", 1, 0))
+    text = correct_answer(draw_problem("test", 1, 0))
     assert [tokenizer.decode([token]) for token in tokenizer.encode(text)] == WORD.findall(text)
 
 
 def test_phrases_are_tokenised_alone_as_in_their_answer(tokenizer):
     rng = random.Random(0)
     for index in range(60):
-        phrases = compose(problem("test", 1, index), rng, lambda line, part: None)
+        phrases = compose_answer(draw_problem("test", 1, index), rng, lambda line, part: None)
         alone = [token for phrase in phrases for token in tokenizer.encode(phrase.text)]
         assert alone == tokenizer.encode("".join(phrase.text for phrase in phrases))
 
@@ -27,7 +27,7 @@ def test_any_text_survives_a_round_trip(tokenizer):
     rng = random.Random(0)
     strange = [chr(code) for code in (*range(32, 127), 0xE9, 0x4E2D, 0x1F600, 0x0A, 0x09, 0x0301, 0x200D)]
     texts = ["".join(rng.choices(strange, k=rng.randint(0, 40))) for _ in range(300)]
-    for text in [*texts, "  two  spaces ", "12345", CHECK_QUESTION, *SYSTEM_PROMPTS]:
+    for text in [*texts, "  two  spaces ", "12345", VERIFICATION_PROMPT, *SYSTEM_PROMPTS]:
         assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
 
 

@@ -27,7 +27,7 @@ from parse.protocol import Verifier
 from parse.types import TokenDelta
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
-from training.measure import problems
+from training.measure import draw_problems
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
@@ -544,7 +544,7 @@ def test_modes_the_operator_does_not_allow_are_refused(pair):
 def test_a_request_chooses_its_method_the_text_stays_and_the_report_tells_what_came_of_it(address):
     (card,) = httpx.get(f"{address}/v1/models").json()["data"]
     assert (card["parse"]["methods"], card["parse"]["speculation"]) == (["parallel", "ngram", "none"], "parallel")
-    question: list[Any] = [{"role": "user", "content": problems(3, 1, split="service")[0].question}]
+    question: list[Any] = [{"role": "user", "content": draw_problems(3, 1, split="service")[0].question}]
     body = ASKED | {"messages": question, "temperature": 0, "max_tokens": 60}
     texts = set()
     for choice in (None, "parallel", "ngram", "none"):

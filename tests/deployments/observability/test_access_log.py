@@ -26,7 +26,7 @@ from parse.protocol import Finished, Stage, TextDelta, Usage, Verification
 from parse.types import DraftUnavailable, SpeculationStats
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
-from training.measure import problems
+from training.measure import draw_problems
 
 CHAT = "/v1/chat/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
@@ -87,7 +87,7 @@ def streamed(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
 def test_figures_add_up_to_exactly_what_clients_were_told(pair):
     expected: Tallies = Tallies()
     with serving(pair) as client:
-        for number, problem in enumerate(problems(8, 18, split="service")):
+        for number, problem in enumerate(draw_problems(8, 18, split="service")):
             mode = MODES[number % len(MODES)]
             body = asked(problem.question, mode, temperature=0, max_tokens=40 if number > 12 else None)
             body["parse"]["speculation"] = CHOICES[number % len(CHOICES)]

@@ -23,7 +23,7 @@ LONG_ENOUGH_S = 90.0  # for whatever is waited for; nothing is said about how fa
 
 
 def problems(count: int, seed: int = 3) -> list[Problem]:
-    return measure.problems(seed, count, split="service")
+    return measure.draw_problems(seed, count, split="service")
 
 
 def free_port(outside: Container[int] = ()) -> int:

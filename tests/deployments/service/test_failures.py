@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.deployments.service.asking import chat, events, problems, until
-from training.task import check
+from training.task import check_answer
 
 COUNT = problems(1)[0].question
 
@@ -156,5 +156,5 @@ def test_of_200_requests_every_client_that_stays_gets_its_answer_whoever_dies(se
     assert len(stayed) > 120
     assert all(finish == "stop" and text for text, finish in stayed)
     theirs = [problem for problem, leaves, *_ in asked if not leaves]
-    right = [check(problem, [text]).complete for (text, _), problem in zip(stayed, theirs, strict=True)]
+    right = [check_answer(problem, [text]).complete for (text, _), problem in zip(stayed, theirs, strict=True)]
     assert sum(right) >= 0.95 * len(right)

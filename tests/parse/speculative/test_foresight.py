@@ -20,7 +20,7 @@ from parse.speculative import policy
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.proposal import Proposal, Proposer
 from parse.types import RequestError, SamplingParams, sum_stats
-from training.measure import problems
+from training.measure import draw_problems
 
 SETTINGS = EngineSettings(model=DEMO_TARGET, threads=1, max_context=1024, memory_mb=256)
 TAPS = (2, 7, 11)
@@ -125,7 +125,7 @@ def foreseen(request, monkeypatch):
 
 
 def questions(alone, count):
-    turns = [[{"role": "user", "content": problem.question}] for problem in problems(5, count)]
+    turns = [[{"role": "user", "content": problem.question}] for problem in draw_problems(5, count)]
     return [chat_prompt_token_ids(alone.model.tokenizer, turn) for turn in turns]
 
 

@@ -32,7 +32,7 @@ from tests.parse.engines.native.chance import surprising
 from tests.parse.engines.native.tiny import build, plain, serving, submit
 from tests.parse.speculative import naive
 from tests.parse.speculative.proposers.test_space import some_adapters
-from training.measure import problems
+from training.measure import draw_problems
 
 PROMPTS = 200
 LENGTH = 24
@@ -69,7 +69,7 @@ def prompts(alone):
     """Questions, some of them asked a second time after an answer, or broken off, or put of words at random."""
     rng = random.Random(8)
     found = []
-    for problem in problems(12, PROMPTS):
+    for problem in draw_problems(12, PROMPTS):
         ids = chat_prompt_token_ids(alone.model.tokenizer, [{"role": "user", "content": problem.question}])
         match rng.randrange(4):
             case 0:

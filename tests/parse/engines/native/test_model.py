@@ -16,7 +16,7 @@ from parse.tree import suffix_forest, tree_from_parents
 from parse.types import RequestError
 from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, ask, build, paused, plain, serving
 from training.evaluate import MODELS
-from training.task import answer, problem
+from training.task import correct_answer, draw_problem
 
 ATOL = 1e-4
 
@@ -156,9 +156,9 @@ def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
     path = MODELS / "demo-target"
     model = Model.load(path, device="cpu", int8=True)
     assert not any(isinstance(part, nn.Linear) for part in model.network.modules())
-    given = problem("test", 1, 0)
+    given = draw_problem("test", 1, 0)
     ids = chat_prompt_token_ids(model.tokenizer, [{"role": "user", "content": given.question}])
-    ids += model.tokenizer.encode(answer(given))
+    ids += model.tokenizer.encode(correct_answer(given))
     with serving(model, capacity=len(ids)) as engine:
         (logits,) = ask(engine, [], TreeInput(ids)).result()
     same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), ids).argmax(-1)

@@ -22,7 +22,7 @@ from parse.speculative.proposal import Proposal, Proposer
 from parse.tree import TokenTree
 from parse.types import SamplingParams, SpeculationStats, VerifyResult, sum_stats
 from tests.parse.engines.native.chance import surprising
-from training.tokenizer import build
+from training.tokenizer import build_tokenizer
 
 VOCABULARY = 9
 END = 8
@@ -226,7 +226,7 @@ def test_what_was_written_stays_in_the_context_but_for_the_last_token(proposed):
 
 @given(st.integers(0, 10**6), st.integers(0, 6), st.data())
 def test_a_stop_string_ends_the_text_wherever_the_tokens_borders_lie(seed, split, data):
-    tokenizer = build()
+    tokenizer = build_tokenizer()
     prompt = tokenizer.encode("a")
     table = torch.full((len(tokenizer), len(tokenizer)), -torch.inf)
     letters = [tokenizer.encode(letter)[0] for letter in "abc"]

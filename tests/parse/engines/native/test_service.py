@@ -18,7 +18,7 @@ from parse.prompts import VerificationSuffix, build_verification_suffix, chat_pr
 from parse.types import EngineStopped, RequestCancelled, RequestError, SamplingParams
 from tests.parse.engines.native.tiny import build, plain
 from training.evaluate import MODELS
-from training.task import answer, problem
+from training.task import correct_answer, draw_problem
 
 GREEDY = SamplingParams(temperature=0)
 GAP = 1e-4  # between the two best logits; with less, rounding may choose
@@ -176,7 +176,7 @@ def test_greedy_texts_are_those_of_generate_whoever_else_is_served(service, refe
 def test_the_demo_target_writes_what_generate_writes(tokenizer):
     target = AutoModelForCausalLM.from_pretrained(MODELS / "demo-target")
     prompts = [
-        chat_prompt_token_ids(tokenizer, [{"role": "user", "content": problem("test", 3, index).question}])
+        chat_prompt_token_ids(tokenizer, [{"role": "user", "content": draw_problem("test", 3, index).question}])
         for index in range(6)
     ]
     service = NativeEngine(settings(MODELS / "demo-target", memory_mb=128, max_context=600))
@@ -568,8 +568,8 @@ def test_a_service_that_cannot_be_is_refused_with_the_reason(tmp_path):
 
 
 def test_the_question_of_the_chat_template_is_one_that_can_be_asked(service, tokenizer):
-    prompt = chat_prompt_token_ids(tokenizer, [{"role": "user", "content": problem("test", 1, 0).question}])
-    draft = tokenizer.encode(answer(problem("test", 1, 0)))[:20]
+    prompt = chat_prompt_token_ids(tokenizer, [{"role": "user", "content": draw_problem("test", 1, 0).question}])
+    draft = tokenizer.encode(correct_answer(draw_problem("test", 1, 0)))[:20]
     check = build_verification_suffix(tokenizer, "Is it right?")
     verdict = asyncio.run(service.judge(prompt, draft, [10, 20], check))
     assert all(chance is not None and 0 <= chance <= 1 for chance in verdict.correct)

@@ -29,7 +29,7 @@ from parse.speculative.proposers.space_adapters import (
 from parse.tree import MASK, tree_from_parents
 from parse.types import SamplingParams, sum_stats
 from tests.parse.engines.native.tiny import VOCABULARY, ask, build, serving
-from training.tokenizer import build as build_tokenizer
+from training.tokenizer import build_tokenizer as build_tokenizer
 
 DENSE = ["llama", "qwen3", "gemma3_text", "gpt2", "opt"]
 EXPERTS = ["mixtral", "deepseek_v3"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from training.foresight import Library, by_frequency, shuffled, some, wholly
-from training.outputs import Output
+from training.head_data import FeatureStore, batch_indices, most_frequent_tokens, sample_anchors, trainable_texts
+from training.outputs import TargetOutput
 
 VOCABULARY, WIDTH = 40, 16
 
@@ -34,8 +34,8 @@ def texts(count=5, seed=0):
     def tokens(low, high):
         return [draw.randrange(25) for _ in range(draw.randint(low, high))]
 
-    found = [Output(tokens(2, 4), tokens(4, 6), 0) for _ in range(count)]
-    return [Output(text.prompt, text.output, k % 2 * 2) for k, text in enumerate(found)]
+    found = [TargetOutput(tokens(2, 4), tokens(4, 6), 0) for _ in range(count)]
+    return [TargetOutput(text.prompt, text.output, k % 2 * 2) for k, text in enumerate(found)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def network():
 
 def test_a_batch_lays_out_what_each_anchor_learns(network):
     given, taps, steps = texts(), (2, 3, 3), 3
-    found = Library(network, taps, given, memory_mb=10).batch(range(5), steps)
+    found = FeatureStore(network, taps, given, memory_mb=10).batch(range(5), steps)
     for row, text in enumerate(given):
         with torch.no_grad():
             out = network(torch.tensor([text.tokens]), output_hidden_states=True)
@@ -61,13 +61,13 @@ def test_a_batch_lays_out_what_each_anchor_learns(network):
                 assert bool(found.valid[row, place, step]) == (anchor + 2 + step < size)
                 if found.valid[row, place, step]:
                     assert int(found.next_tokens[row, place, step]) == text.tokens[anchor + 1 + step]
-                    logits = network.lm_head(found.top[row, place, step])
+                    logits = network.lm_head(found.last_hidden_states[row, place, step])
                     torch.testing.assert_close(logits, out.logits[0, anchor + 1 + step], atol=2e-2, rtol=2e-2)
 
 
 def test_what_is_kept_is_what_is_extracted_again(network):
     given = texts(8)
-    roomy, cramped = (Library(network, (2, 3, 3), given, memory_mb=size) for size in (10, 0))
+    roomy, cramped = (FeatureStore(network, (2, 3, 3), given, memory_mb=size) for size in (10, 0))
     for chosen in ([0, 1, 2], [2, 5, 0], [0, 1, 2]):
         one, other = roomy.batch(chosen, 2), cramped.batch(chosen, 2)
         for name in ("features", "tokens", "anchors", "valid", "next_tokens", "top"):
@@ -75,30 +75,32 @@ def test_what_is_kept_is_what_is_extracted_again(network):
 
 
 def test_some_of_the_anchors_are_the_same_ones_in_everything(network):
-    whole = Library(network, (2, 3, 3), texts(), memory_mb=10).batch(range(5), 3)
-    part = some(whole, 0.5, seed=4)
+    whole = FeatureStore(network, (2, 3, 3), texts(), memory_mb=10).batch(range(5), 3)
+    part = sample_anchors(whole, 0.5, seed=4)
     wide = whole.anchors.shape[1]
     assert part.anchors.shape[1] == round(wide / 2)
     kept = [int((whole.anchors[0] == anchor).nonzero()[0, 0]) for anchor in part.anchors[0] if anchor]
     assert torch.equal(part.valid[:, : len(kept)], whole.valid[:, kept])
-    assert torch.equal(part.top[:, : len(kept)], whole.top[:, kept])
-    assert torch.equal(some(whole, 0.5, seed=4).anchors, part.anchors)
+    assert torch.equal(part.last_hidden_states[:, : len(kept)], whole.last_hidden_states[:, kept])
+    assert torch.equal(sample_anchors(whole, 0.5, seed=4).anchors, part.anchors)
 
 
 def test_every_text_comes_once_in_a_round():
-    seen = [k for step in range(7) for k in shuffled(14, 4, seed=1, step=step)]
+    seen = [k for step in range(7) for k in batch_indices(14, 4, seed=1, step=step)]
     assert sorted(seen[:14]) == sorted(seen[14:]) == list(range(14))
     assert seen[:14] != seen[14:]
-    assert shuffled(3, 8, seed=1, step=0) == [k for step in range(8) for k in shuffled(3, 1, seed=1, step=step)]
+    assert batch_indices(3, 8, seed=1, step=0) == [
+        k for step in range(8) for k in batch_indices(3, 1, seed=1, step=step)
+    ]
 
 
 def test_the_tokens_written_most_are_chosen():
-    given = [Output([9, 9, 9, 9], [3, 3, 7, 5], 0), Output([9], [7, 3, 1], 0)]
-    assert by_frequency(given, 10, None).tolist() == [1, 3, 5, 7]
-    assert by_frequency(given, 10, 2).tolist() == [3, 7]
-    assert by_frequency(given, 10, 99).tolist() == list(range(10))
+    given = [TargetOutput([9, 9, 9, 9], [3, 3, 7, 5], 0), TargetOutput([9], [7, 3, 1], 0)]
+    assert most_frequent_tokens(given, 10, None).tolist() == [1, 3, 5, 7]
+    assert most_frequent_tokens(given, 10, 2).tolist() == [3, 7]
+    assert most_frequent_tokens(given, 10, 99).tolist() == list(range(10))
 
 
 def test_texts_with_nothing_of_the_target_are_left_out():
-    given = [Output([1, 2], [3, 4], 2), Output([1, 2], [3, 4], 1), Output([1], [2], 0)]
-    assert list(wholly(given)) == given[1:2]
+    given = [TargetOutput([1, 2], [3, 4], 2), TargetOutput([1, 2], [3, 4], 1), TargetOutput([1], [2], 0)]
+    assert list(trainable_texts(given)) == given[1:2]

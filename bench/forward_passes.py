@@ -1,0 +1,130 @@
+"""What passes of a target take: bare ones by their size, and those that an engine makes while it writes."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parse.engines.native.kv_cache import KVCache
+from parse.engines.native.model import Model
+from parse.engines.native.paged_attention import attention_for
+from parse.engines.native.prefix_cache import SequenceState
+from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.engines.native.service import NativeEngine
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.guard import GuardedState
+from parse.speculative.proposal import Proposal, ProposalRequest
+from parse.tree import MASK
+
+Propose = Callable[[Sequence[ProposalRequest[GuardedState]]], list[Proposal]]
+
+ENTRY_COUNTS = 1, 2, 3, 5, 9, 13, 20, 32, 48  # of each text
+CONTEXT_TOKENS = 200  # tokens behind which they stand: a question and half of its answer
+NUM_TRIALS = 3
+
+
+@dataclass(frozen=True)
+class PassTimeCurve:
+    """Seconds of a pass over so many texts, by the entries of each."""
+
+    texts: int
+    entries: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def seconds_at(self, entries: float) -> float:
+        """Between two sizes a straight line."""
+        return float(np.interp(entries, self.entries, self.seconds))
+
+    @classmethod
+    def median(cls, curves: Sequence["PassTimeCurve"]) -> "PassTimeCurve":
+        seconds = zip(*(curve.seconds for curve in curves), strict=True)
+        return cls(curves[0].texts, curves[0].entries, tuple(map(statistics.median, seconds)))
+
+
+def measure_passes(model: Model, texts: int, *, masked: bool = False) -> PassTimeCurve:
+    """Of the model alone, with nobody else in its process at work; `masked`: all entries but the first are masks."""
+    return PassTimeCurve(texts, ENTRY_COUNTS, tuple(_pass_s(model, texts, entries, masked) for entries in ENTRY_COUNTS))
+
+
+def measure_prefill_s(model: Model, tokens: int) -> float:
+    """A pass over a text that is not known yet."""
+    return _measure_s(model, [_scheduled_chunk(0, 0, [1] * tokens)])
+
+
+def _pass_s(model: Model, texts: int, entries: int, masked: bool) -> float:
+    nodes = [1, *[MASK if masked else 1] * (entries - 1)]
+    return _measure_s(model, [_scheduled_chunk(block, CONTEXT_TOKENS, nodes) for block in range(texts)])
+
+
+def _scheduled_chunk(block: int, num_computed_tokens: int, nodes: Sequence[int]) -> ScheduledChunk:
+    sequence = SequenceState([1] * num_computed_tokens)
+    sequence.block_ids = [block]
+    return ScheduledChunk(sequence, list(nodes), num_computed_tokens, num_computed_tokens + len(nodes))
+
+
+def _measure_s(model: Model, chunks: Sequence[ScheduledChunk]) -> float:
+    kv_cache, attend = KVCache(len(chunks), chunks[0].end), attention_for(model.device)
+    tokens = [token for chunk in chunks for token in chunk.token_ids()]
+    positions = [position for chunk in chunks for position in chunk.positions()]
+    seconds = []
+    for _ in range(NUM_TRIALS + 1):  # the first is not counted, for whatever is done once
+        started = time.perf_counter()
+        logits, _ = model.forward(tokens, positions, attend(kv_cache, chunks), None)
+        logits.argmax(-1).tolist()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Of an engine, in which texts were written and nothing else was done."""
+
+    texts: int
+    entries: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PassRecords:
+    """What an engine did for some answers: its passes, and the seconds that proposals took, for so many texts each."""
+
+    passes: tuple[ForwardPass, ...] = ()
+    proposal_times: tuple[tuple[int, float], ...] = ()
+
+    def __add__(self, other: "PassRecords") -> "PassRecords":
+        return PassRecords(self.passes + other.passes, self.proposal_times + other.proposal_times)
+
+
+class RecordingCostModel(StepCostModel):
+    """Writes down what an engine tells its costs, on the way there, and what its methods take."""
+
+    def __init__(self, service: NativeEngine) -> None:
+        assert service.core.cost_model is not None, "an engine without methods counts no costs"
+        super().__init__()
+        self._engine_costs = service.core.cost_model
+        self._passes: list[ForwardPass] = []
+        self._proposal_times: list[tuple[int, float]] = []
+        service.core.cost_model = self
+        for method in service._methods.values():
+            method.propose = self._timed(method.propose)  # type: ignore[method-assign, assignment]
+
+    def record(self, num_seqs: int, num_tokens: int, num_output_tokens: int, seconds: float) -> None:
+        self._engine_costs.record(num_seqs, num_tokens, num_output_tokens, seconds)
+        self._passes.append(ForwardPass(num_seqs, num_tokens, seconds))
+
+    def pop_records(self) -> PassRecords:
+        """All since the last time."""
+        records = PassRecords(tuple(self._passes), tuple(self._proposal_times))
+        self._passes, self._proposal_times = [], []
+        return records
+
+    def _timed(self, propose: Propose) -> Propose:
+        def timed(requests: Sequence[ProposalRequest[GuardedState]]) -> list[Proposal]:
+            started = time.perf_counter()
+            proposals = propose(requests)
+            self._proposal_times.append((len(requests), time.perf_counter() - started))
+            return proposals
+
+        return timed

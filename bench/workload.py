@@ -1,0 +1,89 @@
+"""What a server is asked under load: the demo task, or a file of prompts; each with its check where there is one."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from training.task import NAMES, Problem, check_answer, draw_problem, parse_question
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A question, and whether a text, which ended by itself or did not, is its answer."""
+
+    messages: Sequence[Mapping[str, Any]]
+    is_correct: Callable[[str, bool], bool] | None = None
+
+
+class InvalidPromptFile(ValueError):
+    """The file of prompts cannot be used."""
+
+
+def demo_requests(count: int, seed: int, name_set: int = 0) -> list[SampleRequest]:
+    """The problems of `training.measure`, which would load the whole of torch beside the server.
+
+    Another cast has other names in the same problems: as hard, but nothing of them is in the server's cache.
+    """
+    problems = [replace_names(draw_problem("bench", seed, index), name_set) for index in range(count)]
+    return [
+        SampleRequest(({"role": "user", "content": problem.question},), partial(_is_solution, problem))
+        for problem in problems
+    ]
+
+
+def replace_names(problem: Problem, name_set: int) -> Problem:
+    new_names = dict(zip(NAMES, NAMES[name_set % len(NAMES) :] + NAMES, strict=False))
+    return parse_question(re.sub(r"\w+", lambda word: new_names.get(word[0], word[0]), problem.question))
+
+
+def _is_solution(problem: Problem, text: str, ended: bool) -> bool:
+    return ended and check_answer(problem, [text]).complete
+
+
+def load_requests(path: Path, count: int) -> list[SampleRequest]:
+    """The file's, from the beginning again where it has fewer."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            requests = [
+                _parse_request(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+            ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidPromptFile(f"{path}: {error}") from error
+    if not requests:
+        raise InvalidPromptFile(f"{path}: holds no prompt")
+    return list(islice(cycle(requests), count))
+
+
+def _parse_request(line: str, location: str) -> SampleRequest:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise InvalidPromptFile(f"{location}: no JSON: {error}") from error
+    if fault := _find_fault(entry):
+        raise InvalidPromptFile(f"{location}: {fault}")
+    messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
+    answer = entry.get("answer")
+    return SampleRequest(messages, partial(_contains_answer, answer) if answer else None)
+
+
+def _find_fault(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
+        return 'must be {"prompt": ...} or {"messages": [...]}'
+    if unknown := entry.keys() - {"prompt", "messages", "answer"}:
+        return f"{', '.join(sorted(unknown))}: not known"
+    for name in entry.keys() - {"messages"}:
+        if not (isinstance(entry[name], str) and entry[name]):
+            return f"{name}: must be text"
+    messages = entry.get("messages", [{}])
+    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
+        return "messages: must be a list of messages"
+    return None
+
+
+def _contains_answer(answer: str, text: str, ended: bool) -> bool:
+    return answer in text

@@ -1,0 +1,159 @@
+"""What heads that foresee a target learn from: its features and next tokens, on texts that it wrote itself.
+
+Element i joins the feature of token i with token i + 1, and is asked for token i + 2. The elements to learn from are
+the *anchors*, those whose answer the target wrote; the others are only seen.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training.outputs import TargetOutput
+
+
+@dataclass(frozen=True)
+class HeadFeatures:
+    """Of one text of T tokens, T - 1 elements."""
+
+    aux_hidden_states: Tensor  # [T - 1, taps * H], in half precision: of tokens 0..T-2
+    last_hidden_states: Tensor  # [W, H], what the target's own head reads at the tokens that anchors learn from
+    first_anchor: int  # the first anchor
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    features: Tensor  # [B, T, taps * H]
+    tokens: Tensor  # [B, T], of each element: the one after its feature's
+    anchors: Tensor  # [B, A], elements
+    valid: Tensor  # [B, A, S]: is there something to learn s tokens on?
+    next_tokens: Tensor  # [B, A, S], the token of the element s places behind each anchor
+    last_hidden_states: Tensor  # [B, A, S, H], of the target where it foresees what the element s places on does
+
+
+class FeatureStore:
+    """Features of texts, extracted when first asked for, and kept as far as `memory_mb` goes."""
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        aux_hidden_state_layers: Sequence[int],
+        texts: Sequence[TargetOutput],
+        memory_mb: int,
+    ) -> None:
+        self.network, self.aux_hidden_state_layers, self.texts = network.eval(), tuple(aux_hidden_state_layers), texts
+        self._free_bytes = memory_mb * 2**20
+        self._cached: dict[int, HeadFeatures] = {}
+
+    def batch(self, indices: Sequence[int], steps: int) -> HeadBatch:
+        missing = [k for k in indices if k not in self._cached]
+        features = {k: self._cached[k] for k in indices if k in self._cached}
+        if missing:
+            features |= dict(zip(missing, self._extract([self.texts[k] for k in missing]), strict=True))
+            for k in missing:
+                size = sum(
+                    t.numel() * t.element_size()
+                    for t in (features[k].aux_hidden_states, features[k].last_hidden_states)
+                )
+                if size <= self._free_bytes:
+                    self._cached[k] = features[k]
+                    self._free_bytes -= size
+        return collate_features([self.texts[k] for k in indices], [features[k] for k in indices], steps)
+
+    @torch.inference_mode()
+    def _extract(self, texts: Sequence[TargetOutput]) -> list[HeadFeatures]:
+        width = max(len(text.tokens) for text in texts)
+        input_ids = torch.tensor([text.tokens + [0] * (width - len(text.tokens)) for text in texts])
+        # What stands behind a text is never seen by it, so padding needs no mask.
+        out = self.network(
+            input_ids=input_ids.to(self.network.device), output_hidden_states=True, use_cache=False, logits_to_keep=1
+        )
+        states = out.hidden_states
+        aux_hidden_states = torch.cat([states[layer] for layer in self.aux_hidden_state_layers], -1)
+        features = []
+        for text, aux, top in zip(texts, aux_hidden_states, states[-1], strict=True):
+            size = len(text.tokens)
+            first = max(0, len(text.prompt) + text.begun - 2)
+            text_aux_states, text_last_states = (
+                states[start : size - 1].half().clone() for states, start in ((aux, 0), (top, first + 1))
+            )
+            features.append(HeadFeatures(text_aux_states, text_last_states, first))
+        return features
+
+
+def collate_features(texts: Sequence[TargetOutput], features: Sequence[HeadFeatures], steps: int) -> HeadBatch:
+    """Anchor i learns in step s from what the target says at token i + 1 + s; the last token foresees nothing."""
+    sizes = [len(text.tokens) for text in texts]
+    num_anchors = [len(text_features.last_hidden_states) for text_features in features]  # anchors of each
+    width, max_anchors = max(sizes) - 1, max(num_anchors)
+    size, depth = len(texts), features[0].aux_hidden_states.shape[1]
+    device = features[0].aux_hidden_states.device
+    aux_hidden_states = torch.zeros(size, width, depth, device=device)
+    last_hidden_states = torch.zeros(size, max_anchors + steps, features[0].last_hidden_states.shape[1], device=device)
+    tokens = torch.zeros(size, width + steps, dtype=torch.long)
+    anchors = torch.zeros(size, max_anchors, dtype=torch.long)
+    valid = torch.zeros(size, max_anchors + steps, dtype=torch.bool)
+    for row, (text, text_features, count) in enumerate(zip(texts, features, num_anchors, strict=True)):
+        aux_hidden_states[row, : sizes[row] - 1] = text_features.aux_hidden_states
+        last_hidden_states[row, :count] = text_features.last_hidden_states
+        tokens[row, : sizes[row] - 1] = torch.tensor(text.tokens[1:])
+        anchors[row, :count] = torch.arange(text_features.first_anchor, text_features.first_anchor + count)
+        valid[row, :count] = True
+    offsets = torch.arange(max_anchors)[:, None] + torch.arange(steps)  # [A, S]
+    tokens = tokens.to(device)
+    anchors = anchors.to(device)
+    later = (anchors[..., None] + torch.arange(steps, device=device)).flatten(1)
+    return HeadBatch(
+        aux_hidden_states,
+        tokens[:, :width],
+        anchors,
+        valid.to(device)[:, offsets],
+        tokens.gather(1, later).view(size, max_anchors, steps),
+        last_hidden_states[:, offsets],
+    )
+
+
+def sample_anchors(batch: HeadBatch, share: float, seed: int) -> HeadBatch:
+    """With that share of the anchors, drawn by chance."""
+    max_anchors = batch.anchors.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = (
+        torch.randperm(max_anchors, generator=generator)[: max(1, round(share * max_anchors))]
+        .sort()
+        .values.to(batch.anchors.device)
+    )
+    return replace(
+        batch,
+        anchors=batch.anchors[:, chosen],
+        valid=batch.valid[:, chosen],
+        next_tokens=batch.next_tokens[:, chosen],
+        last_hidden_states=batch.last_hidden_states[:, chosen],
+    )
+
+
+def batch_indices(count: int, size: int, seed: int, step: int) -> list[int]:
+    """Batch `step` of an endless run through all of them, in an order of its own every time."""
+    rounds, start = divmod(step * size, count)
+    indices: list[int] = []
+    while len(indices) < size:
+        order = random.Random(f"{seed}/{rounds}").sample(range(count), count)
+        indices += order[start : start + size - len(indices)]
+        rounds, start = rounds + 1, 0
+    return indices
+
+
+def most_frequent_tokens(texts: Sequence[TargetOutput], vocab_size: int, count: int | None) -> Tensor:
+    """The `count` tokens that were written most, by id (None: all that were written at all)."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for text in texts:
+        counts += torch.bincount(torch.tensor(text.output), minlength=vocab_size)
+    num_tokens = min(count or int((counts > 0).sum()), vocab_size)
+    return counts.sort(descending=True, stable=True).indices[:num_tokens].sort().values
+
+
+def trainable_texts(texts: Sequence[TargetOutput]) -> Iterator[TargetOutput]:
+    """Those that hold anything to learn from."""
+    return (text for text in texts if len(text.output) > text.begun and len(text.tokens) > 2)
