@@ -404,6 +404,8 @@ class EngineCore:
         assert context is not None
         if asked.accepted_path and len(nodes):  # a first ask has none before it
             self._commit(context, nodes, asked.accepted_path)
+        if asked.context_length is not None:
+            self._prefix_cache.truncate(context, asked.context_length)
         job.num_computed = context.num_computed_tokens
         job.logits, job.sampled = [], []
         if not job.num_uncomputed:

@@ -96,6 +96,24 @@ class PrefixCache:
         sequence.num_computed_tokens = len(sequence.token_ids)
         self._index_hashes(sequence)
 
+    def truncate(self, sequence: SequenceState, length: int) -> None:
+        """Cuts a sequence in use to at most `length` tokens, so that other tokens can follow there.
+
+        What follows is written into the last block that remains. If another sequence shares that block, this sequence
+        gets a copy. If there is no free block for the copy, the tokens in that block are computed again.
+        """
+        self._truncate(sequence, length)
+        self._free_unused_blocks(sequence)
+        full_blocks, rest = divmod(sequence.num_computed_tokens, self.block_size)
+        if not rest or self._ref_counts[sequence.block_ids[full_blocks]] == 1:
+            return
+        shared_block = sequence.block_ids.pop()
+        if self._grow(sequence, full_blocks + 1):
+            self._copy_block(shared_block, sequence.block_ids[full_blocks], rest)
+        else:
+            sequence.num_computed_tokens = full_blocks * self.block_size
+        self._unref_blocks([shared_block])
+
     def release(self, sequence: SequenceState) -> None:
         """Its request is done; what is computed stays for others."""
         self._truncate(sequence, sequence.num_computed_tokens)

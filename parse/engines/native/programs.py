@@ -31,6 +31,7 @@ class TreeInput:
         int
     ] = ()  # of the nodes run before, the path from a root on that now belongs to the context
     sampling: Sequence[SamplingState] = ()  # how a token is chosen at each of those read; (): the likeliest
+    context_length: int | None = None  # the context is cut to so many tokens before the nodes run
 
 
 @dataclass(frozen=True, slots=True)
