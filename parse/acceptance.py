@@ -1,19 +1,24 @@
-"""From P(correct) at each cut to the boundary: how many of the draft's tokens are kept."""
+"""The acceptance rule: how much of a draft is kept, given P(correct) of its prefixes, and when this is decided.
 
-from collections.abc import Sequence
+To change the rule, edit this file only. Engines call `next_batch` to learn which prefixes to evaluate next and
+`accepted_prefix_length` to learn where to continue; the pipeline calls the latter again to check their result.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from parse.types import RequestError
+from parse.errors import RequestError
 
 AcceptanceRule = Literal["first_failure", "longest_passing"]
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where accepting pays: with these the demo pair takes 98% of the right drafts whole and 1% of the wrong ones.
+    """The least P(correct) at which a complete draft is accepted, and at which a prefix passes.
 
-    A wrong prefix is found out by the next ones, a wrong answer by nobody: so the full answer must pass at more.
+    With the defaults the demo pair accepts 98% of the correct drafts in full and 1% of the wrong ones. An error in a
+    prefix is caught by the longer prefixes, an error in the complete answer by nothing, so the latter needs more.
     """
 
     full: float = 0.97
@@ -25,26 +30,69 @@ class Thresholds:
                 raise RequestError(f"thresholds.{name}", f"must lie in 0..1, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True)
+class AcceptancePolicy:
+    """Thresholds and the rule that applies them.
+
+    `first_failure` keeps the last prefix before the first one that fails. `longest_passing` keeps the longest prefix
+    that passes: it keeps more, and every further prefix adds a chance to trust a single false positive.
+    """
+
+    thresholds: Thresholds = Thresholds()
+    rule: AcceptanceRule = "first_failure"
+
+
 def accepted_prefix_length(
     prefix_lengths: Sequence[int],
     p_correct: Sequence[float | None],
-    thresholds: Thresholds,
+    policy: AcceptancePolicy,
     *,
-    ended: bool,
-    rule: AcceptanceRule = "first_failure",
+    complete: bool,
 ) -> int:
-    """The full answer if it passes, else the last prefix before the first that fails, or the longest that passes.
+    """The number of draft tokens to keep.
 
-    `cuts` ascend; where the draft ended by itself the last one asks about the full answer. What was not
-    asked does not pass. The longest passing prefix keeps more, and with every further cut risks more to
-    trust a single mistaken yes.
+    `prefix_lengths` ascend. If the draft is `complete`, the last one is the complete answer, which is kept if it passes
+    its own, higher threshold and is not a prefix otherwise. A prefix that was not evaluated (None) does not pass.
     """
-    if ended and prefix_lengths and (p_correct[-1] or 0.0) >= thresholds.full:
+    if complete and prefix_lengths and _passes(p_correct[-1], policy.thresholds.full):
         return prefix_lengths[-1]
     accepted = 0
-    for length, probability in zip(prefix_lengths[: len(prefix_lengths) - ended], p_correct, strict=False):
-        if (probability or 0.0) >= thresholds.prefix:
+    for length, probability in zip(prefix_lengths[: len(prefix_lengths) - complete], p_correct, strict=False):
+        if _passes(probability, policy.thresholds.prefix):
             accepted = length
-        elif rule == "first_failure":
+        elif policy.rule == "first_failure":
             break
     return accepted
+
+
+def next_batch(
+    num_prefixes: int,
+    p_correct: Mapping[int, float],
+    policy: AcceptancePolicy | None,
+    *,
+    complete: bool,
+    max_batch: int,
+    answer_first: bool,
+) -> list[int]:
+    """The indices of the prefixes to evaluate next, at most `max_batch`; an empty list once the result is decided.
+
+    `p_correct` holds what is known so far. A complete answer that passes decides everything, so it is always in the
+    first batch, and with `answer_first` alone in it: that saves computing the prefixes where a further forward pass
+    costs little more than its tokens. Without a policy every prefix is evaluated.
+    """
+    last = num_prefixes - 1
+    if policy is not None and complete:
+        if last in p_correct and _passes(p_correct[last], policy.thresholds.full):
+            return []
+        if last not in p_correct:
+            others = [index for index in range(last) if index not in p_correct]
+            return [*([] if answer_first else others[: max_batch - 1]), last]
+    if policy is not None and policy.rule == "first_failure":
+        prefixes = range(num_prefixes - complete)
+        if any(index in p_correct and not _passes(p_correct[index], policy.thresholds.prefix) for index in prefixes):
+            return []
+    return [index for index in range(num_prefixes) if index not in p_correct][:max_batch]
+
+
+def _passes(probability: float | None, threshold: float) -> bool:
+    return probability is not None and probability >= threshold

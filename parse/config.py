@@ -86,15 +86,13 @@ class EngineSettings(Settings):
         return ways
 
 
-class MethodSettings(Settings):
+class VerificationSettings(Settings):
     """How drafts are judged, and what is made of them."""
 
-    auto: Literal["full", "progressive", "rounds", "exact"] = Field(
+    auto_mode: Literal["full", "progressive", "rounds", "exact"] = Field(
         "rounds", description='What mode "auto" does while drafting pays.'
     )
-    check_question: str = Field(
-        VERIFICATION_PROMPT, min_length=1, description="What the target is asked about each prefix."
-    )
+    prompt: str = Field(VERIFICATION_PROMPT, min_length=1, description="What the target is asked about each prefix.")
     correct: str = Field("Correct", min_length=1, description="The answer that accepts.")
     incorrect: str = Field("Incorrect", min_length=1, description="The answer that rejects.")
     full: float = Field(Thresholds.full, ge=0, le=1, description="P(correct) from which a whole draft is accepted.")
@@ -103,7 +101,7 @@ class MethodSettings(Settings):
         "first_failure",
         description="Which prefix is kept: the last before the first that fails, or the longest that passes.",
     )
-    places: tuple[PrefixBoundary, ...] = Field(
+    prefix_boundaries: tuple[PrefixBoundary, ...] = Field(
         ("tokens",), min_length=1, description="Where a draft is cut: every `stride` tokens, at sentence or line ends."
     )
     stride: int = Field(DEFAULT_STRIDE, ge=1, description="Tokens between two cuts.")
@@ -131,3 +129,5 @@ class MethodSettings(Settings):
 
     def thresholds(self) -> Thresholds:
         return Thresholds(self.full, self.prefix)
+
+

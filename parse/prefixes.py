@@ -1,4 +1,4 @@
-"""Where a draft is cut for judging. A cut c stands for its first c tokens."""
+"""At which lengths a draft is verified. A length n stands for the prefix of its first n tokens."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -9,20 +9,21 @@ SENTENCE_ENDS = ".", "!", "?", "…"
 PrefixBoundary = Literal["tokens", "sentences", "lines"]
 
 
-def prefix_lengths_every(stride: int, length: int, *, ended: bool) -> list[int]:
-    """Every `stride` tokens; at the very end only if the draft ended by itself, where it asks about the full answer."""
+def prefix_lengths_every(stride: int, length: int, *, complete: bool) -> list[int]:
+    """Every `stride` tokens. The whole draft is added only if it is complete, because it then is the whole answer."""
     if stride < 1:
-        raise ValueError(f"the stride between cuts must be at least 1, got {stride}")
+        raise ValueError(f"the stride between prefix lengths must be at least 1, got {stride}")
     lengths = list(range(stride, length, stride))
-    return [*lengths, length] if ended and length else lengths
+    return [*lengths, length] if complete and length else lengths
 
 
 def prefix_lengths_at(
-    boundaries: Sequence[PrefixBoundary], token_texts: Sequence[str], *, stride: int, ended: bool
+    boundaries: Sequence[PrefixBoundary], token_texts: Sequence[str], *, stride: int, complete: bool
 ) -> list[int]:
-    """Cuts at all the places named; `pieces` is the text of each of the draft's tokens."""
+    """The lengths at all the boundaries named. `token_texts` holds the text of each token of the draft."""
     if not boundaries or not set(boundaries) <= set(get_args(PrefixBoundary)):
-        raise ValueError(f"places must be some of {', '.join(get_args(PrefixBoundary))}, got {list(boundaries)}")
+        choices = ", ".join(get_args(PrefixBoundary))
+        raise ValueError(f"prefix_boundaries must be some of {choices}, got {list(boundaries)}")
     lengths = []
     for length in range(1, len(token_texts)):
         before, after = token_texts[length - 1], token_texts[length]
@@ -30,7 +31,5 @@ def prefix_lengths_at(
         ends_sentence = before.rstrip().endswith(SENTENCE_ENDS) and (before[-1:].isspace() or after[:1].isspace())
         if ("lines" in boundaries and ends_line) or ("sentences" in boundaries and ends_sentence):
             lengths.append(length)
-    regular = prefix_lengths_every(
-        stride if "tokens" in boundaries else len(token_texts) + 1, len(token_texts), ended=ended
-    )
-    return sorted({*lengths, *regular})
+    stride = stride if "tokens" in boundaries else len(token_texts) + 1
+    return sorted({*lengths, *prefix_lengths_every(stride, len(token_texts), complete=complete)})

@@ -7,47 +7,27 @@ from functools import reduce
 from itertools import zip_longest
 from typing import Literal
 
-
-class RequestError(ValueError):
-    """A request that cannot be served as it stands: names the field at fault and its limit."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.message = message
-
-    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str]]:
-        return type(self), (self.field, self.message)  # it may come from another process
-
-
-class NumericalError(RuntimeError):
-    """The model returned logits that are not numbers."""
-
-
-class RequestCancelled(RuntimeError):
-    """The caller gave the request up."""
-
-
-class EngineStopped(RuntimeError):
-    """The engine was shut down, or died, before the request was done."""
-
-
-FallbackCause = Literal["none_there", "does_not_pay", "busy", "lost", "silent", "slow", "refused", "failed"]
-
-
-class DraftUnavailable(RuntimeError):
-    """There is no draft to be had now, for a reason that is nobody's fault."""
-
-    def __init__(self, cause: FallbackCause, message: str) -> None:
-        super().__init__(message)
-        self.cause: FallbackCause = cause
-
-    def __reduce__(self) -> tuple[type["DraftUnavailable"], tuple[FallbackCause, str]]:
-        return type(self), (self.cause, str(self))  # it may come from another process
-
-
-class VerificationError(RuntimeError):
-    """A verifier's verdict does not fit what it was asked."""
+from parse.errors import (
+    DraftUnavailable as DraftUnavailable,
+)
+from parse.errors import (
+    EngineStopped as EngineStopped,
+)
+from parse.errors import (
+    FallbackCause as FallbackCause,
+)
+from parse.errors import (
+    NumericalError as NumericalError,
+)
+from parse.errors import (
+    RequestCancelled as RequestCancelled,
+)
+from parse.errors import (
+    RequestError as RequestError,
+)
+from parse.errors import (
+    VerificationError as VerificationError,
+)
 
 
 def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> list[int]:
@@ -138,6 +118,9 @@ class Logprob:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
+
+NO_STREAMING = 1 << 30
+"""A stream interval so long that everything comes in one delta."""
 
 FinishReason = Literal["stop", "length"]
 

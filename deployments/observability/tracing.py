@@ -33,7 +33,7 @@ def span_attributes(usage: Usage) -> dict[str, str | int]:
     if usage.speculation:
         counts["passes"] = usage.speculation.passes
     method = usage.speculation.method if usage.speculation else "none"
-    attributes = {"parse.mode": usage.mode, "parse.speculation": method}
+    attributes: dict[str, str | int] = {"parse.mode": usage.mode, "parse.speculation": method}
     return attributes | {f"parse.{name}": count for name, count in counts.items()}
 
 

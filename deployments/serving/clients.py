@@ -1,4 +1,8 @@
-"""Drafter and verifier at the other end of Ray Serve's handles, where replicas may die, hang or be busy."""
+"""Clients of the drafter and verifier replicas, which may die, hang or be busy.
+
+A lost call to a verifier is made again on another replica, from the tokens that have been received. A lost draft costs
+only speed.
+"""
 
 import asyncio
 import logging
@@ -15,15 +19,14 @@ from deployments.api.backend import Session
 from deployments.observability.metrics import RetryCause
 from deployments.serving.calls import CallContext, await_result, call_replica, stream_items, trace_stage
 from deployments.serving.circuit_breaker import CircuitBreaker
-from parse.prompts import VerificationSuffix
-from parse.protocol import NO_STREAMING, GenerationRequest
-from parse.types import DraftUnavailable, EngineStopped, MethodChoice, SamplingParams, TokenDelta, VerifyResult
+from parse.errors import DraftUnavailable, EngineStopped
+from parse.requests import DraftRequest, GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.types import NO_STREAMING, TokenDelta, VerifyResult
 
 logger = logging.getLogger(__name__)
 
 MAX_RETRIES = 8  # of one request; each waits for a replica that answers
-RETRY_BACKOFF_S = 0.1  # before a retry, and twice as long before each further one
-DEFAULT_SAMPLING_PARAMS = SamplingParams()
+RETRY_BACKOFF_S = 0.1  # before the first retry, and twice as long before each further one
 RETRY_CAUSES: Mapping[type[Exception], RetryCause] = {
     RayActorError: "died",
     TaskCancelledError: "cancelled",
@@ -34,82 +37,96 @@ RETRYABLE_ERRORS = tuple(RETRY_CAUSES)
 
 
 class RetriesExhausted(EngineStopped):
-    """Verifiers died on this request, one after the other."""
+    """One verifier after another was lost with this request."""
 
 
 class VerifierClient:
-    """`parse.protocol.Verifier` for one request: what is lost with a replica is asked again of another."""
+    """`parse.engines.protocol.Verifier` for one request."""
 
     def __init__(self, handle: DeploymentHandle, session: Session, circuit_breaker: CircuitBreaker) -> None:
         self._handle, self._session, self._circuit_breaker = handle, session, circuit_breaker
 
-    def _track_busy_time(self) -> AbstractContextManager[None]:
-        return self._circuit_breaker.track_busy_time() if self._session.counts_as_busy else nullcontext()
-
-    async def warm(self, prompt: Sequence[int]) -> int:
+    async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
         with trace_stage("warm", self._session) as context:
-            return await self._call_with_retries("warm", context, prompt)
+            return await self._call_with_retries("prefill", context, prompt_token_ids)
 
-    async def judge(
-        self,
-        prompt: Sequence[int],
-        draft: Sequence[int],
-        cuts: Sequence[int],
-        check: VerificationSuffix,
-        *,
-        full: float | None = None,
-        prefix: float | None = None,
-        logprobs: int | None = None,
-    ) -> VerifyResult:
+    async def verify(self, request: VerifyRequest) -> VerifyResult:
         with trace_stage("judge", self._session) as context, self._track_busy_time():
-            return await self._call_with_retries("judge", context, prompt, draft, cuts, check, full, prefix, logprobs)
+            return await self._call_with_retries("verify", context, request)
 
-    async def generate(
-        self,
-        prompt: Sequence[int],
-        output: Sequence[int] = (),
-        sampling: SamplingParams = DEFAULT_SAMPLING_PARAMS,
-        *,
-        proposal: Sequence[int] = (),
-        piece: int = 1,
-        speculation: MethodChoice | None = None,
-    ) -> AsyncGenerator[TokenDelta]:
-        """A retry goes on from what has been passed on already."""
-        generated_ids, remaining_proposal = tuple(output), tuple(proposal)
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
+        """Continues on another replica after the tokens that were received, if a stream breaks off."""
         with trace_stage("write", self._session) as context, self._track_busy_time():
             while True:
-                handle = self._handle.options(method_name="generate", session_id=self._session.id, stream=True)
                 try:
-                    stream = call_replica(
-                        handle, context, prompt, generated_ids, sampling, remaining_proposal, piece, speculation
-                    )
-                    async for tokens in stream_items(stream):
-                        self._circuit_breaker.record_success()
-                        generated_ids += tokens.token_ids
-                        remaining_proposal = (
-                            remaining_proposal[len(tokens.token_ids) :]
-                            if tokens.num_accepted == len(tokens.token_ids)
-                            else ()
-                        )
-                        yield tokens
-                        if tokens.finish_reason:
+                    async for delta in self._stream("generate", context, request):
+                        request = _after(request, delta)
+                        yield delta
+                        if delta.finish_reason:
                             return
                     raise EngineStopped("the stream ended before the answer")
                 except RETRYABLE_ERRORS as error:
                     await self._prepare_retry(error)
 
-    async def _call_with_retries(self, method: str, context: CallContext, *args: Any) -> Any:
+    async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
+        """Makes the whole call again if it is lost before the result of the verification, else generates the rest."""
+        result: VerifyResult | None = None
+        rest: GenerateRequest | None = None
+        with self._track_busy_time():
+            with trace_stage("judge", self._session) as context:
+                while result is None:
+                    stream = self._stream("verify_and_generate", context, request)
+                    try:
+                        result = await anext(stream, None)
+                        if result is None:
+                            raise EngineStopped("the stream ended before the result of the verification")
+                    except RETRYABLE_ERRORS as error:
+                        await self._prepare_retry(error)
+            try:
+                yield result
+                rest = request.continuation(request.accepted_prefix_length(result.p_correct))
+                if rest is None:
+                    return
+                with trace_stage("write", self._session):
+                    try:
+                        async for delta in stream:
+                            rest = _after(rest, delta)
+                            yield delta
+                            if delta.finish_reason:
+                                return
+                        raise EngineStopped("the stream ended before the answer")
+                    except RETRYABLE_ERRORS as error:
+                        await self._prepare_retry(error)
+            finally:
+                await stream.aclose()
+        async for delta in self.generate(rest):
+            yield delta
+
+    def _track_busy_time(self) -> AbstractContextManager[None]:
+        return self._circuit_breaker.track_busy_time() if self._session.counts_as_busy else nullcontext()
+
+    async def _stream(self, method: str, context: CallContext, request: Any) -> AsyncGenerator[Any]:
+        handle = self._handle.options(method_name=method, session_id=self._session.id, stream=True)
+        items = stream_items(call_replica(handle, context, request))
+        try:
+            async for item in items:
+                self._circuit_breaker.record_success()
+                yield item
+        finally:
+            await items.aclose()
+
+    async def _call_with_retries(self, method: str, context: CallContext, request: Any) -> Any:
         while True:
             handle = self._handle.options(method_name=method, session_id=self._session.id)
             try:
-                result = await await_result(call_replica(handle, context, *args))
+                result = await await_result(call_replica(handle, context, request))
                 self._circuit_breaker.record_success()
                 return result
             except RETRYABLE_ERRORS as error:
                 await self._prepare_retry(error)
 
     async def _prepare_retry(self, error: Exception) -> None:
-        """A changed session leads to another replica, where there is one."""
+        """Waits, and changes the session so that it leads to another replica if there is one."""
         if self._session.num_retries >= MAX_RETRIES:
             raise RetriesExhausted("the verifiers keep failing") from error
         logger.warning(
@@ -123,32 +140,37 @@ class VerifierClient:
         )
 
 
+def _after(request: GenerateRequest, delta: TokenDelta) -> GenerateRequest:
+    """What is left of a request once these tokens have been received."""
+    still_follows_draft = delta.num_accepted == len(delta.token_ids)
+    return replace(
+        request,
+        output_token_ids=(*request.output_token_ids, *delta.token_ids),
+        draft_token_ids=request.draft_token_ids[len(delta.token_ids) :] if still_follows_draft else (),
+    )
+
+
 class DrafterClient:
-    """`parse.protocol.Drafter` for one request: whatever goes wrong, there is no draft, and soon."""
+    """`parse.engines.protocol.Drafter` for one request. Whatever goes wrong, it soon reports that there is no draft."""
 
     def __init__(self, handle: DeploymentHandle, session: Session, circuit_breaker: CircuitBreaker) -> None:
         self._handle, self._session, self._circuit_breaker = handle, session, circuit_breaker
 
-    async def draft(
-        self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
-    ) -> AsyncGenerator[TokenDelta]:
-        draft_request = replace(request, prediction=None)
+    async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
         session_id = self._session.id
         with trace_stage("draft", self._session) as context:
             async with self._circuit_breaker.fail_fast():
                 try:
-                    if stream_interval >= NO_STREAMING:
+                    if request.stream_interval >= NO_STREAMING:
                         handle = self._handle.options(method_name="draft_complete", session_id=session_id)
-                        draft = await await_result(call_replica(handle, context, draft_request, output))
+                        draft = await await_result(call_replica(handle, context, request))
                         self._circuit_breaker.record_success()
                         yield draft
                     else:
                         handle = self._handle.options(method_name="draft", session_id=session_id, stream=True)
-                        async for tokens in stream_items(
-                            call_replica(handle, context, draft_request, output, stream_interval)
-                        ):
+                        async for delta in stream_items(call_replica(handle, context, request)):
                             self._circuit_breaker.record_success()
-                            yield tokens
+                            yield delta
                 except BackPressureError:
                     raise DraftUnavailable("busy", "the drafters are busy") from None
                 except RETRYABLE_ERRORS as error:

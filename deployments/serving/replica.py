@@ -11,10 +11,11 @@ from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import EXPORT_INTERVAL_S, MetricsRecorder
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.engine import EngineStats
-from parse.engines.native.service import NativeEngine
 from parse.prompts import VerificationSuffix
-from parse.types import MethodChoice, SamplingParams
+from parse.requests import GenerateRequest, VerifyRequest
+from parse.types import SamplingParams
 
 MAX_STEP_DURATION_S = 30.0  # a step takes no longer than that
 
@@ -36,7 +37,7 @@ class ModelReplica:
     def __init__(self, settings: EngineSettings) -> None:
         logs.attach_to_serve_logger()
         hide_unassigned_gpus()
-        self.engine = NativeEngine(settings)
+        self.engine = load_native_engine(settings)
         self._last_step_count, self._last_progress_at = 0, time.monotonic()
         self._recorder = MetricsRecorder(metrics.ENGINE_METRICS, deployment=type(self).__name__)
         self._export_task: asyncio.Task[None] | None = None
@@ -45,12 +46,19 @@ class ModelReplica:
         """What is done only once, before anybody waits for it: kernels compiled, memory touched."""
         num_tokens = min(64, self.engine.max_model_len // 4)
         prompt = [token % self.engine.model.vocab_size for token in range(num_tokens)]
-        suffix = VerificationSuffix(token_ids=(0,), correct_token_ids=(0,), incorrect_token_ids=(1,))
-        await self.engine.judge(prompt, prompt, range(8, num_tokens + 1, 8), suffix, logprobs=0)
-        greedy = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        methods: tuple[MethodChoice, ...] = (*self.engine.methods, "none")
-        for method in methods:
-            async for _ in self.engine.generate(prompt, sampling=greedy, speculation=method):
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+        verify = VerifyRequest(
+            prompt_token_ids=prompt,
+            draft_token_ids=prompt,
+            prefix_lengths=range(8, num_tokens + 1, 8),
+            suffix=VerificationSuffix(token_ids=(0,), correct_token_ids=(0,), incorrect_token_ids=(1,)),
+            policy=None,
+            num_logprobs=0,
+        )
+        await self.engine.verify(verify)
+        for method in (*self.engine.methods, "none"):
+            generate = GenerateRequest(prompt_token_ids=prompt, sampling_params=params, speculative_method=method)
+            async for _ in self.engine.generate(generate):
                 pass
         self.engine.reset_prefix_cache()
         self.engine.reset_acceptance_history()

@@ -20,7 +20,7 @@ from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.serving.clients import DrafterClient, VerifierClient
 from deployments.serving.overlap import BusyTime
 from deployments.serving.replica import ReplicaInfo
-from parse.config import MethodSettings
+from parse.config import VerificationSettings
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
 
@@ -36,11 +36,11 @@ class Router:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it needs no GPU and takes no memory of one
         self._settings = settings
         target = settings.target.model
-        method = MethodSettings.for_model(target, **settings.method.model_dump(exclude_unset=True))
+        verification = VerificationSettings.for_model(target, **settings.verification.model_dump(exclude_unset=True))
         tokenizer = AutoTokenizer.from_pretrained(target)
-        suffix = build_verification_suffix(tokenizer, method.check_question, method.correct, method.incorrect)
+        suffix = build_verification_suffix(tokenizer, verification.prompt, verification.correct, verification.incorrect)
         self._verifier, self._drafter = verifier, drafter
-        max_model_len = (await verifier.describe.remote()).max_model_len
+        capabilities = await verifier.capabilities.remote()
         self._busy_time = BusyTime()
         self._recorder = MetricsRecorder(metrics.ROUTER_METRICS, deployment="Router")
         self._routers = serve.get_deployment_handle(
@@ -51,11 +51,10 @@ class Router:
             self._circuit_breakers["drafter"] = CircuitBreaker("drafter", drafter, self._busy_time)
         self._pipeline = Pipeline(
             verifier=VerifierClient(verifier, Session(""), self._circuit_breakers["verifier"]),
+            capabilities=capabilities,
             tokenizer=tokenizer,
-            check=suffix,
-            settings=method,
-            longest=max_model_len,
-            methods=tuple(config.method for config in settings.target.speculation),
+            suffix=suffix,
+            settings=verification,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -63,7 +62,8 @@ class Router:
 
     async def describe(self) -> ReplicaInfo:
         visible_gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return ReplicaInfo(self._settings.model_name, "none", visible_gpus, self._pipeline.longest or 0, os.getpid())
+        max_model_len = self._pipeline.capabilities.max_model_len
+        return ReplicaInfo(self._settings.model_name, "none", visible_gpus, max_model_len, os.getpid())
 
     async def collect_metrics(self) -> ReplicaMetrics:
         return self._recorder.collect()

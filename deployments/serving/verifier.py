@@ -1,46 +1,37 @@
-"""The target in replicas of its own: judges drafts and writes."""
+"""The verifier deployment: the target verifies drafts and generates."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from deployments.serving.replica import ModelReplica
 from parse.config import EngineSettings
-from parse.prompts import VerificationSuffix
-from parse.types import MethodChoice, SamplingParams, TokenDelta, VerifyResult
+from parse.engines.protocol import Capabilities
+from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.types import TokenDelta, VerifyResult
 
 
 class Verifier(ModelReplica):
-    """`parse.protocol.Verifier`, a call at a time."""
+    """`parse.engines.protocol.Verifier` in replicas of its own."""
 
     async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         super().__init__(settings)
         await self.warm_up()
 
-    async def warm(self, prompt: Sequence[int]) -> int:
-        return await self.engine.warm(prompt)
+    async def capabilities(self) -> Capabilities:
+        return self.engine.capabilities()
 
-    async def judge(
-        self,
-        prompt: Sequence[int],
-        draft: Sequence[int],
-        cuts: Sequence[int],
-        check: VerificationSuffix,
-        full: float | None,
-        prefix: float | None,
-        logprobs: int | None,
-    ) -> VerifyResult:
-        return await self.engine.judge(prompt, draft, cuts, check, full=full, prefix=prefix, logprobs=logprobs)
+    async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
+        return await self.engine.prefill(prompt_token_ids)
 
-    async def generate(
-        self,
-        prompt: Sequence[int],
-        output: Sequence[int],
-        sampling: SamplingParams,
-        proposal: Sequence[int],
-        piece: int,
-        speculation: MethodChoice | None,
-    ) -> AsyncGenerator[TokenDelta]:
-        stream = self.engine.generate(prompt, output, sampling, proposal=proposal, piece=piece, speculation=speculation)
-        async with aclosing(stream) as deltas:
-            async for tokens in deltas:
-                yield tokens
+    async def verify(self, request: VerifyRequest) -> VerifyResult:
+        return await self.engine.verify(request)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
+        async with aclosing(self.engine.generate(request)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
+        async with aclosing(self.engine.verify_and_generate(request)) as items:
+            async for item in items:
+                yield item

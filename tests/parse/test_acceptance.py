@@ -1,48 +1,96 @@
+import random
+
 import pytest
 
-from parse.acceptance import Thresholds, accepted_prefix_length
-from parse.types import RequestError
+from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length, next_batch
+from parse.errors import RequestError
 
-HALF = Thresholds(0.5, 0.5)
+HALF = AcceptancePolicy(Thresholds(0.5, 0.5))
+LONGEST = AcceptancePolicy(Thresholds(0.5, 0.5), "longest_passing")
 
 
 def test_a_full_answer_that_passes_is_kept_whatever_its_prefixes_say():
-    assert accepted_prefix_length([4, 8, 10], [0.1, 0.9, 0.6], HALF, ended=True) == 10
+    assert accepted_prefix_length([4, 8, 10], [0.1, 0.9, 0.6], HALF, complete=True) == 10
 
 
 def test_else_the_last_prefix_before_the_first_failure_is_kept():
-    assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], HALF, ended=True) == 4
+    assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], HALF, complete=True) == 4
 
 
 def test_nothing_is_kept_when_the_first_prefix_fails():
-    assert accepted_prefix_length([4, 8], [0.4, 0.9], HALF, ended=False) == 0
+    assert accepted_prefix_length([4, 8], [0.4, 0.9], HALF, complete=False) == 0
 
 
 def test_a_draft_that_was_cut_off_has_no_full_answer_to_accept():
-    assert accepted_prefix_length([4, 8], [0.2, 0.9], HALF, ended=False) == 0
-    assert accepted_prefix_length([4, 8], [0.9, 0.9], HALF, ended=False) == 8
+    assert accepted_prefix_length([4, 8], [0.2, 0.9], HALF, complete=False) == 0
+    assert accepted_prefix_length([4, 8], [0.9, 0.9], HALF, complete=False) == 8
 
 
-def test_no_cuts_keep_nothing():
-    assert accepted_prefix_length([], [], HALF, ended=True) == 0
+def test_without_prefixes_nothing_is_kept():
+    assert accepted_prefix_length([], [], HALF, complete=True) == 0
 
 
 def test_the_two_thresholds_are_separate_and_inclusive():
-    strict = Thresholds(full=0.9, prefix=0.5)
-    assert accepted_prefix_length([4, 8], [0.5, 0.8], strict, ended=True) == 4
-    assert accepted_prefix_length([4, 8], [0.5, 0.9], strict, ended=True) == 8
+    strict = AcceptancePolicy(Thresholds(full=0.9, prefix=0.5))
+    assert accepted_prefix_length([4, 8], [0.5, 0.8], strict, complete=True) == 4
+    assert accepted_prefix_length([4, 8], [0.5, 0.9], strict, complete=True) == 8
 
 
-def test_what_was_not_asked_does_not_pass():
-    assert accepted_prefix_length([4, 8, 10], [0.9, None, None], HALF, ended=True) == 4
-    assert accepted_prefix_length([4, 8, 10], [None, None, 0.9], HALF, ended=True) == 10
+def test_a_prefix_that_was_not_evaluated_does_not_pass():
+    assert accepted_prefix_length([4, 8, 10], [0.9, None, None], HALF, complete=True) == 4
+    assert accepted_prefix_length([4, 8, 10], [None, None, 0.9], HALF, complete=True) == 10
 
 
 def test_the_longest_passing_prefix_is_kept_under_the_other_rule():
-    assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], HALF, ended=True, rule="longest_passing") == 12
+    assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], LONGEST, complete=True) == 12
 
 
 def test_a_threshold_that_is_no_probability_is_refused():
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(RequestError, match=r"thresholds\.prefix"):
             Thresholds(prefix=value)
+
+
+def evaluate(p_correct, policy, *, complete, max_batch, answer_first):
+    """The probabilities that are evaluated, in the order that `next_batch` asks for, and the number of batches."""
+    known: dict[int, float] = {}
+    batches = 0
+    while batch := next_batch(
+        len(p_correct), known, policy, complete=complete, max_batch=max_batch, answer_first=answer_first
+    ):
+        assert batch == sorted(set(batch)) and len(batch) <= max_batch and not known.keys() & set(batch)
+        known.update((index, p_correct[index]) for index in batch)
+        batches += 1
+    return [known.get(index) for index in range(len(p_correct))], batches
+
+
+@pytest.mark.parametrize("answer_first", [False, True])
+@pytest.mark.parametrize("max_batch", [1, 2, 100])
+def test_what_is_left_out_of_the_evaluation_never_changes_the_result(answer_first, max_batch):
+    """Held against evaluating everything, under random thresholds, rules and probabilities."""
+    rng = random.Random(3)
+    skipped = 0
+    for _ in range(500):
+        p_correct = [rng.random() for _ in range(rng.randint(0, 6))]
+        lengths = list(range(1, len(p_correct) + 1))
+        policy = AcceptancePolicy(
+            Thresholds(rng.random(), rng.random()), rng.choice(["first_failure", "longest_passing"])
+        )
+        complete = rng.random() < 0.5
+        known, _ = evaluate(p_correct, policy, complete=complete, max_batch=max_batch, answer_first=answer_first)
+        assert accepted_prefix_length(lengths, known, policy, complete=complete) == accepted_prefix_length(
+            lengths, p_correct, policy, complete=complete
+        )
+        skipped += known.count(None)
+    assert skipped > 0 or (max_batch > 6 and not answer_first)
+
+
+def test_a_complete_answer_is_evaluated_alone_only_where_that_saves_work():
+    p_correct = [0.1, 0.9, 0.9]
+    assert evaluate(p_correct, HALF, complete=True, max_batch=9, answer_first=True) == ([None, None, 0.9], 1)
+    assert evaluate(p_correct, HALF, complete=True, max_batch=9, answer_first=False) == (p_correct, 1)
+    assert evaluate(p_correct, HALF, complete=True, max_batch=2, answer_first=False) == ([0.1, None, 0.9], 1)
+
+
+def test_without_a_policy_every_prefix_is_evaluated():
+    assert evaluate([0.1, 0.9, 0.9], None, complete=True, max_batch=2, answer_first=True) == ([0.1, 0.9, 0.9], 2)

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.__main__ import main
-from parse.config import METHOD_FILE, EngineSettings, MethodSettings
+from parse.config import METHOD_FILE, EngineSettings, VerificationSettings
 from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
-from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
+from parse.events import Finished, TextDelta
+from parse.local import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET, LocalPair
 from parse.prompts import chat_prompt_token_ids
-from parse.protocol import Finished, GenerationRequest, TextDelta
+from parse.requests import GenerationRequest
 from parse.types import SamplingParams
 from training import measure
 from training.examples import ExampleBuilder
@@ -38,81 +39,81 @@ def pair():
     pair.close()
 
 
-def turns(given):
-    return [{"role": "user", "content": given.question}]
+def messages_of(problem):
+    return [{"role": "user", "content": problem.question}]
 
 
-def answered(pair, given, mode, sampling=GREEDY, **asked):
+def answered(pair, problem, mode, params=GREEDY, **fields):
     async def collect():
-        question = GenerationRequest(
-            chat_prompt_token_ids(pair.tokenizer, turns(given)), turns(given), sampling, mode, **asked
+        request = GenerationRequest(
+            chat_prompt_token_ids(pair.tokenizer, messages_of(problem)), messages_of(problem), params, mode, **fields
         )
-        return [event async for event in pair.pipeline.answer(question)]
+        return [event async for event in pair.pipeline.generate(request)]
 
     events = asyncio.run(collect())
-    pieces = [event for event in events if isinstance(event, TextDelta)]
-    ids = [token for piece in pieces for token in piece.token_ids]
-    assert "".join(piece.text for piece in pieces) == pair.tokenizer.decode(ids, skip_special_tokens=True)
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    ids = [token for delta in deltas for token in delta.token_ids]
+    assert "".join(delta.text for delta in deltas) == pair.tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(events[-1], Finished)
     return ids, events[-1]
 
 
 def test_the_target_alone_writes_what_generate_writes(pair):
     peer = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
-    for given in PROBLEMS[:4]:
-        prompt = torch.tensor([chat_prompt_token_ids(pair.tokenizer, turns(given))])
-        wanted = peer.generate(prompt, do_sample=False, max_new_tokens=240)[0, prompt.shape[1] :].tolist()
-        ids, done = answered(pair, given, "off")
-        assert [*ids, pair.tokenizer.eos_token_id] == wanted and done.finish_reason == "stop"
+    for problem in PROBLEMS[:4]:
+        prompt = torch.tensor([chat_prompt_token_ids(pair.tokenizer, messages_of(problem))])
+        expected = peer.generate(prompt, do_sample=False, max_new_tokens=240)[0, prompt.shape[1] :].tolist()
+        ids, finished = answered(pair, problem, "off")
+        assert [*ids, pair.tokenizer.eos_token_id] == expected and finished.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("mode", ["full", "rounds", "progressive"])
 def test_drafts_are_taken_and_the_answers_are_right(pair, mode):
     writer = ExampleBuilder(pair.tokenizer, own=TARGET)
-    right = accepted = drafted = 0
-    for given in PROBLEMS:
-        ids, done = answered(pair, given, mode)
-        right += done.finish_reason == "stop" and measure.is_correct(writer, given, [*ids, writer.eos_token_id])
-        accepted, drafted = accepted + done.usage.accepted_tokens, drafted + done.usage.draft_tokens
-        assert len(ids) == done.usage.accepted_tokens + done.usage.target_tokens
+    right = accepted = draft_tokens = 0
+    for problem in PROBLEMS:
+        ids, finished = answered(pair, problem, mode)
+        right += finished.finish_reason == "stop" and measure.is_correct(writer, problem, [*ids, writer.eos_token_id])
+        accepted, draft_tokens = accepted + finished.usage.accepted_tokens, draft_tokens + finished.usage.draft_tokens
+        assert len(ids) == finished.usage.accepted_tokens + finished.usage.target_tokens
     assert right >= len(PROBLEMS) - 1
-    assert accepted > drafted / 2
+    assert accepted > draft_tokens / 2
 
 
 def test_exact_is_the_target_alone_whatever_was_drafted(pair):
-    for seed, given in enumerate(PROBLEMS[:5]):
-        assert answered(pair, given, "exact")[0] == answered(pair, given, "off")[0]
+    for seed, problem in enumerate(PROBLEMS[:5]):
+        assert answered(pair, problem, "exact")[0] == answered(pair, problem, "off")[0]
         sampled = SamplingParams(temperature=1.0, seed=seed, max_tokens=60)
-        assert answered(pair, given, "exact", sampled)[0] == answered(pair, given, "off", sampled)[0]
+        assert answered(pair, problem, "exact", sampled)[0] == answered(pair, problem, "off", sampled)[0]
 
 
 def test_a_right_prediction_is_taken_whole_and_nothing_is_written(pair):
     own, _ = answered(pair, PROBLEMS[0], "off")
     for mode in ("full", "progressive", "rounds", "exact"):
-        ids, done = answered(pair, PROBLEMS[0], mode, prediction=own)
-        assert ids == own and done.usage.accepted_tokens == len(own) and done.usage.target_tokens == 0
+        ids, finished = answered(pair, PROBLEMS[0], mode, prediction=own)
+        assert ids == own and finished.usage.accepted_tokens == len(own) and finished.usage.target_tokens == 0
 
 
 def test_log_probabilities_are_the_targets_whoever_wrote(pair):
-    question = GenerationRequest(
-        chat_prompt_token_ids(pair.tokenizer, turns(PROBLEMS[0])),
+    request = GenerationRequest(
+        chat_prompt_token_ids(pair.tokenizer, messages_of(PROBLEMS[0])),
         sampling_params=SamplingParams(temperature=0.0, logprobs=2),
     )
 
     async def collect():
-        return [e async for e in pair.pipeline.answer(question) if isinstance(e, TextDelta)]
+        return [e async for e in pair.pipeline.generate(request) if isinstance(e, TextDelta)]
 
-    pieces = asyncio.run(collect())
-    ids = [token for piece in pieces for token in piece.token_ids]
-    found = [logprob for piece in pieces for logprob in piece.logprobs]
+    deltas = asyncio.run(collect())
+    ids = [token for delta in deltas for token in delta.token_ids]
+    logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
     peer = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
     with torch.inference_mode():
-        logits = peer(input_ids=torch.tensor([[*question.prompt_token_ids, *ids]])).logits[
-            0, len(question.prompt_token_ids) - 1 : -1
+        logits = peer(input_ids=torch.tensor([[*request.prompt_token_ids, *ids]])).logits[
+            0, len(request.prompt_token_ids) - 1 : -1
         ]
-    wanted = logits.log_softmax(-1)
-    assert len(found) == len(ids) and all(len(logprob.top) == 2 for logprob in found)
-    for row, token, logprob in zip(wanted, ids, found, strict=True):
+    expected = logits.log_softmax(-1)
+    assert len(logprobs) == len(ids) and all(len(logprob.top) == 2 for logprob in logprobs)
+    for row, token, logprob in zip(expected, ids, logprobs, strict=True):
         assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-3)
         assert logprob.top[0][1] == pytest.approx(float(row.max()), abs=1e-3)
 
@@ -148,9 +149,9 @@ def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
             other.pipeline.drafter, RetokenizingDrafter
         )
         accepted = 0
-        for given in PROBLEMS[:4]:
+        for problem in PROBLEMS[:4]:
             for mode in ("full", "rounds"):
-                ours, theirs = answered(pair, given, mode), answered(other, given, mode)
+                ours, theirs = answered(pair, problem, mode), answered(other, problem, mode)
                 assert ours[0] == theirs[0]
                 accepted += theirs[1].usage.accepted_tokens
         assert accepted > 100
@@ -159,36 +160,38 @@ def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
 
 
 def test_the_demo_is_asked_what_it_was_taught():
-    assert MethodSettings.for_model(DEMO_TARGET).check_question == VERIFICATION_PROMPT
+    assert VerificationSettings.for_model(DEMO_TARGET).prompt == VERIFICATION_PROMPT
 
 
 def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):
     (tmp_path / METHOD_FILE).write_text('{"full": 0.5, "prefix": 0.4}')
-    method = MethodSettings.for_model(str(tmp_path), prefix=0.6)
-    assert (method.full, method.prefix) == (0.5, 0.6)
-    assert MethodSettings.for_model("no/such-model") == MethodSettings()
+    settings = VerificationSettings.for_model(str(tmp_path), prefix=0.6)
+    assert (settings.full, settings.prefix) == (0.5, 0.6)
+    assert VerificationSettings.for_model("no/such-model") == VerificationSettings()
     for broken in ("{", "[1]", '{"fool": 0.5}'):
         (tmp_path / METHOD_FILE).write_text(broken)
         with pytest.raises(ValueError, match=str(tmp_path / METHOD_FILE)):
-            MethodSettings.for_model(str(tmp_path))
+            VerificationSettings.for_model(str(tmp_path))
 
 
 def test_the_command_answers_and_tells_what_happened(capsys):
     main([QUESTION, "--mode", "full"])
-    answer, figures = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     assert "Ben" in answer.splitlines()[-1] and "80" in answer.splitlines()[-1]
-    assert re.match(r"mode full; accepted \d+ of \d+ drafted tokens in 1 round\(s\); target wrote \d+; draft", figures)
+    assert re.match(
+        r"mode full; accepted \d+ of \d+ draft tokens in 1 round\(s\); the target generated \d+; draft", summary
+    )
 
 
 def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
-    said = []
-    for how in ([], ["--speculation", "parallel", "--head", str(DEMO / "demo-parallel")]):
+    answers = []
+    for how in ([], ["--speculation", "parallel", "--head", str(DEMO_MODELS / "demo-parallel")]):
         main([QUESTION, "--mode", "off", *how])
-        answer, figures = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
-        said.append(answer)
-    assert said[0] == said[1]
-    found = re.match(r"mode off; target wrote (\d+) in (\d+) passes by parallel; draft", figures)
-    assert found and int(found[1]) > 2 * int(found[2])
+        answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+        answers.append(answer)
+    assert answers[0] == answers[1]
+    match = re.match(r"mode off; the target generated (\d+) in (\d+) passes by parallel; draft", summary)
+    assert match and int(match[1]) > 2 * int(match[2])
 
 
 @pytest.mark.parametrize(

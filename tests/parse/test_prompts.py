@@ -6,20 +6,25 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
+from parse.errors import RequestError
 from parse.prompts import TemplateError, build_verification_suffix, chat_prompt_token_ids
-from parse.types import RequestError
 
 
-def test_prompt_probe_and_conversation_are_the_same_tokens(tokenizer):
+def test_prompt_draft_suffix_and_conversation_are_the_same_tokens(tokenizer):
     """Prompt, draft and suffix, concatenated, are what the template makes of the finished conversation."""
-    turns = [{"role": "system", "content": "Answer step by step."}, {"role": "user", "content": "How many nuts now?"}]
+    messages = [
+        {"role": "system", "content": "Answer step by step."},
+        {"role": "user", "content": "How many nuts now?"},
+    ]
     answer, question = "So Max has 5 nuts now.", "Is this right so far?"
-    after = [*turns, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-    whole = tokenizer.apply_chat_template(after, add_generation_prompt=True)["input_ids"]
-    check = build_verification_suffix(tokenizer, question)
-    assert chat_prompt_token_ids(tokenizer, turns) + tokenizer.encode(answer) + list(check.token_ids) == whole
-    assert tokenizer.decode(check.correct_token_ids[0]) == "Correct"
-    assert tokenizer.decode(check.incorrect_token_ids[0]) == "Incorrect"
+    after = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    conversation = tokenizer.apply_chat_template(after, add_generation_prompt=True)["input_ids"]
+    suffix = build_verification_suffix(tokenizer, question)
+    assert (
+        chat_prompt_token_ids(tokenizer, messages) + tokenizer.encode(answer) + list(suffix.token_ids) == conversation
+    )
+    assert tokenizer.decode(suffix.correct_token_ids[0]) == "Correct"
+    assert tokenizer.decode(suffix.incorrect_token_ids[0]) == "Incorrect"
 
 
 def test_a_template_that_rewrites_the_generation_prompt_is_refused(tokenizer):
@@ -34,9 +39,9 @@ def test_a_template_that_rewrites_the_generation_prompt_is_refused(tokenizer):
 def test_words_of_several_tokens_are_told_apart_by_the_first_that_differs(tokenizer):
     """In the demo's tokenizer a word beyond the task is spelled, byte by byte."""
     plain = build_verification_suffix(tokenizer, "Is this right so far?")
-    check = build_verification_suffix(tokenizer, "Is this right so far?", correct="Perhaps", incorrect="Perfect")
-    assert check.token_ids == (*plain.token_ids, *tokenizer.encode("Per"))
-    assert [tokenizer.decode(ids) for ids in (check.correct_token_ids, check.incorrect_token_ids)] == ["h", "f"]
+    suffix = build_verification_suffix(tokenizer, "Is this right so far?", correct="Perhaps", incorrect="Perfect")
+    assert suffix.token_ids == (*plain.token_ids, *tokenizer.encode("Per"))
+    assert [tokenizer.decode(ids) for ids in (suffix.correct_token_ids, suffix.incorrect_token_ids)] == ["h", "f"]
 
 
 def test_a_word_counts_with_a_leading_space_too():
@@ -47,8 +52,8 @@ def test_a_word_counts_with_a_leading_space_too():
         tokenizer_object=model, chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}",
         extra_special_tokens=["</s>"],
     )  # fmt: skip
-    check = build_verification_suffix(tokenizer, "Ask", correct="Yes", incorrect="No")
-    assert (check.correct_token_ids, check.incorrect_token_ids) == ((3, 5), (4, 6))
+    suffix = build_verification_suffix(tokenizer, "Ask", correct="Yes", incorrect="No")
+    assert (suffix.correct_token_ids, suffix.incorrect_token_ids) == ((3, 5), (4, 6))
 
 
 @pytest.mark.parametrize(("correct", "incorrect"), [("Yes", "Yes"), ("Per", "Perhaps")])

@@ -1,6 +1,6 @@
-"""Models that draft for a target: in its own tokens, or in others, where text is what travels."""
+"""Drafters over the native engine: with the target's tokenizer, or with another one, where text is exchanged."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -8,51 +8,55 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.native.service import NativeEngine
+from parse.engines.protocol import Drafter
 from parse.prompts import chat_prompt_token_ids
-from parse.protocol import Drafter, GenerationRequest
+from parse.requests import DraftRequest, GenerateRequest
 from parse.types import TokenDelta
 
 
 class SharedVocabularyDrafter:
-    """A drafter that reads and writes the target's tokens."""
+    """Reads and writes the target's tokens."""
 
     def __init__(self, engine: NativeEngine) -> None:
         self.engine = engine
 
-    def draft(
-        self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
-    ) -> AsyncGenerator[TokenDelta]:
-        sampling = replace(request.sampling_params, logprobs=None)
-        return self.engine.generate(request.prompt_token_ids, output, sampling, piece=stream_interval)
+    def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
+        return self.engine.generate(
+            GenerateRequest(
+                prompt_token_ids=request.prompt_token_ids,
+                output_token_ids=request.output_token_ids,
+                sampling_params=replace(request.sampling_params, logprobs=None),
+                stream_interval=request.stream_interval,
+            )
+        )
 
 
 class RetokenizingDrafter:
-    """A drafter with a tokenizer of its own: text travels, cut where a word begins so that no token is torn."""
+    """Has a tokenizer of its own. Text is passed on where a word begins, so that no token is torn apart."""
 
     def __init__(self, engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase) -> None:
         self.engine, self.target_tokenizer = engine, target_tokenizer
-        chat_prompt_token_ids(
-            engine.model.tokenizer, [{"role": "user", "content": "Hello."}]
-        )  # fails now rather than later
+        # A tokenizer without a chat template is found out now and not by the first request.
+        chat_prompt_token_ids(engine.model.tokenizer, [{"role": "user", "content": "Hello."}])
 
-    async def draft(
-        self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
-    ) -> AsyncGenerator[TokenDelta]:
-        mine = self.engine.model.tokenizer
-        prompt = chat_prompt_token_ids(mine, request.messages)
-        said = mine.encode(
-            self.target_tokenizer.decode(list(output), skip_special_tokens=True), add_special_tokens=False
+    async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
+        tokenizer = self.engine.model.tokenizer
+        output = self.target_tokenizer.decode(list(request.output_token_ids), skip_special_tokens=True)
+        generate = GenerateRequest(
+            prompt_token_ids=chat_prompt_token_ids(tokenizer, request.messages),
+            output_token_ids=tokenizer.encode(output, add_special_tokens=False),
+            # Biases name the target's tokens. The token limit counts them too, so the receiver applies it.
+            sampling_params=replace(request.sampling_params, logprobs=None, logit_bias={}, max_tokens=None),
+            stream_interval=request.stream_interval,
         )
-        # Biases name the target's tokens; its token limit is kept by whoever asked.
-        sampling = replace(request.sampling_params, logprobs=None, logit_bias={}, max_tokens=None)
-        text, held = IncrementalDetokenizer(mine), ""
-        async with aclosing(self.engine.generate(prompt, said, sampling, piece=stream_interval)) as pieces:
-            async for tokens in pieces:
-                held += text.add(tokens.token_ids) + (text.finish() if tokens.finish_reason else "")
-                border = len(held) if tokens.finish_reason else _last_word_start(held)
-                ids = self.target_tokenizer.encode(held[:border], add_special_tokens=False)
-                held = held[border:]
-                yield TokenDelta(tuple(ids), finish_reason=tokens.finish_reason)
+        detokenizer, pending = IncrementalDetokenizer(tokenizer), ""
+        async with aclosing(self.engine.generate(generate)) as deltas:
+            async for delta in deltas:
+                pending += detokenizer.add(delta.token_ids) + (detokenizer.finish() if delta.finish_reason else "")
+                end = len(pending) if delta.finish_reason else _last_word_start(pending)
+                token_ids = self.target_tokenizer.encode(pending[:end], add_special_tokens=False)
+                pending = pending[end:]
+                yield TokenDelta(tuple(token_ids), finish_reason=delta.finish_reason)
 
 
 def shares_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -60,16 +64,14 @@ def shares_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBa
 
 
 def drafter_for(engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase) -> Drafter:
-    return (
-        SharedVocabularyDrafter(engine)
-        if shares_vocabulary(engine.model.tokenizer, target_tokenizer)
-        else RetokenizingDrafter(engine, target_tokenizer)
-    )
+    if shares_vocabulary(engine.model.tokenizer, target_tokenizer):
+        return SharedVocabularyDrafter(engine)
+    return RetokenizingDrafter(engine, target_tokenizer)
 
 
 def _last_word_start(text: str) -> int:
-    """Where the last word begins, with the space before it; nothing is certain about a word that may grow."""
-    at = len(text.rstrip())
-    while at and not text[at - 1].isspace():
-        at -= 1
-    return max(0, at - 1)
+    """The index of the last word, which may still grow, with the space before it."""
+    index = len(text.rstrip())
+    while index and not text[index - 1].isspace():
+        index -= 1
+    return max(0, index - 1)

@@ -122,6 +122,7 @@ class EngineCore:
             self._make_attention = PagedAttention
         num_blocks = max_sequences * sequence_capacity // block_size
         self._lock = CPU_LOCK if model.device.type == "cpu" else nullcontext()
+        self.block_size = block_size
         self.max_sequence_length = min(sequence_capacity, num_blocks * block_size)
         self._kv_cache = KVCache(num_blocks + cuda_graphs, block_size)  # one that is nobody's
         self._cuda_graphs = (

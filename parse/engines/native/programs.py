@@ -1,8 +1,7 @@
-"""What requests do, as small programs: each asks for a tree to be run on its context and decides on the answer.
+"""What requests do, as small programs: each asks for a tree to be run on its context and decides what to do next.
 
-A program is a generator. It yields what it wants run next and which of the nodes run before stay in its context; it is
-sent the logits it asked for. It knows nothing of batches, memory or threads, so it may be stopped anywhere and run
-again elsewhere.
+A program is a generator. It yields the tree to run next, and which of the nodes run before now belong to its context;
+it receives the logits. It knows nothing of batches, memory or threads, so it can be preempted anywhere.
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -12,85 +11,93 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parse.acceptance import next_batch
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.native.sampler import Sampler, SamplingState, token_logprobs
-from parse.prompts import VerificationSuffix
+from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.speculative.policy import ProposalCall, SequenceSpeculation
 from parse.speculative.proposal import NO_PROPOSAL, MaskPrediction, Proposal, chain_proposal
 from parse.tree import MASK, TokenTree, child, suffix_forest, tree_from_parents
-from parse.types import FinishReason, Logprob, SamplingParams, SpeculationStats, TokenDelta, VerifyResult
+from parse.types import FinishReason, Logprob, SpeculationStats, TokenDelta, VerifyResult
 
 
 @dataclass(frozen=True, slots=True)
 class TreeInput:
-    """Nodes to run on the end of the context, and those whose logits are wanted (None: all)."""
+    """A tree to run on the end of the context."""
 
     nodes: TokenTree | Sequence[int]
     logits_nodes: Sequence[int] | None = None
-    accepted_path: Sequence[
-        int
-    ] = ()  # of the nodes run before, the path from a root on that now belongs to the context
-    sampling: Sequence[SamplingState] = ()  # how a token is chosen at each of those read; (): the likeliest
-    context_length: int | None = None  # the context is cut to so many tokens before the nodes run
+    """The nodes whose logits are wanted; None: all."""
+    accepted_path: Sequence[int] = ()
+    """Of the nodes run before, the path from a root that now belongs to the context."""
+    sampling: Sequence[SamplingState] = ()
+    """How a token is chosen at each of `logits_nodes`; if empty, the likeliest one."""
+    context_length: int | None = None
+    """Cut the context to so many tokens before running the nodes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TreeOutput:
-    logits: Tensor  # [wanted, vocabulary], until the program asks again
-    token_ids: Sequence[int]  # the token at each
-    aux_hidden_states: Callable[[Sequence[int]], Tensor] | None = (
-        None  # of entries: the context's tokens, and then the nodes
-    )
+    logits: Tensor
+    """[logits_nodes, vocabulary], valid until the program yields again."""
+    token_ids: Sequence[int]
+    """The token chosen at each of them."""
+    aux_hidden_states: Callable[[Sequence[int]], Tensor] | None = None
+    """Of entries: the context's tokens, and then the nodes."""
 
 
 TreeProgram = Generator[TreeInput, TreeOutput, None]
 Program = Generator[TreeInput | ProposalCall, Any, None]
-"""Is sent an Answer for an Ask, and a Proposal for a wish."""
+"""Receives a TreeOutput for each TreeInput, and a Proposal for each ProposalCall."""
 
 
 def prefill() -> TreeProgram:
-    """Only its context is wanted, and that is computed before anything is asked."""
+    """Computes its context and nothing else: the engine computes the context of a program before its first tree."""
     yield TreeInput((), logits_nodes=())
 
 
 def generate(
-    prompt: Sequence[int],
-    output: Sequence[int],
-    params: SamplingParams,
+    request: GenerateRequest,
     *,
     stop_token_ids: Collection[int],
     max_new_tokens: int,
     emit: Callable[[TokenDelta], None],
     detokenizer: IncrementalDetokenizer | None = None,
-    draft: Sequence[int] = (),
     speculation: SequenceSpeculation | None = None,
-    stream_interval: int = 1,
+    truncate_context: bool = False,
 ) -> Program:
-    """Writes on after `prompt` and `output`, of which all but the last token are the context.
+    """Generates after the request's prompt and output, of which all but the last token are the context.
 
-    At most `room` tokens, the end token not among them, handed to `emit` in pieces of at least `piece`. `text` watches
-    for stop strings. Tokens of `given`, and then whatever speculation has to offer, are run together and taken as long
-    as they are what would have been chosen anyway.
+    At most `max_new_tokens` tokens, not counting the end token, are passed to `emit`, at least `stream_interval` at a
+    time. `detokenizer` looks for stop strings. The request's draft, and then what the speculative method proposes, is
+    run along and accepted as long as it is what the target chooses anyway. With `truncate_context` the context may hold
+    more tokens, which are cut off first.
     """
+    prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
     sampler = Sampler(params, prompt, output)
     stop_token_ids = () if params.ignore_eos else stop_token_ids
     last, context_length = (output or prompt)[-1], len(prompt) + len(output) - 1
+    draft = request.draft_token_ids
     proposal = chain_proposal(draft[: max(0, max_new_tokens - 1)])
-    unseen: Sequence[int] = (*prompt, *output)  # to the proposer
+    unseen: Sequence[int] = (*prompt, *output)  # tokens that the proposer has yet to be told of
     entries: Sequence[int] = range(context_length)
     if speculation is not None and not speculation.needs_hidden_states:
         speculation.extend(unseen, None, None)
         unseen = ()
         if not draft and (proposal_call := speculation.proposal_call(max_new_tokens - 1)):
             proposal = yield proposal_call
+    truncated_length = context_length if truncate_context else None
     accepted_path: Sequence[int] = ()
     output_ids: list[int] = []
     output_logprobs: list[Logprob] = []
     stats: SpeculationStats | None = None
-    remaining, accepted = max_new_tokens, 0
+    remaining, num_accepted = max_new_tokens, 0
     while True:
         nodes = _attach(last, proposal)
-        tree_output: TreeOutput = yield TreeInput(nodes, accepted_path=accepted_path, sampling=sampler.states(nodes))
+        tree_output: TreeOutput = yield TreeInput(
+            nodes, accepted_path=accepted_path, sampling=sampler.states(nodes), context_length=truncated_length
+        )
+        truncated_length = None
         finish: FinishReason | None = None
         node: int | None = 0
         path, new_tokens = [], []
@@ -114,24 +121,24 @@ def generate(
             if finish:
                 break
         output_ids += new_tokens
-        matched = len(new_tokens) - (node is None)  # of the proposal
+        num_matched = len(new_tokens) - (node is None)  # tokens of the proposal
         if draft:
-            accepted += matched
+            num_accepted += num_matched
         if speculation is not None:
-            step_stats = speculation.observe(NO_PROPOSAL if draft else proposal, matched)
+            step_stats = speculation.observe(NO_PROPOSAL if draft else proposal, num_matched)
             stats = step_stats if stats is None else stats + step_stats
-        if finish or len(output_ids) >= stream_interval:
-            emit(TokenDelta(tuple(output_ids), tuple(output_logprobs), finish, accepted, speculation=stats))
-            output_ids, output_logprobs, accepted, stats = [], [], 0, None
+        if finish or len(output_ids) >= request.stream_interval:
+            emit(TokenDelta(tuple(output_ids), tuple(output_logprobs), finish, num_accepted, speculation=stats))
+            output_ids, output_logprobs, num_accepted, stats = [], [], 0, None
         if finish:
-            yield TreeInput((), logits_nodes=(), accepted_path=path)  # the next turn will begin with it
+            yield TreeInput((), logits_nodes=(), accepted_path=path)  # a following message will begin with it
             return
         last, draft, accepted_path, proposal = new_tokens[-1], (), path, NO_PROPOSAL
         if speculation is not None:
-            features = None
+            hidden_states = None
             if speculation.needs_hidden_states and tree_output.aux_hidden_states is not None:
-                features = tree_output.aux_hidden_states([*entries, *(context_length + node for node in path)])
-            speculation.extend((*unseen, *new_tokens), features, _mask_prediction(nodes, path[-1], tree_output))
+                hidden_states = tree_output.aux_hidden_states([*entries, *(context_length + node for node in path)])
+            speculation.extend((*unseen, *new_tokens), hidden_states, _mask_prediction(nodes, path[-1], tree_output))
             context_length, unseen, entries = context_length + len(path), (), ()
             if proposal_call := speculation.proposal_call(remaining - 1):
                 proposal = yield proposal_call
@@ -159,54 +166,82 @@ def _attach(token: int, proposal: Proposal) -> TokenTree | Sequence[int]:
     return tree
 
 
-def verify(
-    prompt_length: int,
-    prefix_lengths: Sequence[int],
-    suffix: VerificationSuffix,
-    *,
-    full_threshold: float | None,
-    prefix_threshold: float | None,
-    in_one_pass: bool,
-    max_nodes: int,
-    trunk: Sequence[int],
-    num_logprobs: int,
-    done: Callable[[VerifyResult], None],
-) -> TreeProgram:
-    """P(correct) at each cut; the context is a prompt of that length and the draft, up to the last cut.
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """How an engine runs verifications."""
 
-    If the last cut passes at `full` (None: it is no full answer), or a prefix fails at `prefix` (None: never mind),
-    the rest need not be known. `at_once` asks them all the same, as far as `most` nodes go in one pass: what another
-    pass costs beyond its tokens decides. Where `trunk`, the prompt's last token and the draft, is given, the context
-    lacks it, and the draft's log-probabilities are wanted as well, with those of the `top` likeliest beside them.
+    max_nodes: int
+    """Suffix tokens in one forward pass."""
+    max_model_len: int
+    """Prefixes whose suffix would reach beyond it are not evaluated."""
+    answer_first: bool
+    """Evaluate a complete answer alone before its prefixes. Where a further pass costs more than its tokens, all are
+    evaluated together."""
+
+
+def verify(
+    request: VerifyRequest, options: VerifyOptions, trunk: Sequence[int]
+) -> Generator[TreeInput, TreeOutput, VerifyResult]:
+    """Evaluates P(correct) of the request's prefixes, as far as they matter under its policy.
+
+    The context is prompt, output and draft, up to the last prefix. If the log-probabilities of the draft are wanted, the
+    context ends before `trunk`: the last token before the draft, and the draft. These are run as a chain of nodes,
+    because logits are returned for nodes only.
     """
+    suffix, lengths = request.suffix, request.prefix_lengths
     draft_logprobs: list[Logprob] = []
     accepted_path: Sequence[int] = ()
     if trunk:
         tree_output = yield TreeInput(trunk)
         accepted_path = range(len(trunk))
-        draft_logprobs = token_logprobs(tree_output.logits[:-1], trunk[1:], num_logprobs)
+        draft_logprobs = token_logprobs(tree_output.logits[:-1], trunk[1:], request.num_logprobs or 0)
     width = len(suffix.token_ids)
-    group = size = max(1, max_nodes // width)
-    pending = list(range(len(prefix_lengths)))
+    start = len(request.prompt_token_ids) + len(request.output_token_ids)
+    num_evaluable = sum(1 for length in lengths if start + length + width <= options.max_model_len)
+    complete = request.draft_complete and num_evaluable == len(lengths)
     p_correct: dict[int, float] = {}
-    if full_threshold is not None:  # a full answer that passes settles everything
-        pending.insert(0, pending.pop())
-        size = group if in_one_pass else 1
-    while pending:
-        batch, pending, size = sorted(pending[:size]), pending[size:], group
-        tree = suffix_forest([prompt_length + prefix_lengths[place] for place in batch], suffix.token_ids)
+    while batch := next_batch(
+        num_evaluable,
+        p_correct,
+        request.policy,
+        complete=complete,
+        max_batch=max(1, options.max_nodes // width),
+        answer_first=options.answer_first,
+    ):
+        tree = suffix_forest([start + lengths[index] for index in batch], suffix.token_ids)
         tree_output = yield TreeInput(
             tree, logits_nodes=range(width - 1, len(tree), width), accepted_path=accepted_path
         )
         accepted_path = ()
         answer_logits = [
-            tree_output.logits[:, list(ids)].logsumexp(-1)
-            for ids in (suffix.correct_token_ids, suffix.incorrect_token_ids)
+            tree_output.logits[:, list(token_ids)].logsumexp(-1)
+            for token_ids in (suffix.correct_token_ids, suffix.incorrect_token_ids)
         ]
         p_correct.update(zip(batch, torch.stack(answer_logits).softmax(0)[0].tolist(), strict=True))
-        if full_threshold is not None and p_correct[len(prefix_lengths) - 1] >= full_threshold:
-            break
-        prefixes = [p_correct[place] for place in batch if full_threshold is None or place < len(prefix_lengths) - 1]
-        if prefix_threshold is not None and any(p < prefix_threshold for p in prefixes):
-            break
-    done(VerifyResult(tuple(p_correct.get(place) for place in range(len(prefix_lengths))), tuple(draft_logprobs)))
+    return VerifyResult(tuple(p_correct.get(index) for index in range(len(lengths))), tuple(draft_logprobs))
+
+
+def verify_only(
+    request: VerifyRequest, options: VerifyOptions, trunk: Sequence[int], *, emit: Callable[[VerifyResult], None]
+) -> TreeProgram:
+    """Passes the result of the verification to `emit`."""
+    emit((yield from verify(request, options, trunk)))
+
+
+def verify_and_generate(
+    request: VerifyAndGenerateRequest,
+    options: VerifyOptions,
+    trunk: Sequence[int],
+    *,
+    emit: Callable[[VerifyResult], None],
+    start_generation: Callable[[GenerateRequest], Program],
+) -> Program:
+    """Passes the result of the verification to `emit`, then generates after the accepted prefix.
+
+    `start_generation` returns the program that does so. It has to cut the context, which holds the whole draft.
+    """
+    result = yield from verify(request.verify, options, trunk)
+    emit(result)
+    continuation = request.continuation(request.accepted_prefix_length(result.p_correct))
+    if continuation is not None:
+        yield from start_generation(continuation)

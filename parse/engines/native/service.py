@@ -1,337 +1,293 @@
-"""A model as the rest of the system calls it: warm, generate and judge, from coroutines, over an engine of its own."""
+"""The native engine as the pipeline calls it: coroutines over an engine core with a thread of its own."""
 
-import asyncio
-import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
-
-import torch
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import fields, replace
 
 from parse.config import EngineSettings
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.native.engine import EngineCore, EngineStats, Request
 from parse.engines.native.model import Model
-from parse.engines.native.programs import Program, generate, prefill, verify
-from parse.engines.native.step_timing import measure_step_seconds
-from parse.prompts import VerificationSuffix
-from parse.speculative.cost_model import StepCostModel
-from parse.speculative.loading import bytes_per_token, load_methods
-from parse.speculative.policy import SpeculativeMethod
-from parse.types import (
-    MethodChoice,
-    MethodName,
-    RequestError,
-    SamplingParams,
-    TokenDelta,
-    VerifyResult,
-    merge_deltas,
-    validate_token_ids,
+from parse.engines.native.output_stream import OutputStream, Waker
+from parse.engines.native.programs import (
+    Program,
+    VerifyOptions,
+    generate,
+    prefill,
+    verify_and_generate,
+    verify_only,
 )
+from parse.engines.native.step_timing import measure_step_seconds
+from parse.engines.protocol import Capabilities
+from parse.errors import RequestError
+from parse.registry import MODES
+from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.speculative.cost_model import StepCostModel
+from parse.speculative.policy import SpeculativeMethod
+from parse.types import MAX_LOGPROBS, SamplingParams, TokenDelta, VerifyResult, validate_token_ids
 
-DEFAULT_PARAMS = SamplingParams()
-WAKE_INTERVAL_S = 0.02  # nobody reads faster
-MAX_SUFFIX_TOKENS = 1024  # tokens beyond the longest context, for the probes hung on it
+MAX_SUFFIX_TOKENS = 1024  # in one pass; a sequence has memory for them beyond the longest context
 
 
 class NativeEngine:
-    """One model, many callers. Every call stands alone: what calls share they find in the cache."""
+    """One model, many callers. Calls do not depend on one another; what they share is in the prefix cache."""
 
     def __init__(
         self,
         settings: EngineSettings,
-        model: Model | None = None,
+        model: Model,
         *,
+        methods: Mapping[str, SpeculativeMethod] | None = None,
+        cost_model: StepCostModel | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        """Loads the model that the settings name, unless it is given, and what proposes its tokens."""
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        self.model = model or Model.load(
-            settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8
-        )
-        costs = StepCostModel()
-        self._methods = load_methods(settings, self.model, costs)
-        self.max_model_len = min(settings.max_context, self.model.max_model_len)
-        capacity = self.max_model_len + MAX_SUFFIX_TOKENS
-        if self._methods:
-            costs.initialize(measure_step_seconds(self.model))
-        bytes_each = self.model.bytes_per_token + bytes_per_token(list(self._methods.values()), self.model)
-        tokens = settings.memory_mb * 2**20 // bytes_each
-        contexts = tokens // capacity
-        if contexts < 1:
-            needed = -(-capacity * bytes_each // 2**20)
-            raise RequestError(
-                "memory_mb", f"{settings.memory_mb} hold no context of {self.max_model_len} tokens, that takes {needed}"
-            )
-        for way in self._methods.values():
-            way.proposer.reserve(contexts, tokens // contexts)
-        self._waker = _Waker()
+        """Serves the model with the given token-level methods, the first of which is the default.
+
+        `cost_model` is the one that the methods consult; the engine keeps it up to date.
+        """
+        self.model, self._methods = model, dict(methods or {})
+        self.max_model_len = min(settings.max_context, model.max_model_len)
+        if self._methods and cost_model is not None:
+            cost_model.initialize(measure_step_seconds(model))
+        max_sequences, sequence_capacity = self._divide_memory(settings.memory_mb * 2**20)
+        for method in self._methods.values():
+            method.proposer.reserve(max_sequences, sequence_capacity)
+        self._waker = Waker()
         self.core = EngineCore(
-            self.model,
-            max_sequences=contexts,
-            sequence_capacity=tokens // contexts,  # small pages make use of the odd rest
+            model,
+            max_sequences=max_sequences,
+            sequence_capacity=sequence_capacity,
             max_num_seqs=settings.max_running,
             max_num_batched_tokens=settings.step_tokens,
             cuda_graphs=cuda_graphs,
-            cost_model=costs if self._methods else None,
-            after_step=self._waker.ring,
+            cost_model=cost_model if self._methods else None,
+            after_step=self._waker.wake,
         )
 
     @property
-    def methods(self) -> tuple[MethodName, ...]:
-        """Of speculation, the usual one first."""
+    def methods(self) -> tuple[str, ...]:
+        """Token-level methods, the default one first."""
         return tuple(self._methods)
 
     @property
     def stats(self) -> EngineStats:
         return self.core.stats
 
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            modes=tuple(name for name, mode in MODES.items() if mode.function),
+            speculative_methods=self.methods,
+            sampling_params=frozenset(field.name for field in fields(SamplingParams)),
+            max_logprobs=MAX_LOGPROBS,
+            max_model_len=self.max_model_len,
+            block_size=self.core.block_size,
+        )
+
     def reset_prefix_cache(self) -> None:
-        """Nothing computed so far serves later requests."""
+        """Makes later requests compute everything themselves."""
         self.core.reset_prefix_cache()
-        for way in self._methods.values():
-            way.proposer.reset()
+        for method in self._methods.values():
+            method.proposer.reset()
 
     def reset_acceptance_history(self) -> None:
-        """Nothing that came of proposals so far is expected of later ones. While nobody is served."""
-        for way in self._methods.values():
-            way.reset()
+        """Forgets how past proposals fared. Call it only while no request is running."""
+        for method in self._methods.values():
+            method.reset()
 
     def shutdown(self) -> None:
         self.core.shutdown()
 
-    async def warm(self, prompt: Sequence[int]) -> int:
-        """Computes a prompt ahead of time; says how many of its tokens were known."""
-        prompt = validate_token_ids("prompt", prompt, self.model.vocab_size)
+    async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
+        """Computes a prompt ahead of time; returns how many of its tokens were cached already."""
+        prompt = self._validated("prompt", prompt_token_ids)
         self._check_length("prompt", len(prompt))
-        return await self._run(prompt, prefill(), room=0)
-
-    async def judge(
-        self,
-        prompt: Sequence[int],
-        draft: Sequence[int],
-        cuts: Sequence[int],
-        check: VerificationSuffix,
-        *,
-        full: float | None = None,
-        prefix: float | None = None,
-        logprobs: int | None = None,
-    ) -> VerifyResult:
-        """P(correct) of the first c tokens of the draft as an answer to the prompt, for each cut c.
-
-        With `full`, the last cut asks about a full answer, and if that passes nothing else is asked; with `prefix`,
-        nothing beyond a prefix that does not pass; nor where the question would reach beyond the positions the model
-        knows.
-        """
-        prompt = validate_token_ids("prompt", prompt, self.model.vocab_size)
-        draft = validate_token_ids("draft", draft, self.model.vocab_size)
-        validate_token_ids(
-            "check", (*check.token_ids, *check.correct_token_ids, *check.incorrect_token_ids), self.model.vocab_size
-        )
-        if not (check.token_ids and check.correct_token_ids and check.incorrect_token_ids):
-            raise RequestError("check", "must hold a question and both its answers")
-        self._check_length("prompt", len(prompt))
-        self._check_length("draft", len(prompt) + len(draft))
-        if list(cuts) != sorted(set(cuts)) or (cuts and not 0 < cuts[0] <= cuts[-1] <= len(draft)):
-            raise RequestError("cuts", f"must ascend within 1..{len(draft)}, the length of the draft, got {list(cuts)}")
-        fitting = [cut for cut in cuts if len(prompt) + cut + len(check.token_ids) <= self.model.max_model_len]
-        judged: list[VerifyResult] = []
-        tokens = [*prompt, *draft[: cuts[-1] if cuts else 0]]
-        # With log-probabilities the draft is run as a tree, whose logits can be asked for, else as context.
-        trunk = tokens[len(prompt) - 1 :] if logprobs is not None else ()
-        program = verify(
-            len(prompt),
-            fitting,
-            check,
-            full_threshold=full if fitting and fitting[-1] == cuts[-1] else None,
-            prefix_threshold=prefix,
-            in_one_pass=self.model.device.type != "cpu",
-            max_nodes=MAX_SUFFIX_TOKENS,
-            trunk=trunk,
-            num_logprobs=logprobs or 0,
-            done=judged.append,
-        )
-        context = tokens[: len(tokens) - len(trunk)]
-        nodes = max(len(check.token_ids), min(MAX_SUFFIX_TOKENS, len(cuts) * len(check.token_ids)))
-        cached = await self._run(context, program, room=len(trunk) + nodes)
-        (verdict,) = judged
-        return replace(
-            verdict, p_correct=(*verdict.p_correct, *[None] * (len(cuts) - len(fitting))), num_cached_tokens=cached
-        )
-
-    async def generate(
-        self,
-        prompt: Sequence[int],
-        output: Sequence[int] = (),
-        sampling: SamplingParams = DEFAULT_PARAMS,
-        *,
-        proposal: Sequence[int] = (),
-        piece: int = 1,
-        speculation: MethodChoice | None = None,
-    ) -> AsyncGenerator[TokenDelta]:
-        """Writes on after `output`; what has been written since the last time it was asked comes in one piece.
-
-        How fast depends on `speculation` (None: the usual method), what never does. The token limit, penalties, stop
-        strings and seed regard the output as a whole. Leaving the iteration cancels.
-        """
-        prompt = validate_token_ids("prompt", prompt, self.model.vocab_size)
-        output = validate_token_ids("output", output, self.model.vocab_size)
-        proposal = validate_token_ids("proposal", proposal, self.model.vocab_size)
-        validate_token_ids("logit_bias", list(sampling.logit_bias), self.model.vocab_size)
-        self._check_length("prompt", len(prompt) + len(output), spare=1)
-        room = self.max_model_len - len(prompt) - len(output)
-        if sampling.max_tokens is not None:
-            room = min(room, sampling.max_tokens - len(output))
-        if room < 1:
-            raise RequestError("output", f"leaves nothing of max_tokens, {sampling.max_tokens}")
-        way = self._method(speculation)
-        text = None
-        if sampling.stop:
-            text = IncrementalDetokenizer(self.model.tokenizer, sampling.stop)
-            text.add(output)
-            if text.matched_stop is not None:
-                raise RequestError("output", f"holds the stop string {text.matched_stop!r} already")
-        mailbox = _OutputStream(self._waker, patient=piece == 1)  # who asks for larger pieces waits for each of them
-        program = generate(
-            prompt,
-            output,
-            sampling,
-            stop_token_ids=self.model.eos_token_ids,
-            max_new_tokens=room,
-            emit=mailbox.put,
-            detokenizer=text,
-            draft=proposal,
-            speculation=way.start_sequence() if way else None,
-            stream_interval=piece,
-        )
-        job = Request([*prompt, *output][:-1], program, room + 1, mailbox)
-        self.core.add_request(job)
-        try:
-            cached = None
-            async for tokens in mailbox:
-                if cached is None:
-                    cached = job.num_cached_tokens
-                    tokens = replace(tokens, num_cached_tokens=cached)
-                yield tokens
-        finally:
-            self.core.abort(job)
-
-    async def _run(self, tokens: Sequence[int], program: Program, room: int) -> int:
-        """Runs it to its end; says how many of the tokens were known."""
-        mailbox = _OutputStream(self._waker)
-        job = self.core.add_request(Request(list(tokens), program, room, mailbox))
-        try:
-            async for _ in mailbox:
+        stream = OutputStream(self._waker)
+        request = Request(prompt, prefill(), 0, stream)
+        async with aclosing(self._run(request, stream)) as results:
+            async for _ in results:
                 pass
-            return job.num_cached_tokens
-        finally:
-            self.core.abort(job)
+        return request.num_cached_tokens
 
-    def _method(self, choice: MethodChoice | None) -> SpeculativeMethod | None:
-        if choice is None:
+    async def verify(self, request: VerifyRequest) -> VerifyResult:
+        """Returns P(correct) of the request's prefixes of a draft."""
+        request = self._validated_verification(request)
+        tokens, trunk = _verification_context(request)
+        stream = OutputStream(self._waker)
+        program = verify_only(request, self._verify_options(), trunk, emit=stream.put)
+        running = Request(tokens, program, len(trunk) + self._suffix_tokens(request), stream)
+        async with aclosing(self._run(running, stream)) as results:
+            found = [result async for result in results]
+        (result,) = found
+        assert isinstance(result, VerifyResult)
+        return result
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
+        """Yields what is generated. What has gathered since the last time comes in one delta.
+
+        The speculative method decides how fast, never what. The token limit, penalties, stop strings and seed apply to
+        the output as a whole. Closing the generator aborts the request.
+        """
+        request = self._validated_generation(request)
+        # A caller that asked for larger deltas waits for each of them, so it is woken at once.
+        stream = OutputStream(self._waker, patient=request.stream_interval == 1)
+        program = self._generation(request, stream)
+        context = [*request.prompt_token_ids, *request.output_token_ids][:-1]
+        running = Request(context, program, self._max_new_tokens(request) + 1, stream)
+        async with aclosing(self._run(running, stream)) as results:
+            async for result in results:
+                assert isinstance(result, TokenDelta)
+                yield result
+
+    async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
+        """Yields the result of the verification, then what is generated after the accepted prefix.
+
+        Both are one request of the engine: between them lies no round trip, no queue and no idle step.
+        """
+        request = replace(
+            request,
+            verify=self._validated_verification(request.verify),
+            generate=self._validated_generation(request.generate, is_template=True),
+        )
+        tokens, trunk = _verification_context(request.verify)
+        stream = OutputStream(self._waker, patient=request.generate.stream_interval == 1)
+        program = verify_and_generate(
+            request,
+            self._verify_options(),
+            trunk,
+            emit=stream.put,
+            start_generation=lambda continuation: self._generation(continuation, stream, truncate_context=True),
+        )
+        room = max(len(trunk) + self._suffix_tokens(request.verify), self.max_model_len + 1 - len(tokens))
+        running = Request(tokens, program, room, stream)
+        async with aclosing(self._run(running, stream)) as results:
+            async for result in results:
+                yield result
+
+    async def _run(self, request: Request, stream: OutputStream) -> AsyncGenerator[VerifyResult | TokenDelta]:
+        """Yields the results of a request. The first one tells how many tokens of its context were cached."""
+        self.core.add_request(request)
+        is_first = True
+        try:
+            async for result in stream:
+                yield replace(result, num_cached_tokens=request.num_cached_tokens) if is_first else result
+                is_first = False
+        finally:
+            self.core.abort(request)
+
+    def _generation(self, request: GenerateRequest, stream: OutputStream, *, truncate_context: bool = False) -> Program:
+        method = self._method(request.speculative_method)
+        detokenizer = None
+        if request.sampling_params.stop:
+            detokenizer = IncrementalDetokenizer(self.model.tokenizer, request.sampling_params.stop)
+            detokenizer.add(request.output_token_ids)
+            if detokenizer.matched_stop is not None:
+                raise RequestError("output", f"holds the stop string {detokenizer.matched_stop!r} already")
+        return generate(
+            request,
+            stop_token_ids=self.model.eos_token_ids,
+            max_new_tokens=self._max_new_tokens(request),
+            emit=stream.put,
+            detokenizer=detokenizer,
+            speculation=method.start_sequence() if method else None,
+            truncate_context=truncate_context,
+        )
+
+    def _max_new_tokens(self, request: GenerateRequest) -> int:
+        max_tokens, num_output = request.sampling_params.max_tokens, len(request.output_token_ids)
+        limit = self.max_model_len - len(request.prompt_token_ids) - num_output
+        return limit if max_tokens is None else min(limit, max_tokens - num_output)
+
+    def _validated_generation(self, request: GenerateRequest, *, is_template: bool = False) -> GenerateRequest:
+        """The request with plain token ids. A template still gets the accepted prefix, so it may leave no room."""
+        self._validated("logit_bias", list(request.sampling_params.logit_bias))
+        self._method(request.speculative_method)
+        request = replace(
+            request,
+            prompt_token_ids=self._validated("prompt", request.prompt_token_ids),
+            output_token_ids=self._validated("output", request.output_token_ids),
+            draft_token_ids=self._validated("draft", request.draft_token_ids),
+        )
+        length = len(request.prompt_token_ids) + len(request.output_token_ids)
+        self._check_length("prompt", length, spare=0 if is_template else 1)
+        if not is_template and self._max_new_tokens(request) < 1:
+            raise RequestError("output", f"leaves nothing of max_tokens, {request.sampling_params.max_tokens}")
+        return request
+
+    def _validated_verification(self, request: VerifyRequest) -> VerifyRequest:
+        suffix, lengths = request.suffix, request.prefix_lengths
+        request = replace(
+            request,
+            prompt_token_ids=self._validated("prompt", request.prompt_token_ids),
+            output_token_ids=self._validated("output", request.output_token_ids),
+            draft_token_ids=self._validated("draft", request.draft_token_ids),
+        )
+        self._validated("suffix", (*suffix.token_ids, *suffix.correct_token_ids, *suffix.incorrect_token_ids))
+        if not (suffix.token_ids and suffix.correct_token_ids and suffix.incorrect_token_ids):
+            raise RequestError("suffix", "must hold a verification prompt and both its answers")
+        start = len(request.prompt_token_ids) + len(request.output_token_ids)
+        num_draft = len(request.draft_token_ids)
+        self._check_length("prompt", start)
+        self._check_length("draft", start + num_draft)
+        ascending = list(lengths) == sorted(set(lengths))
+        if not ascending or (lengths and not 0 < lengths[0] <= lengths[-1] <= num_draft):
+            message = f"must ascend within 1..{num_draft}, the length of the draft, got {list(lengths)}"
+            raise RequestError("prefix_lengths", message)
+        return request
+
+    def _verify_options(self) -> VerifyOptions:
+        return VerifyOptions(
+            max_nodes=MAX_SUFFIX_TOKENS,
+            max_model_len=self.model.max_model_len,
+            answer_first=self.model.device.type == "cpu",
+        )
+
+    def _suffix_tokens(self, request: VerifyRequest) -> int:
+        width = len(request.suffix.token_ids)
+        return max(width, min(MAX_SUFFIX_TOKENS, len(request.prefix_lengths) * width))
+
+    def _method(self, name: str | None) -> SpeculativeMethod | None:
+        if name is None:
             return next(iter(self._methods.values()), None)
-        if choice == "none":
+        if name == "none":
             return None
-        if choice not in self._methods:
+        if name not in self._methods:
             offered = ", ".join(("none", *self._methods))
-            raise RequestError("speculation", f"must be one of {offered}, got {choice!r}")
-        return self._methods[choice]
+            raise RequestError("speculation", f"must be one of {offered}, got {name!r}")
+        return self._methods[name]
+
+    def _validated(self, field: str, token_ids: Sequence[int]) -> list[int]:
+        return validate_token_ids(field, token_ids, self.model.vocab_size)
 
     def _check_length(self, field: str, length: int, spare: int = 0) -> None:
         if not length:
             raise RequestError(field, "must not be empty")
         if length + spare > self.max_model_len:
+            message = f"is {length} tokens long with what it follows, the limit is {self.max_model_len}"
+            raise RequestError(field, message)
+
+    def _divide_memory(self, num_bytes: int) -> tuple[int, int]:
+        """How many sequences fit into memory, and the tokens each may have with the suffixes of a verification."""
+        config = self.model.network.config.get_text_config()
+        hidden_states = len(self.model.aux_hidden_state_layers) * config.hidden_size * self.model.network.dtype.itemsize
+        proposers = sum(method.proposer.bytes_per_token for method in self._methods.values())
+        bytes_per_token = self.model.bytes_per_token + hidden_states + proposers
+        capacity = self.max_model_len + MAX_SUFFIX_TOKENS
+        num_tokens = num_bytes // bytes_per_token
+        max_sequences = num_tokens // capacity
+        if max_sequences < 1:
+            needed = -(-capacity * bytes_per_token // 2**20)
             raise RequestError(
-                field, f"is {length} tokens long with what it follows, the limit is {self.max_model_len}"
+                "memory_mb",
+                f"{num_bytes // 2**20} hold no context of {self.max_model_len} tokens, that takes {needed}",
             )
+        return max_sequences, num_tokens // max_sequences  # small blocks make use of the rest
 
 
-class _Waker:
-    """Wakes the coroutines that wait for one engine, all of them at once.
-
-    To wake an event loop costs the engine's thread a good part of a small model's step, so it is done between steps,
-    and where nothing is urgent at most every `QUIET_S`.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: deque[_OutputStream] = deque()
-        self._urgent = False
-        self._last = 0.0
-
-    def ask(self, mailbox: "_OutputStream", *, urgent: bool) -> None:
-        self._waiting.append(mailbox)
-        if urgent:
-            self._urgent = True
-
-    def hurry(self) -> None:
-        self._urgent = True
-
-    def ring(self) -> None:
-        if not self._waiting or not (self._urgent or time.monotonic() - self._last >= WAKE_INTERVAL_S):
-            return
-        self._urgent, self._last = False, time.monotonic()
-        by_loop: dict[asyncio.AbstractEventLoop, list[_OutputStream]] = {}
-        with suppress(IndexError):
-            while True:
-                mailbox = self._waiting.popleft()
-                by_loop.setdefault(mailbox.loop, []).append(mailbox)
-        for loop, mailboxes in by_loop.items():
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(_open_all, mailboxes)
-
-
-def _open_all(mailboxes: "Sequence[_OutputStream]") -> None:
-    for mailbox in mailboxes:
-        mailbox.open()
-
-
-class _OutputStream:
-    """Takes pieces in the engine's thread, and hands them over to a coroutine, all that have gathered at once.
-
-    Its first piece and its end are urgent; with `patient=False` every piece is.
-    """
-
-    def __init__(self, bell: _Waker, *, patient: bool = True) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._bell, self._urgent, self._patient = bell, True, patient
-        self._pieces: deque[TokenDelta] = deque()
-        self._arrived = asyncio.Event()
-        self._asked = self._ended = False
-        self._error: BaseException | None = None
-
-    def put(self, tokens: TokenDelta) -> None:
-        self._pieces.append(tokens)
-        self._ask()
-        self._urgent = not self._patient
-
-    def on_finished(self, error: BaseException | None) -> None:
-        self._error, self._ended, self._urgent = error, True, True
-        self._ask()
-
-    def _ask(self) -> None:
-        if not self._asked:
-            self._asked = True
-            self._bell.ask(self, urgent=self._urgent)
-        elif self._urgent:
-            self._bell.hurry()
-
-    def open(self) -> None:
-        self._asked = False
-        self._arrived.set()
-
-    async def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            ended = self._ended
-            pieces = []
-            while self._pieces:
-                pieces.append(self._pieces.popleft())
-            if pieces:
-                yield merge_deltas(pieces)
-            if ended:
-                if self._error is not None:
-                    raise self._error
-                return
+def _verification_context(request: VerifyRequest) -> tuple[list[int], list[int]]:
+    """The context of a verification, and the tokens that are run as nodes after it because their logits are wanted."""
+    before = [*request.prompt_token_ids, *request.output_token_ids]
+    tokens = [*before, *request.draft_token_ids[: max(request.prefix_lengths, default=0)]]
+    if request.num_logprobs is None:
+        return tokens, []
+    split = len(before) - 1
+    return tokens[:split], tokens[split:]

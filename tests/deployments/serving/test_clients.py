@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +15,27 @@ from deployments.serving import circuit_breaker, clients
 from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.serving.clients import DrafterClient, RetriesExhausted, VerifierClient
 from deployments.serving.overlap import BusyTime
+from parse.errors import DraftUnavailable, EngineStopped, RequestError
 from parse.prompts import VerificationSuffix
-from parse.protocol import NO_STREAMING, GenerationRequest
-from parse.types import DraftUnavailable, EngineStopped, RequestError, SamplingParams, TokenDelta, VerifyResult
+from parse.requests import DraftRequest, GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.types import NO_STREAMING, SamplingParams, TokenDelta, VerifyResult
 
-CHECK = VerificationSuffix((1,), (2,), (3,))
-QUESTION = GenerationRequest((1, 2, 3))
-GREEDY = SamplingParams(temperature=0.0)
+VERIFY = VerifyRequest(
+    prompt_token_ids=(1,),
+    draft_token_ids=(2, 3),
+    prefix_lengths=(1, 2),
+    suffix=VerificationSuffix((1,), (2,), (3,)),
+)
+
+
+def generate_request(output=(), draft=(), **fields):
+    return GenerateRequest(
+        prompt_token_ids=(1,),
+        output_token_ids=output,
+        sampling_params=SamplingParams(temperature=0.0),
+        draft_token_ids=draft,
+        **fields,
+    )
 
 
 @dataclass
@@ -86,11 +100,11 @@ def _hurried(monkeypatch):
 
 
 def raised_there(error):
-    return RayTaskError("judge", "a traceback", error)
+    return RayTaskError("verify", "a traceback", error)
 
 
 async def collect(stream):
-    return [tokens async for tokens in stream]
+    return [item async for item in stream]
 
 
 @pytest.mark.parametrize("loss", [ActorDiedError(), raised_there(EngineStopped("shut down"))])
@@ -103,17 +117,12 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
         ]
     )
     session = Session("s")
-    stream = VerifierClient(handle, session, DEAF).generate(
-        (1, 2), (5,), GREEDY, proposal=(10, 11, 12, 13), piece=4, speculation="ngram"
-    )
-    pieces = asyncio.run(collect(stream))
-    assert [token for tokens in pieces for token in tokens.ids] == [10, 11, 12, 20, 21, 22]
-    assert pieces[-1].finish == "stop" and session.num_retries == 2
-    assert [given[1:] for _, given in handle.calls] == [
-        ((5,), GREEDY, (10, 11, 12, 13), 4, "ngram"),
-        ((5, 10, 11, 12, 20), GREEDY, (), 4, "ngram"),
-        ((5, 10, 11, 12, 20), GREEDY, (), 4, "ngram"),
-    ]
+    request = generate_request((5,), (10, 11, 12, 13), stream_interval=4, speculative_method="ngram")
+    deltas = asyncio.run(collect(VerifierClient(handle, session, DEAF).generate(request)))
+    assert [token for delta in deltas for token in delta.token_ids] == [10, 11, 12, 20, 21, 22]
+    assert deltas[-1].finish_reason == "stop" and session.num_retries == 2
+    rest = replace(request, output_token_ids=(5, 10, 11, 12, 20), draft_token_ids=())
+    assert [request for _, (request,) in handle.calls] == [request, rest, rest]
     assert [options["session_id"] for options, _ in handle.calls] == ["s", "s/1", "s/2"]
 
 
@@ -124,32 +133,68 @@ def test_of_a_proposal_taken_so_far_the_rest_is_proposed_again():
             [TokenDelta((12,), finish_reason="stop", num_accepted=1)],
         ]
     )
-    asyncio.run(collect(VerifierClient(handle, Session("s"), DEAF).generate((1,), (), GREEDY, proposal=(10, 11, 12))))
-    assert handle.calls[1][1] == ((1,), (10, 11), GREEDY, (12,), 1, None)
+    asyncio.run(collect(VerifierClient(handle, Session("s"), DEAF).generate(generate_request((), (10, 11, 12)))))
+    assert handle.calls[1][1] == (generate_request((10, 11), (12,)),)
 
 
 def test_a_stream_that_ends_before_the_answer_was_lost():
     handle = scripted([[TokenDelta((10,))], [TokenDelta((11,), finish_reason="length")]])
-    pieces = asyncio.run(collect(VerifierClient(handle, Session("s"), DEAF).generate((1,), (), GREEDY)))
-    assert [tokens.ids for tokens in pieces] == [(10,), (11,)]
+    deltas = asyncio.run(collect(VerifierClient(handle, Session("s"), DEAF).generate(generate_request())))
+    assert [delta.token_ids for delta in deltas] == [(10,), (11,)]
 
 
-def test_a_lost_judgement_is_asked_for_again_and_a_refused_one_is_not():
-    verdict = VerifyResult((0.5,))
-    handle = scripted([[ActorDiedError()], [verdict]])
+def test_a_lost_verification_is_asked_for_again_and_a_refused_one_is_not():
+    result = VerifyResult((0.5, 0.4))
+    handle = scripted([[ActorDiedError()], [result]])
     session = Session("s")
-    assert asyncio.run(VerifierClient(handle, session, DEAF).judge((1,), (2,), (1,), CHECK, full=0.9)) == verdict
-    assert session.num_retries == 1 and handle.calls[0][1] == ((1,), (2,), (1,), CHECK, 0.9, None, None)
+    assert asyncio.run(VerifierClient(handle, session, DEAF).verify(VERIFY)) == result
+    assert session.num_retries == 1 and handle.calls[0][1] == (VERIFY,)
     refusing = scripted([[raised_there(RequestError("draft", "is too long"))]])
     with pytest.raises(RequestError, match=r"^draft: is too long$"):
-        asyncio.run(VerifierClient(refusing, session, DEAF).judge((1,), (2,), (1,), CHECK))
+        asyncio.run(VerifierClient(refusing, session, DEAF).verify(VERIFY))
     assert len(refusing.calls) == 1
+
+
+FUSED = VerifyAndGenerateRequest(
+    verify=VERIFY, generate=GenerateRequest(prompt_token_ids=(1,), sampling_params=SamplingParams(temperature=0.0))
+)
+
+
+@pytest.mark.parametrize("loss", [ActorDiedError(), raised_there(EngineStopped("shut down"))])
+def test_a_fused_call_that_is_lost_before_the_result_is_made_again_as_a_whole(loss):
+    result = VerifyResult((0.99, 0.1))
+    handle = scripted([[loss], [], [result, TokenDelta((9,), finish_reason="stop")]])
+    session = Session("s")
+    items = asyncio.run(collect(VerifierClient(handle, session, DEAF).verify_and_generate(FUSED)))
+    assert items == [result, TokenDelta((9,), finish_reason="stop")] and session.num_retries == 2
+    assert [request for _, (request,) in handle.calls] == [FUSED] * 3
+    assert {options["method_name"] for options, _ in handle.calls} == {"verify_and_generate"}
+
+
+@pytest.mark.parametrize("received", [[], [TokenDelta((9, 8))]])
+def test_a_fused_call_that_is_lost_after_the_result_goes_on_from_the_accepted_prefix(received):
+    result = VerifyResult((0.99, 0.1))
+    handle = scripted([[result, *received, ActorDiedError()], [TokenDelta((7,), finish_reason="stop")]])
+    session = Session("s")
+    items = asyncio.run(collect(VerifierClient(handle, session, DEAF).verify_and_generate(FUSED)))
+    assert items == [result, *received, TokenDelta((7,), finish_reason="stop")] and session.num_retries == 1
+    output = (2, *(token for delta in received for token in delta.token_ids))  # the first token of the draft passed
+    assert handle.calls[1][0]["method_name"] == "generate"
+    assert handle.calls[1][1] == (replace(FUSED.generate, output_token_ids=output),)
+
+
+def test_a_fused_call_whose_draft_is_accepted_ends_with_the_result():
+    result = VerifyResult((0.99, 0.99))
+    accepting = replace(FUSED, verify=replace(VERIFY, draft_complete=True))
+    handle = scripted([[result]])
+    assert asyncio.run(collect(VerifierClient(handle, Session("s"), DEAF).verify_and_generate(accepting))) == [result]
+    assert handle.cancelled == 1
 
 
 def test_verifiers_that_die_one_after_the_other_end_the_request():
     handle, session = scripted([[ActorDiedError()]]), Session("s")
     with pytest.raises(RetriesExhausted):
-        asyncio.run(VerifierClient(handle, session, DEAF).warm((1,)))
+        asyncio.run(VerifierClient(handle, session, DEAF).prefill((1,)))
     assert len(handle.calls) == clients.MAX_RETRIES + 1
 
 
@@ -158,26 +203,33 @@ def test_whoever_gives_up_cancels_the_call():
 
     async def give_up():
         verifier = VerifierClient(handle, Session("s"), DEAF)
-        judging = asyncio.create_task(verifier.judge((1,), (2,), (1,), CHECK))
-        writing = asyncio.create_task(collect(verifier.generate((1,), (), GREEDY)))
-        while len(handle.calls) < 2:
+        tasks = [
+            asyncio.create_task(verifier.verify(VERIFY)),
+            asyncio.create_task(collect(verifier.generate(generate_request()))),
+            asyncio.create_task(collect(verifier.verify_and_generate(FUSED))),
+        ]
+        while len(handle.calls) < 3:
             await asyncio.sleep(0)
-        for task in (judging, writing):
+        for task in tasks:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
     asyncio.run(give_up())
-    assert handle.cancelled == 2
+    assert handle.cancelled == 3
 
 
-async def drafted(handle, alive, *, piece=NO_STREAMING, session=None):
-    watch = CircuitBreaker("drafter", alive, BusyTime())
+def draft_request(stream_interval=NO_STREAMING):
+    return DraftRequest(prompt_token_ids=(1, 2, 3), output_token_ids=(4,), stream_interval=stream_interval)
+
+
+async def drafted(handle, alive, *, stream_interval=NO_STREAMING, session=None):
+    breaker = CircuitBreaker("drafter", alive, BusyTime())
     try:
-        drafter = DrafterClient(handle, session or Session("s"), watch)
-        return await collect(drafter.draft(QUESTION, (4,), stream_interval=piece))
+        drafter = DrafterClient(handle, session or Session("s"), breaker)
+        return await collect(drafter.draft(draft_request(stream_interval)))
     finally:
-        watch.close()
+        breaker.close()
 
 
 def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
@@ -185,9 +237,9 @@ def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
     assert asyncio.run(drafted(whole, scripted([[None]]))) == [TokenDelta((7, 8), finish_reason="stop")]
     assert whole.calls[0][0] == {"method_name": "draft_complete", "session_id": "s"}
     windows = scripted([[TokenDelta((7,)), TokenDelta((8,), finish_reason="stop")]])
-    assert len(asyncio.run(drafted(windows, scripted([[None]]), piece=4))) == 2
+    assert len(asyncio.run(drafted(windows, scripted([[None]]), stream_interval=4))) == 2
     assert windows.calls[0][0] == {"method_name": "draft", "session_id": "s", "stream": True}
-    assert windows.calls[0][1] == (QUESTION, (4,), 4)
+    assert windows.calls[0][1] == (draft_request(4),)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +247,9 @@ def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
     [(BackPressureError(1, 1), "the drafters are busy"), (ActorDiedError(), "the drafter was lost")],
 )
 def test_what_goes_wrong_with_a_drafter_leaves_no_draft(error, reason):
-    for piece in (NO_STREAMING, 4):
+    for stream_interval in (NO_STREAMING, 4):
         with pytest.raises(DraftUnavailable, match=reason):
-            asyncio.run(drafted(scripted([[error]]), scripted([[None]]), piece=piece))
+            asyncio.run(drafted(scripted([[error]]), scripted([[None]]), stream_interval=stream_interval))
 
 
 def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers():
@@ -205,49 +257,49 @@ def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers()
     hanging, well = scripted([[FOREVER]]), scripted([[TokenDelta((7,), finish_reason="stop")]])
 
     async def requests():
-        watch = CircuitBreaker("drafter", alive, BusyTime())
-        drafters = {name: DrafterClient(h, Session("s"), watch) for name, h in (("h", hanging), ("w", well))}
+        breaker = CircuitBreaker("drafter", alive, BusyTime())
+        drafters = {name: DrafterClient(h, Session("s"), breaker) for name, h in (("h", hanging), ("w", well))}
         with pytest.raises(DraftUnavailable, match="the drafter does not answer"):
-            await collect(drafters["h"].draft(QUESTION, (), stream_interval=NO_STREAMING))
+            await collect(drafters["h"].draft(draft_request()))
         assert hanging.cancelled == 1
         with pytest.raises(DraftUnavailable, match="the drafter does not answer"):
-            await collect(drafters["w"].draft(QUESTION, (), stream_interval=NO_STREAMING))
+            await collect(drafters["w"].draft(draft_request()))
         assert not well.calls
-        while watch.failure:
+        while breaker.failure:
             await asyncio.sleep(0.005)
-        assert await collect(drafters["w"].draft(QUESTION, (), stream_interval=NO_STREAMING))
-        watch.close()
+        assert await collect(drafters["w"].draft(draft_request()))
+        breaker.close()
 
     asyncio.run(asyncio.wait_for(requests(), 30))
 
 
 def test_after_a_death_there_are_no_drafts_until_one_answers():
     async def requests():
-        watch = CircuitBreaker("drafter", scripted([[None], [ActorDiedError()], [None]]), BusyTime())
-        dying = DrafterClient(scripted([[ActorDiedError()], [TokenDelta((7,))]]), Session("s"), watch)
+        breaker = CircuitBreaker("drafter", scripted([[None], [ActorDiedError()], [None]]), BusyTime())
+        dying = DrafterClient(scripted([[ActorDiedError()], [TokenDelta((7,))]]), Session("s"), breaker)
         with pytest.raises(DraftUnavailable, match="lost"):
-            await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
+            await collect(dying.draft(draft_request()))
         with pytest.raises(DraftUnavailable, match="ActorDiedError"):
-            await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
-        while watch.failure:
+            await collect(dying.draft(draft_request()))
+        while breaker.failure:
             await asyncio.sleep(0.005)
-        assert await collect(dying.draft(QUESTION, (), stream_interval=NO_STREAMING))
-        watch.close()
+        assert await collect(dying.draft(draft_request()))
+        breaker.close()
 
     asyncio.run(asyncio.wait_for(requests(), 30))
 
 
 def test_one_that_answers_others_is_well_though_our_question_waits_in_line():
     async def requests():
-        watch = CircuitBreaker("verifier", scripted([[None], [FOREVER]]), BusyTime())
-        verifier = VerifierClient(scripted([[7]]), Session("s"), watch)
+        breaker = CircuitBreaker("verifier", scripted([[None], [FOREVER]]), BusyTime())
+        verifier = VerifierClient(scripted([[7]]), Session("s"), breaker)
         for _ in range(40):  # four times as long as its patience
-            assert await verifier.warm((1,)) == 7
+            assert await verifier.prefill((1,)) == 7
             await asyncio.sleep(0.005)
-        assert watch.failure is None
-        while watch.failure is None:
+        assert breaker.failure is None
+        while breaker.failure is None:
             await asyncio.sleep(0.005)
-        assert watch.failure == "does not answer"
-        watch.close()
+        assert breaker.failure == "does not answer"
+        breaker.close()
 
     asyncio.run(asyncio.wait_for(requests(), 30))

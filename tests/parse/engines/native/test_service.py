@@ -11,11 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.model import ModelNotFoundError
-from parse.engines.native.service import NativeEngine
+from parse.errors import EngineStopped, RequestCancelled, RequestError
 from parse.prompts import VerificationSuffix, build_verification_suffix, chat_prompt_token_ids
-from parse.types import EngineStopped, RequestCancelled, RequestError, SamplingParams
+from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.types import SamplingParams
 from tests.parse.engines.native.tiny import build, plain
 from training.evaluate import MODELS
 from training.task import correct_answer, draw_problem
@@ -23,7 +26,7 @@ from training.task import correct_answer, draw_problem
 GREEDY = SamplingParams(temperature=0)
 GAP = 1e-4  # between the two best logits; with less, rounding may choose
 CONTEXT = 200
-CHECK = VerificationSuffix((7, 5, 90), correct_token_ids=(11, 12), incorrect_token_ids=(13,))
+SUFFIX = VerificationSuffix((7, 5, 90), correct_token_ids=(11, 12), incorrect_token_ids=(13,))
 
 
 def text(rng, size):
@@ -52,38 +55,68 @@ def settings(path, **changes):
 
 
 @pytest.fixture(scope="module")
-def service(path):
-    service = NativeEngine(settings(path))
-    yield service
-    service.shutdown()
+def engine(path):
+    engine = load_native_engine(settings(path))
+    yield engine
+    engine.shutdown()
 
 
 async def collect(stream):
-    async with aclosing(stream) as pieces:
-        return [piece async for piece in pieces]
+    async with aclosing(stream) as deltas:
+        return [delta async for delta in deltas]
 
 
-def ids(pieces):
-    return [token for piece in pieces for token in piece.ids]
+def ids(deltas):
+    return [token for delta in deltas for token in delta.token_ids]
 
 
-async def at_rest(service):
+async def at_rest(engine):
     """Nothing runs or waits, seen twice: on its way from one to the other a request is nowhere for a moment."""
     quiet = 0
     for _ in range(2000):
-        quiet = 0 if service.load.running or service.load.waiting else quiet + 1
+        quiet = 0 if engine.stats.num_running or engine.stats.num_waiting else quiet + 1
         if quiet == 2:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("somebody is still running")
 
 
-async def write(service, prompt, output=(), sampling=GREEDY, **options):
-    return ids(await collect(service.generate(prompt, output, sampling, **options)))
+def start(engine, prompt, output=(), params=GREEDY, *, draft=(), stream_interval=1):
+    return engine.generate(
+        GenerateRequest(
+            prompt_token_ids=prompt,
+            output_token_ids=output,
+            sampling_params=params,
+            draft_token_ids=draft,
+            stream_interval=stream_interval,
+        )
+    )
+
+
+async def write(engine, *args, **options):
+    return ids(await collect(start(engine, *args, **options)))
+
+
+def verification(prompt, draft, prefix_lengths, suffix, *, full=None, logprobs=None):
+    """Evaluates every prefix, or with `full` none if the complete draft passes."""
+    policy = None if full is None else AcceptancePolicy(Thresholds(full=full), "longest_passing")
+    return VerifyRequest(
+        prompt_token_ids=prompt,
+        draft_token_ids=draft,
+        draft_complete=full is not None,
+        prefix_lengths=prefix_lengths,
+        suffix=suffix,
+        policy=policy,
+        num_logprobs=logprobs,
+    )
+
+
+async def verify(engine, *args, **options):
+    return await engine.verify(verification(*args, **options))
 
 
 @asynccontextmanager
-async def company(service, seed=0):
+async def company(engine, seed=0):
     """Others who come, go, judge, warm, guess and give up, all the while."""
     rng = random.Random(seed)
     stems = [text(rng, 90) for _ in range(6)]
@@ -92,19 +125,19 @@ async def company(service, seed=0):
     async def guest():
         while True:
             stem = rng.choice(stems)[: rng.randint(1, 90)]
-            kind = rng.choice(["judge", "warm", "write", "guess", "give up", "run away"])
-            if kind == "judge":
-                await service.judge(stem, text(rng, 12), sorted(rng.sample(range(1, 13), 4)), CHECK, logprobs=0)
-            elif kind == "warm":
-                await service.warm(stem)
-            elif kind in ("write", "guess"):
+            kind = rng.choice(["verify", "prefill", "generate", "guess", "give up", "run away"])
+            if kind == "verify":
+                await verify(engine, stem, text(rng, 12), sorted(rng.sample(range(1, 13), 4)), SUFFIX, logprobs=0)
+            elif kind == "prefill":
+                await engine.prefill(stem)
+            elif kind in ("generate", "guess"):
                 sampling = SamplingParams(seed=rng.randrange(99), max_tokens=9)
-                await write(service, stem, (), sampling, proposal=text(rng, 6) if kind == "guess" else ())
+                await write(engine, stem, (), sampling, draft=text(rng, 6) if kind == "guess" else ())
             elif kind == "give up":
-                async for _ in service.generate(stem, (), SamplingParams(seed=1, ignore_eos=True)):
+                async for _ in start(engine, stem, (), SamplingParams(seed=1, ignore_eos=True)):
                     break
             else:
-                task = asyncio.create_task(write(service, stem, (), SamplingParams(ignore_eos=True)))
+                task = asyncio.create_task(write(engine, stem, (), SamplingParams(ignore_eos=True)))
                 await asyncio.sleep(0.003)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)  # this guest may be cancelled meanwhile
@@ -144,7 +177,7 @@ def generated(reference, prompts, size, ends):
     return wanted
 
 
-def test_greedy_texts_are_those_of_generate_whoever_else_is_served(service, reference):
+def test_greedy_texts_are_those_of_generate_whoever_else_is_served(engine, reference):
     rng = random.Random(0)
     stems = [text(rng, 80) for _ in range(20)]
     prompts = [
@@ -153,7 +186,7 @@ def test_greedy_texts_are_those_of_generate_whoever_else_is_served(service, refe
         ]
         for _ in range(200)
     ]
-    wanted = generated(reference, prompts, 20, service.model.ends)
+    wanted = generated(reference, prompts, 20, engine.model.eos_token_ids)
     assert len({len(written) for written in wanted.values()}) > 10
 
     async def all_of_them():
@@ -161,9 +194,9 @@ def test_greedy_texts_are_those_of_generate_whoever_else_is_served(service, refe
 
         async def one(prompt):
             async with slots:
-                return await write(service, prompt, (), replace(GREEDY, max_tokens=20))
+                return await write(engine, prompt, (), replace(GREEDY, max_tokens=20))
 
-        async with company(service) as done:
+        async with company(engine) as done:
             got = await asyncio.gather(*map(one, prompts))
             return got, done
 
@@ -179,36 +212,36 @@ def test_the_demo_target_writes_what_generate_writes(tokenizer):
         chat_prompt_token_ids(tokenizer, [{"role": "user", "content": draw_problem("test", 3, index).question}])
         for index in range(6)
     ]
-    service = NativeEngine(settings(MODELS / "demo-target", memory_mb=128, max_context=600))
+    engine = load_native_engine(settings(MODELS / "demo-target", memory_mb=128, max_context=600))
     try:
-        wanted = generated(target, prompts, 32, service.model.eos_token_ids)
+        wanted = generated(target, prompts, 32, engine.model.eos_token_ids)
 
         async def all_of_them():
-            async with company(service):
+            async with company(engine):
                 return await asyncio.gather(
-                    *(write(service, prompt, (), replace(GREEDY, max_tokens=32)) for prompt in prompts)
+                    *(write(engine, prompt, (), replace(GREEDY, max_tokens=32)) for prompt in prompts)
                 )
 
         for prompt, got in zip(prompts, asyncio.run(all_of_them()), strict=True):
             assert agree(target, prompt, got, wanted[tuple(prompt)])
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
-def chances(reference, prompt, draft, cuts):
+def expected_p_correct(reference, prompt, draft, prefix_lengths):
     """P(correct) at each cut, from a conversation of its own."""
     found = []
-    for cut in cuts:
-        logits = plain(reference, [*prompt, *draft[:cut], *CHECK.token_ids])[-1].double().exp()
+    for cut in prefix_lengths:
+        logits = plain(reference, [*prompt, *draft[:cut], *SUFFIX.token_ids])[-1].double().exp()
         yes, no = (
             sum(float(logits[token]) for token in words)
-            for words in (CHECK.correct_token_ids, CHECK.incorrect_token_ids)
+            for words in (SUFFIX.correct_token_ids, SUFFIX.incorrect_token_ids)
         )
         found.append(yes / (yes + no))
     return found
 
 
-def test_verdicts_are_those_of_separate_conversations_whoever_else_is_served(service, reference):
+def test_verdicts_are_those_of_separate_conversations_whoever_else_is_served(engine, reference):
     rng = random.Random(1)
     cases = []
     for _ in range(25):
@@ -216,19 +249,20 @@ def test_verdicts_are_those_of_separate_conversations_whoever_else_is_served(ser
         cases.append((prompt, draft, sorted(rng.sample(range(1, len(draft) + 1), min(len(draft), 5)))))
 
     async def all_of_them():
-        async with company(service):
-            asked = (service.judge(*case, CHECK, logprobs=2 if index % 2 else None) for index, case in enumerate(cases))
-            return await asyncio.gather(*asked)
+        async with company(engine):
+            logprobs = (2 if index % 2 else None for index in range(len(cases)))
+            calls = (verify(engine, *case, SUFFIX, logprobs=n) for case, n in zip(cases, logprobs, strict=True))
+            return await asyncio.gather(*calls)
 
     spread = []
     for index, (case, got) in enumerate(zip(cases, asyncio.run(all_of_them()), strict=True)):
-        prompt, draft, cuts = case
-        wanted = chances(reference, *case)
+        prompt, draft, prefix_lengths = case
+        wanted = expected_p_correct(reference, *case)
         spread += wanted
-        assert got.correct == pytest.approx(wanted, abs=1e-4)
+        assert got.p_correct == pytest.approx(wanted, abs=1e-4)
         if index % 2:
             rows = plain(reference, [*prompt, *draft]).log_softmax(-1)[len(prompt) - 1 :]
-            own = [float(row[token]) for row, token in zip(rows, draft[: cuts[-1]], strict=False)]
+            own = [float(row[token]) for row, token in zip(rows, draft[: prefix_lengths[-1]], strict=False)]
             assert [logprob.logprob for logprob in got.logprobs] == pytest.approx(own, abs=1e-4)
             assert all(len(logprob.top) == 2 for logprob in got.logprobs)
         else:
@@ -236,7 +270,7 @@ def test_verdicts_are_those_of_separate_conversations_whoever_else_is_served(ser
     assert max(spread) - min(spread) > 0.5, "verdicts hardly differ on this model"
 
 
-def test_seeds_reproduce_texts_whoever_else_is_served(service):
+def test_seeds_reproduce_texts_whoever_else_is_served(engine):
     rng = random.Random(2)
     cases = [
         (
@@ -258,27 +292,27 @@ def test_seeds_reproduce_texts_whoever_else_is_served(service):
         """The rest from every third place, with proposals right, wrong and partly right."""
         for split in range(0, len(whole), 3):
             guess = whole[split : split + rng.randint(0, 9)] + text(rng, rng.randint(0, 5))
-            assert whole[:split] + await write(service, prompt, whole[:split], sampling, proposal=guess) == whole
+            assert whole[:split] + await write(engine, prompt, whole[:split], sampling, draft=guess) == whole
 
     async def all_of_them():
-        alone = [await write(service, prompt, (), sampling) for prompt, sampling in cases]
-        async with company(service):
-            together = await asyncio.gather(*(write(service, prompt, (), sampling) for prompt, sampling in cases))
+        alone = [await write(engine, prompt, (), sampling) for prompt, sampling in cases]
+        async with company(engine):
+            together = await asyncio.gather(*(write(engine, prompt, (), sampling) for prompt, sampling in cases))
             assert together == alone
             await asyncio.gather(*(go_on(*case, whole) for case, whole in zip(cases, alone, strict=True)))
-        other = [await write(service, prompt, (), replace(sampling, seed=99)) for prompt, sampling in cases]
+        other = [await write(engine, prompt, (), replace(sampling, seed=99)) for prompt, sampling in cases]
         assert sum(one != two for one, two in zip(alone, other, strict=True)) > 8
 
     asyncio.run(all_of_them())
 
 
-def test_log_probabilities_are_those_of_the_text_run_at_once(service, reference):
+def test_log_probabilities_are_those_of_the_text_run_at_once(engine, reference):
     prompt = text(random.Random(3), 30)
-    pieces = asyncio.run(
-        collect(service.generate(prompt, (), SamplingParams(seed=5, temperature=0.5, max_tokens=12, logprobs=3)))
+    deltas = asyncio.run(
+        collect(start(engine, prompt, (), SamplingParams(seed=5, temperature=0.5, max_tokens=12, logprobs=3)))
     )
-    written = ids(pieces)
-    logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
+    written = ids(deltas)
+    logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
     rows = plain(reference, [*prompt, *written]).log_softmax(-1)[len(prompt) - 1 :]
     for row, token, got in zip(rows, written, logprobs, strict=False):
         assert got.logprob == pytest.approx(float(row[token]), abs=1e-4)
@@ -286,69 +320,69 @@ def test_log_probabilities_are_those_of_the_text_run_at_once(service, reference)
     assert len(logprobs) == len(written)
 
 
-def test_a_stop_string_ends_the_text_in_whatever_tokens_it_comes(service, tokenizer):
+def test_a_stop_string_ends_the_text_in_whatever_tokens_it_comes(engine, tokenizer):
     prompt = text(random.Random(4), 20)
 
     async def all_of_them():
         sampling = SamplingParams(seed=1, max_tokens=40, ignore_eos=True)
-        whole = await write(service, prompt, (), sampling)
+        whole = await write(engine, prompt, (), sampling)
         said = tokenizer.decode(whole, skip_special_tokens=True)
         across = 0
         for stop in {said[start : start + 4] for start in range(len(said) - 4)}:
             needed = next(n for n in count() if stop in tokenizer.decode(whole[:n], skip_special_tokens=True))
             if needed <= 2 or "\ufffd" in stop:
                 continue
-            pieces = await collect(service.generate(prompt, whole[:2], replace(sampling, stop=("never", stop))))
-            assert whole[:2] + ids(pieces) == whole[:needed]
-            assert pieces[-1].finish == "stop"
+            deltas = await collect(start(engine, prompt, whole[:2], replace(sampling, stop=("never", stop))))
+            assert whole[:2] + ids(deltas) == whole[:needed]
+            assert deltas[-1].finish_reason == "stop"
             across += stop not in [tokenizer.decode([token]) for token in whole]
         assert across > 10
 
     asyncio.run(all_of_them())
 
 
-def test_limits_count_the_whole_output(service):
+def test_limits_count_the_whole_output(engine):
     prompt = text(random.Random(5), 20)
 
     async def all_of_them():
-        whole = await write(service, prompt, (), SamplingParams(max_tokens=20, ignore_eos=True))
+        whole = await write(engine, prompt, (), SamplingParams(max_tokens=20, ignore_eos=True))
         assert len(whole) == 20
         sampling = SamplingParams(max_tokens=20, ignore_eos=True)
-        assert len(await write(service, prompt, whole[:13], sampling)) == 7
-        pieces = await collect(service.generate(prompt, whole[:13], sampling, proposal=whole[13:] + whole))
-        assert (ids(pieces), pieces[-1].finish) == (whole[13:], "length")
-        full = await write(service, prompt, (), SamplingParams(ignore_eos=True))
+        assert len(await write(engine, prompt, whole[:13], sampling)) == 7
+        deltas = await collect(start(engine, prompt, whole[:13], sampling, draft=whole[13:] + whole))
+        assert (ids(deltas), deltas[-1].finish_reason) == (whole[13:], "length")
+        full = await write(engine, prompt, (), SamplingParams(ignore_eos=True))
         assert len(prompt) + len(full) == CONTEXT
 
     asyncio.run(all_of_them())
 
 
-def test_the_end_token_ends_the_text_and_is_no_part_of_it(service):
+def test_the_end_token_ends_the_text_and_is_no_part_of_it(engine):
     """The bias makes it certain."""
-    prompt, end = text(random.Random(6), 20), max(service.model.ends)
+    prompt, end = text(random.Random(6), 20), max(engine.model.eos_token_ids)
 
     async def all_of_them():
         biased = SamplingParams(logit_bias={end: 100.0}, max_tokens=5)
-        (piece,) = await collect(service.generate(prompt, (), biased))
-        assert (piece.ids, piece.finish) == ((), "stop")
-        assert await write(service, prompt, (), replace(biased, ignore_eos=True)) == [end] * 5
+        (delta,) = await collect(start(engine, prompt, (), biased))
+        assert (delta.token_ids, delta.finish_reason) == ((), "stop")
+        assert await write(engine, prompt, (), replace(biased, ignore_eos=True)) == [end] * 5
 
     asyncio.run(all_of_them())
 
 
 @pytest.fixture
 def slow(path, monkeypatch):
-    """A service of which a step takes a while."""
-    service = NativeEngine(settings(path, step_tokens=4, max_running=2))
-    forward = service.model.forward
+    """A engine of which a step takes a while."""
+    engine = load_native_engine(settings(path, step_tokens=4, max_running=2))
+    forward = engine.model.forward
 
     def slowly(*step):
         time.sleep(0.01)
         return forward(*step)
 
-    monkeypatch.setattr(service.model, "forward", slowly)
-    yield service
-    service.shutdown()
+    monkeypatch.setattr(engine.model, "forward", slowly)
+    yield engine
+    engine.shutdown()
 
 
 def test_to_leave_early_cancels(slow):
@@ -356,12 +390,12 @@ def test_to_leave_early_cancels(slow):
     prompt = text(rng, 3)
 
     async def leave():
-        async for piece in slow.generate(prompt, (), SamplingParams(ignore_eos=True)):
-            assert piece.finish is None
+        async for delta in start(slow, prompt, (), SamplingParams(ignore_eos=True)):
+            assert delta.finish_reason is None
             break
 
     async def close():
-        stream = slow.generate(prompt, (), SamplingParams(ignore_eos=True))
+        stream = start(slow, prompt, (), SamplingParams(ignore_eos=True))
         await anext(stream)
         await stream.aclose()
 
@@ -377,23 +411,23 @@ def test_to_leave_early_cancels(slow):
             leave(),
             close(),
             run_away(write(slow, prompt, (), SamplingParams(ignore_eos=True))),
-            run_away(slow.judge(prompt, text(rng, 190), [190], CHECK)),
-            run_away(slow.warm(text(rng, 200))),
+            run_away(verify(slow, prompt, text(rng, 190), [190], SUFFIX)),
+            run_away(slow.prefill(text(rng, 200))),
         ):
-            before = slow.load.steps
+            before = slow.stats.num_steps
             await leaving
             await at_rest(slow)
-            assert slow.load.steps - before < 30, "that is what it would have taken to the end"
+            assert slow.stats.num_steps - before < 30, "that is what it would have taken to the end"
 
     asyncio.run(all_of_them())
 
 
 def test_who_is_cancelled_by_somebody_else_is_told(slow):
     async def cancelled():
-        stream = slow.generate([20], (), SamplingParams(ignore_eos=True))
+        stream = start(slow, [20], (), SamplingParams(ignore_eos=True))
         await anext(stream)
-        (job,) = slow.engine._running
-        slow.engine.cancel(job)
+        (request,) = slow.core._running
+        slow.core.abort(request)
         with pytest.raises(RequestCancelled):
             async for _ in stream:
                 pass
@@ -401,26 +435,26 @@ def test_who_is_cancelled_by_somebody_else_is_told(slow):
     asyncio.run(cancelled())
 
 
-def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
+def test_slow_readers_get_all_that_was_written_since_in_one_piece(engine):
     prompt = text(random.Random(10), 20)
 
     async def all_of_them():
         sampling = SamplingParams(seed=3, max_tokens=40, ignore_eos=True, logprobs=0)
-        whole = await write(service, prompt, (), sampling)
-        stream = service.generate(prompt, (), sampling)
+        whole = await write(engine, prompt, (), sampling)
+        stream = start(engine, prompt, (), sampling)
         first = await anext(stream)
-        await at_rest(service)
-        (rest,) = [piece async for piece in stream]
+        await at_rest(engine)
+        (rest,) = [delta async for delta in stream]
         assert ids([first, rest]) == whole
-        assert (len(first.logprobs), len(rest.logprobs)) == (len(first.ids), len(rest.ids))
-        assert (first.finish, rest.finish) == (None, "length")
-        steps = service.load.steps
-        task = asyncio.create_task(collect(service.generate(prompt, (), sampling, proposal=whole[:25])))
+        assert (len(first.logprobs), len(rest.logprobs)) == (len(first.token_ids), len(rest.token_ids))
+        assert (first.finish_reason, rest.finish_reason) == (None, "length")
+        steps = engine.stats.num_steps
+        task = asyncio.create_task(collect(start(engine, prompt, (), sampling, draft=whole[:25])))
         await asyncio.sleep(0)
-        while service.load.steps < steps + 15 or service.load.running:
+        while engine.stats.num_steps < steps + 15 or engine.stats.num_running:
             time.sleep(0.01)  # nobody reads
-        (piece,) = await task
-        assert (list(piece.ids), piece.accepted, len(piece.logprobs)) == (whole, 25, 40)
+        (delta,) = await task
+        assert (list(delta.token_ids), delta.num_accepted, len(delta.logprobs)) == (whole, 25, 40)
 
     asyncio.run(all_of_them())
 
@@ -428,13 +462,13 @@ def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
 @pytest.mark.parametrize(
     ("field", "call"),
     [
-        ("prompt", lambda s: s.warm([])),
-        ("prompt", lambda s: s.warm([-1])),
-        ("prompt", lambda s: s.warm([1, 510])),
-        ("prompt", lambda s: s.warm([1] * (CONTEXT + 1))),
-        ("prompt", lambda s: s.warm([1.5])),
-        ("prompt", lambda s: s.warm(["a"])),
-        ("prompt", lambda s: s.warm(list(np.array([range(20)]).T))),
+        ("prompt", lambda s: s.prefill([])),
+        ("prompt", lambda s: s.prefill([-1])),
+        ("prompt", lambda s: s.prefill([1, 510])),
+        ("prompt", lambda s: s.prefill([1] * (CONTEXT + 1))),
+        ("prompt", lambda s: s.prefill([1.5])),
+        ("prompt", lambda s: s.prefill(["a"])),
+        ("prompt", lambda s: s.prefill(list(np.array([range(20)]).T))),
         ("prompt", lambda s: write(s, [])),
         ("prompt", lambda s: write(s, [1, 510])),
         ("prompt", lambda s: write(s, [1] * CONTEXT)),
@@ -442,44 +476,44 @@ def test_slow_readers_get_all_that_was_written_since_in_one_piece(service):
         ("output", lambda s: write(s, [1], [-1])),
         ("output", lambda s: write(s, [1], [1] * 5, SamplingParams(max_tokens=5))),
         ("output", lambda s: write(s, [10], s.model.tokenizer.encode("a STOP"), SamplingParams(stop=("STOP",)))),
-        ("proposal", lambda s: write(s, [1], proposal=[510])),
+        ("draft", lambda s: write(s, [1], draft=[510])),
         ("logit_bias", lambda s: write(s, [1], (), SamplingParams(logit_bias={510: 1.0}))),
-        ("prompt", lambda s: s.judge([], [1], [1], CHECK)),
-        ("prompt", lambda s: s.judge([510], [1], [1], CHECK)),
-        ("draft", lambda s: s.judge([1], [510], [1], CHECK)),
-        ("draft", lambda s: s.judge([1] * 100, [1] * 101, [1], CHECK)),
-        ("cuts", lambda s: s.judge([1], [1, 1], [0], CHECK)),
-        ("cuts", lambda s: s.judge([1], [1, 1], [3], CHECK)),
-        ("cuts", lambda s: s.judge([1], [1, 1], [2, 1], CHECK)),
-        ("cuts", lambda s: s.judge([1], [1, 1], [1, 1], CHECK)),
-        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, token_ids=(1, 510)))),
-        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, token_ids=()))),
-        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, correct_token_ids=(-1,)))),
-        ("check", lambda s: s.judge([1], [1, 1], [1], replace(CHECK, incorrect_token_ids=()))),
+        ("prompt", lambda s: verify(s, [], [1], [1], SUFFIX)),
+        ("prompt", lambda s: verify(s, [510], [1], [1], SUFFIX)),
+        ("draft", lambda s: verify(s, [1], [510], [1], SUFFIX)),
+        ("draft", lambda s: verify(s, [1] * 100, [1] * 101, [1], SUFFIX)),
+        ("prefix_lengths", lambda s: verify(s, [1], [1, 1], [0], SUFFIX)),
+        ("prefix_lengths", lambda s: verify(s, [1], [1, 1], [3], SUFFIX)),
+        ("prefix_lengths", lambda s: verify(s, [1], [1, 1], [2, 1], SUFFIX)),
+        ("prefix_lengths", lambda s: verify(s, [1], [1, 1], [1, 1], SUFFIX)),
+        ("suffix", lambda s: verify(s, [1], [1, 1], [1], replace(SUFFIX, token_ids=(1, 510)))),
+        ("suffix", lambda s: verify(s, [1], [1, 1], [1], replace(SUFFIX, token_ids=()))),
+        ("suffix", lambda s: verify(s, [1], [1, 1], [1], replace(SUFFIX, correct_token_ids=(-1,)))),
+        ("suffix", lambda s: verify(s, [1], [1, 1], [1], replace(SUFFIX, incorrect_token_ids=()))),
     ],
 )
-def test_bad_input_is_refused_by_the_name_of_its_field_and_harms_nobody(service, field, call):
+def test_bad_input_is_refused_by_the_name_of_its_field_and_harms_nobody(engine, field, call):
     async def refused():
-        other = asyncio.create_task(write(service, [20, 30], (), replace(GREEDY, max_tokens=6, ignore_eos=True)))
+        other = asyncio.create_task(write(engine, [20, 30], (), replace(GREEDY, max_tokens=6, ignore_eos=True)))
         with pytest.raises(RequestError, match=f"^{field}: ") as caught:
-            await call(service)
+            await call(engine)
         assert caught.value.field == field
         assert len(await other) == 6
 
     asyncio.run(refused())
 
 
-def test_what_is_just_within_the_limits_is_served(service, reference):
+def test_what_is_just_within_the_limits_is_served(engine, reference):
     rng = random.Random(11)
 
     async def all_of_them():
-        await service.warm(text(rng, CONTEXT))
-        assert len(await write(service, text(rng, CONTEXT - 1))) <= 1
+        await engine.prefill(text(rng, CONTEXT))
+        assert len(await write(engine, text(rng, CONTEXT - 1))) <= 1
         prompt, draft = text(rng, 100), text(rng, 100)
-        cuts = list(range(1, 101))
-        verdict = await service.judge(prompt, draft, cuts, CHECK)
-        assert verdict.correct == pytest.approx(chances(reference, prompt, draft, cuts), abs=1e-4)
-        assert (await service.judge(prompt, draft, [], CHECK)).correct == ()
+        prefix_lengths = list(range(1, 101))
+        result = await verify(engine, prompt, draft, prefix_lengths, SUFFIX)
+        assert result.p_correct == pytest.approx(expected_p_correct(reference, prompt, draft, prefix_lengths), abs=1e-4)
+        assert (await verify(engine, prompt, draft, [], SUFFIX)).p_correct == ()
 
     asyncio.run(all_of_them())
 
@@ -489,52 +523,52 @@ def test_no_question_reaches_beyond_the_positions_a_model_knows(tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     rng = random.Random(13)
-    service = NativeEngine(settings(tmp_path, max_context=4096))
+    engine = load_native_engine(settings(tmp_path, max_context=4096))
     try:
-        assert service.max_model_len == 256
+        assert engine.max_model_len == 256
         prompt, draft = text(rng, 100), text(rng, 156)
-        wanted = chances(reference, prompt, draft, [3, 153])
+        wanted = expected_p_correct(reference, prompt, draft, [3, 153])
         for options in ({}, dict(full=0.0), dict(logprobs=0)):
-            verdict = asyncio.run(service.judge(prompt, draft, [3, 153, 154, 156], CHECK, **options))
-            assert verdict.p_correct == (*(pytest.approx(chance, abs=1e-4) for chance in wanted), None, None)
-            assert len(verdict.logprobs) == (156 if options == dict(logprobs=0) else 0)
-        assert asyncio.run(service.judge(prompt, draft, [155], CHECK, full=0.5)).p_correct == (None,)
-        assert len(asyncio.run(write(service, text(rng, 250), (), replace(GREEDY, ignore_eos=True)))) == 6
+            result = asyncio.run(verify(engine, prompt, draft, [3, 153, 154, 156], SUFFIX, **options))
+            assert result.p_correct == (*(pytest.approx(chance, abs=1e-4) for chance in wanted), None, None)
+            assert len(result.logprobs) == (156 if options == dict(logprobs=0) else 0)
+        assert asyncio.run(verify(engine, prompt, draft, [155], SUFFIX, full=0.5)).p_correct == (None,)
+        assert len(asyncio.run(write(engine, text(rng, 250), (), replace(GREEDY, ignore_eos=True)))) == 6
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
 def test_each_call_begins_where_the_one_before_left_off(path):
     """warm, judge, generate, and the next turn: each recomputes less than a block of 16."""
     rng = random.Random(12)
     prompt, draft = text(rng, 60), text(rng, 40)
-    service = NativeEngine(settings(path))
+    engine = load_native_engine(settings(path))
 
     async def computed(work):
-        before = service.stats.num_tokens
+        before = engine.stats.num_tokens
         result = await work
-        await at_rest(service)
-        return result, service.stats.num_tokens - before
+        await at_rest(engine)
+        return result, engine.stats.num_tokens - before
 
     async def all_of_them():
-        assert (await computed(service.warm(prompt)))[1] == 60
-        assert (await computed(service.warm(prompt)))[1] <= 16
-        probes = 3 * len(CHECK.token_ids)
-        assert (await computed(service.judge(prompt, draft, [10, 20, 40], CHECK)))[1] <= 40 + probes + 16
-        assert (await computed(service.judge(prompt, draft, [20, 30, 40], CHECK)))[1] <= probes + 16
+        assert (await computed(engine.prefill(prompt)))[1] == 60
+        assert (await computed(engine.prefill(prompt)))[1] <= 16
+        probes = 3 * len(SUFFIX.token_ids)
+        assert (await computed(verify(engine, prompt, draft, [10, 20, 40], SUFFIX)))[1] <= 40 + probes + 16
+        assert (await computed(verify(engine, prompt, draft, [20, 30, 40], SUFFIX)))[1] <= probes + 16
         sampling = SamplingParams(max_tokens=30, ignore_eos=True)
-        written, tokens = await computed(write(service, prompt, draft[:20], sampling))
+        written, tokens = await computed(write(engine, prompt, draft[:20], sampling))
         assert len(written) == 10
         assert tokens <= 10 + 16
         # What was said is there for the next turn, even where it was proposed and taken all at once.
         whole = [*prompt, *draft[:20], *written, *text(rng, 10)]
-        assert (await computed(service.warm(whole)))[1] <= 10 + 16
-        said = await write(service, whole, (), sampling)
-        other = NativeEngine(settings(path))
+        assert (await computed(engine.prefill(whole)))[1] <= 10 + 16
+        said = await write(engine, whole, (), sampling)
+        other = load_native_engine(settings(path))
         try:
-            await write(other, whole, (), sampling, proposal=said)
+            await write(other, whole, (), sampling, draft=said)
             before = other.stats.prefix_hits
-            await other.warm([*whole, *said, 9])
+            await other.prefill([*whole, *said, 9])
             assert other.stats.prefix_hits - before >= len(whole) + len(said) - 16
         finally:
             other.shutdown()
@@ -542,18 +576,18 @@ def test_each_call_begins_where_the_one_before_left_off(path):
     try:
         asyncio.run(all_of_them())
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
 def test_to_close_ends_all_streams(slow):
     async def all_of_them():
-        streams = [slow.generate([20 + n] * 9, (), SamplingParams(ignore_eos=True)) for n in range(5)]
+        streams = [start(slow, [20 + n] * 9, (), SamplingParams(ignore_eos=True)) for n in range(5)]
         tasks = [asyncio.create_task(collect(stream)) for stream in streams]
         await asyncio.sleep(0)
-        slow.close()
+        slow.shutdown()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {EngineStopped}
-        for call in (slow.warm([1]), write(slow, [1]), slow.judge([1], [1], [1], CHECK)):
+        for call in (slow.prefill([1]), write(slow, [1]), verify(slow, [1], [1], [1], SUFFIX)):
             with pytest.raises(EngineStopped):
                 await call
 
@@ -562,33 +596,117 @@ def test_to_close_ends_all_streams(slow):
 
 def test_a_service_that_cannot_be_is_refused_with_the_reason(tmp_path):
     with pytest.raises(RequestError, match="memory_mb: 8 hold no context of 600 tokens, that takes 23"):
-        NativeEngine(settings(MODELS / "demo-target", memory_mb=8, max_context=600))
+        load_native_engine(settings(MODELS / "demo-target", memory_mb=8, max_context=600))
     with pytest.raises(ModelNotFoundError, match="nowhere"):
-        NativeEngine(settings(tmp_path / "nowhere"))
+        load_native_engine(settings(tmp_path / "nowhere"))
 
 
-def test_the_question_of_the_chat_template_is_one_that_can_be_asked(service, tokenizer):
+def test_the_question_of_the_chat_template_is_one_that_can_be_asked(engine, tokenizer):
     prompt = chat_prompt_token_ids(tokenizer, [{"role": "user", "content": draw_problem("test", 1, 0).question}])
     draft = tokenizer.encode(correct_answer(draw_problem("test", 1, 0)))[:20]
     check = build_verification_suffix(tokenizer, "Is it right?")
-    verdict = asyncio.run(service.judge(prompt, draft, [10, 20], check))
-    assert all(chance is not None and 0 <= chance <= 1 for chance in verdict.correct)
+    result = asyncio.run(verify(engine, prompt, draft, [10, 20], check))
+    assert all(chance is not None and 0 <= chance <= 1 for chance in result.p_correct)
 
 
 def test_every_call_tells_how_much_it_found_known(path):
-    service = NativeEngine(settings(path))
+    engine = load_native_engine(settings(path))
     prompt, draft = text(random.Random(1), 40), text(random.Random(2), 20)
     sampling = replace(GREEDY, max_tokens=len(draft) + 2, ignore_eos=True)
 
     async def calls():
-        cold = await service.warm(prompt)
-        again = await service.warm(prompt)
-        judged = await service.judge(prompt, draft, [len(draft)], CHECK)
-        written = await collect(service.generate(prompt, draft, sampling))
+        cold = await engine.prefill(prompt)
+        again = await engine.prefill(prompt)
+        judged = await verify(engine, prompt, draft, [len(draft)], SUFFIX)
+        written = await collect(start(engine, prompt, draft, sampling))
         return cold, again, judged.num_cached_tokens, written
 
     cold, again, judged, written = asyncio.run(calls())
-    service.shutdown()
+    engine.shutdown()
     assert (cold, again, judged) == (0, len(prompt), len(prompt))
-    assert written[0].cached == len(prompt) + len(draft) - 1  # its last token is asked for anew
-    assert all(piece.cached == 0 for piece in written[1:])
+    assert written[0].num_cached_tokens == len(prompt) + len(draft) - 1  # its last token is asked for anew
+    assert all(delta.num_cached_tokens == 0 for delta in written[1:])
+
+
+def test_the_fused_call_is_a_verification_and_then_a_generation_whoever_else_is_served(engine, tokenizer):
+    """Held against the two calls made one after the other, greedy and sampled, with logprobs and stop strings."""
+    rng = random.Random(21)
+
+    def request(index):
+        prompt, output, draft = text(rng, rng.randint(1, 50)), text(rng, rng.choice([0, 0, 5])), text(rng, 24)
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 1.0]),
+            presence_penalty=rng.choice([0.0, 0.5]),
+            seed=index,
+            max_tokens=len(output) + rng.choice([3, 24, 30, 40]),
+            logprobs=rng.choice([None, 0, 2]),
+            stop=tuple(tokenizer.decode(text(rng, 1)) for _ in range(2)),
+        )
+        lengths = sorted(rng.sample(range(1, 25), 6))
+        complete = rng.random() < 0.5
+        p_thresholds = Thresholds(full=rng.choice([0.1, 0.5, 0.9]), prefix=rng.choice([0.05, 0.3, 0.6, 0.9]))
+        verify_request = VerifyRequest(
+            prompt_token_ids=prompt,
+            output_token_ids=output,
+            draft_token_ids=draft[: lengths[-1]] if complete else draft,
+            draft_complete=complete,
+            prefix_lengths=lengths,
+            suffix=SUFFIX,
+            policy=AcceptancePolicy(p_thresholds, rng.choice(["first_failure", "longest_passing"])),
+            num_logprobs=params.logprobs,
+        )
+        return VerifyAndGenerateRequest(
+            verify=verify_request,
+            generate=GenerateRequest(prompt_token_ids=prompt, output_token_ids=output, sampling_params=params),
+            generate_after_acceptance=rng.random() < 0.8,
+            max_continuation_tokens=rng.choice([None, 5]),
+        )
+
+    async def apart(request):
+        result = await engine.verify(request.verify)
+        rest = request.continuation(request.accepted_prefix_length(result.p_correct))
+        return result, await collect(engine.generate(rest)) if rest else []
+
+    async def all_of_them():
+        async with company(engine):
+            for fused_request in [request(index) for index in range(60)]:
+                try:
+                    wanted, deltas = await apart(fused_request)
+                except RequestError as error:  # the accepted prefix holds a stop string
+                    with pytest.raises(RequestError, match=str(error.field)):
+                        await collect(engine.verify_and_generate(fused_request))
+                    continue
+                result, *rest = await collect(engine.verify_and_generate(fused_request))
+                assert result.p_correct == pytest.approx(wanted.p_correct, abs=1e-4)
+                assert ids(rest) == ids(deltas)
+                assert [delta.finish_reason for delta in rest][-1:] == [delta.finish_reason for delta in deltas][-1:]
+                got = [logprob.logprob for delta in rest for logprob in delta.logprobs]
+                assert got == pytest.approx([p.logprob for delta in deltas for p in delta.logprobs], abs=1e-4)
+                outcomes[(bool(rest), request_kind(fused_request, result))] += 1
+
+    def request_kind(fused_request, result):
+        accepted = fused_request.accepted_prefix_length(result.p_correct)
+        return "all" if accepted == len(fused_request.verify.draft_token_ids) else "part" if accepted else "nothing"
+
+    outcomes: Counter = Counter()
+    asyncio.run(all_of_them())
+    assert {kind for _, kind in outcomes} == {"all", "part", "nothing"} and {rest for rest, _ in outcomes} == {
+        True,
+        False,
+    }
+
+
+def test_the_result_of_a_fused_call_comes_before_anything_is_generated(slow):
+    prompt, draft = text(random.Random(22), 10), text(random.Random(23), 8)
+    request = VerifyAndGenerateRequest(
+        verify=replace(verification(prompt, draft, [4, 8], SUFFIX), policy=AcceptancePolicy(Thresholds(1.0, 1.0))),
+        generate=GenerateRequest(prompt_token_ids=prompt, sampling_params=SamplingParams(ignore_eos=True)),
+    )
+
+    async def leave_after_the_result():
+        async with aclosing(slow.verify_and_generate(request)) as results:
+            result = await anext(results)
+            assert result.p_correct[0] is not None and slow.stats.num_running == 1
+        await at_rest(slow)
+
+    asyncio.run(leave_after_the_result())

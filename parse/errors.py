@@ -1,0 +1,46 @@
+"""The errors that callers meet. They may come from another process, so those with arguments can be pickled."""
+
+from typing import Literal
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it stands. Names the field at fault and its limit."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str]]:
+        return type(self), (self.field, self.message)
+
+
+class NumericalError(RuntimeError):
+    """The model returned logits that are not finite."""
+
+
+class RequestCancelled(RuntimeError):
+    """The caller cancelled the request."""
+
+
+class EngineStopped(RuntimeError):
+    """The engine was shut down, or died, before the request was done."""
+
+
+FallbackCause = Literal["none_there", "does_not_pay", "busy", "lost", "silent", "slow", "refused", "failed"]
+"""Why the target answers without a draft. The values are labels of a Prometheus metric."""
+
+
+class DraftUnavailable(RuntimeError):
+    """No draft can be had at the moment."""
+
+    def __init__(self, cause: FallbackCause, message: str) -> None:
+        super().__init__(message)
+        self.cause: FallbackCause = cause
+
+    def __reduce__(self) -> tuple[type["DraftUnavailable"], tuple[FallbackCause, str]]:
+        return type(self), (self.cause, str(self))
+
+
+class VerificationError(RuntimeError):
+    """The result of a verification does not fit its request."""

@@ -1,0 +1,95 @@
+"""What the pipeline reports while it answers: text, verifications of drafts, and at the end what the answer took."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from parse.errors import FallbackCause
+from parse.types import FinishReason, Logprob, SpeculationStats
+
+Origin = Literal["draft", "target"]
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A part of the answer. It is final."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    origin: Origin
+    logprobs: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result for a draft, or for a window of one: its first `accepted_prefix_length` tokens are kept."""
+
+    start: int
+    """Tokens of the answer before the draft or window."""
+    draft_token_ids: tuple[int, ...]
+    prefix_lengths: tuple[int, ...]
+    p_correct: tuple[float | None, ...]
+    accepted_prefix_length: int
+    rejected_text: str
+
+
+StageName = Literal["warm", "draft", "judge", "write"]
+"""What the HTTP API and the metrics call prefilling, drafting, verifying and generating."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """When something was done for an answer, in seconds since its start."""
+
+    name: StageName
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Why the target answers without a draft although one was asked for."""
+
+    cause: FallbackCause
+    message: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took."""
+
+    mode: str
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    target_tokens: int = 0
+    """Tokens the target generated."""
+    rounds: int = 0
+    accepted_prefix_length: int | None = None
+    """Tokens of the first draft that were kept."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that the target's prefix cache held."""
+    stages: tuple[Stage, ...] = ()
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    fallback: Fallback | None = None
+    speculation: SpeculationStats | None = None
+
+    @property
+    def rejected_tokens(self) -> int:
+        return self.draft_tokens - self.accepted_tokens
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Tokens that passed through the target's decoding, which in mode exact includes those of the draft."""
+        return self.target_tokens + (self.accepted_tokens if self.mode == "exact" else 0)
+
+    def seconds(self, *names: StageName) -> float:
+        return sum(stage.end - stage.start for stage in self.stages if stage.name in names)
+
+
+@dataclass(frozen=True)
+class Finished:
+    finish_reason: FinishReason
+    usage: Usage
+
+
+Event = TextDelta | Verification | Finished

@@ -1,0 +1,131 @@
+"""Receiving a draft, from the drafter or from the client's prediction.
+
+Whatever goes wrong with a draft costs only speed: the target then answers without it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import aclosing
+
+from parse.detokenizer import IncrementalDetokenizer
+from parse.errors import DraftUnavailable, RequestError
+from parse.events import Fallback
+from parse.modes.run import Run, prefill
+from parse.requests import DraftRequest
+from parse.types import NO_STREAMING, validate_token_ids
+
+logger = logging.getLogger(__name__)
+
+
+class Draft:
+    """A draft that grows while it is written."""
+
+    def __init__(self, output_before: Sequence[int]) -> None:
+        self.output_before = tuple(output_before)
+        self.token_ids: list[int] = []
+        self.final_text: str | None = None
+        """The text of the answer if the draft ends at a stop string: not the text of all its tokens."""
+        self.complete = False
+        """The draft ended by itself or at a stop string, so it is a complete answer."""
+        self.closed = False
+        """No more tokens follow."""
+        self._changed = asyncio.Event()
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        self.token_ids += token_ids
+        self._changed.set()
+
+    def close(self) -> None:
+        self.closed = True
+        self._changed.set()
+
+    async def wait_for(self, length: int) -> None:
+        """Returns when the draft has that many tokens or is closed."""
+        while not self.closed and len(self.token_ids) < length:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+async def draft_whole(run: Run) -> Draft:
+    """Receives a whole draft while the target reads the prompt."""
+    draft = Draft(run.state.output)
+    prefilling = asyncio.create_task(prefill(run))
+    try:
+        await receive(run, draft, stream_interval=NO_STREAMING)
+        await prefilling
+    finally:
+        prefilling.cancel()
+        await asyncio.gather(prefilling, return_exceptions=True)
+    run.state.record_draft(len(draft.token_ids))
+    return draft
+
+
+async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:
+    """Receives the draft and closes it. A failure is recorded as the reason for the fallback, and not raised."""
+    with run.state.stage("draft"):
+        try:
+            await _receive(run, draft, stream_interval)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            run.state.fallback = Fallback("lost", "the drafter was cancelled")  # not by our caller
+        except DraftUnavailable as error:
+            run.state.fallback = Fallback(error.cause, f"no draft: {error}")
+        except RequestError as error:  # for example a prompt that is too long for the drafter
+            run.state.fallback = Fallback("refused", f"no draft: {error}")
+        except TimeoutError:
+            limit = run.settings.draft_timeout_s
+            run.state.fallback = Fallback("slow", f"the drafter took longer than {limit:g} s")
+        except Exception as error:
+            logger.warning("the drafter failed", exc_info=True)
+            run.state.fallback = Fallback("failed", f"the drafter failed: {error}")
+    draft.close()
+
+
+async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
+    request = run.request
+    if request.prediction is not None:
+        draft.complete = not run.state.output
+        _extend_until_end(run, draft, request.prediction[len(run.state.output) :])
+        return
+    assert run.drafter is not None
+    deltas = run.drafter.draft(
+        DraftRequest(
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=tuple(run.state.output),
+            messages=request.messages,
+            sampling_params=request.sampling_params,
+            stream_interval=stream_interval,
+        )
+    )
+    async with asyncio.timeout(run.settings.draft_timeout_s), aclosing(deltas):
+        async for delta in deltas:
+            draft.complete = delta.finish_reason == "stop"
+            if _extend_until_end(run, draft, delta.token_ids):
+                break
+
+
+def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
+    """Adds tokens up to an end token, a stop string or the token limit; returns whether one of them was met."""
+    token_ids, ended = validate_token_ids("draft", token_ids, len(run.tokenizer)), False
+    special = frozenset(run.tokenizer.all_special_ids)
+    end = next((index for index, token in enumerate(token_ids) if token in special), None)
+    if end is not None:
+        token_ids, ended, draft.complete = token_ids[:end], True, True
+    output = [*draft.output_before, *draft.token_ids]
+    if run.sampling_params.stop:
+        detokenizer = IncrementalDetokenizer(run.tokenizer, run.sampling_params.stop)
+        text = detokenizer.add([*output, *token_ids]) + detokenizer.finish()
+        if detokenizer.matched_stop is not None:
+            draft.complete = ended = True
+            draft.final_text = text
+            while token_ids and len(run.decode([*output, *token_ids])) > len(text):
+                token_ids = token_ids[:-1]
+    if run.sampling_params.max_tokens is not None:
+        max_tokens = max(0, run.sampling_params.max_tokens - len(output))
+        if len(token_ids) > max_tokens:
+            token_ids, ended, draft.complete, draft.final_text = token_ids[:max_tokens], True, False, None
+    draft.extend(token_ids)
+    return ended

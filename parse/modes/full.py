@@ -1,0 +1,18 @@
+"""Mode full: a whole draft is verified at once."""
+
+from parse.modes.draft import draft_whole
+from parse.modes.run import Run, generate, verify_and_generate
+
+
+async def run(run: Run) -> None:
+    draft = await draft_whole(run)
+    if not draft.token_ids:
+        await generate(run)
+        return
+    run.state.accepted_prefix_length = await verify_and_generate(
+        run,
+        draft.token_ids,
+        complete=draft.complete,
+        final_text=draft.final_text,
+        prefix_lengths=run.prefix_lengths(draft.token_ids, complete=draft.complete),
+    )

@@ -1,0 +1,59 @@
+"""Mode progressive: windows of the draft are verified while the next one is written.
+
+The first window that fails ends the draft. What is verified together depends on the draft alone, never on which model
+was faster, so the same request gets the same answer.
+"""
+
+import asyncio
+from functools import partial
+
+from parse.modes.draft import Draft, receive
+from parse.modes.run import Run, generate, prefill, verify_and_generate
+
+
+async def run(run: Run) -> None:
+    state = run.state
+    draft = Draft(state.output)
+    drafting = asyncio.create_task(receive(run, draft, stream_interval=run.settings.stride))
+    prefilling = asyncio.create_task(prefill(run))
+    accepted, window = 0, run.settings.window
+    try:
+        while state.finish_reason is None:
+            # One token more than the window tells whether the draft ends with it.
+            await draft.wait_for(accepted + window + 1)
+            await prefilling
+            is_last = len(draft.token_ids) <= accepted + window
+            token_ids = tuple(draft.token_ids[: accepted + window + 1])
+            complete = is_last and draft.complete
+            lengths = run.prefix_lengths(token_ids, complete=complete)
+            prefix_lengths = [length for length in lengths if length > accepted]
+            if prefix_lengths:
+                accepted = await verify_and_generate(
+                    run,
+                    token_ids if is_last else token_ids[: prefix_lengths[-1]],
+                    complete=complete,
+                    final_text=draft.final_text,
+                    prefix_lengths=prefix_lengths,
+                    num_accepted=accepted,
+                    generate_after_acceptance=is_last,
+                    on_verified=partial(_stop_if_rejected, drafting, prefix_lengths[-1]),
+                )
+                if accepted < prefix_lengths[-1]:
+                    break
+            if is_last:
+                break
+            window *= 2  # the first words come early, and few passes are needed in all
+    finally:
+        drafting.cancel()
+        prefilling.cancel()
+        await asyncio.gather(drafting, prefilling, return_exceptions=True)
+        state.record_draft(len(draft.token_ids))
+        state.accepted_prefix_length = accepted
+    if state.finish_reason is None:
+        await generate(run)
+
+
+def _stop_if_rejected(drafting: asyncio.Task[None], window_end: int, accepted_prefix_length: int) -> None:
+    """The rest of a rejected draft is of no use, and costs the processor time that the target needs."""
+    if accepted_prefix_length < window_end:
+        drafting.cancel()

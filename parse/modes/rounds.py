@@ -1,0 +1,29 @@
+"""Mode rounds: after a correction by the target the drafter continues, as long as that is expected to pay."""
+
+from parse.modes.draft import draft_whole
+from parse.modes.run import Run, generate, verify_and_generate
+
+
+async def run(run: Run) -> None:
+    state, settings, controller = run.state, run.settings, run.controller
+    while state.rounds < settings.max_rounds:
+        draft = await draft_whole(run)
+        if not draft.token_ids:
+            break
+        # What the draft still has to say is the best guess of how much of the answer is missing.
+        missing = len(draft.token_ids) - settings.correction_tokens
+        may_continue = state.rounds < settings.max_rounds and controller.another_round_pays(missing)
+        accepted = await verify_and_generate(
+            run,
+            draft.token_ids,
+            complete=draft.complete,
+            final_text=draft.final_text,
+            prefix_lengths=run.prefix_lengths(draft.token_ids, complete=draft.complete),
+            max_continuation_tokens=settings.correction_tokens if may_continue else None,
+        )
+        if state.accepted_prefix_length is None:
+            state.accepted_prefix_length = accepted
+        if state.finish_reason is not None or not controller.another_round_pays(missing - accepted):
+            break
+    if state.finish_reason is None:
+        await generate(run)

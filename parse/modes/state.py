@@ -1,0 +1,114 @@
+"""The state of one answer, whatever its mode: the output so far, the counters, and the events for the caller."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from transformers import PreTrainedTokenizerBase
+
+from parse.detokenizer import IncrementalDetokenizer
+from parse.events import Fallback, Origin, Stage, StageName, TextDelta, Usage, Verification
+from parse.types import FinishReason, Logprob, SpeculationStats, TokenDelta, sum_stats
+
+
+class GenerationState:
+    def __init__(
+        self,
+        mode: str,
+        fallback: Fallback | None,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        prompt_length: int,
+    ) -> None:
+        self.mode, self.fallback, self.tokenizer = mode, fallback, tokenizer
+        self.events: asyncio.Queue[TextDelta | Verification | None] = asyncio.Queue()
+        """None follows the last event."""
+        self.output: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.draft_tokens = self.accepted_tokens = self.target_tokens = self.rounds = 0
+        self.accepted_prefix_length: int | None = None
+        self._detokenizer = IncrementalDetokenizer(tokenizer, stop)
+        self._num_chars = 0
+        self._last_origin: Origin = "target"
+        self._prompt_length = prompt_length
+        self._cached_tokens: int | None = None
+        self._speculation: SpeculationStats | None = None
+        self._stages: list[Stage] = []
+        self._start = time.perf_counter()
+        self._first_token: float | None = None
+
+    @contextmanager
+    def stage(self, name: StageName) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stages.append(Stage(name, start - self._start, time.perf_counter() - self._start))
+
+    def record_cached(self, num_tokens: int) -> None:
+        """The first call that reads the prompt tells how much of it was cached."""
+        if self._cached_tokens is None:
+            self._cached_tokens = min(num_tokens, self._prompt_length)
+
+    def record_draft(self, num_tokens: int) -> None:
+        self.draft_tokens += num_tokens
+        self.rounds += bool(num_tokens)
+
+    def append(self, delta: TokenDelta) -> None:
+        """Adds what the target generated. The first `num_accepted` tokens are those of a draft."""
+        self.record_cached(delta.num_cached_tokens)
+        self._speculation = sum_stats((self._speculation, delta.speculation))
+        accepted = delta.num_accepted
+        self.accepted_tokens += accepted
+        self.target_tokens += len(delta.token_ids) - accepted
+        self.emit(delta.token_ids[:accepted], "draft", delta.logprobs[:accepted])
+        self.emit(delta.token_ids[accepted:], "target", delta.logprobs[accepted:])
+
+    def emit(
+        self,
+        token_ids: Sequence[int],
+        origin: Origin,
+        logprobs: Sequence[Logprob],
+        *,
+        final: bool = False,
+        final_text: str | None = None,
+    ) -> None:
+        """Adds tokens to the output and passes their text on.
+
+        With `final` nothing follows, so no text is held back; `final_text` is then the text of the whole output where
+        it is not that of all its tokens, because a stop string cuts the last one.
+        """
+        if not token_ids and not final:
+            return
+        self._first_token = self._first_token or time.perf_counter()
+        self._last_origin = origin
+        self.output += token_ids
+        text = self._detokenizer.add(token_ids)
+        if final:
+            text += self._detokenizer.finish()
+            text = text if final_text is None else final_text[self._num_chars :]
+        self._num_chars += len(text)
+        self.events.put_nowait(TextDelta(text, tuple(token_ids), origin, tuple(logprobs)))
+
+    def close(self) -> None:
+        """Passes on what text is still held back."""
+        if rest := self._detokenizer.finish():
+            self.events.put_nowait(TextDelta(rest, (), self._last_origin))
+
+    def usage(self) -> Usage:
+        now = time.perf_counter()
+        return Usage(
+            mode=self.mode,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+            target_tokens=self.target_tokens,
+            rounds=self.rounds,
+            accepted_prefix_length=self.accepted_prefix_length,
+            cached_tokens=self._cached_tokens or 0,
+            stages=tuple(self._stages),
+            ttft_s=(self._first_token or now) - self._start,
+            total_s=now - self._start,
+            fallback=self.fallback,
+            speculation=self._speculation,
+        )

@@ -1,0 +1,128 @@
+"""The requests of a client to the pipeline, and of the pipeline to an engine. They travel unchanged to the engine.
+
+No request depends on an earlier one: each carries all the tokens it continues from, so a call that is lost with its
+replica can be made again anywhere. A prefix cache makes that cheap.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length
+from parse.errors import RequestError
+from parse.prompts import Message, VerificationSuffix
+from parse.registry import METHODS, MODES
+from parse.types import NO_STREAMING, SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a client asks the pipeline for."""
+
+    prompt_token_ids: Sequence[int]
+    """The target's tokens, up to and including the assistant header."""
+    messages: Sequence[Message] = ()
+    """The same conversation, for a drafter that renders it in a chat template of its own."""
+    sampling_params: SamplingParams = SamplingParams()
+    mode: str = "auto"
+    thresholds: Thresholds | None = None
+    prediction: Sequence[int] | None = None
+    """A draft supplied by the client, in the target's tokens."""
+    stream_interval: int = 1
+    """The target generates this many tokens before they are passed on. Larger values are cheaper."""
+    speculative_method: str | None = None
+    """The token-level method for what the target generates, or "none"; the engine's default if not set."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise RequestError("mode", f"must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.speculative_method not in (None, "none", *METHODS):
+            choices = ", ".join((*METHODS, "none"))
+            raise RequestError("speculation", f"must be one of {choices}, got {self.speculative_method!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftRequest:
+    """Asks a drafter to write a complete answer, or to continue one, in the target's tokens."""
+
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int] = ()
+    messages: Sequence[Message] = ()
+    sampling_params: SamplingParams = SamplingParams()
+    stream_interval: int = NO_STREAMING
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest:
+    """Asks the target for P(correct) of several prefixes of a draft."""
+
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int] = ()
+    """The part of the answer before the draft."""
+    draft_token_ids: Sequence[int]
+    draft_complete: bool = False
+    """The draft ends the answer, so the last prefix is the complete answer."""
+    prefix_lengths: Sequence[int]
+    """Ascending; a length n stands for the first n tokens of the draft."""
+    suffix: VerificationSuffix
+    policy: AcceptancePolicy | None = AcceptancePolicy()
+    """Prefixes that cannot change the result under this policy are not evaluated. None evaluates all of them."""
+    num_logprobs: int | None = None
+    """Also return the log-probability of each draft token, with this many alternatives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """Asks the target to generate after `output_token_ids`."""
+
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int] = ()
+    sampling_params: SamplingParams = SamplingParams()
+    draft_token_ids: Sequence[int] = ()
+    """Accepted token by token, as long as the target would have chosen the same: the output does not change."""
+    stream_interval: int = 1
+    speculative_method: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyAndGenerateRequest:
+    """Asks the target to verify a draft, keep the accepted prefix, and generate what follows, in one call."""
+
+    verify: VerifyRequest
+    generate: GenerateRequest
+    """What to do after the output before the draft; `continuation` adds the accepted prefix."""
+    num_accepted: int = 0
+    """Draft tokens that an earlier call accepted; they are kept in any case."""
+    generate_after_acceptance: bool = True
+    """Generate even if every prefix passes. False while the rest of the draft is still being written."""
+    max_continuation_tokens: int | None = None
+    """Generate at most this many tokens after the accepted prefix."""
+
+    def __post_init__(self) -> None:
+        if self.verify.policy is None:
+            raise RequestError("policy", "must be set to generate after the accepted prefix")
+
+    def accepted_prefix_length(self, p_correct: Sequence[float | None]) -> int:
+        """The number of draft tokens to keep, those of earlier calls among them."""
+        verify = self.verify
+        assert verify.policy is not None
+        accepted = accepted_prefix_length(
+            verify.prefix_lengths, p_correct, verify.policy, complete=verify.draft_complete
+        )
+        return max(self.num_accepted, accepted)
+
+    def continuation(self, num_accepted: int) -> GenerateRequest | None:
+        """What is left to generate after the first tokens of the draft, or None if nothing is."""
+        verify, params = self.verify, self.generate.sampling_params
+        if verify.draft_complete and num_accepted == len(verify.draft_token_ids):
+            return None
+        all_pass = num_accepted >= max(verify.prefix_lengths, default=0)
+        if all_pass and not self.generate_after_acceptance:
+            return None
+        output = (*verify.output_token_ids, *verify.draft_token_ids[:num_accepted])
+        limits = [params.max_tokens]
+        if self.max_continuation_tokens is not None:
+            limits.append(len(output) + self.max_continuation_tokens)
+        max_tokens = min((limit for limit in limits if limit is not None), default=None)
+        if max_tokens is not None and len(output) >= max_tokens:
+            return None
+        return replace(self.generate, output_token_ids=output, sampling_params=replace(params, max_tokens=max_tokens))
