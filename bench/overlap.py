@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.contenders import GREEDY
-from parse.config import EngineSettings, MethodSettings
+from parse.config import EngineSettings, VerificationSettings
 from parse.engines.native.service import NativeEngine
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
@@ -123,13 +123,13 @@ async def compare(
 ) -> dict[str, Any]:
     """Requests per second with so many in flight over one by one."""
     target, draft = (
-        EngineSettings(model=str(models / name), threads=1, max_running=max_num_seqs)
+        EngineSettings(model=str(models / name), num_threads=1, max_num_seqs=max_num_seqs)
         for name in ("demo-target", "demo-draft")
     )
     drafter, service = PipeDrafter(draft), NativeEngine(target)
     tokenizer = service.model.tokenizer
-    method = MethodSettings.for_model(target.model)
-    verification_suffix = build_verification_suffix(tokenizer, method.check_question)
+    method = VerificationSettings.for_model(target.model)
+    verification_suffix = build_verification_suffix(tokenizer, method.prompt)
     pipeline = Pipeline(
         verifier=service, tokenizer=tokenizer, check=verification_suffix, settings=method, drafter=drafter
     )

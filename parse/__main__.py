@@ -14,7 +14,7 @@ from typing import TextIO, get_args
 from pydantic import ValidationError
 from transformers.utils import logging as transformers_logging
 
-from parse.config import EngineSettings, SpeculationSettings
+from parse.config import EngineSettings, SpeculativeConfig
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.prompts import chat_prompt_token_ids
 from parse.protocol import Finished, GenerationRequest, Mode, StageName, TextDelta, Usage, Verification
@@ -103,11 +103,11 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def ways(args: argparse.Namespace) -> tuple[SpeculationSettings, ...]:
+def ways(args: argparse.Namespace) -> tuple[SpeculativeConfig, ...]:
     if not (args.speculation or args.head):
         return ()
     try:
-        return (SpeculationSettings(method=args.speculation, head=args.head),)
+        return (SpeculativeConfig(method=args.speculation, model=args.head),)
     except ValidationError as error:
         raise RequestError("speculation", error.errors()[0]["msg"]) from error
 
@@ -123,8 +123,8 @@ def main(given: Sequence[str] | None = None) -> None:
         sampling = SamplingParams(
             temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens, stop=tuple(args.stop)
         )
-        draft = EngineSettings(model=args.draft, threads=args.threads) if args.draft else None
-        target = EngineSettings(model=args.target, threads=args.threads, speculation=ways(args))
+        draft = EngineSettings(model=args.draft, num_threads=args.threads) if args.draft else None
+        target = EngineSettings(model=args.target, num_threads=args.threads, speculative_configs=ways(args))
         pair = LocalPair(target, draft)
         try:
             turns = [{"role": "system", "content": args.system}] if args.system else []

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from parse.config import EngineSettings, MethodSettings
+from parse.config import EngineSettings, VerificationSettings
 from parse.engines.native.drafter import drafter_for
 from parse.engines.native.service import NativeEngine
 from parse.pipeline import Pipeline
@@ -17,15 +17,15 @@ class LocalPair:
     """Both models in this process, and the pipeline over them."""
 
     def __init__(
-        self, target: EngineSettings, draft: EngineSettings | None = None, method: MethodSettings | None = None
+        self, target: EngineSettings, draft: EngineSettings | None = None, method: VerificationSettings | None = None
     ) -> None:
-        method = method or MethodSettings.for_model(target.model)
+        method = method or VerificationSettings.for_model(target.model)
         self.draft: NativeEngine | None = None
         self.target = NativeEngine(target)
         try:
             self.draft = NativeEngine(draft) if draft else None
             self.tokenizer = self.target.model.tokenizer
-            check = build_verification_suffix(self.tokenizer, method.check_question, method.correct, method.incorrect)
+            check = build_verification_suffix(self.tokenizer, method.prompt, method.correct, method.incorrect)
             drafter = drafter_for(self.draft, self.tokenizer) if self.draft else None
         except BaseException:
             self.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from parse.acceptance import accepted_prefix_length
-from parse.config import MethodSettings
+from parse.config import VerificationSettings
 from parse.controller import DraftingController, DraftingOutcome
 from parse.detokenizer import IncrementalDetokenizer
 from parse.prefixes import prefix_lengths_at, prefix_lengths_every
@@ -58,7 +58,7 @@ class Pipeline:
     verifier: Verifier
     tokenizer: PreTrainedTokenizerBase  # the target's
     check: VerificationSuffix
-    settings: MethodSettings
+    settings: VerificationSettings
     drafter: Drafter | None = None
     longest: int | None = None
     """Tokens of prompt and answer together that the verifier takes."""
@@ -77,11 +77,11 @@ class Pipeline:
         mode: Mode = question.mode
         fallback: Fallback | None = None
         if mode == "auto" and question.prediction is not None:
-            mode = self.settings.auto  # it costs nothing to have
+            mode = self.settings.auto_mode  # it costs nothing to have
         elif mode == "auto":
             decision = self.control.decide()
             if decision.draft:
-                mode = self.settings.auto
+                mode = self.settings.auto_mode
             else:
                 mode, fallback = "off", Fallback("does_not_pay", decision.reason)
         if mode != "off" and self.drafter is None and question.prediction is None:
@@ -395,10 +395,10 @@ class _Answer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _cuts(self, ids: Sequence[int], *, ended: bool) -> list[int]:
-        pieces = [] if self.settings.places == ("tokens",) else [self._decoded([token]) for token in ids]
+        pieces = [] if self.settings.prefix_boundaries == ("tokens",) else [self._decoded([token]) for token in ids]
         if not pieces:
             return prefix_lengths_every(self.settings.stride, len(ids), ended=ended)
-        return prefix_lengths_at(self.settings.places, pieces, stride=self.settings.stride, ended=ended)
+        return prefix_lengths_at(self.settings.prefix_boundaries, pieces, stride=self.settings.stride, ended=ended)
 
     async def _judge(
         self, ids: tuple[int, ...], cuts: Sequence[int], *, start: int, ended: bool, text: str | None

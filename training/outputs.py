@@ -139,7 +139,7 @@ def _eos_token_id(service: NativeEngine) -> int:
 
 def start_target(model: str, num_threads: int | None, max_model_len: int) -> NativeEngine:
     return NativeEngine(
-        EngineSettings(model=model, threads=num_threads, max_running=MAX_NUM_SEQS, max_context=max_model_len)
+        EngineSettings(model=model, num_threads=num_threads, max_num_seqs=MAX_NUM_SEQS, max_model_len=max_model_len)
     )
 
 

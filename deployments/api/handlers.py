@@ -32,7 +32,7 @@ class CompletionHandler:
     def __init__(self, backend: Backend, settings: ApiSettings, audit: AuditSettings) -> None:
         self._backend, self._recorder = backend, backend.recorder
         self._timeout_s = settings.request_timeout_s
-        self._admission_queue = AdmissionQueue(settings.max_answers, settings.max_waiting)
+        self._admission_queue = AdmissionQueue(settings.max_answers, settings.max_queued_requests)
         self._auditor = Auditor(audit, self._admission_queue, self._recorder, self._create_audit_pipeline)
 
     def _create_audit_pipeline(self) -> Pipeline:

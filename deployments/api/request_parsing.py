@@ -64,8 +64,8 @@ class RequestParser:
             modes=list(settings.modes),
             full=default_thresholds.full,
             prefix=default_thresholds.prefix,
-            lowest_full=settings.lowest_full,
-            lowest_prefix=settings.lowest_prefix,
+            lowest_full=settings.min_full,
+            lowest_prefix=settings.min_prefix,
             methods=[*pipeline.methods, "none"],
             speculation=pipeline.methods[0] if pipeline.methods else "none",
         )
@@ -141,7 +141,7 @@ class RequestParser:
         if speculation is not None and speculation not in methods:
             raise RequestError("parse.speculation", f"must be one of {', '.join(methods)} here, got {speculation}")
         thresholds = request.resolve_thresholds(
-            pipeline.settings.thresholds(), lowest_full=settings.lowest_full, lowest_prefix=settings.lowest_prefix
+            pipeline.settings.thresholds(), lowest_full=settings.min_full, lowest_prefix=settings.min_prefix
         )
         max_model_len = pipeline.longest
         for prompt in prompts:
@@ -192,7 +192,7 @@ class RequestParser:
         return preferred if preferred in self._settings.modes else self._settings.modes[0]
 
     def _check_num_choices(self, count: int, field: str = "n") -> None:
-        max_choices = min(self._settings.max_choices, self._settings.max_answers)
+        max_choices = min(self._settings.max_n, self._settings.max_answers)
         if count > max_choices:
             raise RequestError(field, f"answers to one request are limited to {max_choices}, got {count}")
 

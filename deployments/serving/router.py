@@ -20,7 +20,7 @@ from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.serving.clients import DrafterClient, VerifierClient
 from deployments.serving.overlap import BusyTime
 from deployments.serving.replica import ReplicaInfo
-from parse.config import MethodSettings
+from parse.config import VerificationSettings
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
 
@@ -36,9 +36,9 @@ class Router:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it needs no GPU and takes no memory of one
         self._settings = settings
         target = settings.target.model
-        method = MethodSettings.for_model(target, **settings.method.model_dump(exclude_unset=True))
+        method = VerificationSettings.for_model(target, **settings.verification.model_dump(exclude_unset=True))
         tokenizer = AutoTokenizer.from_pretrained(target)
-        suffix = build_verification_suffix(tokenizer, method.check_question, method.correct, method.incorrect)
+        suffix = build_verification_suffix(tokenizer, method.prompt, method.correct, method.incorrect)
         self._verifier, self._drafter = verifier, drafter
         max_model_len = (await verifier.describe.remote()).max_model_len
         self._busy_time = BusyTime()
@@ -55,7 +55,7 @@ class Router:
             check=suffix,
             settings=method,
             longest=max_model_len,
-            methods=tuple(config.method for config in settings.target.speculation),
+            methods=tuple(config.method for config in settings.target.speculative_configs),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.__main__ import main
-from parse.config import METHOD_FILE, EngineSettings, MethodSettings
+from parse.config import VERIFICATION_FILE, EngineSettings, VerificationSettings
 from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.prompts import chat_prompt_token_ids
@@ -28,7 +28,7 @@ PROBLEMS = measure.draw_problems(3, 12, split="local")
 
 
 def settings(path):
-    return EngineSettings(model=str(path), threads=1, max_context=1024, memory_mb=512)
+    return EngineSettings(model=str(path), num_threads=1, max_model_len=1024, kv_cache_memory_bytes=512 * 2**20)
 
 
 @pytest.fixture(scope="module")
@@ -159,18 +159,18 @@ def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
 
 
 def test_the_demo_is_asked_what_it_was_taught():
-    assert MethodSettings.for_model(DEMO_TARGET).check_question == VERIFICATION_PROMPT
+    assert VerificationSettings.for_model(DEMO_TARGET).prompt == VERIFICATION_PROMPT
 
 
 def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):
-    (tmp_path / METHOD_FILE).write_text('{"full": 0.5, "prefix": 0.4}')
-    method = MethodSettings.for_model(str(tmp_path), prefix=0.6)
+    (tmp_path / VERIFICATION_FILE).write_text('{"full": 0.5, "prefix": 0.4}')
+    method = VerificationSettings.for_model(str(tmp_path), prefix=0.6)
     assert (method.full, method.prefix) == (0.5, 0.6)
-    assert MethodSettings.for_model("no/such-model") == MethodSettings()
+    assert VerificationSettings.for_model("no/such-model") == VerificationSettings()
     for broken in ("{", "[1]", '{"fool": 0.5}'):
-        (tmp_path / METHOD_FILE).write_text(broken)
-        with pytest.raises(ValueError, match=str(tmp_path / METHOD_FILE)):
-            MethodSettings.for_model(str(tmp_path))
+        (tmp_path / VERIFICATION_FILE).write_text(broken)
+        with pytest.raises(ValueError, match=str(tmp_path / VERIFICATION_FILE)):
+            VerificationSettings.for_model(str(tmp_path))
 
 
 def test_the_command_answers_and_tells_what_happened(capsys):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from parse.acceptance import Thresholds
-from parse.config import MethodSettings
+from parse.config import VerificationSettings
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
 from parse.protocol import Finished, GenerationRequest, TextDelta, Verification
@@ -91,7 +91,7 @@ def make(tokenizer):
     check = build_verification_suffix(tokenizer, "Is this right so far?")
 
     def build(target, drafter, **settings):
-        method = MethodSettings(stride=4, **settings)
+        method = VerificationSettings(stride=4, **settings)
         return Pipeline(verifier=target, tokenizer=tokenizer, check=check, settings=method, drafter=drafter)
 
     return build

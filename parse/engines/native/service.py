@@ -12,6 +12,7 @@ import torch
 from parse.config import EngineSettings
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.native.engine import EngineCore, EngineStats, Request
+from parse.engines.native.kv_cache_size import kv_cache_bytes
 from parse.engines.native.model import Model
 from parse.engines.native.programs import Program, generate, prefill, verify
 from parse.engines.native.step_timing import measure_step_seconds
@@ -38,32 +39,27 @@ MAX_SUFFIX_TOKENS = 1024  # tokens beyond the longest context, for the probes hu
 class NativeEngine:
     """One model, many callers. Every call stands alone: what calls share they find in the cache."""
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        model: Model | None = None,
-        *,
-        cuda_graphs: bool = False,
-    ) -> None:
+    def __init__(self, settings: EngineSettings, model: Model | None = None) -> None:
         """Loads the model that the settings name, unless it is given, and what proposes its tokens."""
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
         self.model = model or Model.load(
-            settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8
+            settings.model, device=settings.device, dtype=settings.dtype, int8=settings.quantization == "int8"
         )
         costs = StepCostModel()
         self._methods = load_methods(settings, self.model, costs)
-        self.max_model_len = min(settings.max_context, self.model.max_model_len)
+        self.max_model_len = min(settings.max_model_len, self.model.max_model_len)
         capacity = self.max_model_len + MAX_SUFFIX_TOKENS
         if self._methods:
             costs.initialize(measure_step_seconds(self.model))
         bytes_each = self.model.bytes_per_token + bytes_per_token(list(self._methods.values()), self.model)
-        tokens = settings.memory_mb * 2**20 // bytes_each
+        cache_bytes = kv_cache_bytes(settings, self.model.network)
+        tokens = cache_bytes // bytes_each
         contexts = tokens // capacity
         if contexts < 1:
-            needed = -(-capacity * bytes_each // 2**20)
             raise RequestError(
-                "memory_mb", f"{settings.memory_mb} hold no context of {self.max_model_len} tokens, that takes {needed}"
+                "kv_cache_memory_bytes",
+                f"a sequence of {self.max_model_len} tokens needs {capacity * bytes_each} bytes, got {cache_bytes}",
             )
         for way in self._methods.values():
             way.proposer.reserve(contexts, tokens // contexts)
@@ -72,9 +68,9 @@ class NativeEngine:
             self.model,
             max_sequences=contexts,
             sequence_capacity=tokens // contexts,  # small pages make use of the odd rest
-            max_num_seqs=settings.max_running,
-            max_num_batched_tokens=settings.step_tokens,
-            cuda_graphs=cuda_graphs,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            cuda_graphs=settings.cuda_graphs,
             cost_model=costs if self._methods else None,
             after_step=self._waker.ring,
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parse.config import EngineSettings, SpeculationSettings
+from parse.config import EngineSettings, SpeculativeConfig
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput
@@ -271,9 +271,15 @@ def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_tok
     # Nothing is known of what passes take, so that all that is foreseen is tried.
     monkeypatch.setattr("parse.engines.native.service.pass_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
-    way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
+    way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
     service = NativeEngine(
-        EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=128, speculation=(way,))
+        EngineSettings(
+            model=DEMO_TARGET,
+            num_threads=1,
+            max_model_len=512,
+            kv_cache_memory_bytes=128 * 2**20,
+            speculative_configs=(way,),
+        )
     )
     take = type(SpaceProposer(MaskTokenEmbedder(torch.zeros(1)), 1).new_state()).extend
 
@@ -308,8 +314,14 @@ def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_tok
 
 def test_masks_that_come_to_no_number_foresee_nothing_and_spoil_nothing():
     """As adapters may, in half precision."""
-    way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
-    settings = EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=128, speculation=(way,))
+    way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
+    settings = EngineSettings(
+        model=DEMO_TARGET,
+        num_threads=1,
+        max_model_len=512,
+        kv_cache_memory_bytes=128 * 2**20,
+        speculative_configs=(way,),
+    )
     service = NativeEngine(settings)
     with torch.no_grad():
         service.model.mask_embedder.up.fill_(torch.nan)  # type: ignore[union-attr]
