@@ -41,7 +41,7 @@ class CorruptingDrafter:
 def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]:
     torch.set_num_threads(num_threads)
     target, draft = (
-        EngineSettings(model=str(models / name), threads=num_threads) for name in ("demo-target", "demo-draft")
+        EngineSettings(model=str(models / name), num_threads=num_threads) for name in ("demo-target", "demo-draft")
     )
     pair = LocalPair(target, draft)
     assert pair.pipeline.drafter is not None

@@ -64,8 +64,8 @@ def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict
     """All of them on models of their own, for the engine changes how its models attend."""
     target, draft = models / "demo-target", models / "demo-draft"
     pair = LocalPair(
-        EngineSettings(model=str(target), threads=num_threads),
-        EngineSettings(model=str(draft), threads=num_threads),
+        EngineSettings(model=str(target), num_threads=num_threads),
+        EngineSettings(model=str(draft), num_threads=num_threads),
     )
     baselines = Baselines(pair, *(AutoModelForCausalLM.from_pretrained(path).eval() for path in (target, draft)))
     pipeline_contenders: dict[str, Contender] = {mode: PipelineContender(pair, mode) for mode in MODES}
@@ -94,7 +94,7 @@ class PipelineContender:
         """With whatever is known of the prompt."""
         request = GenerationRequest(prompt, sampling_params=GREEDY, mode=self.mode, speculative_method=self.method)
         ids: list[int] = []
-        async for event in self.pipeline.answer(request):
+        async for event in self.pipeline.generate(request):
             match event:
                 case TextDelta():
                     ids += event.token_ids

@@ -197,12 +197,13 @@ def start_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> Iterator[Na
     )
     settings = EngineSettings(
         model=model.name,
-        max_context=max_model_len,
-        memory_mb=cache_tokens * model.bytes_per_token // 2**20 + 1,
-        max_running=max(*plan.batch_sizes, NUM_DECODING + 1),
-        step_tokens=plan.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        kv_cache_memory_bytes=cache_tokens * model.bytes_per_token,
+        max_num_seqs=max(*plan.batch_sizes, NUM_DECODING + 1),
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        cuda_graphs=graphs,
     )
-    service = NativeEngine(settings, model, cuda_graphs=graphs)
+    service = load_native_engine(settings, model)
     try:
         yield service
     finally:

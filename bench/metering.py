@@ -133,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _arguments(arguments)
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     ray.init("local", num_cpus=1, **quiet)
-    target, draft = (EngineSettings(model=model, threads=1, memory_mb=512) for model in (DEMO_TARGET, DEMO_DRAFT))
+    target, draft = (
+        EngineSettings(model=model, num_threads=1, kv_cache_memory_bytes=512 * 2**20)
+        for model in (DEMO_TARGET, DEMO_DRAFT)
+    )
     timed = TimedRecorder()
     with ExitStack() as stack:
         pair = stack.enter_context(LocalPair(target, draft))

@@ -23,7 +23,7 @@ from bench.contenders import (
 )
 from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel, measure_passes, measure_prefill_s
 from bench.speedup_model import DecodingStats, break_even_tokens, decoding_stats, predict_speedup
-from parse.config import EngineSettings, SpeculationSettings
+from parse.config import EngineSettings, SpeculativeConfig
 from parse.controller import DraftingController
 from parse.local import LocalPair
 from parse.prompts import chat_prompt_token_ids
@@ -39,14 +39,14 @@ PLAIN, NO_METHODS_LOADED = "off", "off, none loaded"
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
 
-def speculation_settings(models: Path) -> tuple[SpeculationSettings, ...]:
+def speculation_settings(models: Path) -> tuple[SpeculativeConfig, ...]:
     """All there are, chains, as deep as each was made for."""
     return (
-        SpeculationSettings(method="parallel", head=str(models / "demo-parallel")),
-        SpeculationSettings(method="eagle3", head=str(models / "demo-eagle3"), tokens=12),
-        SpeculationSettings(method="space", head=str(models / "demo-space")),
-        SpeculationSettings(method="draft_model", head=str(models / "demo-draft")),
-        SpeculationSettings(method="ngram"),
+        SpeculativeConfig(method="parallel", model=str(models / "demo-parallel")),
+        SpeculativeConfig(method="eagle3", model=str(models / "demo-eagle3"), num_speculative_tokens=12),
+        SpeculativeConfig(method="space", model=str(models / "demo-space")),
+        SpeculativeConfig(method="draft_model", model=str(models / "demo-draft")),
+        SpeculativeConfig(method="ngram"),
     )
 
 
@@ -77,10 +77,10 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
     torch.set_num_threads(num_threads)
     problems = measure.draw_problems(seed, count, split="bench")
     target, draft = (
-        EngineSettings(model=str(models / name), threads=num_threads) for name in ("demo-target", "demo-draft")
+        EngineSettings(model=str(models / name), num_threads=num_threads) for name in ("demo-target", "demo-draft")
     )
     with (
-        LocalPair(target.model_copy(update={"speculation": speculation_settings(models)}), draft) as pair,
+        LocalPair(target.model_copy(update={"speculative_configs": speculation_settings(models)}), draft) as pair,
         LocalPair(target) as plain_pair,
     ):
         prompts = [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]

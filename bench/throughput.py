@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 from parse.config import EngineSettings
 from parse.engines.native.attention import StepAttention
 from parse.engines.native.model import Model
-from parse.engines.native.service import NativeEngine
+from parse.engines.loader import load_native_engine
 from parse.prompts import VerificationSuffix
 from parse.tree import suffix_forest
 from parse.types import SamplingParams
@@ -39,7 +39,11 @@ def run(num_threads: int) -> dict[str, Any]:
         network = random_model()
         network.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODELS / "demo-target").save_pretrained(folder)
-        service = NativeEngine(EngineSettings(model=folder, threads=num_threads, max_context=1024, memory_mb=1024))
+        service = load_native_engine(
+            EngineSettings(
+                model=folder, num_threads=num_threads, max_model_len=1024, kv_cache_memory_bytes=1024 * 2**20
+            )
+        )
         hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
     try:
         # The system hands memory out when it is first touched, which is not what is measured here.
@@ -188,7 +192,7 @@ def measure_host_overhead() -> dict[str, dict[str, float]]:
         return logits[: len(tokens if logits_entries is None else logits_entries)], None
 
     model.forward = idle_forward  # type: ignore[method-assign]
-    service = NativeEngine(EngineSettings(model="idle", memory_mb=64, max_context=256), model)
+    service = load_native_engine(EngineSettings(model="idle", kv_cache_memory_bytes=64 * 2**20, max_model_len=256), model)
     sampling_params = {"greedy": SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)}
     sampling_params["sampled"] = replace(sampling_params["greedy"], temperature=0.8, top_p=0.95)
 
@@ -227,7 +231,9 @@ def small_model() -> Model:
 
 def measure_memory() -> dict[str, float]:
     """Resident memory after the first thousand short requests, and after ten thousand."""
-    service = NativeEngine(EngineSettings(model="random", memory_mb=64, max_context=256), small_model())
+    service = load_native_engine(
+        EngineSettings(model="random", kv_cache_memory_bytes=64 * 2**20, max_model_len=256), small_model()
+    )
 
     async def requests(first: int, count: int) -> None:
         slots = asyncio.Semaphore(32)

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployments.config import HOUSE
+from deployments.config import PROJECT_ROOT
 
-DEFAULT_CONFIG = HOUSE / "serve_config.yaml"
+DEFAULT_CONFIG = PROJECT_ROOT / "serve_config.yaml"
 RAY_DEFAULT_TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 TOKEN_FILE = Path.home() / ".cache" / "parse-serve" / "ray_token"
 # A replica's calls share one event loop, and go from replica to replica without Ray's object store: the models compute

@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
-from deployments.config import AppSettings, located
+from deployments.config import AppSettings, resolve_model_path
 from deployments.serving.drafter import Drafter
 from deployments.serving.replica import ModelReplica
 from deployments.serving.router import Router
@@ -37,14 +37,14 @@ def build(args: AppSettings) -> Application:
         # More in the queue would wait longer than a draft is worth.
         drafter = (
             _model_deployment(Drafter, draft, gpus_per_model)
-            .options(max_queued_requests=draft.max_running)
+            .options(max_queued_requests=draft.max_num_seqs)
             .bind(draft, target.model)
         )
     settings = args.model_copy(update={"target": target, "draft": draft})
     router = serve.deployment(
         name="Router",
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=args.api.max_answers + args.api.max_waiting + REJECT_MARGIN,
+        max_ongoing_requests=args.api.max_answers + args.api.max_queued_requests + REJECT_MARGIN,
         graceful_shutdown_timeout_s=args.api.request_timeout_s,
         logging_config=LOGGING_CONFIG,
         **HEALTH_CHECK_OPTIONS,
@@ -56,7 +56,7 @@ def _model_deployment(replica_class: type[ModelReplica], settings: EngineSetting
     decorate = serve.deployment(
         name=replica_class.__name__,
         ray_actor_options={"num_cpus": 0.3, "num_gpus": 0 if settings.device == "cpu" else gpus},
-        max_ongoing_requests=2 * settings.max_running,
+        max_ongoing_requests=2 * settings.max_num_seqs,
         logging_config=LOGGING_CONFIG,
         request_router_config=RequestRouterConfig(request_router_class=SESSION_AFFINITY_ROUTER),  # type: ignore[arg-type]
         **HEALTH_CHECK_OPTIONS,
@@ -66,10 +66,10 @@ def _model_deployment(replica_class: type[ModelReplica], settings: EngineSetting
 
 def _resolve_model_paths(settings: EngineSettings) -> EngineSettings:
     configs = tuple(
-        config.model_copy(update={"head": located(config.head)}) if config.head else config
-        for config in settings.speculation
+        config.model_copy(update={"model": resolve_model_path(config.model)}) if config.model else config
+        for config in settings.speculative_configs
     )
-    return settings.model_copy(update={"model": located(settings.model), "speculation": configs})
+    return settings.model_copy(update={"model": resolve_model_path(settings.model), "speculative_configs": configs})
 
 
 def _gpus_per_model(models: Sequence[EngineSettings]) -> float:

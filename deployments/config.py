@@ -1,95 +1,108 @@
-"""What an operator may set: the `args` of an application in serve_config.yaml."""
+"""What an operator can set: the `args` of an application in serve_config.yaml."""
 
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import Field, field_validator
 
-from parse.config import EngineSettings, MethodSettings, Settings
-from parse.protocol import Mode
+from parse.config import EngineSettings, ModeName, Settings, VerificationSettings
+from parse.registry import MODES
 
-HOUSE = Path(__file__).parents[1]
+PROJECT_ROOT = Path(__file__).parents[1]
 
 
 class ApiSettings(Settings):
-    """What clients may ask for, and how many of them at once."""
+    """What clients may request, and how much of it at once."""
+
+    section = "api"
 
     model_name: str | None = Field(
-        None, min_length=1, description="The model's name in the API; the last part of the target's path by default."
+        None, min_length=1, description="The model's name in the API. Null: the last part of the target's path."
     )
-    modes: tuple[Mode, ...] = Field(get_args(Mode), min_length=1, description="The modes a request may choose.")
-    lowest_full: float = Field(0.5, ge=0, le=1, description="The least a request may set the threshold `full` to.")
-    lowest_prefix: float = Field(0.5, ge=0, le=1, description="The least a request may set the threshold `prefix` to.")
+    modes: tuple[ModeName, ...] = Field(tuple(MODES), min_length=1, description="The modes that a request can choose.")
+    min_full: float = Field(0.5, ge=0, le=1, description="The lowest threshold `full` that a request can set.")
+    min_prefix: float = Field(0.5, ge=0, le=1, description="The lowest threshold `prefix` that a request can set.")
     max_answers: int = Field(
-        64, ge=1, description="Answers worked on at the same time by one router: the depth of its pipeline."
+        64, ge=1, description="The maximum number of answers that one router works on at the same time."
     )
-    max_waiting: int = Field(256, ge=0, description="Requests that may wait for that; further ones get a 503.")
-    max_choices: int = Field(16, ge=1, description="The most a request may set `n` to.")
+    max_queued_requests: int = Field(
+        256, ge=0, description="The maximum number of requests that wait for a router. Further requests get a 503."
+    )
+    max_n: int = Field(16, ge=1, description="The highest `n` that a request can set.")
     request_timeout_s: float = Field(600.0, gt=0, description="A request that takes longer fails with 504.")
-    max_body_bytes: int = Field(2 * 2**20, ge=1024, description="A request's body may be as long as that.")
+    max_body_bytes: int = Field(2 * 2**20, ge=1024, description="The maximum size of a request's body.")
     body_timeout_s: float = Field(30.0, gt=0, description="A client that takes longer to send its request gets a 408.")
     api_keys_file: str | None = Field(
         None,
-        description="A file of bearer keys, one a line. With keys, every request needs one of them, but those for "
-        "/health, /ready, the documents and the playground.",
+        description="A file of bearer keys, one per line. With keys, every request needs one of them, except those for "
+        "/health, /ready, the API documentation and the playground.",
     )
     api_keys_env: str = Field(
         "PARSE_API_KEYS",
         min_length=1,
-        description="The router's environment variable that may hold bearer keys, separated by commas. Without any "
+        description="The router's environment variable that can hold bearer keys, separated by commas. Without any "
         "keys only clients on this machine are served.",
     )
 
     @field_validator("modes", mode="before")
     @classmethod
-    def _off_is_a_word(cls, modes: Any) -> Any:
-        """YAML takes it for false."""
+    def _read_false_as_off(cls, modes: Any) -> Any:
+        """YAML reads the word off as false."""
         return ["off" if mode is False else mode for mode in modes] if isinstance(modes, list) else modes
 
 
 class AuditSettings(Settings):
-    """Answers with accepted drafts, asked again of the target alone: the running price of being lossy."""
+    """Answers with accepted drafts that the target answers again alone. This measures the price of being lossy."""
+
+    section = "audit"
 
     share: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="The share of them that is audited, at moments when its router has nothing else to do.",
+        description="The share of these answers that is audited, while their router has nothing else to do.",
     )
     result: str | None = Field(
         None,
         min_length=1,
-        description="A regular expression for what counts in an answer: its last match, or the groups of that. Two "
-        "answers agree where it is the same. Without one, or where the target's answer has no match, `gap` decides. "
-        "For the demo pair it is a number, `\\d+`. It is looked for in the last 2000 characters.",
+        description="A regular expression for the result in an answer: its last match, or the groups of that match. "
+        "Two answers agree if their results are the same. Without an expression, or if the target's answer has no "
+        "match, `gap` decides. For the demo pair the result is a number, `\\d+`. Only the last 2000 characters are "
+        "searched.",
     )
     gap: float = Field(
         0.5,
         ge=0,
-        description="They also agree where the target finds its own answer likelier by no more than that: the mean "
-        "log-probability of a token, the difference.",
+        description="Two answers also agree if the mean log-probability per token, as the target computes it, is higher "
+        "for its own answer by at most this much.",
     )
 
     @field_validator("result")
     @classmethod
-    def _compiles(cls, result: str | None) -> str | None:
+    def _check_pattern(cls, result: str | None) -> str | None:
         try:
             re.compile(result or "")
         except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from error
+            raise ValueError(f"is not a regular expression: {error}") from error
         return result
 
 
 class AppSettings(Settings):
-    """The pair, how drafts are judged, and the API. Replicas, autoscaling and resources stand in `deployments`."""
+    """The two models, the verification and the API. Replicas, autoscaling and resources are set in `deployments`."""
+
+    section = "args"
 
     target: EngineSettings = Field(description="The model whose answers are served.")
-    draft: EngineSettings | None = Field(None, description="The model that drafts; null leaves the target alone.")
-    method: MethodSettings = Field(
-        MethodSettings(), description="What is not set is taken from parse.json beside the target, where there is one."
+    draft: EngineSettings | None = Field(
+        None, description="The model that writes drafts. Null: the target answers alone."
     )
-    api: ApiSettings = Field(ApiSettings(), description="What clients may ask for, and how many of them at once.")
+    verification: VerificationSettings = Field(
+        VerificationSettings(),
+        description="How drafts are verified. A key that is not set is taken from parse.json in the target's folder, if "
+        "there is one.",
+    )
+    api: ApiSettings = Field(ApiSettings(), description="What clients may request, and how much of it at once.")
     audit: AuditSettings = Field(AuditSettings(), description="How often the price of being lossy is measured.")
 
     @property
@@ -97,9 +110,12 @@ class AppSettings(Settings):
         return self.api.model_name or Path(self.target.model).name
 
 
-def located(model: str) -> str:
-    """A path that does not depend on where a process runs, or else the hub's id: our own models lie in the house."""
-    for folder in (Path(model).expanduser(), HOUSE / model):
+def resolve_model_path(model: str) -> str:
+    """Returns the absolute path of a model's folder, or the Hugging Face id as it is.
+
+    Relative paths are looked up in the working directory and in the project, because replicas run elsewhere.
+    """
+    for folder in (Path(model).expanduser(), PROJECT_ROOT / model):
         if folder.is_dir():
             return str(folder.resolve())
     return model

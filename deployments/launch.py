@@ -25,8 +25,9 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from deployments.config import HOUSE, AppSettings, located
+from deployments.config import PROJECT_ROOT, AppSettings, resolve_model_path
 from parse.config import EngineSettings
+from parse.renamed_settings import describe_errors, describe_unknown_key
 
 BUILDER_IMPORT_PATH = "deployments.app:build"
 EXAMPLE_PROMPT = (
@@ -71,11 +72,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
             raise LaunchError(f"{path}: one application must have the import_path {BUILDER_IMPORT_PATH}")
         for prefix, section, schema in _config_sections(config, applications[0]):
             if unknown_keys := sorted(section.keys() - schema.model_fields.keys()):
-                raise LaunchError(f"{path}: {prefix}{unknown_keys[0]}: is not known")
+                key = unknown_keys[0]
+                raise LaunchError(f"{path}: {describe_unknown_key(f'{prefix}{key}', key, schema.model_fields)}")
         return config, AppSettings.model_validate(applications[0].get("args", {}))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        raise LaunchError(f"{path}: {problems}") from error
+        raise LaunchError(f"{path}: {describe_errors(error)}") from error
     except (OSError, yaml.YAMLError) as error:
         raise LaunchError(f"{path}: {error}") from error
 
@@ -95,17 +96,17 @@ def _config_sections(
 
 def check_model_folders(field: str, settings: EngineSettings) -> None:
     check_model_folder(f"{field}.model", settings.model)
-    for config in settings.speculation:
-        if config.head:
-            check_model_folder(f"{field}.speculation.head", config.head)
+    for index, config in enumerate(settings.speculative_configs):
+        if config.model:
+            check_model_folder(f"{field}.speculative_configs[{index}].model", config.model)
 
 
 def check_model_folder(field: str, model: str) -> None:
     """What is meant as a folder should be one: else it would be looked for on the hub, for minutes."""
     looks_like_path = model.startswith((".", "/", "~")) or (
-        (HOUSE / model).parent != HOUSE and (HOUSE / model).parent.is_dir()
+        (PROJECT_ROOT / model).parent != PROJECT_ROOT and (PROJECT_ROOT / model).parent.is_dir()
     )
-    if looks_like_path and not Path(located(model)).is_dir():
+    if looks_like_path and not Path(resolve_model_path(model)).is_dir():
         raise LaunchError(f"{field}: there is no folder {model}")
 
 

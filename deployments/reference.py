@@ -1,9 +1,9 @@
-"""Writes docs/configuration.md from the settings themselves: python -m deployments.reference > docs/configuration.md"""
+"""Writes docs/configuration.md from the settings: python -m deployments.reference > docs/configuration.md"""
 
 import json
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel
@@ -12,7 +12,8 @@ from ray.serve import Application, Deployment
 
 from deployments.app import build
 from deployments.config import ApiSettings, AppSettings, AuditSettings
-from parse.config import EngineSettings, MethodSettings, SpeculationSettings
+from parse.config import EngineSettings, OneOf, SpeculativeConfig, VerificationSettings
+from parse.renamed_settings import RENAMED_SETTINGS
 
 TYPE_NAMES: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
@@ -21,25 +22,26 @@ HEADER = """\
 
 # Configuration
 
-One YAML file says all: [serve_config.yaml](../serve_config.yaml) for the demo pair,
-[cluster/serve_gpu.yaml](../cluster/serve_gpu.yaml) for a pair on GPUs. It is a
-[Ray Serve config](https://docs.ray.io/en/latest/serve/production-guide/config.html); what is ours stands under `args`.
-There a key that is not known is refused by its name.
+One YAML file holds the whole configuration: [serve_config.yaml](../serve_config.yaml) for the demo pair,
+[cluster/serve_gpu.yaml](../cluster/serve_gpu.yaml) for two models on GPUs. It is a
+[Ray Serve config](https://docs.ray.io/en/latest/serve/production-guide/config.html). The settings of this project are
+under `args`. A key that is not known there is rejected with the closest one that is, and a
+[renamed key](#renamed-settings) with its new name.
 
 ```yaml
 http_options:
-  host: 127.0.0.1 # another one opens it to the network: have keys then, see api below
+  host: 127.0.0.1 # any other address opens the API to the network; set bearer keys then, see api below
   port: 8000
 applications:
   - name: parse
     route_prefix: /
     import_path: deployments.app:build
     args: # the tables below
-      target: {model: models/demo-target, threads: 1}
-      draft: {model: models/demo-draft, threads: 1}
-      method: {stride: 6}
-      api: {model_name: sums, max_waiting: 32}
-    deployments: # the last section
+      target: {model: models/demo-target, num_threads: 1}
+      draft: {model: models/demo-draft, num_threads: 1}
+      verification: {stride: 6}
+      api: {model_name: sums, max_queued_requests: 32}
+    deployments: # see "deployments" below
       - name: Verifier
         num_replicas: 2
         ray_actor_options: {num_cpus: 0.5}
@@ -49,22 +51,24 @@ applications:
 DEPLOYMENTS_INTRODUCTION = """\
 ## `deployments`: replicas, autoscaling, resources
 
-Three deployments make the application. What is not named under `deployments` keeps these values (here with the default
-settings; the limits on requests follow `api.max_answers`, `api.max_waiting` and each model's `max_running`):
+The application has three deployments. What you do not set under `deployments` keeps these values. They are shown for
+the default settings; the limits on requests follow `api.max_answers`, `api.max_queued_requests` and the
+`max_num_seqs` of each model:
 
 """
 
 DEPLOYMENTS_NOTES = """\
 
-`Drafter` is there only with a `draft`.
+`Drafter` exists only with a `draft`.
 
-- **GPUs.** Left alone, a model gets a GPU of its own where there are enough, and an even share where there are not;
-  with `device: cpu`, or on a cluster without GPUs, none. With several replicas or nodes, write the numbers down.
-- **`ray_actor_options` is replaced as a whole**: what you leave out of it is `num_cpus: 1` and `num_gpus: 0`. A model
-  without `num_gpus` runs on the CPU, whatever the machine has.
-- **One model over several GPUs**: `device: balanced`, and as many `num_gpus`.
-- **Cores.** `num_cpus` is what Ray counts when it places a replica. What a model really uses is its `threads`.
-- **Autoscaling** takes the place of `num_replicas`:
+- **GPUs.** By default each model gets a GPU of its own if there are enough, an equal share if there are not, and none
+  with `device: cpu` or on a cluster without GPUs. Set `num_gpus` if you run several replicas or nodes.
+- **`ray_actor_options` is replaced as a whole**: what you leave out of it becomes `num_cpus: 1` and `num_gpus: 0`. A
+  model without `num_gpus` runs on the CPU, whatever the machine has.
+- **One model over several GPUs**: set `device: balanced`, and `num_gpus` to the number of GPUs.
+- **Cores.** Ray counts `num_cpus` when it places a replica. The number of cores that a model really uses is its
+  `num_threads`.
+- **Autoscaling** replaces `num_replicas`:
 
 ```yaml
     deployments:
@@ -73,12 +77,20 @@ DEPLOYMENTS_NOTES = """\
         autoscaling_config:
           min_replicas: 1
           max_replicas: 4
-          target_ongoing_requests: 24 # calls at the same time, of each replica: under its max_running
+          target_ongoing_requests: 24 # concurrent calls per replica; keep it below its max_num_seqs
           downscale_delay_s: 600 # loading weights takes long
 ```
 
-All further keys: [Ray Serve's schema](https://docs.ray.io/en/latest/serve/api/index.html#serve-config).
-How many of each, and what happens when one is lost: [deploying.md](deploying.md).
+All other keys: [Ray Serve's schema](https://docs.ray.io/en/latest/serve/api/index.html#serve-config).
+How many replicas you need, and what happens when one is lost: [deploying.md](deploying.md).
+
+"""
+
+RENAMED_SETTINGS_INTRODUCTION = """\
+## Renamed settings
+
+These keys had other names in earlier versions. A configuration that still has an old name is rejected.
+
 """
 
 
@@ -88,17 +100,17 @@ def render_configuration_page() -> str:
         render_section("`args`", AppSettings),
         render_section("`target` and `draft`", EngineSettings),
         render_section(
-            "`speculation` of a model",
-            SpeculationSettings,
-            "A list: `[{method: parallel, head: models/demo-parallel}, {method: ngram}]`. Requests choose among what "
-            'stands in that of the target, with [`parse.speculation`](api.md#several-tokens-in-a-pass); "none" they '
-            "may always choose.",
+            "`speculative_configs` of a model",
+            SpeculativeConfig,
+            "Write a list: `[{method: parallel, model: models/demo-parallel}, {method: ngram}]`. A request chooses "
+            'among the methods of the target with [`parse.speculation`](api.md#several-tokens-in-a-pass); "none" is always '
+            "allowed.",
         ),
         render_section(
-            "`method`",
-            MethodSettings,
-            "A target's folder may hold some of these keys in a `parse.json`. They go before the defaults, and what is "
-            "set here goes before them.",
+            "`verification`",
+            VerificationSettings,
+            "The target's folder can hold some of these keys in a `parse.json`. They replace the defaults, and your "
+            "configuration replaces both.",
         ),
         render_section("`api`", ApiSettings),
         render_section("`audit`", AuditSettings),
@@ -106,7 +118,9 @@ def render_configuration_page() -> str:
         + render_table(
             ("", *DEPLOYMENT_COLUMNS), [render_deployment_row(deployment) for deployment in default_deployments()]
         )
-        + DEPLOYMENTS_NOTES,
+        + DEPLOYMENTS_NOTES
+        + RENAMED_SETTINGS_INTRODUCTION
+        + render_renamed_settings(),
     ]
     return "\n".join(parts)
 
@@ -120,21 +134,34 @@ def render_section(title: str, model: type[BaseModel], notes: str = "") -> str:
     return f"## {title}\n\n{text}\n\n" + render_table(("key", "value", "default", "meaning"), rows)
 
 
+def render_renamed_settings() -> str:
+    rows = [
+        (f"`{setting.section}`", f"`{setting.old_name}`", f"`{setting.new_name}`", setting.conversion)
+        for setting in RENAMED_SETTINGS
+    ]
+    return render_table(("section", "old name", "new name", "change of the value"), rows)
+
+
 def render_table(column_names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [column_names, ["---"] * len(column_names), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def describe_type(field: FieldInfo) -> str:
-    """As one who writes YAML would say it."""
-    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
-    description = ", ".join([_type_name(kind) for kind in kinds if kind is not NoneType] + _describe_bounds(field))
-    return f"{description}, or null" if NoneType in kinds else description
+    """Returns the type and the bounds of a setting in words."""
+    types = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    choices = [item for item in field.metadata if isinstance(item, OneOf)]
+    bounds = [item for item in field.metadata if not isinstance(item, OneOf)]
+    names = [_choice_name(choice.names) for choice in choices] or [
+        _type_name(item) for item in types if item is not NoneType
+    ]
+    description = ", ".join([*names, *_describe_bounds(bounds)])
+    return f"{description}, or null" if NoneType in types else description
 
 
 def describe_default(field: FieldInfo) -> str:
     if field.is_required():
-        return "needed"
+        return "required"
     value = field.get_default()
     if isinstance(value, BaseModel):
         return "see below"
@@ -142,37 +169,52 @@ def describe_default(field: FieldInfo) -> str:
 
 
 def describe_meaning(field: FieldInfo) -> str:
-    """Of settings in a section of their own, what that says of itself."""
-    kind = field.annotation
-    inherited = kind.__doc__ if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    return field.description or " ".join((inherited or "").split())
+    """Returns the description of a setting, or for a section the docstring of its class."""
+    annotation = field.annotation
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    section_description = annotation.__doc__ if is_section else None
+    return field.description or " ".join((section_description or "").split())
 
 
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + _quote_words(get_args(kind))
-    if get_origin(kind) is tuple:
-        item_type = get_args(kind)[0]
+def _type_name(annotation: Any) -> str:
+    if names := _choices(annotation):
+        return _choice_name(names)
+    if get_origin(annotation) is tuple:
+        item_type = get_args(annotation)[0]
         if isinstance(item_type, type) and issubclass(item_type, BaseModel):
             return "list of sections"
-        return "list of " + (
-            _quote_words(get_args(item_type)) if get_origin(item_type) is Literal else _type_name(item_type)
-        )
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        names = _choices(item_type)
+        return "list of " + (_quote_words(names) if names else _type_name(item_type))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    return TYPE_NAMES[kind]
+    return TYPE_NAMES[annotation]
+
+
+def _choices(annotation: Any) -> Sequence[str]:
+    """Returns the values of a Literal, or the names in a registry that the annotation refers to."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return [name for item in annotation.__metadata__ if isinstance(item, OneOf) for name in item.names]
+    return ()
+
+
+def _choice_name(names: Sequence[str]) -> str:
+    return f"one of {_quote_words(names)}" if len(names) > 1 else _quote_words(names)
 
 
 def _quote_words(words: Sequence[str]) -> str:
     return ", ".join(f'`"{word}"`' for word in words)
 
 
-def _describe_bounds(field: FieldInfo) -> list[str]:
-    match field.metadata:
+def _describe_bounds(bounds: Sequence[object]) -> list[str]:
+    match bounds:
         case []:
             return []
         case [Ge(ge=low), Le(le=high)]:
             return [f"{low} to {high}"]
+        case [Gt(gt=low), Le(le=high)]:
+            return [f"above {low}, at most {high}"]
         case [Ge(ge=low)]:
             return [f"at least {low}"]
         case [Gt(gt=low)]:
@@ -180,7 +222,7 @@ def _describe_bounds(field: FieldInfo) -> list[str]:
         case [MinLen(min_length=1)]:
             return ["not empty"]
         case others:
-            raise TypeError(f"no words for {others}")
+            raise TypeError(f"no description for {others}")
 
 
 DEPLOYMENT_COLUMNS = (
@@ -213,10 +255,10 @@ def default_deployments() -> list[Deployment]:
 
 
 def list_deployments(application: Application) -> list[Deployment]:
-    """All that an application consists of, the one that answers HTTP first."""
+    """Returns all deployments of an application, beginning with the one that answers HTTP."""
     root = application._bound_deployment
     nested = [argument for argument in root.init_args if isinstance(argument, Application)]
-    return [root, *(deployment for one in nested for deployment in list_deployments(one))]
+    return [root, *(deployment for child in nested for deployment in list_deployments(child))]
 
 
 if __name__ == "__main__":

@@ -1,133 +1,223 @@
-"""Settings, each documented, none accepted that is not known."""
+"""The settings of a model and of the verification. Each is documented, and unknown keys are rejected."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from parse.acceptance import AcceptanceRule, Thresholds
 from parse.prefixes import DEFAULT_STRIDE, PrefixBoundary
 from parse.prompts import VERIFICATION_PROMPT
-from parse.types import MethodName
+from parse.registry import DRAFTING_MODES, METHODS, MODES
+from parse.renamed_settings import describe_errors, explain_unknown_keys
 
-METHOD_FILE = "parse.json"  # beside a model's weights: settings of the method that it was made for
+VERIFICATION_FILE = "parse.json"
+"""A file in the target's folder with the verification settings that the model was trained for."""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotates a string that is one of the names in a registry; pydantic and JSON schemas show the choices."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
+
+
+ModeName = Annotated[str, OneOf(tuple(MODES))]
+DraftingModeName = Annotated[str, OneOf(DRAFTING_MODES)]
+MethodName = Annotated[str, OneOf(tuple(METHODS))]
+MethodChoice = Annotated[str, OneOf((*METHODS, "none"))]
 
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    section: ClassVar[str]
+    """The part of a configuration that these settings are for, as the documentation calls it."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise explain_unknown_keys(error, handler, data, cls.section, cls.model_fields) from None
 
 
-class SpeculationSettings(Settings):
-    """How several tokens are proposed at once. The text stays the model's own; only the number of passes changes."""
+def _describe_methods(names: Iterable[str]) -> str:
+    return "; ".join(f'"{name}": {METHODS[name].description}' for name in names)
 
-    method: MethodName = Field(
-        description='"eagle3" and "parallel": a trained head; "space": the model itself, by masks; "draft_model": a '
-        'small model beside it; "ngram": what followed the same words before.'
-    )
-    head: str | None = Field(
+
+class SpeculativeConfig(Settings):
+    """One token-level method: how several tokens are proposed at once. It changes the speed, never the text."""
+
+    section = "speculative_configs"
+
+    method: MethodName = Field(description=f"{_describe_methods(METHODS)}.")
+    model: str | None = Field(
         None,
         min_length=1,
-        description="A directory, or an id on the Hugging Face hub: of the head, of the adapters for space (null: the "
-        "model itself was tuned to read its tokenizer's mask token), of the small model. ngram takes none.",
+        description="The checkpoint of the method, a local path or a Hugging Face id: of the head, of the adapters for "
+        "space (null: the target itself was tuned to read its tokenizer's mask token), of the small model. ngram takes "
+        "none.",
     )
-    tokens: int | None = Field(
-        None, ge=1, le=64, description="Most tokens proposed at once; null: as many as the method is good for."
+    num_speculative_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="The maximum number of tokens proposed at once. Null: as many as the method is good for.",
     )
-    beam: int = Field(
-        1, ge=1, le=16, description="eagle3, parallel: 1 proposes a chain; more, a tree that is as wide at each place."
+    topk: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="eagle3, parallel: 1 proposes a chain. A higher value proposes a tree with this many candidates at "
+        "each position.",
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.method == "ngram" and self.head is not None:
-            raise ValueError("ngram takes no head")
-        if self.method in ("eagle3", "parallel", "draft_model") and self.head is None:
-            raise ValueError(f"{self.method} needs a head")
-        if self.beam > 1 and self.method not in ("eagle3", "parallel"):
-            raise ValueError(f"{self.method} proposes chains only, beam must be 1")
+    def _check_method(self) -> Self:
+        spec = METHODS[self.method]
+        if spec.model == "none" and self.model is not None:
+            raise ValueError(f"{self.method} takes no model")
+        if spec.model == "required" and self.model is None:
+            raise ValueError(f"{self.method} needs a model")
+        if self.topk > 1 and not spec.supports_trees:
+            raise ValueError(f"{self.method} proposes chains only, topk must be 1")
         return self
 
 
 class EngineSettings(Settings):
     """How one model is run."""
 
-    model: str = Field(description="A directory, or an id on the Hugging Face hub.")
+    section = "target, draft"
+
+    model: str = Field(description="A local path or a Hugging Face id.")
     device: str = Field(
         "auto",
-        description='"cpu", "cuda", "cuda:1", or "balanced": layers spread over all GPUs; "auto" takes the first GPU, '
-        "if there is one.",
+        description='"cpu", "cuda", "cuda:1", or "balanced", which spreads the layers over all GPUs. "auto" takes the '
+        "first GPU if there is one.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Arithmetic. Auto: float32 on a CPU, elsewhere what the checkpoint says."
+        "auto", description='"auto" computes in float32 on a CPU, and in the dtype of the checkpoint on a GPU.'
     )
-    int8: bool = Field(False, description="Quantise the linear layers to 8 bits while loading; CPUs only.")
-    threads: int | None = Field(None, ge=1, description="CPU threads for arithmetic; null leaves it to torch.")
-    max_context: int = Field(
-        4096, ge=16, description="Longest prompt and answer together, in tokens; less if the model's own limit is less."
+    quantization: Literal["int8"] | None = Field(
+        None, description='"int8" quantizes the linear layers to 8 bits while the model loads. CPUs only.'
     )
-    memory_mb: int = Field(2048, ge=1, description="Upper bound of the memory for keys and values, in MiB.")
-    max_running: int = Field(32, ge=1, description="Requests computed at the same time; the rest wait.")
-    step_tokens: int = Field(
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads for arithmetic. Null leaves the choice to PyTorch."
+    )
+    max_model_len: int = Field(
+        4096,
+        ge=16,
+        description="The maximum number of tokens of a prompt and its answer together. The model's own limit applies "
+        "if it is lower.",
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="The maximum size of the KV cache, in bytes. Null: 2 GiB on a CPU; on a GPU, "
+        "`gpu_memory_utilization` decides.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="The share of the GPU's memory for weights and KV cache together. Used on GPUs only, where "
+        "`kv_cache_memory_bytes` is null.",
+    )
+    max_num_seqs: int = Field(
+        32, ge=1, description="The maximum number of requests computed at the same time. Further requests wait."
+    )
+    max_num_batched_tokens: int = Field(
         512,
         ge=1,
-        description="Most tokens computed in one pass: more is faster in all, and stalls streams longer.",
+        description="The maximum number of tokens computed in one forward pass. A higher value raises the throughput "
+        "and makes streams stall for longer.",
     )
-    speculation: tuple[SpeculationSettings, ...] = Field(
-        (), description="Ways to write several tokens in a pass. The first is taken where a request names none."
+    cuda_graphs: bool = Field(
+        False,
+        description="Experimental: record decode steps as CUDA graphs and replay them. On a single GPU only.",
+    )
+    speculative_configs: tuple[SpeculativeConfig, ...] = Field(
+        (),
+        description="The token-level methods that a request can choose. The first one is used if a request names none.",
     )
 
-    @field_validator("speculation")
+    @field_validator("speculative_configs")
     @classmethod
-    def _once_each(cls, ways: tuple[SpeculationSettings, ...]) -> tuple[SpeculationSettings, ...]:
-        methods = [way.method for way in ways]
+    def _check_methods_unique(cls, configs: tuple[SpeculativeConfig, ...]) -> tuple[SpeculativeConfig, ...]:
+        methods = [config.method for config in configs]
         if len(set(methods)) < len(methods):
             raise ValueError(f"each method may be named once, got {', '.join(methods)}")
-        return ways
+        return configs
 
 
 class VerificationSettings(Settings):
-    """How drafts are judged, and what is made of them."""
+    """How drafts are verified and which part of them is kept."""
 
-    auto_mode: Literal["full", "progressive", "rounds", "exact"] = Field(
-        "rounds", description='What mode "auto" does while drafting pays.'
+    section = "verification"
+
+    auto_mode: DraftingModeName = Field("rounds", description='The mode that "auto" uses while drafting pays.')
+    prompt: str = Field(VERIFICATION_PROMPT, min_length=1, description="The question to the target about each prefix.")
+    correct: str = Field("Correct", min_length=1, description="The answer that accepts a prefix.")
+    incorrect: str = Field("Incorrect", min_length=1, description="The answer that rejects a prefix.")
+    full: float = Field(
+        Thresholds.full, ge=0, le=1, description="The minimum P(correct) at which a complete draft is accepted."
     )
-    prompt: str = Field(VERIFICATION_PROMPT, min_length=1, description="What the target is asked about each prefix.")
-    correct: str = Field("Correct", min_length=1, description="The answer that accepts.")
-    incorrect: str = Field("Incorrect", min_length=1, description="The answer that rejects.")
-    full: float = Field(Thresholds.full, ge=0, le=1, description="P(correct) from which a whole draft is accepted.")
-    prefix: float = Field(Thresholds.prefix, ge=0, le=1, description="P(correct) from which a prefix passes.")
+    prefix: float = Field(Thresholds.prefix, ge=0, le=1, description="The minimum P(correct) at which a prefix passes.")
     rule: AcceptanceRule = Field(
         "first_failure",
-        description="Which prefix is kept: the last before the first that fails, or the longest that passes.",
+        description="Which prefix is kept: the last one before the first that fails, or the longest that passes.",
     )
     prefix_boundaries: tuple[PrefixBoundary, ...] = Field(
-        ("tokens",), min_length=1, description="Where a draft is cut: every `stride` tokens, at sentence or line ends."
+        ("tokens",),
+        min_length=1,
+        description="Where the verified prefixes end: every `stride` tokens, at the end of sentences or of lines.",
     )
-    stride: int = Field(DEFAULT_STRIDE, ge=1, description="Tokens between two cuts.")
+    stride: int = Field(DEFAULT_STRIDE, ge=1, description="The number of tokens between two prefixes.")
     window: int = Field(
-        16, ge=1, description="Tokens of draft first judged in mode progressive; twice as many each time after."
+        16,
+        ge=1,
+        description="The number of draft tokens in the first window of mode progressive. Each further window is twice "
+        "as long.",
     )
     draft_timeout_s: float = Field(
-        60.0, gt=0, description="The target does without a draft that takes longer than that many seconds."
+        60.0, gt=0, description="The target continues without a draft that takes longer, in seconds."
     )
-    max_rounds: int = Field(3, ge=1, description="Drafts of one answer at most, in mode rounds.")
+    max_rounds: int = Field(3, ge=1, description="The maximum number of drafts for one answer in mode rounds.")
     correction_tokens: int = Field(
-        16, ge=1, description="Tokens the target writes past an error before the drafter goes on, in mode rounds."
+        16,
+        ge=1,
+        description="The number of tokens that the target generates after an error before the drafter continues, in "
+        "mode rounds.",
     )
 
     @classmethod
     def for_model(cls, model: str, **changes: Any) -> Self:
-        """What the folder of the target says, where it says anything, and changes of one's own."""
-        beside = Path(model) / METHOD_FILE
-        if not beside.is_file():
+        """Returns the settings in the folder of the target, if there are any, with changes."""
+        file = Path(model) / VERIFICATION_FILE
+        if not file.is_file():
             return cls(**changes)
         try:
-            return cls(**json.loads(beside.read_text()) | changes)
+            return cls.model_validate(json.loads(file.read_text()) | changes)
+        except ValidationError as error:
+            raise ValueError(f"{file}: {describe_errors(error)}") from error
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{beside}: {error}") from error
+            raise ValueError(f"{file}: {error}") from error
 
     def thresholds(self) -> Thresholds:
         return Thresholds(self.full, self.prefix)
-
-

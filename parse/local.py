@@ -10,8 +10,8 @@ from parse.engines.native.service import NativeEngine
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
 
-DEMO_MODELS = Path(__file__).parents[1] / "models"
-DEMO_TARGET, DEMO_DRAFT = str(DEMO_MODELS / "demo-target"), str(DEMO_MODELS / "demo-draft")
+DEMO = Path(__file__).parents[1] / "models"
+DEMO_TARGET, DEMO_DRAFT = str(DEMO / "demo-target"), str(DEMO / "demo-draft")
 
 
 class LocalPair:

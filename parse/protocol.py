@@ -1,7 +1,5 @@
 """Moved; kept while imports are rewritten."""
 
-from typing import Literal
-
 from parse.engines.protocol import Drafter, Verifier
 from parse.events import (
     Event,
@@ -17,7 +15,7 @@ from parse.events import (
 from parse.requests import GenerationRequest
 from parse.types import NO_STREAMING
 
-Mode = Literal["auto", "full", "progressive", "rounds", "exact", "off"]
+Mode = str
 __all__ = [
     "NO_STREAMING",
     "Drafter",

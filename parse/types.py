@@ -124,10 +124,8 @@ NO_STREAMING = 1 << 30
 
 FinishReason = Literal["stop", "length"]
 
-MethodName = Literal["draft_model", "ngram", "eagle3", "parallel", "space"]
-"""Ways to propose several of the target's next tokens at once."""
-
-MethodChoice = Literal["draft_model", "ngram", "eagle3", "parallel", "space", "none"]
+MethodName = str
+MethodChoice = str
 
 
 @dataclass(frozen=True, slots=True)

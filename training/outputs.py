@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from parse.config import EngineSettings
-from parse.engines.native.service import NativeEngine
+from parse.engines.loader import load_native_engine
 from parse.prompts import chat_prompt_token_ids
 from parse.protocol import NO_STREAMING
 from parse.types import RequestError, SamplingParams
@@ -138,8 +138,8 @@ def _eos_token_id(service: NativeEngine) -> int:
 
 
 def start_target(model: str, num_threads: int | None, max_model_len: int) -> NativeEngine:
-    return NativeEngine(
-        EngineSettings(model=model, threads=num_threads, max_running=MAX_NUM_SEQS, max_context=max_model_len)
+    return load_native_engine(
+        EngineSettings(model=model, num_threads=num_threads, max_num_seqs=MAX_NUM_SEQS, max_model_len=max_model_len)
     )
 
 

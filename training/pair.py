@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from parse.acceptance import Thresholds
-from parse.config import METHOD_FILE
+from parse.config import VERIFICATION_FILE
 from parse.prefixes import DEFAULT_STRIDE
 from training import cards, measure
 from training.attention import TREE_ATTENTION
@@ -363,7 +363,7 @@ def load_or_train(
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / METHOD_FILE).write_text(json.dumps({"check_question": VERIFICATION_PROMPT}) + "\n")
+    (folder / VERIFICATION_FILE).write_text(json.dumps({"prompt": VERIFICATION_PROMPT}) + "\n")
 
 
 def publish_if_better(recipe: PairRecipe, candidate: Path, models: Path, *, force: bool) -> bool:

@@ -32,7 +32,7 @@ class CompletionHandler:
     def __init__(self, backend: Backend, settings: ApiSettings, audit: AuditSettings) -> None:
         self._backend, self._recorder = backend, backend.recorder
         self._timeout_s = settings.request_timeout_s
-        self._admission_queue = AdmissionQueue(settings.max_answers, settings.max_waiting)
+        self._admission_queue = AdmissionQueue(settings.max_answers, settings.max_queued_requests)
         self._auditor = Auditor(audit, self._admission_queue, self._recorder, self._create_audit_pipeline)
 
     def _create_audit_pipeline(self) -> Pipeline:
@@ -148,7 +148,7 @@ class CompletionHandler:
             pipeline = self._backend.pipeline_for_session(choice.session)
             with tracer.start_as_current_span("answer", attributes={"parse.asked": request.mode}) as span:
                 choice.session.trace_context = get_current()
-                async with aclosing(pipeline.answer(request)) as events:
+                async with aclosing(pipeline.generate(request)) as events:
                     async for event in events:
                         queue.put_nowait((choice, event))
                         if isinstance(event, Finished):

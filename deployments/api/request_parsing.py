@@ -64,13 +64,13 @@ class RequestParser:
             modes=list(settings.modes),
             full=default_thresholds.full,
             prefix=default_thresholds.prefix,
-            lowest_full=settings.lowest_full,
-            lowest_prefix=settings.lowest_prefix,
-            methods=[*pipeline.methods, "none"],
-            speculation=pipeline.methods[0] if pipeline.methods else "none",
+            lowest_full=settings.min_full,
+            lowest_prefix=settings.min_prefix,
+            methods=[*pipeline.capabilities.speculative_methods, "none"],
+            speculation=pipeline.capabilities.speculative_methods[0] if pipeline.capabilities.speculative_methods else "none",
         )
         self.model_card = ModelCard(
-            id=model_name, created=int(time.time()), max_model_len=pipeline.longest or 0, parse=capabilities
+            id=model_name, created=int(time.time()), max_model_len=pipeline.capabilities.max_model_len, parse=capabilities
         )
 
     async def parse_chat(self, request: ChatCompletionRequest) -> ParsedRequest:
@@ -84,7 +84,7 @@ class RequestParser:
         prediction = None
         if request.prediction is not None:
             text = join_text_parts(request.prediction.content)
-            prediction = (await _run_in_thread_if_long(len(text), _encode, tokenizer, text))[: self._pipeline.longest]
+            prediction = (await _run_in_thread_if_long(len(text), _encode, tokenizer, text))[: self._pipeline.capabilities.max_model_len]
         session_key = request.prompt_cache_key or request.user or _conversation_key(messages)
         return self._build_parsed_request(
             request,
@@ -141,9 +141,9 @@ class RequestParser:
         if speculation is not None and speculation not in methods:
             raise RequestError("parse.speculation", f"must be one of {', '.join(methods)} here, got {speculation}")
         thresholds = request.resolve_thresholds(
-            pipeline.settings.thresholds(), lowest_full=settings.lowest_full, lowest_prefix=settings.lowest_prefix
+            pipeline.settings.thresholds(), lowest_full=settings.min_full, lowest_prefix=settings.min_prefix
         )
-        max_model_len = pipeline.longest
+        max_model_len = pipeline.capabilities.max_model_len
         for prompt in prompts:
             if max_model_len is not None and len(prompt) + (max_tokens or 1) > max_model_len:
                 requested_length = f"{len(prompt)} tokens" + (
@@ -192,7 +192,7 @@ class RequestParser:
         return preferred if preferred in self._settings.modes else self._settings.modes[0]
 
     def _check_num_choices(self, count: int, field: str = "n") -> None:
-        max_choices = min(self._settings.max_choices, self._settings.max_answers)
+        max_choices = min(self._settings.max_n, self._settings.max_answers)
         if count > max_choices:
             raise RequestError(field, f"answers to one request are limited to {max_choices}, got {count}")
 

@@ -112,7 +112,7 @@ class Auditor:
         target_request = replace(
             case.request, mode="off", sampling_params=sampling_params, prediction=None, stream_interval=NO_STREAMING
         )
-        deltas = [event async for event in pipeline.answer(target_request) if isinstance(event, TextDelta)]
+        deltas = [event async for event in pipeline.generate(target_request) if isinstance(event, TextDelta)]
         target_text, target_ids = (
             "".join(delta.text for delta in deltas),
             [token for delta in deltas for token in delta.token_ids],

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from parse.config import EngineSettings, SpeculationSettings
+from parse.config import EngineSettings, SpeculativeConfig
 from parse.engines.native.model import Model
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
@@ -28,11 +28,11 @@ def load_methods(
 ) -> dict[MethodName, SpeculativeMethod]:
     """Loaded, in the order of the settings; what they need of the model is asked of it."""
     methods: dict[MethodName, SpeculativeMethod] = {}
-    for config in settings.speculation:
+    for config in settings.speculative_configs:
         try:
             proposer, max_tokens = _load_proposer(config, settings, model)
         except ProposerLoadError as error:
-            raise ProposerLoadError(f"speculation by {config.method}, head {config.head}: {error}") from error
+            raise ProposerLoadError(f"speculation by {config.method}, head {config.model}: {error}") from error
         guard, steps = GuardedProposer(proposer, model.vocab_size), config.method in ("eagle3", "draft_model")
         methods[config.method] = SpeculativeMethod(config.method, guard, max_tokens, steps, (), cost_model)
     model.aux_hidden_state_layers = tuple(
@@ -50,24 +50,24 @@ def bytes_per_token(methods: Sequence[SpeculativeMethod], model: Model) -> int:
     return hidden_state_bytes + sum(way.proposer.bytes_per_token for way in methods)
 
 
-def _load_proposer(config: SpeculationSettings, settings: EngineSettings, model: Model) -> tuple[Proposer[Any], int]:
+def _load_proposer(config: SpeculativeConfig, settings: EngineSettings, model: Model) -> tuple[Proposer[Any], int]:
     """The method, and how many tokens it proposes at most."""
-    head, beam = config.head or "", config.beam
+    head, beam = config.model or "", config.topk
     match config.method:
         case "ngram":
-            return NgramProposer(), config.tokens or DEFAULT_CHAIN_LENGTH
+            return NgramProposer(), config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH
         case "draft_model":
             small = DraftModelProposer.load(head, model, device=settings.device, dtype=settings.dtype)
-            return small, config.tokens or DEFAULT_CHAIN_LENGTH
+            return small, config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH
         case "eagle3":
-            most = config.tokens or (2 * DEFAULT_TREE_DEPTH if beam > 1 else DEFAULT_CHAIN_LENGTH)
+            most = config.num_speculative_tokens or (2 * DEFAULT_TREE_DEPTH if beam > 1 else DEFAULT_CHAIN_LENGTH)
             return Eagle3Proposer.load(
                 head, model.network, depth=min(most, DEFAULT_TREE_DEPTH if beam > 1 else most) - 1, beam=beam
             ), most
         case "parallel":
             parallel = ParallelSpecProposer.load(head, model.network, beam=beam)
             ahead = parallel.head.config.parallel_tokens
-            return parallel, config.tokens or (2 * ahead if beam > 1 else ahead)
+            return parallel, config.num_speculative_tokens or (2 * ahead if beam > 1 else ahead)
         case "space":
             space = (
                 SpaceProposer.load(head, model.network)
@@ -75,7 +75,9 @@ def _load_proposer(config: SpeculationSettings, settings: EngineSettings, model:
                 else SpaceProposer.from_tuned_model(model.network, model.tokenizer)
             )
             space.num_masks = (
-                min(space.num_masks, config.tokens or space.num_masks) if head else config.tokens or space.num_masks
+                min(space.num_masks, config.num_speculative_tokens or space.num_masks)
+                if head
+                else config.num_speculative_tokens or space.num_masks
             )
             model.mask_embedder = space.mask_embedder
             return space, space.num_masks * (space.num_masks + 2)  # a group behind every candidate, and behind the text

@@ -32,7 +32,7 @@ SPREADS = "ttft_s", "itl_s", "latency_s"
 
 @pytest.fixture(scope="module")
 def server():
-    target, draft = (EngineSettings(model=model, threads=1) for model in (DEMO_TARGET, DEMO_DRAFT))
+    target, draft = (EngineSettings(model=model, num_threads=1) for model in (DEMO_TARGET, DEMO_DRAFT))
     with (
         LocalPair(target, draft) as pair,
         served(create_app(LocalBackend(pair.pipeline), ApiSettings(), "demo-target")) as url,

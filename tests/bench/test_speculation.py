@@ -5,7 +5,7 @@ import pytest
 from bench import concurrency, forward_passes, speculation
 from bench.contenders import BenchResult, PipelineContender, tokens_per_s
 from bench.speculation import METHODS, contender_name, speculation_settings, summarize
-from parse.config import EngineSettings, SpeculationSettings
+from parse.config import EngineSettings, SpeculativeConfig
 from parse.local import LocalPair
 from parse.prompts import chat_prompt_token_ids
 from parse.types import SpeculationStats
@@ -17,8 +17,10 @@ from training.wording import TARGET
 
 @pytest.fixture(scope="module")
 def pair():
-    ngram = SpeculationSettings(method="ngram")
-    with LocalPair(EngineSettings(model=str(MODELS / "demo-target"), threads=1, speculation=(ngram,))) as pair:
+    ngram = SpeculativeConfig(method="ngram")
+    with LocalPair(
+        EngineSettings(model=str(MODELS / "demo-target"), num_threads=1, speculative_configs=(ngram,))
+    ) as pair:
         yield pair
 
 

@@ -21,9 +21,9 @@ from cluster.grafana.__main__ import FOLDER
 from cluster.monitoring import LOOPBACK, Program, RunningProgram
 from cluster.prometheus.alerts import ALERTS
 from cluster.prometheus.rules import rules
-from deployments.config import HOUSE
+from deployments.config import PROJECT_ROOT
 
-RULES = HOUSE / "cluster" / "prometheus"
+RULES = PROJECT_ROOT / "cluster" / "prometheus"
 PREFIXES = ("", "ray_")
 
 needs_prometheus = pytest.mark.skipif(

@@ -17,13 +17,13 @@ from ray.serve.schema import (
 
 from deployments.__main__ import THROUGHPUT_ENVIRONMENT
 from deployments.app import build
-from deployments.config import HOUSE, AppSettings
+from deployments.config import PROJECT_ROOT, AppSettings
 from deployments.launch import BUILDER_IMPORT_PATH, LaunchError, read_config
 from deployments.reference import list_deployments
 
-CLUSTER = HOUSE / "cluster"
+CLUSTER = PROJECT_ROOT / "cluster"
 RAY_SERVICE = CLUSTER / "rayservice.yaml"
-CONFIGS = [HOUSE / "serve_config.yaml", *sorted(set(CLUSTER.glob("*.yaml")) - {RAY_SERVICE})]
+CONFIGS = [PROJECT_ROOT / "serve_config.yaml", *sorted(set(CLUSTER.glob("*.yaml")) - {RAY_SERVICE})]
 
 
 def embedded() -> str:
@@ -94,7 +94,7 @@ def test_kubernetes_serves_what_the_config_for_gpus_says():
 
 
 def test_the_page_on_deploying_names_what_there_is():
-    page = (HOUSE / "docs" / "deploying.md").read_text()
+    page = (PROJECT_ROOT / "docs" / "deploying.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     for deployment in yaml.safe_load(example)["deployments"]:
         assert DeploymentSchema.model_validate(deployment).name in ("Router", "Verifier", "Drafter")
@@ -105,9 +105,9 @@ def test_the_page_on_deploying_names_what_there_is():
 
 @pytest.mark.parametrize("page", ["api.md", "configuration.md", "deploying.md", "monitoring.md"])
 def test_what_the_pages_link_to_is_there(page):
-    for link in re.findall(r"\]\(((?!http)[^)]+)\)", (HOUSE / "docs" / page).read_text()):
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", (PROJECT_ROOT / "docs" / page).read_text()):
         name, _, part = link.partition("#")
-        found = HOUSE / "docs" / (name or page)
+        found = PROJECT_ROOT / "docs" / (name or page)
         assert found.exists(), link
         if part:
             heads = [line.lstrip("# ").lower() for line in found.read_text().splitlines() if line.startswith("#")]
@@ -125,8 +125,8 @@ def test_what_nobody_has_tried_says_so(name):
         (("args",), {"targett": {}}),
         (("args", "target"), {"max_contexts": 1}),
         (("args", "draft"), {"memory": 1}),
-        (("args", "method"), {"strude": 3}),
-        (("args", "method"), {"full": 1.5}),
+        (("args", "verification"), {"strude": 3}),
+        (("args", "verification"), {"full": 1.5}),
         (("args", "api"), {"key": "secret"}),
         (("deployments", 0), {"num_replicas": -1}),
         (("deployments", 0), {"autoscaling_config": {"min_replicas": 1}}),  # and num_replicas

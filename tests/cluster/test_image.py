@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import pytest
 from packaging.utils import canonicalize_name
 
-from deployments.config import HOUSE
+from deployments.config import PROJECT_ROOT
 from deployments.launch import read_config
 
-DOCKERFILE = HOUSE / "cluster" / "Dockerfile"
+DOCKERFILE = PROJECT_ROOT / "cluster" / "Dockerfile"
 INSTRUCTIONS = {"FROM", "ARG", "ENV", "RUN", "COPY", "WORKDIR", "USER", "EXPOSE", "HEALTHCHECK", "CMD"}
 
 
@@ -69,13 +69,13 @@ def test_it_holds_known_instructions_and_one_base_of_a_full_version(instructions
 def test_everything_copied_exists(instructions):
     for instruction in of(instructions, "COPY"):
         *sources, target = instruction.words
-        assert all((HOUSE / source).exists() for source in sources), instruction
+        assert all((PROJECT_ROOT / source).exists() for source in sources), instruction
         assert len(sources) == 1 or target.endswith("/")
 
 
 def test_every_package_and_the_demo_pair_are_copied(instructions):
     copied = {source for instruction in of(instructions, "COPY") for source in instruction.words[:-1]}
-    setuptools = tomllib.loads((HOUSE / "pyproject.toml").read_text())["tool"]["setuptools"]
+    setuptools = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert {pattern.rstrip("*") for pattern in setuptools["packages"]["find"]["include"]} <= copied
     assert {"models", "cluster", "serve_config.yaml", "requirements.lock", "pyproject.toml"} <= copied
 
@@ -84,11 +84,13 @@ def test_what_is_installed_is_what_is_pinned(instructions):
     (dependencies, package) = (run for run in of(instructions, "RUN") if "pip install" in run.rest)
     assert "--constraint requirements.lock" in dependencies.rest
     assert "--no-deps" in package.rest
-    lock = (HOUSE / "requirements.lock").read_text().splitlines()
+    lock = (PROJECT_ROOT / "requirements.lock").read_text().splitlines()
     pinned = {str(canonicalize_name(line.partition("==")[0])) for line in lock}
     script = re.search(r"python -c '([^']*)'", dependencies.rest)
     assert script
-    wanted = subprocess.run([sys.executable, "-c", script[1]], cwd=HOUSE, capture_output=True, text=True, check=True)
+    wanted = subprocess.run(
+        [sys.executable, "-c", script[1]], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
+    )
     names = {str(canonicalize_name(re.split(r"[^A-Za-z0-9_-]", line)[0])) for line in wanted.stdout.splitlines()}
     assert {"torch", "ray", "transformers"} <= names <= pinned
 
@@ -105,7 +107,7 @@ def test_it_serves_and_is_asked_for_its_health(instructions):
     (command,), (check,), (port,) = (of(instructions, name) for name in ("CMD", "HEALTHCHECK", "EXPOSE"))
     python, flag, module, config = json.loads(command.rest)
     assert (python, flag, module) == ("python", "-m", "deployments")
-    served, _ = read_config(HOUSE / config)
+    served, _ = read_config(PROJECT_ROOT / config)
     assert served["http_options"] == {"host": "0.0.0.0", "port": int(port.rest)}
     probe = json.loads(check.rest.removeprefix("CMD "))
     compile(probe[2], "HEALTHCHECK", "exec")

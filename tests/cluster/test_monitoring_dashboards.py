@@ -8,7 +8,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 import deployments.observability.metrics
 from cluster.grafana.__main__ import FOLDER, render_files
-from deployments.config import HOUSE
+from deployments.config import PROJECT_ROOT
 from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
 from tests.cluster.querying import PREFIXES, dashboard_queries, dashboards, panels
 
@@ -142,11 +142,11 @@ def test_a_name_has_one_colour_on_all_of_them():
 
 
 def test_their_colours_are_those_of_the_playground():
-    style = (HOUSE / "deployments" / "playground" / "playground.css").read_text()
+    style = (PROJECT_ROOT / "deployments" / "playground" / "playground.css").read_text()
     for name, colour in (("accepted", "#2fb89d"), ("written", "#9c82f5"), ("rejected", "#e0675e")):
         assert re.search(rf"--{name}-line: light-dark\(#\w+, {colour}\)", style), name
 
 
 def test_the_page_on_monitoring_tells_of_each():
-    page = (HOUSE / "docs" / "monitoring.md").read_text()
+    page = (PROJECT_ROOT / "docs" / "monitoring.md").read_text()
     assert [board["title"] for board in BOARDS.values() if board["title"].removeprefix("PARSE / ") not in page] == []

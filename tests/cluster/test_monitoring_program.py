@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from cluster.monitoring import LOOPBACK, PROVISIONING, find_free_port, grafana_program
-from deployments.config import HOUSE
+from deployments.config import PROJECT_ROOT
 from tests.cluster.querying import needs_prometheus
 
-TOOLS = HOUSE / "cluster" / "tools.sh"
+TOOLS = PROJECT_ROOT / "cluster" / "tools.sh"
 # Stands for Grafana's server: tells who it is, and says that it is well.
 GRAFANA = """#!{python}
 import json, os, sys
@@ -52,7 +52,12 @@ def script(path: Path, text: str) -> None:
 def monitoring(data: Path, *arguments: str, path: str = os.environ["PATH"]) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "cluster.monitoring", "--data", str(data), *arguments]
     process = subprocess.Popen(
-        command, cwd=HOUSE, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=PROJECT_ROOT,
+        env={**os.environ, "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         yield process

@@ -10,12 +10,12 @@ import yaml
 from cluster.prometheus.__main__ import render_files
 from cluster.prometheus.alerts import ALERTS
 from cluster.prometheus.queries import View, parenthesized, ratio_or_zero
-from deployments.config import HOUSE
+from deployments.config import PROJECT_ROOT
 from deployments.observability import metrics
 from tests.cluster.querying import RULES, needs_prometheus
 
 TRIED = sorted((RULES / "tests").glob("*.yml"))
-PAGE = (HOUSE / "docs" / "monitoring.md").read_text()
+PAGE = (PROJECT_ROOT / "docs" / "monitoring.md").read_text()
 
 
 def promtool(*arguments: str | Path) -> str:
@@ -90,7 +90,7 @@ def test_the_page_tells_of_no_alert_that_is_gone():
 
 def test_the_scrapes_are_of_the_router_and_of_ray():
     config = yaml.safe_load((RULES / "prometheus.yml").read_text())
-    service = yaml.safe_load((HOUSE / "serve_config.yaml").read_text())["http_options"]
+    service = yaml.safe_load((PROJECT_ROOT / "serve_config.yaml").read_text())["http_options"]
     router, ray = config["scrape_configs"]
     assert router["static_configs"] == [{"targets": [f"{service['host']}:{service['port']}"]}]
     assert ray["file_sd_configs"][0]["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]

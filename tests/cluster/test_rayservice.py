@@ -22,7 +22,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from deployments.__main__ import THROUGHPUT_ENVIRONMENT
-from deployments.config import HOUSE
+from deployments.config import PROJECT_ROOT
 from tests.cluster.test_configs import RAY_SERVICE
 
 SCHEMA = Path(__file__).with_name("rayservice.json.gz")
@@ -126,7 +126,7 @@ def test_its_name_and_strategy_are_such_as_kuberay_takes(service):
 
 
 def test_ray_is_the_one_that_is_pinned(cluster):
-    (pinned,) = re.findall(r"^ray==(.+)$", (HOUSE / "requirements.lock").read_text(), re.MULTILINE)
+    (pinned,) = re.findall(r"^ray==(.+)$", (PROJECT_ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert cluster["rayVersion"] == pinned
 
 
@@ -177,7 +177,7 @@ def test_what_is_stopped_has_the_time_to_end_what_it_began(service, cluster):
     for group in cluster["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         script, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-        assert (HOUSE / script.removeprefix("/app/")).stat().st_mode & 0o111  # may be executed
+        assert (PROJECT_ROOT / script.removeprefix("/app/")).stat().st_mode & 0o111  # may be executed
         assert longest < int(seconds) <= pod["terminationGracePeriodSeconds"] - 30  # and be found late
 
 

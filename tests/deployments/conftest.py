@@ -8,7 +8,7 @@ from openai import OpenAI
 
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from parse.config import EngineSettings, SpeculationSettings
+from parse.config import EngineSettings, SpeculativeConfig
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
 from tests.deployments.live import LocalBackend, served
 
@@ -16,13 +16,15 @@ MODEL = "demo-target"
 
 
 WAYS = (
-    SpeculationSettings(method="parallel", head=str(DEMO / "demo-parallel")),
-    SpeculationSettings(method="ngram"),
+    SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel")),
+    SpeculativeConfig(method="ngram"),
 )
 
 
-def settings(path: str, *ways: SpeculationSettings) -> EngineSettings:
-    return EngineSettings(model=path, threads=1, max_context=1024, memory_mb=512, speculation=ways)
+def settings(path: str, *ways: SpeculativeConfig) -> EngineSettings:
+    return EngineSettings(
+        model=path, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=512 * 2**20, speculative_configs=ways
+    )
 
 
 @pytest.fixture(scope="session")

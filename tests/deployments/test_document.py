@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from parse.config import MethodSettings
+from parse.config import VerificationSettings
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
 from parse.prompts import VerificationSuffix
@@ -28,7 +28,7 @@ NOBODY = Pipeline(
     verifier=cast(Verifier, None),
     tokenizer=build_tokenizer(),
     check=VerificationSuffix((), (), ()),
-    settings=MethodSettings(),
+    settings=VerificationSettings(),
     longest=1,
 )
 

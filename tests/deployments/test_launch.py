@@ -7,11 +7,13 @@ import stat
 
 import pytest
 import ray
+from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from deployments import __main__ as command
 from deployments import launch
 from deployments.app import build
-from deployments.config import HOUSE, AppSettings
+from deployments.config import PROJECT_ROOT, AppSettings
 from deployments.launch import (
     DeploymentProgress,
     LaunchError,
@@ -22,7 +24,7 @@ from deployments.launch import (
     wait_until_ready,
 )
 from deployments.reference import list_deployments
-from parse.config import EngineSettings, SpeculationSettings
+from parse.config import EngineSettings, SpeculativeConfig
 from parse.local import DEMO_TARGET
 
 GPU_EACH = [
@@ -133,21 +135,25 @@ def test_what_is_unhealthy_may_recover_and_is_told_if_it_does_not():
         ("applications: [{import_path: 'deployments.app:build', args: {}}]", "target: Field required"),
         (
             "applications: [{import_path: 'deployments.app:build', args: {target: {model: m, threats: 1}}}]",
-            "target.threats: Extra inputs are not permitted",
+            "yaml: target.threats is not known; did you mean num_threads?",
+        ),
+        (
+            "applications: [{import_path: 'deployments.app:build', args: {target: {model: m, memory_mb: 1}}}]",
+            "yaml: target.memory_mb was renamed to target.kv_cache_memory_bytes; multiply by 1048576 (MiB to bytes)",
         ),
         (
             "applications: [{import_path: 'deployments.app:build', deployments: [{name: Router, num_replica: 2}]}]",
-            "Router.num_replica: is not known",
+            "Router.num_replica is not known; did you mean num_replicas?",
         ),
         (
             "applications: [{import_path: 'deployments.app:build', "
             "deployments: [{name: Drafter, ray_actor_options: {num_gpu: 1}}]}]",
-            "Drafter.ray_actor_options.num_gpu: is not known",
+            "Drafter.ray_actor_options.num_gpu is not known; did you mean num_gpus?",
         ),
         (
             "{http_options: {prot: 1}, applications: [{import_path: 'deployments.app:build', "
             "args: {target: {model: m}}}]}",
-            "http_options.prot: is not known",
+            "http_options.prot is not known; did you mean port?",
         ),
     ],
 )
@@ -161,26 +167,44 @@ def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, messa
         read_config(tmp_path / "nowhere.yaml")
 
 
+def test_serve_deploy_names_the_key_to_write_instead():
+    """It calls the builder, whose error is all that it shows."""
+    args = {"target": {"model": "m", "memory_mb": 512}, "api": {"max_answer": 4}}
+    with pytest.raises(ValidationError) as rejected:
+        call_user_app_builder_with_args_if_necessary(build, args)  # type: ignore[arg-type]
+    told = str(rejected.value)
+    assert "target.memory_mb was renamed to target.kv_cache_memory_bytes; multiply by 1048576 (MiB to bytes)" in told
+    assert "api.max_answer is not known; did you mean max_answers?" in told
+
+
 def test_folders_that_are_not_there_are_named(tmp_path):
     for there in (DEMO_TARGET, "models/demo-target", "Qwen/Qwen3-8B", "gpt2"):
-        heads = (SpeculationSettings(method="eagle3", head=there), SpeculationSettings(method="ngram"))
-        launch.check_model_folders("target", EngineSettings(model=there, speculation=heads))
+        heads = (SpeculativeConfig(method="eagle3", model=there), SpeculativeConfig(method="ngram"))
+        launch.check_model_folders("target", EngineSettings(model=there, speculative_configs=heads))
     for nowhere in (str(tmp_path / "none"), "./none", "~/none-of-mine", "models/none"):
         with pytest.raises(LaunchError, match=f"draft.model: there is no folder {re.escape(nowhere)}"):
             launch.check_model_folders("draft", EngineSettings(model=nowhere))
-        headed = EngineSettings(model="gpt2", speculation=(SpeculationSettings(method="parallel", head=nowhere),))
-        with pytest.raises(LaunchError, match=f"target.speculation.head: there is no folder {re.escape(nowhere)}"):
+        headed = EngineSettings(
+            model="gpt2", speculative_configs=(SpeculativeConfig(method="parallel", model=nowhere),)
+        )
+        with pytest.raises(
+            LaunchError, match=rf"target.speculative_configs\[0\].model: there is no folder {re.escape(nowhere)}"
+        ):
             launch.check_model_folders("target", headed)
 
 
 def test_models_and_heads_of_the_house_are_found_wherever_a_replica_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    ways = [{"method": "eagle3", "head": "models/demo-eagle3"}, {"method": "draft_model", "head": "some/model"}]
-    target = {"model": "models/demo-target", "speculation": [*ways, {"method": "ngram"}]}
+    ways = [{"method": "eagle3", "model": "models/demo-eagle3"}, {"method": "draft_model", "model": "some/model"}]
+    target = {"model": "models/demo-target", "speculative_configs": [*ways, {"method": "ngram"}]}
     application = build(AppSettings.model_validate({"target": target}))
     (given,) = [found.init_args[0] for found in list_deployments(application) if found.name == "Verifier"]
     assert given.model == DEMO_TARGET
-    assert [way.head for way in given.speculation] == [str(HOUSE / "models" / "demo-eagle3"), "some/model", None]
+    assert [way.model for way in given.speculative_configs] == [
+        str(PROJECT_ROOT / "models" / "demo-eagle3"),
+        "some/model",
+        None,
+    ]
 
 
 def test_the_mode_off_needs_no_quotes(tmp_path):

@@ -27,15 +27,15 @@ from deployments.api.protocol import (
 )
 from deployments.api.routes import ERROR_DESCRIPTIONS
 from deployments.app import build
-from deployments.config import HOUSE, ApiSettings, AppSettings, AuditSettings
+from deployments.config import PROJECT_ROOT, ApiSettings, AppSettings, AuditSettings
 from deployments.reference import describe_meaning, describe_type, list_deployments, render_configuration_page
-from parse.config import EngineSettings, MethodSettings, SpeculationSettings
+from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.protocol import Mode, StageName
 from parse.types import MethodChoice
 
 HERE = "http://127.0.0.1:8000"
-PAGE = HOUSE / "docs" / "configuration.md"
-MODELS = [AppSettings, EngineSettings, SpeculationSettings, MethodSettings, ApiSettings, AuditSettings]
+PAGE = PROJECT_ROOT / "docs" / "configuration.md"
+MODELS = [AppSettings, EngineSettings, SpeculativeConfig, VerificationSettings, ApiSettings, AuditSettings]
 
 
 def examples() -> Iterator[str]:
@@ -62,7 +62,7 @@ def test_values_are_named_as_one_writes_them():
         above: float | None = Field(gt=0)
         choice: Literal["on", "off"]
         several: tuple[Literal["a", "b"], ...] = Field(min_length=1)
-        sections: tuple[SpeculationSettings, ...]
+        sections: tuple[SpeculativeConfig, ...]
         odd: int = Field(multiple_of=2)
 
     said = {name: describe_type(field) for name, field in Example.model_fields.items() if name != "odd"}
@@ -90,19 +90,19 @@ def test_its_examples_can_be_deployed():
 
 def test_limits_on_requests_follow_the_settings_that_the_page_names():
     def limits(**api):
-        model = {"model": "m", "max_running": api.pop("max_running", 32)}
+        model = {"model": "m", "max_num_seqs": api.pop("max_num_seqs", 32)}
         settings = AppSettings.model_validate({"target": model, "draft": model, "api": api})
         return {found.name: found.max_ongoing_requests for found in list_deployments(build(settings))}
 
     usual = limits()
-    assert limits(max_answers=65)["Router"] == limits(max_waiting=257)["Router"] == usual["Router"] + 1
-    more = limits(max_running=33)
+    assert limits(max_answers=65)["Router"] == limits(max_queued_requests=257)["Router"] == usual["Router"] + 1
+    more = limits(max_num_seqs=33)
     assert more["Verifier"] > usual["Verifier"] and more["Drafter"] > usual["Drafter"]
 
 
 # docs/api.md is written by hand.
 
-API = (HOUSE / "docs" / "api.md").read_text()
+API = (PROJECT_ROOT / "docs" / "api.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.__main__ import main
-from parse.config import METHOD_FILE, EngineSettings, VerificationSettings
+from parse.config import VERIFICATION_FILE, EngineSettings, VerificationSettings
 from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
 from parse.events import Finished, TextDelta
-from parse.local import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET, LocalPair
+from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerationRequest
 from parse.types import SamplingParams
@@ -29,7 +29,7 @@ PROBLEMS = measure.draw_problems(3, 12, split="local")
 
 
 def settings(path):
-    return EngineSettings(model=str(path), threads=1, max_context=1024, memory_mb=512)
+    return EngineSettings(model=str(path), num_threads=1, max_model_len=1024, kv_cache_memory_bytes=512 * 2**20)
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +164,13 @@ def test_the_demo_is_asked_what_it_was_taught():
 
 
 def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):
-    (tmp_path / METHOD_FILE).write_text('{"full": 0.5, "prefix": 0.4}')
+    (tmp_path / VERIFICATION_FILE).write_text('{"full": 0.5, "prefix": 0.4}')
     settings = VerificationSettings.for_model(str(tmp_path), prefix=0.6)
     assert (settings.full, settings.prefix) == (0.5, 0.6)
     assert VerificationSettings.for_model("no/such-model") == VerificationSettings()
     for broken in ("{", "[1]", '{"fool": 0.5}'):
-        (tmp_path / METHOD_FILE).write_text(broken)
-        with pytest.raises(ValueError, match=str(tmp_path / METHOD_FILE)):
+        (tmp_path / VERIFICATION_FILE).write_text(broken)
+        with pytest.raises(ValueError, match=str(tmp_path / VERIFICATION_FILE)):
             VerificationSettings.for_model(str(tmp_path))
 
 
@@ -185,7 +185,7 @@ def test_the_command_answers_and_tells_what_happened(capsys):
 
 def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
     answers = []
-    for how in ([], ["--speculation", "parallel", "--head", str(DEMO_MODELS / "demo-parallel")]):
+    for how in ([], ["--speculation", "parallel", "--head", str(DEMO / "demo-parallel")]):
         main([QUESTION, "--mode", "off", *how])
         answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
         answers.append(answer)
@@ -202,7 +202,7 @@ def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
         ([QUESTION, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
         ([QUESTION, "--target", "/nowhere"], "/nowhere is no directory"),
         ([QUESTION * 200], "prompt: is"),
-        ([QUESTION, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a head"),
+        ([QUESTION, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a model"),
         ([QUESTION, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
     ],
 )

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parse.config import EngineSettings, SpeculationSettings
-from parse.engines.native.service import NativeEngine
+from parse.config import EngineSettings, SpeculativeConfig
+from parse.engines.loader import load_native_engine
 from parse.local import DEMO, DEMO_TARGET
 from parse.speculative.proposers.space_adapters import load_adapters, save_adapters
 from parse.types import SamplingParams, sum_stats
@@ -155,9 +155,15 @@ def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
     network = load_model(DEMO / "demo-target")
     adapters = load_adapters(DEMO / "demo-space", network).attach(network)
     counted = space.measure_acceptance(adapters, network, proof)
-    way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
-    service = NativeEngine(
-        EngineSettings(model=DEMO_TARGET, threads=1, max_context=768, memory_mb=256, speculation=(way,))
+    way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
+    service = load_native_engine(
+        EngineSettings(
+            model=DEMO_TARGET,
+            num_threads=1,
+            max_model_len=768,
+            kv_cache_memory_bytes=256 * 2**20,
+            speculative_configs=(way,),
+        )
     )
 
     async def passes(text):

@@ -184,7 +184,7 @@ def verify(
 ) -> Generator[TreeInput, TreeOutput, VerifyResult]:
     """Evaluates P(correct) of the request's prefixes, as far as they matter under its policy.
 
-    The context is prompt, output and draft, up to the last prefix. If the log-probabilities of the draft are wanted, the
+    The context is prompt, output and draft, up to the last prefix. If log-probabilities of the draft are wanted, the
     context ends before `trunk`: the last token before the draft, and the draft. These are run as a chain of nodes,
     because logits are returned for nodes only.
     """

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from parse.config import EngineSettings
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.native.engine import EngineCore, EngineStats, Request
+from parse.engines.native.kv_cache_size import kv_cache_bytes
 from parse.engines.native.model import Model
 from parse.engines.native.output_stream import OutputStream, Waker
 from parse.engines.native.programs import (
@@ -39,17 +40,16 @@ class NativeEngine:
         *,
         methods: Mapping[str, SpeculativeMethod] | None = None,
         cost_model: StepCostModel | None = None,
-        cuda_graphs: bool = False,
     ) -> None:
         """Serves the model with the given token-level methods, the first of which is the default.
 
         `cost_model` is the one that the methods consult; the engine keeps it up to date.
         """
         self.model, self._methods = model, dict(methods or {})
-        self.max_model_len = min(settings.max_context, model.max_model_len)
+        self.max_model_len = min(settings.max_model_len, model.max_model_len)
         if self._methods and cost_model is not None:
             cost_model.initialize(measure_step_seconds(model))
-        max_sequences, sequence_capacity = self._divide_memory(settings.memory_mb * 2**20)
+        max_sequences, sequence_capacity = self._divide_memory(kv_cache_bytes(settings, model.network))
         for method in self._methods.values():
             method.proposer.reserve(max_sequences, sequence_capacity)
         self._waker = Waker()
@@ -57,9 +57,9 @@ class NativeEngine:
             model,
             max_sequences=max_sequences,
             sequence_capacity=sequence_capacity,
-            max_num_seqs=settings.max_running,
-            max_num_batched_tokens=settings.step_tokens,
-            cuda_graphs=cuda_graphs,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            cuda_graphs=settings.cuda_graphs,
             cost_model=cost_model if self._methods else None,
             after_step=self._waker.wake,
         )
@@ -275,11 +275,10 @@ class NativeEngine:
         num_tokens = num_bytes // bytes_per_token
         max_sequences = num_tokens // capacity
         if max_sequences < 1:
-            needed = -(-capacity * bytes_per_token // 2**20)
-            raise RequestError(
-                "memory_mb",
-                f"{num_bytes // 2**20} hold no context of {self.max_model_len} tokens, that takes {needed}",
+            message = (
+                f"a sequence of {self.max_model_len} tokens needs {capacity * bytes_per_token} bytes, got {num_bytes}"
             )
+            raise RequestError("kv_cache_memory_bytes", message)
         return max_sequences, num_tokens // max_sequences  # small blocks make use of the rest
 
 

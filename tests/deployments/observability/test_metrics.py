@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_families
 from prometheus_client.parser import text_string_to_metric_families as plain_families
 
-from deployments.config import HOUSE
+from deployments.config import PROJECT_ROOT
 from deployments.observability import metrics
 from deployments.observability.exposition import ReplicaLabels, ReplicaMetrics, encode_metrics
 from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS, Counter, Gauge, Histogram, MetricsRecorder
@@ -118,6 +118,6 @@ def test_a_version_that_nobody_knows_is_no_reason_to_tell_nothing(kind, version)
 
 
 def test_the_page_on_metrics_is_what_the_declarations_make_of_it():
-    there = (HOUSE / "docs" / "metrics.md").read_text()
+    there = (PROJECT_ROOT / "docs" / "metrics.md").read_text()
     assert there == reference_page(), "python -m deployments.observability.metrics_reference > docs/metrics.md"
     assert [metric.name for metric in ALL if f"| `{metric.name}` |" not in there] == []

@@ -20,7 +20,7 @@ from tests.deployments.service.spans import Spans
 
 RAYS_PORTS = range(10002, 20000)  # of its workers
 TRACED = {"exporter_import_path": "deployments.observability.tracing:otlp", "sampling_ratio": 1.0}
-SMALL = {"threads": 1, "memory_mb": 256, "max_context": 1024}
+SMALL = {"num_threads": 1, "kv_cache_memory_bytes": 256 * 2**20, "max_model_len": 1024}
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:

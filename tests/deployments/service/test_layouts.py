@@ -74,7 +74,11 @@ def test_a_change_under_load_loses_no_request(deployed):
 
     async def changed():
         target, draft = {"model": DEMO_TARGET, **SMALL}, {"model": DEMO_DRAFT, **SMALL}
-        more = {"target": target | {"max_running": 31}, "draft": draft | {"max_running": 31}, "method": {"stride": 6}}
+        more = {
+            "target": target | {"max_num_seqs": 31},
+            "draft": draft | {"max_num_seqs": 31},
+            "verification": {"stride": 6},
+        }
         changing = asyncio.create_task(asyncio.to_thread(deployed.service, **more))
         answers = await load(changing)
         await changing

@@ -28,12 +28,12 @@ IN_TIME_S = 5.0  # half of what Prometheus allows by default
 QUICKLY_S = 30.0
 MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
 CHOICES = (None, "ngram", "none", None)
-WAYS = [{"method": "parallel", "head": "models/demo-parallel"}, {"method": "ngram"}]
-TARGET = {"model": DEMO_TARGET, **SMALL, "speculation": WAYS}
+WAYS = [{"method": "parallel", "model": "models/demo-parallel"}, {"method": "ngram"}]
+TARGET = {"model": DEMO_TARGET, **SMALL, "speculative_configs": WAYS}
 SETTINGS = {
     "target": TARGET,
     "audit": {"share": 1.0, "result": r"\d+"},
-    "api": {"max_answers": 4, "max_waiting": 4, "request_timeout_s": 60.0},
+    "api": {"max_answers": 4, "max_queued_requests": 4, "request_timeout_s": 60.0},
 }
 
 

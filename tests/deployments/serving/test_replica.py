@@ -15,7 +15,9 @@ from parse.types import SamplingParams
 @pytest.fixture
 def hosted(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    hosted = ModelReplica(EngineSettings(model=DEMO_DRAFT, threads=1, memory_mb=64, max_context=512))
+    hosted = ModelReplica(
+        EngineSettings(model=DEMO_DRAFT, num_threads=1, kv_cache_memory_bytes=64 * 2**20, max_model_len=512)
+    )
     yield hosted
     hosted.engine.shutdown()
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from parse.config import EngineSettings
-from parse.config import SpeculationSettings as Way
+from parse.config import SpeculativeConfig as Way
 from parse.engines.native import service as service_module
 from parse.engines.native.attention import STEP_ATTENTION
-from parse.engines.native.service import NativeEngine
+from parse.engines.loader import load_native_engine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
 from parse.speculative import policy
@@ -22,7 +22,7 @@ from parse.speculative.proposal import Proposal, Proposer
 from parse.types import RequestError, SamplingParams, sum_stats
 from training.measure import draw_problems
 
-SETTINGS = EngineSettings(model=DEMO_TARGET, threads=1, max_context=1024, memory_mb=256)
+SETTINGS = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=256 * 2**20)
 TAPS = (2, 7, 11)
 SAMPLINGS = [
     SamplingParams(temperature=0.0, max_tokens=120),
@@ -73,18 +73,18 @@ class Told:
 
 
 METHODS = {
-    "ngram": Way(method="ngram", tokens=6),
-    "draft_model": Way(method="draft_model", head=DEMO_DRAFT, tokens=5),
-    "eagle3": Way(method="eagle3", head=str(DEMO / "demo-eagle3")),
-    "eagle3 tree": Way(method="eagle3", head=str(DEMO / "demo-eagle3"), beam=3, tokens=12),
-    "parallel": Way(method="parallel", head=str(DEMO / "demo-parallel")),
-    "parallel tree": Way(method="parallel", head=str(DEMO / "demo-parallel"), beam=2),
-    "space": Way(method="space", head=str(DEMO / "demo-space")),
+    "ngram": Way(method="ngram", num_speculative_tokens=6),
+    "draft_model": Way(method="draft_model", model=DEMO_DRAFT, num_speculative_tokens=5),
+    "eagle3": Way(method="eagle3", model=str(DEMO / "demo-eagle3")),
+    "eagle3 tree": Way(method="eagle3", model=str(DEMO / "demo-eagle3"), topk=3, num_speculative_tokens=12),
+    "parallel": Way(method="parallel", model=str(DEMO / "demo-parallel")),
+    "parallel tree": Way(method="parallel", model=str(DEMO / "demo-parallel"), topk=2),
+    "space": Way(method="space", model=str(DEMO / "demo-space")),
 }
 
 
 def serving(*ways: Way) -> NativeEngine:
-    return NativeEngine(SETTINGS.model_copy(update={"speculation": ways}))
+    return load_native_engine(SETTINGS.model_copy(update={"speculative_configs": ways}))
 
 
 def serving_own(monkeypatch, method) -> NativeEngine:
@@ -99,7 +99,7 @@ def serving_own(monkeypatch, method) -> NativeEngine:
         }
 
     monkeypatch.setattr(service_module, "ways", ways)
-    return NativeEngine(SETTINGS)
+    return load_native_engine(SETTINGS)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def tireless(monkeypatch):
 
 @pytest.fixture(scope="module")
 def alone():
-    service = NativeEngine(SETTINGS)
+    service = load_native_engine(SETTINGS)
     yield service
     service.shutdown()
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from parse.config import EngineSettings
-from parse.config import SpeculationSettings as Settings
+from parse.config import SpeculativeConfig as Settings
 from parse.engines.native.model import Model
 from parse.engines.native.programs import generate
-from parse.engines.native.service import NativeEngine
+from parse.engines.loader import load_native_engine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
 from parse.speculative.cost_model import StepCostModel
@@ -40,20 +40,27 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
 
 CHAINS = (
     Settings(method="ngram"),
-    Settings(method="draft_model", head=DEMO_DRAFT),
-    Settings(method="eagle3", head=str(DEMO / "demo-eagle3")),
-    Settings(method="parallel", head=str(DEMO / "demo-parallel")),
-    Settings(method="space", head=str(DEMO / "demo-space")),
+    Settings(method="draft_model", model=DEMO_DRAFT),
+    Settings(method="eagle3", model=str(DEMO / "demo-eagle3")),
+    Settings(method="parallel", model=str(DEMO / "demo-parallel")),
+    Settings(method="space", model=str(DEMO / "demo-space")),
 )
 TREES = (
-    Settings(method="eagle3", head=str(DEMO / "demo-eagle3"), beam=3, tokens=12),
-    Settings(method="parallel", head=str(DEMO / "demo-parallel"), beam=2),
+    Settings(method="eagle3", model=str(DEMO / "demo-eagle3"), topk=3, num_speculative_tokens=12),
+    Settings(method="parallel", model=str(DEMO / "demo-parallel"), topk=2),
 )
 
 
 def serve(*ways):
-    return NativeEngine(
-        EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=256, max_running=16, speculation=ways)
+    return load_native_engine(
+        EngineSettings(
+            model=DEMO_TARGET,
+            num_threads=1,
+            max_model_len=512,
+            kv_cache_memory_bytes=256 * 2**20,
+            max_num_seqs=16,
+            speculative_configs=ways,
+        )
     )
 
 

@@ -50,7 +50,9 @@ def reference(path):
 
 
 def settings(path, **changes):
-    small = dict(device="cpu", memory_mb=6, max_context=CONTEXT, max_running=6, step_tokens=40)
+    small = dict(
+        device="cpu", kv_cache_memory_bytes=6 * 2**20, max_model_len=CONTEXT, max_num_seqs=6, max_num_batched_tokens=40
+    )
     return EngineSettings(model=str(path), **small | changes)
 
 
@@ -212,7 +214,7 @@ def test_the_demo_target_writes_what_generate_writes(tokenizer):
         chat_prompt_token_ids(tokenizer, [{"role": "user", "content": draw_problem("test", 3, index).question}])
         for index in range(6)
     ]
-    engine = load_native_engine(settings(MODELS / "demo-target", memory_mb=128, max_context=600))
+    engine = load_native_engine(settings(MODELS / "demo-target", kv_cache_memory_bytes=128 * 2**20, max_model_len=600))
     try:
         wanted = generated(target, prompts, 32, engine.model.eos_token_ids)
 
@@ -373,7 +375,7 @@ def test_the_end_token_ends_the_text_and_is_no_part_of_it(engine):
 @pytest.fixture
 def slow(path, monkeypatch):
     """A engine of which a step takes a while."""
-    engine = load_native_engine(settings(path, step_tokens=4, max_running=2))
+    engine = load_native_engine(settings(path, max_num_batched_tokens=4, max_num_seqs=2))
     forward = engine.model.forward
 
     def slowly(*step):
@@ -523,7 +525,7 @@ def test_no_question_reaches_beyond_the_positions_a_model_knows(tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     rng = random.Random(13)
-    engine = load_native_engine(settings(tmp_path, max_context=4096))
+    engine = load_native_engine(settings(tmp_path, max_model_len=4096))
     try:
         assert engine.max_model_len == 256
         prompt, draft = text(rng, 100), text(rng, 156)
@@ -595,8 +597,10 @@ def test_to_close_ends_all_streams(slow):
 
 
 def test_a_service_that_cannot_be_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(RequestError, match="memory_mb: 8 hold no context of 600 tokens, that takes 23"):
-        load_native_engine(settings(MODELS / "demo-target", memory_mb=8, max_context=600))
+    with pytest.raises(
+        RequestError, match=r"kv_cache_memory_bytes: a sequence of 600 tokens needs 2\d{7} bytes, got 8388608"
+    ):
+        load_native_engine(settings(MODELS / "demo-target", kv_cache_memory_bytes=8 * 2**20, max_model_len=600))
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         load_native_engine(settings(tmp_path / "nowhere"))
 

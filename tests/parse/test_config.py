@@ -1,0 +1,116 @@
+"""A key that is not known is rejected with its location, and with the key to write instead."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.config import ApiSettings, AppSettings
+from parse.config import VERIFICATION_FILE, EngineSettings, Settings, SpeculativeConfig, VerificationSettings
+from parse.registry import METHODS, MODES
+from parse.renamed_settings import RENAMED_SETTINGS, describe_errors
+
+SECTIONS = {
+    model.section: model
+    for model in (AppSettings, EngineSettings, SpeculativeConfig, VerificationSettings, ApiSettings)
+}
+
+
+class Application(Settings):
+    """A minimal `deployments.config.AppSettings`."""
+
+    section = "args"
+
+    target: EngineSettings
+    verification: VerificationSettings = VerificationSettings()
+
+
+def error(**data: object) -> str:
+    with pytest.raises(ValidationError) as rejected:
+        Application.model_validate(data)
+    return describe_errors(rejected.value)
+
+
+def test_a_renamed_key_is_rejected_with_its_new_name_and_unit():
+    assert error(target={"model": "m", "memory_mb": 512}) == (
+        "target.memory_mb was renamed to target.kv_cache_memory_bytes; multiply by 1048576 (MiB to bytes)"
+    )
+    assert error(target={"model": "m"}, verification={"places": ["lines"]}) == (
+        "verification.places was renamed to verification.prefix_boundaries"
+    )
+
+
+def test_a_renamed_key_in_a_list_is_located():
+    configs = [{"method": "ngram"}, {"method": "eagle3", "head": "h"}]
+    assert error(target={"model": "m", "speculative_configs": configs}) == (
+        "target.speculative_configs[1].head was renamed to target.speculative_configs[1].model"
+    )
+
+
+def test_all_renamed_keys_are_told_at_once_those_inside_a_renamed_section_among_them():
+    configs = [{"method": "ngram", "tokens": 3, "xxx": 1}]
+    told = error(target={"model": "m", "threads": 1, "speculation": configs}, method={"auto": "full", "strid": 1})
+    assert sorted(told.split("; ")) == sorted(
+        [
+            "target.threads was renamed to target.num_threads",
+            "target.speculation was renamed to target.speculative_configs",
+            "target.speculation[0].tokens was renamed to target.speculative_configs[0].num_speculative_tokens",
+            "target.speculation[0].xxx is not known",
+            "the keys here are method, model, num_speculative_tokens, topk",
+            "method was renamed to verification",
+            "method.auto was renamed to verification.auto_mode",
+            "method.strid is not known",
+            "did you mean stride?",
+        ]
+    )
+
+
+def test_a_misspelled_key_is_rejected_with_the_closest_one():
+    assert error(target={"model": "m", "max_model_length": 1}) == (
+        "target.max_model_length is not known; did you mean max_model_len?"
+    )
+    assert error(targt={"model": "m"}) == "target: Field required; targt is not known; did you mean target?"
+    assert "xyz is not known; the keys here are target, verification" in error(target={"model": "m"}, xyz=1)
+
+
+def test_other_errors_stay_as_they_are():
+    told = error(target={"model": "m", "memory_mb": 1, "max_num_seqs": 0}, verification={"full": 2, "auto_mode": "off"})
+    assert "target.max_num_seqs: Input should be greater than or equal to 1" in told
+    assert "verification.full: Input should be less than or equal to 1" in told
+    assert "verification.auto_mode: Input should be 'full', 'progressive', 'rounds' or 'exact'" in told
+    configs = [{"method": "eagle3"}, {"method": "ngram", "head": "h"}]
+    assert "target.speculative_configs[0]: Value error, eagle3 needs a model" in error(
+        target={"model": "m", "speculative_configs": configs}
+    )
+
+
+def test_pydantics_own_message_names_the_new_key_too():
+    """It is all that `serve deploy` shows."""
+    with pytest.raises(
+        ValidationError, match=r"target.memory_mb was renamed to target.kv_cache_memory_bytes; multiply"
+    ):
+        Application.model_validate({"target": {"model": "m", "memory_mb": 512}})
+
+
+def test_the_file_beside_a_model_is_checked_alike(tmp_path):
+    for content, message in (
+        ({"check_question": "Right?"}, "check_question was renamed to prompt"),
+        ({"fool": 0.5}, "fool is not known; did you mean full?"),
+    ):
+        (tmp_path / VERIFICATION_FILE).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"was renamed|is not known") as rejected:
+            VerificationSettings.for_model(str(tmp_path))
+        assert str(rejected.value) == f"{tmp_path / VERIFICATION_FILE}: {message}"
+
+
+def test_the_table_names_keys_that_exist_and_none_that_still_do():
+    for renamed in RENAMED_SETTINGS:
+        keys = SECTIONS[renamed.section].model_fields
+        assert renamed.new_name in keys and renamed.old_name not in keys
+
+
+def test_schemas_show_the_choices_of_the_registry():
+    schema = EngineSettings.model_json_schema()
+    assert schema["$defs"]["SpeculativeConfig"]["properties"]["method"]["enum"] == list(METHODS)
+    modes = VerificationSettings.model_json_schema()["properties"]["auto_mode"]["enum"]
+    assert set(modes) == set(MODES) - {"auto", "off"}
