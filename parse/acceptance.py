@@ -81,7 +81,7 @@ def next_batch(
     costs little more than its tokens. Without a policy every prefix is evaluated.
     """
     last = num_prefixes - 1
-    if policy is not None and complete:
+    if policy is not None and complete and num_prefixes:
         if last in p_correct and _passes(p_correct[last], policy.thresholds.full):
             return []
         if last not in p_correct:

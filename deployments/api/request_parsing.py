@@ -67,10 +67,15 @@ class RequestParser:
             lowest_full=settings.min_full,
             lowest_prefix=settings.min_prefix,
             methods=[*pipeline.capabilities.speculative_methods, "none"],
-            speculation=pipeline.capabilities.speculative_methods[0] if pipeline.capabilities.speculative_methods else "none",
+            speculation=pipeline.capabilities.speculative_methods[0]
+            if pipeline.capabilities.speculative_methods
+            else "none",
         )
         self.model_card = ModelCard(
-            id=model_name, created=int(time.time()), max_model_len=pipeline.capabilities.max_model_len, parse=capabilities
+            id=model_name,
+            created=int(time.time()),
+            max_model_len=pipeline.capabilities.max_model_len,
+            parse=capabilities,
         )
 
     async def parse_chat(self, request: ChatCompletionRequest) -> ParsedRequest:
@@ -84,7 +89,9 @@ class RequestParser:
         prediction = None
         if request.prediction is not None:
             text = join_text_parts(request.prediction.content)
-            prediction = (await _run_in_thread_if_long(len(text), _encode, tokenizer, text))[: self._pipeline.capabilities.max_model_len]
+            prediction = (await _run_in_thread_if_long(len(text), _encode, tokenizer, text))[
+                : self._pipeline.capabilities.max_model_len
+            ]
         session_key = request.prompt_cache_key or request.user or _conversation_key(messages)
         return self._build_parsed_request(
             request,

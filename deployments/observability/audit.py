@@ -21,6 +21,7 @@ from deployments.observability.metrics import AuditResult, MetricsRecorder
 from deployments.observability.tracing import tracer
 from parse.pipeline import Pipeline
 from parse.protocol import NO_STREAMING, GenerationRequest, Mode, TextDelta
+from parse.requests import VerifyRequest
 
 logger = logging.getLogger(__name__)
 
@@ -152,5 +153,13 @@ async def _mean_logprob(pipeline: Pipeline, prompt: Sequence[int], token_ids: Se
     """The target's mean log-probability of the tokens, each after those before it."""
     if not token_ids:
         return 0.0
-    verify_result = await pipeline.verifier.judge(prompt, token_ids, [len(token_ids)], pipeline.check, logprobs=0)
-    return fmean(token_logprob.logprob for token_logprob in verify_result.logprobs)
+    result = await pipeline.verifier.verify(
+        VerifyRequest(
+            prompt_token_ids=prompt,
+            draft_token_ids=token_ids,
+            prefix_lengths=[len(token_ids)],
+            suffix=pipeline.suffix,
+            num_logprobs=0,
+        )
+    )
+    return fmean(logprob.logprob for logprob in result.logprobs)
