@@ -11,7 +11,7 @@ from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import EXPORT_INTERVAL_S, MetricsRecorder
 from parse.config import EngineSettings
-from parse.engines.native.engine import EngineStats
+from parse.engines.native.engine_core import EngineStats
 from parse.engines.native.service import NativeEngine
 from parse.prompts import VerificationSuffix
 from parse.types import MethodChoice, SamplingParams

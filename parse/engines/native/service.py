@@ -11,9 +11,10 @@ import torch
 
 from parse.config import EngineSettings
 from parse.detokenizer import IncrementalDetokenizer
-from parse.engines.native.engine import EngineCore, EngineStats, Request
+from parse.engines.native.engine_core import EngineCore, EngineCoreConfig, EngineStats
 from parse.engines.native.model import Model
 from parse.engines.native.programs import Program, generate, prefill, verify
+from parse.engines.native.request import Request
 from parse.engines.native.step_timing import measure_step_seconds
 from parse.prompts import VerificationSuffix
 from parse.speculative.cost_model import StepCostModel
@@ -70,11 +71,13 @@ class NativeEngine:
         self._waker = _Waker()
         self.core = EngineCore(
             self.model,
-            max_sequences=contexts,
-            sequence_capacity=tokens // contexts,  # small pages make use of the odd rest
-            max_num_seqs=settings.max_running,
-            max_num_batched_tokens=settings.step_tokens,
-            cuda_graphs=cuda_graphs,
+            EngineCoreConfig(
+                max_sequences=contexts,
+                sequence_capacity=tokens // contexts,  # small pages make use of the odd rest
+                max_num_seqs=settings.max_running,
+                max_num_batched_tokens=settings.step_tokens,
+                cuda_graphs=cuda_graphs,
+            ),
             cost_model=costs if self._methods else None,
             after_step=self._waker.ring,
         )
