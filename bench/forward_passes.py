@@ -12,7 +12,7 @@ from parse.engines.native.model import Model
 from parse.engines.native.paged_attention import attention_for
 from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
-from parse.engines.native.service import NativeEngine
+from parse.engines.native.engine import NativeEngine
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedState
 from parse.speculative.proposal import Proposal, ProposalRequest

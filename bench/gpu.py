@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from bench.throughput import drain, generate_s, prefill_s, random_prompts
 from parse.config import EngineSettings
 from parse.engines.native.model import Model
-from parse.engines.native.service import MAX_SUFFIX_TOKENS, NativeEngine
+from parse.engines.native.engine import MAX_SUFFIX_TOKENS, NativeEngine
 from parse.prompts import VerificationSuffix
 from parse.types import SamplingParams
 from training.evaluate import MODELS

@@ -6,7 +6,7 @@ from typing import Self
 from parse.config import EngineSettings, VerificationSettings
 from parse.engines.loader import load_native_engine
 from parse.engines.native.drafter import drafter_for
-from parse.engines.native.service import NativeEngine
+from parse.engines.native.engine import NativeEngine
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
 

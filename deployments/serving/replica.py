@@ -12,7 +12,7 @@ from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import EXPORT_INTERVAL_S, MetricsRecorder
 from parse.config import EngineSettings
 from parse.engines.loader import load_native_engine
-from parse.engines.native.engine import EngineStats
+from parse.engines.native.engine_core import EngineStats
 from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.types import SamplingParams

@@ -3,8 +3,8 @@
 import torch
 
 from parse.config import EngineSettings
+from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
-from parse.engines.native.service import NativeEngine
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.loading import load_methods
 

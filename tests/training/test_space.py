@@ -149,7 +149,7 @@ def test_the_command_writes_adapters_and_their_card(tmp_path, monkeypatch):
 def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
     """Passes by the card's way of counting, from one plain pass over each text, and by the engine."""
     # Nothing is known of what passes take, so that groups stand everywhere.
-    monkeypatch.setattr("parse.engines.native.service.pass_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.native.engine.pass_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     proof = [text for text in generate_held_out(DEMO_TARGET, 8, seed=5, num_threads=1) if not text.begun][:3]
     network = load_model(DEMO / "demo-target")

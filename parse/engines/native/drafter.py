@@ -7,7 +7,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from parse.detokenizer import IncrementalDetokenizer
-from parse.engines.native.service import NativeEngine
+from parse.engines.native.engine import NativeEngine
 from parse.engines.protocol import Drafter
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import DraftRequest, GenerateRequest

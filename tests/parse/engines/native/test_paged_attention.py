@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native import model, paged_attention
 from parse.engines.native.engine import EngineCore
 from parse.engines.native.kv_cache import KVCache
@@ -15,7 +16,6 @@ from parse.engines.native.paged_attention import PagedAttention, kernel_supports
 from parse.engines.native.prefix_cache import PrefixCache, SequenceState
 from parse.engines.native.programs import TreeInput, generate, prefill
 from parse.engines.native.scheduled_chunk import ScheduledChunk
-from parse.engines.loader import load_native_engine
 from parse.prompts import VerificationSuffix
 from parse.tree import suffix_forest, tree_from_parents, trunk_with_suffixes
 from parse.types import RequestCancelled, RequestError, SamplingParams

@@ -269,7 +269,7 @@ def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_tok
     """In a real text, with candidates that are accepted and others that are not."""
     told: list = []
     # Nothing is known of what passes take, so that all that is foreseen is tried.
-    monkeypatch.setattr("parse.engines.native.service.pass_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.native.engine.pass_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
     service = load_native_engine(

@@ -428,7 +428,7 @@ def test_who_is_cancelled_by_somebody_else_is_told(slow):
     async def cancelled():
         stream = start(slow, [20], (), SamplingParams(ignore_eos=True))
         await anext(stream)
-        (request,) = slow.core._running
+        (request,) = slow.core.scheduler.running
         slow.core.abort(request)
         with pytest.raises(RequestCancelled):
             async for _ in stream:
