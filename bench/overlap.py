@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from bench.contenders import GREEDY
 from parse.config import EngineSettings, MethodSettings
-from parse.engines.native.service import NativeEngine
+from parse.engines.loader import load_native_engine
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
 from parse.protocol import Finished, GenerationRequest, Usage
@@ -38,7 +38,7 @@ def serve_drafts(settings: EngineSettings, pipe: Connection) -> None:
     torch.set_num_threads(1)
 
     async def serve() -> None:
-        service = NativeEngine(settings)
+        service = load_native_engine(settings)
         pipe.send("ready")
         loop = asyncio.get_running_loop()
         running: set[asyncio.Task[None]] = set()
@@ -126,7 +126,7 @@ async def compare(
         EngineSettings(model=str(models / name), threads=1, max_running=max_num_seqs)
         for name in ("demo-target", "demo-draft")
     )
-    drafter, service = PipeDrafter(draft), NativeEngine(target)
+    drafter, service = PipeDrafter(draft), load_native_engine(target)
     tokenizer = service.model.tokenizer
     method = MethodSettings.for_model(target.model)
     verification_suffix = build_verification_suffix(tokenizer, method.check_question)

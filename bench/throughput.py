@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import StepAttention
 from parse.engines.native.model import Model
 from parse.engines.native.service import NativeEngine
@@ -39,7 +40,9 @@ def run(num_threads: int) -> dict[str, Any]:
         network = random_model()
         network.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODELS / "demo-target").save_pretrained(folder)
-        service = NativeEngine(EngineSettings(model=folder, threads=num_threads, max_context=1024, memory_mb=1024))
+        service = load_native_engine(
+            EngineSettings(model=folder, threads=num_threads, max_context=1024, memory_mb=1024)
+        )
         hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
     try:
         # The system hands memory out when it is first touched, which is not what is measured here.

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Self
 
 from parse.config import EngineSettings, MethodSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.drafter import drafter_for
 from parse.engines.native.service import NativeEngine
 from parse.pipeline import Pipeline
@@ -21,9 +22,9 @@ class LocalPair:
     ) -> None:
         method = method or MethodSettings.for_model(target.model)
         self.draft: NativeEngine | None = None
-        self.target = NativeEngine(target)
+        self.target = load_native_engine(target)
         try:
-            self.draft = NativeEngine(draft) if draft else None
+            self.draft = load_native_engine(draft) if draft else None
             self.tokenizer = self.target.model.tokenizer
             check = build_verification_suffix(self.tokenizer, method.check_question, method.correct, method.incorrect)
             drafter = drafter_for(self.draft, self.tokenizer) if self.draft else None

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.service import NativeEngine
 from parse.prompts import chat_prompt_token_ids
 from parse.protocol import NO_STREAMING
@@ -138,7 +139,7 @@ def _eos_token_id(service: NativeEngine) -> int:
 
 
 def start_target(model: str, num_threads: int | None, max_model_len: int) -> NativeEngine:
-    return NativeEngine(
+    return load_native_engine(
         EngineSettings(model=model, threads=num_threads, max_running=MAX_NUM_SEQS, max_context=max_model_len)
     )
 

@@ -11,8 +11,8 @@ from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import EXPORT_INTERVAL_S, MetricsRecorder
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.engine import EngineStats
-from parse.engines.native.service import NativeEngine
 from parse.prompts import VerificationSuffix
 from parse.types import MethodChoice, SamplingParams
 
@@ -36,7 +36,7 @@ class ModelReplica:
     def __init__(self, settings: EngineSettings) -> None:
         logs.attach_to_serve_logger()
         hide_unassigned_gpus()
-        self.engine = NativeEngine(settings)
+        self.engine = load_native_engine(settings)
         self._last_step_count, self._last_progress_at = 0, time.monotonic()
         self._recorder = MetricsRecorder(metrics.ENGINE_METRICS, deployment=type(self).__name__)
         self._export_task: asyncio.Task[None] | None = None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculationSettings
-from parse.engines.native.service import NativeEngine
+from parse.engines.loader import load_native_engine
 from parse.local import DEMO, DEMO_TARGET
 from parse.speculative.proposers.space_adapters import load_adapters, save_adapters
 from parse.types import SamplingParams, sum_stats
@@ -156,7 +156,7 @@ def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
     adapters = load_adapters(DEMO / "demo-space", network).attach(network)
     counted = space.measure_acceptance(adapters, network, proof)
     way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
-    service = NativeEngine(
+    service = load_native_engine(
         EngineSettings(model=DEMO_TARGET, threads=1, max_context=768, memory_mb=256, speculation=(way,))
     )
 

@@ -3,22 +3,19 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-
-import torch
+from types import MappingProxyType
 
 from parse.config import EngineSettings
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.native.engine import EngineCore, EngineStats, Request
 from parse.engines.native.model import Model
 from parse.engines.native.programs import Program, generate, prefill, verify
-from parse.engines.native.step_timing import measure_step_seconds
 from parse.prompts import VerificationSuffix
 from parse.speculative.cost_model import StepCostModel
-from parse.speculative.loading import bytes_per_token, load_methods
-from parse.speculative.policy import SpeculativeMethod
+from parse.speculative.policy import SpeculativeMethod, bytes_per_token
 from parse.types import (
     MethodChoice,
     MethodName,
@@ -31,6 +28,7 @@ from parse.types import (
 )
 
 DEFAULT_PARAMS = SamplingParams()
+NO_METHODS: Mapping[MethodName, SpeculativeMethod] = MappingProxyType({})
 WAKE_INTERVAL_S = 0.02  # nobody reads faster
 MAX_SUFFIX_TOKENS = 1024  # tokens beyond the longest context, for the probes hung on it
 
@@ -41,23 +39,21 @@ class NativeEngine:
     def __init__(
         self,
         settings: EngineSettings,
-        model: Model | None = None,
+        model: Model,
+        methods: Mapping[MethodName, SpeculativeMethod] = NO_METHODS,
+        cost_model: StepCostModel | None = None,
         *,
         cuda_graphs: bool = False,
     ) -> None:
-        """Loads the model that the settings name, unless it is given, and what proposes its tokens."""
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        self.model = model or Model.load(
-            settings.model, device=settings.device, dtype=settings.dtype, int8=settings.int8
-        )
-        costs = StepCostModel()
-        self._methods = load_methods(settings, self.model, costs)
+        """Allocates memory for the model and the methods, and starts the engine's thread.
+
+        `parse.engines.loader` loads all of them from settings. The cost model is the one that the methods use.
+        """
+        self.model, self._methods = model, dict(methods)
         self.max_model_len = min(settings.max_context, self.model.max_model_len)
         capacity = self.max_model_len + MAX_SUFFIX_TOKENS
-        if self._methods:
-            costs.initialize(measure_step_seconds(self.model))
-        bytes_each = self.model.bytes_per_token + bytes_per_token(list(self._methods.values()), self.model)
+        hidden_state_bytes = model.network.config.get_text_config().hidden_size * model.network.dtype.itemsize
+        bytes_each = model.bytes_per_token + bytes_per_token(methods.values(), hidden_state_bytes)
         tokens = settings.memory_mb * 2**20 // bytes_each
         contexts = tokens // capacity
         if contexts < 1:
@@ -65,8 +61,8 @@ class NativeEngine:
             raise RequestError(
                 "memory_mb", f"{settings.memory_mb} hold no context of {self.max_model_len} tokens, that takes {needed}"
             )
-        for way in self._methods.values():
-            way.proposer.reserve(contexts, tokens // contexts)
+        for method in self._methods.values():
+            method.proposer.reserve(contexts, tokens // contexts)
         self._waker = _Waker()
         self.core = EngineCore(
             self.model,
@@ -75,7 +71,7 @@ class NativeEngine:
             max_num_seqs=settings.max_running,
             max_num_batched_tokens=settings.step_tokens,
             cuda_graphs=cuda_graphs,
-            cost_model=costs if self._methods else None,
+            cost_model=cost_model,
             after_step=self._waker.ring,
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parse.config import EngineSettings
 from parse.config import SpeculationSettings as Way
+from parse.engines.loader import load_native_engine
 from parse.engines.native import service as service_module
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.service import NativeEngine
@@ -84,7 +85,7 @@ METHODS = {
 
 
 def serving(*ways: Way) -> NativeEngine:
-    return NativeEngine(SETTINGS.model_copy(update={"speculation": ways}))
+    return load_native_engine(SETTINGS.model_copy(update={"speculation": ways}))
 
 
 def serving_own(monkeypatch, method) -> NativeEngine:
@@ -99,7 +100,7 @@ def serving_own(monkeypatch, method) -> NativeEngine:
         }
 
     monkeypatch.setattr(service_module, "ways", ways)
-    return NativeEngine(SETTINGS)
+    return load_native_engine(SETTINGS)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def tireless(monkeypatch):
 
 @pytest.fixture(scope="module")
 def alone():
-    service = NativeEngine(SETTINGS)
+    service = load_native_engine(SETTINGS)
     yield service
     service.shutdown()
 

@@ -12,9 +12,9 @@ import torch
 
 from parse.config import EngineSettings
 from parse.config import SpeculationSettings as Settings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.model import Model
 from parse.engines.native.programs import generate
-from parse.engines.native.service import NativeEngine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
 from parse.speculative.cost_model import StepCostModel
@@ -52,7 +52,7 @@ TREES = (
 
 
 def serve(*ways):
-    return NativeEngine(
+    return load_native_engine(
         EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=256, max_running=16, speculation=ways)
     )
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculationSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.model import Model, ModelNotFoundError
-from parse.engines.native.service import NativeEngine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
@@ -57,7 +57,7 @@ def test_a_method_proposes_as_much_as_it_is_good_for_or_as_it_is_told(model, met
 
 def test_what_is_kept_of_a_token_is_counted(model):
     """Against what lies in memory after a text was written."""
-    service = NativeEngine(settings("eagle3", "parallel", "draft_model", "ngram"))
+    service = load_native_engine(settings("eagle3", "parallel", "draft_model", "ngram"))
     found = service._methods
     sampling = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     texts: list = []
@@ -91,7 +91,7 @@ def test_what_is_kept_of_a_token_is_counted(model):
         assert found["draft_model"].proposer.bytes_per_token == small.bytes // (small.pages * small.page_size)
         whole += found["draft_model"].proposer.bytes_per_token + found["ngram"].proposer.bytes_per_token
         assert bytes_per_token(list(found.values()), service.model) == whole
-        plain = NativeEngine(settings())
+        plain = load_native_engine(settings())
         plain.shutdown()
         rows = service.core._kv_cache.num_blocks * service.core._kv_cache.block_size
         assert rows * (service.model.bytes_per_token + whole) <= 128 * 2**20

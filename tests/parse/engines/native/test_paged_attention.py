@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native import model, paged_attention
 from parse.engines.native.engine import EngineCore
 from parse.engines.native.kv_cache import KVCache
@@ -15,7 +16,6 @@ from parse.engines.native.paged_attention import PagedAttention, kernel_supports
 from parse.engines.native.prefix_cache import PrefixCache, SequenceState
 from parse.engines.native.programs import TreeInput, generate, prefill
 from parse.engines.native.scheduled_chunk import ScheduledChunk
-from parse.engines.native.service import NativeEngine
 from parse.prompts import VerificationSuffix
 from parse.tree import suffix_forest, tree_from_parents, trunk_with_suffixes
 from parse.types import RequestCancelled, RequestError, SamplingParams
@@ -344,7 +344,7 @@ def test_a_request_that_could_never_fit_is_refused_with_the_limit(tokenizer):
 def test_a_service_refuses_what_could_never_fit(tokenizer, tmp_path):
     build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    service = NativeEngine(EngineSettings(model=str(tmp_path), device="cpu", max_context=64, memory_mb=1))
+    service = load_native_engine(EngineSettings(model=str(tmp_path), device="cpu", max_context=64, memory_mb=1))
     try:
         check = VerificationSuffix(tuple(range(5, 405)) * 4, (1,), (2,))  # longer than all that is set aside for probes
         with pytest.raises(RequestError, match=f"the limit is {service.core.max_sequence_length}"):

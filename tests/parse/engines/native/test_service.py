@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.model import ModelNotFoundError
-from parse.engines.native.service import NativeEngine
 from parse.prompts import VerificationSuffix, build_verification_suffix, chat_prompt_token_ids
 from parse.types import EngineStopped, RequestCancelled, RequestError, SamplingParams
 from tests.parse.engines.native.tiny import build, plain
@@ -53,7 +53,7 @@ def settings(path, **changes):
 
 @pytest.fixture(scope="module")
 def service(path):
-    service = NativeEngine(settings(path))
+    service = load_native_engine(settings(path))
     yield service
     service.shutdown()
 
@@ -179,7 +179,7 @@ def test_the_demo_target_writes_what_generate_writes(tokenizer):
         chat_prompt_token_ids(tokenizer, [{"role": "user", "content": draw_problem("test", 3, index).question}])
         for index in range(6)
     ]
-    service = NativeEngine(settings(MODELS / "demo-target", memory_mb=128, max_context=600))
+    service = load_native_engine(settings(MODELS / "demo-target", memory_mb=128, max_context=600))
     try:
         wanted = generated(target, prompts, 32, service.model.eos_token_ids)
 
@@ -339,7 +339,7 @@ def test_the_end_token_ends_the_text_and_is_no_part_of_it(service):
 @pytest.fixture
 def slow(path, monkeypatch):
     """A service of which a step takes a while."""
-    service = NativeEngine(settings(path, step_tokens=4, max_running=2))
+    service = load_native_engine(settings(path, step_tokens=4, max_running=2))
     forward = service.model.forward
 
     def slowly(*step):
@@ -489,7 +489,7 @@ def test_no_question_reaches_beyond_the_positions_a_model_knows(tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     rng = random.Random(13)
-    service = NativeEngine(settings(tmp_path, max_context=4096))
+    service = load_native_engine(settings(tmp_path, max_context=4096))
     try:
         assert service.max_model_len == 256
         prompt, draft = text(rng, 100), text(rng, 156)
@@ -508,7 +508,7 @@ def test_each_call_begins_where_the_one_before_left_off(path):
     """warm, judge, generate, and the next turn: each recomputes less than a block of 16."""
     rng = random.Random(12)
     prompt, draft = text(rng, 60), text(rng, 40)
-    service = NativeEngine(settings(path))
+    service = load_native_engine(settings(path))
 
     async def computed(work):
         before = service.stats.num_tokens
@@ -530,7 +530,7 @@ def test_each_call_begins_where_the_one_before_left_off(path):
         whole = [*prompt, *draft[:20], *written, *text(rng, 10)]
         assert (await computed(service.warm(whole)))[1] <= 10 + 16
         said = await write(service, whole, (), sampling)
-        other = NativeEngine(settings(path))
+        other = load_native_engine(settings(path))
         try:
             await write(other, whole, (), sampling, proposal=said)
             before = other.stats.prefix_hits
@@ -562,9 +562,9 @@ def test_to_close_ends_all_streams(slow):
 
 def test_a_service_that_cannot_be_is_refused_with_the_reason(tmp_path):
     with pytest.raises(RequestError, match="memory_mb: 8 hold no context of 600 tokens, that takes 23"):
-        NativeEngine(settings(MODELS / "demo-target", memory_mb=8, max_context=600))
+        load_native_engine(settings(MODELS / "demo-target", memory_mb=8, max_context=600))
     with pytest.raises(ModelNotFoundError, match="nowhere"):
-        NativeEngine(settings(tmp_path / "nowhere"))
+        load_native_engine(settings(tmp_path / "nowhere"))
 
 
 def test_the_question_of_the_chat_template_is_one_that_can_be_asked(service, tokenizer):
@@ -576,7 +576,7 @@ def test_the_question_of_the_chat_template_is_one_that_can_be_asked(service, tok
 
 
 def test_every_call_tells_how_much_it_found_known(path):
-    service = NativeEngine(settings(path))
+    service = load_native_engine(settings(path))
     prompt, draft = text(random.Random(1), 40), text(random.Random(2), 20)
     sampling = replace(GREEDY, max_tokens=len(draft) + 2, ignore_eos=True)
 

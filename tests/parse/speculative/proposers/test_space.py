@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parse.config import EngineSettings, SpeculationSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput
-from parse.engines.native.service import NativeEngine
 from parse.engines.native.step_timing import measure_step_seconds
 from parse.local import DEMO, DEMO_TARGET
 from parse.speculative.proposal import MaskPrediction, ProposalRequest
@@ -272,7 +272,7 @@ def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_tok
     monkeypatch.setattr("parse.engines.native.service.pass_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
-    service = NativeEngine(
+    service = load_native_engine(
         EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=128, speculation=(way,))
     )
     take = type(SpaceProposer(MaskTokenEmbedder(torch.zeros(1)), 1).new_state()).extend
@@ -310,7 +310,7 @@ def test_masks_that_come_to_no_number_foresee_nothing_and_spoil_nothing():
     """As adapters may, in half precision."""
     way = SpeculationSettings(method="space", head=str(DEMO / "demo-space"))
     settings = EngineSettings(model=DEMO_TARGET, threads=1, max_context=512, memory_mb=128, speculation=(way,))
-    service = NativeEngine(settings)
+    service = load_native_engine(settings)
     with torch.no_grad():
         service.model.mask_embedder.up.fill_(torch.nan)  # type: ignore[union-attr]
     prompt = service.model.tokenizer.encode("What is 3 + 4? Think step by step.")
