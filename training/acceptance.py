@@ -22,9 +22,10 @@ import torch
 from transformers import PreTrainedModel
 
 from parse.speculative.proposal import Proposal, ProposalRequest, Proposer
+from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle3 import Eagle3Proposer
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import ProposerLoadError, TargetModel
+from parse.speculative.proposers.eagle_head import TargetModel
 from parse.speculative.proposers.parallelspec import ParallelSpecProposer
 from training.checkpoints import BrokenModel, load_model
 from training.evaluate import MODELS, round_floats
@@ -82,7 +83,7 @@ def measure_acceptance(
         while position < len(text.tokens):
             started = time.perf_counter()
             new_features = None if features is None else features[max(0, num_read - 1) : position - 1]
-            proposer.take(text.tokens[num_read:position], new_features, None)
+            proposer.extend(text.tokens[num_read:position], new_features, None)
             (proposal,) = method.propose([ProposalRequest(proposer, max_tokens)])
             seconds.append(time.perf_counter() - started)
             lengths.append(count_accepted(proposal, text.tokens[position:]))
@@ -134,8 +135,9 @@ def load_method(
     path: Path, network: PreTrainedModel, method_options: Mapping[str, int]
 ) -> Eagle3Proposer | ParallelSpecProposer:
     head, embedding = load_head(path, TargetModel.of(network))
+    topk, options = method_options["beam"], {name: value for name, value in method_options.items() if name != "beam"}
     return (ParallelSpecProposer if head.config.parallel_tokens > 1 else Eagle3Proposer)(
-        head, embedding, **method_options
+        head, embedding, topk=topk, **options
     )
 
 

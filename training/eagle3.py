@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
+from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle_checkpoint import load_head
 from parse.speculative.proposers.eagle_head import (
     EagleHead,
     EagleHeadConfig,
-    ProposerLoadError,
     RotaryEmbedding,
     TargetModel,
 )

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle_checkpoint import save_head
-from parse.speculative.proposers.eagle_head import EagleHead, ProposerLoadError
+from parse.speculative.proposers.eagle_head import EagleHead
 from parse.types import RequestError
 from training.acceptance import evaluate_head, generate_held_out
 from training.checkpoints import BrokenModel, load_model, load_tokenizer

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from parse.speculative.proposal import chain_proposal
-from parse.speculative.proposers.eagle_head import ProposerLoadError
+from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.space_adapters import SpaceAdapters, SpaceAdaptersConfig, load_adapters, save_adapters
 from training import heads
 from training.acceptance import AcceptanceStats, acceptance_metrics, count_accepted, group_by_kind

@@ -1,16 +1,20 @@
-"""Assembles an engine from its settings."""
+"""Assembles an engine from its settings: loads the model and the token-level methods, and starts the engine with them.
+
+This module is above both the engine and the methods, so that neither has to import the other.
+"""
 
 import torch
 
 from parse.config import EngineSettings
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
+from parse.engines.native.step_timing import measure_step_seconds
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.loading import load_methods
 
 
 def load_native_engine(settings: EngineSettings) -> NativeEngine:
-    """Loads the model and the token-level methods that the settings name."""
+    """Loads the model and the methods that the settings name, and starts an engine for them."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     model = Model.load(
@@ -18,4 +22,7 @@ def load_native_engine(settings: EngineSettings) -> NativeEngine:
     )
     cost_model = StepCostModel()
     methods = load_methods(settings, model, cost_model)
-    return NativeEngine(settings, model, methods={str(k): v for k, v in methods.items()}, cost_model=cost_model)
+    if not methods:
+        return NativeEngine(settings, model)
+    cost_model.initialize(measure_step_seconds(model))
+    return NativeEngine(settings, model, methods=methods, cost_model=cost_model)

@@ -1,55 +1,58 @@
-"""What passes of a model take by their size, and what a usual pass is at the moment.
+"""Predicts how long a step of the engine takes from the number of tokens in it.
 
-A pass over more entries takes longer; how much longer depends on the device and on how full the batch is. So only a
-look at the clock tells what one more proposed token costs.
+A step over more tokens takes longer. How much longer depends on the device and on how full the batch already is, so the
+cost of one more proposed token can only be measured.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterable
 
-COST_EMA_WEIGHT = 0.05  # share of the newest in a running mean
-OUTLIER_RATIO = (
-    3.0  # times the mean: what takes longer was held up by others on the machine, and says nothing about its size
-)
+COST_EMA_WEIGHT = 0.05  # weight of the newest step in the running means
+# A step that takes longer than this multiple of the mean was delayed by other processes. Its excess is ignored.
+OUTLIER_RATIO = 3.0
 
 
 class StepCostModel:
-    """Fed by an engine after every pass in which texts were written and nothing else was done."""
+    """Running means of step times, which the engine updates after every step that only generated tokens."""
 
     def __init__(self) -> None:
-        self._means: dict[int, tuple[float, float]] = {}  # by order of magnitude, mean size and mean seconds
-        # Of a usual pass:
+        # Mean number of tokens and mean seconds of the steps whose number of tokens has so many bits.
+        self._means: dict[int, tuple[float, float]] = {}
+        # Running means of a step: sequences, tokens computed, tokens added to the sequences.
         self.num_seqs = self.num_tokens = self.num_output_tokens = 1.0
 
     def initialize(self, measurements: Iterable[tuple[int, float]]) -> None:
-        """What passes of a few sizes took before anybody came: entries and seconds."""
-        for size, seconds in measurements:
-            self._means[size.bit_length()] = float(size), seconds
+        """Sets the means from steps that were timed at start-up: number of tokens and seconds."""
+        for num_tokens, seconds in measurements:
+            self._means[num_tokens.bit_length()] = float(num_tokens), seconds
 
     def record(self, num_seqs: int, num_tokens: int, num_output_tokens: int, seconds: float) -> None:
-        """A pass over so many entries behind texts, which wrote so many tokens."""
-        order = num_tokens.bit_length()
-        size, mean = self._means.get(order, (float(num_tokens), seconds))
-        self._means[order] = (
-            size + COST_EMA_WEIGHT * (num_tokens - size),
-            mean + COST_EMA_WEIGHT * (min(seconds, OUTLIER_RATIO * mean) - mean),
+        """Adds a step that computed `num_tokens` and added `num_output_tokens` of them to the sequences."""
+        bucket = num_tokens.bit_length()
+        mean_tokens, mean_seconds = self._means.get(bucket, (float(num_tokens), seconds))
+        self._means[bucket] = (
+            mean_tokens + COST_EMA_WEIGHT * (num_tokens - mean_tokens),
+            mean_seconds + COST_EMA_WEIGHT * (min(seconds, OUTLIER_RATIO * mean_seconds) - mean_seconds),
         )
         self.num_seqs += COST_EMA_WEIGHT * (num_seqs - self.num_seqs)
         self.num_tokens += COST_EMA_WEIGHT * (num_tokens - self.num_tokens)
         self.num_output_tokens += COST_EMA_WEIGHT * (num_output_tokens - self.num_output_tokens)
 
     def step_seconds(self, num_tokens: float) -> float:
-        """Between two sizes as they were measured a straight line, beyond all as between the last two."""
+        """The predicted time of a step, by linear interpolation between the measured sizes.
+
+        Beyond the largest size the line through the last two is continued. Without measurements the result is 0.
+        """
         measurements = sorted(self._means.values())
         if not measurements:
             return 0.0
         if len(measurements) == 1 or num_tokens <= measurements[0][0]:
             return measurements[0][1]
-        at = min(bisect_right(measurements, (num_tokens, 0.0)), len(measurements) - 1)
-        (low, below), (high, above) = measurements[at - 1 : at + 1]
-        slope = max(0.0, above - below) / (high - low) if high > low else 0.0
-        return below + slope * (num_tokens - low)
+        index = min(bisect_right(measurements, (num_tokens, 0.0)), len(measurements) - 1)
+        (lower_tokens, lower_s), (upper_tokens, upper_s) = measurements[index - 1 : index + 1]
+        slope = max(0.0, upper_s - lower_s) / (upper_tokens - lower_tokens) if upper_tokens > lower_tokens else 0.0
+        return lower_s + slope * (num_tokens - lower_tokens)
 
     def added_seconds(self, num_tokens: float, base_tokens: float) -> float:
-        """What so many entries add to a pass over others."""
+        """The time that `num_tokens` more add to a step over `base_tokens`."""
         return max(0.0, self.step_seconds(base_tokens + num_tokens) - self.step_seconds(base_tokens))

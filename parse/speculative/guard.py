@@ -1,4 +1,7 @@
-"""Keeps requests safe from a method: one that fails, or proposes what cannot be, costs its proposals only."""
+"""Isolates the engine from faults of a token-level method.
+
+A method that raises an exception or returns an invalid proposal costs that one proposal. The request goes on without.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class GuardedState:
-    """A proposer; None: it has lost track of the text."""
+    """A proposer's state of a sequence, or None after it failed: it would no longer match the sequence."""
 
     state: ProposerState | None
     report_fault: Callable[[str], None]
@@ -28,12 +31,12 @@ class GuardedState:
         try:
             self.state.extend(tokens, hidden_states, mask_prediction)
         except Exception:
-            self.report_fault("a text could not be followed, and goes on without proposals")
+            self.report_fault("the state of a sequence could not be extended; it continues without proposals")
             self.state = None
 
 
 class GuardedProposer(Proposer[GuardedState]):
-    """A foresight that never fails, over one that may."""
+    """Wraps a proposer so that it never raises and never returns an invalid proposal."""
 
     def __init__(self, proposer: Proposer[Any], vocab_size: int) -> None:
         self._proposer, self._vocab_size = proposer, vocab_size
@@ -50,62 +53,63 @@ class GuardedProposer(Proposer[GuardedState]):
         try:
             return GuardedState(self._proposer.new_state(), self._report_fault)
         except Exception:
-            self._report_fault("a text goes without proposals")
+            self._report_fault("no state for a new sequence; it gets no proposals")
             return GuardedState(None, self._report_fault)
 
     def propose(self, requests: Sequence[ProposalRequest[GuardedState]]) -> list[Proposal]:
-        active = [
-            ProposalRequest(wish.state.state, wish.max_tokens, wish.min_probability, wish.max_depth)
-            for wish in requests
-            if wish.state.state is not None and wish.max_tokens > 0
-        ]
-        proposals = iter(self._call_proposer(active) if active else ())
-        return [
-            self._validated(next(proposals), wish)
-            if wish.state.state is not None and wish.max_tokens > 0
-            else NO_PROPOSAL
-            for wish in requests
-        ]
+        """One proposal for each request: a valid one, or `NO_PROPOSAL`."""
+        inner_requests = {
+            index: ProposalRequest(request.state.state, request.max_tokens, request.min_probability, request.max_depth)
+            for index, request in enumerate(requests)
+            if request.state.state is not None and request.max_tokens > 0
+        }
+        proposals = [NO_PROPOSAL] * len(requests)
+        if inner_requests:
+            inner_proposals = self._call_proposer(list(inner_requests.values()))
+            for index, proposal in zip(inner_requests, inner_proposals, strict=True):
+                proposals[index] = self._valid_or_empty(proposal, requests[index].max_tokens)
+        return proposals
 
     def _call_proposer(self, requests: Sequence[ProposalRequest[ProposerState]]) -> Sequence[Proposal]:
         try:
             proposals = self._proposer.propose(requests)
             if len(proposals) != len(requests):
-                raise ValueError(f"{len(proposals)} proposals for {len(requests)} texts")
+                raise ValueError(f"got {len(proposals)} proposals for {len(requests)} requests")
             return proposals
         except Exception:
-            if len(requests) > 1:  # whoever is at fault fails alone
-                return [self._call_proposer([wish])[0] for wish in requests]
-            self._report_fault("nothing is proposed this time")
+            if len(requests) > 1:  # repeat the call for each request, so that only the one at fault fails
+                return [self._call_proposer([request])[0] for request in requests]
+            self._report_fault("the call failed; a request gets no proposal in this step")
             return [NO_PROPOSAL]
 
-    def _validated(self, proposal: Proposal, request: ProposalRequest[GuardedState]) -> Proposal:
+    def _valid_or_empty(self, proposal: Proposal, max_tokens: int) -> Proposal:
         try:
-            validate_proposal(proposal, request.max_tokens, self._vocab_size)
+            validate_proposal(proposal, max_tokens, self._vocab_size)
         except Exception:
-            self._report_fault("what is proposed cannot be")
+            self._report_fault("the proposal is invalid and was dropped")
             return NO_PROPOSAL
         return proposal
 
-    def _report_fault(self, what: str) -> None:
-        """In full at first; what fails with every token must not fill the log."""
+    def _report_fault(self, message: str) -> None:
+        """Logs faults number 1, 2, 4, 8 and so on, because a method may fail with every token."""
         self._num_faults += 1
-        if self._num_faults.bit_count() == 1:  # 1, 2, 4, ...
-            times = f" (fault {self._num_faults} of this method)" if self._num_faults > 1 else ""
-            logger.warning("%s: %s%s", type(self._proposer).__name__, what, times, exc_info=self._num_faults == 1)
+        if self._num_faults.bit_count() == 1:
+            number = f" (fault {self._num_faults} of this method)" if self._num_faults > 1 else ""
+            logger.warning("%s: %s%s", type(self._proposer).__name__, message, number, exc_info=self._num_faults == 1)
 
 
 def validate_proposal(proposal: Proposal, max_tokens: int, vocab_size: int) -> None:
+    """Raises an exception if the proposal is not a tree of at most `max_tokens` tokens of the vocabulary."""
     tokens, parents, probabilities = proposal.token_ids, proposal.parents, proposal.probabilities
     if not len(tokens) == len(parents) <= max_tokens:
-        raise ValueError(f"{len(tokens)} tokens and {len(parents)} parents, where at most {max_tokens} were asked for")
+        raise ValueError(f"got {len(tokens)} tokens and {len(parents)} parents, the limit is {max_tokens}")
     if not all(type(token) is int and (0 <= token < vocab_size or token == MASK) for token in tokens):
-        raise ValueError(f"what is proposed is not all tokens in 0..{vocab_size - 1}")
+        raise ValueError(f"tokens must lie in 0..{vocab_size - 1}")
     if not all(type(parent) is int and -1 <= parent < node for node, parent in enumerate(parents)):
-        raise ValueError("a node must hang behind an earlier one")
+        raise ValueError("the parent of a node must be an earlier node")
     if any(tokens[parent] == MASK != token for token, parent in zip(tokens, parents, strict=True) if parent >= 0):
-        raise ValueError("nothing but masks can follow a mask")
+        raise ValueError("only masks may follow a mask")
     if probabilities is not None and not (
-        len(probabilities) == len(tokens) and all(0 <= chance <= 1.001 for chance in probabilities)
+        len(probabilities) == len(tokens) and all(0 <= probability <= 1.001 for probability in probabilities)
     ):
-        raise ValueError("each proposed token has a chance between 0 and 1")
+        raise ValueError("each token needs a probability between 0 and 1")

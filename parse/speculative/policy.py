@@ -1,20 +1,30 @@
-"""Speculation on one request's text: what is wished for, what comes of it, and whether it pays.
+"""Decides when to ask a token-level method for a proposal, and how many tokens are worth proposing.
 
-Proposals of g accepted tokens save a text g passes, and take their own time and that of more entries in a pass. They
-pay while they take less than they save. Within a proposal one more token pays while its chance to be accepted exceeds
-the share of a token's time that it takes: the floor below which a method need not propose. Both move with the device,
-with the load, and with how much this text has kept of what it was promised, in all and at each place. Where it does not
-pay, nothing is proposed for a while, then tried again.
+A target's step takes almost as long for one token per sequence as for a few. If g proposed tokens are accepted, the
+sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to the step.
 
-Proposals are made for many texts at once, which takes hardly longer than for one of them. So whether that time pays is
-judged for all of them together, and how far they reach is common to them where every token takes a step of its own.
+- A proposal pays if the time it saves exceeds its price (`SequenceSpeculation._net_gain_s`, and for the time of
+  proposing `SpeculativeMethod.next_step`).
+- Within a proposal, one more token pays if its chance of being accepted, times the time that an accepted token saves,
+  exceeds the price of that token. The quotient of the two times is `ProposalRequest.min_probability`. For methods that
+  do not estimate probabilities, the acceptance rates observed at each position take their place
+  (`ProposalRequest.max_depth`).
+- Where proposals do not pay, none is made for a number of steps (`Backoff`). Then they are tried again.
+
+Nothing here is configured. The times come from the cost model and from a clock, the acceptance from earlier proposals.
+So the decisions follow the device, the load (a full batch makes additional tokens expensive), and each sequence. A
+method's own probabilities count by how well they predicted this sequence so far (`Calibration`).
+
+A method proposes for many sequences in one call, which takes hardly longer than for one. Whether the time of that call
+pays is therefore decided for all sequences together. If every token of a proposal takes another step of the method,
+the depth is common to all sequences too.
 """
 
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 from torch import Tensor
@@ -22,125 +32,81 @@ from torch import Tensor
 from parse.speculative.cost_model import COST_EMA_WEIGHT, StepCostModel
 from parse.speculative.guard import GuardedProposer, GuardedState
 from parse.speculative.proposal import UNLIMITED, MaskPrediction, Proposal, ProposalRequest
+from parse.speculative.records import AcceptanceRecord, Backoff, Calibration
 from parse.tree import MASK
 from parse.types import MethodName, SpeculationStats
 
-EMA_WEIGHT = 0.1  # share of the newest proposal in what is expected of the next
-SHARED_EMA_WEIGHT = 0.02  # the same, of what is expected of the next text
-EXPLORATION_INTERVAL = 8  # passes; in one of them proposals reach further than pays
-MAX_TIMINGS = 15  # calls whose times are remembered
-INITIAL_PAUSE, MAX_PAUSE = 4, 64  # passes without proposals before another trial
-CALIBRATION_PRIOR = 2.0  # tokens' worth of doubt about what a text has kept of what it was promised
-CALIBRATION_HORIZON = 10.0  # proposals
-POSITION_PRIOR = 3  # proposals, as which counts at first that a place is as good as the one before it
-MIN_TRIALS = 3  # before a text is judged by what came of its own
-MIN_SHARED_TRIALS = 10  # before a method is judged by what came of all texts
-NEGLIGIBLE_LOSS = 0.02  # of a text's share in a pass: so small a loss is not worth a pause
-MARGINAL_TOKENS = 4.0  # entries, over which the price of one more is measured
-
-
-@dataclass
-class AcceptanceRecord:
-    """What came of proposals, in running means."""
-
-    mean_accepted: float = 0.0  # tokens accepted of one
-    mean_cost_s: float = 0.0  # seconds that its entries added to a pass
-    acceptance_rates: list[float] = field(
-        default_factory=list
-    )  # by place: of those that reached it, the token there accepted
-    num_observed: list[int] = field(default_factory=list)  # by place: those that reached it
-
-    def add(self, accepted: int, deepest: int, cost_s: float, weight: float, position_weight: float) -> None:
-        """The newest counts by `weight`; at each place by `newest` in the end, and at first hope counts too."""
-        self.mean_accepted += weight * (accepted - self.mean_accepted)
-        self.mean_cost_s += weight * (cost_s - self.mean_cost_s)
-        for position in range(deepest):
-            if position == len(self.acceptance_rates):
-                self.acceptance_rates.append(self.acceptance_rates[-1] if position else 1.0)
-                self.num_observed.append(POSITION_PRIOR)
-            self.num_observed[position] += 1
-            self.acceptance_rates[position] += max(position_weight, 1 / self.num_observed[position]) * (
-                (position < accepted) - self.acceptance_rates[position]
-            )
-
-    def copy(self) -> "AcceptanceRecord":
-        return replace(self, acceptance_rates=list(self.acceptance_rates), num_observed=list(self.num_observed))
-
-
-@dataclass
-class Backoff:
-    """Passes without proposals, more of them each time that trying was in vain.
-
-    It ends at a multiple of its length: texts that could share the time of proposing try together, for alone none of
-    them could tell whether it pays.
-    """
-
-    length: int = INITIAL_PAUSE
-    end: int = 0
-
-    def begin(self, now: int) -> None:
-        self.end = (now // self.length + 1) * self.length
-        self.length = min(2 * self.length, MAX_PAUSE)
-
-    def update(self, pays: bool, now: int) -> None:
-        if pays:
-            self.length = INITIAL_PAUSE
-        else:
-            self.begin(now)
+EMA_WEIGHT = 0.1  # weight of the newest proposal in a sequence's record
+SHARED_EMA_WEIGHT = 0.02  # weight of the newest proposal in the record of all sequences
+EXPLORATION_INTERVAL = 8  # steps; in one of them proposals are deeper than has paid so far
+MAX_TIMINGS = 15  # calls of a method whose times are remembered
+MIN_TRIALS = 3  # proposals for a sequence before its own record decides
+MIN_SHARED_TRIALS = 10  # proposals for all sequences before the method's record decides
+NEGLIGIBLE_LOSS = 0.02  # a loss of this share of a sequence's step time is not worth a pause
+MARGINAL_TOKENS = 4.0  # the price of one more token is averaged over so many
 
 
 @dataclass
 class SpeculativeMethod:
-    """A method as one engine offers it, and what has come of it in all texts."""
+    """A method in one engine, with everything that its sequences share: timings, acceptance record, common pause."""
 
     name: MethodName
     proposer: GuardedProposer
-    max_tokens: int  # tokens proposed at once
-    is_sequential: bool  # does every token of a chain take another step of the method?
-    aux_hidden_state_layers: tuple[int, ...]  # all that the engine keeps
+    max_tokens: int  # of a proposal
+    is_sequential: bool  # every token of a path takes another step of the method
+    aux_hidden_state_layers: tuple[int, ...]  # the hidden states that the engine keeps, for all of its methods
     cost_model: StepCostModel
     num_proposals: int = 0
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
-    num_steps: int = 0  # of texts that use it
-    batch_size: int = 1  # texts, in the last call
-    _mean_drafting_steps: float = 1.0  # of a call, lately
-    _step_timings: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMINGS))  # of a step
+    num_steps: int = 0  # of the engine, as far as sequences of this method took part in them
+    batch_size: int = 1  # sequences in the last call
+    _mean_drafting_steps: float = 1.0  # steps of the method in one call
+    _step_timings: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMINGS))  # seconds of a step
     _backoff: Backoff = field(default_factory=Backoff)
-    _net_gains: list[float] = field(default_factory=list)  # to those who asked, since the last verdict
+    _net_gains: list[float] = field(default_factory=list)  # seconds, of the sequences since the last decision
 
     def start_sequence(self) -> "SequenceSpeculation":
         return SequenceSpeculation(self, self.proposer.new_state())
 
     def reset(self) -> None:
-        """What came of proposals so far."""
+        """Forgets the acceptance and the timings of all past proposals."""
         self.num_proposals, self.record = 0, AcceptanceRecord()
         self._step_timings.clear()
         self._net_gains.clear()
         self._backoff = Backoff()
 
     def propose(self, requests: Sequence[ProposalRequest[GuardedState]]) -> list[Proposal]:
-        began = time.perf_counter()
+        """Calls the proposer once for all requests and measures the time."""
+        started = time.perf_counter()
         proposals = self.proposer.propose(requests)
-        seconds = time.perf_counter() - began
-        steps = max(self._drafting_steps(proposal, wish) for proposal, wish in zip(proposals, requests, strict=True))
+        seconds = time.perf_counter() - started
+        steps = max(
+            self._drafting_steps(proposal, request) for proposal, request in zip(proposals, requests, strict=True)
+        )
         self._step_timings.append(seconds / steps)
         self._mean_drafting_steps += EMA_WEIGHT * (steps - self._mean_drafting_steps)
         self.batch_size = len(requests)
         return proposals
 
     def _drafting_steps(self, proposal: Proposal, request: ProposalRequest[GuardedState]) -> int:
-        """That it took: the last one may have found nothing that is likely enough."""
-        return (
-            max(1, min(max(_depths(proposal), default=0) + 1, request.max_tokens, request.max_depth))
-            if self.is_sequential
-            else 1
-        )
+        """The number of steps that the method took for this proposal.
 
-    def next_step(self, last: int) -> int:
-        """The number of the pass that a text is about to make after its last one."""
-        if last >= self.num_steps:
-            self.num_steps = last + 1
-            if len(self._net_gains) >= self.batch_size:  # all have told what came of it
+        One step more than the depth is counted, because the last step may have found no token that is likely enough.
+        """
+        if not self.is_sequential:
+            return 1
+        depth = max(_node_depths(proposal), default=0)
+        return max(1, min(depth + 1, request.max_tokens, request.max_depth))
+
+    def next_step(self, last_step: int) -> int:
+        """The number of the step that a sequence is about to make after `last_step`.
+
+        The first sequence to begin a new step also decides whether the time of proposing pays for all sequences
+        together: once all of them have reported their gains, these are compared with the time that proposing took.
+        """
+        if last_step >= self.num_steps:
+            self.num_steps = last_step + 1
+            if len(self._net_gains) >= self.batch_size:
                 if self.num_proposals >= MIN_SHARED_TRIALS:
                     self._backoff.update(sum(self._net_gains) >= self.propose_s * len(self._net_gains), self.num_steps)
                 self._net_gains.clear()
@@ -151,30 +117,43 @@ class SpeculativeMethod:
         return self.num_steps < self._backoff.end
 
     def record_net_gain(self, net_gain_s: float) -> None:
-        """To one of those who asked."""
+        """Adds what one sequence gained in its last step, without the time of proposing."""
         self._net_gains.append(net_gain_s)
 
     @property
     def drafting_step_s(self) -> float:
-        """One text's share of a step: the median, for the first call of a text reads its prompt."""
+        """Seconds of one step of the method, per sequence.
+
+        The median is used because the first call for a sequence also prefills its prompt.
+        """
         return median(self._step_timings) / self.batch_size if self._step_timings else 0.0
 
     @property
     def propose_s(self) -> float:
-        """The same of a call."""
+        """Seconds of one call of the method, per sequence."""
         return self.drafting_step_s * self._mean_drafting_steps
 
     def select_layers(self, hidden_states: Tensor | None) -> Tensor | None:
-        """Of [n, all taps * width] what this method reads."""
+        """The columns of [n, all layers * width] that this method reads, in its own order of layers."""
         if hidden_states is None or self.proposer.aux_hidden_state_layers == self.aux_hidden_state_layers:
             return hidden_states
-        columns = [self.aux_hidden_state_layers.index(tap) for tap in self.proposer.aux_hidden_state_layers]
+        columns = [self.aux_hidden_state_layers.index(layer) for layer in self.proposer.aux_hidden_state_layers]
         return hidden_states.unflatten(-1, (len(self.aux_hidden_state_layers), -1))[:, columns].flatten(1)
+
+
+def bytes_per_token(methods: Iterable[SpeculativeMethod], hidden_state_bytes: int) -> int:
+    """Memory that methods need for each token of a sequence, besides the target's own keys and values.
+
+    `hidden_state_bytes` is the size of one hidden state of the target. The engine keeps those that any method reads.
+    """
+    methods = list(methods)
+    layers = {layer for method in methods for layer in method.proposer.aux_hidden_state_layers}
+    return len(layers) * hidden_state_bytes + sum(method.proposer.bytes_per_token for method in methods)
 
 
 @dataclass(frozen=True)
 class ProposalCall:
-    """What a program yields when it would like to have a proposal."""
+    """What a request's program yields to get a proposal from a method."""
 
     method: SpeculativeMethod
     request: ProposalRequest[GuardedState]
@@ -182,138 +161,156 @@ class ProposalCall:
 
 @dataclass
 class SequenceSpeculation:
-    """Of one request."""
+    """Speculation state of a single request."""
 
     method: SpeculativeMethod
     state: GuardedState
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
-    _mean_proposed: float = 0.0  # entries beyond the first in a usual pass, with proposals or without
-    _mean_accepted: float = 0.0  # and tokens
+    _calibration: Calibration = field(default_factory=Calibration)
+    _mean_proposed: float = 0.0  # tokens proposed for this sequence in a step, with proposals or without
+    _mean_accepted: float = 0.0  # tokens accepted of them
     _step: int = 0
     _backoff: Backoff = field(default_factory=Backoff)
     _num_trials: int = 0
-    _requested: bool = False
-    _only_masks: bool = False  # was the last proposal nothing but masks?
-    _expected_accepted: float = (
-        CALIBRATION_PRIOR  # tokens that should have been accepted by the method's own account, and those that were
-    )
-    _actually_accepted: float = CALIBRATION_PRIOR
+    _requested: bool = False  # a proposal was requested for the current step
+    _only_masks: bool = False  # the last proposal held nothing but masks
 
     def __post_init__(self) -> None:
-        costs = self.method.cost_model
-        self._mean_proposed, self._mean_accepted = (
-            costs.num_tokens / costs.num_seqs - 1,
-            costs.num_output_tokens / costs.num_seqs - 1,
-        )
-        if self.method.num_proposals >= MIN_TRIALS:  # what other texts made of it is the best guess
+        cost_model = self.method.cost_model
+        self._mean_proposed = cost_model.num_tokens / cost_model.num_seqs - 1
+        self._mean_accepted = cost_model.num_output_tokens / cost_model.num_seqs - 1
+        if self.method.num_proposals >= MIN_TRIALS:  # the record of other sequences is the best guess for a new one
             self.record = self.method.record.copy()
             if self._net_gain_s() < 0:
                 self._backoff.begin(self.method.num_steps)
 
     @property
     def needs_hidden_states(self) -> bool:
-        """Does the method read the model's features? Then it has nothing to say before the first pass."""
+        """Whether the method reads hidden states. It then cannot propose before the first step of the target."""
         return bool(self.method.proposer.aux_hidden_state_layers)
 
     def extend(
         self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
     ) -> None:
+        """Appends tokens to the sequence, as `ProposerState.extend` does, with the hidden states of all methods."""
         self.state.extend(tokens, self.method.select_layers(hidden_states), mask_prediction)
 
     def proposal_call(self, max_tokens: int) -> ProposalCall | None:
-        """For at most that many tokens, if any."""
+        """The call for a proposal of at most `max_tokens` in the coming step, or None if it would not pay."""
         self._requested = False
         self._step = self.method.next_step(self._step)
-        limit = min(max_tokens, self.method.max_tokens)
-        if self._step < self._backoff.end or self.method.is_paused or limit < 1:
+        max_tokens = min(max_tokens, self.method.max_tokens)
+        if self._step < self._backoff.end or self.method.is_paused or max_tokens < 1:
             return None
         self._requested = True
-        return ProposalCall(self.method, ProposalRequest(self.state, limit, self._min_probability(), self._max_depth()))
+        request = ProposalRequest(self.state, max_tokens, self._min_probability(), self._max_depth())
+        return ProposalCall(self.method, request)
 
     def observe(self, proposal: Proposal, accepted: int) -> SpeculationStats:
-        """The first `accepted` tokens along one path of the proposal were the text's next ones."""
-        depths = _depths(proposal)
-        proposed = [0] * max(depths, default=0)
-        for depth in depths:
-            if depth:
-                proposed[depth - 1] += 1
+        """Records that the target accepted the first `accepted` tokens along one path of the proposal."""
+        proposed_per_position = _count_proposed_per_position(proposal)
+        depth = len(proposed_per_position)
         self._mean_proposed += COST_EMA_WEIGHT * (len(proposal.token_ids) - self._mean_proposed)
         self._mean_accepted += COST_EMA_WEIGHT * (accepted - self._mean_accepted)
-        # Mere masks will show their worth in the next pass, unless they have nothing to show then either.
-        only_masks = not proposed and len(proposal.token_ids) > 0
+        # A proposal of masks only pays in the next step, when their predictions can be proposed. It counts as a
+        # failure if the proposal before it was of masks only as well.
+        only_masks = not depth and len(proposal.token_ids) > 0
         if self._requested and proposal.ready and not (only_masks and not self._only_masks):
-            self._learn(proposal, len(proposed), accepted)
+            self._record_trial(proposal, depth, accepted)
         self._only_masks = only_masks
-        accepted_per_position = tuple(int(place < accepted) for place in range(len(proposed)))
-        return SpeculationStats(self.method.name, 1, tuple(proposed), accepted_per_position)
+        accepted_per_position = tuple(int(position < accepted) for position in range(depth))
+        return SpeculationStats(self.method.name, 1, proposed_per_position, accepted_per_position)
 
-    def _learn(self, proposal: Proposal, deepest: int, accepted: int) -> None:
+    def _record_trial(self, proposal: Proposal, depth: int, accepted: int) -> None:
+        """Updates the records and decides whether this sequence pauses."""
         self._num_trials += 1
         method = self.method
-        cost_s = method.cost_model.added_seconds(len(proposal.token_ids), self._without_proposals()[0])
+        base_tokens, _ = self._step_without_proposals()
+        cost_s = method.cost_model.added_seconds(len(proposal.token_ids), base_tokens)
         method.num_proposals += 1
         for record, position_weight in ((self.record, EMA_WEIGHT), (method.record, SHARED_EMA_WEIGHT)):
-            record.add(accepted, deepest, cost_s, max(position_weight, 1 / method.num_proposals), position_weight)
+            record.add(accepted, depth, cost_s, max(position_weight, 1 / method.num_proposals), position_weight)
         if proposal.probabilities is not None:
-            tokens = zip(proposal.token_ids, proposal.probabilities, strict=True)
-            expected = sum(chance for token, chance in tokens if token != MASK)
-            self._expected_accepted += expected - (self._expected_accepted - CALIBRATION_PRIOR) / CALIBRATION_HORIZON
-            self._actually_accepted += accepted - (self._actually_accepted - CALIBRATION_PRIOR) / CALIBRATION_HORIZON
+            nodes = zip(proposal.token_ids, proposal.probabilities, strict=True)
+            self._calibration.add(sum(probability for token, probability in nodes if token != MASK), accepted)
         net_gain_s = self._net_gain_s()
         method.record_net_gain(net_gain_s)
         self._backoff.update(self._num_trials < MIN_TRIALS or net_gain_s >= 0, self._step)
 
-    def _without_proposals(self) -> tuple[float, float]:
-        """Entries and tokens of a usual pass if nothing were proposed for this text."""
-        costs = self.method.cost_model
-        return max(1.0, costs.num_tokens - self._mean_proposed), max(1.0, costs.num_output_tokens - self._mean_accepted)
+    def _step_without_proposals(self) -> tuple[float, float]:
+        """Tokens computed and tokens output in a typical step if nothing were proposed for this sequence."""
+        cost_model = self.method.cost_model
+        return (
+            max(1.0, cost_model.num_tokens - self._mean_proposed),
+            max(1.0, cost_model.num_output_tokens - self._mean_accepted),
+        )
 
     @property
-    def _token_s(self) -> float:
-        """What a token of the batch takes, with proposals for this text."""
-        (entries, tokens), method, record = self._without_proposals(), self.method, self.record
-        if not (step_s := method.cost_model.step_seconds(entries)):  # nobody has looked at the clock yet
+    def _seconds_per_output_token(self) -> float:
+        """Time of a token of the batch, with proposals for this sequence; 0 before anything was timed."""
+        base_tokens, base_output_tokens = self._step_without_proposals()
+        step_s = self.method.cost_model.step_seconds(base_tokens)
+        if not step_s:
             return 0.0
-        return (step_s + record.mean_cost_s + method.propose_s) / (tokens + record.mean_accepted)
+        step_s = step_s + self.record.mean_cost_s + self.method.propose_s
+        return step_s / (base_output_tokens + self.record.mean_accepted)
 
     @property
     def _marginal_token_s(self) -> float:
-        """What one more token in a proposal adds to a pass."""
-        costs = self.method.cost_model
-        return costs.added_seconds(MARGINAL_TOKENS, costs.num_tokens) / MARGINAL_TOKENS
+        """Time that one more proposed token adds to a step."""
+        cost_model = self.method.cost_model
+        return cost_model.added_seconds(MARGINAL_TOKENS, cost_model.num_tokens) / MARGINAL_TOKENS
 
     def _min_probability(self) -> float:
-        if not (token_s := self._token_s):
+        """The method's probability from which a token pays."""
+        seconds_per_token = self._seconds_per_output_token
+        if not seconds_per_token:
             return 0.0
-        calibration = min(1.5, max(0.05, self._actually_accepted / self._expected_accepted))
-        alone = self.method.is_sequential and self.method.batch_size == 1  # among others it saves no step to stop
-        return (self._marginal_token_s + self.method.drafting_step_s * alone) / token_s / calibration
+        price_s = self._marginal_token_s
+        if self.method.is_sequential and self.method.batch_size == 1:
+            # If the sequence is alone, a token that is left out saves a step of the method as well.
+            price_s += self.method.drafting_step_s
+        return price_s / seconds_per_token / self._calibration.ratio
 
     def _max_depth(self) -> int:
-        """How far proposals may reach, by what came of the places so far; now and then half as far again."""
-        method, token_s = self.method, self._token_s
-        price = (self._marginal_token_s + method.drafting_step_s * method.is_sequential) / token_s if token_s else 0.0
+        """The depth to which tokens pay by the acceptance rates so far, and now and then half as much again."""
+        method, seconds_per_token = self.method, self._seconds_per_output_token
+        price_s = self._marginal_token_s + (method.drafting_step_s if method.is_sequential else 0.0)
+        min_rate = price_s / seconds_per_token if seconds_per_token else 0.0
         acceptance_rates = method.record.acceptance_rates
-        if not method.is_sequential or method.batch_size == 1:  # a text's own are few: it is believed halfway
+        if not method.is_sequential or method.batch_size == 1:
+            # A sequence has few observations of its own, so they count half.
             acceptance_rates = [
-                (own + common) / 2 for own, common in zip(self.record.acceptance_rates, acceptance_rates, strict=False)
+                (own + shared) / 2 for own, shared in zip(self.record.acceptance_rates, acceptance_rates, strict=False)
             ]
-        good = next((place for place, share in enumerate(acceptance_rates) if share < price), UNLIMITED)
-        return max(1, good + (max(1, good // 2) if self._step % EXPLORATION_INTERVAL == 0 else 0))
+        depth = next((position for position, rate in enumerate(acceptance_rates) if rate < min_rate), UNLIMITED)
+        if self._step % EXPLORATION_INTERVAL == 0:
+            depth += max(1, depth // 2)
+        return max(1, depth)
 
     def _net_gain_s(self) -> float:
-        """What a proposal saves, less what its entries take; nothing is said of the time of proposing."""
-        (entries, tokens), cost_model, record = self._without_proposals(), self.method.cost_model, self.record
-        step_s = cost_model.step_seconds(entries)
+        """Time that a proposal saves, minus the time that its tokens take. The time of proposing is not included."""
+        cost_model, record = self.method.cost_model, self.record
+        base_tokens, base_output_tokens = self._step_without_proposals()
+        step_s = cost_model.step_seconds(base_tokens)
         if not step_s:
             return math.inf
-        return (
-            record.mean_accepted * step_s / tokens - record.mean_cost_s + NEGLIGIBLE_LOSS * step_s / cost_model.num_seqs
-        )
+        saved_s = record.mean_accepted * step_s / base_output_tokens
+        return saved_s - record.mean_cost_s + NEGLIGIBLE_LOSS * step_s / cost_model.num_seqs
 
 
-def _depths(proposal: Proposal) -> list[int]:
-    """Of each node, 1 behind the text; 0 for masks."""
+def _count_proposed_per_position(proposal: Proposal) -> tuple[int, ...]:
+    """The number of proposed tokens at each depth, without masks."""
+    depths = _node_depths(proposal)
+    counts = [0] * max(depths, default=0)
+    for depth in depths:
+        if depth:
+            counts[depth - 1] += 1
+    return tuple(counts)
+
+
+def _node_depths(proposal: Proposal) -> list[int]:
+    """The depth of each node: 1 for a token that follows the sequence, 0 for masks."""
     depths: list[int] = []
     for token, parent in zip(proposal.token_ids, proposal.parents, strict=True):
         depths.append(0 if token == MASK else depths[parent] + 1 if parent >= 0 else 1)

@@ -1,7 +1,8 @@
-"""Tokens that might come next, as a tree, and who proposes them.
+"""Proposals of a token-level method, and the protocol between a method and the engine.
 
-Whatever is proposed, the text is the target's own: in one pass it says which token it would choose behind every
-proposed one, and the proposal is followed as long as it says the same. So a proposer can only be useless, never wrong.
+A proposal is a tree of tokens that the target might generate next. In one pass the target chooses its own token after
+each proposed one, and the proposal is followed for as long as both agree. The output is therefore always the target's
+own: a bad proposer costs time but never changes the text.
 """
 
 from abc import ABC, abstractmethod
@@ -14,47 +15,48 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Proposal:
-    """`parents[j]` is the node that node j follows, an earlier one; -1: the last token of the text.
+    """A tree of proposed tokens.
 
-    A node may be a MASK (`parse.tree`): nothing follows there, but the target is to say what it foresees.
+    `parents[j]` is the node that node j follows. It is smaller than j, or -1 for the last token of the sequence. A node
+    may be a MASK (`parse.tree`): no token can follow it, but the target predicts a token there (see SPACE).
     """
 
     token_ids: Sequence[int] = ()
     parents: Sequence[int] = ()
     probabilities: Sequence[float] | None = None
-    """How likely each is to be accepted, with all above it, as far as the method can tell."""
+    """The method's estimate, for each node, that the node and all its ancestors are accepted."""
     ready: bool = True
-    """Or is the text yet to be read, so that nothing follows from what is proposed?"""
+    """False while the proposer still prefills the sequence. Such a proposal says nothing about the method's quality."""
 
 
 NO_PROPOSAL = Proposal()
-NOT_YET = Proposal(ready=False)
+NOT_READY = Proposal(ready=False)
 
 
 def chain_proposal(token_ids: Sequence[int], probabilities: Sequence[float] | None = None) -> Proposal:
-    """One behind the other."""
+    """A proposal in which each token follows the one before it."""
     return Proposal(token_ids, range(-1, len(token_ids) - 1), probabilities)
 
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """What the target said at the masks behind the last but one token of the text, the first mask first."""
+    """The target's predictions at the masks that follow the last but one token of the sequence, in order."""
 
     token_ids: Sequence[int]
-    probabilities: Sequence[float]  # each, if those before it come
+    probabilities: Sequence[float]  # of each, given the ones before it
 
 
 class ProposerState(Protocol):
-    """The text of one request, as a method has read it. It is called in the engine's thread, and should be quick."""
+    """What a method keeps for one sequence. The engine's thread calls it, so it has to be quick."""
 
     def extend(
         self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
     ) -> None:
-        """These tokens now follow in the text: at first all of the prompt.
+        """Appends tokens to the sequence. The first call passes the whole prompt.
 
-        features [n, width], where the method asks for them: the target's, of the token *before* each of the last n of
-        them. Fewer than there are tokens where the target does not know them any more. `foreseen`, where there were
-        masks behind the last but one.
+        `hidden_states` [n, width] is passed to methods that name `aux_hidden_state_layers`. Its rows belong to the
+        tokens *before* each of the last n tokens. n is smaller than the number of tokens where the target no longer
+        has the hidden states. `mask_prediction` is passed if masks followed the last but one token.
         """
         ...
 
@@ -66,32 +68,32 @@ P = TypeVar("P", bound=ProposerState)
 
 @dataclass(frozen=True)
 class ProposalRequest(Generic[P]):
-    """For what might follow a text: at most that many tokens, and none less likely than `floor` to be accepted."""
+    """Asks for a proposal that continues one sequence."""
 
     state: P
     max_tokens: int
-    min_probability: float = 0.0
-    max_depth: int = UNLIMITED  # tokens one behind the other
+    min_probability: float = 0.0  # leave out nodes that are less likely to be accepted
+    max_depth: int = UNLIMITED  # tokens on one path
 
 
 class Proposer(ABC, Generic[P]):
-    """A method, for any number of requests."""
+    """A token-level method, which serves any number of sequences."""
 
     aux_hidden_state_layers: tuple[int, ...] = ()
-    """Which of the target's `hidden_states`, side by side, are the features that it reads."""
+    """The target's `hidden_states` that the method reads, concatenated in this order."""
     bytes_per_token: int = 0
-    """What it keeps of each token of a text, the features not counted."""
+    """Memory that the method keeps for each token of a sequence, without the target's hidden states."""
 
     def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
-        """Told once, before all else, how many texts there may be, and how long."""
+        """Allocates memory for so many sequences of so many tokens. It is called once, before all other methods."""
 
     def reset(self) -> None:
-        """What it has read of past texts serves no later ones. From any thread."""
+        """Drops what was computed for past sequences, so that no later one reuses it. Any thread may call it."""
 
     @abstractmethod
     def new_state(self) -> P:
-        """For one request."""
+        """The state of a new sequence."""
 
     @abstractmethod
     def propose(self, requests: Sequence[ProposalRequest[P]]) -> list[Proposal]:
-        """For several requests at once, a proposal for each wish."""
+        """One proposal for each request."""

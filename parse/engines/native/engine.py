@@ -19,7 +19,6 @@ from parse.engines.native.programs import (
     verify_only,
 )
 from parse.engines.native.request import Request
-from parse.engines.native.step_timing import measure_step_seconds
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.registry import MODES
@@ -48,8 +47,6 @@ class NativeEngine:
         """
         self.model, self._methods = model, dict(methods or {})
         self.max_model_len = min(settings.max_model_len, model.max_model_len)
-        if self._methods and cost_model is not None:
-            cost_model.initialize(measure_step_seconds(model))
         max_sequences, sequence_capacity = self._divide_memory(kv_cache_bytes(settings, model.network))
         for method in self._methods.values():
             method.proposer.reserve(max_sequences, sequence_capacity)

@@ -1,1 +1,1 @@
-"""One module per token-level method, and what these modules share."""
+"""One module per token-level method, and the modules that several methods share."""

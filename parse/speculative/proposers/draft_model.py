@@ -1,7 +1,7 @@
-"""A small model beside the target drafts a chain, token by token; it has to speak the same tokens.
+"""A small model with the target's tokenizer drafts a chain, token by token.
 
-It keeps keys and values of all texts, and of their common beginnings, as the engine does. What it has drafted and the
-target accepted it need not read again.
+It has a KV cache and a prefix cache of its own, like the engine. Tokens that it drafted and the target accepted are
+already in that cache, so they are not computed again.
 """
 
 from collections import deque
@@ -13,6 +13,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
+from parse.config import SpeculativeConfig
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Dtype, Model
 from parse.engines.native.paged_attention import BLOCK_SIZE, attention_for
@@ -20,44 +21,53 @@ from parse.engines.native.prefix_cache import PrefixCache, SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.speculative.proposal import (
     NO_PROPOSAL,
-    NOT_YET,
+    NOT_READY,
     MaskPrediction,
     Proposal,
     ProposalRequest,
     Proposer,
     chain_proposal,
 )
-from parse.speculative.proposers.eagle_head import ProposerLoadError
+from parse.speculative.proposers.base import DEFAULT_CHAIN_LENGTH, LoadContext, LoadedProposer, ProposerLoadError
 
-MAX_PREFILL_TOKENS = 512  # tokens at a time: long prompts must not stall everybody's next token
-MAX_TOKENS_WITH_FIRST_STEP = 32  # tokens that are read with the first step of drafting, and not before it
+MAX_PREFILL_TOKENS = 512  # tokens in one call, so that a long prompt does not delay the other sequences
+MAX_TOKENS_WITH_FIRST_STEP = 32  # so many pending tokens are computed in the first drafting step, not before it
+
+
+def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+    """Loads the small model onto the target's device."""
+    assert config.model is not None, "the settings require a model"
+    proposer = DraftModelProposer.load(config.model, context.target, device=context.device, dtype=context.dtype)
+    return LoadedProposer(proposer, config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH)
 
 
 class DraftModelProposer(Proposer["DraftModelState"]):
+    """Drafts for all requests of a call in the same passes of the small model."""
+
     def __init__(self, model: Model, vocab_size: int | None = None) -> None:
-        """For a target of so many tokens, if not as many."""
+        """`vocab_size` is the target's, if it differs: only its tokens are proposed."""
         self.model, self.vocab_size = model, vocab_size or model.vocab_size
         self.bytes_per_token = model.bytes_per_token
         self._make_attention = attention_for(model.device)
         self._kv_cache: KVCache | None = None
-        self._released: deque[SequenceState] = deque()  # by whichever thread lets go of a text
+        # Sequences whose state was deleted. Any thread may delete one, but only `propose` uses the prefix cache.
+        self._released: deque[SequenceState] = deque()
         self._reset_requested = False
 
     @classmethod
     def load(cls, path: str | Path, target: Model, *, device: str, dtype: Dtype) -> Self:
         model = Model.load(path, device=device, dtype=dtype)
         if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-            raise ProposerLoadError(f"{path} does not speak the target's tokens: its tokenizer is another one")
+            raise ProposerLoadError(f"{path} has a different tokenizer than the target")
         if model.vocab_size < (needed := max(target.tokenizer.get_vocab().values()) + 1):
-            raise ProposerLoadError(f"{path} knows {model.vocab_size} tokens, the target's tokenizer {needed}")
+            raise ProposerLoadError(f"{path} has {model.vocab_size} tokens, the target's tokenizer {needed}")
         return cls(model, target.vocab_size)
 
     def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
-        """Memory for so many texts of so many tokens."""
         self.max_model_len = min(sequence_capacity, self.model.max_model_len)
-        size = sequence_capacity if self.model.device.type == "cpu" else BLOCK_SIZE
-        self._kv_cache = KVCache(max_sequences * sequence_capacity // size, size)
-        self._prefix_cache = PrefixCache(self._kv_cache.num_blocks, size, self._kv_cache.copy_block)
+        block_size = sequence_capacity if self.model.device.type == "cpu" else BLOCK_SIZE
+        self._kv_cache = KVCache(max_sequences * sequence_capacity // block_size, block_size)
+        self._prefix_cache = PrefixCache(self._kv_cache.num_blocks, block_size, self._kv_cache.copy_block)
 
     def reset(self) -> None:
         self._reset_requested = True
@@ -73,33 +83,36 @@ class DraftModelProposer(Proposer["DraftModelState"]):
             self._reset_requested = False
             self._prefix_cache.reset()
         self._prefill_budget = MAX_PREFILL_TOKENS
-        states = [wish.state for wish in requests]
+        states = [request.state for request in requests]
         drafts: dict[DraftModelState, list[int]] = {}
         probabilities: dict[DraftModelState, list[float]] = {}
-        active = {wish.state: wish for wish in requests if self._catch_up(wish.state)}
-        while active := {text: wish for text, wish in active.items() if self._fits(text)}:
-            for text, token, chance in self._step(list(active)):
-                probability = chance * (probabilities[text][-1] if text in probabilities else 1.0)
-                wish = active[text]
-                if probability < wish.min_probability:
-                    del active[text]
+        active = {request.state: request for request in requests if self._catch_up(request.state)}
+        while active := {state: request for state, request in active.items() if self._fits(state)}:
+            for state, token, token_probability in self._step(list(active)):
+                path_probability = token_probability * (probabilities[state][-1] if state in probabilities else 1.0)
+                request = active[state]
+                if path_probability < request.min_probability:
+                    del active[state]
                     continue
-                drafts.setdefault(text, []).append(token)
-                probabilities.setdefault(text, []).append(probability)
-                text.proposed.append(token)
-                if len(drafts[text]) == min(wish.max_tokens, wish.max_depth):
-                    del active[text]
+                drafts.setdefault(state, []).append(token)
+                probabilities.setdefault(state, []).append(path_probability)
+                state.proposed.append(token)
+                if len(drafts[state]) == min(request.max_tokens, request.max_depth):
+                    del active[state]
         return [
-            chain_proposal(drafts[text], probabilities[text])
-            if text in drafts
+            chain_proposal(drafts[state], probabilities[state])
+            if state in drafts
             else NO_PROPOSAL
-            if text.is_computed or not self._supports(text)
-            else NOT_YET
-            for text in states
+            if state.is_computed or not self._supports(state)
+            else NOT_READY
+            for state in states
         ]
 
     def _catch_up(self, state: "DraftModelState") -> bool:
-        """Takes over what was drafted and accepted, and reads the rest but its last few tokens."""
+        """Keeps what was drafted and accepted, and computes most of the other new tokens.
+
+        Returns whether the rest is short enough to be computed with the first drafting step.
+        """
         if not state.pending or not self._supports(state):
             return False
         if state.sequence is None:
@@ -128,74 +141,72 @@ class DraftModelProposer(Proposer["DraftModelState"]):
             if not count or not self._prefix_cache.reserve(sequence, len(sequence.token_ids)):
                 return False
             self._prefill_budget -= count
-            self._forward(
-                [ScheduledChunk(sequence, (), sequence.num_computed_tokens, sequence.num_computed_tokens + count)], []
-            )
+            start = sequence.num_computed_tokens
+            self._forward([ScheduledChunk(sequence, (), start, start + count)], [])
             sequence.num_computed_tokens += count
         return state.is_computed
 
     def _supports(self, state: "DraftModelState") -> bool:
-        """A target may know more positions, and more tokens than its tokenizer has."""
+        """Whether the small model has all positions and tokens of the sequence; the target may have more."""
         return state.length <= self.max_model_len and max(state.pending, default=0) < self.model.vocab_size
 
     def _fits(self, state: "DraftModelState") -> bool:
+        """Whether the sequence can be extended by a token."""
         assert state.sequence is not None
         length = len(state.sequence.token_ids) + len(state.pending) + len(state.proposed)
         return length <= self.max_model_len and self._prefix_cache.reserve(state.sequence, length)
 
     def _step(self, states: "Sequence[DraftModelState]") -> "list[tuple[DraftModelState, int, float]]":
-        """One more token of each, and how likely it is."""
+        """Drafts one token for each state; returns the tokens and their probabilities."""
         chunks = []
-        for text in states:
-            sequence = text.sequence
+        for state in states:
+            sequence = state.sequence
             assert sequence is not None
-            nodes = text.proposed or text.pending
-            last = len(sequence.token_ids) + len(nodes)
-            chunks.append(
-                (text, ScheduledChunk(sequence, list(nodes), last - (1 if text.proposed else len(nodes)), last))
-            )
-        chunks.sort(
-            key=lambda part: (len(part[1]), part[1].sequence.block_ids[0])
-        )  # single tokens side by side in memory
-        last_entries, size = [], 0
-        for _, span in chunks:
-            size += len(span)
-            last_entries.append(size - 1)
-        logits = self._forward([span for _, span in chunks], last_entries)[:, : self.vocab_size]
+            nodes = state.proposed or state.pending
+            end = len(sequence.token_ids) + len(nodes)
+            start = end - (1 if state.proposed else len(nodes))
+            chunks.append((state, ScheduledChunk(sequence, list(nodes), start, end)))
+        # Attention is faster if chunks of one token come first, in the order of their blocks in memory.
+        chunks.sort(key=lambda part: (len(part[1]), part[1].sequence.block_ids[0]))
+        logits_entries, num_entries = [], 0
+        for _, chunk in chunks:
+            num_entries += len(chunk)
+            logits_entries.append(num_entries - 1)
+        logits = self._forward([chunk for _, chunk in chunks], logits_entries)[:, : self.vocab_size]
         probabilities, tokens = logits.softmax(-1).max(-1)
-        for text, _ in chunks:
-            assert text.sequence is not None
-            if not text.proposed:  # what was new in the text is read now, all but the drafts belongs to it
-                self._prefix_cache.commit(text.sequence, text.pending)
-                text.pending = []
+        for state, _ in chunks:
+            assert state.sequence is not None
+            if not state.proposed:  # the new tokens of the sequence are computed now
+                self._prefix_cache.commit(state.sequence, state.pending)
+                state.pending = []
             else:
-                text.num_proposed_computed = len(text.proposed)
+                state.num_proposed_computed = len(state.proposed)
         return [
-            (text, token, chance)
-            for (text, _), token, chance in zip(chunks, tokens.tolist(), probabilities.tolist(), strict=True)
+            (state, token, probability)
+            for (state, _), token, probability in zip(chunks, tokens.tolist(), probabilities.tolist(), strict=True)
         ]
 
     def _forward(self, chunks: Sequence[ScheduledChunk], logits_entries: Sequence[int]) -> Tensor:
-        assert self._kv_cache is not None, "asked before memory was reserved"
-        tokens = [token for span in chunks for token in span.token_ids()]
-        positions = [position for span in chunks for position in span.positions()]
+        assert self._kv_cache is not None, "`reserve` must be called first"
+        tokens = [token for chunk in chunks for token in chunk.token_ids()]
+        positions = [position for chunk in chunks for position in chunk.positions()]
         logits, _ = self.model.forward(tokens, positions, self._make_attention(self._kv_cache, chunks), logits_entries)
         return logits
 
 
 class DraftModelState:
-    """The text of one request, as the small model has read it."""
+    """State of one sequence in the small model."""
 
     def __init__(self) -> None:
         self.sequence: SequenceState | None = None
-        self.pending: list[int] = []  # tokens of the text behind the context
-        self.proposed: list[int] = []
-        self.num_proposed_computed = 0  # of them, those whose keys and values stand behind the context
+        self.pending: list[int] = []  # tokens that follow those of `sequence`
+        self.proposed: list[int] = []  # tokens drafted after `sequence` in the last call
+        self.num_proposed_computed = 0  # drafted tokens whose keys and values are stored after the sequence's
         self.length = 0
 
     @property
     def is_computed(self) -> bool:
-        """All but what is ahead?"""
+        """Whether all tokens but the pending ones are in the cache."""
         return self.sequence is not None and self.sequence.num_computed_tokens == len(self.sequence.token_ids)
 
     def extend(

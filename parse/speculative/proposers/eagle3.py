@@ -1,6 +1,7 @@
-"""EAGLE-3: a head drafts token by token, each guess of a feature fed back with the token that was guessed.
+"""EAGLE-3: a head drafts token by token from the target's hidden states.
 
-What it has drafted is forgotten with the next tokens of the text, whose true features take its place.
+Each step feeds back the head's own output, in place of the target's hidden states, together with the token it drafted.
+When the sequence grows, the drafted elements are dropped and the target's true hidden states take their place.
 """
 
 import math
@@ -12,97 +13,112 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from parse.config import SpeculativeConfig
 from parse.speculative.proposal import Proposal, ProposalRequest
+from parse.speculative.proposers.base import DEFAULT_CHAIN_LENGTH, LoadContext, LoadedProposer, ProposerLoadError
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import Attend, EagleHead, ProposerLoadError, TargetModel
+from parse.speculative.proposers.eagle_head import Attend, EagleHead, TargetModel
 from parse.speculative.proposers.head_proposer import MASKED, HeadProposer, HeadState, attention, run_head
 
-STEPS_PER_SYNC = 4  # steps of drafting between two looks at whether to go on
+DEFAULT_TREE_DEPTH = 8  # tokens on one path
+STEPS_PER_SYNC = 4  # drafting steps between two checks of whether to continue, each of which waits for the device
+
+
+def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+    """Loads a head. With `topk` 1 it proposes chains, else trees."""
+    assert config.model is not None, "the settings require a model"
+    if config.topk == 1:
+        depth = max_tokens = config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH
+    else:
+        max_tokens = config.num_speculative_tokens or 2 * DEFAULT_TREE_DEPTH
+        depth = min(max_tokens, DEFAULT_TREE_DEPTH)
+    proposer = Eagle3Proposer.load(config.model, context.target.network, depth=depth - 1, topk=config.topk)
+    return LoadedProposer(proposer, max_tokens)
 
 
 class Eagle3Proposer(HeadProposer):
-    """A head ready to draft, for any number of requests.
+    """A head that drafts for any number of requests.
 
-    Its tree: the `beam` likeliest tokens come first; then `depth` times each of the beam's nodes gets its `beam`
-    likeliest children, and the best of those by probability from the root on are the next beam. Of all nodes seen
-    the likeliest are proposed, down to the floor; once the whole beam lies below it, nobody drafts on. With `beam=1`
-    that is a chain of `depth + 1` tokens.
+    The `topk` most likely tokens are the first level of the tree, and its first beam. Then, `depth` times, each node of
+    the beam gets its `topk` most likely children, and the `topk` best of these by the probability of their whole path
+    are the next beam. The most likely of all nodes seen are proposed, down to `min_probability`. Drafting ends early
+    when no node of the beam reaches it. With `topk=1` the result is a chain of `depth + 1` tokens.
     """
 
-    def __init__(self, head: EagleHead, embedding: Tensor, *, depth: int = 7, beam: int = 10) -> None:
+    def __init__(self, head: EagleHead, embedding: Tensor, *, depth: int = 7, topk: int = 10) -> None:
         config = head.config
         if config.num_hidden_layers != 1 or config.parallel_tokens != 1:
             raise ProposerLoadError(
                 "not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass"
             )
-        if depth < 0 or not 1 <= beam <= config.draft_vocab_size:
+        if depth < 0 or not 1 <= topk <= config.draft_vocab_size:
             raise ProposerLoadError(
-                f"depth must be at least 0 and beam in 1..{config.draft_vocab_size}, got {depth}, {beam}"
+                f"depth must be at least 0 and topk in 1..{config.draft_vocab_size}, got {depth}, {topk}"
             )
         super().__init__(head, embedding)
-        self.depth, self.beam = depth, beam
+        self.depth, self.topk = depth, topk
 
     @classmethod
-    def load(cls, path: str | Path, network: PreTrainedModel, *, depth: int = 7, beam: int = 10) -> Self:
-        return cls(*load_head(path, TargetModel.of(network)), depth=depth, beam=beam)
+    def load(cls, path: str | Path, network: PreTrainedModel, *, depth: int = 7, topk: int = 10) -> Self:
+        return cls(*load_head(path, TargetModel.of(network)), depth=depth, topk=topk)
 
     def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
-        """Below, R texts have B nodes in their beams, and every level adds N nodes: first B, then B * B."""
-        states = [wish.state for wish in requests]
-        depth = min(self.depth, max(min(wish.max_tokens, wish.max_depth) for wish in requests) - 1)
-        count, beam = len(states), self.beam
+        """Shapes: R requests, B = topk nodes in a beam; a level adds N nodes, first B, then B * B."""
+        states = [request.state for request in requests]
+        depth = min(self.depth, max(min(request.max_tokens, request.max_depth) for request in requests) - 1)
+        count, topk = len(states), self.topk
         for state in states:
-            state.reserve(self.head, depth * beam)
+            state.reserve(self.head, depth * topk)
         hidden = run_head(self.head, self.embedding, self._rotary, states)  # [R, 1, H]
         scores, tokens = self._top_children(hidden)  # [R, 1, B]
         scores, tokens = scores[:, 0], tokens[:, 0]
-        hidden = hidden.expand(-1, beam, -1)
+        hidden = hidden.expand(-1, topk, -1)
         all_scores, all_tokens = [scores], [tokens]  # [R, N] each
-        all_parents = [tokens.new_full((count, beam), -1)]
-        node = torch.arange(beam, device=tokens.device).expand(count, -1)  # of the beam, among all nodes
-        # [R, B, depth * B]: which of the drafted elements each of the beam's sees; a chain sees them all.
-        mask = hidden.new_full((count, beam, depth * beam), MASKED) if beam > 1 else None
-        own = torch.arange(beam, device=tokens.device)
-        min_logprobs = scores.new_tensor([_log(wish.min_probability) for wish in requests])
+        all_parents = [tokens.new_full((count, topk), -1)]
+        beam_nodes = torch.arange(topk, device=tokens.device).expand(count, -1)  # indices into all nodes
+        # [R, B, depth * B]: which drafted elements each node of the beam sees. In a chain it sees all of them.
+        mask = hidden.new_full((count, topk, depth * topk), MASKED) if topk > 1 else None
+        beam_indices = torch.arange(topk, device=tokens.device)
+        min_logprobs = scores.new_tensor([_log(request.min_probability) for request in requests])
         for level in range(depth):
-            # To ask is to wait for the device, which a CPU never lets one.
+            # Reading a value waits for a GPU, so it is done every few steps. A CPU has nothing to wait for.
             if (scores.is_cpu or level % STEPS_PER_SYNC == STEPS_PER_SYNC - 1) and bool(
                 (scores[:, 0] < min_logprobs).all()
             ):
                 break
             if mask is not None:
-                mask[:, own, level * beam + own] = 0.0
+                mask[:, beam_indices, level * topk + beam_indices] = 0.0
             hidden = self._expand(states, tokens, hidden, level, mask)
             logprobs, children = self._top_children(hidden)
-            sums = (scores[..., None] + logprobs).flatten(1)  # [R, B * B]
+            path_scores = (scores[..., None] + logprobs).flatten(1)  # [R, B * B]
             children = children.flatten(1)
-            all_scores.append(sums)
+            all_scores.append(path_scores)
             all_tokens.append(children)
-            all_parents.append(node.repeat_interleave(beam, 1))
+            all_parents.append(beam_nodes.repeat_interleave(topk, 1))
             if level == depth - 1:
                 break
-            scores, best = sums.topk(beam)
-            node = beam * (1 + level * beam) + best
+            scores, best = path_scores.topk(topk)
+            beam_nodes = topk * (1 + level * topk) + best
             tokens = children.gather(1, best)
-            parent_rank = best // beam
+            parent_rank = best // topk
             hidden = hidden.gather(1, parent_rank[..., None].expand(hidden.shape))
             if mask is not None:
                 mask = mask.gather(1, parent_rank[..., None].expand(mask.shape))
         return _select_nodes(
-            torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), beam, requests
+            torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), topk, requests
         )
 
     def _top_children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and target's tokens of the likeliest behind each, [..., B]."""
-        logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.beam)
+        """Log-probabilities and target tokens of the most likely children of each element, [..., B]."""
+        logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.topk)
         return logprobs, self.head.to_target[tokens]
 
     def _expand(
         self, states: Sequence[HeadState], tokens: Tensor, hidden: Tensor, level: int, mask: Tensor | None
     ) -> Tensor:
-        """What the head makes of the beam's nodes, [R, B, H]."""
-        shape, beam = hidden.shape, self.beam
-        rotation = self._rotary.cos_sin([text.length - 1 + level for text in states for _ in range(beam)])
+        """Runs the head on the nodes of the beams; its output is [R, B, H]."""
+        shape, topk = hidden.shape, self.topk
+        rotation = self._rotary.cos_sin([state.length - 1 + level for state in states for _ in range(topk)])
         return self.head(
             self.embedding[tokens.flatten()],
             hidden.reshape(-1, shape[-1]),
@@ -111,49 +127,66 @@ class Eagle3Proposer(HeadProposer):
         ).view(shape)
 
     def _draft_attention(self, states: Sequence[HeadState], level: int, mask: Tensor | None) -> Attend:
-        beam = self.beam
+        """Attention of drafted elements to their sequence and to their ancestors; stores their keys and values."""
+        topk = self.topk
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            out = []
-            for place, text in enumerate(states):
-                rows = slice(place * beam, (place + 1) * beam)
-                start, end = text.num_elements + level * beam, text.num_elements + (level + 1) * beam
-                text.keys[layer, :, start:end] = key[rows].transpose(0, 1)
-                text.values[layer, :, start:end] = value[rows].transpose(0, 1)
-                seen = None
+            outputs = []
+            for index, state in enumerate(states):
+                rows = slice(index * topk, (index + 1) * topk)
+                start, end = state.num_elements + level * topk, state.num_elements + (level + 1) * topk
+                state.keys[layer, :, start:end] = key[rows].transpose(0, 1)
+                state.values[layer, :, start:end] = value[rows].transpose(0, 1)
+                full_mask = None
                 if mask is not None:
-                    seen = mask.new_zeros(beam, end)
-                    seen[:, text.num_elements :] = mask[place, :, : end - text.num_elements]
-                out.append(attention(query[rows], text.keys[layer, :, :end], text.values[layer, :, :end], seen))
-            return out[0] if len(out) == 1 else torch.cat(out)
+                    full_mask = mask.new_zeros(topk, end)
+                    full_mask[:, state.num_elements :] = mask[index, :, : end - state.num_elements]
+                keys, values = state.keys[layer, :, :end], state.values[layer, :, :end]
+                outputs.append(attention(query[rows], keys, values, full_mask))
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return attend
 
 
 def _select_nodes(
-    scores: Tensor, tokens: Tensor, parents: Tensor, beam: int, requests: Sequence[ProposalRequest[HeadState]]
+    scores: Tensor, tokens: Tensor, parents: Tensor, topk: int, requests: Sequence[ProposalRequest[HeadState]]
 ) -> list[Proposal]:
-    """Of each row's nodes; a child is never likelier than its parent, and among equals the earlier one counts."""
-    max_tokens = max(wish.max_tokens for wish in requests)
-    num_allowed = torch.tensor([[beam + (wish.max_depth - 1) * beam**2] for wish in requests], device=scores.device)
+    """The most likely nodes for each request; scores, tokens and parents are [R, nodes].
+
+    A child is never more likely than its parent, and of equal nodes the earlier one is preferred. So the parent of a
+    selected node is always selected too.
+    """
+    max_tokens = max(request.max_tokens for request in requests)
+    num_allowed = torch.tensor(
+        [[topk + (request.max_depth - 1) * topk**2] for request in requests], device=scores.device
+    )
     scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= num_allowed, -math.inf)
     ranked = scores.sort(descending=True, stable=True)
-    rows = zip(requests, *(part[:, :max_tokens].tolist() for part in (ranked.indices, ranked.values)), strict=True)
+    rows = zip(
+        requests,
+        ranked.indices[:, :max_tokens].tolist(),
+        ranked.values[:, :max_tokens].tolist(),
+        tokens.tolist(),
+        parents.tolist(),
+        strict=True,
+    )
     proposals = []
-    for (wish, nodes, likely), all_tokens, all_parents in zip(rows, tokens.tolist(), parents.tolist(), strict=True):
-        floor = _log(wish.floor)
-        num_selected = sum(1 for logprob in likely[: wish.most] if logprob >= floor and logprob > -math.inf)
-        chosen = sorted(zip(nodes[:num_selected], likely[:num_selected], strict=True))
-        place = {node: at for at, (node, _) in enumerate(chosen)}
+    for request, ranked_nodes, logprobs, node_tokens, node_parents in rows:
+        min_logprob = _log(request.min_probability)
+        num_selected = sum(
+            1 for logprob in logprobs[: request.max_tokens] if logprob >= min_logprob and logprob > -math.inf
+        )
+        selected = sorted(zip(ranked_nodes[:num_selected], logprobs[:num_selected], strict=True))
+        new_index = {node: index for index, (node, _) in enumerate(selected)}
         proposals.append(
             Proposal(
-                tuple(all_tokens[node] for node, _ in chosen),
-                tuple(place.get(all_parents[node], -1) for node, _ in chosen),
-                tuple(math.exp(logprob) for _, logprob in chosen),
+                tuple(node_tokens[node] for node, _ in selected),
+                tuple(new_index.get(node_parents[node], -1) for node, _ in selected),
+                tuple(math.exp(logprob) for _, logprob in selected),
             )
         )
     return proposals
 
 
-def _log(floor: float) -> float:
-    return math.log(floor) if floor > 0 else -math.inf
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf

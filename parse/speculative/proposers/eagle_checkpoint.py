@@ -1,7 +1,7 @@
-"""Heads on disk, as the authors of EAGLE-3 lay them out, or with `layers.0` for their `midlayer`.
+"""Checkpoints of heads in the layout of the EAGLE-3 authors, or with `layers.0` in place of their `midlayer`.
 
-A parallel head of ours adds `mask_embedding` and `mask_hidden`, `parallel_tokens` in its config, and further layers as
-`layers.1` and on.
+Our ParallelSpec heads add the tensors `mask_embedding` and `mask_hidden`, `parallel_tokens` in the config, and further
+layers as `layers.1` and so on.
 """
 
 import json
@@ -15,18 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from parse.speculative.proposers.eagle_head import (
-    EagleHead,
-    EagleHeadConfig,
-    ProposerLoadError,
-    RotaryEmbedding,
-    TargetModel,
-)
+from parse.speculative.proposers.base import ProposerLoadError
+from parse.speculative.proposers.eagle_head import EagleHead, EagleHeadConfig, RotaryEmbedding, TargetModel
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 
-# Ours, and the tensors of a checkpoint that lie in it one below the other.
+# For each parameter of a layer: the tensors of a checkpoint whose rows it consists of.
 LAYER_PARTS = {
     "input_layernorm": ("input_layernorm",),
     "hidden_norm": ("hidden_norm",),
@@ -41,25 +36,25 @@ MASKS: dict[str, tuple[str, ...]] = {name: (name,) for name in ("mask_embedding"
 
 
 def load_head(path: str | Path, target: TargetModel) -> tuple[EagleHead, Tensor]:
-    """The head, on the device and in the arithmetic of its target, and the embeddings it reads tokens by."""
+    """Loads a head onto the device and dtype of its target, together with the embedding of its input tokens."""
     folder = str(path)
-    config = _load_config(file_of(folder, CONFIG), target)
+    config = _load_config(resolve_file(folder, CONFIG), target)
     file, tensors = _load_tensors(folder)
     embedding = tensors.pop("embed_tokens.weight", target.embedding)
     if embedding.shape[1] != config.hidden_size:
         raise ProposerLoadError(
-            f"{file}: embeddings are {embedding.shape[1]} wide, the head is {config.hidden_size} "
-            "and brings no embed_tokens.weight of its own"
+            f"{file}: the target's embeddings have width {embedding.shape[1]}, the head {config.hidden_size}, "
+            "and the checkpoint has no embed_tokens.weight of its own"
         )
     head = EagleHead(config)
     midlayer = "midlayer" if any(name.startswith("midlayer.") for name in tensors) else "layers.0"
     with torch.no_grad():
-        own = dict(head.named_parameters())
+        parameters = dict(head.named_parameters())
         for name, names in _layout(config, midlayer).items():
-            _fill(own[name], names, tensors, file, config)
+            _fill(parameters[name], names, tensors, file, config)
     head.to_target = _draft_to_target(tensors, config, file)
     if unexpected := sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq")):
-        raise ProposerLoadError(f"{file} holds {unexpected[0]}, which this head has no place for")
+        raise ProposerLoadError(f"{file} has an unexpected tensor {unexpected[0]}")
     like = target.embedding
     return head.to(like.device, like.dtype).eval().requires_grad_(False), embedding.to(like.device, like.dtype)
 
@@ -94,18 +89,18 @@ def save_head(head: EagleHead, folder: Path, *, dtype: torch.dtype = torch.float
 
 
 def _layout(config: EagleHeadConfig, midlayer: str) -> dict[str, tuple[str, ...]]:
-    """The tensors of a checkpoint for each of our parameters."""
+    """The tensors of a checkpoint for each parameter of the head."""
     layout = PARTS | (MASKS if config.parallel_tokens > 1 else {})
     for number in range(config.num_hidden_layers):
         prefix = midlayer if number == 0 else f"layers.{number}"
-        for ours, theirs in LAYER_PARTS.items():
-            if number == 0 or ours != "hidden_norm":
-                layout[f"layers.{number}.{ours}"] = tuple(f"{prefix}.{name}.weight" for name in theirs)
+        for parameter, names in LAYER_PARTS.items():
+            if number == 0 or parameter != "hidden_norm":
+                layout[f"layers.{number}.{parameter}"] = tuple(f"{prefix}.{name}.weight" for name in names)
     return layout
 
 
 def _row_counts(names: tuple[str, ...], config: EagleHeadConfig) -> list[int]:
-    """How many rows each of several tensors has that lie below one another."""
+    """The number of rows of each of several tensors that form one parameter."""
     keys = config.num_key_value_heads * config.head_dim
     counts = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": keys, "v_proj": keys}
     return [counts.get(name.split(".")[-2], config.intermediate_size) for name in names]
@@ -120,38 +115,38 @@ def _fill(
 
 
 def copy_tensor(parameter: Tensor, name: str, tensors: dict[str, Tensor], file: str) -> None:
-    """Fills it with the tensor of that name, which is gone from the others then."""
+    """Moves the tensor of that name from `tensors` into the parameter, after checking it."""
     if name not in tensors:
-        raise ProposerLoadError(f"{file} lacks {name}")
+        raise ProposerLoadError(f"{file} has no tensor {name}")
     tensor = tensors.pop(name)
     if tensor.shape != parameter.shape:
         raise ProposerLoadError(
             f"{file}: {name} is {tuple(tensor.shape)}, must be {tuple(parameter.shape)} for this target"
         )
     if not tensor.isfinite().all():
-        raise ProposerLoadError(f"{file}: {name} holds what is no number")
+        raise ProposerLoadError(f"{file}: {name} has values that are not finite")
     parameter.copy_(tensor)
 
 
 def _draft_to_target(tensors: dict[str, Tensor], config: EagleHeadConfig, file: str) -> Tensor:
-    """[draft vocabulary], from the offsets in d2t; t2d has to say the same."""
-    own, mask = torch.arange(config.draft_vocab_size), tensors.pop("t2d", None)
+    """The target's token ids, [draft vocabulary], from the offsets in d2t; t2d has to mark the same tokens."""
+    draft_ids, mask = torch.arange(config.draft_vocab_size), tensors.pop("t2d", None)
     offsets = tensors.pop("d2t", None)
     if offsets is None:
         if config.draft_vocab_size != config.vocab_size:
-            raise ProposerLoadError(f"{file} lacks d2t")
-        return own
-    if offsets.shape != own.shape:
-        raise ProposerLoadError(f"{file}: d2t is {tuple(offsets.shape)}, must be {tuple(own.shape)}")
-    chosen = own + offsets.long()
-    if not (chosen.min() >= 0 and chosen.max() < config.vocab_size):
-        raise ProposerLoadError(f"{file}: d2t leads to tokens outside 0..{config.vocab_size - 1}")
+            raise ProposerLoadError(f"{file} has no tensor d2t")
+        return draft_ids
+    if offsets.shape != draft_ids.shape:
+        raise ProposerLoadError(f"{file}: d2t is {tuple(offsets.shape)}, must be {tuple(draft_ids.shape)}")
+    target_ids = draft_ids + offsets.long()
+    if not (target_ids.min() >= 0 and target_ids.max() < config.vocab_size):
+        raise ProposerLoadError(f"{file}: d2t maps to tokens outside 0..{config.vocab_size - 1}")
     if mask is not None:
         if mask.shape != (config.vocab_size,):
             raise ProposerLoadError(f"{file}: t2d is {tuple(mask.shape)}, must be {(config.vocab_size,)}")
-        if not torch.equal(mask.bool().nonzero()[:, 0], chosen.sort().values):
+        if not torch.equal(mask.bool().nonzero()[:, 0], target_ids.sort().values):
             raise ProposerLoadError(f"{file}: t2d and d2t name different tokens")
-    return chosen
+    return target_ids
 
 
 def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
@@ -162,12 +157,12 @@ def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
         raise ProposerLoadError(f"{path} is damaged: {error}") from error
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         if config_json.get(name) is None:
-            raise ProposerLoadError(f"{path} does not say {name}")
+            raise ProposerLoadError(f"{path} lacks {name}")
     if config_json.get("norm_before_residual"):
         raise ProposerLoadError(f"{path}: norm_before_residual is not supported")
     if (act := config_json.get("hidden_act", "silu")) != "silu":
         raise ProposerLoadError(f"{path}: hidden_act must be silu, got {act!r}")
-    rope = config_json.get("rope_parameters") or {}  # how the library writes it since version 5
+    rope = config_json.get("rope_parameters") or {}  # the format since version 5 of transformers
     config_json = {"rope_theta": rope.get("rope_theta"), "rope_scaling": rope or None} | config_json
     values = {
         field.name: config_json[field.name]
@@ -184,13 +179,13 @@ def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
     except ProposerLoadError as error:
         raise ProposerLoadError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ProposerLoadError(f"{path} says what cannot be: {error!r}") from error
-    for name, theirs, ours in (
+        raise ProposerLoadError(f"{path} has an invalid value: {error!r}") from error
+    for name, head_size, target_size in (
         ("vocab_size", config.vocab_size, target.vocab_size),
         ("target_hidden_size", config.target_hidden_size, target.hidden_size),
     ):
-        if theirs != ours:
-            raise ProposerLoadError(f"{path}: {name} is {theirs}, the target's {ours}")
+        if head_size != target_size:
+            raise ProposerLoadError(f"{path}: {name} is {head_size}, the target's {target_size}")
     if config.draft_vocab_size > config.vocab_size:
         raise ProposerLoadError(
             f"{path}: draft_vocab_size, {config.draft_vocab_size}, exceeds vocab_size, {config.vocab_size}"
@@ -199,46 +194,47 @@ def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
 
 
 def _aux_layers(config_json: Mapping[str, Any], target: TargetModel, path: str) -> tuple[int, ...]:
-    """Indices into `hidden_states`.
+    """The layers whose hidden states the head reads, as indices into `hidden_states`.
 
-    In `eagle_config` published heads number the layers whose *output* is meant, one less; some do as we do. Those that
-    are the usual ones in either way of counting tell themselves, and others there are taken for outputs.
+    In `eagle_config`, most published heads number the layers whose *output* they read, which is one less, but some use
+    indices as we do. If the numbers are the default layers in one of the two conventions, that convention applies.
+    Otherwise numbers in `eagle_config` are taken for outputs.
     """
     key = "eagle_aux_hidden_state_layer_ids"
     nested = (config_json.get("eagle_config") or {}).get(key)
     layers = tuple(nested or config_json.get(key) or target.default_aux_layers)
-    outputs = tuple(tap - 1 for tap in target.default_aux_layers)
+    outputs = tuple(layer - 1 for layer in target.default_aux_layers)
     if layers == outputs or (nested and layers != target.default_aux_layers):
-        layers = tuple(tap + 1 for tap in layers)
-    if strange := [tap for tap in layers if not 0 <= tap <= target.num_layers]:
+        layers = tuple(layer + 1 for layer in layers)
+    if invalid := [layer for layer in layers if not 0 <= layer <= target.num_layers]:
         raise ProposerLoadError(
-            f"{path}: taps {list(layers)} reach to {strange[0]}, the target has {target.num_layers} layers"
+            f"{path}: auxiliary layers {list(layers)} include {invalid[0]}, the target has {target.num_layers} layers"
         )
     return layers
 
 
 def _load_tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
-    """The file, and what it holds."""
+    """The path of the weights, and the tensors in it."""
     try:
-        file = file_of(folder, WEIGHTS)
+        file = resolve_file(folder, WEIGHTS)
     except ProposerLoadError:
         try:
-            file = file_of(folder, PICKLED)
+            file = resolve_file(folder, PICKLED)
         except ProposerLoadError:
-            raise ProposerLoadError(f"{folder} holds neither {WEIGHTS} nor {PICKLED}") from None
+            raise ProposerLoadError(f"{folder} has neither {WEIGHTS} nor {PICKLED}") from None
     try:
         tensors = load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", weights_only=True)
-    except Exception as error:  # whatever a pickle of junk comes to
-        raise ProposerLoadError(f"{file} is damaged or half-written: {error}") from error
+    except Exception as error:  # a damaged pickle may raise any exception
+        raise ProposerLoadError(f"{file} is damaged or incomplete: {error}") from error
     return file, dict(tensors)
 
 
-def file_of(folder: str, name: str) -> str:
-    """Of a directory or of the hub."""
+def resolve_file(folder: str, name: str) -> str:
+    """The local path of a file of a directory, or of a repository on the Hugging Face Hub."""
     try:
         file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise ProposerLoadError(f"{folder} holds no head: {error}") from error
+        raise ProposerLoadError(f"{folder} has no checkpoint: {error}") from error
     if file is None:
         raise ProposerLoadError(f"{folder} lacks {name}")
     return file

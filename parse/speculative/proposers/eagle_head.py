@@ -1,8 +1,8 @@
-"""The network of an EAGLE-3 head: the next token, from what the target made of one token and what it wrote behind it.
+"""The network of an EAGLE-3 head, which predicts the token after the next from the target's hidden states.
 
-Element i joins the target's *feature* of token i, hidden states of a few layers side by side, with the embedding of
-token i + 1. What comes out is a guess of the feature of token i + 1, and through `lm_head` of token i + 2. So a guess
-can be fed back in place of a feature, with the token that was guessed.
+Element i combines the target's hidden states of token i, taken from a few layers and fused to one vector, with the
+embedding of token i + 1. The output is an estimate of the fused vector of token i + 1, and through `lm_head` a
+distribution over token i + 2. The head can therefore be run on its own output together with the token that it drafted.
 """
 
 import math
@@ -16,14 +16,12 @@ from torch.nn.functional import linear, rms_norm, silu
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-SUPPORTED_ROPE_TYPES = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-)  # those whose frequencies do not follow the length of the text
+from parse.speculative.proposers.base import ProposerLoadError
 
-MAX_PARALLEL_TOKENS = 256  # tokens proposed in one pass; more are a mistake
+# The types whose frequencies do not depend on the length of the sequence.
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+MAX_PARALLEL_TOKENS = 256  # tokens proposed in one pass; a checkpoint that names more is damaged
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -38,19 +36,15 @@ SIZES = (
 )
 
 Index = slice | Tensor | tuple[Tensor, ...]
-"""Of elements, all that indexing a tensor understands."""
+"""Selects elements: anything that a tensor can be indexed with."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer, queries [..., Q, heads, d], keys and values [..., T, key heads, d] to [..., Q, heads * d]."""
-
-
-class ProposerLoadError(ValueError):
-    """A head that cannot be used, or does not fit its target."""
+"""Attention: layer, queries [..., Q, heads, d], keys and values [..., T, key heads, d] to [..., Q, heads * d]."""
 
 
 @dataclass(frozen=True)
 class TargetModel:
-    """What a head has to fit."""
+    """The properties of a target that a head has to match."""
 
     num_layers: int
     embedding: Tensor  # [vocabulary, H]
@@ -71,13 +65,13 @@ class TargetModel:
 
     @property
     def default_aux_layers(self) -> tuple[int, ...]:
-        """The usual ones: low, middle and high, as indices into `hidden_states`."""
+        """The layers that EAGLE-3 uses by default: low, middle and high, as indices into `hidden_states`."""
         return 2, self.num_layers // 2, self.num_layers - 3
 
 
 @dataclass(frozen=True)
 class EagleHeadConfig:
-    """Sizes, under the names they have in config.json."""
+    """The configuration of a head, with the names of its config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -87,13 +81,13 @@ class EagleHeadConfig:
     vocab_size: int
     draft_vocab_size: int
     target_hidden_size: int
-    aux_hidden_state_layers: tuple[int, ...]  # indices into the target's `hidden_states`; k is what enters its layer k
+    aux_hidden_state_layers: tuple[int, ...]  # indices into the target's `hidden_states`; k is the input of layer k
     num_hidden_layers: int = 1
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Any] | None = None
     max_position_embeddings: int = 2048
-    parallel_tokens: int = 1  # tokens proposed in one pass (parallel.py)
+    parallel_tokens: int = 1  # tokens proposed in one pass (ParallelSpec)
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -127,9 +121,9 @@ class EagleHeadConfig:
 
 
 class EagleHead(nn.Module):
-    """Linear weights are [out, in], those that read the same input in one."""
+    """The network. Linear weights are [out, in]; those with the same input are stored as one tensor."""
 
-    to_target: Tensor  # [draft vocabulary], the target's token for each of the head's
+    to_target: Tensor  # [draft vocabulary], the target's token id for each of the head's
 
     def __init__(self, config: EagleHeadConfig) -> None:
         super().__init__()
@@ -145,18 +139,18 @@ class EagleHead(nn.Module):
             self.mask_hidden = nn.Parameter(0.02 * torch.randn(width))
 
     def fuse(self, hidden_states: Tensor) -> Tensor:
-        """[..., taps * H] to [..., H]"""
+        """Fuses the hidden states of several layers: [..., layers * H] to [..., H]."""
         return linear(hidden_states, self.fc)
 
     def forward(
         self,
         embedded: Tensor,  # [..., T, H], of the tokens
-        hidden: Tensor,  # [..., T, H], fused features of the tokens before them, or guesses of those
-        rotation: tuple[Tensor, Tensor],  # of their positions, from `Rotation`
+        hidden: Tensor,  # [..., T, H], fused hidden states of the tokens before them, or the head's estimates of those
+        rotation: tuple[Tensor, Tensor],  # of their positions, from `RotaryEmbedding`
         attend: Attend,
         keep: Index | None = None,
     ) -> Tensor:
-        """Guesses of the next features, of those elements that `keep` names (None: of all)."""
+        """Estimates of the next fused hidden states, at the elements that `keep` selects (None: all)."""
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             hidden = layer(
@@ -165,12 +159,12 @@ class EagleHead(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., draft vocabulary]"""
+        """Logits over the draft vocabulary, [..., draft vocabulary]."""
         return linear(rms_norm(hidden, self.norm.shape, self.norm, self.config.rms_norm_eps), self.lm_head)
 
 
 class EagleLayer(nn.Module):
-    """A decoder layer; the first attends from embedding and feature side by side, and adds to the latter as it came."""
+    """A decoder layer. The first one reads embedding and hidden vector concatenated, and adds to the hidden vector."""
 
     def __init__(self, config: EagleHeadConfig, *, first: bool) -> None:
         super().__init__()
@@ -195,18 +189,18 @@ class EagleLayer(nn.Module):
         keep: Index | None,
     ) -> Tensor:
         if embedded is None:
-            entering = self._normed(hidden, self.input_layernorm)
+            attention_input = self._normed(hidden, self.input_layernorm)
         else:
             assert self.hidden_norm is not None
             normed = self._normed(embedded, self.input_layernorm), self._normed(hidden, self.hidden_norm)
-            entering = torch.cat(normed, -1)
+            attention_input = torch.cat(normed, -1)
         # [..., T, heads + 2 key heads, d]: queries, keys, values
-        rows = linear(entering, self.qkv).unflatten(-1, (-1, self.width))
-        turned = apply_rotary(rows[..., : self.heads + self.key_heads, :], rotation)
-        query, key = turned.split((self.heads, self.key_heads), -2)
+        qkv = linear(attention_input, self.qkv).unflatten(-1, (-1, self.width))
+        rotated = apply_rotary(qkv[..., : self.heads + self.key_heads, :], rotation)
+        query, key = rotated.split((self.heads, self.key_heads), -2)
         if keep is not None:
             query, hidden = query[keep], hidden[keep]
-        hidden = hidden + linear(attend(number, query, key, rows[..., -self.key_heads :, :]), self.o)
+        hidden = hidden + linear(attend(number, query, key, qkv[..., -self.key_heads :, :]), self.o)
         gate, up = linear(self._normed(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, -1)
         return hidden + linear(silu(gate) * up, self.down)
 
@@ -215,7 +209,7 @@ class EagleLayer(nn.Module):
 
 
 class RotaryEmbedding:
-    """Cosines and sines of positions, made as far as they are asked for."""
+    """Tables of the cosines and sines of positions, which grow with the positions that are requested."""
 
     def __init__(self, config: EagleHeadConfig, like: Tensor) -> None:
         self._like = like
@@ -225,21 +219,21 @@ class RotaryEmbedding:
         if config.rope_type == "default":
             self._frequencies = 1.0 / config.rope_theta ** (torch.arange(0, width, 2).float() / width)
         else:
-            given = LlamaConfig(
+            llama_config = LlamaConfig(
                 hidden_size=config.hidden_size,
                 num_attention_heads=config.num_attention_heads,
                 head_dim=width,
                 max_position_embeddings=config.max_position_embeddings,
                 rope_parameters={**scaling, "rope_type": config.rope_type, "rope_theta": config.rope_theta},
             )
-            self._frequencies, self._scale = ROPE_INIT_FUNCTIONS[config.rope_type](given, torch.device("cpu"))
+            self._frequencies, self._scale = ROPE_INIT_FUNCTIONS[config.rope_type](llama_config, torch.device("cpu"))
         self._cos = self._sin = torch.empty(0, 1, width)
 
     def cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[positions, 1, d] each."""
+        """Cosines and sines of the positions, [positions, 1, d] each."""
         self._extend_tables(max(positions) + 1)
-        places = torch.tensor(positions, device=self._cos.device)
-        return self._cos[places], self._sin[places]
+        indices = torch.tensor(positions, device=self._cos.device)
+        return self._cos[indices], self._sin[indices]
 
     def _extend_tables(self, num_positions: int) -> None:
         if num_positions <= len(self._cos):
@@ -247,14 +241,14 @@ class RotaryEmbedding:
         size = 1 << max(9, math.ceil(math.log2(num_positions)))
         angles = torch.outer(torch.arange(size).float(), self._frequencies)[:, None]
         cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
-        # `rotated` swaps the halves without changing a sign, so the sign stands here.
+        # `apply_rotary` swaps the halves without changing a sign, so the sign is part of the table.
         self._cos, self._sin = (
             torch.cat(halves, -1).to(self._like.device, self._like.dtype) for halves in ((cos, cos), (-sin, sin))
         )
 
 
 def apply_rotary(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions of x [..., heads, d], its halves paired as in Llama."""
+    """Applies rotary position embeddings to x [..., heads, d], with the halves paired as in Llama."""
     cos, sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 

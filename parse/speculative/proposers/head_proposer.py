@@ -1,6 +1,7 @@
-"""Texts as a head has read them: keys and values of each, and what of them it has yet to read.
+"""What methods with an EAGLE head share: each sequence's keys and values, and its elements that are not computed yet.
 
-Reading waits until somebody proposes: a text that nobody proposes for costs no pass, and several are read in one.
+New elements are computed when a proposal is requested. A sequence that gets no proposals therefore costs no pass of the
+head, and several sequences share one.
 """
 
 import math
@@ -12,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from parse.speculative.proposal import NO_PROPOSAL, NOT_YET, MaskPrediction, Proposal, ProposalRequest, Proposer
+from parse.speculative.proposal import NO_PROPOSAL, NOT_READY, MaskPrediction, Proposal, ProposalRequest, Proposer
 from parse.speculative.proposers.eagle_head import Attend, EagleHead, Index, RotaryEmbedding
 
 MASKED = float("-inf")
-MAX_BMM_QUERIES = 32  # queries
-MAX_PREFILL_TOKENS = 512  # elements at a time: a long prompt must not stall everybody's next token
+MAX_BMM_QUERIES = 32  # queries; above it the fused attention kernel is used
+MAX_PREFILL_TOKENS = 512  # elements in one pass, so that a long prompt does not delay the other sequences
 
 
 class HeadState:
-    """One request's. The element at position p stands for token p + 1 and the feature of token p."""
+    """State of one sequence. The element at position p stands for token p + 1 and the hidden states of token p."""
 
     def __init__(self) -> None:
-        self.length = 0  # tokens taken
-        self.num_computed = 0  # elements whose keys and values are in memory
-        # Elements yet to be read; the last one stays, to be read again by who asks again.
+        self.length = 0  # tokens of the sequence
+        self.num_computed = 0  # elements whose keys and values are stored
+        # Elements that are not computed yet. The last one stays after it was computed, for the next proposal.
         self.pending_token_ids: list[int] = []
         self.pending_positions: list[int] = []
         self.pending_hidden_states: list[Tensor] = []
@@ -37,25 +38,25 @@ class HeadState:
     ) -> None:
         count = 0 if hidden_states is None else len(hidden_states)
         if count > min(len(tokens), self.length + len(tokens) - 1):
-            raise ValueError(f"{count} rows of features are too many for {len(tokens)} tokens after {self.length}")
+            raise ValueError(f"{count} rows of hidden states are too many for {len(tokens)} tokens after {self.length}")
         self.length += len(tokens)
-        if hidden_states is not None and count:  # it takes the place of whatever memory the features come from
+        if hidden_states is not None and count:
             self.pending_token_ids += tokens[len(tokens) - count :]
             self.pending_positions += range(self.length - 1 - count, self.length - 1)
-            self.pending_hidden_states.append(hidden_states.clone())
+            self.pending_hidden_states.append(hidden_states.clone())  # the engine reuses the memory of the original
 
     @property
     def is_ready(self) -> bool:
-        """Is the last token's element known?"""
+        """Whether the hidden states for the last token's element are there."""
         return bool(self.pending_positions) and self.pending_positions[-1] == self.length - 2
 
     @property
     def num_elements(self) -> int:
-        """Elements in all."""
+        """Elements, computed and pending."""
         return self.num_computed + len(self.pending_token_ids)
 
     def reserve(self, head: EagleHead, num_draft_elements: int) -> None:
-        """Memory for all elements and that many drafted ones."""
+        """Allocates memory for all elements and so many drafted ones."""
         needed, capacity = self.num_elements + num_draft_elements, self.keys.shape[2] if self.keys.ndim == 4 else 0
         if needed <= capacity:
             return
@@ -69,49 +70,52 @@ class HeadState:
 
 
 class HeadProposer(Proposer[HeadState]):
-    """What methods with a head have in common; they differ in how they come to their trees."""
+    """Base class of the methods with a head. They differ in how they build their trees."""
 
     def __init__(self, head: EagleHead, embedding: Tensor) -> None:
         self.head, self.embedding = head, embedding
         self._rotary = RotaryEmbedding(head.config, head.fc)
         config = head.config
         self.aux_hidden_state_layers = config.aux_hidden_state_layers
-        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        self.bytes_per_token = numbers * head.fc.element_size()
+        values_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        self.bytes_per_token = values_per_token * head.fc.element_size()
 
     def new_state(self) -> HeadState:
         return HeadState()
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
-        """For all of them, in the same passes."""
-        self._prefill_long([wish.state for wish in requests])
-        able = [
-            wish.state.is_ready and wish.max_tokens > 0 and len(wish.state.pending_token_ids) <= MAX_PREFILL_TOKENS
-            for wish in requests
+        """Proposes for all requests in the same passes of the head."""
+        self._prefill_long([request.state for request in requests])
+        can_propose = [
+            request.state.is_ready
+            and request.max_tokens > 0
+            and len(request.state.pending_token_ids) <= MAX_PREFILL_TOKENS
+            for request in requests
         ]
-        ready = [wish for wish, can in zip(requests, able, strict=True) if can]
-        found = iter(self._propose_trees(ready) if ready else ())
+        ready_requests = [request for request, can in zip(requests, can_propose, strict=True) if can]
+        proposals = iter(self._propose_trees(ready_requests) if ready_requests else ())
         return [
-            next(found) if can else NOT_YET if wish.state.is_ready else NO_PROPOSAL
-            for wish, can in zip(requests, able, strict=True)
+            next(proposals) if can else NOT_READY if request.state.is_ready else NO_PROPOSAL
+            for request, can in zip(requests, can_propose, strict=True)
         ]
 
     def _prefill_long(self, states: Sequence[HeadState]) -> None:
-        """A piece of those that have much to read."""
+        """Computes a part of the sequences that have too many pending elements for one pass."""
         budget = MAX_PREFILL_TOKENS
-        for text in states:
-            count = min(len(text.pending_token_ids) - 1, budget)
-            if len(text.pending_token_ids) > MAX_PREFILL_TOKENS and count > 0:
+        for state in states:
+            count = min(len(state.pending_token_ids) - 1, budget)
+            if len(state.pending_token_ids) > MAX_PREFILL_TOKENS and count > 0:
                 budget -= count
-                prefill(self.head, self.embedding, self._rotary, text, count)
+                prefill(self.head, self.embedding, self._rotary, state, count)
 
     @abstractmethod
-    def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]: ...
+    def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
+        """One tree for each request. All of them are ready."""
 
 
 def prefill(head: EagleHead, embedding: Tensor, rotary: RotaryEmbedding, state: HeadState, count: int) -> None:
-    """Only keys and values of its next elements are wanted."""
+    """Computes keys and values of the sequence's next `count` elements."""
     state.reserve(head, 0)
     hidden_states = (
         state.pending_hidden_states[0]
@@ -119,9 +123,9 @@ def prefill(head: EagleHead, embedding: Tensor, rotary: RotaryEmbedding, state: 
         else torch.cat(state.pending_hidden_states)
     )
     tokens = torch.tensor(state.pending_token_ids[:count], device=embedding.device)
-    turn = rotary.cos_sin(state.pending_positions[:count])
+    rotation = rotary.cos_sin(state.pending_positions[:count])
     attend = _pending_attention([state], [count], 1, len(head.layers) - 1)
-    head(embedding[tokens], head.fuse(hidden_states[:count]), turn, attend, slice(count - 1, None))
+    head(embedding[tokens], head.fuse(hidden_states[:count]), rotation, attend, slice(count - 1, None))
     state.num_computed += count
     del state.pending_token_ids[:count], state.pending_positions[:count]
     state.pending_hidden_states = [hidden_states[count:]]
@@ -132,77 +136,85 @@ def run_head(
     embedding: Tensor,
     rotary: RotaryEmbedding,
     states: Sequence[HeadState],
-    masks: int = 0,
+    num_masks: int = 0,
 ) -> Tensor:
-    """What the head makes of the last element of each text, and of masks behind it: [texts, 1 + masks, H].
+    """The head's output at each sequence's last element and at masks after it: [sequences, 1 + masks, H].
 
-    All that is yet to be read is read, packed into one pass; masks leave nothing that counts.
+    Computes all pending elements of all sequences, packed into one pass. Nothing is kept of the masks.
     """
-    counts = [len(text.pending_token_ids) for text in states]
-    hidden_states = [rows for text in states for rows in text.pending_hidden_states]
-    tokens = torch.tensor([token for text in states for token in text.pending_token_ids], device=embedding.device)
+    counts = [len(state.pending_token_ids) for state in states]
+    hidden_states = [rows for state in states for rows in state.pending_hidden_states]
+    tokens = torch.tensor([token for state in states for token in state.pending_token_ids], device=embedding.device)
     positions = [
-        at for text in states for at in (*text.pending_positions, *range(text.length - 1, text.length - 1 + masks))
+        position
+        for state in states
+        for position in (*state.pending_positions, *range(state.length - 1, state.length - 1 + num_masks))
     ]
     hidden = head.fuse(hidden_states[0] if len(hidden_states) == 1 else torch.cat(hidden_states))
     embedded = embedding[tokens]
-    if masks:
-        fill = head.mask_embedding.expand(masks, -1), head.mask_hidden.expand(masks, -1)
-        embedded, hidden = (
-            torch.cat([rows for part in known.split(counts) for rows in (part, mask)])
-            for known, mask in zip((embedded, hidden), fill, strict=True)
-        )
+    if num_masks:
+        embedded = _insert_after_each(embedded, counts, head.mask_embedding.expand(num_masks, -1))
+        hidden = _insert_after_each(hidden, counts, head.mask_hidden.expand(num_masks, -1))
     if len(states) == 1:
-        keep: Index = slice(len(positions) - 1 - masks, None)
+        keep: Index = slice(len(positions) - 1 - num_masks, None)
     else:
-        ends = list(accumulate(count + masks for count in counts))
-        keep = torch.cat([torch.arange(end - 1 - masks, end, device=tokens.device) for end in ends])
-    turn = rotary.cos_sin(positions)
-    sizes = [count + masks for count in counts]
-    out = head(embedded, hidden, turn, _pending_attention(states, sizes, 1 + masks, len(head.layers) - 1), keep)
-    for text in states:
-        text.num_computed += len(text.pending_token_ids) - 1
-        del text.pending_token_ids[:-1], text.pending_positions[:-1]
-        text.pending_hidden_states = [text.pending_hidden_states[-1][-1:]]
-    return out.view(len(states), 1 + masks, -1)
+        ends = list(accumulate(count + num_masks for count in counts))
+        keep = torch.cat([torch.arange(end - 1 - num_masks, end, device=tokens.device) for end in ends])
+    rotation = rotary.cos_sin(positions)
+    sizes = [count + num_masks for count in counts]
+    attend = _pending_attention(states, sizes, 1 + num_masks, len(head.layers) - 1)
+    output = head(embedded, hidden, rotation, attend, keep)
+    for state in states:
+        state.num_computed += len(state.pending_token_ids) - 1
+        del state.pending_token_ids[:-1], state.pending_positions[:-1]
+        state.pending_hidden_states = [state.pending_hidden_states[-1][-1:]]
+    return output.view(len(states), 1 + num_masks, -1)
 
 
-def _pending_attention(states: Sequence[HeadState], sizes: Sequence[int], last: int, top: int) -> Attend:
-    """Causal attention of each text's new elements; in the topmost layer only of the last ones."""
+def _insert_after_each(rows: Tensor, counts: Sequence[int], inserted: Tensor) -> Tensor:
+    """Inserts the same rows after each group of `rows`; the groups have the given sizes."""
+    return torch.cat([part for group in rows.split(list(counts)) for part in (group, inserted)])
+
+
+def _pending_attention(states: Sequence[HeadState], sizes: Sequence[int], num_outputs: int, last_layer: int) -> Attend:
+    """Causal attention of each sequence's new elements; stores their keys and values.
+
+    The last layer computes only the last `num_outputs` elements of each sequence.
+    """
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = []
-        queries = query.split([last] * len(states) if layer == top else list(sizes))
-        rows = zip(states, queries, key.split(list(sizes)), value.split(list(sizes)), strict=True)
-        for text, asked, keys, values in rows:
-            seen = text.num_computed + len(keys)
-            text.keys[layer, :, text.num_computed : seen] = keys.transpose(0, 1)
-            text.values[layer, :, text.num_computed : seen] = values.transpose(0, 1)
+        outputs = []
+        queries_by_state = query.split([num_outputs] * len(states) if layer == last_layer else list(sizes))
+        rows = zip(states, queries_by_state, key.split(list(sizes)), value.split(list(sizes)), strict=True)
+        for state, queries, keys, values in rows:
+            end = state.num_computed + len(keys)
+            state.keys[layer, :, state.num_computed : end] = keys.transpose(0, 1)
+            state.values[layer, :, state.num_computed : end] = values.transpose(0, 1)
             mask = None
-            if len(asked) > 1:
-                mask = asked.new_full((len(asked), seen), MASKED).triu(seen - len(asked) + 1)
-            out.append(attention(asked, text.keys[layer, :, :seen], text.values[layer, :, :seen], mask))
-        return out[0] if len(out) == 1 else torch.cat(out)
+            if len(queries) > 1:
+                mask = queries.new_full((len(queries), end), MASKED).triu(end - len(queries) + 1)
+            outputs.append(attention(queries, state.keys[layer, :, :end], state.values[layer, :, :end], mask))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     return attend
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Queries [Q, heads, d] over keys [key heads, T, d], with an additive mask [Q, T], to [Q, heads * d].
+    """Attention of queries [Q, heads, d] to keys [key heads, T, d] with an additive mask [Q, T]: [Q, heads * d].
 
-    For the few queries of a draft plain products take less time than the CPU's fused kernel; for the many of a prompt
-    they would take too much memory.
+    For the few queries of a draft, plain matrix products are faster than the CPU's fused kernel. For the many queries
+    of a prompt they would need too much memory.
     """
-    size, heads, width = query.shape
+    num_queries, heads, width = query.shape
     groups = keys.shape[0]
-    if size > MAX_BMM_QUERIES:
-        rows = query.transpose(0, 1)[None], keys[None], values[None]
-        fused = scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=groups != heads)
-        return fused[0].transpose(0, 1).reshape(size, -1)
+    if num_queries > MAX_BMM_QUERIES:
+        batch = query.transpose(0, 1)[None], keys[None], values[None]
+        fused = scaled_dot_product_attention(*batch, attn_mask=mask, enable_gqa=groups != heads)
+        return fused[0].transpose(0, 1).reshape(num_queries, -1)
     scores = torch.bmm(
         (query * (1 / math.sqrt(width))).transpose(0, 1).reshape(groups, -1, width), keys.transpose(1, 2)
     )
     if mask is not None:
-        scores.view(heads, size, -1).add_(mask)
+        scores.view(heads, num_queries, -1).add_(mask)
     mixed = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(values.dtype), values)
-    return mixed.view(heads, size, width).transpose(0, 1).reshape(size, -1)
+    return mixed.view(heads, num_queries, width).transpose(0, 1).reshape(num_queries, -1)

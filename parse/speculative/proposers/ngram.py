@@ -1,17 +1,27 @@
-"""What followed the last few tokens the last time they stood there, in the prompt or in the answer itself."""
+"""N-gram lookup: proposes the tokens that followed the last few tokens earlier in the same sequence."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
+from parse.config import SpeculativeConfig
 from parse.speculative.proposal import NO_PROPOSAL, MaskPrediction, Proposal, ProposalRequest, Proposer, chain_proposal
+from parse.speculative.proposers.base import DEFAULT_CHAIN_LENGTH, LoadContext, LoadedProposer
 
-MAX_NGRAM, MIN_NGRAM = 4, 2  # tokens that must be the same; fewer than that say too little
+MAX_NGRAM, MIN_NGRAM = 4, 2  # tokens that must match; matches of fewer tokens are rarely right
+
+
+def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+    return LoadedProposer(NgramProposer(), config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH)
 
 
 class NgramProposer(Proposer["NgramState"]):
-    """Costs a look through the text, and no model."""
+    """Searches the prompt and the output. It needs no model.
+
+    For example, after the tokens 7 8 9 5 6 7 8 the last two tokens occurred before and were followed by 9 5 6, so with
+    `max_tokens=3` it proposes 9 5 6. Longer matches are preferred to shorter ones, later matches to earlier ones.
+    """
 
     bytes_per_token = 4
 
@@ -19,11 +29,11 @@ class NgramProposer(Proposer["NgramState"]):
         return NgramState()
 
     def propose(self, requests: Sequence[ProposalRequest["NgramState"]]) -> list[Proposal]:
-        return [wish.state.continuation(min(wish.max_tokens, wish.max_depth)) for wish in requests]
+        return [request.state.continuation(min(request.max_tokens, request.max_depth)) for request in requests]
 
 
 class NgramState:
-    """The text of one request."""
+    """The tokens of one sequence."""
 
     def __init__(self) -> None:
         self._token_ids = np.empty(1024, np.int32)
@@ -39,15 +49,16 @@ class NgramState:
         self._size = size
 
     def continuation(self, max_tokens: int) -> Proposal:
+        """At most `max_tokens` that followed the longest match of the last tokens."""
         token_ids = self._token_ids[: self._size]
         for width in range(min(MAX_NGRAM, len(token_ids) - 1), MIN_NGRAM - 1, -1):
-            if (start := _last_match(token_ids, width)) is not None:
+            if (start := _end_of_last_match(token_ids, width)) is not None:
                 return chain_proposal(token_ids[start : start + max_tokens].tolist())
         return NO_PROPOSAL
 
 
-def _last_match(token_ids: np.ndarray, width: int) -> int | None:
-    """Where the text goes on behind the last place, before its end, at which its last `width` tokens stand too."""
+def _end_of_last_match(token_ids: np.ndarray, width: int) -> int | None:
+    """The index after the last earlier occurrence of the last `width` tokens, or None."""
     is_match = token_ids[width - 1 : -1] == token_ids[-1]
     for back in range(1, width):
         is_match &= token_ids[width - 1 - back : -1 - back] == token_ids[-1 - back]

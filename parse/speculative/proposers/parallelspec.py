@@ -1,4 +1,4 @@
-"""ParallelSpec: one pass of a head proposes several tokens, from masks that follow the last element of the text."""
+"""ParallelSpec: one pass of a head proposes several tokens, at masks that follow the last element of the sequence."""
 
 import math
 from collections.abc import Sequence
@@ -9,69 +9,82 @@ from typing import Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from parse.config import SpeculativeConfig
 from parse.speculative.proposal import Proposal, ProposalRequest
+from parse.speculative.proposers.base import LoadContext, LoadedProposer, ProposerLoadError
 from parse.speculative.proposers.eagle_checkpoint import load_head
-from parse.speculative.proposers.eagle_head import EagleHead, ProposerLoadError, TargetModel
+from parse.speculative.proposers.eagle_head import EagleHead, TargetModel
 from parse.speculative.proposers.head_proposer import HeadProposer, HeadState, run_head
 
 
-class ParallelSpecProposer(HeadProposer):
-    """A head ready to propose, for any number of requests.
+def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+    """Loads a head. By default a chain is as long as the head was trained for, and a tree has twice as many tokens."""
+    assert config.model is not None, "the settings require a model"
+    proposer = ParallelSpecProposer.load(config.model, context.target.network, topk=config.topk)
+    parallel_tokens = proposer.head.config.parallel_tokens
+    default_tokens = 2 * parallel_tokens if config.topk > 1 else parallel_tokens
+    return LoadedProposer(proposer, config.num_speculative_tokens or default_tokens)
 
-    Place s of a proposal has a distribution of its own, which does not know what was chosen for the places before.
-    The tree holds the likeliest rows of choices, as if the places had nothing to do with each other; with `beam=1`
-    that is the chain of each place's likeliest token.
+
+class ParallelSpecProposer(HeadProposer):
+    """A head that proposes for any number of requests.
+
+    Each position of a proposal has a distribution of its own, which does not depend on the tokens that were chosen for
+    the positions before it. The tree holds the most likely paths, as if the positions were independent. With `topk=1`
+    it is the chain of each position's most likely token.
     """
 
-    def __init__(self, head: EagleHead, embedding: Tensor, *, beam: int = 1) -> None:
+    def __init__(self, head: EagleHead, embedding: Tensor, *, topk: int = 1) -> None:
         config = head.config
         if config.parallel_tokens < 2:
             raise ProposerLoadError("not a parallel head: it proposes one token in a pass")
-        if not 1 <= beam <= config.draft_vocab_size:
-            raise ProposerLoadError(f"beam must lie in 1..{config.draft_vocab_size}, got {beam}")
+        if not 1 <= topk <= config.draft_vocab_size:
+            raise ProposerLoadError(f"topk must lie in 1..{config.draft_vocab_size}, got {topk}")
         super().__init__(head, embedding)
-        self.beam = beam
+        self.topk = topk
 
     @classmethod
-    def load(cls, path: str | Path, network: PreTrainedModel, *, beam: int = 1) -> Self:
-        return cls(*load_head(path, TargetModel.of(network)), beam=beam)
+    def load(cls, path: str | Path, network: PreTrainedModel, *, topk: int = 1) -> Self:
+        return cls(*load_head(path, TargetModel.of(network)), topk=topk)
 
     def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
-        states = [wish.state for wish in requests]
+        states = [request.state for request in requests]
         num_tokens = min(
-            max(min(wish.max_tokens, wish.max_depth) for wish in requests), self.head.config.parallel_tokens
+            max(min(request.max_tokens, request.max_depth) for request in requests), self.head.config.parallel_tokens
         )
         for state in states:
             state.reserve(self.head, num_tokens - 1)
-        hidden = run_head(self.head, self.embedding, self._rotary, states, num_tokens - 1)  # [R, S, H]
-        logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.beam)  # [R, S, beam]
+        hidden = run_head(self.head, self.embedding, self._rotary, states, num_tokens - 1)  # [R, positions, H]
+        logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.topk)  # [R, positions, topk]
         rows = zip(logprobs.tolist(), self.head.to_target[tokens].tolist(), requests, strict=True)
         return [
-            _best_first_tree(chances[: wish.max_depth], ids, wish.max_tokens, wish.min_probability)
-            for chances, ids, wish in rows
+            _best_first_tree(row_logprobs[: request.max_depth], token_ids, request.max_tokens, request.min_probability)
+            for row_logprobs, token_ids, request in rows
         ]
 
 
 def _best_first_tree(
     logprobs: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], max_tokens: int, min_probability: float
 ) -> Proposal:
-    """The likeliest nodes of all rows of choices; log-probabilities and tokens are [S, beam], best first."""
-    # Best first: a node is no likelier than its parent or the sibling before it, so these lead to all others.
+    """The most likely nodes; log-probabilities and tokens are [positions, topk], most likely first."""
+    # A node is no more likely than its parent and its previous sibling. A best-first search that adds the first child
+    # and the next sibling of each node it takes therefore finds the nodes in the order of their probability.
     min_logprob = math.log(min_probability) if min_probability > 0 else -math.inf
     token_ids: list[int] = []
     parents: list[int] = []
     probabilities: list[float] = []
-    open_nodes = [(-logprobs[0][0], 0, 0, -1)]  # with its place, its rank among the siblings, its parent
+    open_nodes = [(-logprobs[0][0], 0, 0, -1)]  # negative log-probability, position, rank among siblings, parent
     while open_nodes and len(token_ids) < max_tokens:
-        cost, place, rank, parent = heappop(open_nodes)
+        cost, position, rank, parent = heappop(open_nodes)
         if -cost < min_logprob:
             break
         node = len(token_ids)
-        token_ids.append(tokens[place][rank])
+        token_ids.append(tokens[position][rank])
         parents.append(parent)
         probabilities.append(math.exp(-cost))
-        if rank + 1 < len(tokens[place]):
-            heappush(open_nodes, (cost + logprobs[place][rank] - logprobs[place][rank + 1], place, rank + 1, parent))
-        if place + 1 < len(logprobs):
-            heappush(open_nodes, (cost - logprobs[place + 1][0], place + 1, 0, node))
+        if rank + 1 < len(tokens[position]):
+            sibling_cost = cost + logprobs[position][rank] - logprobs[position][rank + 1]
+            heappush(open_nodes, (sibling_cost, position, rank + 1, parent))
+        if position + 1 < len(logprobs):
+            heappush(open_nodes, (cost - logprobs[position + 1][0], position + 1, 0, node))
     return Proposal(tuple(token_ids), tuple(parents), tuple(probabilities))

@@ -1,8 +1,8 @@
-"""SPACE: the target foresees by itself, at masks behind the tokens that it checks in the same pass.
+"""SPACE: the target proposes by itself, at masks that it computes in the same pass as the tokens it verifies.
 
-A group of masks hangs behind the last token of the text and behind every candidate that may turn out to be the last
-accepted one; the group at that place holds the next candidates. The first of them is the token after the target's own
-next one, which needs no guess. Nobody sees a mask but those behind it in its group.
+A group of masks follows the last token of the sequence and every candidate that may turn out to be the last accepted
+one. The masks of the group at that place predict the next candidates. The first mask predicts the token after the
+target's own next token, which needs no guess. A mask is visible only to the later masks of its group.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,35 +16,53 @@ from typing import Self
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from parse.config import SpeculativeConfig
 from parse.speculative.proposal import MaskPrediction, Proposal, ProposalRequest, Proposer
-from parse.speculative.proposers.eagle_head import ProposerLoadError, TargetModel
+from parse.speculative.proposers.base import LoadContext, LoadedProposer, ProposerLoadError
+from parse.speculative.proposers.eagle_head import TargetModel
 from parse.speculative.proposers.space_adapters import SpaceAdapters, load_adapters
 from parse.tree import MASK
 
-DEFAULT_NUM_MASKS = 5  # masks, where nobody says how many a model was tuned with; so many its authors took
+DEFAULT_NUM_MASKS = 5  # as in the SPACE paper, for a tuned model that does not say how many masks it was tuned with
+
+
+def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+    """Loads adapters, or without a model uses the mask token that the target itself was tuned to read."""
+    network = context.target.network
+    if config.model:
+        proposer = SpaceProposer.load(config.model, network)
+        if config.num_speculative_tokens:  # adapters predict no further than they were trained for
+            proposer.num_masks = min(proposer.num_masks, config.num_speculative_tokens)
+    else:
+        proposer = SpaceProposer.from_tuned_model(
+            network, context.target.tokenizer, config.num_speculative_tokens or DEFAULT_NUM_MASKS
+        )
+    # There are at most `num_masks` candidates, and a group of masks after each of them and after the sequence.
+    max_tokens = proposer.num_masks + (proposer.num_masks + 1) * proposer.num_masks
+    return LoadedProposer(proposer, max_tokens, proposer.mask_embedder)
 
 
 @dataclass(frozen=True)
 class MaskTokenEmbedder:
-    """Of a model that was tuned as a whole: an ordinary token of its vocabulary."""
+    """Embeds masks as an ordinary token of the vocabulary, for a model that was tuned as a whole."""
 
     embedding: Tensor
 
     @contextmanager
-    def at(self, rows: Tensor) -> Iterator[None]:
+    def at(self, indices: Tensor) -> Iterator[None]:
         yield
 
 
 class SpaceProposer(Proposer["SpaceState"]):
-    """A target that reads masks, for any number of requests."""
+    """Proposes the target's own predictions, and groups of masks for the next ones, for any number of requests."""
 
     def __init__(self, mask_embedder: SpaceAdapters | MaskTokenEmbedder, num_masks: int) -> None:
-        """With groups of `width` masks."""
+        """Uses groups of `num_masks` masks."""
         self.mask_embedder, self.num_masks = mask_embedder, num_masks
 
     @classmethod
     def load(cls, path: str | Path, network: PreTrainedModel) -> Self:
-        """With adapters, as `training.space` makes them."""
+        """With adapters that `training.space` made, attached to the network."""
         adapters = load_adapters(path, network).attach(network)
         return cls(adapters, adapters.config.masks)
 
@@ -52,13 +70,15 @@ class SpaceProposer(Proposer["SpaceState"]):
     def from_tuned_model(
         cls, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_masks: int = DEFAULT_NUM_MASKS
     ) -> Self:
-        """A network that was tuned to read the mask token of its tokenizer."""
+        """For a network that was tuned to read the mask token of its tokenizer."""
         token, target = tokenizer.mask_token_id, TargetModel.of(network)
         if not isinstance(token, int):
-            raise ProposerLoadError("space without adapters takes a tokenizer with a mask token, and this one has none")
+            raise ProposerLoadError(
+                "without adapters, space needs a tokenizer with a mask token, and this one has none"
+            )
         if token >= target.vocab_size:
             raise ProposerLoadError(
-                f"the tokenizer's mask token is {token}, the target knows 0..{target.vocab_size - 1}"
+                f"the tokenizer's mask token is {token}, the target's token ids lie in 0..{target.vocab_size - 1}"
             )
         return cls(MaskTokenEmbedder(target.embedding[token]), num_masks)
 
@@ -66,21 +86,24 @@ class SpaceProposer(Proposer["SpaceState"]):
         return SpaceState()
 
     def propose(self, requests: Sequence[ProposalRequest["SpaceState"]]) -> list[Proposal]:
-        return [self._propose_tree(wish) for wish in requests]
+        return [self._propose_tree(request) for request in requests]
 
     def _propose_tree(self, request: ProposalRequest["SpaceState"]) -> Proposal:
-        """The candidates, and groups where the text may well end after this pass, the likeliest places first."""
+        """The candidates, and groups of masks at the places where acceptance most likely ends."""
         prediction = request.state.prediction
         cumulative = list(accumulate(prediction.probabilities, mul))
         num_candidates = sum(
             1
-            for chance in cumulative[: min(request.max_depth, request.max_tokens)]
-            if chance >= request.min_probability
+            for probability in cumulative[: min(request.max_depth, request.max_tokens)]
+            if probability >= request.min_probability
         )
         tokens, probabilities = list(prediction.token_ids[:num_candidates]), cumulative[:num_candidates]
         parents = list(range(-1, num_candidates - 1))
-        # That the text ends behind a candidate: it comes, and the next one does not.
-        ends_here = [come - more for come, more in zip((1.0, *probabilities), (*probabilities, 0.0), strict=True)]
+        # Acceptance ends after a candidate if that one is accepted and the next one is not.
+        ends_here = [
+            accepted - next_accepted
+            for accepted, next_accepted in zip((1.0, *probabilities), (*probabilities, 0.0), strict=True)
+        ]
         for place in sorted(range(num_candidates + 1), key=lambda place: -ends_here[place]):
             width = min(self.num_masks, request.max_tokens - len(tokens))
             if width < 1 or (ends_here[place] < request.min_probability and len(tokens) > num_candidates):
@@ -95,7 +118,7 @@ NO_PREDICTION = MaskPrediction((), ())
 
 
 class SpaceState:
-    """Of one request: what the masks said last."""
+    """The latest predictions at the masks of one sequence."""
 
     def __init__(self) -> None:
         self.prediction = NO_PREDICTION

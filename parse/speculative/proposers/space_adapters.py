@@ -1,7 +1,8 @@
-"""What makes a model foresee at masks: an embedding for them, and a small network behind every layer.
+"""Adapters that let a model predict at masks: an embedding for masks, and a small network after every layer.
 
-At all other tokens the model computes what it did without, bit for bit: whatever is added is added at masks only. (A
-mixture of experts up to rounding, as ever when others share its pass: experts round by how many tokens they are given.)
+The adapters change the computation at masks only. At all other tokens the model computes what it computes without them,
+bit for bit. (In a mixture of experts this holds up to rounding, because the rounding of an expert depends on the number
+of tokens that it computes.)
 """
 
 import json
@@ -19,27 +20,28 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 
-from parse.speculative.proposers.eagle_checkpoint import CONFIG, WEIGHTS, copy_tensor, file_of
-from parse.speculative.proposers.eagle_head import MAX_PARALLEL_TOKENS, ProposerLoadError
+from parse.speculative.proposers.base import ProposerLoadError
+from parse.speculative.proposers.eagle_checkpoint import CONFIG, WEIGHTS, copy_tensor, resolve_file
+from parse.speculative.proposers.eagle_head import MAX_PARALLEL_TOKENS
 
 ARCHITECTURE = "SpaceAdapters"
 
 MaskIndices = slice | Tensor
-"""Which entries of a forward pass are masks."""
+"""The entries of a forward pass that are masks."""
 
 
 @dataclass(frozen=True)
 class SpaceAdaptersConfig:
-    """Sizes, under the names they have in config.json."""
+    """The sizes of adapters, with the names of their config.json."""
 
     hidden_size: int
     num_hidden_layers: int
     rank: int
-    masks: int  # tokens foreseen in a pass
+    masks: int  # tokens predicted in a pass
 
 
 class SpaceAdapters(nn.Module):
-    """Behind layer l, and at masks only, `up[l] silu(down[l] norm(x))` is added to the stream."""
+    """Adds `up[l] silu(down[l] norm(x))` to the output x of layer l, at masks only."""
 
     def __init__(self, config: SpaceAdaptersConfig) -> None:
         super().__init__()
@@ -52,16 +54,18 @@ class SpaceAdapters(nn.Module):
 
     @property
     def embedding(self) -> Tensor:
+        """The input embedding of a mask, [width]."""
         return self.mask_embedding
 
     def attach(self, network: PreTrainedModel) -> Self:
+        """Hooks the adapters into the layers of the network; returns itself."""
         for number, layer in enumerate(decoder_layers(network)):
             layer.register_forward_hook(self._make_hook(number))
         return self
 
     @contextmanager
     def at(self, indices: MaskIndices) -> Iterator[None]:
-        """The network that this is attached to reads masks there, [1, T, H], or with a slice in all of [..., T, H]."""
+        """Marks the masks of the network's next pass: entries of [1, T, H], or a slice of every row of [..., T, H]."""
         self._mask_indices = indices
         try:
             yield
@@ -69,40 +73,41 @@ class SpaceAdapters(nn.Module):
             self._mask_indices = None
 
     def _make_hook(self, number: int) -> Any:
-        def hook(layer: nn.Module, given: object, out: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        def hook(layer: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
             if self._mask_indices is None:
-                return out
-            stream = out if isinstance(out, Tensor) else out[0]
+                return output
+            hidden = output if isinstance(output, Tensor) else output[0]
             if isinstance(self._mask_indices, slice):
-                changed = stream + self._change(number, stream)
+                hidden = hidden + self._delta(number, hidden)
             else:
-                change = self._change(number, stream.index_select(-2, self._mask_indices))
-                changed = stream.index_add(-2, self._mask_indices, change)
-            return changed if isinstance(out, Tensor) else (changed, *out[1:])
+                delta = self._delta(number, hidden.index_select(-2, self._mask_indices))
+                hidden = hidden.index_add(-2, self._mask_indices, delta)
+            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
         return hook
 
-    def _change(self, number: int, stream: Tensor) -> Tensor:
-        normed = rms_norm(stream, stream.shape[-1:])
-        down, up = (weight[number].to(stream.device) for weight in (self.down, self.up))
-        # A number in any case: nobody sees a mask, but what is not seen is multiplied by nought all the same.
+    def _delta(self, number: int, hidden: Tensor) -> Tensor:
+        normed = rms_norm(hidden, hidden.shape[-1:])
+        down, up = (weight[number].to(hidden.device) for weight in (self.down, self.up))
+        # NaN must not occur here: masked attention multiplies the values of masks by zero, and zero times NaN is NaN.
         return torch.nan_to_num(silu(normed @ down.T) @ up.T)
 
 
 def decoder_layers(network: PreTrainedModel) -> Sequence[nn.Module]:
+    """The network's decoder layers, which are its first module list of that length."""
     count = network.config.get_text_config().num_hidden_layers
-    found = (m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    layers = next(found, None)
+    candidates = (m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    layers = next(candidates, None)
     if layers is None:
-        raise ProposerLoadError(f"{network.config.model_type}: its {count} layers were not found")
+        raise ProposerLoadError(f"{network.config.model_type}: its {count} decoder layers were not found")
     return list(layers)
 
 
 def load_adapters(path: str | Path, network: PreTrainedModel) -> SpaceAdapters:
-    """For that network, in its arithmetic and on its device; not yet attached."""
+    """Loads adapters for a network, with its device and dtype. They are not attached yet."""
     embedding = network.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
-    config_file, file = file_of(str(path), CONFIG), file_of(str(path), WEIGHTS)
+    config_file, file = resolve_file(str(path), CONFIG), resolve_file(str(path), WEIGHTS)
     try:
         config_json = json.loads(Path(config_file).read_text())
         config = SpaceAdaptersConfig(
@@ -111,13 +116,13 @@ def load_adapters(path: str | Path, network: PreTrainedModel) -> SpaceAdapters:
     except (ValueError, TypeError) as error:
         raise ProposerLoadError(f"{config_file} is damaged: {error}") from error
     except KeyError as error:
-        raise ProposerLoadError(f"{config_file} does not say {error}") from error
-    for name, ours in (
+        raise ProposerLoadError(f"{config_file} lacks {error}") from error
+    for name, target_size in (
         ("hidden_size", embedding.shape[1]),
         ("num_hidden_layers", network.config.get_text_config().num_hidden_layers),
     ):
-        if getattr(config, name) != ours:
-            raise ProposerLoadError(f"{config_file}: {name} is {getattr(config, name)}, the target's {ours}")
+        if getattr(config, name) != target_size:
+            raise ProposerLoadError(f"{config_file}: {name} is {getattr(config, name)}, the target's {target_size}")
     if not (1 <= config.masks <= MAX_PARALLEL_TOKENS and config.rank >= 1):
         sizes = f"rank {config.rank} and {config.masks} masks"
         raise ProposerLoadError(
@@ -126,13 +131,13 @@ def load_adapters(path: str | Path, network: PreTrainedModel) -> SpaceAdapters:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ProposerLoadError(f"{file} is damaged or half-written: {error}") from error
+        raise ProposerLoadError(f"{file} is damaged or incomplete: {error}") from error
     adapters = SpaceAdapters(config)
     with torch.no_grad():
         for name, parameter in adapters.named_parameters():
             copy_tensor(parameter, name, tensors, file)
     if tensors:
-        raise ProposerLoadError(f"{file} holds {min(tensors)}, which these adapters have no place for")
+        raise ProposerLoadError(f"{file} has an unexpected tensor {min(tensors)}")
     return adapters.to(embedding.device, embedding.dtype).eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""A head written out once more, as plainly as can be: from a checkpoint's tensors, without a cache, head by head."""
+"""A second, plain implementation of heads: without a cache, and one attention head at a time."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from parse.speculative.proposal import ProposalRequest
 
 
 def sizes(**changes):
-    """As in a config.json."""
+    """The content of a config.json."""
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "hidden_size": 16,
@@ -29,14 +29,14 @@ def layer_shapes(config, prefix, first):
     hidden, mlp = config["hidden_size"], config["intermediate_size"]
     width = hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
-    entering = 2 * hidden if first else hidden
+    attention_input = 2 * hidden if first else hidden
     return {
         **({f"{prefix}.hidden_norm.weight": (hidden,)} if first else {}),
         f"{prefix}.input_layernorm.weight": (hidden,),
         f"{prefix}.post_attention_layernorm.weight": (hidden,),
-        f"{prefix}.self_attn.q_proj.weight": (queries, entering),
-        f"{prefix}.self_attn.k_proj.weight": (keys, entering),
-        f"{prefix}.self_attn.v_proj.weight": (keys, entering),
+        f"{prefix}.self_attn.q_proj.weight": (queries, attention_input),
+        f"{prefix}.self_attn.k_proj.weight": (keys, attention_input),
+        f"{prefix}.self_attn.v_proj.weight": (keys, attention_input),
         f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
         f"{prefix}.mlp.gate_proj.weight": (mlp, hidden),
         f"{prefix}.mlp.up_proj.weight": (mlp, hidden),
@@ -45,7 +45,7 @@ def layer_shapes(config, prefix, first):
 
 
 def checkpoint(config, midlayer="midlayer", seed=0):
-    """Random tensors in the authors' layout."""
+    """Random tensors in the layout of EAGLE-3's authors."""
     hidden, vocabulary, draft = config["hidden_size"], config["vocab_size"], config["draft_vocab_size"]
     shapes = {"fc.weight": (hidden, 3 * hidden), "norm.weight": (hidden,), "lm_head.weight": (draft, hidden)}
     for number in range(config["num_hidden_layers"]):
@@ -79,7 +79,7 @@ def norm(x, weight, config):
     return weight * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + config["rms_norm_eps"]))
 
 
-def turned(vector, position, theta):
+def rotate(vector, position, theta):
     half = len(vector) // 2
     out = vector.clone()
     for k in range(half):
@@ -91,7 +91,7 @@ def turned(vector, position, theta):
 
 
 def layer(tensors, config, prefix, embedded, hidden, positions):
-    """Elements that each see those before them."""
+    """Runs a layer on elements that each see themselves and those before them."""
 
     def weight(name):
         return tensors[f"{prefix}.{name}.weight"]
@@ -99,22 +99,26 @@ def layer(tensors, config, prefix, embedded, hidden, positions):
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     width = config["hidden_size"] // heads
     if embedded is None:
-        entering = norm(hidden, weight("input_layernorm"), config)
+        attention_input = norm(hidden, weight("input_layernorm"), config)
     else:
-        entering = torch.cat(
+        attention_input = torch.cat(
             [norm(embedded, weight("input_layernorm"), config), norm(hidden, weight("hidden_norm"), config)], -1
         )
-    query, key, value = (entering @ weight(f"self_attn.{name}_proj").T for name in "qkv")
+    query, key, value = (attention_input @ weight(f"self_attn.{name}_proj").T for name in "qkv")
     mixed = torch.zeros(len(hidden), heads * width)
     for head in range(heads):
-        here, there = slice(head * width, (head + 1) * width), head * groups // heads
-        there = slice(there * width, (there + 1) * width)
+        key_head = head * groups // heads
+        query_columns = slice(head * width, (head + 1) * width)
+        key_columns = slice(key_head * width, (key_head + 1) * width)
         for row in range(len(hidden)):
-            asked = turned(query[row, here], positions[row], config["rope_theta"])
+            rotated_query = rotate(query[row, query_columns], positions[row], config["rope_theta"])
             scores = torch.stack(
-                [asked @ turned(key[k, there], positions[k], config["rope_theta"]) for k in range(row + 1)]
+                [
+                    rotated_query @ rotate(key[k, key_columns], positions[k], config["rope_theta"])
+                    for k in range(row + 1)
+                ]
             )
-            mixed[row, here] = (scores / math.sqrt(width)).softmax(0) @ value[: row + 1, there]
+            mixed[row, query_columns] = (scores / math.sqrt(width)).softmax(0) @ value[: row + 1, key_columns]
     hidden = hidden + mixed @ weight("self_attn.o_proj").T
     normed = norm(hidden, weight("post_attention_layernorm"), config)
     gate, up = normed @ weight("mlp.gate_proj").T, normed @ weight("mlp.up_proj").T
@@ -133,18 +137,18 @@ def logits(tensors, config, hidden):
 
 
 class Chain:
-    """Elements one after the other, run anew whenever one is added."""
+    """A chain of elements, all of which are computed again whenever one is added."""
 
-    def __init__(self, tensors, config, embedding, tokens, features, positions):
+    def __init__(self, tensors, config, embedding, tokens, hidden_states, positions):
         self.tensors, self.config, self.embedding = tensors, config, embedding
         self.embedded, self.positions = embedding[torch.tensor(tokens)], list(positions)
-        self.hidden = features @ tensors["fc.weight"].T
+        self.hidden = hidden_states @ tensors["fc.weight"].T
 
     def last(self):
         return run(self.tensors, self.config, self.embedded, self.hidden, self.positions)[-1]
 
-    def longer(self, token):
-        """With a drafted token behind, which goes with the guess of the feature before it."""
+    def extended(self, token):
+        """The chain with a drafted token appended, whose hidden vector is the output at the last element."""
         out = Chain.__new__(Chain)
         out.tensors, out.config, out.embedding = self.tensors, self.config, self.embedding
         out.embedded = torch.cat([self.embedded, self.embedding[token][None]])
@@ -156,57 +160,54 @@ class Chain:
         return logits(self.tensors, self.config, self.last()).log_softmax(-1)
 
 
-def tree(chain, beam, depth, most):
-    """(token, parent) of the nodes proposed, and how likely each is, by its path of tokens."""
+def tree(chain, topk, depth, max_tokens):
+    """The log-probability of each proposed node, by its path of tokens."""
     nodes = {}  # path -> log-probability
-    level = []
 
-    def children(path, here, score):
-        likely, tokens = here.logprobs().topk(beam)
-        for logprob, token in zip(likely.tolist(), tokens.tolist(), strict=True):
-            longer = (*path, target_token(chain.tensors, token))
-            nodes[longer] = score + logprob
-            yield longer
+    def children(path, chain_to_path, score):
+        logprobs, tokens = chain_to_path.logprobs().topk(topk)
+        for logprob, token in zip(logprobs.tolist(), tokens.tolist(), strict=True):
+            child_path = (*path, target_token(chain.tensors, token))
+            nodes[child_path] = score + logprob
+            yield child_path
 
-    texts = {(): chain}
-    level = list(children((), chain, 0.0))
-    for step in range(depth):
-        found = []
-        for path in level:
-            texts[path] = texts[path[:-1]].longer(path[-1])
-            found += children(path, texts[path], nodes[path])
-        level = sorted(found, key=nodes.__getitem__, reverse=True)[:beam]
-        if step == depth - 1:
-            break
-    return dict(sorted(nodes.items(), key=lambda item: -item[1])[:most])
+    chains = {(): chain}
+    beam = list(children((), chain, 0.0))
+    for _ in range(depth):
+        next_level = []
+        for path in beam:
+            chains[path] = chains[path[:-1]].extended(path[-1])
+            next_level += children(path, chains[path], nodes[path])
+        beam = sorted(next_level, key=nodes.__getitem__, reverse=True)[:topk]
+    return dict(sorted(nodes.items(), key=lambda item: -item[1])[:max_tokens])
 
 
 def paths(proposal):
     out: list[tuple[int, ...]] = []
-    for token, parent in zip(proposal.tokens, proposal.parents, strict=True):
+    for token, parent in zip(proposal.token_ids, proposal.parents, strict=True):
         out.append((*out[parent], token) if parent >= 0 else (token,))
     return set(out)
 
 
-def proposed(method, proposer, most, floor=0.0, depth=1000):
-    (proposal,) = method.propose([ProposalRequest(proposer, most, floor, depth)])
+def propose(proposer, state, max_tokens, min_probability=0.0, max_depth=1000):
+    (proposal,) = proposer.propose([ProposalRequest(state, max_tokens, min_probability, max_depth)])
     return proposal
 
 
-def drafted(method, proposer, most):
-    """Without the chances, which rounding may change."""
-    return bare(proposed(method, proposer, most))
+def propose_tree(proposer, state, max_tokens):
+    """Tokens and parents of a proposal, without the probabilities, which rounding may change."""
+    return tree_of(propose(proposer, state, max_tokens))
 
 
-def bare(proposal):
-    return tuple(proposal.tokens), tuple(proposal.parents)
+def tree_of(proposal):
+    return tuple(proposal.token_ids), tuple(proposal.parents)
 
 
-def chances(proposal):
-    """By the path of tokens."""
-    found: dict[tuple[int, ...], float] = {}
+def path_probabilities(proposal):
+    """The probability of each node, by its path of tokens."""
+    probabilities: dict[tuple[int, ...], float] = {}
     out: list[tuple[int, ...]] = []
-    for token, parent, likely in zip(proposal.tokens, proposal.parents, proposal.likely, strict=True):
+    for token, parent, probability in zip(proposal.token_ids, proposal.parents, proposal.probabilities, strict=True):
         out.append((*out[parent], token) if parent >= 0 else (token,))
-        found[out[-1]] = likely
-    return found
+        probabilities[out[-1]] = probability
+    return probabilities

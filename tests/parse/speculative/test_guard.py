@@ -7,43 +7,43 @@ from parse.speculative.proposal import NO_PROPOSAL, Proposal, ProposalRequest, P
 from parse.tree import MASK
 
 
-class Scripted(Proposer[Any]):
-    """A method whose texts bring their proposals along."""
+class ScriptedProposer(Proposer[Any]):
+    """A proposer whose states hold the proposals that it will make for them."""
 
-    def __init__(self, *texts):
-        self.texts, self.calls = list(texts), []
+    def __init__(self, *states):
+        self.states, self.calls = list(states), []
 
     def new_state(self):
-        return self.texts.pop(0)
+        return self.states.pop(0)
 
-    def propose(self, wishes):
-        self.calls.append(len(wishes))
-        found = [wish.proposer.proposals.pop(0) for wish in wishes]
-        if fault := next((one for one in found if isinstance(one, Exception)), None):
-            for wish, one in zip(wishes, found, strict=True):
-                wish.proposer.proposals.insert(0, one)
-            if len(wishes) == 1:
-                wishes[0].proposer.proposals.pop(0)
+    def propose(self, requests):
+        self.calls.append(len(requests))
+        proposals = [request.state.proposals.pop(0) for request in requests]
+        if fault := next((proposal for proposal in proposals if isinstance(proposal, Exception)), None):
+            for request, proposal in zip(requests, proposals, strict=True):
+                request.state.proposals.insert(0, proposal)
+            if len(requests) == 1:
+                requests[0].state.proposals.pop(0)
             raise fault
-        return found
+        return proposals
 
 
-class Text:
-    def __init__(self, *proposals, fails_to_take=False):
-        self.proposals, self.fails_to_take = list(proposals), fails_to_take
-        self.taken: list[int] = []
+class ScriptedState:
+    def __init__(self, *proposals, fails_to_extend=False):
+        self.proposals, self.fails_to_extend = list(proposals), fails_to_extend
+        self.token_ids: list[int] = []
 
-    def extend(self, tokens, features, foreseen):
-        if self.fails_to_take:
+    def extend(self, tokens, hidden_states, mask_prediction):
+        if self.fails_to_extend:
             raise ZeroDivisionError
-        self.taken += tokens
+        self.token_ids += tokens
 
 
-SOUND = Proposal((3, 4, 5), (-1, 0, 0))
+VALID = Proposal((3, 4, 5), (-1, 0, 0))
 
 
 @pytest.mark.parametrize(
-    "nonsense",
+    "invalid",
     [
         ZeroDivisionError(),
         Proposal((3, 4), (-1,)),
@@ -64,59 +64,55 @@ SOUND = Proposal((3, 4, 5), (-1, 0, 0))
         [3, 4],
     ],
 )
-def test_nonsense_costs_one_proposal_of_one_text(nonsense, caplog):
-    guard = GuardedProposer(Scripted(Text(nonsense, SOUND), Text(SOUND, SOUND)), vocab_size=9)
-    wishes = [ProposalRequest(guard.new_state(), 3) for _ in range(2)]
-    assert guard.propose(wishes) == [NO_PROPOSAL, SOUND] and "Scripted: " in caplog.text
-    wishes[0].state.extend((1,), None, None)
-    assert guard.propose(wishes) == [SOUND, SOUND]
+def test_an_invalid_proposal_costs_one_proposal_of_one_sequence(invalid, caplog):
+    guard = GuardedProposer(ScriptedProposer(ScriptedState(invalid, VALID), ScriptedState(VALID, VALID)), vocab_size=9)
+    requests = [ProposalRequest(guard.new_state(), 3) for _ in range(2)]
+    assert guard.propose(requests) == [NO_PROPOSAL, VALID] and "ScriptedProposer: " in caplog.text
+    requests[0].state.extend((1,), None, None)
+    assert guard.propose(requests) == [VALID, VALID]
 
 
-def test_who_cannot_follow_the_text_is_not_asked_again(caplog):
-    text = Text(SOUND, fails_to_take=True)
-    guard = GuardedProposer(Scripted(text), vocab_size=9)
+def test_a_state_that_could_not_be_extended_gets_no_more_proposals(caplog):
+    state = ScriptedState(VALID, fails_to_extend=True)
+    guard = GuardedProposer(ScriptedProposer(state), vocab_size=9)
     guarded = guard.new_state()
     guarded.extend((1,), None, None)
     guarded.extend((2,), None, None)
-    assert (
-        guard.propose([ProposalRequest(guarded, 3)]) == [NO_PROPOSAL]
-        and caplog.text.count("goes on without proposals") == 1
-    )
-    assert text.proposals == [SOUND]
+    assert guard.propose([ProposalRequest(guarded, 3)]) == [NO_PROPOSAL]
+    assert caplog.text.count("continues without proposals") == 1
+    assert state.proposals == [VALID]
 
 
-def test_who_has_no_place_for_another_text_lets_it_go_without(caplog):
-    guard = GuardedProposer(Scripted(), vocab_size=9)
+def test_a_sequence_for_which_no_state_can_be_made_gets_no_proposals(caplog):
+    guard = GuardedProposer(ScriptedProposer(), vocab_size=9)
     guarded = guard.new_state()
     guarded.extend((1,), None, None)
-    assert (
-        guard.propose([ProposalRequest(guarded, 3)]) == [NO_PROPOSAL] and "a text goes without proposals" in caplog.text
-    )
+    assert guard.propose([ProposalRequest(guarded, 3)]) == [NO_PROPOSAL]
+    assert "no state for a new sequence" in caplog.text
 
 
-def test_where_there_is_no_room_nobody_is_asked():
-    method = Scripted(Text(), Text(SOUND))
-    guard = GuardedProposer(method, vocab_size=9)
-    assert guard.propose([ProposalRequest(guard.new_state(), 0), ProposalRequest(guard.new_state(), 3)]) == [
-        NO_PROPOSAL,
-        SOUND,
-    ]
-    assert method.calls == [1]
+def test_the_proposer_is_not_called_for_requests_of_no_tokens():
+    proposer = ScriptedProposer(ScriptedState(), ScriptedState(VALID))
+    guard = GuardedProposer(proposer, vocab_size=9)
+    requests = [ProposalRequest(guard.new_state(), 0), ProposalRequest(guard.new_state(), 3)]
+    assert guard.propose(requests) == [NO_PROPOSAL, VALID]
+    assert proposer.calls == [1]
 
 
-def test_too_few_answers_are_none():
-    class Short(Scripted):
-        def propose(self, wishes):
+def test_too_few_proposals_count_as_none():
+    class EmptyProposer(ScriptedProposer):
+        def propose(self, requests):
             return []
 
-    guard = GuardedProposer(Short(Text(SOUND), Text(SOUND)), vocab_size=9)
-    assert guard.propose([ProposalRequest(guard.new_state(), 3) for _ in range(2)]) == [NO_PROPOSAL, NO_PROPOSAL]
+    guard = GuardedProposer(EmptyProposer(ScriptedState(VALID), ScriptedState(VALID)), vocab_size=9)
+    requests = [ProposalRequest(guard.new_state(), 3) for _ in range(2)]
+    assert guard.propose(requests) == [NO_PROPOSAL, NO_PROPOSAL]
 
 
-def test_what_fails_with_every_token_does_not_fill_the_log(caplog):
-    guard = GuardedProposer(Scripted(Text(*[ZeroDivisionError()] * 100)), vocab_size=9)
-    wishes = [ProposalRequest(guard.new_state(), 3)]
+def test_a_method_that_fails_with_every_token_does_not_fill_the_log(caplog):
+    guard = GuardedProposer(ScriptedProposer(ScriptedState(*[ZeroDivisionError()] * 100)), vocab_size=9)
+    requests = [ProposalRequest(guard.new_state(), 3)]
     for _ in range(100):
-        assert guard.propose(wishes) == [NO_PROPOSAL]
+        assert guard.propose(requests) == [NO_PROPOSAL]
     assert len(caplog.records) == 7 and "fault 64 of this method" in caplog.text  # 1, 2, 4, ..., 64
     assert sum(bool(record.exc_info) for record in caplog.records) == 1

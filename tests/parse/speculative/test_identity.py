@@ -12,9 +12,9 @@ import torch
 
 from parse.config import EngineSettings
 from parse.config import SpeculativeConfig as Settings
+from parse.engines.loader import load_native_engine
 from parse.engines.native.model import Model
 from parse.engines.native.programs import generate
-from parse.engines.loader import load_native_engine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
 from parse.speculative.cost_model import StepCostModel
@@ -54,12 +54,7 @@ TREES = (
 def serve(*ways):
     return load_native_engine(
         EngineSettings(
-            model=DEMO_TARGET,
-            num_threads=1,
-            max_model_len=512,
-            kv_cache_memory_bytes=256 * 2**20,
-            max_num_seqs=16,
-            speculative_configs=ways,
+            model=DEMO_TARGET, num_threads=1, max_model_len=512, memory_mb=256, max_num_seqs=16, speculation=ways
         )
     )
 
@@ -216,7 +211,7 @@ def test_whatever_proposes_texts_are_drawn_as_often_as_they_should_be(kind, refe
         )
         method.reserve(40, 32)
     texts: list[list] = [[] for _ in range(TEXTS)]
-    with serving(model, contexts=40, capacity=32, max_running=32, step_tokens=256) as engine:
+    with serving(model, contexts=40, capacity=32, max_num_seqs=32, max_num_batched_tokens=256) as engine:
         replies = []
         for seed, pieces in enumerate(texts):
             program = generate(

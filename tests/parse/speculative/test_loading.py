@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.engines.native.model import Model, ModelNotFoundError
 from parse.engines.loader import load_native_engine
+from parse.engines.native.model import Model, ModelNotFoundError
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
@@ -29,9 +29,7 @@ HEADS = {
 
 def settings(*methods, **given):
     ways = [SpeculativeConfig(method=method, model=HEADS[method], **given) for method in methods]
-    return EngineSettings(
-        model=DEMO_TARGET, num_threads=1, max_model_len=512, kv_cache_memory_bytes=128 * 2**20, speculative_configs=ways
-    )
+    return EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=512, memory_mb=128, speculation=ways)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +41,14 @@ def model():
     ("method", "given", "most"),
     [
         ("eagle3", {}, 12),
-        ("eagle3", {"topk": 4}, 16),
-        ("eagle3", {"num_speculative_tokens": 5}, 5),
+        ("eagle3", {"beam": 4}, 16),
+        ("eagle3", {"tokens": 5}, 5),
         ("parallel", {}, 12),  # so many as its head says in a pass
-        ("parallel", {"topk": 2}, 24),
+        ("parallel", {"beam": 2}, 24),
         ("space", {}, 8 * 10),  # eight masks behind each of eight candidates and behind the text, and the candidates
-        ("space", {"num_speculative_tokens": 3}, 3 * 5),
-        ("draft_model", {"num_speculative_tokens": 6}, 6),
-        ("ngram", {"num_speculative_tokens": 20}, 20),
+        ("space", {"tokens": 3}, 3 * 5),
+        ("draft_model", {"tokens": 6}, 6),
+        ("ngram", {"tokens": 20}, 20),
     ],
 )
 def test_a_method_proposes_as_much_as_it_is_good_for_or_as_it_is_told(model, method, given, most):
@@ -128,17 +126,17 @@ def test_each_method_reads_the_features_it_names(model):
 def test_what_does_not_fit_is_refused_when_it_is_loaded(model, method, head, error, message):
     given = SpeculativeConfig(method=method, model=head and str(DEMO / head))
     with pytest.raises(error, match=message):
-        load_methods(settings().model_copy(update={"speculative_configs": (given,)}), model, StepCostModel())
+        load_methods(settings().model_copy(update={"speculation": (given,)}), model, StepCostModel())
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "ngram", "model": "some"}, "ngram takes no model"),
-        ({"method": "eagle3"}, "eagle3 needs a model"),
-        ({"method": "draft_model"}, "draft_model needs a model"),
-        ({"method": "space", "topk": 2}, "space proposes chains only"),
-        ({"method": "ngram", "num_speculative_tokens": 0}, "greater than or equal to 1"),
+        ({"method": "ngram", "head": "some"}, "ngram takes no head"),
+        ({"method": "eagle3"}, "eagle3 needs a head"),
+        ({"method": "draft_model"}, "draft_model needs a head"),
+        ({"method": "space", "beam": 2}, "space proposes chains only"),
+        ({"method": "ngram", "tokens": 0}, "greater than or equal to 1"),
         ({"method": "medusa"}, "'draft_model', 'ngram', 'eagle3', 'parallel' or 'space'"),
     ],
 )

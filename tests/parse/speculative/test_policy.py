@@ -15,7 +15,7 @@ from parse.speculative import policy
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.policy import MAX_PAUSE, MIN_TRIALS, SpeculativeMethod
-from parse.speculative.proposal import NO_PROPOSAL, NOT_YET, Proposal, Proposer, chain_proposal
+from parse.speculative.proposal import NO_PROPOSAL, NOT_READY, Proposal, Proposer, chain_proposal
 from parse.tree import MASK
 
 MS = 1e-3
@@ -389,7 +389,7 @@ def test_looking_in_vain_counts_by_the_time_it_takes(clock):
 
 def test_a_text_that_is_yet_to_be_read_is_not_judged(clock):
     method = Silent(clock, 2 * MS)
-    method.answer = NOT_YET
+    method.answer = NOT_READY
     batch = Batch(cpu, method)
     batch.begin(Text(always(0.5), 0))
     assert batch.write(50).proposed == [[0]] * 50

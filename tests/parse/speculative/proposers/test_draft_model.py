@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from parse.engines.native.model import Model
 from parse.speculative.guard import GuardedProposer
-from parse.speculative.proposal import NO_PROPOSAL, NOT_YET, ProposalRequest
+from parse.speculative.proposal import NO_PROPOSAL, NOT_READY, ProposalRequest
 from parse.speculative.proposers import draft_model
 from parse.speculative.proposers.draft_model import DraftModelProposer
 from parse.speculative.proposers.eagle_head import ProposerLoadError
@@ -142,7 +142,7 @@ def test_a_long_text_is_read_in_pieces_while_it_is_written_on(tokenizer, monkeyp
     ids = text(rng, 100)
     proposer = taken(method, ids)
     for _ in range(6):
-        assert proposed(method, proposer, MOST) == NOT_YET
+        assert proposed(method, proposer, MOST) == NOT_READY
         assert read.since() == [16]
         new = text(rng, 2)
         ids += new
@@ -167,9 +167,9 @@ def test_while_long_texts_are_read_the_others_keep_their_proposals_and_no_pass_i
         assert is_what_it_writes(chain, short)
         assert sum(read.since()) <= 16 + 3 * (MOST + 1)
         if turn < 2:
-            assert others == [NOT_YET, NOT_YET]
+            assert others == [NOT_READY, NOT_READY]
         if turn == 2:
-            assert is_what_it_writes(others[0], long[0]) and others[1] == NOT_YET
+            assert is_what_it_writes(others[0], long[0]) and others[1] == NOT_READY
         if turn == 4:
             assert is_what_it_writes(others[1], long[1])
 
@@ -236,7 +236,7 @@ def test_without_memory_nothing_is_proposed_until_there_is_some(tokenizer):
     texts = [text(rng, 40) for _ in range(3)]
     proposers = [taken(method, ids) for ids in texts]
     first, second, third = method.propose([ProposalRequest(proposer, MOST) for proposer in proposers])
-    assert is_what_it_writes(first, texts[0]) and is_what_it_writes(second, texts[1]) and third == NOT_YET
+    assert is_what_it_writes(first, texts[0]) and is_what_it_writes(second, texts[1]) and third == NOT_READY
     for ids, proposer in zip(texts, proposers, strict=True):
         ids.append(7)
         proposer.extend([7], None, None)

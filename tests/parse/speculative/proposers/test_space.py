@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parse.config import EngineSettings, SpeculativeConfig
+from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput
-from parse.engines.loader import load_native_engine
 from parse.engines.native.step_timing import measure_step_seconds
 from parse.local import DEMO, DEMO_TARGET
 from parse.speculative.proposal import MaskPrediction, ProposalRequest
@@ -273,13 +273,7 @@ def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_tok
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
     service = load_native_engine(
-        EngineSettings(
-            model=DEMO_TARGET,
-            num_threads=1,
-            max_model_len=512,
-            kv_cache_memory_bytes=128 * 2**20,
-            speculative_configs=(way,),
-        )
+        EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=512, memory_mb=128, speculative_configs=(way,))
     )
     take = type(SpaceProposer(MaskTokenEmbedder(torch.zeros(1)), 1).new_state()).extend
 
@@ -316,11 +310,7 @@ def test_masks_that_come_to_no_number_foresee_nothing_and_spoil_nothing():
     """As adapters may, in half precision."""
     way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
     settings = EngineSettings(
-        model=DEMO_TARGET,
-        num_threads=1,
-        max_model_len=512,
-        kv_cache_memory_bytes=128 * 2**20,
-        speculative_configs=(way,),
+        model=DEMO_TARGET, num_threads=1, max_model_len=512, memory_mb=128, speculative_configs=(way,)
     )
     service = load_native_engine(settings)
     with torch.no_grad():

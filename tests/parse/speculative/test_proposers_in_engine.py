@@ -11,9 +11,10 @@ from torch import Tensor
 
 from parse.config import EngineSettings
 from parse.config import SpeculativeConfig as Way
+from parse.engines.loader import load_native_engine
 from parse.engines.native import service as service_module
 from parse.engines.native.attention import STEP_ATTENTION
-from parse.engines.loader import load_native_engine
+from parse.engines.native.engine import NativeEngine
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
 from parse.speculative import policy
@@ -22,7 +23,7 @@ from parse.speculative.proposal import Proposal, Proposer
 from parse.types import RequestError, SamplingParams, sum_stats
 from training.measure import draw_problems
 
-SETTINGS = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=256 * 2**20)
+SETTINGS = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=1024, memory_mb=256)
 TAPS = (2, 7, 11)
 SAMPLINGS = [
     SamplingParams(temperature=0.0, max_tokens=120),
@@ -84,7 +85,7 @@ METHODS = {
 
 
 def serving(*ways: Way) -> NativeEngine:
-    return load_native_engine(SETTINGS.model_copy(update={"speculative_configs": ways}))
+    return load_native_engine(SETTINGS.model_copy(update={"speculation": ways}))
 
 
 def serving_own(monkeypatch, method) -> NativeEngine:
