@@ -14,7 +14,7 @@ from parse.config import EngineSettings
 from parse.engines.native.engine import EngineStats
 from parse.engines.native.service import NativeEngine
 from parse.prompts import VerificationSuffix
-from parse.types import MethodChoice, SamplingParams
+from parse.types import SamplingParams
 
 MAX_STEP_DURATION_S = 30.0  # a step takes no longer than that
 
@@ -48,8 +48,7 @@ class ModelReplica:
         suffix = VerificationSuffix(token_ids=(0,), correct_token_ids=(0,), incorrect_token_ids=(1,))
         await self.engine.judge(prompt, prompt, range(8, num_tokens + 1, 8), suffix, logprobs=0)
         greedy = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        methods: tuple[MethodChoice, ...] = (*self.engine.methods, "none")
-        for method in methods:
+        for method in (*self.engine.methods, "none"):
             async for _ in self.engine.generate(prompt, sampling=greedy, speculation=method):
                 pass
         self.engine.reset_prefix_cache()
