@@ -26,11 +26,11 @@ from bench.client import RequestParams, open_client, send_request
 from bench.latency import BenchmarkRun, OfferedLoad
 from bench.load import Workload, closed_loop, run_interleaved
 from bench.workload import demo_requests
-from deployments.api.backend import Session
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import ROUTER_METRICS, Counter, Gauge, Histogram, MetricsRecorder
+from deployments.session import Session
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from parse.pipeline import Pipeline

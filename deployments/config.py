@@ -74,8 +74,8 @@ class AuditSettings(Settings):
     gap: float = Field(
         0.5,
         ge=0,
-        description="Two answers also agree if the mean log-probability per token, as the target computes it, is higher "
-        "for its own answer by at most this much.",
+        description="Two answers also agree if the target's mean log-probability per token is higher for its own "
+        "answer by at most this much.",
     )
 
     @field_validator("result")
@@ -99,8 +99,7 @@ class AppSettings(Settings):
     )
     verification: VerificationSettings = Field(
         VerificationSettings(),
-        description="How drafts are verified. A key that is not set is taken from parse.json in the target's folder, if "
-        "there is one.",
+        description="How drafts are verified. Unset keys are taken from parse.json in the target's folder.",
     )
     api: ApiSettings = Field(ApiSettings(), description="What clients may request, and how much of it at once.")
     audit: AuditSettings = Field(AuditSettings(), description="How often the price of being lossy is measured.")

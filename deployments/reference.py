@@ -103,8 +103,7 @@ def render_configuration_page() -> str:
             "`speculative_configs` of a model",
             SpeculativeConfig,
             "Write a list: `[{method: parallel, model: models/demo-parallel}, {method: ngram}]`. A request chooses "
-            'among the methods of the target with [`parse.speculation`](api.md#several-tokens-in-a-pass); "none" is always '
-            "allowed.",
+            'among the methods of the target with [`parse.speculation`](api.md#several-tokens-in-a-pass), and "none".',
         ),
         render_section(
             "`verification`",

@@ -1,4 +1,4 @@
-"""How many answers are worked on at the same time, and how many requests may wait for that."""
+"""Admission control: how many answers are worked on at the same time, and how many requests may wait."""
 
 import asyncio
 import time
@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from math import ceil
 
 MAX_RETRY_AFTER_S = 60
-RUNNING_MEAN_WEIGHT = 0.1  # of the newest request in the running mean
+RUNNING_MEAN_WEIGHT = 0.1  # the weight of the newest request in the running mean
 
 
 class Overloaded(RuntimeError):
-    """Too many are waiting already."""
+    """The queue is full."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"too many requests are waiting; try again in {retry_after_s} s")
@@ -20,13 +20,13 @@ class Overloaded(RuntimeError):
 
 
 class AdmissionQueue:
-    """First come, first served. Belongs to one event loop."""
+    """Gives out slots, first come, first served. It belongs to one event loop."""
 
-    def __init__(self, num_slots: int, max_waiting: int) -> None:
-        self.num_slots, self.max_waiting = num_slots, max_waiting
+    def __init__(self, num_slots: int, max_queued_requests: int) -> None:
+        self.num_slots, self.max_queued_requests = num_slots, max_queued_requests
         self.num_free_slots = num_slots
-        self._waiting: deque[tuple[int, asyncio.Event]] = deque()  # places wanted; is it let in?
-        self._mean_service_s = 1.0  # a request's time inside
+        self._waiting: deque[tuple[int, asyncio.Event]] = deque()  # requested slots; set once they are granted
+        self._mean_service_s = 1.0  # the time that a request holds its slots
         self._idle, self._busy = asyncio.Event(), asyncio.Event()
         self._idle.set()
 
@@ -35,7 +35,7 @@ class AdmissionQueue:
         return len(self._waiting)
 
     async def wait_until_idle(self, seconds: float) -> None:
-        """Comes back when nobody has been inside for that long."""
+        """Returns once no slot has been held for this long."""
         while True:
             await self._idle.wait()
             try:
@@ -45,12 +45,12 @@ class AdmissionQueue:
                 return
 
     async def wait_until_busy(self) -> None:
-        """Comes back when somebody is inside."""
+        """Returns once a slot is held."""
         await self._busy.wait()
 
     @asynccontextmanager
     async def hold_slots(self, count: int) -> AsyncIterator[None]:
-        """Holds that many places."""
+        """Waits for this many slots and holds them."""
         await self._acquire(count)
         self._idle.clear()
         self._busy.set()
@@ -65,7 +65,7 @@ class AdmissionQueue:
         if not self._waiting and count <= self.num_free_slots:
             self.num_free_slots -= count
             return
-        if len(self._waiting) >= self.max_waiting:
+        if len(self._waiting) >= self.max_queued_requests:
             expected_wait_s = self._mean_service_s * (len(self._waiting) + 1) / self.num_slots
             raise Overloaded(min(MAX_RETRY_AFTER_S, max(1, ceil(expected_wait_s))))
         admitted = asyncio.Event()
@@ -74,7 +74,7 @@ class AdmissionQueue:
         try:
             await admitted.wait()
         except asyncio.CancelledError:
-            if admitted.is_set():  # let in and given up in the same moment
+            if admitted.is_set():  # admitted and cancelled at the same moment
                 self._release(count)
             else:
                 self._waiting.remove(entry)

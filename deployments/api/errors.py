@@ -1,4 +1,4 @@
-"""What went wrong, in the OpenAI API's shape."""
+"""Errors in the format of the OpenAI API."""
 
 import logging
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from deployments.api.admission import Overloaded
-from deployments.api.protocol import ChatCompletionRequest, CompletionRequest, ErrorInfo, ErrorResponse
+from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
+from deployments.api.response_models import ErrorInfo, ErrorResponse
 from deployments.observability.access_log import get_request_record
 from parse.prompts import TemplateError
 from parse.types import EngineStopped, RequestError
@@ -28,7 +29,7 @@ ERROR_TYPES = {
 
 
 class ApiError(Exception):
-    """Is answered with that status."""
+    """An error with the status and the body of its response."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class ApiError(Exception):
 
 
 def to_api_error(error: BaseException) -> ApiError:
-    """Whatever went wrong on the way to an answer, as a client is told."""
+    """Returns the error that a client receives for an exception."""
     match error:
         case ApiError():
             return error
@@ -63,10 +64,10 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(503, str(error), code="overloaded", headers={"Retry-After": str(seconds)})
         case EngineStopped():
             headers = {"Retry-After": "1"}
-            return ApiError(503, "no verifier could answer; try again", code="unavailable", headers=headers)
+            return ApiError(503, "no verifier is available; try again", code="unavailable", headers=headers)
         case TimeoutError():
             return ApiError(504, "the request took too long", code="timeout")
-        case HTTPException(status_code=400, detail=detail):  # by the framework, of what it could not decode
+        case HTTPException(status_code=400, detail=detail):  # raised by FastAPI for a body that it cannot decode
             return ApiError(400, f"body: {detail}", param="body", code="invalid_json")
         case HTTPException(status_code=status, detail=detail):
             return ApiError(status, str(detail), headers=dict(error.headers or {}))
@@ -77,7 +78,7 @@ def to_api_error(error: BaseException) -> ApiError:
 
 
 def _replace_lone_surrogates(text: str) -> str:
-    """Names of fields come from the request and may hold anything."""
+    """Makes text encodable: field names come from the request and may contain anything."""
     return text.encode(errors="replace").decode()
 
 
@@ -88,18 +89,21 @@ async def handle_exception(request: HttpRequest, error: Exception) -> JSONRespon
 
 
 def to_validation_error(errors: Sequence[Any]) -> ApiError:
-    """Of several faults that of a value before that of a type, and then the deepest in the request: with
-    alternatives, that of the one that was meant."""
+    """Returns one of several validation errors.
+
+    Errors of values come before errors of types, and then deeper ones first. If a field has alternative types, this is
+    the error of the alternative that the client meant.
+    """
     paths = [(_error_path(error), error) for error in errors]
     path, error = max(paths, key=lambda candidate: (not candidate[1]["type"].endswith("_type"), len(candidate[0])))
     context = error.get("ctx", {})
     if field := context.get("field"):
         path = [*path, field]
     if error["type"] == "json_invalid":
-        message = f"the body is no JSON: {context.get('error', 'it cannot be read')}"
+        message = f"the body is not JSON: {context.get('error', 'it cannot be read')}"
         return ApiError(400, message, param="body", code="invalid_json")
     if not path:
-        wrong_content_type = isinstance(error.get("input"), bytes)  # by the framework, which goes by the content type
+        wrong_content_type = isinstance(error.get("input"), bytes)  # FastAPI parses only JSON content types
         message = "must be JSON, sent as application/json" if wrong_content_type else error["msg"]
         return ApiError(400, f"body: {message}", param="body", code="invalid_value")
     must_be_empty = error["type"] == "too_long" and context.get("max_length") == 0
@@ -110,7 +114,7 @@ def to_validation_error(errors: Sequence[Any]) -> ApiError:
 
 
 def _error_path(error: Any) -> list[str | int]:
-    """Its place in the request, without the names of the alternatives that were tried."""
+    """Returns the path of an error in the request, without pydantic's names of alternative types."""
     path: list[str | int] = []
     for key in error["loc"][1:]:
         is_map_key = path == ["logit_bias"]

@@ -1,4 +1,4 @@
-"""From questions to a response, whole or as a stream; and what goes on beside that."""
+"""Handles parsed requests: generates the answers and sends them, complete or as a stream."""
 
 import asyncio
 import time
@@ -12,22 +12,24 @@ from opentelemetry.context import get_current
 from starlette.types import Receive, Send
 
 from deployments.api.admission import AdmissionQueue
-from deployments.api.backend import Backend, Session
+from deployments.api.backend import Backend
 from deployments.api.errors import ApiError, to_api_error
 from deployments.api.request_parsing import ParsedRequest
-from deployments.api.responses import DONE_EVENT, ChoiceState, format_sse
+from deployments.api.responses import DONE_EVENT, format_sse
 from deployments.config import ApiSettings, AuditSettings
 from deployments.observability import logs, metrics
 from deployments.observability.access_log import CLIENT_CLOSED_REQUEST, RequestRecord, get_request_record
 from deployments.observability.audit import Auditor
+from deployments.observability.choice_state import ChoiceState
 from deployments.observability.exposition import encode_metrics
 from deployments.observability.tracing import span_attributes, tracer
+from deployments.session import Session
 from parse.pipeline import Pipeline
 from parse.protocol import Event, Finished, GenerationRequest
 
 
 class CompletionHandler:
-    """Questions in, responses out."""
+    """Handles the requests of both endpoints, and runs the audits and the export of metrics in the background."""
 
     def __init__(self, backend: Backend, settings: ApiSettings, audit: AuditSettings) -> None:
         self._backend, self._recorder = backend, backend.recorder
@@ -36,7 +38,7 @@ class CompletionHandler:
         self._auditor = Auditor(audit, self._admission_queue, self._recorder, self._create_audit_pipeline)
 
     def _create_audit_pipeline(self) -> Pipeline:
-        """For what no client has asked for."""
+        """Returns a pipeline for requests that no client is waiting for."""
         return self._backend.pipeline_for_session(Session("audit", trace_context=get_current(), counts_as_busy=False))
 
     @asynccontextmanager
@@ -71,7 +73,7 @@ class CompletionHandler:
         self._backend.update_metrics()
 
     async def handle(self, parsing: Awaitable[ParsedRequest], http: HttpRequest) -> Response:
-        """Given up if the client leaves before there is anything to send, and nobody else would notice."""
+        """Returns the response. If the client disconnects before there is one, this stops the work for it."""
         response_task = asyncio.ensure_future(self._respond(parsing, get_request_record(http.scope)))
         disconnect_task = asyncio.ensure_future(_wait_for_disconnect(http.receive))
         try:
@@ -93,7 +95,7 @@ class CompletionHandler:
             choice.session.request_id = record.request_id
         choice_events = self._generate(parsed)
         if parsed.stream:
-            # The first must have happened before the status is sent: what fails at once fails with its own status.
+            # The status is sent after the first event, so that a request that fails at once gets the right status.
             first_event = await anext(choice_events)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return _EventStreamResponse(
@@ -139,14 +141,14 @@ class CompletionHandler:
             self._auditor.submit(record.request_id, request, choice)
 
     async def _generate(self, parsed: ParsedRequest) -> AsyncGenerator[tuple[ChoiceState, Event]]:
-        """What happens to all of the answers, as it happens. Leaving the iteration gives them up."""
+        """Yields the events of all choices as they happen. Leaving the iteration cancels the choices."""
         queue: asyncio.Queue[tuple[ChoiceState, Event] | None] = asyncio.Queue()
         started = time.perf_counter()
 
         async def generate_choice(request: GenerationRequest, choice: ChoiceState) -> None:
             choice.queue_s = time.perf_counter() - started
             pipeline = self._backend.pipeline_for_session(choice.session)
-            with tracer.start_as_current_span("answer", attributes={"parse.asked": request.mode}) as span:
+            with tracer.start_as_current_span("answer", attributes={"parse.requested_mode": request.mode}) as span:
                 choice.session.trace_context = get_current()
                 async with aclosing(pipeline.generate(request)) as events:
                     async for event in events:
@@ -172,14 +174,14 @@ class CompletionHandler:
         try:
             while (item := await queue.get()) is not None:
                 yield item
-            await task  # raises what went wrong
+            await task  # raises its exception
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
 
 class _EventStreamResponse(StreamingResponse):
-    """However it ends, the answers end with it, and not only once nobody holds it any more."""
+    """Stops generating when the response ends for any reason, and not only when it is garbage-collected."""
 
     def __init__(
         self,

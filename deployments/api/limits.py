@@ -1,4 +1,4 @@
-"""What stands before every request: its size, the time it may take to arrive, and whether its sender may ask at all."""
+"""Checks before every request: the API key, the size of the body, and the time that it takes to arrive."""
 
 import asyncio
 import hmac
@@ -14,20 +14,20 @@ from deployments import playground
 from deployments.api.errors import ApiError
 from deployments.observability.access_log import CLIENT_CLOSED_REQUEST
 
-UNAUTHENTICATED_PATHS = playground.PATHS | {"/health", "/ready", "/docs", "/redoc", "/openapi.json"}  # to everybody
+UNAUTHENTICATED_PATHS = playground.PATHS | {"/health", "/ready", "/docs", "/redoc", "/openapi.json"}
 
 
 def load_api_keys(file: str | None, variable: str) -> tuple[str, ...]:
-    """From a file, one a line, and from the environment, separated by commas."""
+    """Returns the keys in a file, one per line, and in the environment, separated by commas."""
     lines = Path(file).expanduser().read_text().splitlines() if file else []
     keys = [key.strip() for key in (*lines, *os.environ.get(variable, "").split(","))]
     if file and not any(line.strip() for line in lines):
-        raise ValueError(f"api_keys_file: {file} holds no key")
+        raise ValueError(f"api_keys_file: {file} contains no key")
     return tuple(key for key in keys if key)
 
 
 class RequestLimitsMiddleware:
-    """ASGI middleware."""
+    """ASGI middleware that authenticates requests and limits their bodies."""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[str], max_body_bytes: int, body_timeout_s: float) -> None:
         self._app = app
@@ -62,15 +62,15 @@ class RequestLimitsMiddleware:
                 raise ApiError(401, "without keys only clients on the server's own machine are served", code="no_keys")
             return
         scheme, _, credentials = Headers(scope=scope).get("authorization", "").partition(" ")
-        # Every key is compared, in the same time whether or not it fits.
-        sent_key = credentials.strip().encode("latin-1")  # the bytes as they came
+        # Every key is compared, in constant time, so that timing reveals nothing.
+        sent_key = credentials.strip().encode("latin-1")  # the bytes that were sent
         matches = [hmac.compare_digest(sent_key, key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
             headers = {"WWW-Authenticate": "Bearer"}
-            raise ApiError(401, "a bearer key of this server is needed", code="invalid_api_key", headers=headers)
+            raise ApiError(401, "a bearer key of this server is required", code="invalid_api_key", headers=headers)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """All of it, before anything is done about it."""
+        """Returns the complete body, so that the request is handled only once it has arrived."""
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > self._max_body_bytes:
             raise self._body_too_large_error()
@@ -88,7 +88,7 @@ class RequestLimitsMiddleware:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            headers = {"Connection": "close"}  # what comes of it later is not read any more
+            headers = {"Connection": "close"}  # the rest of the body is not read any more
             timeout_message = "body: took too long to arrive"
             raise ApiError(408, timeout_message, param="body", code="timeout", headers=headers) from None
 
@@ -97,7 +97,7 @@ class RequestLimitsMiddleware:
 
 
 def _is_loopback(address: str) -> bool:
-    """A proxy may have put anything in its place."""
+    """Returns False for text that is not an address, which a proxy may have set."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""From a request of the API to questions: what it may hold, and what it means here."""
+"""From the body of a request to requests to the pipeline: what the body means for this model."""
 
 import asyncio
 import random
@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from deployments.api.backend import Session
 from deployments.api.errors import ApiError
-from deployments.api.protocol import (
+from deployments.api.request_models import (
     BaseCompletionRequest,
     ChatCompletionRequest,
     CompletionRequest,
-    ModelCard,
-    ParseCapabilities,
     join_text_parts,
 )
+from deployments.api.response_models import ModelCard, ParseCapabilities
 from deployments.api.responses import (
     ChatResponseBuilder,
-    ChoiceState,
     CompletionResponseBuilder,
     ResponseBuilder,
     ResponseContext,
@@ -28,19 +25,21 @@ from deployments.api.responses import (
 )
 from deployments.api.token_text import TokenText
 from deployments.config import ApiSettings
+from deployments.observability.choice_state import ChoiceState
+from deployments.session import Session
 from parse.pipeline import Pipeline
 from parse.prompts import chat_prompt_token_ids
-from parse.protocol import GenerationRequest, Mode
+from parse.protocol import GenerationRequest
 from parse.types import RequestError
 
-DEFAULT_COMPLETION_MAX_TOKENS = 16  # tokens, as the OpenAI API has it
-NON_STREAM_INTERVAL = 64  # tokens between two pieces of an answer that nobody reads along
-MAX_INLINE_TOKENIZATION_CHARS = 20_000  # characters, from which tokenizing would hold up the other requests
+DEFAULT_COMPLETION_MAX_TOKENS = 16  # the default of the OpenAI API
+NON_STREAM_INTERVAL = 64  # tokens between two deltas of an answer that is not streamed
+MAX_INLINE_TOKENIZATION_CHARS = 20_000  # tokenizing longer texts would block the other requests
 
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request, understood."""
+    """A validated request with everything that is needed to serve it."""
 
     generation_requests: Sequence[GenerationRequest]
     choices: Sequence[ChoiceState]
@@ -49,12 +48,26 @@ class ParsedRequest:
     include_usage: bool
 
     @property
-    def mode(self) -> Mode:
+    def mode(self) -> str:
         return self.generation_requests[0].mode
 
 
+@dataclass(frozen=True, kw_only=True)
+class RequestInput:
+    """The values of a request that the two endpoints find in different fields."""
+
+    prompt_field: str
+    prompts: Sequence[Sequence[int]]
+    session_key: str
+    mode: str
+    max_tokens: int | None
+    logprobs: int | None
+    messages: Sequence[dict[str, str]] = ()
+    prediction: Sequence[int] | None = None
+
+
 class RequestParser:
-    """Understands requests to one model."""
+    """Parses the requests to one model."""
 
     def __init__(self, pipeline: Pipeline, settings: ApiSettings, model_name: str) -> None:
         self._pipeline, self._settings = pipeline, settings
@@ -92,110 +105,124 @@ class RequestParser:
             prediction = (await _run_in_thread_if_long(len(text), _encode, tokenizer, text))[
                 : self._pipeline.capabilities.max_model_len
             ]
-        session_key = request.prompt_cache_key or request.user or _conversation_key(messages)
-        return self._build_parsed_request(
-            request,
-            [prompt],
-            session_key,
-            request.parse.mode or self._allowed_mode("auto"),
-            request.effective_max_tokens,
-            request.num_logprobs,
-            field="messages",
+        request_input = RequestInput(
+            prompt_field="messages",
+            prompts=[prompt],
+            session_key=request.prompt_cache_key or request.user or _conversation_key(messages),
+            mode=request.parse.mode or self._allowed_mode("auto"),
+            max_tokens=request.effective_max_tokens,
+            logprobs=request.num_logprobs,
             messages=messages,
             prediction=prediction,
         )
+        return self._build_parsed_request(request, request_input, ChatResponseBuilder, "chatcmpl")
 
     async def parse_completion(self, request: CompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
-        tokenizer = self._pipeline.tokenizer
-        prompts = []
-        for prompt_input in request.split_prompts():
-            token_ids = (
-                await _run_in_thread_if_long(len(prompt_input), _encode, tokenizer, prompt_input)
-                if isinstance(prompt_input, str)
-                else list(prompt_input)
-            )
-            if not token_ids:
-                raise RequestError("prompt", "must not be empty")
-            if max(token_ids) >= len(tokenizer):
-                raise RequestError("prompt", f"token ids must lie in 0..{len(tokenizer) - 1}")
-            prompts.append(token_ids)
+        prompts = [await self._encode_prompt(prompt) for prompt in request.split_prompts()]
         self._check_num_choices(request.num_choices * len(prompts), "n" if request.num_choices > 1 else "prompt")
-        mode = request.parse.mode or self._allowed_mode("off")
-        max_tokens = DEFAULT_COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-        session_key = request.user or _digest(str(prompts[0][:64]))
-        return self._build_parsed_request(
-            request, prompts, session_key, mode, max_tokens, request.logprobs, field="prompt"
+        request_input = RequestInput(
+            prompt_field="prompt",
+            prompts=prompts,
+            session_key=request.user or _digest(str(prompts[0][:64])),
+            mode=request.parse.mode or self._allowed_mode("off"),
+            max_tokens=DEFAULT_COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
+            logprobs=request.logprobs,
         )
+        return self._build_parsed_request(request, request_input, CompletionResponseBuilder, "cmpl")
+
+    def check_model(self, name: str) -> None:
+        if name != self.model_card.id:
+            message = f"model: there is no {name[:100]!r} here, only {self.model_card.id!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
+        tokenizer = self._pipeline.tokenizer
+        token_ids: list[int] = (
+            await _run_in_thread_if_long(len(prompt), _encode, tokenizer, prompt)
+            if isinstance(prompt, str)
+            else list(prompt)
+        )
+        if not token_ids:
+            raise RequestError("prompt", "must not be empty")
+        if max(token_ids) >= len(tokenizer):
+            raise RequestError("prompt", f"token ids must lie in 0..{len(tokenizer) - 1}")
+        return token_ids
 
     def _build_parsed_request(
         self,
         request: BaseCompletionRequest,
-        prompts: Sequence[Sequence[int]],
-        session_key: str,
-        mode: Mode,
-        max_tokens: int | None,
-        logprobs: int | None,
-        *,
-        field: str,
-        messages: Sequence[dict[str, str]] = (),
-        prediction: Sequence[int] | None = None,
+        request_input: RequestInput,
+        builder_class: type[ChatResponseBuilder | CompletionResponseBuilder],
+        id_prefix: str,
     ) -> ParsedRequest:
-        settings, pipeline = self._settings, self._pipeline
-        if mode not in settings.modes:
-            raise RequestError("parse.mode", f"must be one of {', '.join(settings.modes)} here, got {mode}")
-        speculation, methods = request.parse.speculation, self.model_card.parse.methods
-        if speculation is not None and speculation not in methods:
-            raise RequestError("parse.speculation", f"must be one of {', '.join(methods)} here, got {speculation}")
-        thresholds = request.resolve_thresholds(
-            pipeline.settings.thresholds(), lowest_full=settings.min_full, lowest_prefix=settings.min_prefix
-        )
-        max_model_len = pipeline.capabilities.max_model_len
-        for prompt in prompts:
-            if max_model_len is not None and len(prompt) + (max_tokens or 1) > max_model_len:
-                requested_length = f"{len(prompt)} tokens" + (
-                    f" and up to {max_tokens} of an answer" if max_tokens else ""
-                )
-                message = f"{field}: {requested_length} are more than the {max_model_len} that this model takes"
-                raise ApiError(400, message, param=field, code="context_length_exceeded")
+        self._check_parse_options(request, request_input.mode)
+        self._check_prompt_lengths(request_input)
         seed = random.getrandbits(62) if request.seed is None else request.seed
         stream = bool(request.stream)
         generation_requests: list[GenerationRequest] = []
         choices: list[ChoiceState] = []
         arrival_time = time.time()
-        for prompt in prompts:
+        for prompt in request_input.prompts:
             for choice_index in range(request.num_choices):
-                sampling_params = request.to_sampling_params(
-                    seed + choice_index, max_tokens=max_tokens, logprobs=logprobs
-                )
-                if any(token >= len(pipeline.tokenizer) for token in sampling_params.logit_bias):
-                    raise RequestError("logit_bias", f"token ids must lie in 0..{len(pipeline.tokenizer) - 1}")
-                stream_interval = 1 if stream else NON_STREAM_INTERVAL
                 generation_requests.append(
-                    GenerationRequest(
-                        prompt, messages, sampling_params, mode, thresholds, prediction, stream_interval, speculation
-                    )
+                    self._build_generation_request(request, request_input, prompt, seed + choice_index)
                 )
-                choices.append(ChoiceState(len(choices), len(prompt), Session(session_key), arrival_time, stream))
-        is_chat = field == "messages"
+                session = Session(request_input.session_key)
+                choices.append(ChoiceState(len(choices), len(prompt), session, arrival_time, stream))
         context = ResponseContext(
             model=self.model_card.id,
-            prompt_lengths=[len(prompt) for prompt in prompts],
+            prompt_lengths=[len(prompt) for prompt in request_input.prompts],
             trace=request.parse.trace,
             include_usage=request.includes_usage,
-            id=generate_id("chatcmpl" if is_chat else "cmpl"),
+            id=generate_id(id_prefix),
         )
-        response_builder: ResponseBuilder = (ChatResponseBuilder if is_chat else CompletionResponseBuilder)(
-            context, self._token_text
-        )
+        response_builder = builder_class(context, self._token_text)
         return ParsedRequest(generation_requests, choices, response_builder, stream, request.includes_usage)
 
-    def check_model(self, name: str) -> None:
-        if name != self.model_card.id:
-            message = f"model: there is no {name[:100]!r} here, but {self.model_card.id!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    def _build_generation_request(
+        self, request: BaseCompletionRequest, request_input: RequestInput, prompt: Sequence[int], seed: int
+    ) -> GenerationRequest:
+        settings, pipeline = self._settings, self._pipeline
+        sampling_params = request.to_sampling_params(
+            seed, max_tokens=request_input.max_tokens, logprobs=request_input.logprobs
+        )
+        if any(token >= len(pipeline.tokenizer) for token in sampling_params.logit_bias):
+            raise RequestError("logit_bias", f"token ids must lie in 0..{len(pipeline.tokenizer) - 1}")
+        thresholds = request.resolve_thresholds(
+            pipeline.settings.thresholds(), min_full=settings.min_full, min_prefix=settings.min_prefix
+        )
+        return GenerationRequest(
+            prompt_token_ids=prompt,
+            messages=request_input.messages,
+            sampling_params=sampling_params,
+            mode=request_input.mode,
+            thresholds=thresholds,
+            prediction=request_input.prediction,
+            stream_interval=1 if request.stream else NON_STREAM_INTERVAL,
+            speculative_method=request.parse.speculation,
+        )
 
-    def _allowed_mode(self, preferred: Mode) -> Mode:
+    def _check_parse_options(self, request: BaseCompletionRequest, mode: str) -> None:
+        modes, methods = self._settings.modes, self.model_card.parse.methods
+        if mode not in modes:
+            raise RequestError("parse.mode", f"must be one of {', '.join(modes)} here, got {mode}")
+        method = request.parse.speculation
+        if method is not None and method not in methods:
+            raise RequestError("parse.speculation", f"must be one of {', '.join(methods)} here, got {method}")
+
+    def _check_prompt_lengths(self, request_input: RequestInput) -> None:
+        max_model_len, max_tokens = self._pipeline.capabilities.max_model_len, request_input.max_tokens
+        if max_model_len is None:
+            return
+        for prompt in request_input.prompts:
+            if len(prompt) + (max_tokens or 1) > max_model_len:
+                requested_length = f"{len(prompt)} tokens" + (f" and max_tokens {max_tokens}" if max_tokens else "")
+                field = request_input.prompt_field
+                message = f"{field}: {requested_length} exceed the model's context length of {max_model_len}"
+                raise ApiError(400, message, param=field, code="context_length_exceeded")
+
+    def _allowed_mode(self, preferred: str) -> str:
         return preferred if preferred in self._settings.modes else self._settings.modes[0]
 
     def _check_num_choices(self, count: int, field: str = "n") -> None:
@@ -204,9 +231,9 @@ class RequestParser:
             raise RequestError(field, f"answers to one request are limited to {max_choices}, got {count}")
 
 
-async def _run_in_thread_if_long(size: int, function: Any, *args: Any) -> Any:
-    """In a thread of its own, if there is much of it."""
-    return function(*args) if size < MAX_INLINE_TOKENIZATION_CHARS else await asyncio.to_thread(function, *args)
+async def _run_in_thread_if_long(num_chars: int, function: Any, *args: Any) -> Any:
+    """Runs a function on a long text in a thread, so that it does not block the event loop."""
+    return function(*args) if num_chars < MAX_INLINE_TOKENIZATION_CHARS else await asyncio.to_thread(function, *args)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -214,7 +241,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _conversation_key(messages: Sequence[dict[str, str]]) -> str:
-    """What all turns of a conversation share: what it began with, up to the first question."""
+    """Returns a key of the messages up to the first user message, which all requests of a conversation share."""
     user_positions = [position for position, message in enumerate(messages) if message["role"] == "user"]
     end = user_positions[0] + 1 if user_positions else 1
     return _digest(str([(message["role"], message["content"]) for message in messages[:end]]))

@@ -1,4 +1,4 @@
-"""From an answer's events to what the two endpoints send, whole or in chunks."""
+"""Responses and chunks of the two endpoints, built from the events of their choices."""
 
 import json
 import time
@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from deployments.api.backend import Session
-from deployments.api.protocol import (
+from deployments.api.reports import aggregate_usage, build_report, trace_text_delta, trace_verification
+from deployments.api.response_models import (
     ChatCompletion,
     ChatCompletionChoice,
     ChatCompletionLogprobs,
@@ -21,103 +21,22 @@ from deployments.api.protocol import (
     CompletionLogprobs,
     CompletionUsage,
     ParseReport,
-    StageTimes,
     TopLogprob,
-    TracedTextDelta,
-    aggregate_usage,
-    build_speculation_report,
-    trace_verification,
 )
 from deployments.api.token_text import TokenText
+from deployments.observability.choice_state import ChoiceState
 from parse.protocol import Event, Finished, TextDelta, Verification
 from parse.types import Logprob
 
 
-@dataclass
-class ChoiceState:
-    """One choice, as far as it has come."""
-
-    index: int
-    prompt_tokens: int
-    session: Session
-    arrival_time: float  # seconds since 1970
-    stream: bool = False
-    queue_s: float = 0.0  # from its arrival until it was begun
-    inter_token_s: list[float] = field(
-        default_factory=list
-    )  # between two parts of a stream, for a token of the later one
-    deltas: list[TextDelta] = field(default_factory=list)
-    verifications: list[Verification] = field(default_factory=list)
-    finished: Finished | None = None
-    _last_delta_at: float | None = None
-
-    def add_event(self, event: Event) -> None:
-        match event:
-            case TextDelta():
-                self.deltas.append(event)
-                if self.stream and event.token_ids:
-                    now = time.perf_counter()
-                    if self._last_delta_at is not None:
-                        self.inter_token_s.append((now - self._last_delta_at) / len(event.token_ids))
-                    self._last_delta_at = now
-            case Verification():
-                self.verifications.append(event)
-            case Finished():
-                self.finished = event
-
-    @property
-    def result(self) -> Finished:
-        assert self.finished is not None, "asked for before its end"
-        return self.finished
-
-    @property
-    def text(self) -> str:
-        return "".join(delta.text for delta in self.deltas)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(delta.token_ids) for delta in self.deltas)
-
-    def build_report(self, *, trace: bool) -> ParseReport:
-        usage = self.result.usage
-        stages = [StageTimes(name="queue", start=0.0, end=self.queue_s)]
-        stages += [
-            StageTimes(name=stage.name, start=self.queue_s + stage.start, end=self.queue_s + stage.end)
-            for stage in usage.stages
-        ]
-        return ParseReport(
-            mode=usage.mode,
-            drafted=usage.draft_tokens,
-            accepted=usage.accepted_tokens,
-            rejected=usage.rejected_tokens,
-            written=usage.target_tokens,
-            rounds=usage.rounds,
-            boundary=usage.accepted_prefix_length,
-            fallback=usage.fallback.message if usage.fallback else None,
-            cached=usage.cached_tokens,
-            speculation=build_speculation_report(usage),
-            retries=self.session.num_retries,
-            arrived=self.arrival_time,
-            first_s=self.queue_s + usage.ttft_s,
-            total_s=self.queue_s + usage.total_s,
-            stages=stages,
-            pieces=[trace_text_delta(delta) for delta in self.deltas] if trace else None,
-            verdicts=[trace_verification(verification) for verification in self.verifications] if trace else None,
-        )
-
-
-def trace_text_delta(delta: TextDelta) -> TracedTextDelta:
-    return TracedTextDelta(text=delta.text, origin=delta.origin, tokens=len(delta.token_ids))
-
-
 @dataclass(frozen=True)
 class ResponseContext:
-    """What all parts of a reply have in common."""
+    """What all parts of a response have in common."""
 
     model: str
     prompt_lengths: Sequence[int]  # tokens of each prompt
     trace: bool
-    include_usage: bool  # does the stream tell it?
+    include_usage: bool  # in the chunks of a stream
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -127,11 +46,11 @@ class ResponseContext:
         )
 
     def build_reports(self, choices: Sequence[ChoiceState]) -> ParseReport | list[ParseReport]:
-        reports = [choice.build_report(trace=self.trace) for choice in choices]
+        reports = [build_report(choice, trace=self.trace) for choice in choices]
         return reports[0] if len(reports) == 1 else reports
 
     def trace_event(self, event: TextDelta | Verification) -> dict[str, Any] | None:
-        """Of what happened on the way, where the request asks for it."""
+        """Returns what a chunk says about an event, if the request asks for a trace."""
         if not self.trace:
             return None
         if isinstance(event, TextDelta):
@@ -152,7 +71,7 @@ class ResponseContext:
 
 
 class ResponseBuilder(Protocol):
-    """Of one endpoint."""
+    """Builds the responses and chunks of one endpoint."""
 
     def build_response(self, choices: Sequence[ChoiceState]) -> BaseModel: ...
 
@@ -204,7 +123,7 @@ class ChatResponseBuilder:
                 event_trace = self.context.trace_event(event)
                 return self._format_chunk(choice, {}, parse=event_trace) if event_trace else None
             case Finished(finish):
-                return self._format_chunk(choice, {}, finish=finish, parse=_dump(choice.build_report(trace=False)))
+                return self._format_chunk(choice, {}, finish=finish, parse=_dump(build_report(choice, trace=False)))
 
     def usage_chunk(self, choices: Sequence[ChoiceState]) -> str:
         return self.context.format_chunk("chat.completion.chunk", [], usage=self.context.total_usage(choices))
@@ -278,7 +197,7 @@ class CompletionResponseBuilder:
                 return self._format_chunk(self._build_choice(choice, [], 0, None), event_trace) if event_trace else None
             case Finished(finish):
                 return self._format_chunk(
-                    self._build_choice(choice, [], 0, finish), _dump(choice.build_report(trace=False))
+                    self._build_choice(choice, [], 0, finish), _dump(build_report(choice, trace=False))
                 )
 
     def usage_chunk(self, choices: Sequence[ChoiceState]) -> str:
@@ -316,7 +235,7 @@ class CompletionResponseBuilder:
 
 
 def format_sse(body: dict[str, Any]) -> str:
-    """As server-sent events write it: in ASCII, for some clients end lines at characters beyond it."""
+    """Returns a server-sent event. It is ASCII, because some clients break lines at other characters."""
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 

@@ -1,4 +1,4 @@
-"""The routes: the OpenAI API, how the service is, its figures, and the playground."""
+"""The routes: the OpenAI API, health, metrics and the playground."""
 
 from typing import Any
 
@@ -15,33 +15,26 @@ from deployments.api.backend import Backend
 from deployments.api.errors import ApiError, handle_exception
 from deployments.api.handlers import CompletionHandler
 from deployments.api.limits import RequestLimitsMiddleware, load_api_keys
-from deployments.api.protocol import (
-    ChatCompletion,
-    ChatCompletionRequest,
-    Completion,
-    CompletionRequest,
-    ErrorResponse,
-    ModelCard,
-    ModelList,
-)
+from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
 from deployments.api.request_parsing import RequestParser
+from deployments.api.response_models import ChatCompletion, Completion, ErrorResponse, ModelCard, ModelList
 from deployments.config import ApiSettings, AuditSettings
 from deployments.observability.access_log import AccessLogMiddleware
 
 NO_AUDIT = AuditSettings()
-NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}  # Ray Serve's is around it
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}  # Ray Serve traces requests
 DESCRIPTION = (
-    "The OpenAI API, answered by PARSE: one model drafts, a larger one keeps what is right and writes the rest."
+    "The OpenAI API with PARSE: a small model drafts an answer, a larger one verifies it and generates the rest."
 )
 ERROR_DESCRIPTIONS: dict[int | str, str] = {
-    400: "The request cannot be served as it stands; `param` names the field.",
+    400: "The request is invalid; `param` names the field.",
     401: "A key is missing or wrong.",
     404: "There is no such model.",
     408: "The request took too long to arrive.",
-    413: "The request is too long.",
+    413: "The body is too long.",
     503: "Too many requests are waiting; `Retry-After` says when to try again.",
     504: "The answer took too long.",
-    "default": "Whatever else went wrong.",
+    "default": "Any other error.",
 }
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": meaning} for status, meaning in ERROR_DESCRIPTIONS.items()
@@ -67,10 +60,10 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
     )
-    app.add_middleware(AccessLogMiddleware, recorder=backend.recorder)  # around all others
+    app.add_middleware(AccessLogMiddleware, recorder=backend.recorder)  # the outermost middleware
     for exception_class in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(exception_class, handle_exception)
-    bearer = Depends(HTTPBearer(auto_error=False, description="Where the server has keys."))
+    bearer = Depends(HTTPBearer(auto_error=False, description="Required if the server has keys."))
 
     @app.post(
         "/v1/chat/completions",
@@ -101,19 +94,19 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """This router works."""
+        """The router is running."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "No verifier answers."}})
+    @app.get("/ready", responses={503: {"description": "No verifier responds."}})
     async def ready() -> JSONResponse:
-        """Can it answer? Without a drafter it can, only slower."""
+        """Whether requests can be answered. Without a drafter they can, only slower."""
         troubles = backend.unavailable_parts()
         status = "unavailable" if "verifier" in troubles else "degraded" if troubles else "ready"
         return JSONResponse({"status": status, "troubles": troubles}, 503 if status == "unavailable" else 200)
 
     @app.get("/metrics", responses=METRICS_RESPONSES | _error_responses(401, "default"), dependencies=[bearer])
     async def metrics(http: HttpRequest) -> Response:
-        """For Prometheus: the figures of all routers, drafters and verifiers."""
+        """The metrics of all routers, drafters and verifiers, for Prometheus."""
         content, content_type = await handler.render_metrics(http.headers.get("accept", ""))
         return Response(content, headers={"Content-Type": content_type})
 

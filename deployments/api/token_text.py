@@ -1,13 +1,15 @@
-"""Single tokens as text and as bytes, as log-probabilities show them."""
+"""Single tokens as text and as bytes, for log-probabilities."""
 
 from transformers import PreTrainedTokenizerBase
 
 from parse.detokenizer import REPLACEMENT_CHARACTER
 
-ANCHOR = "a"  # something to stand behind, for tokens that lose a leading space at the beginning of a text
+ANCHOR = "a"  # tokens are decoded after it, because some lose a leading space at the start of a text
 
 
 class TokenText:
+    """Decodes single tokens and remembers the results."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
@@ -20,7 +22,7 @@ class TokenText:
         return self._texts[token]
 
     def decode_bytes(self, token: int) -> list[int] | None:
-        """None of a token that is no whole character."""
+        """Returns the bytes of a token, or None if it is only a part of a character."""
         text = self.decode(token)
         return None if REPLACEMENT_CHARACTER in text else list(text.encode())
 

@@ -1,4 +1,4 @@
-"""Every request comes to an account: what became of it is counted, and told in a line of the log."""
+"""The access log: every request is counted by its outcome and written to the log in one line."""
 
 import logging
 import re
@@ -6,16 +6,15 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api.responses import ChoiceState
 from deployments.observability import metrics
+from deployments.observability.choice_state import ChoiceState
 from deployments.observability.metrics import CancelCause, MetricsRecorder, RequestOutcome
 from deployments.observability.request_metrics import record_choice_metrics
-from parse.protocol import Mode
 from parse.types import sum_stats
 
 logger = logging.getLogger(__name__)
@@ -23,9 +22,9 @@ logger = logging.getLogger(__name__)
 GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 REQUEST_ID_HEADER = "x-request-id"
 MAX_LOGGED_LENGTH = 128
-UNSAFE_CHARACTERS = re.compile("[^!-~]")  # in an id it would end the line of the log, or begin another figure in it
-SCOPE_KEY = "parse.account"
-CLIENT_CLOSED_REQUEST = 499  # the status of who left before there was one
+UNSAFE_CHARACTERS = re.compile("[^!-~]")  # in an id they could end the log line or start another field in it
+SCOPE_KEY = "parse.request_record"
+CLIENT_CLOSED_REQUEST = 499  # the status if the client disconnected before one was sent
 STATUS_OUTCOMES: Mapping[int, RequestOutcome] = {
     401: "unauthorized",
     CLIENT_CLOSED_REQUEST: "left",
@@ -38,11 +37,12 @@ WARNING_OUTCOMES: frozenset[RequestOutcome] = frozenset({"unavailable", "failed"
 
 @dataclass
 class RequestRecord:
-    """What becomes known of a request while it is served."""
+    """What is known of a request while it is served."""
 
     request_id: str
     path: str
-    mode: Mode | Literal["unknown"] = "unknown"
+    mode: str = "unknown"
+    """The requested mode."""
     choices: Sequence[ChoiceState] = ()
     status: int | None = None
     outcome: RequestOutcome | None = None
@@ -53,7 +53,7 @@ class RequestRecord:
         self.outcome = "overloaded" if code == "overloaded" else STATUS_OUTCOMES.get(status, default)
 
     def final_outcome(self) -> RequestOutcome:
-        """Who neither got all of an answer nor an error has left."""
+        """Returns the outcome of a finished request. Without a complete answer or an error, the client has left."""
         if self.outcome is None and self.status is not None and self.status >= 400:
             self.mark_failed(self.status)
         return self.outcome or "left"
@@ -65,7 +65,7 @@ def get_request_record(scope: Scope) -> RequestRecord:
 
 
 class AccessLogMiddleware:
-    """ASGI middleware."""
+    """ASGI middleware that gives each request a record, an id and a line in the log."""
 
     def __init__(self, app: ASGIApp, *, recorder: MetricsRecorder) -> None:
         self._app, self._recorder = app, recorder
@@ -75,9 +75,8 @@ class AccessLogMiddleware:
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        client_request_id = Headers(scope=scope).get(
-            REQUEST_ID_HEADER
-        )  # by Ray Serve's proxy, which then tells it to the client as well
+        # Ray Serve's proxy sets the header if the client does not, and also returns it to the client.
+        client_request_id = Headers(scope=scope).get(REQUEST_ID_HEADER)
         record = scope[SCOPE_KEY] = RequestRecord(
             _sanitize(client_request_id) if client_request_id else uuid.uuid4().hex, _sanitize(path)
         )
@@ -125,7 +124,7 @@ def _sanitize(text: str) -> str:
 
 
 def _log_fields(record: RequestRecord, outcome: RequestOutcome) -> dict[str, Any]:
-    """No word of what was asked or answered."""
+    """Returns the fields of a log line, which hold no text of prompts or answers."""
     fields: dict[str, Any] = {
         "request_id": record.request_id,
         "path": record.path,

@@ -1,7 +1,7 @@
-"""What it costs to be lossy: some answers with accepted drafts are asked again of the target alone, and compared.
+"""Audits: the target answers some requests with accepted drafts again, alone, and the answers are compared.
 
-Only while nobody else wants anything; whoever comes has the service to himself at once, and the audit begins again
-later.
+This measures the price of being lossy. Audits run while the router is idle. A client's request interrupts an audit,
+which starts again later.
 """
 
 import asyncio
@@ -12,29 +12,39 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Protocol
 
-from deployments.api.admission import AdmissionQueue
-from deployments.api.responses import ChoiceState
 from deployments.config import AuditSettings
 from deployments.observability import metrics
+from deployments.observability.choice_state import ChoiceState
 from deployments.observability.metrics import AuditResult, MetricsRecorder
 from deployments.observability.tracing import tracer
 from parse.pipeline import Pipeline
-from parse.protocol import NO_STREAMING, GenerationRequest, Mode, TextDelta
+from parse.protocol import NO_STREAMING, GenerationRequest, TextDelta
+from parse.registry import LOSSY_MODES
 from parse.requests import VerifyRequest
 
 logger = logging.getLogger(__name__)
 
-LOSSY_MODES: frozenset[Mode] = frozenset({"full", "progressive", "rounds"})
 MAX_PENDING_CASES = 256
 MAX_ATTEMPTS = 8
-MAX_RESULT_SEARCH_CHARS = 2000  # characters, of which the last match counts: others wait while it is looked for
-MIN_IDLE_S = 0.25  # between two requests of one client the service is not idle
+MAX_RESULT_SEARCH_CHARS = 2000  # searching blocks the event loop
+MIN_IDLE_S = 0.25  # a shorter pause is likely one between two requests of the same client
+
+
+class LoadMonitor(Protocol):
+    async def wait_until_idle(self, seconds: float) -> None:
+        """Returns once no request has been running for this long."""
+        ...
+
+    async def wait_until_busy(self) -> None:
+        """Returns once a request is running."""
+        ...
 
 
 @dataclass
 class AuditCase:
-    """An answer as it was sent."""
+    """An answer as it was sent to the client."""
 
     request_id: str
     request: GenerationRequest
@@ -44,21 +54,17 @@ class AuditCase:
 
 
 class Auditor:
-    """Belongs to one event loop."""
+    """Chooses answers to audit and audits them. It belongs to one event loop."""
 
     def __init__(
         self,
         settings: AuditSettings,
-        admission_queue: AdmissionQueue,
+        load_monitor: LoadMonitor,
         recorder: MetricsRecorder,
         create_pipeline: Callable[[], Pipeline],
     ) -> None:
-        self._settings, self._admission_queue, self._recorder, self._create_pipeline = (
-            settings,
-            admission_queue,
-            recorder,
-            create_pipeline,
-        )
+        self._settings, self._load_monitor, self._recorder = settings, load_monitor, recorder
+        self._create_pipeline = create_pipeline
         self._result_pattern = re.compile(settings.result) if settings.result else None
         self._cases: deque[AuditCase] = deque()
         self._case_added = asyncio.Event()
@@ -74,10 +80,10 @@ class Auditor:
         self._case_added.set()
 
     async def run(self) -> None:
-        """For ever."""
+        """Audits answers until it is cancelled."""
         while True:
             await self._case_added.wait()
-            await self._admission_queue.wait_until_idle(MIN_IDLE_S)
+            await self._load_monitor.wait_until_idle(MIN_IDLE_S)
             if not self._cases:
                 self._case_added.clear()
                 continue
@@ -86,7 +92,7 @@ class Auditor:
     async def _attempt(self, case: AuditCase) -> None:
         case.attempts += 1
         audit_task = asyncio.create_task(self._audit(case))
-        busy_task = asyncio.create_task(self._admission_queue.wait_until_busy())
+        busy_task = asyncio.create_task(self._load_monitor.wait_until_busy())
         try:
             await asyncio.wait((audit_task, busy_task), return_when=asyncio.FIRST_COMPLETED)
             if audit_task.done():
@@ -108,16 +114,14 @@ class Auditor:
             return await self._compare(case, self._create_pipeline())
 
     async def _compare(self, case: AuditCase, pipeline: Pipeline) -> AuditResult:
-        # Two samples of one model differ by chance: what is compared with is the likeliest.
+        # Two samples of one model differ by chance, so the target answers greedily.
         sampling_params = replace(case.request.sampling_params, temperature=0.0)
         target_request = replace(
             case.request, mode="off", sampling_params=sampling_params, prediction=None, stream_interval=NO_STREAMING
         )
         deltas = [event async for event in pipeline.generate(target_request) if isinstance(event, TextDelta)]
-        target_text, target_ids = (
-            "".join(delta.text for delta in deltas),
-            [token for delta in deltas for token in delta.token_ids],
-        )
+        target_text = "".join(delta.text for delta in deltas)
+        target_ids = [token for delta in deltas for token in delta.token_ids]
         sent_logprob, target_logprob = [
             await _mean_logprob(pipeline, case.request.prompt_token_ids, answer_ids)
             for answer_ids in (case.token_ids, target_ids)
@@ -131,13 +135,13 @@ class Auditor:
         )
         if not agrees:
             logger.info(
-                "the target answers otherwise",
+                "the target gives a different answer",
                 extra={"request_id": case.request_id, "gap": target_logprob - sent_logprob},
             )
         return "agree" if agrees else "disagree"
 
     def _extract_result(self, text: str) -> tuple[str, ...] | None:
-        """What counts in an answer, if that is known."""
+        """Returns the result in an answer, or None without a pattern or a match."""
         if self._result_pattern is None:
             return None
         last_match = None
@@ -150,7 +154,7 @@ class Auditor:
 
 
 async def _mean_logprob(pipeline: Pipeline, prompt: Sequence[int], token_ids: Sequence[int]) -> float:
-    """The target's mean log-probability of the tokens, each after those before it."""
+    """Returns the target's mean log-probability of the tokens, each given those before it."""
     if not token_ids:
         return 0.0
     result = await pipeline.verifier.verify(

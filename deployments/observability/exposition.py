@@ -1,4 +1,4 @@
-"""What /metrics shows: the figures of all replicas on one page."""
+"""The content of /metrics: the metrics of all replicas on one page."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 @dataclass(frozen=True)
 class ReplicaLabels:
-    """The labels that Ray's own pipeline gives to a replica's figures."""
+    """The labels that Ray adds to the metrics of a replica when it exports them."""
 
     application: str
     deployment: str
@@ -19,17 +19,17 @@ class ReplicaLabels:
 
 @dataclass(frozen=True)
 class ReplicaMetrics:
-    """Of one replica."""
+    """The metrics of one replica."""
 
     labels: ReplicaLabels
     families: Sequence[Family]
 
 
 def encode_metrics(replicas: Sequence[ReplicaMetrics], accept: str) -> tuple[bytes, str]:
-    """In the format that the reader prefers; and the name of that format."""
+    """Returns the metrics in the format that the `Accept` header prefers, and its content type."""
     try:
         encode, content_type = choose_encoder(accept)
-    except TypeError:  # the version asked for is none: what everybody reads is no worse an answer than an error
+    except TypeError:  # the requested version is not a number; the plain text format is better than an error
         encode, content_type = choose_encoder("")
     return encode(_MergedCollector(replicas)), content_type
 
@@ -39,7 +39,7 @@ class _MergedCollector(Collector):
         self._replicas = replicas
 
     def collect(self) -> Iterator[Family]:
-        """A family of the same name in several replicas is one, whose series differ in their labels."""
+        """Yields each family once, with the series of all replicas, which differ in their labels."""
         merged: dict[str, Family] = {}
         for replica in self._replicas:
             labels = vars(replica.labels)

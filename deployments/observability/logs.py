@@ -1,4 +1,4 @@
-"""Our logs, where Ray Serve's are: in its files and format, with the id of the request they belong to."""
+"""Logging inside replicas: to the files of Ray Serve, in its format and with the id of the request."""
 
 import logging
 
@@ -10,7 +10,7 @@ SERVE_LOGGER = "ray.serve"
 
 
 def attach_to_serve_logger() -> None:
-    """In a replica Serve sets up its own logger only; what is told elsewhere would be lost, or without its request."""
+    """Sends the logs of this project to Serve's logger, the only one that Serve configures in a replica."""
     if serve.context._get_internal_replica_context() is None:
         return
     disable_progress_bar()
@@ -19,6 +19,6 @@ def attach_to_serve_logger() -> None:
 
 
 def flush_serve_logger() -> None:
-    """Where Serve is set to throughput, it gathers a thousand lines before it writes them."""
+    """Writes buffered log lines. With its throughput settings, Serve buffers a thousand of them."""
     for handler in logging.getLogger(SERVE_LOGGER).handlers:
         handler.flush()

@@ -1,68 +1,55 @@
-"""Every figure the service tells of itself: declared here once, and written to both ways out.
+"""The metrics of the service. Each is declared here once, and written to two places.
 
-In production Ray's own pipeline takes it from every process to Prometheus, under a name that begins with `ray_`;
-`/metrics` of the router gathers the same from all replicas, for a single node and for tests. A label takes no value
-but those declared with it, so what a client sends never becomes one.
+In production Ray exports the metrics of every process to Prometheus, under names that begin with `ray_`. `/metrics` of
+the router gathers the same metrics from all replicas, for a single node and for tests. A label takes only the values
+that are declared with it, so nothing that a client sends becomes a label value.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import prometheus_client as prometheus
 from ray import serve
 
 from deployments.observability.exposition import ReplicaLabels, ReplicaMetrics
-from parse.protocol import Mode, StageName
-from parse.types import FallbackCause, FinishReason, MethodName
+from deployments.session import RetryCause
+from parse.protocol import StageName
+from parse.registry import METHODS, MODES
+from parse.types import FallbackCause, FinishReason
 
-prometheus.disable_created_metrics()  # a second series for each, of no use to us
+prometheus.disable_created_metrics()  # they would add a second series to each metric, which nothing here reads
 
-RAY_METRICS: Any = serve.metrics  # its types know of one label only
+RAY_METRICS: Any = serve.metrics  # its type hints allow only one label
 
 Labels = Mapping[str, tuple[str, ...]]
 RequestOutcome = Literal["ok", "invalid", "unauthorized", "overloaded", "unavailable", "timeout", "left", "failed"]
 DraftOutcome = Literal["whole", "partial", "none", "skipped"]
-RetryCause = Literal["died", "cancelled", "stopped", "unavailable"]
 CancelCause = Literal["left_waiting", "left_reading", "timeout"]
 AuditResult = Literal["agree", "disagree", "dropped"]
 BusyPart = Literal["drafter", "verifier", "both"]
 BlockState = Literal["used", "idle", "free"]
 
-EXPORT_INTERVAL_S = 5.0  # Ray forgets a gauge that is not told again for 20 s
+EXPORT_INTERVAL_S = 5.0  # Ray drops a gauge that has not been set for 20 s
 
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
 INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+# fmt: off
 PROBABILITY_BUCKETS = (
-    0.01,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.85,
-    0.9,
-    0.93,
-    0.95,
-    0.97,
-    0.99,
-    0.999,
-    1.0,
+    0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99, 0.999, 1.0,
 )
+# fmt: on
 TOKEN_COUNT_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 NATS_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 POSITIONS = (*map(str, range(1, 17)), "17+")
 
-MODE_LABEL: dict[str, tuple[str, ...]] = {
-    "mode": tuple(mode for mode in get_args(Mode) if mode != "auto")
-}  # what was done
-PROPOSAL_LABELS: Labels = {"method": ("draft", *get_args(MethodName)), "position": POSITIONS}
+# The mode of an answer is the one that was used, so it is never "auto".
+MODE_LABEL: Labels = {"mode": tuple(name for name, mode in MODES.items() if mode.function)}
+METHOD_LABEL: Labels = {"method": tuple(METHODS)}
+PROPOSAL_LABELS: Labels = {"method": ("draft", *METHODS), "position": POSITIONS}
+NO_LABELS: Labels = {}
 
 
 @dataclass(frozen=True)
@@ -81,11 +68,11 @@ class Counter:
     def create_in_ray(self) -> Any:
         counter = RAY_METRICS.Counter(self.name, self.help, tuple(self.labels))
         for labels in self._label_combinations():
-            counter._record(0.0, labels)  # `inc` takes no zero
+            counter._record(0.0, labels)  # `inc` rejects zero
         return counter
 
     def _label_combinations(self) -> Iterator[dict[str, str]]:
-        """They start from zero, or rate() would miss the first of each kind."""
+        """Yields all label values: every series starts at zero, or rate() would miss its first event."""
         return (dict(zip(self.labels, values, strict=True)) for values in product(*self.labels.values()))
 
 
@@ -117,193 +104,206 @@ class Histogram:
 
 
 Metric = Counter | Gauge | Histogram
+MetricType = TypeVar("MetricType", bound=Metric)
 
-# Of requests and their answers, told by routers.
 
-REQUESTS = Counter(
+class MetricGroup(Sequence[Metric]):
+    """The metrics that one kind of process exports. Declaring a metric with a method of its group registers it."""
+
+    def __init__(self) -> None:
+        self._metrics: list[Metric] = []
+
+    def counter(self, name: str, help: str, labels: Labels = NO_LABELS) -> Counter:  # noqa: A002  # its name elsewhere
+        return self._register(Counter(name, help, labels))
+
+    def gauge(self, name: str, help: str, labels: Labels = NO_LABELS) -> Gauge:  # noqa: A002
+        return self._register(Gauge(name, help, labels))
+
+    def histogram(
+        self,
+        name: str,
+        help: str,  # noqa: A002
+        buckets: Sequence[float],
+        labels: Labels = NO_LABELS,
+    ) -> Histogram:
+        return self._register(Histogram(name, help, buckets, labels))
+
+    def _register(self, metric: MetricType) -> MetricType:
+        if any(other.name == metric.name for other in self._metrics):
+            raise ValueError(f"{metric.name} is declared twice")
+        self._metrics.append(metric)
+        return metric
+
+    @overload
+    def __getitem__(self, index: int) -> Metric: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Metric]: ...
+
+    def __getitem__(self, index: int | slice) -> Metric | Sequence[Metric]:
+        return self._metrics[index]
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+
+ROUTER_METRICS = MetricGroup()
+ENGINE_METRICS = MetricGroup()
+
+# Requests and answers. Routers export these.
+
+REQUESTS = ROUTER_METRICS.counter(
     "parse_requests_total",
-    "Requests that have ended, by the mode they asked for; unknown where they were refused before that was read.",
-    {"mode": (*get_args(Mode), "unknown"), "outcome": get_args(RequestOutcome)},
+    "Finished requests by requested mode; unknown if a request was rejected before its mode was read.",
+    {"mode": (*MODES, "unknown"), "outcome": get_args(RequestOutcome)},
 )
-ANSWERS = Counter(
+ANSWERS = ROUTER_METRICS.counter(
     "parse_answers_total",
-    "Answers that were given, by what was done for them.",
-    MODE_LABEL | {"finish": get_args(FinishReason)},
+    "Completed answers by the mode that was used.",
+    {**MODE_LABEL, "finish": get_args(FinishReason)},
 )
-DRAFT_OUTCOMES = Counter(
+DRAFT_OUTCOMES = ROUTER_METRICS.counter(
     "parse_verdicts_total",
-    "Answers by what became of their drafts: all of it kept, a part, nothing, or none was judged.",
-    MODE_LABEL | {"verdict": get_args(DraftOutcome)},
+    "Answers by how much of their drafts was accepted: all, a part, nothing, or no draft was verified.",
+    {**MODE_LABEL, "verdict": get_args(DraftOutcome)},
 )
-PROMPT_TOKENS = Counter("parse_prompt_tokens_total", "Tokens of the prompts that were answered.")
-CACHED_TOKENS = Counter("parse_cached_prompt_tokens_total", "Of them, those the verifier knew already.")
-DRAFT_TOKENS = Counter("parse_drafted_tokens_total", "Tokens drafted for answers.", MODE_LABEL)
-ACCEPTED_TOKENS = Counter("parse_accepted_tokens_total", "Of them, those that stand in the answers.", MODE_LABEL)
-REJECTED_TOKENS = Counter("parse_rejected_tokens_total", "Of them, those that do not.", MODE_LABEL)
-TARGET_TOKENS = Counter("parse_written_tokens_total", "Tokens of answers that the target wrote.", MODE_LABEL)
-VERIFICATION_ROUNDS = Counter("parse_rounds_total", "Drafts that were judged.", MODE_LABEL)
-ACCEPTED_SHARE = Histogram(
-    "parse_accepted_share", "Accepted share of an answer's drafted tokens.", SHARE_BUCKETS, MODE_LABEL
+PROMPT_TOKENS = ROUTER_METRICS.counter("parse_prompt_tokens_total", "Prompt tokens of completed answers.")
+CACHED_TOKENS = ROUTER_METRICS.counter(
+    "parse_cached_prompt_tokens_total", "Prompt tokens that the verifier found in its prefix cache."
 )
-ACCEPTED_PREFIX_LENGTH = Histogram(
-    "parse_boundary_tokens", "Tokens kept of an answer's first draft.", TOKEN_COUNT_BUCKETS, MODE_LABEL
+DRAFT_TOKENS = ROUTER_METRICS.counter(
+    "parse_drafted_tokens_total", "Draft tokens written for completed answers.", MODE_LABEL
 )
-CORRECT_PROBABILITY = Histogram(
+ACCEPTED_TOKENS = ROUTER_METRICS.counter(
+    "parse_accepted_tokens_total", "Draft tokens that became part of the answers.", MODE_LABEL
+)
+REJECTED_TOKENS = ROUTER_METRICS.counter("parse_rejected_tokens_total", "Draft tokens that did not.", MODE_LABEL)
+TARGET_TOKENS = ROUTER_METRICS.counter(
+    "parse_written_tokens_total", "Answer tokens that the target generated.", MODE_LABEL
+)
+VERIFICATION_ROUNDS = ROUTER_METRICS.counter("parse_rounds_total", "Drafts that were verified.", MODE_LABEL)
+ACCEPTED_SHARE = ROUTER_METRICS.histogram(
+    "parse_accepted_share", "Accepted share of an answer's draft tokens.", SHARE_BUCKETS, MODE_LABEL
+)
+ACCEPTED_PREFIX_LENGTH = ROUTER_METRICS.histogram(
+    "parse_boundary_tokens", "Accepted tokens of an answer's first draft.", TOKEN_COUNT_BUCKETS, MODE_LABEL
+)
+CORRECT_PROBABILITY = ROUTER_METRICS.histogram(
     "parse_correct_probability",
-    "P(correct) at each cut that was asked about, by whether the prefix was kept.",
+    "P(correct) of each prefix that was verified, by whether the prefix was kept.",
     PROBABILITY_BUCKETS,
     {"kept": ("yes", "no")},
 )
-STAGE_SECONDS = Histogram(
+STAGE_SECONDS = ROUTER_METRICS.histogram(
     "parse_stage_seconds",
-    "Time an answer spent in a stage: waiting to be begun, read ahead by the target, drafted, judged, written by the "
-    "target. Stages overlap.",
+    "Time an answer spent in a stage: queue, warm (the target prefills the prompt), draft, judge (the target "
+    "verifies), write (the target generates). Stages overlap.",
     SECONDS_BUCKETS,
-    MODE_LABEL | {"stage": ("queue", *get_args(StageName))},
+    {**MODE_LABEL, "stage": ("queue", *get_args(StageName))},
 )
-SPENT_SECONDS = Counter(
+SPENT_SECONDS = ROUTER_METRICS.counter(
     "parse_spent_seconds_total",
-    "Time spent on answers, from arrival to end, and of it in each stage: what the histograms say in buckets, exactly.",
-    MODE_LABEL | {"on": ("answer", "queue", *get_args(StageName))},
+    "Time spent on answers, from arrival to end, and in each stage. These are the exact sums of the histograms.",
+    {**MODE_LABEL, "on": ("answer", "queue", *get_args(StageName))},
 )
-TIME_TO_FIRST_TOKEN = Histogram(
-    "parse_first_token_seconds", "From arrival to the first of an answer.", SECONDS_BUCKETS, MODE_LABEL
+TIME_TO_FIRST_TOKEN = ROUTER_METRICS.histogram(
+    "parse_first_token_seconds",
+    "Time from the arrival of a request to the first token of its answer.",
+    SECONDS_BUCKETS,
+    MODE_LABEL,
 )
-INTER_TOKEN_LATENCY = Histogram(
+INTER_TOKEN_LATENCY = ROUTER_METRICS.histogram(
     "parse_inter_token_seconds",
-    "Between two parts of a streamed answer, for each token of the later one; an accepted draft is one part.",
+    "Time between two deltas of a streamed answer, per token of the later one. An accepted draft is one delta.",
     INTER_TOKEN_BUCKETS,
     MODE_LABEL,
 )
-ANSWER_SECONDS = Histogram("parse_answer_seconds", "From arrival to the end of an answer.", SECONDS_BUCKETS, MODE_LABEL)
-BUSY_SECONDS = Counter(
+ANSWER_SECONDS = ROUTER_METRICS.histogram(
+    "parse_answer_seconds", "Time from the arrival of a request to the end of its answer.", SECONDS_BUCKETS, MODE_LABEL
+)
+BUSY_SECONDS = ROUTER_METRICS.counter(
     "parse_busy_seconds_total",
-    "Time in which something was drafted for this router, something was judged or written, and both at once.",
+    "Time during which drafters worked for this router, during which verifiers did, and during which both did.",
     {"part": get_args(BusyPart)},
 )
-ANSWERS_RUNNING = Gauge("parse_answering", "Answers a router is at work on.")
-ANSWER_SLOTS = Gauge("parse_places", "Answers a router works on at most.")
-REQUESTS_WAITING = Gauge("parse_waiting", "Requests that wait for a place.")
-PART_UNAVAILABLE = Gauge(
-    "parse_trouble", "1 where a part does not answer the router.", {"part": ("drafter", "verifier")}
+ANSWERS_RUNNING = ROUTER_METRICS.gauge("parse_answering", "Answers that a router is working on.")
+ANSWER_SLOTS = ROUTER_METRICS.gauge("parse_places", "The maximum number of answers that a router works on.")
+REQUESTS_WAITING = ROUTER_METRICS.gauge("parse_waiting", "Requests waiting for a router to start on them.")
+PART_UNAVAILABLE = ROUTER_METRICS.gauge(
+    "parse_trouble", "1 if a part does not respond to the router.", {"part": ("drafter", "verifier")}
 )
-RETRIES = Counter(
-    "parse_retries_total", "Calls to verifiers that were lost and made again.", {"cause": get_args(RetryCause)}
+RETRIES = ROUTER_METRICS.counter(
+    "parse_retries_total", "Calls to verifiers that were lost and repeated.", {"cause": get_args(RetryCause)}
 )
-FALLBACKS = Counter(
-    "parse_fallbacks_total", "Answers that the target wrote alone after all.", {"cause": get_args(FallbackCause)}
+FALLBACKS = ROUTER_METRICS.counter(
+    "parse_fallbacks_total",
+    "Answers that the target generated without a draft although drafting was requested.",
+    {"cause": get_args(FallbackCause)},
 )
-CANCELLATIONS = Counter(
+CANCELLATIONS = ROUTER_METRICS.counter(
     "parse_cancellations_total",
-    "Requests that were given up: the client left before anything was sent, or while it read, or it took too long.",
+    "Cancelled requests: the client disconnected before or while it received the answer, or the request timed out.",
     {"cause": get_args(CancelCause)},
 )
-TARGET_PASSES = Counter(
+TARGET_PASSES = ROUTER_METRICS.counter(
     "parse_target_passes_total",
-    "Passes of the target while it wrote answers several tokens at a time, by the method that proposed them; those "
-    "without a proposal are among them.",
-    {"method": get_args(MethodName)},
+    "Forward passes of the target while it generated with a token-level method, including passes without a proposal.",
+    METHOD_LABEL,
 )
-TARGET_PASS_TOKENS = Counter(
+TARGET_PASS_TOKENS = ROUTER_METRICS.counter(
     "parse_target_pass_tokens_total",
-    "Tokens of answers that came of them; in mode exact those of the draft as well.",
-    {"method": get_args(MethodName)},
+    "Answer tokens from these passes; in mode exact they include the draft's tokens.",
+    METHOD_LABEL,
 )
-PROPOSED_TOKENS = Counter(
+PROPOSED_TOKENS = ROUTER_METRICS.counter(
     "parse_proposed_tokens_total",
-    "Tokens proposed to the target, to be taken as long as it would have written them, by who proposed them (draft: "
-    "the draft of mode exact) and their place in the proposal.",
+    "Tokens proposed to the target, by method (draft: the draft of mode exact) and by their position in the proposal.",
     PROPOSAL_LABELS,
 )
-ACCEPTED_PROPOSED_TOKENS = Counter(
-    "parse_proposed_accepted_tokens_total", "Of them, those the target would have written.", PROPOSAL_LABELS
+ACCEPTED_PROPOSED_TOKENS = ROUTER_METRICS.counter(
+    "parse_proposed_accepted_tokens_total", "Proposed tokens that the target accepted.", PROPOSAL_LABELS
 )
-AUDITS = Counter(
+AUDITS = ROUTER_METRICS.counter(
     "parse_audits_total",
-    "Answers with accepted drafts that the target answered again alone: with the same result, with another, or not "
-    "at all for want of an idle moment.",
+    "Answers with accepted drafts that the target answered again alone: with the same result, with a different one, or "
+    "dropped because the router was never idle.",
     {"result": get_args(AuditResult)},
 )
-AUDIT_GAP = Histogram(
+AUDIT_GAP = ROUTER_METRICS.histogram(
     "parse_audit_gap_nats",
-    "By how much the target finds its own answer likelier than the one that was sent: mean log-probability of a "
-    "token, the difference.",
+    "How much higher the target's mean log-probability per token is for its own answer than for the one that was sent.",
     NATS_BUCKETS,
 )
-UNREACHED_REPLICAS = Counter(
+UNREACHED_REPLICAS = ROUTER_METRICS.counter(
     "parse_unreached_replicas_total",
-    "Replicas whose figures were missing when /metrics was read.",
+    "Replicas that did not respond when /metrics was read.",
     {"part": ("Router", "Drafter", "Verifier")},
 )
 
-# Of engines, told by the replicas of drafters and verifiers.
+# Engines. Each replica of a drafter or verifier exports these.
 
-ENGINE_REQUESTS_RUNNING = Gauge("parse_engine_running", "Calls an engine is at work on.")
-ENGINE_REQUESTS_WAITING = Gauge("parse_engine_waiting", "Calls that wait for the engine.")
-ENGINE_KV_CACHE_BLOCKS = Gauge(
+ENGINE_REQUESTS_RUNNING = ENGINE_METRICS.gauge("parse_engine_running", "Calls that an engine is working on.")
+ENGINE_REQUESTS_WAITING = ENGINE_METRICS.gauge("parse_engine_waiting", "Calls waiting for the engine.")
+ENGINE_KV_CACHE_BLOCKS = ENGINE_METRICS.gauge(
     "parse_engine_pages",
-    "Pages of memory for keys and values: in use, kept only for those who come with the same beginning, free.",
+    "Blocks of the KV cache: in use, held only by the prefix cache (idle), or free.",
     {"state": get_args(BlockState)},
 )
-ENGINE_STEPS = Counter("parse_engine_steps_total", "Forward passes.")
-ENGINE_STEP_REQUESTS = Counter("parse_engine_step_calls_total", "Calls served in them: over passes, the batch.")
-ENGINE_TOKENS = Counter("parse_engine_tokens_total", "Tokens computed.")
-ENGINE_BUSY_SECONDS = Counter("parse_engine_busy_seconds_total", "Time spent in passes.")
-ENGINE_PREFIX_CACHE_QUERIES = Counter("parse_engine_prefix_tokens_total", "Tokens looked for in the prefix cache.")
-ENGINE_PREFIX_CACHE_HITS = Counter("parse_engine_prefix_hits_total", "Tokens found there.")
-ENGINE_EVICTIONS = Counter("parse_engine_evictions_total", "Pages of the prefix cache given up for others.")
-
-ROUTER_METRICS: tuple[Metric, ...] = (
-    REQUESTS,
-    ANSWERS,
-    DRAFT_OUTCOMES,
-    PROMPT_TOKENS,
-    CACHED_TOKENS,
-    DRAFT_TOKENS,
-    ACCEPTED_TOKENS,
-    REJECTED_TOKENS,
-    TARGET_TOKENS,
-    VERIFICATION_ROUNDS,
-    ACCEPTED_SHARE,
-    ACCEPTED_PREFIX_LENGTH,
-    CORRECT_PROBABILITY,
-    STAGE_SECONDS,
-    SPENT_SECONDS,
-    TIME_TO_FIRST_TOKEN,
-    INTER_TOKEN_LATENCY,
-    ANSWER_SECONDS,
-    BUSY_SECONDS,
-    ANSWERS_RUNNING,
-    ANSWER_SLOTS,
-    REQUESTS_WAITING,
-    PART_UNAVAILABLE,
-    RETRIES,
-    FALLBACKS,
-    CANCELLATIONS,
-    TARGET_PASSES,
-    TARGET_PASS_TOKENS,
-    PROPOSED_TOKENS,
-    ACCEPTED_PROPOSED_TOKENS,
-    AUDITS,
-    AUDIT_GAP,
-    UNREACHED_REPLICAS,
+ENGINE_STEPS = ENGINE_METRICS.counter("parse_engine_steps_total", "Forward passes.")
+ENGINE_STEP_REQUESTS = ENGINE_METRICS.counter(
+    "parse_engine_step_calls_total", "Calls computed in these passes. Divided by the passes, this is the batch size."
 )
-ENGINE_METRICS: tuple[Metric, ...] = (
-    ENGINE_REQUESTS_RUNNING,
-    ENGINE_REQUESTS_WAITING,
-    ENGINE_KV_CACHE_BLOCKS,
-    ENGINE_STEPS,
-    ENGINE_STEP_REQUESTS,
-    ENGINE_TOKENS,
-    ENGINE_BUSY_SECONDS,
-    ENGINE_PREFIX_CACHE_QUERIES,
-    ENGINE_PREFIX_CACHE_HITS,
-    ENGINE_EVICTIONS,
+ENGINE_TOKENS = ENGINE_METRICS.counter("parse_engine_tokens_total", "Tokens computed.")
+ENGINE_BUSY_SECONDS = ENGINE_METRICS.counter("parse_engine_busy_seconds_total", "Time spent in forward passes.")
+ENGINE_PREFIX_CACHE_QUERIES = ENGINE_METRICS.counter(
+    "parse_engine_prefix_tokens_total", "Tokens looked up in the prefix cache."
 )
+ENGINE_PREFIX_CACHE_HITS = ENGINE_METRICS.counter("parse_engine_prefix_hits_total", "Tokens found in the prefix cache.")
+ENGINE_EVICTIONS = ENGINE_METRICS.counter("parse_engine_evictions_total", "Blocks evicted from the prefix cache.")
 
 
 class MetricsRecorder:
-    """The figures of one replica, or of a process of its own."""
+    """Records the metrics of one replica, or of a process outside Ray Serve."""
 
     def __init__(self, metrics: Sequence[Metric], *, deployment: str) -> None:
         context = serve.context._get_internal_replica_context()
@@ -327,7 +327,7 @@ class MetricsRecorder:
             self._ray_metrics[metric.name].inc(amount, labels)
 
     def update_total(self, metric: Counter, total: float, **labels: str) -> None:
-        """For what somebody else counts."""
+        """Sets a counter that is maintained elsewhere to its total there."""
         key = (metric.name, tuple(labels.values()))
         self.add(metric, total - self._totals.get(key, 0.0), **labels)
         self._totals[key] = total

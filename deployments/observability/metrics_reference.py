@@ -9,18 +9,17 @@ HEADER = """\
 
 # Metrics
 
-Every figure leaves the service on two ways:
+You can read the metrics in two places:
 
 - `GET /metrics` of the service gathers them from all routers, drafters and verifiers, with the names below and the
-  labels `application`, `deployment` and `replica`. Where the API needs a key, so does this. Whoever does not answer
-  within a second is left out, and counted in `parse_unreached_replicas_total`.
-- Ray's own pipeline exports the same from every node, under names that begin with `ray_`, with the same labels and
-  Ray's own. That is the way for a cluster: it needs no request to a router.
+  labels `application`, `deployment` and `replica`. If the API needs a key, so does this path. A replica that does not
+  respond within a second is left out and counted in `parse_unreached_replicas_total`.
+- Ray exports the same metrics from every node, under names that begin with `ray_`, with the same labels and Ray's own.
+  Use this in a cluster: it needs no request to a router.
 
 Dashboards, alerts and how to read them: [monitoring.md](monitoring.md). Everything is counted when a request ends, and
-an answer only if it was given to its end: what clients were told in `usage` and `parse` adds up to exactly these
-figures. Shares are no metrics but queries: accepted over drafted tokens, for example. Labels take the values that stand
-here and no others.
+an answer only if it is complete, so these metrics are exactly the sums of `usage` and `parse` in the responses. Shares
+are not metrics but queries, for example accepted over drafted tokens. A label takes only the values listed here.
 """
 
 
@@ -28,9 +27,9 @@ def render_metrics_page() -> str:
     return "\n".join(
         [
             HEADER,
-            "## Of requests and answers\n\nTold by routers.\n",
+            "## Requests and answers\n\nExported by routers.\n",
             render_metrics_table(ROUTER_METRICS),
-            "## Of engines\n\nTold by each replica of a drafter or verifier: the label `deployment` says which.\n",
+            "## Engines\n\nExported by each replica of a drafter or verifier. The label `deployment` says which.\n",
             render_metrics_table(ENGINE_METRICS),
         ]
     )

@@ -1,13 +1,13 @@
-"""From a finished answer to the figures it adds to."""
+"""Adds a completed answer to the metrics."""
 
 from collections.abc import Sequence
 
-from deployments.api.responses import ChoiceState
 from deployments.observability import metrics
+from deployments.observability.choice_state import ChoiceState
 from deployments.observability.metrics import POSITIONS, DraftOutcome, MetricsRecorder
 from parse.protocol import Usage, Verification
 
-LAST_POSITION = len(POSITIONS) - 1  # positions beyond that share the last name
+LAST_POSITION = len(POSITIONS) - 1  # all further positions share the last label
 
 
 def record_choice_metrics(recorder: MetricsRecorder, choice: ChoiceState) -> None:
@@ -28,14 +28,13 @@ def record_choice_metrics(recorder: MetricsRecorder, choice: ChoiceState) -> Non
         recorder.observe(metrics.ACCEPTED_PREFIX_LENGTH, usage.accepted_prefix_length, mode=mode)
     if usage.fallback is not None:
         recorder.add(metrics.FALLBACKS, cause=usage.fallback.cause)
-    if mode == "exact":  # the rule takes tokens of the draft up to the first that differs
+    if mode == "exact":  # the draft is a proposal, accepted token by token up to the first that differs
         _record_proposals(recorder, "draft", [1] * usage.draft_tokens, [1] * usage.accepted_tokens)
     if speculation := usage.speculation:
-        recorder.add(metrics.TARGET_PASSES, speculation.passes, method=speculation.method)
-        recorder.add(metrics.TARGET_PASS_TOKENS, usage.decoded_tokens, method=speculation.method)
-        _record_proposals(
-            recorder, speculation.method, speculation.proposed_per_position, speculation.accepted_per_position
-        )
+        method = speculation.method
+        recorder.add(metrics.TARGET_PASSES, speculation.passes, method=method)
+        recorder.add(metrics.TARGET_PASS_TOKENS, usage.decoded_tokens, method=method)
+        _record_proposals(recorder, method, speculation.proposed_per_position, speculation.accepted_per_position)
     for verification in choice.verifications:
         _record_correct_probabilities(recorder, verification)
     _record_times(recorder, choice)
@@ -50,7 +49,7 @@ def _draft_outcome(usage: Usage) -> DraftOutcome:
 
 
 def _record_proposals(recorder: MetricsRecorder, method: str, proposed: Sequence[int], accepted: Sequence[int]) -> None:
-    """Tokens at each place of the proposals."""
+    """Records the numbers of proposed and of accepted tokens at each position of the proposals."""
     for metric, counts in ((metrics.PROPOSED_TOKENS, proposed), (metrics.ACCEPTED_PROPOSED_TOKENS, accepted)):
         for position, count in zip(POSITIONS, (*counts[:LAST_POSITION], sum(counts[LAST_POSITION:])), strict=False):
             recorder.add(metric, count, method=method, position=position)

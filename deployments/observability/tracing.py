@@ -1,7 +1,7 @@
-"""OpenTelemetry: spans of answers and their stages. Ray Serve adds its own, and carries them from replica to replica.
+"""OpenTelemetry: spans of answers and their stages. Ray Serve adds its own and propagates them between replicas.
 
-Nothing is traced unless Ray Serve is told to: with `tracing_config` in serve_config.yaml, or by `python -m deployments`
-where OTEL_EXPORTER_OTLP_ENDPOINT is set.
+Nothing is traced unless Ray Serve is configured to: with `tracing_config` in serve_config.yaml, or by
+`python -m deployments` if OTEL_EXPORTER_OTLP_ENDPOINT is set.
 """
 
 import logging
@@ -18,11 +18,11 @@ tracer = trace.get_tracer("parse")
 UNTRACED_METHODS = frozenset({"alive", "collect_metrics", "describe"})
 UNTRACED_PATHS = frozenset({"/ready", "/health", "/metrics"})
 OTEL_TIMEOUT_VARIABLES = "OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"
-EXPORT_TIMEOUT_S = 5.0  # half of what it would be; nobody waits for it but who shuts down
+EXPORT_TIMEOUT_S = 5.0  # half of the default; only a shutdown waits for it
 
 
 def span_attributes(usage: Usage) -> dict[str, str | int]:
-    """What a span of an answer says of it."""
+    """Returns the attributes of an answer's span."""
     counts = {
         "drafted": usage.draft_tokens,
         "accepted": usage.accepted_tokens,
@@ -38,10 +38,10 @@ def span_attributes(usage: Usage) -> dict[str, str | int]:
 
 
 def otlp() -> list[SpanProcessor]:
-    """What Ray Serve calls in every process that traces. Where to send it stands in OpenTelemetry's own variables.
+    """Returns the span processors. Ray Serve calls this in every process that traces.
 
-    Spans are sent by a thread, from a queue that drops what it has no room for: an endpoint that does not answer costs
-    no request anything. Nor should it fill the logs.
+    OpenTelemetry's own environment variables name the endpoint. A thread sends the spans from a bounded queue, so an
+    endpoint that does not respond slows down no request. It should not fill the logs either.
     """
     logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
     timeout = None if any(name in os.environ for name in OTEL_TIMEOUT_VARIABLES) else EXPORT_TIMEOUT_S
@@ -49,7 +49,7 @@ def otlp() -> list[SpanProcessor]:
 
 
 class _RequestSpanProcessor(BatchSpanProcessor):
-    """What the service asks of itself every second would fill the store of traces."""
+    """Leaves out the service's own calls, which it makes every second and which would fill the trace store."""
 
     def on_end(self, span: ReadableSpan) -> None:
         attributes = span.attributes or {}

@@ -14,8 +14,8 @@ from ray.exceptions import RayTaskError, TaskCancelledError
 from ray.serve.context import _RequestContext
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api.backend import Session
 from deployments.observability.tracing import tracer
+from deployments.session import Session
 from parse.protocol import StageName
 from parse.types import TokenDelta
 

@@ -15,10 +15,9 @@ from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api.backend import Session
-from deployments.observability.metrics import RetryCause
 from deployments.serving.calls import CallContext, await_result, call_replica, stream_items, trace_stage
 from deployments.serving.circuit_breaker import CircuitBreaker
+from deployments.session import RetryCause, Session
 from parse.errors import DraftUnavailable, EngineStopped
 from parse.requests import DraftRequest, GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import NO_STREAMING, TokenDelta, VerifyResult

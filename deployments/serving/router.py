@@ -9,17 +9,17 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from transformers import AutoTokenizer
 
-from deployments.api.backend import Session
 from deployments.api.routes import create_app
 from deployments.config import AppSettings
 from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import MetricsRecorder
-from deployments.observability.metrics_collection import collect_replica_metrics
 from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.serving.clients import DrafterClient, VerifierClient
+from deployments.serving.metrics_collection import collect_replica_metrics
 from deployments.serving.overlap import BusyTime
 from deployments.serving.replica import ReplicaInfo
+from deployments.session import Session
 from parse.config import VerificationSettings
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import uvicorn
 from fastapi import FastAPI
 
-from deployments.api.backend import Session
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
+from deployments.session import Session
 from parse.pipeline import Pipeline
 from parse.types import MethodChoice, SamplingParams, SpeculationStats, TokenDelta
 

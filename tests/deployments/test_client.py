@@ -14,7 +14,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from transformers import AutoModelForCausalLM
 
-from deployments.api.protocol import ParseReport
+from deployments.api.response_models import ParseReport
 from parse.local import DEMO_TARGET, LocalPair
 from parse.prompts import chat_prompt_token_ids
 from tests.deployments.conftest import MODEL

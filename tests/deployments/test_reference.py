@@ -13,11 +13,9 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from pydantic import BaseModel, Field
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
-from deployments.api.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
+from deployments.api.request_models import ChatCompletionRequest, CompletionRequest, ParseOptions
+from deployments.api.response_models import (
     ParseCapabilities,
-    ParseOptions,
     ParseReport,
     PositionAcceptance,
     SpeculationReport,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments.api.limits import RequestLimitsMiddleware, load_api_keys
-from deployments.api.protocol import ErrorResponse
+from deployments.api.response_models import ErrorResponse
 
 HERE, ELSEWHERE = ("127.0.0.1", 5000), ("192.0.2.7", 5000)
 CHAT = "/v1/chat/completions"

@@ -9,14 +9,9 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from pydantic import ValidationError
 
 from deployments.api.errors import to_validation_error
-from deployments.api.protocol import (
-    MAX_INTEGER,
-    BaseCompletionRequest,
-    ChatCompletionRequest,
-    CompletionRequest,
-    ErrorInfo,
-    aggregate_usage,
-)
+from deployments.api.reports import aggregate_usage
+from deployments.api.request_models import MAX_INTEGER, BaseCompletionRequest, ChatCompletionRequest, CompletionRequest
+from deployments.api.response_models import ErrorInfo
 from parse.acceptance import Thresholds
 from parse.protocol import Usage
 from parse.types import RequestError, SamplingParams, SpeculationStats

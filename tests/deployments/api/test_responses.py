@@ -5,15 +5,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from deployments.api.backend import Session
-from deployments.api.responses import (
-    ChatResponseBuilder,
-    ChoiceState,
-    CompletionResponseBuilder,
-    ResponseContext,
-    format_sse,
-)
+from deployments.api.reports import build_report
+from deployments.api.responses import ChatResponseBuilder, CompletionResponseBuilder, ResponseContext, format_sse
 from deployments.api.token_text import TokenText
+from deployments.observability.choice_state import ChoiceState
+from deployments.session import Session
 from parse.protocol import Event, Finished, TextDelta, Usage
 from parse.types import Logprob, SpeculationStats
 
@@ -107,7 +103,7 @@ def test_waiting_for_a_place_counts_among_the_times():
         TextDelta("x", (300,), "target"), Finished("stop", Usage("off", target_tokens=1, ttft_s=0.5, total_s=1.0))
     )
     waited.queue_s = 2.0
-    told = waited.build_report(trace=False)
+    told = build_report(waited, trace=False)
     assert (told.first_s, told.total_s) == (2.5, 3.0)
     assert [(stage.name, stage.start, stage.end) for stage in told.stages] == [("queue", 0.0, 2.0)]
 
@@ -120,7 +116,7 @@ def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
         target_tokens=10,
         speculation=SpeculationStats("eagle3", 4, (4, 2), (3, 2)),
     )
-    told = answer(Finished("stop", usage)).build_report(trace=False).speculation
+    told = build_report(answer(Finished("stop", usage)), trace=False).speculation
     assert told is not None
     places = [{"proposed": 4, "accepted": 3, "share": 0.75}, {"proposed": 2, "accepted": 2, "share": 1.0}]
     counted = {"method": "eagle3", "passes": 4, "tokens": 10, "proposed": 6, "accepted": 5, "places": places}
@@ -128,14 +124,13 @@ def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
 
 
 def test_a_method_that_proposed_nothing_wrote_all_the_same():
-    told = answer(
-        Finished("stop", Usage("off", target_tokens=3, speculation=SpeculationStats("ngram", 3)))
-    ).build_report(trace=False)
+    usage = Usage("off", target_tokens=3, speculation=SpeculationStats("ngram", 3))
+    told = build_report(answer(Finished("stop", usage)), trace=False)
     assert told.speculation is not None and (told.speculation.tokens_per_pass, told.speculation.places) == (1.0, [])
 
 
 def test_where_no_method_was_at_work_the_report_says_so():
-    assert answer(Finished("stop", Usage("off", target_tokens=3))).build_report(trace=False).speculation is None
+    assert build_report(answer(Finished("stop", Usage("off", target_tokens=3))), trace=False).speculation is None
 
 
 def test_an_answer_of_nothing_is_an_answer(tokenizer):

@@ -18,7 +18,7 @@ import pytest
 from openai import OpenAI
 from starlette.requests import ClientDisconnect
 
-from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
+from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
 from deployments.api.request_parsing import ParsedRequest, RequestParser
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings

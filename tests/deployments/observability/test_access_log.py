@@ -13,14 +13,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.api.backend import Session
-from deployments.api.responses import ChoiceState
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from deployments.observability.access_log import AccessLogMiddleware, RequestRecord
+from deployments.observability.choice_state import ChoiceState
 from deployments.observability.exposition import ReplicaLabels
 from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
 from deployments.observability.request_metrics import record_choice_metrics
+from deployments.session import Session
 from parse.local import LocalPair
 from parse.protocol import Finished, Stage, TextDelta, Usage, Verification
 from parse.types import DraftUnavailable, SpeculationStats

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from deployments.api.admission import AdmissionQueue
-from deployments.api.backend import Session
-from deployments.api.responses import ChoiceState
 from deployments.config import AuditSettings
 from deployments.observability.audit import MAX_ATTEMPTS, Auditor
+from deployments.observability.choice_state import ChoiceState
 from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
+from deployments.session import Session
 from parse.protocol import Finished, GenerationRequest, TextDelta, Usage
 from parse.types import Logprob, SamplingParams, VerifyResult
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.observability.metrics_collection import SCRAPE_TIMEOUT_S
+from deployments.serving.metrics_collection import SCRAPE_TIMEOUT_S
 from parse.local import DEMO_TARGET
 from tests.cluster.querying import (
     Prometheus,

@@ -10,11 +10,11 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from deployments.api.backend import Session
 from deployments.serving import circuit_breaker, clients
 from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.serving.clients import DrafterClient, RetriesExhausted, VerifierClient
 from deployments.serving.overlap import BusyTime
+from deployments.session import Session
 from parse.errors import DraftUnavailable, EngineStopped, RequestError
 from parse.prompts import VerificationSuffix
 from parse.requests import DraftRequest, GenerateRequest, VerifyAndGenerateRequest, VerifyRequest

@@ -1,4 +1,4 @@
-"""The figures of all replicas of a deployment, fetched from each."""
+"""Collects the metrics of all replicas of the deployments."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import MetricsRecorder
 from deployments.serving.calls import NO_REQUEST, run_in_fresh_context
 
-SCRAPE_TIMEOUT_S = 1.0  # Prometheus has as much as ten times that, and should hear of the others
+SCRAPE_TIMEOUT_S = 1.0  # Prometheus itself times out after ten times that, and would then get no metrics at all
 
 
 async def collect_replica_metrics(
     handles: Mapping[str, DeploymentHandle], recorder: MetricsRecorder
 ) -> list[ReplicaMetrics]:
-    """Whoever does not answer in time is left out, and counted."""
+    """Returns the metrics of the replicas that respond in time, and counts the others."""
     results = await asyncio.gather(*(_collect_from_deployment(handle) for handle in handles.values()))
     for name, (_, missing) in zip(handles, results, strict=True):
         recorder.add(metrics.UNREACHED_REPLICAS, missing, part=name)
@@ -24,13 +24,13 @@ async def collect_replica_metrics(
 
 
 async def _collect_from_deployment(handle: DeploymentHandle) -> tuple[list[ReplicaMetrics], int]:
-    """And how many are missing."""
+    """Returns the metrics and the number of replicas that did not respond."""
     try:
         async with asyncio.timeout(SCRAPE_TIMEOUT_S):
             broadcast = run_in_fresh_context(NO_REQUEST, handle.broadcast, "collect_metrics")
-            # What the class offers in public waits for all of them, or for none.
+            # The public methods wait for all replicas or for none.
             replicas = await broadcast._fetch_replica_results_async()
-    except Exception:  # there are none, or they are not known at the moment
+    except Exception:  # there are no replicas, or Serve does not know them at the moment
         return [], 1
     if not replicas:
         return [], 1
@@ -40,7 +40,7 @@ async def _collect_from_deployment(handle: DeploymentHandle) -> tuple[list[Repli
         collected = [
             task.result() for task in tasks if task.done() and not task.cancelled() and task.exception() is None
         ]
-    finally:  # also where the scrape itself is given up
+    finally:  # also if the scrape itself is cancelled
         for task in tasks:
             task.cancel()
     return collected, len(tasks) - len(collected)

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.observability.exposition import ReplicaLabels, ReplicaMetrics
 from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
-from deployments.observability.metrics_collection import collect_replica_metrics
+from deployments.serving.metrics_collection import collect_replica_metrics
 
 HERE = ReplicaMetrics(ReplicaLabels("farm", "Verifier", "a"), [])
 
@@ -67,7 +67,7 @@ def meters() -> MetricsRecorder:
 
 
 def test_who_does_not_answer_is_counted_and_given_up(meters, monkeypatch):
-    monkeypatch.setattr("deployments.observability.metrics_collection.SCRAPE_TIMEOUT_S", 0.02)
+    monkeypatch.setattr("deployments.serving.metrics_collection.SCRAPE_TIMEOUT_S", 0.02)
     hanging = Replica(never)
     handles: Any = {"Verifier": Handle(Replica(at_once), hanging, Replica(failing)), "Drafter": Handle()}
 

@@ -1,0 +1,260 @@
+"""The request bodies of the API. Every field is either served or rejected with its name.
+
+Fields with a single allowed value are accepted for clients that send them: the value is what happens anyway.
+"""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from parse.acceptance import Thresholds
+from parse.config import MethodChoice, ModeName
+from parse.types import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, RequestError, SamplingParams
+
+MAX_INTEGER = 9_223_372_036_854_776_000  # the limit in the OpenAI API
+MAX_LOGIT_BIAS_TOKENS = 1024
+
+
+def _reject_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("surrogate", "Input should not hold half of a surrogate pair") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_reject_lone_surrogates)]
+StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+PromptText = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIdKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # a token id; keys are strings in JSON
+BiasValue = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _check_logit_bias_size(logit_bias: Any) -> Any:
+    """Rejects a dictionary that is too large before its items are validated."""
+    if isinstance(logit_bias, dict) and len(logit_bias) > MAX_LOGIT_BIAS_TOKENS:
+        raise PydanticCustomError(
+            "too_many", "Input should hold at most {max_items} items", {"max_items": MAX_LOGIT_BIAS_TOKENS}
+        )
+    return logit_bias
+
+
+LogitBias = Annotated[
+    dict[TokenIdKey, BiasValue],
+    Field(max_length=MAX_LOGIT_BIAS_TOKENS, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(_check_logit_bias_size),
+]
+
+
+class OpenAIBaseModel(BaseModel):
+    """Rejects unknown fields, one at a time: to list all errors of a large body would take the server seconds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unknown_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in data:
+                if name not in cls.model_fields:
+                    printable_name = name.encode(errors="replace").decode()
+                    raise PydanticCustomError("unsupported", "is not supported", {"field": printable_name})
+        return data
+
+
+class TextContentPart(OpenAIBaseModel):
+    type: Literal["text"]
+    text: Text
+
+
+Content = Text | Annotated[list[TextContentPart], Field(min_length=1, fail_fast=True)]
+
+
+class ChatMessage(OpenAIBaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    # Clients send messages of earlier responses back, with these fields.
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+class StreamOptions(OpenAIBaseModel):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Prediction(OpenAIBaseModel):
+    type: Literal["content"]
+    content: Content
+
+
+class TextResponseFormat(OpenAIBaseModel):
+    type: Literal["text"]
+
+
+class ParseOptions(OpenAIBaseModel):
+    """How drafts are used for this request, and how the target generates."""
+
+    mode: ModeName | None = Field(None, description="By default the operator's choice.")
+    speculation: MethodChoice | None = Field(
+        None,
+        description="The token-level method with which the target generates several tokens per forward pass; none: one "
+        "at a time. The text is the same. By default the operator's choice.",
+    )
+    full: float | None = Field(None, ge=0, le=1, description="The minimum P(correct) of a complete draft.")
+    prefix: float | None = Field(None, ge=0, le=1, description="The minimum P(correct) of a prefix.")
+    trace: bool = Field(False, description="Report the origin of all text, rejected text, and P(correct) of prefixes.")
+
+
+class BaseCompletionRequest(OpenAIBaseModel):
+    """The fields that both endpoints have."""
+
+    model: Text = Field(description="The id that /v1/models lists.")
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    temperature: float | None = Field(None, ge=0, le=2, description="The default is 1; 0 is greedy.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER, description="The default is 0, which means no limit.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: LogitBias | None = None
+    seed: int | None = Field(None, ge=-MAX_INTEGER, le=MAX_INTEGER, description="The same seed gives the same answer.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    ignore_eos: bool = False
+    n: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Text | None = Field(None, max_length=512, description="The same as prompt_cache_key, which takes precedence.")
+    parse: Annotated[ParseOptions, BeforeValidator(lambda value: {} if value is None else value)] = ParseOptions()
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "BaseCompletionRequest":
+        if self.stream_options is not None and not self.stream:
+            raise _field_error("stream_options", "is for streams only: set stream to true")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def to_sampling_params(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Returns the sampling parameters: fields of the same name and the values that need a conversion."""
+        explicit_params = {
+            field.name: value
+            for field in fields(SamplingParams)
+            if (value := getattr(self, field.name, None)) is not None
+        }
+        converted_params = {
+            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            "seed": seed,
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+        }
+        return SamplingParams(**explicit_params | converted_params)
+
+    def resolve_thresholds(self, defaults: Thresholds, *, min_full: float, min_prefix: float) -> Thresholds:
+        for name, value, minimum in (
+            ("full", self.parse.full, min_full),
+            ("prefix", self.parse.prefix, min_prefix),
+        ):
+            if value is not None and value < minimum:
+                raise RequestError(f"parse.{name}", f"must be at least {minimum} here, got {value}")
+        full, prefix = self.parse.full, self.parse.prefix
+        return Thresholds(defaults.full if full is None else full, defaults.prefix if prefix is None else prefix)
+
+
+class ChatCompletionRequest(BaseCompletionRequest):
+    """POST /v1/chat/completions"""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096, fail_fast=True)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prediction: Prediction | None = Field(None, description="Your own draft, which replaces the drafter's.")
+    prompt_cache_key: Text | None = Field(
+        None, max_length=512, description="Requests with the same key go to the same replica and its prefix cache."
+    )
+    # These values are what happens anyway.
+    response_format: TextResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+    @model_validator(mode="after")
+    def _check_field_combinations(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _field_error("top_logprobs", "needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise _field_error("max_tokens", "differs from max_completion_tokens, which replaces it")
+        return self
+
+    @property
+    def effective_max_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def to_template_messages(self) -> list[dict[str, str]]:
+        return [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": join_text_parts(message.content),
+            }
+            for message in self.messages
+        ]
+
+
+class CompletionRequest(BaseCompletionRequest):
+    """POST /v1/completions: text or tokens to continue. Without a conversation there is nothing to verify, so the
+    default mode is off."""
+
+    prompt: (
+        PromptText
+        | Annotated[list[PromptText], Field(min_length=1, max_length=128, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=128, fail_fast=True)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    # These values are what happens anyway.
+    echo: Literal[False] | None = None
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise _field_error("best_of", "is not supported: every answer is returned, so it must equal n")
+        return self
+
+    def split_prompts(self) -> list[str | list[int]]:
+        prompt_input = self.prompt
+        if isinstance(prompt_input, str):
+            return [prompt_input]
+        if prompt_input and isinstance(prompt_input[0], int):
+            return [[token for token in prompt_input if isinstance(token, int)]]
+        return [prompt for prompt in prompt_input if not isinstance(prompt, int)]
+
+
+def join_text_parts(content: Content) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _field_error(field: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{message}", {"message": message, "field": field})

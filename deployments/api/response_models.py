@@ -1,0 +1,192 @@
+"""The response bodies of the API. Names and fields of the OpenAI API keep their spelling there."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from parse.config import MethodChoice, MethodName, ModeName
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """An error in the format of the OpenAI API."""
+
+    error: ErrorInfo
+
+
+class ParseCapabilities(BaseModel):
+    """What a request can choose in `parse`, and the defaults."""
+
+    modes: list[ModeName]
+    full: float = Field(description="The minimum P(correct) at which a complete draft is accepted.")
+    prefix: float = Field(description="The minimum P(correct) at which a prefix passes.")
+    lowest_full: float = Field(description="The lowest `full` that a request can set.")
+    lowest_prefix: float = Field(description="The lowest `prefix` that a request can set.")
+    methods: list[MethodChoice] = Field(description="The values that `speculation` can have.")
+    speculation: MethodChoice
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "parse-serve"
+    max_model_len: int
+    parse: ParseCapabilities
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class StageTimes(BaseModel):
+    """Seconds since the request arrived."""
+
+    name: str
+    start: float
+    end: float
+
+
+class TracedVerification(BaseModel):
+    """The verification of a draft, or of a window of one."""
+
+    start: int = Field(description="Tokens of the answer before the draft.")
+    cuts: list[int] = Field(description="The lengths of the verified prefixes, in tokens of the draft.")
+    correct: list[float | None] = Field(description="P(correct) of each prefix; null if it was not evaluated.")
+    kept: int = Field(description="Tokens of the draft that were accepted.")
+    rejected: str = Field(description="The text of the rest.")
+
+
+class TracedTextDelta(BaseModel):
+    text: str
+    origin: Literal["draft", "target"]
+    tokens: int
+
+
+class PositionAcceptance(BaseModel):
+    """The proposed tokens of a method at one position of its proposals."""
+
+    proposed: int
+    accepted: int
+    share: float = Field(description="Accepted over proposed tokens.")
+
+
+class SpeculationReport(BaseModel):
+    """How many of a token-level method's proposals were accepted."""
+
+    method: MethodName
+    passes: int = Field(description="Forward passes of the target while it generated, with and without proposals.")
+    tokens: int = Field(description="Answer tokens from these passes; in mode exact they include the draft's tokens.")
+    tokens_per_pass: float
+    proposed: int
+    accepted: int
+    places: list[PositionAcceptance] = Field(description="By position in the proposals, from the next token on.")
+
+
+class ParseReport(BaseModel):
+    """How the answer was made."""
+
+    mode: ModeName
+    drafted: int = Field(description="Draft tokens.")
+    accepted: int
+    rejected: int
+    written: int = Field(description="Tokens that the target generated.")
+    rounds: int
+    boundary: int | None = Field(description="Accepted tokens of the first draft.")
+    fallback: str | None = Field(description="Why the target answered without a draft although one was requested.")
+    cached: int = Field(description="Prompt tokens that the verifier found in its prefix cache.")
+    speculation: SpeculationReport | None = Field(description="Null if no token-level method was used.")
+    retries: int = Field(description="Calls to a verifier that were lost and repeated.")
+    arrived: float = Field(description="When the request arrived, in seconds since 1970.")
+    first_s: float
+    total_s: float
+    stages: list[StageTimes]
+    pieces: list[TracedTextDelta] | None = None
+    verdicts: list[TracedVerification] | None = None
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(BaseModel):
+    accepted_prediction_tokens: int = Field(description="Accepted draft tokens, from the drafter or from `prediction`.")
+    rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
+
+
+class CompletionUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatCompletionTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatCompletionLogprobs(BaseModel):
+    content: list[ChatCompletionTokenLogprob]
+    refusal: None = None
+
+
+class ChatCompletionMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatCompletionChoice(BaseModel):
+    index: int
+    message: ChatCompletionMessage
+    logprobs: ChatCompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatCompletionChoice]
+    usage: CompletionUsage
+    parse: ParseReport | list[ParseReport] = Field(description="One report, or a list with one per choice.")
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: CompletionUsage
+    parse: ParseReport | list[ParseReport] = Field(description="One report, or a list with one per choice.")

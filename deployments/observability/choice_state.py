@@ -1,0 +1,53 @@
+"""The state of one choice while it is generated. Responses and metrics are made from it."""
+
+import time
+from dataclasses import dataclass, field
+
+from deployments.session import Session
+from parse.protocol import Event, Finished, TextDelta, Verification
+
+
+@dataclass
+class ChoiceState:
+    """One choice of a response and what is known of it so far."""
+
+    index: int
+    prompt_tokens: int
+    session: Session
+    arrival_time: float  # seconds since 1970
+    stream: bool = False
+    queue_s: float = 0.0
+    """The time from its arrival until the pipeline started on it."""
+    inter_token_s: list[float] = field(default_factory=list)
+    """The times between two deltas of a stream, per token of the later one."""
+    deltas: list[TextDelta] = field(default_factory=list)
+    verifications: list[Verification] = field(default_factory=list)
+    finished: Finished | None = None
+    _last_delta_at: float | None = None
+
+    def add_event(self, event: Event) -> None:
+        match event:
+            case TextDelta():
+                self.deltas.append(event)
+                if self.stream and event.token_ids:
+                    now = time.perf_counter()
+                    if self._last_delta_at is not None:
+                        self.inter_token_s.append((now - self._last_delta_at) / len(event.token_ids))
+                    self._last_delta_at = now
+            case Verification():
+                self.verifications.append(event)
+            case Finished():
+                self.finished = event
+
+    @property
+    def result(self) -> Finished:
+        assert self.finished is not None, "the choice is not finished"
+        return self.finished
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(delta.token_ids) for delta in self.deltas)
