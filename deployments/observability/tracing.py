@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from parse.protocol import Usage
 
 tracer = trace.get_tracer("parse")
-UNTRACED_METHODS = frozenset({"alive", "collect_metrics", "describe"})
+UNTRACED_METHODS = frozenset({"alive", "capabilities", "collect_metrics", "describe"})
 UNTRACED_PATHS = frozenset({"/ready", "/health", "/metrics"})
 OTEL_TIMEOUT_VARIABLES = "OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"
 EXPORT_TIMEOUT_S = 5.0  # half of the default; only a shutdown waits for it

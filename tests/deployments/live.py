@@ -15,7 +15,8 @@ from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
 from deployments.session import Session
 from parse.pipeline import Pipeline
-from parse.types import MethodChoice, SamplingParams, SpeculationStats, TokenDelta
+from parse.requests import GenerateRequest
+from parse.types import SpeculationStats, TokenDelta
 
 PATIENCE_S = 20
 
@@ -68,16 +69,7 @@ class Writer:
     may_go_on: threading.Event = field(default_factory=threading.Event)
     busy: int = 0
 
-    async def generate(
-        self,
-        prompt: Sequence[int],
-        output: Sequence[int] = (),
-        sampling: SamplingParams | None = None,
-        *,
-        proposal: Sequence[int] = (),
-        piece: int = 1,
-        speculation: MethodChoice | None = None,
-    ) -> AsyncGenerator[TokenDelta]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
         self.busy += 1
         try:
             if self.tokens:

@@ -13,10 +13,11 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.config import VerificationSettings
+from parse.engines.protocol import Capabilities, Verifier
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
 from parse.prompts import VerificationSuffix
-from parse.protocol import Verifier
+from parse.registry import MODES
 from tests.deployments.conftest import MODEL, WAYS
 from tests.deployments.live import LocalBackend, served
 from training.tokenizer import build_tokenizer
@@ -27,9 +28,9 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 NOBODY = Pipeline(
     verifier=cast(Verifier, None),
     tokenizer=build_tokenizer(),
-    check=VerificationSuffix((), (), ()),
+    capabilities=Capabilities(tuple(MODES), (), frozenset(), max_logprobs=20, max_model_len=1, block_size=16),
+    suffix=VerificationSuffix((), (), ()),
     settings=VerificationSettings(),
-    longest=1,
 )
 
 

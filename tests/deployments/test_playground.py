@@ -77,20 +77,20 @@ class Scripted(Pipeline):
 
     script: Script
 
-    async def answer(self, question: GenerationRequest) -> AsyncGenerator[Event]:
-        async for event in self.script(question):
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
+        async for event in self.script(request):
             yield event
 
 
 @contextmanager
 def saying(pair: LocalPair, script: Script, model: str = MODEL, **settings: Any) -> Iterator[str]:
-    whole = pair.pipeline
+    real = pair.pipeline
     pipeline = Scripted(
-        verifier=whole.verifier,
-        tokenizer=whole.tokenizer,
-        check=whole.check,
-        settings=whole.settings,
-        longest=whole.longest,
+        verifier=real.verifier,
+        capabilities=real.capabilities,
+        tokenizer=real.tokenizer,
+        suffix=real.suffix,
+        settings=real.settings,
         script=script,
     )
     with served(create_app(LocalBackend(pipeline), ApiSettings(**settings), model)) as address:

@@ -24,6 +24,7 @@ from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.local import LocalPair
 from parse.protocol import Verifier
+from parse.requests import GenerateRequest
 from parse.types import TokenDelta
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
@@ -410,9 +411,9 @@ def test_what_breaks_outside_of_an_answer_is_told_in_the_same_shape(pair, caplog
 
 def test_one_of_several_choices_that_breaks_ends_them_all(pair):
     class Half(Writer):
-        def generate(self, *given: Any, **named: Any) -> AsyncGenerator[TokenDelta]:
+        def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
             self.error = RuntimeError(SECRET) if self.busy else None
-            return super().generate(*given, **named)
+            return super().generate(request)
 
     writer = Half()
     with serving(pair, writer, max_answers=3) as address:

@@ -26,22 +26,23 @@ QUESTION = GenerationRequest(
 class Target:
     """Answers alone with the given text, and finds each text as likely as it is told."""
 
-    check = None
+    suffix = None
 
     def __init__(self, text: str, likelihoods: dict[tuple[int, ...], float] | None = None, wait_s: float = 0.0) -> None:
         self.text, self.likelihoods, self.wait_s = text, likelihoods or {}, wait_s
         self.asked: list[GenerationRequest] = []
         self.verifier = self
 
-    async def answer(self, question: GenerationRequest):
-        self.asked.append(question)
+    async def generate(self, request: GenerationRequest):
+        self.asked.append(request)
         await asyncio.sleep(self.wait_s)
         yield TextDelta(self.text, (50, 51), "target")
         yield Finished("stop", Usage("off", target_tokens=2))
 
-    async def judge(self, prompt, draft, cuts, check, *, logprobs) -> VerifyResult:
-        assert tuple(cuts) == (len(draft),) and logprobs == 0
-        chance = self.likelihoods.get(tuple(draft), -1.0)
+    async def verify(self, request) -> VerifyResult:
+        draft = tuple(request.draft_token_ids)
+        assert tuple(request.prefix_lengths) == (len(draft),) and request.num_logprobs == 0
+        chance = self.likelihoods.get(draft, -1.0)
         return VerifyResult((0.5,), tuple(Logprob(chance + delta) for delta in (-0.1, 0.1)))
 
 
@@ -198,7 +199,7 @@ def test_what_never_finds_its_moment_is_dropped_and_counted():
 
 def test_an_audit_that_fails_harms_nobody():
     class Broken(Target):
-        async def judge(self, *_, **__):
+        async def verify(self, request):
             raise ConnectionError("gone")
 
     async def seen():

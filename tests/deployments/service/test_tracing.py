@@ -10,7 +10,7 @@ WANTED = Counter(
         "answer": 4,
         "replica_handle_request Router __call__": 4,
         "replica_handle_request Drafter draft_complete": 4,
-        "replica_handle_request Verifier judge": 2,
+        "replica_handle_request Verifier verify_and_generate": 2,
         "replica_handle_request Verifier generate": 2,
     }
 )
@@ -44,7 +44,7 @@ def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans
 
     for deployment, method, stage in (
         ("Drafter", "draft_complete", "draft"),
-        ("Verifier", "judge", "judge"),
+        ("Verifier", "verify_and_generate", "judge"),
         ("Verifier", "generate", "write"),
     ):
         inner = [span for span in spans.found if span.name == f"replica_handle_request {deployment} {method}"]
@@ -56,4 +56,8 @@ def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans
     assert len(traces) == 4
     # What is asked every second by the service itself, or by those who watch it, leaves no trace.
     assert sum(span.name == "replica_handle_request Router __call__" for span in spans.found) == 4
-    assert not [span.name for span in spans.found if span.name.endswith((" alive", " collect_metrics", " describe"))]
+    assert not [
+        span.name
+        for span in spans.found
+        if span.name.endswith((" alive", " collect_metrics", " describe", " capabilities"))
+    ]

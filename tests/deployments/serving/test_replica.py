@@ -9,6 +9,7 @@ from deployments.serving import replica
 from deployments.serving.replica import ModelReplica
 from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT
+from parse.requests import GenerateRequest
 from parse.types import SamplingParams
 
 
@@ -24,9 +25,9 @@ def hosted(monkeypatch):
 
 def test_it_warms_up_and_forgets_what_it_warmed_up_with(hosted):
     asyncio.run(hosted.warm_up())
-    load = hosted.engine.load
-    assert load.steps > 10 and not load.running
-    assert asyncio.run(hosted.engine.warm(range(64))) == 0
+    stats = hosted.engine.stats
+    assert stats.num_steps > 10 and not stats.num_running
+    assert asyncio.run(hosted.engine.prefill(range(64))) == 0
     description = asyncio.run(hosted.describe())
     assert (description.device, description.visible_gpus, description.max_model_len) == ("cpu", "", 512)
 
@@ -36,22 +37,21 @@ def test_an_engine_that_makes_no_step_is_ill_and_one_without_work_is_not(hosted,
     hosted.check_health()
 
     async def held_up():
-        stream = hosted.engine.generate(
-            (1, 2, 3), sampling=SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-        )
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        stream = hosted.engine.generate(GenerateRequest(prompt_token_ids=(1, 2, 3), sampling_params=params))
         await anext(stream)
-        monkeypatch.setattr(type(hosted.engine), "load", property(lambda _: frozen))
+        monkeypatch.setattr(type(hosted.engine), "stats", property(lambda _: frozen))
         hosted.check_health()  # has just seen it move
         with pytest.raises(RuntimeError, match="no step for 0 s"):
             await hosted.alive()
         await stream.aclose()
 
-    frozen = hosted.engine.load
-    frozen = replace(frozen, running=1, steps=7)
+    frozen = hosted.engine.stats
+    frozen = replace(frozen, num_running=1, num_steps=7)
     asyncio.run(held_up())
 
 
 def test_a_stopped_engine_is_ill(hosted):
-    hosted.engine.close()
+    hosted.engine.shutdown()
     with pytest.raises(RuntimeError, match="died"):
         hosted.check_health()
