@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
-from parse.types import RequestError
+from parse.errors import RequestError
 
 Message = Mapping[str, str]
 

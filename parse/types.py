@@ -1,4 +1,4 @@
-"""The values that travel between callers, pipeline and engine, and the errors they meet."""
+"""The values that travel between clients, pipeline and engines."""
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,42 +7,13 @@ from functools import reduce
 from itertools import zip_longest
 from typing import Literal
 
-from parse.errors import (
-    DraftUnavailable as DraftUnavailable,
-)
-from parse.errors import (
-    EngineStopped as EngineStopped,
-)
-from parse.errors import (
-    FallbackCause as FallbackCause,
-)
-from parse.errors import (
-    NumericalError as NumericalError,
-)
-from parse.errors import (
-    RequestCancelled as RequestCancelled,
-)
-from parse.errors import (
-    RequestError as RequestError,
-)
-from parse.errors import (
-    VerificationError as VerificationError,
-)
-
-
-def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> list[int]:
-    """The same as plain integers, each of them a token."""
-    try:
-        integers = [operator.index(token) for token in token_ids]
-    except TypeError as error:
-        raise RequestError(field, f"must hold token ids, whole numbers: {error}") from error
-    if integers and not (min(integers) >= 0 and max(integers) < vocab_size):
-        raise RequestError(field, f"token ids must lie in 0..{vocab_size - 1}")
-    return integers
-
+from parse.errors import RequestError as RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # strings, characters
+
+NO_STREAMING = 1 << 30
+"""A stream interval so long that everything comes in one delta."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +22,25 @@ class SamplingParams:
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: no limit
+    top_k: int = 0
+    """0: no limit."""
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
-    max_tokens: int | None = None  # None: up to the context's limit
+    max_tokens: int | None = None
+    """Tokens of the whole output; None: as many as the context length leaves."""
     stop: Sequence[str] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # of the chosen token, and of that many others
+    logprobs: int | None = None
+    """Return the log-probability of each token, with this many alternatives."""
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 2.0)
-        _check_range("top_p", self.top_p, 0.0, 1.0, above=True)
-        _check_range("top_k", self.top_k, 0, None, whole=True)
+        _check_range("top_p", self.top_p, 0.0, 1.0, exclusive=True)
+        _check_range("top_k", self.top_k, 0, None, integer=True)
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -74,13 +48,13 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError("logit_bias", f"must map token ids to numbers, got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
-            _check_range("logit_bias", token, 0, None, whole=True)
+            _check_range("logit_bias", token, 0, None, integer=True)
             _check_range("logit_bias", bias, -100.0, 100.0)
-        _check_range("seed", self.seed, None, None, whole=True)
+        _check_range("seed", self.seed, None, None, integer=True)
         if self.max_tokens is not None:
-            _check_range("max_tokens", self.max_tokens, 1, None, whole=True)
+            _check_range("max_tokens", self.max_tokens, 1, None, integer=True)
         if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, integer=True)
         if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
             raise RequestError("stop", f"must be a list of strings, got {self.stop!r}")
         if not all(self.stop):
@@ -94,48 +68,57 @@ class SamplingParams:
 
     @property
     def modifies_logits(self) -> bool:
-        """Do the logits change before a token is chosen?"""
+        """The logits change before a token is chosen."""
         return bool(
             self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         )
 
 
 def _check_range(
-    name: str, value: object, low: float | None, high: float | None, *, above: bool = False, whole: bool = False
+    name: str, value: object, low: float | None, high: float | None, *, exclusive: bool = False, integer: bool = False
 ) -> None:
-    """NaN fails every comparison, so it is refused too."""
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise RequestError(name, f"must be a {'whole ' if whole else ''}number, got {value!r}")
-    if (low is not None and not (low < value if above else low <= value)) or (high is not None and not value <= high):
-        bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high is not None else "")
+    """Raises RequestError for a value out of range. NaN fails every comparison, so it is refused too."""
+    if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+        raise RequestError(name, f"must be a {'whole ' if integer else ''}number, got {value!r}")
+    too_low = low is not None and not (low < value if exclusive else low <= value)
+    if too_low or (high is not None and not value <= high):
+        bounds = f"{'above' if exclusive else 'at least'} {low}" + (f" and at most {high}" if high is not None else "")
         raise RequestError(name, f"must be {bounds}, got {value}")
+
+
+def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Returns the ids as plain integers. Raises RequestError unless each of them is a token of the vocabulary."""
+    try:
+        integers = [operator.index(token) for token in token_ids]
+    except TypeError as error:
+        raise RequestError(field, f"must hold token ids, whole numbers: {error}") from error
+    if integers and not (min(integers) >= 0 and max(integers) < vocab_size):
+        raise RequestError(field, f"token ids must lie in 0..{vocab_size - 1}")
+    return integers
 
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Of the token that was taken, with the likeliest ones beside it."""
+    """The log-probability of a token, and the most likely tokens in its place."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-NO_STREAMING = 1 << 30
-"""A stream interval so long that everything comes in one delta."""
-
 FinishReason = Literal["stop", "length"]
-
-MethodName = str
-MethodChoice = str
 
 
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
-    """What came of a method's proposals."""
+    """How the proposals of a token-level method fared."""
 
-    method: MethodName
-    passes: int = 0  # of the target, with proposals and without, each of which wrote at least a token
-    proposed_per_position: tuple[int, ...] = ()  # tokens, at each place of the proposals
-    accepted_per_position: tuple[int, ...] = ()  # of them; both are as long as the longest proposal
+    method: str
+    passes: int = 0
+    """Forward passes of the target that generated something, with a proposal or without."""
+    proposed_per_position: tuple[int, ...] = ()
+    """Tokens proposed at each position of the proposals."""
+    accepted_per_position: tuple[int, ...] = ()
+    """How many of them were accepted. Both are as long as the longest proposal."""
 
     def __add__(self, other: "SpeculationStats") -> "SpeculationStats":
         def added(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[int, ...]:
@@ -149,42 +132,65 @@ class SpeculationStats:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
-    """A piece of what is being written."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[Logprob, ...] = ()
-    finish_reason: FinishReason | None = None  # set on the last piece: ended by itself or at a stop string, or cut off
-    num_accepted: int = 0  # how many of these the proposal held already
-    num_cached_tokens: int = 0  # on the first piece: tokens of what it goes on from that were known
-    speculation: SpeculationStats | None = None  # in the passes that wrote these
-
-
-def merge_deltas(deltas: Sequence[TokenDelta]) -> TokenDelta:
-    """As if they had come in one."""
-    if len(deltas) == 1:
-        return deltas[0]
-    return TokenDelta(
-        tuple(token for piece in deltas for token in piece.token_ids),
-        tuple(logprob for piece in deltas for logprob in piece.logprobs),
-        deltas[-1].finish_reason,
-        sum(piece.num_accepted for piece in deltas),
-        deltas[0].num_cached_tokens,
-        sum_stats(piece.speculation for piece in deltas),
-    )
-
-
 def sum_stats(parts: Iterable[SpeculationStats | None]) -> SpeculationStats | None:
-    """All that there is, None if nothing is."""
+    """Returns the sum of those that are not None, or None if all are."""
     present = [part for part in parts if part is not None]
     return reduce(SpeculationStats.__add__, present) if present else None
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyResult:
-    """What the target makes of a draft."""
+class TokenDelta:
+    """A part of what an engine generates."""
 
-    p_correct: tuple[float | None, ...]  # P(correct) at each cut; None where it no longer mattered
-    logprobs: tuple[Logprob, ...] = ()  # the target's own, of the draft's tokens, where asked for
-    num_cached_tokens: int = 0  # tokens of prompt and draft that were known
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    """Set on the last delta: "stop" at an end token or stop string, "length" at a limit."""
+    num_accepted: int = 0
+    """How many of these tokens, the first ones, were accepted from the request's draft."""
+    num_cached_tokens: int = 0
+    """Set on the first delta: tokens of its context that the prefix cache held."""
+    speculation: SpeculationStats | None = None
+    """Statistics of the passes that generated these tokens."""
+
+
+def merge_deltas(deltas: Sequence[TokenDelta]) -> TokenDelta:
+    """Returns the one delta that is equivalent to several in a row."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return TokenDelta(
+        tuple(token for delta in deltas for token in delta.token_ids),
+        tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        deltas[-1].finish_reason,
+        sum(delta.num_accepted for delta in deltas),
+        deltas[0].num_cached_tokens,
+        sum_stats(delta.speculation for delta in deltas),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """The target's assessment of a draft."""
+
+    p_correct: tuple[float | None, ...]
+    """P(correct) of each prefix; None where it could not change the result."""
+    logprobs: tuple[Logprob, ...] = ()
+    """The target's own log-probabilities of the draft's tokens, if they were asked for."""
+    num_cached_tokens: int = 0
+    """Tokens of prompt and draft that the prefix cache held."""
+
+
+# Temporary: imports are rewritten at the end.
+from parse.errors import (  # noqa: E402
+    DraftUnavailable as DraftUnavailable,
+)
+from parse.errors import (  # noqa: E402
+    EngineStopped as EngineStopped,
+)
+from parse.errors import FallbackCause as FallbackCause  # noqa: E402
+from parse.errors import NumericalError as NumericalError  # noqa: E402
+from parse.errors import RequestCancelled as RequestCancelled  # noqa: E402
+from parse.errors import VerificationError as VerificationError  # noqa: E402
+
+MethodName = str
+MethodChoice = str

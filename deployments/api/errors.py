@@ -14,8 +14,8 @@ from deployments.api.admission import Overloaded
 from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
 from deployments.api.response_models import ErrorInfo, ErrorResponse
 from deployments.observability.access_log import get_request_record
+from parse.errors import EngineStopped, RequestError
 from parse.prompts import TemplateError
-from parse.types import EngineStopped, RequestError
 
 logger = logging.getLogger(__name__)
 

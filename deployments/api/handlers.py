@@ -24,8 +24,9 @@ from deployments.observability.choice_state import ChoiceState
 from deployments.observability.exposition import encode_metrics
 from deployments.observability.tracing import span_attributes, tracer
 from deployments.session import Session
+from parse.events import Event, Finished
 from parse.pipeline import Pipeline
-from parse.protocol import Event, Finished, GenerationRequest
+from parse.requests import GenerationRequest
 
 
 class CompletionHandler:

@@ -14,7 +14,7 @@ from deployments.api.response_models import (
     TracedVerification,
 )
 from deployments.observability.choice_state import ChoiceState
-from parse.protocol import TextDelta, Usage, Verification
+from parse.events import TextDelta, Usage, Verification
 
 
 def build_report(choice: ChoiceState, *, trace: bool) -> ParseReport:

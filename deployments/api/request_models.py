@@ -11,7 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from parse.acceptance import Thresholds
 from parse.config import MethodChoice, ModeName
-from parse.types import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, RequestError, SamplingParams
+from parse.errors import RequestError
+from parse.types import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
 
 MAX_INTEGER = 9_223_372_036_854_776_000  # the limit in the OpenAI API
 MAX_LOGIT_BIAS_TOKENS = 1024

@@ -27,10 +27,10 @@ from deployments.api.token_text import TokenText
 from deployments.config import ApiSettings
 from deployments.observability.choice_state import ChoiceState
 from deployments.session import Session
+from parse.errors import RequestError
 from parse.pipeline import Pipeline
 from parse.prompts import chat_prompt_token_ids
-from parse.protocol import GenerationRequest
-from parse.types import RequestError
+from parse.requests import GenerationRequest
 
 DEFAULT_COMPLETION_MAX_TOKENS = 16  # the default of the OpenAI API
 NON_STREAM_INTERVAL = 64  # tokens between two deltas of an answer that is not streamed

@@ -25,7 +25,7 @@ from deployments.api.response_models import (
 )
 from deployments.api.token_text import TokenText
 from deployments.observability.choice_state import ChoiceState
-from parse.protocol import Event, Finished, TextDelta, Verification
+from parse.events import Event, Finished, TextDelta, Verification
 from parse.types import Logprob
 
 

@@ -19,10 +19,11 @@ from deployments.observability import metrics
 from deployments.observability.choice_state import ChoiceState
 from deployments.observability.metrics import AuditResult, MetricsRecorder
 from deployments.observability.tracing import tracer
+from parse.events import TextDelta
 from parse.pipeline import Pipeline
-from parse.protocol import NO_STREAMING, GenerationRequest, TextDelta
 from parse.registry import LOSSY_MODES
-from parse.requests import VerifyRequest
+from parse.requests import GenerationRequest, VerifyRequest
+from parse.types import NO_STREAMING
 
 logger = logging.getLogger(__name__)
 

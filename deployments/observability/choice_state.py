@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from deployments.session import Session
-from parse.protocol import Event, Finished, TextDelta, Verification
+from parse.events import Event, Finished, TextDelta, Verification
 
 
 @dataclass

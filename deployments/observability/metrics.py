@@ -15,9 +15,10 @@ from ray import serve
 
 from deployments.observability.exposition import ReplicaLabels, ReplicaMetrics
 from deployments.session import RetryCause
-from parse.protocol import StageName
+from parse.errors import FallbackCause
+from parse.events import StageName
 from parse.registry import METHODS, MODES
-from parse.types import FallbackCause, FinishReason
+from parse.types import FinishReason
 
 prometheus.disable_created_metrics()  # they would add a second series to each metric, which nothing here reads
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from deployments.observability import metrics
 from deployments.observability.choice_state import ChoiceState
 from deployments.observability.metrics import POSITIONS, DraftOutcome, MetricsRecorder
-from parse.protocol import Usage, Verification
+from parse.events import Usage, Verification
 
 LAST_POSITION = len(POSITIONS) - 1  # all further positions share the last label
 

@@ -12,7 +12,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-from parse.protocol import Usage
+from parse.events import Usage
 
 tracer = trace.get_tracer("parse")
 UNTRACED_METHODS = frozenset({"alive", "capabilities", "collect_metrics", "describe"})

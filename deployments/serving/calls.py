@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.observability.tracing import tracer
 from deployments.session import Session
-from parse.protocol import StageName
+from parse.events import StageName
 from parse.types import TokenDelta
 
 SERVE_REQUEST_CONTEXT: contextvars.ContextVar[Any] = serve.context._serve_request_context

@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.serving.calls import NO_REQUEST, await_result, call_replica
 from deployments.serving.overlap import BusyTime, ServicePart
-from parse.types import DraftUnavailable
+from parse.errors import DraftUnavailable
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from deployments.api.admission import Overloaded
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.controller import DraftingController
+from parse.events import Event, Fallback, Finished, Stage, TextDelta, Usage, Verification
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
-from parse.protocol import Event, Fallback, Finished, GenerationRequest, Stage, TextDelta, Usage, Verification
+from parse.requests import GenerationRequest
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import LocalBackend, served
 

@@ -28,8 +28,8 @@ from deployments.app import build
 from deployments.config import PROJECT_ROOT, ApiSettings, AppSettings, AuditSettings
 from deployments.reference import describe_meaning, describe_type, list_deployments, render_configuration_page
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
-from parse.protocol import Mode, StageName
-from parse.types import MethodChoice
+from parse.events import StageName
+from parse.registry import METHODS, MODES
 
 HERE = "http://127.0.0.1:8000"
 PAGE = PROJECT_ROOT / "docs" / "configuration.md"
@@ -129,7 +129,7 @@ def test_the_page_on_the_api_names_every_field_of_openais_that_is_refused():
 
 
 def test_the_page_on_the_api_names_every_mode_stage_and_status():
-    names = [*get_args(Mode), *get_args(StageName), *get_args(MethodChoice), "queue"]
+    names = [*MODES, *get_args(StageName), *METHODS, "none", "queue"]
     assert [name for name in names if f"`{name}`" not in API] == []
     assert [status for status in ERROR_DESCRIPTIONS if isinstance(status, int) and f"| {status} |" not in API] == []
 

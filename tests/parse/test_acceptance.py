@@ -6,7 +6,7 @@ from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_lengt
 from parse.errors import RequestError
 
 HALF = AcceptancePolicy(Thresholds(0.5, 0.5))
-LONGEST = AcceptancePolicy(Thresholds(0.5, 0.5), "longest_passing")
+HALF_LONGEST_PASSING = AcceptancePolicy(Thresholds(0.5, 0.5), "longest_passing")
 
 
 def test_a_full_answer_that_passes_is_kept_whatever_its_prefixes_say():
@@ -42,7 +42,7 @@ def test_a_prefix_that_was_not_evaluated_does_not_pass():
 
 
 def test_the_longest_passing_prefix_is_kept_under_the_other_rule():
-    assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], LONGEST, complete=True) == 12
+    assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], HALF_LONGEST_PASSING, complete=True) == 12
 
 
 def test_a_threshold_that_is_no_probability_is_refused():
@@ -53,15 +53,15 @@ def test_a_threshold_that_is_no_probability_is_refused():
 
 def evaluate(p_correct, policy, *, complete, max_batch, answer_first):
     """The probabilities that are evaluated, in the order that `next_batch` asks for, and the number of batches."""
-    known: dict[int, float] = {}
+    evaluated: dict[int, float] = {}
     batches = 0
     while batch := next_batch(
-        len(p_correct), known, policy, complete=complete, max_batch=max_batch, answer_first=answer_first
+        len(p_correct), evaluated, policy, complete=complete, max_batch=max_batch, answer_first=answer_first
     ):
-        assert batch == sorted(set(batch)) and len(batch) <= max_batch and not known.keys() & set(batch)
-        known.update((index, p_correct[index]) for index in batch)
+        assert batch == sorted(set(batch)) and len(batch) <= max_batch and not evaluated.keys() & set(batch)
+        evaluated.update((index, p_correct[index]) for index in batch)
         batches += 1
-    return [known.get(index) for index in range(len(p_correct))], batches
+    return [evaluated.get(index) for index in range(len(p_correct))], batches
 
 
 @pytest.mark.parametrize("answer_first", [False, True])
@@ -77,11 +77,11 @@ def test_what_is_left_out_of_the_evaluation_never_changes_the_result(answer_firs
             Thresholds(rng.random(), rng.random()), rng.choice(["first_failure", "longest_passing"])
         )
         complete = rng.random() < 0.5
-        known, _ = evaluate(p_correct, policy, complete=complete, max_batch=max_batch, answer_first=answer_first)
-        assert accepted_prefix_length(lengths, known, policy, complete=complete) == accepted_prefix_length(
+        evaluated, _ = evaluate(p_correct, policy, complete=complete, max_batch=max_batch, answer_first=answer_first)
+        assert accepted_prefix_length(lengths, evaluated, policy, complete=complete) == accepted_prefix_length(
             lengths, p_correct, policy, complete=complete
         )
-        skipped += known.count(None)
+        skipped += evaluated.count(None)
     assert skipped > 0 or (max_batch > 6 and not answer_first)
 
 

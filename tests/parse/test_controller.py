@@ -69,8 +69,8 @@ def test_one_bad_draft_among_good_ones_changes_nothing():
 
 def test_while_the_target_has_written_nothing_its_pace_is_unknown_and_drafting_goes_on():
     controller = DraftingController()
-    whole = DraftingOutcome(draft_tokens=100, accepted_tokens=100, target_tokens=0, total_s=0.3, target_s=0.0)
-    assert drafted_for(controller, 20, whole) == 20
+    fully_accepted = DraftingOutcome(draft_tokens=100, accepted_tokens=100, target_tokens=0, total_s=0.3, target_s=0.0)
+    assert drafted_for(controller, 20, fully_accepted) == 20
     assert controller.gain is None and "weighed" in controller.summary()
 
 

@@ -31,7 +31,7 @@ def spaced() -> PreTrainedTokenizerFast:
 SPACED = spaced()
 
 
-def cut(text, stop):
+def cut_at_stop(text, stop):
     """Up to the stop string that is first complete; of several complete at once, the one that began first."""
     for end in range(1, len(text) + 1):
         if begun := [end - len(each) for each in stop if text[:end].endswith(each)]:
@@ -39,9 +39,9 @@ def cut(text, stop):
     return text, False
 
 
-def said(tokenizer, pieces, stop):
+def detokenized(tokenizer, parts, stop):
     stream = IncrementalDetokenizer(tokenizer, stop)
-    text = "".join(stream.add(piece) for piece in pieces) + stream.finish()
+    text = "".join(stream.add(part) for part in parts) + stream.finish()
     assert stream.finish() == ""
     return text, stream.matched_stop
 
@@ -59,40 +59,40 @@ def stops(text, data):
 
 @pytest.mark.parametrize("tokenizer", [BYTES, SPACED], ids=["bytes", "spaced"])
 @given(text=writing, data=st.data())
-def test_the_pieces_are_the_text_of_all_tokens_up_to_the_first_stop_string(tokenizer, text, data):
+def test_the_deltas_are_the_text_of_all_tokens_up_to_the_first_stop_string(tokenizer, text, data):
     ids = tokenizer.encode(text, add_special_tokens=False)
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
-    stop = stops(whole, data)
-    wanted, stopped = cut(whole, stop)
-    got, met = said(tokenizer, split(ids, data), stop)
-    assert (got, met is not None) == (wanted, stopped)
+    full_text = tokenizer.decode(ids, skip_special_tokens=True)
+    stop = stops(full_text, data)
+    expected, stopped = cut_at_stop(full_text, stop)
+    got, met = detokenized(tokenizer, split(ids, data), stop)
+    assert (got, met is not None) == (expected, stopped)
 
 
 @given(ids=st.lists(st.integers(0, len(BYTES) - 1), max_size=20), data=st.data())
 def test_even_of_tokens_that_make_no_sense(ids, data):
-    whole = BYTES.decode(ids, skip_special_tokens=True)
-    stop = stops(whole, data)
-    wanted, stopped = cut(whole, stop)
-    got, met = said(BYTES, split(ids, data), stop)
-    assert (got, met is not None) == (wanted, stopped)
+    full_text = BYTES.decode(ids, skip_special_tokens=True)
+    stop = stops(full_text, data)
+    expected, stopped = cut_at_stop(full_text, stop)
+    got, met = detokenized(BYTES, split(ids, data), stop)
+    assert (got, met is not None) == (expected, stopped)
 
 
 @given(text=writing)
-def test_no_piece_ends_within_a_character(text):
+def test_no_delta_ends_within_a_character(text):
     stream = IncrementalDetokenizer(BYTES)
     ids = BYTES.encode(text)
-    pieces = [stream.add([token]) for token in ids]
+    deltas = [stream.add([token]) for token in ids]
     for size in range(len(ids) + 1):
-        so_far = "".join(pieces[:size])
-        assert text.startswith(so_far)
+        text_before = "".join(deltas[:size])
+        assert text.startswith(text_before)
         # Nothing certain is held back: what is missing is less than one character.
-        assert str(BYTES.decode(ids[:size])).rstrip("\ufffd") == so_far.rstrip("\ufffd")
+        assert str(BYTES.decode(ids[:size])).rstrip("\ufffd") == text_before.rstrip("\ufffd")
 
 
 def test_what_may_begin_a_stop_string_waits_until_it_is_certain():
     stream = IncrementalDetokenizer(BYTES, ["STOP", "TOM"])
-    pieces = [stream.add(BYTES.encode(letter)) for letter in "aSTaSTOMb"]
-    assert pieces == ["a", "", "", "STa", "", "", "", "S", ""]
+    deltas = [stream.add(BYTES.encode(letter)) for letter in "aSTaSTOMb"]
+    assert deltas == ["a", "", "", "STa", "", "", "", "S", ""]
     assert stream.matched_stop == "TOM"
     assert stream.finish() == ""
     assert stream.add(BYTES.encode("more")) == ""
@@ -115,7 +115,7 @@ def test_special_tokens_are_no_text():
     ids = BYTES.encode("a few words")
     for special in BYTES.all_special_ids:
         ids.insert(rng.randint(0, len(ids)), special)
-    assert said(BYTES, [ids], ["<|end|>"]) == ("a few words", None)
+    assert detokenized(BYTES, [ids], ["<|end|>"]) == ("a few words", None)
 
 
 def test_a_long_text_costs_no_more_per_token_than_a_short_one(monkeypatch):

@@ -134,11 +134,11 @@ def foreign_draft(tmp_path_factory):
                 setattr(config, name, int(order[old]))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    written = json.loads((folder / "tokenizer.json").read_text())
-    written["model"]["vocab"] = {word: int(order[k]) for word, k in written["model"]["vocab"].items()}
-    for added in written["added_tokens"]:
+    tokenizer_json = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer_json["model"]["vocab"] = {word: int(order[k]) for word, k in tokenizer_json["model"]["vocab"].items()}
+    for added in tokenizer_json["added_tokens"]:
         added["id"] = int(order[added["id"]])
-    (folder / "tokenizer.json").write_text(json.dumps(written))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json))
     return folder
 
 

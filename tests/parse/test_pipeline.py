@@ -44,9 +44,9 @@ class Target:
         return 0
 
     async def verify(self, request):
-        context = (*request.prompt_token_ids, *request.output_token_ids)
+        prompt = (*request.prompt_token_ids, *request.output_token_ids)
         draft, lengths = tuple(request.draft_token_ids), tuple(request.prefix_lengths)
-        self.calls.append(("verify", context, draft, lengths, request.draft_complete))
+        self.calls.append(("verify", prompt, draft, lengths, request.draft_complete))
         p_correct = tuple(0.01 if WRONG in draft[:length] else 0.99 for length in lengths)
         logprobs = () if request.num_logprobs is None else tuple(Logprob(-float(token)) for token in draft)
         return VerifyResult(p_correct, logprobs)
@@ -207,7 +207,7 @@ def test_off_leaves_the_drafter_alone(make):
     assert {delta.origin for delta in deltas} == {"target"} and finished.usage.draft_tokens == 0
 
 
-def test_a_token_limit_cuts_the_draft_before_it_is_judged(make):
+def test_a_token_limit_shortens_the_draft_before_it_is_verified(make):
     target = Target()
     token_ids, _, _, finished = answered(make(target, Scripted([RIGHT])), "full", replace(GREEDY, max_tokens=9))
     assert target.calls[1] == ("verify", PROMPT, tuple(RIGHT[:9]), (4, 8), False)
@@ -221,7 +221,7 @@ def test_a_limit_that_the_accepted_draft_reaches_ends_the_answer(make):
     assert "generate" not in [call[0] for call in target.calls]
 
 
-def test_a_stop_string_cuts_the_draft_before_it_is_judged(make, tokenizer):
+def test_a_stop_string_shortens_the_draft_before_it_is_verified(make, tokenizer):
     text = "Step 1: 27 minus 3 makes 24."
     draft = tokenizer.encode(text)
     stop = " minus 3 ma"  # begins and ends amid tokens
@@ -244,7 +244,7 @@ def test_log_probabilities_of_accepted_tokens_are_the_targets(make):
     assert [lp.logprob for delta in deltas for lp in delta.logprobs] == [-float(token) for token in RIGHT]
 
 
-def test_progressive_judges_what_is_there_while_the_rest_is_written(make):
+def test_progressive_verifies_what_is_there_while_the_rest_is_drafted(make):
     """Accepted text flows before the draft is finished."""
     shown = asyncio.Event()
 
@@ -284,8 +284,8 @@ def test_in_progressive_a_failed_window_ends_the_draft(make):
 def test_progressive_asks_each_cut_once_and_the_full_answer_last(make):
     target = Target()
     token_ids, _, _, finished = answered(make(target, Scripted([RIGHT]), window=8), "progressive")
-    cuts = [cut for call in target.calls if call[0] == "verify" for cut in call[3]]
-    assert token_ids == RIGHT and cuts == [4, 8, 12, 16, 20] and finished.finish_reason == "stop"
+    lengths = [length for call in target.calls if call[0] == "verify" for length in call[3]]
+    assert token_ids == RIGHT and lengths == [4, 8, 12, 16, 20] and finished.finish_reason == "stop"
     assert target.calls[-1][4] is True
 
 
@@ -332,7 +332,7 @@ def test_a_drafter_that_fails_costs_only_speed(make, mode, fault):
     assert str(fault) in finished.usage.fallback.message
 
 
-def test_what_a_failing_drafter_had_written_is_judged_like_any_prefix(make):
+def test_what_a_failing_drafter_has_drafted_is_verified_like_any_prefix(make):
     draft = [*RIGHT[:9], ConnectionError("gone")]
     target = Target()
     token_ids, _, _, _ = answered(make(target, Scripted([draft])), "progressive")
@@ -444,22 +444,25 @@ def test_a_draft_is_no_longer_than_what_the_verifier_takes(make, mode):
     assert max(len(call[1]) + len(call[2]) for call in target.calls if call[0] == "verify") == len(PROMPT) + 9
 
 
-@pytest.mark.parametrize("piece", [1, 4, 1 << 30])
+@pytest.mark.parametrize("stream_interval", [1, 4, 1 << 30])
 @pytest.mark.parametrize("first", range(2, 18, 3))
-def test_a_stop_string_may_begin_in_one_piece_of_a_draft_and_end_in_the_next(make, tokenizer, first, piece):
+def test_a_stop_string_may_begin_in_one_delta_of_a_draft_and_end_in_the_next(make, tokenizer, first, stream_interval):
     words = [tokenizer.encode(f" {number}")[0] for number in range(10, 30)]
     assert len(words) == 20
     stop = tokenizer.decode(words[first : first + 2])[1:]
     pipeline = make(Target(), Scripted([words]))
-    settings = pipeline.settings.model_copy(update={"window": 4, "stride": min(piece, 4)})
+    settings = pipeline.settings.model_copy(update={"window": 4, "stride": min(stream_interval, 4)})
     pipeline = replace(pipeline, settings=settings)
     _, deltas, _, finished = answered(pipeline, "progressive", SamplingParams(temperature=0.0, stop=(stop,)))
-    whole = tokenizer.decode(words)
-    assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)] and finished.finish_reason == "stop"
+    full_text = tokenizer.decode(words)
+    assert (
+        "".join(delta.text for delta in deltas) == full_text[: full_text.index(stop)]
+        and finished.finish_reason == "stop"
+    )
 
 
 @pytest.mark.parametrize(
-    "verdict",
+    "result",
     [
         VerifyResult((0.99,)),
         VerifyResult((0.0,) * 5 + (1.0,)),
@@ -469,10 +472,10 @@ def test_a_stop_string_may_begin_in_one_piece_of_a_draft_and_end_in_the_next(mak
         VerifyResult((0.99,) * 5),  # without the log-probabilities
     ],
 )
-def test_a_verdict_that_does_not_fit_is_an_error_and_accepts_nothing(make, verdict):
+def test_a_result_that_does_not_fit_is_an_error_and_accepts_nothing(make, result):
     class Slipping(Target):
         async def verify(self, *_, **__):
-            return verdict
+            return result
 
     with pytest.raises(VerificationError):
         answered(make(Slipping(), Scripted([RIGHT])), "full", SamplingParams(temperature=0.0, logprobs=0))
@@ -491,10 +494,10 @@ def test_who_leaves_leaves_nothing_running(make, mode):
 
     async def leave():
         pipeline = make(Slow(), Hanging())
-        answering = asyncio.create_task(anext(pipeline.generate(GenerationRequest(PROMPT, mode=mode))))
+        first_event = asyncio.create_task(anext(pipeline.generate(GenerationRequest(PROMPT, mode=mode))))
         await asyncio.sleep(0.01)
-        answering.cancel()
-        await asyncio.gather(answering, return_exceptions=True)
+        first_event.cancel()
+        await asyncio.gather(first_event, return_exceptions=True)
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(leave()) == set()

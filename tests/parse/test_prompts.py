@@ -16,10 +16,10 @@ def test_prompt_draft_suffix_and_conversation_are_the_same_tokens(tokenizer):
         {"role": "system", "content": "Answer step by step."},
         {"role": "user", "content": "How many nuts now?"},
     ]
-    answer, question = "So Max has 5 nuts now.", "Is this right so far?"
-    after = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    answer, verification_prompt = "So Max has 5 nuts now.", "Is this right so far?"
+    after = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": verification_prompt}]
     conversation = tokenizer.apply_chat_template(after, add_generation_prompt=True)["input_ids"]
-    suffix = build_verification_suffix(tokenizer, question)
+    suffix = build_verification_suffix(tokenizer, verification_prompt)
     assert (
         chat_prompt_token_ids(tokenizer, messages) + tokenizer.encode(answer) + list(suffix.token_ids) == conversation
     )

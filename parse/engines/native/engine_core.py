@@ -21,11 +21,11 @@ from parse.engines.native.prefix_cache import PrefixCache
 from parse.engines.native.programs import TreeInput, TreeOutput
 from parse.engines.native.request import Request
 from parse.engines.native.scheduler import ScheduledRequest, Scheduler
+from parse.errors import EngineStopped, RequestCancelled, RequestError
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.policy import ProposalCall
 from parse.speculative.proposal import Proposal
 from parse.tree import TokenTree
-from parse.types import EngineStopped, RequestCancelled, RequestError
 
 logger = logging.getLogger(__name__)
 

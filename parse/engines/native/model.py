@@ -17,8 +17,8 @@ from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.paged_attention import BLOCK_SIZE, attention_for
 from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.errors import RequestError
 from parse.tree import MASK, suffix_forest
-from parse.types import RequestError
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.sampler import SamplingState, sample
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.engines.native.scheduler import ScheduledRequest
+from parse.errors import NumericalError
 from parse.tree import MASK
-from parse.types import NumericalError
 
 
 @dataclass(frozen=True)

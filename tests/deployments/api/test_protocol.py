@@ -13,8 +13,9 @@ from deployments.api.reports import aggregate_usage
 from deployments.api.request_models import MAX_INTEGER, BaseCompletionRequest, ChatCompletionRequest, CompletionRequest
 from deployments.api.response_models import ErrorInfo
 from parse.acceptance import Thresholds
-from parse.protocol import Usage
-from parse.types import RequestError, SamplingParams, SpeculationStats
+from parse.errors import RequestError
+from parse.events import Usage
+from parse.types import SamplingParams, SpeculationStats
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hello"}

@@ -10,7 +10,7 @@ from deployments.api.responses import ChatResponseBuilder, CompletionResponseBui
 from deployments.api.token_text import TokenText
 from deployments.observability.choice_state import ChoiceState
 from deployments.session import Session
-from parse.protocol import Event, Finished, TextDelta, Usage
+from parse.events import Event, Finished, TextDelta, Usage
 from parse.types import Logprob, SpeculationStats
 
 

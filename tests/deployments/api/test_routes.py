@@ -22,8 +22,8 @@ from deployments.api.request_models import ChatCompletionRequest, CompletionRequ
 from deployments.api.request_parsing import ParsedRequest, RequestParser
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
+from parse.engines.protocol import Verifier
 from parse.local import LocalPair
-from parse.protocol import Verifier
 from parse.requests import GenerateRequest
 from parse.types import TokenDelta
 from tests.deployments.conftest import MODEL

@@ -21,9 +21,10 @@ from deployments.observability.exposition import ReplicaLabels
 from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
 from deployments.observability.request_metrics import record_choice_metrics
 from deployments.session import Session
+from parse.errors import DraftUnavailable
+from parse.events import Finished, Stage, TextDelta, Usage, Verification
 from parse.local import LocalPair
-from parse.protocol import Finished, Stage, TextDelta, Usage, Verification
-from parse.types import DraftUnavailable, SpeculationStats
+from parse.types import SpeculationStats
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
 from training.measure import draw_problems

@@ -14,7 +14,8 @@ from deployments.observability.audit import MAX_ATTEMPTS, Auditor
 from deployments.observability.choice_state import ChoiceState
 from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
 from deployments.session import Session
-from parse.protocol import Finished, GenerationRequest, TextDelta, Usage
+from parse.events import Finished, TextDelta, Usage
+from parse.requests import GenerationRequest
 from parse.types import Logprob, SamplingParams, VerifyResult
 
 NUMBER = r"\d+"

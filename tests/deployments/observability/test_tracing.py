@@ -1,5 +1,5 @@
 from deployments.observability.tracing import span_attributes
-from parse.protocol import Usage
+from parse.events import Usage
 from parse.types import SpeculationStats
 
 

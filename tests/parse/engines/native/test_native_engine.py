@@ -25,7 +25,7 @@ from training.task import correct_answer, draw_problem
 
 GREEDY = SamplingParams(temperature=0)
 GAP = 1e-4  # between the two best logits; with less, rounding may choose
-CONTEXT = 200
+MAX_MODEL_LEN = 200
 SUFFIX = VerificationSuffix((7, 5, 90), correct_token_ids=(11, 12), incorrect_token_ids=(13,))
 
 
@@ -51,7 +51,11 @@ def reference(path):
 
 def settings(path, **changes):
     small = dict(
-        device="cpu", kv_cache_memory_bytes=6 * 2**20, max_model_len=CONTEXT, max_num_seqs=6, max_num_batched_tokens=40
+        device="cpu",
+        kv_cache_memory_bytes=6 * 2**20,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=6,
+        max_num_batched_tokens=40,
     )
     return EngineSettings(model=str(path), **small | changes)
 
@@ -133,8 +137,8 @@ async def company(engine, seed=0):
             elif kind == "prefill":
                 await engine.prefill(stem)
             elif kind in ("generate", "guess"):
-                sampling = SamplingParams(seed=rng.randrange(99), max_tokens=9)
-                await write(engine, stem, (), sampling, draft=text(rng, 6) if kind == "guess" else ())
+                params = SamplingParams(seed=rng.randrange(99), max_tokens=9)
+                await write(engine, stem, (), params, draft=text(rng, 6) if kind == "guess" else ())
             elif kind == "give up":
                 async for _ in start(engine, stem, (), SamplingParams(seed=1, ignore_eos=True)):
                     break
@@ -156,27 +160,27 @@ async def company(engine, seed=0):
         assert {type(outcome) for outcome in outcomes} == {asyncio.CancelledError}
 
 
-def agree(reference, prompt, got, wanted):
+def agree(reference, prompt, got, expected):
     """The same tokens, or up to where two were equally good."""
-    for place, (one, other) in enumerate(zip(got, wanted, strict=False)):
+    for place, (one, other) in enumerate(zip(got, expected, strict=False)):
         if one != other:
-            best = plain(reference, [*prompt, *wanted[:place]])[-1].topk(2)
+            best = plain(reference, [*prompt, *expected[:place]])[-1].topk(2)
             return {one, other} == set(best.indices.tolist()) and float(best.values[0] - best.values[1]) < GAP
-    return len(got) == len(wanted)
+    return len(got) == len(expected)
 
 
-def generated(reference, prompts, size, ends):
+def generated(reference, prompts, size, eos_token_ids):
     """What `generate()` writes, prompts of equal length together."""
-    wanted = {}
+    expected = {}
     for length in {len(prompt) for prompt in prompts}:
         alike = [prompt for prompt in prompts if len(prompt) == length]
         out = reference.generate(
-            torch.tensor(alike), max_new_tokens=size, do_sample=False, eos_token_id=list(ends), pad_token_id=0
+            torch.tensor(alike), max_new_tokens=size, do_sample=False, eos_token_id=list(eos_token_ids), pad_token_id=0
         )
         for prompt, row in zip(alike, out[:, length:].tolist(), strict=True):
-            stop = next((place for place, token in enumerate(row) if token in ends), size)
-            wanted[tuple(prompt)] = row[:stop]
-    return wanted
+            stop = next((place for place, token in enumerate(row) if token in eos_token_ids), size)
+            expected[tuple(prompt)] = row[:stop]
+    return expected
 
 
 def test_greedy_texts_are_those_of_generate_whoever_else_is_served(engine, reference):
@@ -188,8 +192,8 @@ def test_greedy_texts_are_those_of_generate_whoever_else_is_served(engine, refer
         ]
         for _ in range(200)
     ]
-    wanted = generated(reference, prompts, 20, engine.model.eos_token_ids)
-    assert len({len(written) for written in wanted.values()}) > 10
+    expected = generated(reference, prompts, 20, engine.model.eos_token_ids)
+    assert len({len(generated_ids) for generated_ids in expected.values()}) > 10
 
     async def all_of_them():
         slots = asyncio.Semaphore(10)
@@ -204,7 +208,7 @@ def test_greedy_texts_are_those_of_generate_whoever_else_is_served(engine, refer
 
     got, done = asyncio.run(all_of_them())
     assert len(done) == 6, "some kinds of company never came"
-    wrong = [p for p, one in zip(prompts, got, strict=True) if not agree(reference, p, one, wanted[tuple(p)])]
+    wrong = [p for p, one in zip(prompts, got, strict=True) if not agree(reference, p, one, expected[tuple(p)])]
     assert not wrong
 
 
@@ -216,7 +220,7 @@ def test_the_demo_target_writes_what_generate_writes(tokenizer):
     ]
     engine = load_native_engine(settings(MODELS / "demo-target", kv_cache_memory_bytes=128 * 2**20, max_model_len=600))
     try:
-        wanted = generated(target, prompts, 32, engine.model.eos_token_ids)
+        expected = generated(target, prompts, 32, engine.model.eos_token_ids)
 
         async def all_of_them():
             async with company(engine):
@@ -225,25 +229,25 @@ def test_the_demo_target_writes_what_generate_writes(tokenizer):
                 )
 
         for prompt, got in zip(prompts, asyncio.run(all_of_them()), strict=True):
-            assert agree(target, prompt, got, wanted[tuple(prompt)])
+            assert agree(target, prompt, got, expected[tuple(prompt)])
     finally:
         engine.shutdown()
 
 
 def expected_p_correct(reference, prompt, draft, prefix_lengths):
     """P(correct) at each cut, from a conversation of its own."""
-    found = []
-    for cut in prefix_lengths:
-        logits = plain(reference, [*prompt, *draft[:cut], *SUFFIX.token_ids])[-1].double().exp()
+    probabilities = []
+    for length in prefix_lengths:
+        logits = plain(reference, [*prompt, *draft[:length], *SUFFIX.token_ids])[-1].double().exp()
         yes, no = (
             sum(float(logits[token]) for token in words)
             for words in (SUFFIX.correct_token_ids, SUFFIX.incorrect_token_ids)
         )
-        found.append(yes / (yes + no))
-    return found
+        probabilities.append(yes / (yes + no))
+    return probabilities
 
 
-def test_verdicts_are_those_of_separate_conversations_whoever_else_is_served(engine, reference):
+def test_verifications_are_those_of_separate_conversations_whoever_else_is_served(engine, reference):
     rng = random.Random(1)
     cases = []
     for _ in range(25):
@@ -259,12 +263,12 @@ def test_verdicts_are_those_of_separate_conversations_whoever_else_is_served(eng
     spread = []
     for index, (case, got) in enumerate(zip(cases, asyncio.run(all_of_them()), strict=True)):
         prompt, draft, prefix_lengths = case
-        wanted = expected_p_correct(reference, *case)
-        spread += wanted
-        assert got.p_correct == pytest.approx(wanted, abs=1e-4)
+        expected = expected_p_correct(reference, *case)
+        spread += expected
+        assert got.p_correct == pytest.approx(expected, abs=1e-4)
         if index % 2:
-            rows = plain(reference, [*prompt, *draft]).log_softmax(-1)[len(prompt) - 1 :]
-            own = [float(row[token]) for row, token in zip(rows, draft[: prefix_lengths[-1]], strict=False)]
+            logprob_rows = plain(reference, [*prompt, *draft]).log_softmax(-1)[len(prompt) - 1 :]
+            own = [float(row[token]) for row, token in zip(logprob_rows, draft[: prefix_lengths[-1]], strict=False)]
             assert [logprob.logprob for logprob in got.logprobs] == pytest.approx(own, abs=1e-4)
             assert all(len(logprob.top) == 2 for logprob in got.logprobs)
         else:
@@ -290,19 +294,22 @@ def test_seeds_reproduce_texts_whoever_else_is_served(engine):
         for seed in range(12)
     ]
 
-    async def go_on(prompt, sampling, whole):
+    async def go_on(prompt, params, full_output):
         """The rest from every third place, with proposals right, wrong and partly right."""
-        for split in range(0, len(whole), 3):
-            guess = whole[split : split + rng.randint(0, 9)] + text(rng, rng.randint(0, 5))
-            assert whole[:split] + await write(engine, prompt, whole[:split], sampling, draft=guess) == whole
+        for split in range(0, len(full_output), 3):
+            guess = full_output[split : split + rng.randint(0, 9)] + text(rng, rng.randint(0, 5))
+            assert (
+                full_output[:split] + await write(engine, prompt, full_output[:split], params, draft=guess)
+                == full_output
+            )
 
     async def all_of_them():
-        alone = [await write(engine, prompt, (), sampling) for prompt, sampling in cases]
+        alone = [await write(engine, prompt, (), params) for prompt, params in cases]
         async with company(engine):
-            together = await asyncio.gather(*(write(engine, prompt, (), sampling) for prompt, sampling in cases))
+            together = await asyncio.gather(*(write(engine, prompt, (), params) for prompt, params in cases))
             assert together == alone
-            await asyncio.gather(*(go_on(*case, whole) for case, whole in zip(cases, alone, strict=True)))
-        other = [await write(engine, prompt, (), replace(sampling, seed=99)) for prompt, sampling in cases]
+            await asyncio.gather(*(go_on(*case, full_output) for case, full_output in zip(cases, alone, strict=True)))
+        other = [await write(engine, prompt, (), replace(params, seed=99)) for prompt, params in cases]
         assert sum(one != two for one, two in zip(alone, other, strict=True)) > 8
 
     asyncio.run(all_of_them())
@@ -313,31 +320,31 @@ def test_log_probabilities_are_those_of_the_text_run_at_once(engine, reference):
     deltas = asyncio.run(
         collect(start(engine, prompt, (), SamplingParams(seed=5, temperature=0.5, max_tokens=12, logprobs=3)))
     )
-    written = ids(deltas)
+    generated_ids = ids(deltas)
     logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
-    rows = plain(reference, [*prompt, *written]).log_softmax(-1)[len(prompt) - 1 :]
-    for row, token, got in zip(rows, written, logprobs, strict=False):
+    logprob_rows = plain(reference, [*prompt, *generated_ids]).log_softmax(-1)[len(prompt) - 1 :]
+    for row, token, got in zip(logprob_rows, generated_ids, logprobs, strict=False):
         assert got.logprob == pytest.approx(float(row[token]), abs=1e-4)
         assert [value for _, value in got.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
-    assert len(logprobs) == len(written)
+    assert len(logprobs) == len(generated_ids)
 
 
 def test_a_stop_string_ends_the_text_in_whatever_tokens_it_comes(engine, tokenizer):
     prompt = text(random.Random(4), 20)
 
     async def all_of_them():
-        sampling = SamplingParams(seed=1, max_tokens=40, ignore_eos=True)
-        whole = await write(engine, prompt, (), sampling)
-        said = tokenizer.decode(whole, skip_special_tokens=True)
+        params = SamplingParams(seed=1, max_tokens=40, ignore_eos=True)
+        full_output = await write(engine, prompt, (), params)
+        follow_up = tokenizer.decode(full_output, skip_special_tokens=True)
         across = 0
-        for stop in {said[start : start + 4] for start in range(len(said) - 4)}:
-            needed = next(n for n in count() if stop in tokenizer.decode(whole[:n], skip_special_tokens=True))
+        for stop in {follow_up[start : start + 4] for start in range(len(follow_up) - 4)}:
+            needed = next(n for n in count() if stop in tokenizer.decode(full_output[:n], skip_special_tokens=True))
             if needed <= 2 or "\ufffd" in stop:
                 continue
-            deltas = await collect(start(engine, prompt, whole[:2], replace(sampling, stop=("never", stop))))
-            assert whole[:2] + ids(deltas) == whole[:needed]
+            deltas = await collect(start(engine, prompt, full_output[:2], replace(params, stop=("never", stop))))
+            assert full_output[:2] + ids(deltas) == full_output[:needed]
             assert deltas[-1].finish_reason == "stop"
-            across += stop not in [tokenizer.decode([token]) for token in whole]
+            across += stop not in [tokenizer.decode([token]) for token in full_output]
         assert across > 10
 
     asyncio.run(all_of_them())
@@ -347,14 +354,14 @@ def test_limits_count_the_whole_output(engine):
     prompt = text(random.Random(5), 20)
 
     async def all_of_them():
-        whole = await write(engine, prompt, (), SamplingParams(max_tokens=20, ignore_eos=True))
-        assert len(whole) == 20
-        sampling = SamplingParams(max_tokens=20, ignore_eos=True)
-        assert len(await write(engine, prompt, whole[:13], sampling)) == 7
-        deltas = await collect(start(engine, prompt, whole[:13], sampling, draft=whole[13:] + whole))
-        assert (ids(deltas), deltas[-1].finish_reason) == (whole[13:], "length")
+        full_output = await write(engine, prompt, (), SamplingParams(max_tokens=20, ignore_eos=True))
+        assert len(full_output) == 20
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        assert len(await write(engine, prompt, full_output[:13], params)) == 7
+        deltas = await collect(start(engine, prompt, full_output[:13], params, draft=full_output[13:] + full_output))
+        assert (ids(deltas), deltas[-1].finish_reason) == (full_output[13:], "length")
         full = await write(engine, prompt, (), SamplingParams(ignore_eos=True))
-        assert len(prompt) + len(full) == CONTEXT
+        assert len(prompt) + len(full) == MAX_MODEL_LEN
 
     asyncio.run(all_of_them())
 
@@ -437,26 +444,26 @@ def test_who_is_cancelled_by_somebody_else_is_told(slow):
     asyncio.run(cancelled())
 
 
-def test_slow_readers_get_all_that_was_written_since_in_one_piece(engine):
+def test_slow_readers_get_all_that_was_generated_since_in_one_delta(engine):
     prompt = text(random.Random(10), 20)
 
     async def all_of_them():
-        sampling = SamplingParams(seed=3, max_tokens=40, ignore_eos=True, logprobs=0)
-        whole = await write(engine, prompt, (), sampling)
-        stream = start(engine, prompt, (), sampling)
+        params = SamplingParams(seed=3, max_tokens=40, ignore_eos=True, logprobs=0)
+        full_output = await write(engine, prompt, (), params)
+        stream = start(engine, prompt, (), params)
         first = await anext(stream)
         await at_rest(engine)
         (rest,) = [delta async for delta in stream]
-        assert ids([first, rest]) == whole
+        assert ids([first, rest]) == full_output
         assert (len(first.logprobs), len(rest.logprobs)) == (len(first.token_ids), len(rest.token_ids))
         assert (first.finish_reason, rest.finish_reason) == (None, "length")
         steps = engine.stats.num_steps
-        task = asyncio.create_task(collect(start(engine, prompt, (), sampling, draft=whole[:25])))
+        task = asyncio.create_task(collect(start(engine, prompt, (), params, draft=full_output[:25])))
         await asyncio.sleep(0)
         while engine.stats.num_steps < steps + 15 or engine.stats.num_running:
             time.sleep(0.01)  # nobody reads
         (delta,) = await task
-        assert (list(delta.token_ids), delta.num_accepted, len(delta.logprobs)) == (whole, 25, 40)
+        assert (list(delta.token_ids), delta.num_accepted, len(delta.logprobs)) == (full_output, 25, 40)
 
     asyncio.run(all_of_them())
 
@@ -467,13 +474,13 @@ def test_slow_readers_get_all_that_was_written_since_in_one_piece(engine):
         ("prompt", lambda s: s.prefill([])),
         ("prompt", lambda s: s.prefill([-1])),
         ("prompt", lambda s: s.prefill([1, 510])),
-        ("prompt", lambda s: s.prefill([1] * (CONTEXT + 1))),
+        ("prompt", lambda s: s.prefill([1] * (MAX_MODEL_LEN + 1))),
         ("prompt", lambda s: s.prefill([1.5])),
         ("prompt", lambda s: s.prefill(["a"])),
         ("prompt", lambda s: s.prefill(list(np.array([range(20)]).T))),
         ("prompt", lambda s: write(s, [])),
         ("prompt", lambda s: write(s, [1, 510])),
-        ("prompt", lambda s: write(s, [1] * CONTEXT)),
+        ("prompt", lambda s: write(s, [1] * MAX_MODEL_LEN)),
         ("prompt", lambda s: write(s, [1] * 150, [1] * 50)),
         ("output", lambda s: write(s, [1], [-1])),
         ("output", lambda s: write(s, [1], [1] * 5, SamplingParams(max_tokens=5))),
@@ -509,8 +516,8 @@ def test_what_is_just_within_the_limits_is_served(engine, reference):
     rng = random.Random(11)
 
     async def all_of_them():
-        await engine.prefill(text(rng, CONTEXT))
-        assert len(await write(engine, text(rng, CONTEXT - 1))) <= 1
+        await engine.prefill(text(rng, MAX_MODEL_LEN))
+        assert len(await write(engine, text(rng, MAX_MODEL_LEN - 1))) <= 1
         prompt, draft = text(rng, 100), text(rng, 100)
         prefix_lengths = list(range(1, 101))
         result = await verify(engine, prompt, draft, prefix_lengths, SUFFIX)
@@ -529,10 +536,10 @@ def test_no_question_reaches_beyond_the_positions_a_model_knows(tokenizer, tmp_p
     try:
         assert engine.max_model_len == 256
         prompt, draft = text(rng, 100), text(rng, 156)
-        wanted = expected_p_correct(reference, prompt, draft, [3, 153])
+        expected = expected_p_correct(reference, prompt, draft, [3, 153])
         for options in ({}, dict(full=0.0), dict(logprobs=0)):
             result = asyncio.run(verify(engine, prompt, draft, [3, 153, 154, 156], SUFFIX, **options))
-            assert result.p_correct == (*(pytest.approx(chance, abs=1e-4) for chance in wanted), None, None)
+            assert result.p_correct == (*(pytest.approx(chance, abs=1e-4) for chance in expected), None, None)
             assert len(result.logprobs) == (156 if options == dict(logprobs=0) else 0)
         assert asyncio.run(verify(engine, prompt, draft, [155], SUFFIX, full=0.5)).p_correct == (None,)
         assert len(asyncio.run(write(engine, text(rng, 250), (), replace(GREEDY, ignore_eos=True)))) == 6
@@ -555,23 +562,23 @@ def test_each_call_begins_where_the_one_before_left_off(path):
     async def all_of_them():
         assert (await computed(engine.prefill(prompt)))[1] == 60
         assert (await computed(engine.prefill(prompt)))[1] <= 16
-        probes = 3 * len(SUFFIX.token_ids)
-        assert (await computed(verify(engine, prompt, draft, [10, 20, 40], SUFFIX)))[1] <= 40 + probes + 16
-        assert (await computed(verify(engine, prompt, draft, [20, 30, 40], SUFFIX)))[1] <= probes + 16
-        sampling = SamplingParams(max_tokens=30, ignore_eos=True)
-        written, tokens = await computed(write(engine, prompt, draft[:20], sampling))
-        assert len(written) == 10
+        suffix_tokens = 3 * len(SUFFIX.token_ids)
+        assert (await computed(verify(engine, prompt, draft, [10, 20, 40], SUFFIX)))[1] <= 40 + suffix_tokens + 16
+        assert (await computed(verify(engine, prompt, draft, [20, 30, 40], SUFFIX)))[1] <= suffix_tokens + 16
+        params = SamplingParams(max_tokens=30, ignore_eos=True)
+        generated_ids, tokens = await computed(write(engine, prompt, draft[:20], params))
+        assert len(generated_ids) == 10
         assert tokens <= 10 + 16
         # What was said is there for the next turn, even where it was proposed and taken all at once.
-        whole = [*prompt, *draft[:20], *written, *text(rng, 10)]
-        assert (await computed(engine.prefill(whole)))[1] <= 10 + 16
-        said = await write(engine, whole, (), sampling)
+        full_output = [*prompt, *draft[:20], *generated_ids, *text(rng, 10)]
+        assert (await computed(engine.prefill(full_output)))[1] <= 10 + 16
+        follow_up = await write(engine, full_output, (), params)
         other = load_native_engine(settings(path))
         try:
-            await write(other, whole, (), sampling, draft=said)
+            await write(other, full_output, (), params, draft=follow_up)
             before = other.stats.prefix_hits
-            await other.prefill([*whole, *said, 9])
-            assert other.stats.prefix_hits - before >= len(whole) + len(said) - 16
+            await other.prefill([*full_output, *follow_up, 9])
+            assert other.stats.prefix_hits - before >= len(full_output) + len(follow_up) - 16
         finally:
             other.shutdown()
 
@@ -616,20 +623,20 @@ def test_the_question_of_the_chat_template_is_one_that_can_be_asked(engine, toke
 def test_every_call_tells_how_much_it_found_known(path):
     engine = load_native_engine(settings(path))
     prompt, draft = text(random.Random(1), 40), text(random.Random(2), 20)
-    sampling = replace(GREEDY, max_tokens=len(draft) + 2, ignore_eos=True)
+    params = replace(GREEDY, max_tokens=len(draft) + 2, ignore_eos=True)
 
     async def calls():
         cold = await engine.prefill(prompt)
         again = await engine.prefill(prompt)
-        judged = await verify(engine, prompt, draft, [len(draft)], SUFFIX)
-        written = await collect(start(engine, prompt, draft, sampling))
-        return cold, again, judged.num_cached_tokens, written
+        num_cached_by_verify = await verify(engine, prompt, draft, [len(draft)], SUFFIX)
+        generated_ids = await collect(start(engine, prompt, draft, params))
+        return cold, again, num_cached_by_verify.num_cached_tokens, generated_ids
 
-    cold, again, judged, written = asyncio.run(calls())
+    cold, again, num_cached_by_verify, generated_ids = asyncio.run(calls())
     engine.shutdown()
-    assert (cold, again, judged) == (0, len(prompt), len(prompt))
-    assert written[0].num_cached_tokens == len(prompt) + len(draft) - 1  # its last token is asked for anew
-    assert all(delta.num_cached_tokens == 0 for delta in written[1:])
+    assert (cold, again, num_cached_by_verify) == (0, len(prompt), len(prompt))
+    assert generated_ids[0].num_cached_tokens == len(prompt) + len(draft) - 1  # its last token is asked for anew
+    assert all(delta.num_cached_tokens == 0 for delta in generated_ids[1:])
 
 
 def test_the_fused_call_is_a_verification_and_then_a_generation_whoever_else_is_served(engine, tokenizer):
@@ -675,13 +682,13 @@ def test_the_fused_call_is_a_verification_and_then_a_generation_whoever_else_is_
         async with company(engine):
             for fused_request in [request(index) for index in range(60)]:
                 try:
-                    wanted, deltas = await apart(fused_request)
+                    expected, deltas = await apart(fused_request)
                 except RequestError as error:  # the accepted prefix holds a stop string
                     with pytest.raises(RequestError, match=str(error.field)):
                         await collect(engine.verify_and_generate(fused_request))
                     continue
                 result, *rest = await collect(engine.verify_and_generate(fused_request))
-                assert result.p_correct == pytest.approx(wanted.p_correct, abs=1e-4)
+                assert result.p_correct == pytest.approx(expected.p_correct, abs=1e-4)
                 assert ids(rest) == ids(deltas)
                 assert [delta.finish_reason for delta in rest][-1:] == [delta.finish_reason for delta in deltas][-1:]
                 got = [logprob.logprob for delta in rest for logprob in delta.logprobs]

@@ -64,7 +64,7 @@ def write(
         emit=deltas.append,
         **options,
     )
-    context = [*prompt, *output][:-1]
+    final_context = [*prompt, *output][:-1]
     runs = 0
     nodes: list[int] = []
     step = next(program)
@@ -73,13 +73,13 @@ def write(
             if isinstance(step, ProposalCall):
                 step = program.send(step.method.propose([step.request])[0])
                 continue
-            context += [nodes[node] for node in step.accepted_path]
+            final_context += [nodes[node] for node in step.accepted_path]
             nodes = tokens(step)
             logits = table[nodes]
             runs += bool(nodes)
             step = program.send(TreeOutput(logits, sample(logits, step.sampling)))
     except StopIteration:
-        return deltas, context, runs
+        return deltas, final_context, runs
 
 
 def speculating(proposer):
@@ -114,29 +114,31 @@ samplings = st.builds(
 
 
 @given(samplings, st.integers(1, 12), st.booleans(), st.data())
-def test_a_proposal_changes_nothing_but_the_number_of_runs(sampling, room, ending, data):
-    ends = {END} if ending else set()
-    plain, _, _ = write(sampling, max_new_tokens=room, stop_token_ids=ends)
+def test_a_proposal_changes_nothing_but_the_number_of_runs(params, max_new_tokens, ending, data):
+    stop_token_ids = {END} if ending else set()
+    plain, _, _ = write(params, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids)
     text = ids(plain)
     right = data.draw(st.integers(0, len(text)))
     proposal = text[:right] + data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=15))
-    deltas, context, runs = write(sampling, max_new_tokens=room, stop_token_ids=ends, draft=proposal)
+    deltas, final_context, runs = write(
+        params, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, draft=proposal
+    )
     assert ids(deltas) == text
     assert deltas[-1].finish_reason == plain[-1].finish_reason
     assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
-    assert context == [*PROMPT, *text][: len(context)]
+    assert final_context == [*PROMPT, *text][: len(final_context)]
     held = 0
     while held < min(len(text), len(proposal)) and text[held] == proposal[held]:
         held += 1
-    held -= held == room  # the last token there is room for needs no run of its own, and so is not proposed
+    held -= held == max_new_tokens  # the last token there is room for needs no run of its own, and so is not proposed
     assert sum(delta.num_accepted for delta in deltas) == held
     assert runs == len(text) - held + (plain[-1].finish_reason == "stop")
     logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
-    assert len(logprobs) == (0 if sampling.logprobs is None else len(text))
+    assert len(logprobs) == (0 if params.logprobs is None else len(text))
     for last, token, got in zip([PROMPT[-1], *text], text, logprobs, strict=False):
-        wanted = TABLE[last].log_softmax(-1)
-        assert got.logprob == pytest.approx(float(wanted[token]), abs=1e-5)
-        assert [other for other, _ in got.top] == wanted.topk(sampling.logprobs).indices.tolist()
+        expected = TABLE[last].log_softmax(-1)
+        assert got.logprob == pytest.approx(float(expected[token]), abs=1e-5)
+        assert [other for other, _ in got.top] == expected.topk(params.logprobs).indices.tolist()
 
 
 class Guesser:
@@ -151,7 +153,7 @@ class Guesser:
         self.taken += tokens
         assert self.taken == self.text[: len(self.taken)]
 
-    def propose(self, most):
+    def propose(self, max_tokens):
         coming = self.text[len(self.taken) :][: self.rng.randint(0, self.right)]
         tokens, parents = [], []
         trunk = [-1]
@@ -162,18 +164,20 @@ class Guesser:
             parents.append(trunk[-1])
             tokens.append(token)
             trunk.append(len(tokens) - 1)
-        return Proposal(tuple(tokens[: max(0, most)]), tuple(parents[: max(0, most)]))
+        return Proposal(tuple(tokens[: max(0, max_tokens)]), tuple(parents[: max(0, max_tokens)]))
 
 
 @given(samplings, st.integers(1, 12), st.integers(1, 3), st.integers(0, 5), st.integers(0, 99), st.booleans())
-def test_a_proposer_changes_nothing_but_the_number_of_runs(sampling, room, stream_interval, right, seed, proposed):
-    plain, _, _ = write(sampling, max_new_tokens=room, stop_token_ids={END})
+def test_a_proposer_changes_nothing_but_the_number_of_runs(
+    params, max_new_tokens, stream_interval, right, seed, proposed
+):
+    plain, _, _ = write(params, max_new_tokens=max_new_tokens, stop_token_ids={END})
     text = ids(plain)
     options = dict(draft=text[:2]) if proposed else {}
     guesser = Guesser(text, seed, right)
-    deltas, context, runs = write(
-        sampling,
-        max_new_tokens=room,
+    deltas, final_context, runs = write(
+        params,
+        max_new_tokens=max_new_tokens,
         stop_token_ids={END},
         stream_interval=stream_interval,
         speculation=speculating(guesser),
@@ -183,7 +187,7 @@ def test_a_proposer_changes_nothing_but_the_number_of_runs(sampling, room, strea
     assert [logprob for each in deltas for logprob in each.logprobs] == [
         logprob for each in plain for logprob in each.logprobs
     ]
-    assert context == [*PROMPT, *text][: len(context)] and len(context) >= len(PROMPT) + len(text) - 1
+    assert final_context == [*PROMPT, *text][: len(final_context)] and len(final_context) >= len(PROMPT) + len(text) - 1
     assert runs <= len(text) + 1
     assert sum(delta.num_accepted for delta in deltas) <= (2 if proposed else 0)
     stats = sum_stats(delta.speculation for delta in deltas)
@@ -194,8 +198,8 @@ def test_a_proposer_changes_nothing_but_the_number_of_runs(sampling, room, strea
 
 
 def test_a_proposer_that_is_right_saves_runs_and_siblings_may_hold_the_right_token():
-    sampling = SamplingParams(temperature=1.0, seed=5, ignore_eos=True)
-    text = ids(write(sampling, max_new_tokens=9)[0])
+    params = SamplingParams(temperature=1.0, seed=5, ignore_eos=True)
+    text = ids(write(params, max_new_tokens=9)[0])
 
     class Knowing:
         size = 0
@@ -203,34 +207,34 @@ def test_a_proposer_that_is_right_saves_runs_and_siblings_may_hold_the_right_tok
         def extend(self, tokens, hidden_states, mask_prediction):
             self.size += len(tokens)
 
-        def propose(self, most):
+        def propose(self, max_tokens):
             first, second = [*PROMPT, *text, 0, 0][self.size : self.size + 2]
             wrong = (first + 1) % VOCABULARY
-            return Proposal((wrong, first, second, wrong)[:most], (-1, -1, 1, 0)[:most])
+            return Proposal((wrong, first, second, wrong)[:max_tokens], (-1, -1, 1, 0)[:max_tokens])
 
-    deltas, _, runs = write(sampling, max_new_tokens=9, speculation=speculating(Knowing()))
+    deltas, _, runs = write(params, max_new_tokens=9, speculation=speculating(Knowing()))
     assert ids(deltas) == text and runs == 4  # three tokens each, as long as there is room
     assert sum_stats(delta.speculation for delta in deltas) == SpeculationStats("ngram", 4, (6, 4), (3, 2))
 
 
 @given(samplings, st.data())
-def test_a_text_goes_on_the_same_from_anywhere(sampling, data):
-    deltas, _, _ = write(sampling, max_new_tokens=12, stop_token_ids={END})
+def test_a_text_goes_on_the_same_from_anywhere(params, data):
+    deltas, _, _ = write(params, max_new_tokens=12, stop_token_ids={END})
     text = ids(deltas)
     split = data.draw(st.integers(0, len(text)))
     if split < 12:
-        rest, _, _ = write(sampling, text[:split], max_new_tokens=12 - split, stop_token_ids={END})
+        rest, _, _ = write(params, text[:split], max_new_tokens=12 - split, stop_token_ids={END})
         assert text[:split] + ids(rest) == text
         assert rest[-1].finish_reason == deltas[-1].finish_reason
 
 
 @given(samplings, st.integers(1, 5), st.integers(1, 12))
-def test_deltas_are_as_long_as_the_stream_interval(sampling, stream_interval, room):
-    sampling = replace(sampling, ignore_eos=True)
-    deltas, _, _ = write(sampling, max_new_tokens=room, stream_interval=stream_interval, draft=[])
-    assert [len(each.token_ids) for each in deltas] == [stream_interval] * (room // stream_interval) + [
-        room % stream_interval
-    ] * bool(room % stream_interval)
+def test_deltas_are_as_long_as_the_stream_interval(params, stream_interval, max_new_tokens):
+    params = replace(params, ignore_eos=True)
+    deltas, _, _ = write(params, max_new_tokens=max_new_tokens, stream_interval=stream_interval, draft=[])
+    assert [len(each.token_ids) for each in deltas] == [stream_interval] * (max_new_tokens // stream_interval) + [
+        max_new_tokens % stream_interval
+    ] * bool(max_new_tokens % stream_interval)
     assert [each.finish_reason for each in deltas] == [None] * (len(deltas) - 1) + ["length"]
 
 
@@ -238,9 +242,9 @@ def test_the_end_token_ends_the_text_unless_it_is_to_be_ignored():
     table = torch.full((VOCABULARY, VOCABULARY), -9.0)
     for last, follows in ((5, 1), (1, END), (END, 3), (3, 3)):
         table[last, follows] = 9.0
-    (first, last), context, _ = write(SamplingParams(temperature=0), stop_token_ids={END}, table=table)
+    (first, last), final_context, _ = write(SamplingParams(temperature=0), stop_token_ids={END}, table=table)
     assert (first.token_ids, last.token_ids, last.finish_reason) == ((1,), (), "stop")
-    assert context == [2, 5, 1]
+    assert final_context == [2, 5, 1]
     deltas, _, _ = write(
         SamplingParams(temperature=0, ignore_eos=True), stop_token_ids={END}, table=table, max_new_tokens=5
     )
@@ -252,9 +256,9 @@ def test_the_end_token_ends_the_text_unless_it_is_to_be_ignored():
 def test_what_was_written_stays_in_the_context_but_for_the_last_token(proposed):
     """So that the next turn of a conversation starts from it, however it came about."""
     text = ids(write(SamplingParams(), max_new_tokens=20)[0])
-    deltas, context, _ = write(SamplingParams(), max_new_tokens=20, draft=text[:proposed])
+    deltas, final_context, _ = write(SamplingParams(), max_new_tokens=20, draft=text[:proposed])
     assert ids(deltas) == text
-    assert context == [*PROMPT, *text[:-1]]
+    assert final_context == [*PROMPT, *text[:-1]]
 
 
 @given(st.integers(0, 10**6), st.integers(0, 6), st.data())
@@ -265,24 +269,24 @@ def test_a_stop_string_ends_the_text_wherever_the_tokens_borders_lie(seed, split
     letters = [tokenizer.encode(letter)[0] for letter in "abc"]
     for last in letters:
         table[last, letters] = 0.0
-    whole = ids(write(SamplingParams(seed=seed), max_new_tokens=30, table=table, prompt=prompt)[0])
+    full_output = ids(write(SamplingParams(seed=seed), max_new_tokens=30, table=table, prompt=prompt)[0])
     stop = data.draw(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
-    size = next((n for n in range(31) if any(each in tokenizer.decode(whole[:n]) for each in stop)), None)
+    size = next((n for n in range(31) if any(each in tokenizer.decode(full_output[:n]) for each in stop)), None)
     split = min(split, size - 1 if size else 29)
     detokenizer = IncrementalDetokenizer(tokenizer, stop)
-    detokenizer.add(whole[:split])
-    sampling = SamplingParams(seed=seed, stop=stop)
-    proposal = whole[split : split + 7]
+    detokenizer.add(full_output[:split])
+    params = SamplingParams(seed=seed, stop=stop)
+    proposal = full_output[split : split + 7]
     rest, _, _ = write(
-        sampling,
-        whole[:split],
+        params,
+        full_output[:split],
         max_new_tokens=30 - split,
         table=table,
         prompt=prompt,
         detokenizer=detokenizer,
         draft=proposal,
     )
-    assert whole[:split] + ids(rest) == whole[:size]
+    assert full_output[:split] + ids(rest) == full_output[:size]
     assert rest[-1].finish_reason == ("stop" if size else "length")
 
 
@@ -296,24 +300,24 @@ def first_two(rule):
 
 def test_whatever_is_proposed_texts_come_as_often_as_they_should():
     start, probabilities = TABLE[PROMPT[-1]].double().softmax(-1), TABLE.double().softmax(-1)
-    wanted = (start[:, None] * probabilities).flatten().tolist()
-    likely = [int(start.argmax()), int(probabilities[start.argmax()].argmax())]
+    expected = (start[:, None] * probabilities).flatten().tolist()
+    likely_ids = [int(start.argmax()), int(probabilities[start.argmax()].argmax())]
 
     def favouring(seed):
         """Wrong: takes a draft's token with its probability, and draws among all where it does not."""
         rng, last, out = np.random.default_rng(seed), PROMPT[-1], []
-        for proposed in likely:
+        for proposed in likely_ids:
             chance = TABLE[last].double().softmax(-1).numpy()
             last = proposed if rng.random() < chance[proposed] else int(rng.choice(VOCABULARY, p=chance))
             out.append(last)
         return out
 
-    for proposal in ([], likely, [0, 0], [7, 1]):
+    for proposal in ([], likely_ids, [0, 0], [7, 1]):
         got = first_two(
             lambda seed, p=proposal: ids(write(SamplingParams(seed=seed), max_new_tokens=2, draft=[*p, 0])[0])
         )
-        assert not surprising(got, wanted)
-    assert surprising(first_two(favouring), wanted)
+        assert not surprising(got, expected)
+    assert surprising(first_two(favouring), expected)
 
 
 SUFFIX = VerificationSuffix((1, 2, 3), correct_token_ids=(4, 5), incorrect_token_ids=(6,))
@@ -379,7 +383,7 @@ def test_every_cut_is_asked_about_in_as_few_runs_as_fit():
 
 
 @pytest.mark.parametrize(
-    ("probabilities", "options", "runs", "known"),
+    ("probabilities", "options", "runs", "evaluated_indices"),
     [
         ([0.1, 0.9, 0.95], dict(full=0.9), [[30]], [2]),  # the full answer passes: nothing else matters
         ([0.1, 0.9, 0.95], dict(full=0.9, in_one_pass=True), [[10, 20, 30]], [0, 1, 2]),
@@ -391,14 +395,14 @@ def test_every_cut_is_asked_about_in_as_few_runs_as_fit():
         ([0.6, 0.7, 0.1], dict(full=0.5, prefix=0.5, max_nodes=3), [[30], [10], [20]], [0, 1, 2]),
     ],
 )
-def test_what_no_longer_matters_is_not_asked(probabilities, options, runs, known):
+def test_what_no_longer_matters_is_not_asked(probabilities, options, runs, evaluated_indices):
     result, evaluated = verified(probabilities, [10, 20, 30], **options)
     assert evaluated == runs
     for place, (got, chance) in enumerate(zip(result.p_correct, probabilities, strict=True)):
-        assert got == (pytest.approx(chance, abs=1e-5) if place in known else None)
+        assert got == (pytest.approx(chance, abs=1e-5) if place in evaluated_indices else None)
 
 
-def test_the_drafts_log_probabilities_come_with_the_verdict():
+def test_the_log_probabilities_of_the_draft_come_with_the_result():
     trunk = [5, 0, 3, 3, 7]
     result, runs = verified([0.5, 0.6], [2, 4], trunk=trunk, num_logprobs=2)
     assert runs == [[2, 4]]
@@ -410,7 +414,7 @@ def test_the_drafts_log_probabilities_come_with_the_verdict():
         assert [other for other, _ in got.top] == probabilities.argsort(descending=True)[:2].tolist()
 
 
-def test_to_warm_is_to_want_the_context_and_nothing_else():
+def test_a_prefill_computes_the_context_and_nothing_else():
     program = prefill()
     step = next(program)
     assert (tokens(step), step.logits_nodes) == ([], ())
