@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parse.engines.native import engine as engines
+from parse.engines.native import engine_core
 from parse.engines.native import paged_attention
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.cuda_graphs import (
@@ -32,11 +32,11 @@ from parse.engines.native.sampler import Sampler, sample, token_logprobs
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.tree import suffix_forest
 from parse.types import RequestCancelled, SamplingParams
-from tests.parse.engines.native.test_paged_attention import ATOL, Writing, gpu, outputs, text
+from tests.parse.engines.native.test_paged_attention import ATOL, Writing, gpu, outputs, random_tokens
 from tests.parse.engines.native.tiny import SERVED, VOCABULARY, ask, build, paused, plain, serving
 
 KERNEL = "llama", "qwen3", "mistral", "gemma3_text"  # whose attention can go by the kernel
-PAGES = dict(contexts=14, page_size=8)
+PAGES = dict(max_sequences=14, block_size=8)
 
 
 class Tape(TorchDispatchMode):
@@ -149,8 +149,8 @@ def test_replayed_steps_write_what_ordinary_ones_do(kind, tokenizer, recorder):
     tiny = Model(build(kind), tokenizer)
     with serving(tiny, **PAGES) as engine:
         wanted = outputs(engine)
-    for memory in (PAGES, dict(contexts=2, capacity=104, page_size=8)):  # in the second some are set back
-        with serving(tiny, **memory, graphs=True) as engine, counted(engine) as replayed:
+    for memory in (PAGES, dict(max_sequences=2, sequence_capacity=104, block_size=8)):  # in the second some are set back
+        with serving(tiny, **memory, cuda_graphs=True) as engine, counted(engine) as replayed:
             for _ in range(2):
                 ids, logits = outputs(engine)
                 assert ids == wanted[0]
@@ -162,10 +162,10 @@ def test_replayed_steps_write_what_ordinary_ones_do(kind, tokenizer, recorder):
 
 
 def test_numbers_of_rows_are_recorded_once_and_few(tokenizer, recorder):
-    with serving(Model(build("llama"), tokenizer), **PAGES, graphs=True) as engine:
+    with serving(Model(build("llama"), tokenizer), **PAGES, cuda_graphs=True) as engine:
         for count in (3, 1, 4, 2, 3, 4):
             with paused(engine):
-                writing = [Writing(engine, text(random.Random(i), 9), 6) for i in range(count)]
+                writing = [Writing(engine, random_tokens(random.Random(i), 9), 6) for i in range(count)]
             for each in writing:
                 each.reply.result()
     assert sorted(recorder.rows) == sorted(set(recorder.rows))
@@ -176,16 +176,16 @@ def test_who_leaves_a_replayed_step_leaves_the_others_as_they_were(tokenizer, re
     network = build("llama")
     reference = deepcopy(network)
     said = [7] * 60
-    with serving(Model(network, tokenizer), **PAGES, graphs=True) as engine, counted(engine) as replayed:
+    with serving(Model(network, tokenizer), **PAGES, cuda_graphs=True) as engine, counted(engine) as replayed:
         with paused(engine):
-            writing = [Writing(engine, text(random.Random(seed), 20), 90) for seed in range(3)]
+            writing = [Writing(engine, random_tokens(random.Random(seed), 20), 90) for seed in range(3)]
             reply = ask(
                 engine, [3, 4, 5], *[TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(said)]
             )
         for number, each in enumerate(writing):
             while len(each.ids) < 5 * number + 5:
                 time.sleep(0.001)
-            engine.abort(each.reply.job)
+            engine.abort(each.reply.request)
             assert isinstance(each.reply.wait().error, RequestCancelled)
         got = torch.cat(reply.result())
         torch.testing.assert_close(got, plain(reference, [3, 4, 5, *said])[3:], atol=ATOL, rtol=0)
@@ -197,7 +197,7 @@ def test_what_is_asked_for_in_several_steps_outlives_those_that_are_replayed_bet
     network = build("llama")
     reference = deepcopy(network)
     said = [7, 8, 9, 10, 11, 12]
-    with serving(Model(network, tokenizer), **PAGES, step_tokens=1, graphs=True) as engine, counted(engine) as replayed:
+    with serving(Model(network, tokenizer), **PAGES, max_num_batched_tokens=1, cuda_graphs=True) as engine, counted(engine) as replayed:
         got = torch.cat(
             ask(engine, [3, 4, 5], TreeInput(said[:3]), TreeInput(said[3:], accepted_path=range(3))).result()
         )
@@ -206,7 +206,7 @@ def test_what_is_asked_for_in_several_steps_outlives_those_that_are_replayed_bet
 
 
 def test_rows_that_nobody_needs_write_to_no_page_that_is_somebodys(tokenizer, recorder):
-    with serving(Model(build("llama"), tokenizer), contexts=2, capacity=16, page_size=8, graphs=True) as engine:
+    with serving(Model(build("llama"), tokenizer), max_sequences=2, sequence_capacity=16, block_size=8, cuda_graphs=True) as engine:
         for _ in range(3):
             with paused(engine):
                 writing = [Writing(engine, [seed], 6) for seed in range(3)]
@@ -249,7 +249,7 @@ def refused(tokenizer, kind, caplog, reason, times=1):
         wanted = [written(engine, count) for count in (1, 2)]
     with (
         caplog.at_level(logging.WARNING),
-        serving(tiny, **PAGES, graphs=True) as engine,
+        serving(tiny, **PAGES, cuda_graphs=True) as engine,
         counted(engine) as replayed,
     ):
         assert [written(engine, count) for count in (1, 2)] == wanted
@@ -260,7 +260,7 @@ def refused(tokenizer, kind, caplog, reason, times=1):
 
 def written(engine, count):
     with paused(engine):
-        writing = [Writing(engine, text(random.Random(seed), 12), 10) for seed in range(count)]
+        writing = [Writing(engine, random_tokens(random.Random(seed), 12), 10) for seed in range(count)]
     for each in writing:
         each.reply.result()
     return [each.ids for each in writing]
@@ -360,7 +360,7 @@ def test_what_lies_on_a_device_meets_nothing_that_lies_elsewhere(kind, by_kernel
 def test_on_a_cpu_nothing_is_recorded(tokenizer):
     tiny = Model(build("llama"), tokenizer)
     assert cuda_graphs_for(tiny, KVCache(2, 16), 1, 16) is None
-    with serving(tiny, graphs=True) as engine:
+    with serving(tiny, cuda_graphs=True) as engine:
         assert engine._cuda_graphs is None
         assert len(written(engine, 2)[0]) == 10
 
@@ -370,13 +370,13 @@ def test_on_a_cpu_nothing_is_recorded(tokenizer):
 def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokenizer, caplog):
     network = build(kind, max_position_embeddings=1024, initializer_range=0.1)
     tiny = Model(network.bfloat16().to(device), tokenizer)
-    contexts = [text(random.Random(seed), size) for seed, size in enumerate((700, 300, 20, 255, 256))]
-    said = text(random.Random(9), 40)
+    contexts = [random_tokens(random.Random(seed), size) for seed, size in enumerate((700, 300, 20, 255, 256))]
+    said = random_tokens(random.Random(9), 40)
     asks = [TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(said)]
-    sizes = dict(contexts=8, capacity=1024, step_tokens=2048)
+    sizes = dict(max_sequences=8, sequence_capacity=1024, max_num_batched_tokens=2048)
     answers = []
     for graphed in (False, True):
-        with caplog.at_level(logging.WARNING), serving(tiny, **sizes, graphs=graphed) as engine:
+        with caplog.at_level(logging.WARNING), serving(tiny, **sizes, cuda_graphs=graphed) as engine:
             for _ in range(2):
                 with paused(engine):
                     replies = [ask(engine, context, *asks[: 40 - 5 * i]) for i, context in enumerate(contexts)]
@@ -410,7 +410,7 @@ def test_on_a_gpu_engines_of_one_process_record_beside_one_another(device, token
     got: dict[int, list] = {}
 
     def work(number, graphed, results):
-        with serving(models[number], contexts=14, capacity=512, graphs=graphed) as engine:
+        with serving(models[number], max_sequences=14, sequence_capacity=512, cuda_graphs=graphed) as engine:
             results[number] = [written(engine, count) for count in (1, 3, 2, 5, 5)]
 
     with caplog.at_level(logging.WARNING):

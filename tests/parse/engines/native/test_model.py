@@ -21,7 +21,7 @@ from training.task import correct_answer, draw_problem
 ATOL = 1e-4
 
 
-def text(rng, size):
+def random_tokens(rng, size):
     return [rng.randrange(VOCABULARY) for _ in range(size)]
 
 
@@ -30,12 +30,12 @@ def test_a_forest_in_packed_and_chunked_steps_answers_as_separate_texts_do(kind,
     network = build(kind)
     reference = deepcopy(network)
     rng = random.Random(0)
-    context, suffix, short, other = text(rng, 57), text(rng, 4), text(rng, 9), text(rng, 40)
+    context, suffix, short, other = random_tokens(rng, 57), random_tokens(rng, 4), random_tokens(rng, 9), random_tokens(rng, 40)
     asked = suffix_forest([57, 5, 16, 40, 33], suffix)
-    tree, _ = tree_from_parents(text(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
-    spoken = text(rng, 14)
-    guesses = [text(rng, 5) for _ in range(3)]
-    with serving(Model(network, tokenizer), step_tokens=19) as engine:
+    tree, _ = tree_from_parents(random_tokens(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
+    spoken = random_tokens(rng, 14)
+    guesses = [random_tokens(rng, 5) for _ in range(3)]
+    with serving(Model(network, tokenizer), max_num_batched_tokens=19) as engine:
         with paused(engine):
             judging = ask(engine, context, TreeInput(asked))
             writing = ask(
@@ -159,7 +159,7 @@ def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
     given = draw_problem("test", 1, 0)
     ids = chat_prompt_token_ids(model.tokenizer, [{"role": "user", "content": given.question}])
     ids += model.tokenizer.encode(correct_answer(given))
-    with serving(model, capacity=len(ids)) as engine:
+    with serving(model, sequence_capacity=len(ids)) as engine:
         (logits,) = ask(engine, [], TreeInput(ids)).result()
     same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), ids).argmax(-1)
     assert same.float().mean() > 0.95

@@ -8,7 +8,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from parse.config import EngineSettings
 from parse.engines.native import model, paged_attention
-from parse.engines.native.engine import EngineCore
+from parse.engines.native.scheduler import Scheduler
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
 from parse.engines.native.paged_attention import PagedAttention, kernel_supports
@@ -30,16 +30,16 @@ gpu = pytest.param(
 )
 
 
-def text(rng, size):
+def random_tokens(rng, size):
     return [rng.randrange(VOCABULARY) for _ in range(size)]
 
 
 class Bench:
     """Contexts on pages dealt out at random, and steps run on them."""
 
-    def __init__(self, network, tokenizer, page_size, device="cpu"):
+    def __init__(self, network, tokenizer, block_size, device="cpu"):
         self.model = Model(network.to(device), tokenizer)
-        self.memory = KVCache(32, page_size)
+        self.memory = KVCache(32, block_size)
         self.free = random.Random(0).sample(range(32), 32)
 
     def context(self, tokens, room=32):
@@ -61,12 +61,12 @@ class Bench:
 def mixed_steps(bench, scale=1):
     """Several requests in a few steps of all kinds: pairs of what was asked, as context and tree, and the logits."""
     rng = random.Random(1)
-    long, middle, short, late = (text(rng, scale * size) for size in (41, 30, 19, 24))
+    long, middle, short, late = (random_tokens(rng, scale * size) for size in (41, 30, 19, 24))
     a, b, c, d = (bench.context(tokens) for tokens in (long, middle, short, late))
-    said = text(rng, 2)
-    judged = suffix_forest([len(long), 5, 16, len(long) - 8, 33], text(rng, 3))
-    guesses, _ = tree_from_parents(text(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
-    trunk = trunk_with_suffixes(text(rng, 6), [2, 6], text(rng, 3))
+    said = random_tokens(rng, 2)
+    judged = suffix_forest([len(long), 5, 16, len(long) - 8, 33], random_tokens(rng, 3))
+    guesses, _ = tree_from_parents(random_tokens(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
+    trunk = trunk_with_suffixes(random_tokens(rng, 6), [2, 6], random_tokens(rng, 3))
     half = len(long) // 2
     bench.step((c, (), 0, len(short)), (a, (), 0, half), (d, (), 0, 6))
     bench.step((a, (), half, len(long)), (b, (), 0, 13))
@@ -76,7 +76,7 @@ def mixed_steps(bench, scale=1):
         (a, judged, len(long), len(long) + len(judged)),  # probes
         (d, guesses, 6, len(late) + 3),  # the rest of a prompt and the beginning of a tree
     )
-    c.tokens.append(said[0])
+    c.token_ids.append(said[0])
     last = bench.step(
         (c, said[1:], len(short) + 1, len(short) + 2),
         (b, said[:1], len(middle), len(middle) + 1),
@@ -164,10 +164,10 @@ def kernel(monkeypatch):
 
 @pytest.mark.parametrize("page_size", [8, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mixed_steps_on_scattered_pages_answer_as_separate_texts_do(kind, page_size, tokenizer):
+def test_mixed_steps_on_scattered_pages_answer_as_separate_texts_do(kind, block_size, tokenizer):
     network = build(kind)
     reference = deepcopy(network)
-    for context, asked, got in mixed_steps(Bench(network, tokenizer, page_size)):
+    for context, asked, got in mixed_steps(Bench(network, tokenizer, block_size)):
         torch.testing.assert_close(got, wanted(reference, context, asked), atol=ATOL, rtol=0)
 
 
@@ -226,8 +226,8 @@ def test_masks_and_slots_are_made_once_a_step(tokenizer, monkeypatch):
         (torch.bfloat16, 64, 64, 128, False),
     ],
 )
-def test_the_kernel_is_left_alone_with_what_it_does_not_take(dtype, width, value_width, page_size, serves, monkeypatch):
-    query, values = torch.empty(3, 4, width, dtype=dtype), torch.empty(2, page_size, 2, value_width, dtype=dtype)
+def test_the_kernel_is_left_alone_with_what_it_does_not_take(dtype, width, value_width, block_size, serves, monkeypatch):
+    query, values = torch.empty(3, 4, width, dtype=dtype), torch.empty(2, block_size, 2, value_width, dtype=dtype)
     assert not kernel_supports(query, values)  # not on a CPU
     monkeypatch.setattr(paged_attention, "_has_kernel", lambda device: True)
     assert kernel_supports(query, values) == serves
@@ -262,14 +262,14 @@ class Writing:
 def outputs(engine):
     """Several requests at once, some of which share a prompt and some of which judge it."""
     rng = random.Random(2)
-    common = text(rng, 40)
-    prompts = [*(common + text(rng, size) for size in (3, 9, 1)), *(text(rng, size) for size in (30, 5, 17))]
-    tree = suffix_forest([10, 40, 25], text(rng, 4))
+    common = random_tokens(rng, 40)
+    prompts = [*(common + random_tokens(rng, size) for size in (3, 9, 1)), *(random_tokens(rng, size) for size in (30, 5, 17))]
+    tree = suffix_forest([10, 40, 25], random_tokens(rng, 4))
     with paused(engine):
         writing = [Writing(engine, prompt, 30) for prompt in prompts]
         judging = [
             ask(engine, common, TreeInput(tree)),
-            ask(engine, prompts[3], TreeInput(tokens := text(rng, 9)), TreeInput(tokens)),
+            ask(engine, prompts[3], TreeInput(tokens := random_tokens(rng, 9)), TreeInput(tokens)),
         ]
         writing += [Writing(engine, prompt, 30, temperature=1.0, seed=7) for prompt in prompts]
     for each in writing:
@@ -284,7 +284,7 @@ def set_back(monkeypatch):
     inner = EngineCore._preempt
 
     def counted(engine, job):
-        log.append(len(job.context.tokens))
+        log.append(len(job.context.token_ids))
         inner(engine, job)
 
     monkeypatch.setattr(EngineCore, "_set_back", counted)
@@ -294,18 +294,18 @@ def set_back(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pages_change_nothing_that_is_written_even_where_requests_must_be_set_back(kind, tokenizer, set_back):
     tiny = Model(build(kind), tokenizer)
-    with serving(tiny, contexts=14) as engine:
+    with serving(tiny, max_sequences=14) as engine:
         ids, logits = outputs(engine)
     assert all(len(written) == 30 for written in ids)
-    for memory in (dict(contexts=14), dict(contexts=2, capacity=104)):
-        with serving(tiny, page_size=8, **memory) as engine:
+    for memory in (dict(max_sequences=14), dict(max_sequences=2, sequence_capacity=104)):
+        with serving(tiny, block_size=8, **memory) as engine:
             paged_ids, paged_logits = outputs(engine)
             assert paged_ids == ids
             for got, row in zip(paged_logits, logits, strict=True):
                 torch.testing.assert_close(got, row, atol=ATOL, rtol=0)
             # Whoever wants it all gets it: no page was lost.
             assert (
-                len(ask(engine, text(random.Random(3), engine.max_sequence_length - 1), TreeInput([1])).result()) == 1
+                len(ask(engine, random_tokens(random.Random(3), engine.max_sequence_length - 1), TreeInput([1])).result()) == 1
             )
         assert bool(set_back) == (memory["contexts"] == 2)
 
@@ -313,11 +313,11 @@ def test_pages_change_nothing_that_is_written_even_where_requests_must_be_set_ba
 def test_pages_hold_more_requests_than_rows_do(tokenizer):
     tiny = Model(build("llama"), tokenizer)
     running: list[int] = []
-    for pages in ({}, dict(page_size=8)):
-        with serving(tiny, contexts=2, **pages) as engine:
+    for pages in ({}, dict(block_size=8)):
+        with serving(tiny, max_sequences=2, **pages) as engine:
             with paused(engine):
                 replies = [
-                    ask(engine, text(random.Random(i), 20), TreeInput([1]), TreeInput([2], accepted_path=(0,)))
+                    ask(engine, random_tokens(random.Random(i), 20), TreeInput([1]), TreeInput([2], accepted_path=(0,)))
                     for i in range(8)
                 ]
                 submit(engine, [5], watching(engine, running))
@@ -329,16 +329,16 @@ def test_pages_hold_more_requests_than_rows_do(tokenizer):
 def watching(engine, running):
     running.append(0)
     for _ in range(3):
-        running[-1] = max(running[-1], engine.load.running)
+        running[-1] = max(running[-1], engine.stats.num_running)
         yield TreeInput((), logits_nodes=())
 
 
 def test_a_request_that_could_never_fit_is_refused_with_the_limit(tokenizer):
-    with serving(Model(build("llama"), tokenizer), contexts=1, capacity=100, page_size=8) as engine:
+    with serving(Model(build("llama"), tokenizer), max_sequences=1, sequence_capacity=100, block_size=8) as engine:
         assert engine.max_sequence_length == 96
         with pytest.raises(RequestError, match=r"97 tokens.* the limit is 96"):
-            ask(engine, text(random.Random(0), 96), TreeInput([1]))
-        ask(engine, text(random.Random(0), 95), TreeInput([1])).result()
+            ask(engine, random_tokens(random.Random(0), 96), TreeInput([1]))
+        ask(engine, random_tokens(random.Random(0), 95), TreeInput([1])).result()
 
 
 def test_a_service_refuses_what_could_never_fit(tokenizer, tmp_path):
@@ -353,7 +353,7 @@ def test_a_service_refuses_what_could_never_fit(tokenizer, tmp_path):
         service.shutdown()
 
 
-@pytest.mark.parametrize("pages", [{}, dict(page_size=8)])
+@pytest.mark.parametrize("pages", [{}, dict(block_size=8)])
 def test_a_request_that_outgrows_what_it_announced_fails_alone(pages, tokenizer):
     network = build("llama")
     reference = deepcopy(network)
@@ -362,9 +362,9 @@ def test_a_request_that_outgrows_what_it_announced_fails_alone(pages, tokenizer)
         for _ in range(1000):
             yield TreeInput([1], accepted_path=(0,))
 
-    with serving(Model(network, tokenizer), contexts=2, capacity=64, **pages) as engine:
+    with serving(Model(network, tokenizer), max_sequences=2, sequence_capacity=64, **pages) as engine:
         with paused(engine):
-            outgrowing = submit(engine, text(random.Random(0), 40), greedy(), 4)
+            outgrowing = submit(engine, random_tokens(random.Random(0), 40), greedy(), 4)
             other = ask(engine, [3, 4, 5], *[TreeInput([6], accepted_path=range(i > 0)) for i in range(50)])
         with pytest.raises(RequestError, match="64"):
             outgrowing.result()
@@ -380,26 +380,26 @@ def test_a_request_can_be_cancelled_while_it_is_set_back(tokenizer, monkeypatch)
         job.cancelled = True
 
     monkeypatch.setattr(EngineCore, "_set_back", cancelled)
-    with serving(Model(build("llama"), tokenizer), contexts=1, capacity=64, page_size=8) as engine:
+    with serving(Model(build("llama"), tokenizer), max_sequences=1, sequence_capacity=64, block_size=8) as engine:
         with paused(engine):
-            writing = [Writing(engine, text(random.Random(i), 20), 30) for i in range(2)]
+            writing = [Writing(engine, random_tokens(random.Random(i), 20), 30) for i in range(2)]
         writing[0].reply.result()
         with pytest.raises(RequestCancelled):
             writing[1].reply.result()
 
 
 def test_a_request_ends_when_others_have_computed_all_it_wanted_while_it_was_set_back(tokenizer, monkeypatch):
-    tokens = text(random.Random(0), 40)
+    tokens = random_tokens(random.Random(0), 40)
     grants = iter([True, False])  # for its first 19 tokens, and not for the next
     inner = EngineCore._preempt
 
     def computed_by_another(engine, job):
         inner(engine, job)
-        twin = engine._cache.open(job.tokens, 0)
+        twin = engine._cache.open(job.token_ids, 0)
         twin.computed = len(tokens)
         engine._cache.close(twin)
 
-    with serving(Model(build("llama"), tokenizer), page_size=8) as engine:
+    with serving(Model(build("llama"), tokenizer), block_size=8) as engine:
         monkeypatch.setattr(EngineCore, "_set_back", computed_by_another)
         monkeypatch.setattr(engine._prefix_cache, "reserve", lambda context, length: next(grants))
         submit(engine, tokens, prefill()).result()
@@ -455,7 +455,7 @@ def test_the_kernel_computes_on_a_gpu_nearly_what_a_cpu_does(device, kind, token
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_engine_on_a_gpu_writes_what_one_on_a_cpu_does(device, kind, tokenizer):
     network = build(kind)
-    with serving(Model(deepcopy(network), tokenizer), contexts=14) as engine:
+    with serving(Model(deepcopy(network), tokenizer), max_sequences=14) as engine:
         ids, _ = outputs(engine)
-    with serving(Model(network.to(device), tokenizer), contexts=14) as engine:
+    with serving(Model(network.to(device), tokenizer), max_sequences=14) as engine:
         assert outputs(engine)[0] == ids
