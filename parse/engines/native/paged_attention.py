@@ -184,8 +184,8 @@ class DecodeAttention:
         self._kv_cache.write(layer, self._slots, key, value)
         keys, values = self._kv_cache.as_blocks(layer)
         query_rows = query[0].transpose(0, 1)  # [T, heads, width]
-        if not kernel_supports(query_rows, values):  # the other way lays out masks by what is in them
-            raise CannotReplayError("its attention does not go by the kernel that reads pages")
+        if not kernel_supports(query_rows, values):  # gathered attention builds its masks from the lengths
+            raise CannotReplayError("the paged attention kernel does not support its attention")
         return self._causal_chunks.attend(query_rows, keys, values, scale, window).unsqueeze(0)
 
 

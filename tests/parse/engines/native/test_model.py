@@ -30,7 +30,12 @@ def test_a_forest_in_packed_and_chunked_steps_answers_as_separate_texts_do(kind,
     network = build(kind)
     reference = deepcopy(network)
     rng = random.Random(0)
-    context, suffix, short, other = random_tokens(rng, 57), random_tokens(rng, 4), random_tokens(rng, 9), random_tokens(rng, 40)
+    context, suffix, short, other = (
+        random_tokens(rng, 57),
+        random_tokens(rng, 4),
+        random_tokens(rng, 9),
+        random_tokens(rng, 40),
+    )
     asked = suffix_forest([57, 5, 16, 40, 33], suffix)
     tree, _ = tree_from_parents(random_tokens(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
     spoken = random_tokens(rng, 14)
