@@ -1,12 +1,12 @@
-"""The token tree: everything a model is asked to run, laid out so that one comparison says who sees whom.
+"""The token tree: everything that a model runs, laid out so that one comparison decides which node sees which.
 
-Nodes stand in preorder, and `end[j]` is one past the last node of j's subtree. Then
+The nodes are in preorder, and `end[j]` is one past the last node of the subtree of j. Then
 
     visible(q, k)  =  k <= q < end[k]
 
-holds exactly when k is q itself or one of its ancestors. Several roots make a forest, under the same comparison. A root
-hangs on a cached context, at its end or somewhere before it, and with all below it sees the context up to there; a
-node's position is the length of what its root sees, plus its depth.
+holds exactly when k is q itself or one of its ancestors. Several roots form a forest, under the same comparison. A root
+is attached to a cached context, at its end or at an earlier position. All nodes of its tree see the context up to that
+position. The position of a node is the number of context tokens that it sees, plus its depth.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 MASK = -1
-"""Stands in a node for no token: the model is only to say what it foresees there."""
+"""A node with this value holds no token: the model only predicts a token there."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class TokenTree:
         return np.full(len(self), context_length) if self.at is None else self.at
 
     def visible(self) -> NDArray[np.bool_]:
-        """[T, T], True where the row's node sees the column's."""
+        """[T, T], True where the node of the row sees the node of the column."""
         node = np.arange(len(self))
         return (node <= node[:, None]) & (node[:, None] < self.end)
 
 
 def child(nodes: TokenTree | Sequence[int], node: int, token: int) -> int | None:
-    """The node below that one which holds the token. Of a chain, mere token ids will do."""
+    """Returns the child of a node that holds the token. A chain may be passed as its token ids."""
     if not isinstance(nodes, TokenTree):
         return node + 1 if node + 1 < len(nodes) and nodes[node + 1] == token else None
     candidate = node + 1
@@ -59,7 +59,7 @@ def chain(tokens: Sequence[int]) -> TokenTree:
 
 
 def suffix_forest(prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
-    """A copy of `suffix` hung on the first c tokens of the context, for each c in `at`, blind to one another."""
+    """Copies of `suffix`, one attached at each prefix length of the context; they do not see one another."""
     width = len(suffix)
     starts = width * np.arange(len(prefix_lengths))
     return TokenTree(
@@ -71,19 +71,19 @@ def suffix_forest(prefix_lengths: Sequence[int], suffix: Sequence[int]) -> Token
 
 
 def tree_from_parents(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree, Ints]:
-    """The tree in which node j hangs below `parents[j]`, an earlier one, or is a root (-1).
+    """Builds the tree in which the parent of node j is `parents[j]`, an earlier node, or -1 for a root.
 
-    Comes with the place of each given node in the tree's preorder.
+    Also returns the index of each node in the preorder of the tree.
     """
     size = len(tokens)
     subtree_size = np.ones(size, np.int64)  # nodes in each subtree
     for node in range(size - 1, -1, -1):
         if not -1 <= parents[node] < node:
-            raise ValueError(f"the parent of node {node} must stand before it, got {parents[node]}")
+            raise ValueError(f"the parent of node {node} must come before it, got {parents[node]}")
         if parents[node] >= 0:
             subtree_size[parents[node]] += subtree_size[node]
     preorder, depth = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    next_free = np.zeros(size + 1, np.int64)  # where the next child goes; the last entry serves the roots
+    next_free = np.zeros(size + 1, np.int64)  # the index of the next child; the last entry is for the roots
     for node in range(size):
         parent = parents[node]
         preorder[node] = next_free[parent]
@@ -96,29 +96,29 @@ def tree_from_parents(tokens: Sequence[int], parents: Sequence[int]) -> tuple[To
 
 
 def trunk_with_suffixes(trunk: Sequence[int], prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
-    """A trunk with a copy of `suffix` behind its first c tokens, for every cut c.
+    """Builds a trunk with a copy of `suffix` after each prefix of it.
 
-    The trunk comes first and its deepest probe next: still preorder, and cutting the trunk short needs no gather.
-    `probe_ends` says where the copies stand.
+    The trunk comes first and the suffix of the longest prefix next. This is still a preorder, and the trunk stays
+    contiguous. `suffix_end_nodes` returns the ends of the copies.
     """
     size, width = len(trunk), len(suffix)
-    if any(not 0 < cut <= size for cut in prefix_lengths):
-        raise ValueError(f"cuts must lie in 1..{size}, got {list(prefix_lengths)}")
-    deepest_first = np.sort(np.asarray(prefix_lengths, dtype=np.int64))[::-1]
-    # Probes hang below trunk node j when their cut lies beyond it: those laid out first.
-    suffixes_below = np.searchsorted(-deepest_first, -np.arange(size), side="left")
-    starts = size + width * np.arange(len(deepest_first))
+    if any(not 0 < length <= size for length in prefix_lengths):
+        raise ValueError(f"prefix lengths must lie in 1..{size}, got {list(prefix_lengths)}")
+    longest_first = np.sort(np.asarray(prefix_lengths, dtype=np.int64))[::-1]
+    # The suffixes of the prefixes that contain trunk node j are below it; they come first.
+    suffixes_below = np.searchsorted(-longest_first, -np.arange(size), side="left")
+    starts = size + width * np.arange(len(longest_first))
     return TokenTree(
         tokens=np.concatenate(
             [np.asarray(trunk, np.int64), np.tile(np.asarray(suffix, np.int64), len(prefix_lengths))]
         ),
         end=np.concatenate([size + width * suffixes_below, np.repeat(starts + width, width)]),
-        depth=np.concatenate([np.arange(size), (deepest_first[:, None] + np.arange(width)).ravel()]),
+        depth=np.concatenate([np.arange(size), (longest_first[:, None] + np.arange(width)).ravel()]),
     )
 
 
 def suffix_end_nodes(trunk: int, prefix_lengths: Sequence[int], width: int) -> Ints:
-    """For each cut, in the order given, the node at the end of its probe: where the model answers."""
+    """Returns the last node of the suffix of each prefix, in the order of the arguments: the model answers there."""
     rank = np.empty(len(prefix_lengths), dtype=np.int64)
     rank[np.argsort(-np.asarray(prefix_lengths, np.int64), kind="stable")] = np.arange(len(prefix_lengths))
     return trunk + width * (rank + 1) - 1

@@ -1,7 +1,7 @@
-"""Attention over many contexts at once, plugged into unmodified models under a name of its own.
+"""Attention over many sequences at once, registered under a name of its own for unmodified models.
 
-The library hands a function registered under an unknown name no mask, and the forward's own keyword arguments: so the
-step travels as `step`, and decides who sees whom.
+The library passes no mask to an attention function that is registered under an unknown name, but it passes the keyword
+arguments of the forward call. So the step is passed as `step`, and decides which keys each query sees.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ STEP_ATTENTION = "parse_step"
 
 
 class UnsupportedModelError(ValueError):
-    """A model that this engine would not compute right."""
+    """Raised for a model that this engine would not compute correctly."""
 
 
 class StepAttention(Protocol):
-    """What a step's queries see, on one kind of device."""
+    """Computes the attention of one step, on one kind of device."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """query [1, heads, T, width], key and value [1, key heads, T, width] -> [1, T, heads, value width]."""
+        """query [1, heads, T, size], key and value [1, key heads, T, size] -> [1, T, heads, value size]."""
         ...
 
 
@@ -50,30 +50,36 @@ def step_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     if step is None:
-        raise UnsupportedModelError(f"{type(module).__name__}: its model keeps the forward's arguments from it")
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: the model does not pass the forward's keyword arguments to it"
+        )
     if softcap is not None or s_aux is not None:
         raise UnsupportedModelError(f"{type(module).__name__}: capped scores and sinks are not supported")
     out = step.attend(module.layer_idx, query, key, value, scaling, sliding_window)  # type: ignore[arg-type]
-    return out.contiguous(), None  # some models take a view of it
+    return out.contiguous(), None  # some models call `view` on it
 
 
 AttentionInterface.register(STEP_ATTENTION, step_attention)
 
 
 class _QueryGroup:
-    """Queries computed together: one span, or single tokens of contexts that lie side by side in memory."""
+    """Queries computed together: one chunk, or single tokens of sequences in adjacent blocks."""
 
     def __init__(self, chunks: Sequence[ScheduledChunk]) -> None:
         self.chunks = chunks
         self.first_block = chunks[0].sequence.block_ids[0]
         self.num_queries = len(chunks[0])
-        self.num_keys = max(span.end for span in chunks)
-        # Nothing is hidden from a single last token, unless its neighbours' rows are longer.
-        self.is_unmasked = self.num_queries == 1 and all(s.end == self.num_keys and s.is_causal for s in chunks)
-        self._masks: dict[tuple[int | None, int], Tensor] = {}  # layers may differ in both
+        self.num_keys = max(chunk.end for chunk in chunks)
+        # A single last token needs no mask, unless other sequences of the group are longer.
+        self.is_unmasked = self.num_queries == 1 and all(
+            chunk.end == self.num_keys and chunk.is_causal for chunk in chunks
+        )
+        self._masks: dict[
+            tuple[int | None, int], Tensor
+        ] = {}  # keyed by window and queries per key head, which may differ between layers
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
-        """[spans, 1, groups * queries, keys], additive."""
+        """[chunks, 1, groups * queries, keys], additive."""
         if window is not None and window >= self.num_keys:
             window = None
         if self.is_unmasked and window is None:
@@ -85,14 +91,14 @@ class _QueryGroup:
         return self._masks[window, groups]
 
     def _visible(self, window: int | None) -> Tensor:
-        """[spans, 1, queries, keys]"""
+        """[chunks, 1, queries, keys]"""
         if self.num_queries > 1 or not self.chunks[0].is_causal:
-            (span,) = self.chunks
-            return torch.from_numpy(span.visibility(window))[None, None]
-        key, last = torch.arange(self.num_keys), torch.tensor([span.end for span in self.chunks])[:, None]
-        visible = key < last
+            (chunk,) = self.chunks
+            return torch.from_numpy(chunk.visibility(window))[None, None]
+        key, end = torch.arange(self.num_keys), torch.tensor([chunk.end for chunk in self.chunks])[:, None]
+        visible = key < end
         if window is not None:
-            visible &= key >= last - window
+            visible &= key >= end - window
         return visible[:, None, None]
 
 
@@ -105,15 +111,15 @@ def contiguous_attention(kv_cache: KVCache, chunks: Sequence[ScheduledChunk]) ->
 
 
 class ContiguousAttention:
-    """For CPUs: a page holds a whole context, so that its keys are one strided view and nothing is gathered.
+    """Attention on CPUs, where a block holds a whole sequence: its keys are one strided view and nothing is gathered.
 
-    The spans of single tokens must come first and in the order of their pages; those of neighbouring pages are then
-    computed as one batch.
+    Chunks of single tokens must come first and in the order of their blocks. Those in adjacent blocks are computed as
+    one batch.
     """
 
     def __init__(self, kv_cache: KVCache, chunks: Sequence[ScheduledChunk], slots: Tensor) -> None:
         self.kv_cache, self.slots = kv_cache, slots
-        self.groups = [_QueryGroup(together) for together in _group_adjacent(chunks)]
+        self.groups = [_QueryGroup(adjacent) for adjacent in _group_adjacent(chunks)]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
@@ -121,33 +127,33 @@ class ContiguousAttention:
         keys, values = self.kv_cache.write(layer, self.slots, key, value)
         if len(self.groups) == 1:
             return self._attend_group(self.groups[0], query, keys, values, scale, window)
-        sizes = [len(block.chunks) * block.num_queries for block in self.groups]
+        sizes = [len(group.chunks) * group.num_queries for group in self.groups]
         queries_by_group = query.split(sizes, dim=2)
         out = [
-            self._attend_group(block, queries, keys, values, scale, window)
-            for block, queries in zip(self.groups, queries_by_group, strict=True)
+            self._attend_group(group, queries, keys, values, scale, window)
+            for group, queries in zip(self.groups, queries_by_group, strict=True)
         ]
         return torch.cat(out, dim=1)
 
     def _attend_group(
         self, group: _QueryGroup, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """query [1, heads, T, width], keys and values [1, key heads, slots, width] -> [1, T, heads, width]"""
-        n, heads, key_heads, size = len(group.chunks), query.shape[1], keys.shape[1], self.kv_cache.block_size
+        """query [1, heads, T, size], keys and values [1, key heads, slots, size] -> [1, T, heads, size]"""
+        n, heads, key_heads, block_size = len(group.chunks), query.shape[1], keys.shape[1], self.kv_cache.block_size
         mask = group.mask(window, heads // key_heads, query.dtype)
         if n == 1:
-            key, value = (rows.narrow(2, group.first_block * size, group.num_keys) for rows in (keys, values))
+            key, value = (rows.narrow(2, group.first_block * block_size, group.num_keys) for rows in (keys, values))
             if heads == key_heads:
                 return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
-            # Heads that share a key head become more queries of it.
+            # Heads that share a key head become additional queries of it.
             grouped_query = query.reshape(1, key_heads, -1, query.shape[-1])
             out = scaled_dot_product_attention(grouped_query, key, value, attn_mask=mask, scale=scale)
             return out.reshape(1, heads, group.num_queries, -1).transpose(1, 2)
-        # Single tokens: rows of neighbouring pages are a batch, [n, key heads, keys, width].
+        # Single tokens: adjacent blocks form a batch, [n, key heads, keys, size].
         key, value = (
-            rows.unflatten(2, (-1, size))[0, :, group.first_block : group.first_block + n, : group.num_keys].transpose(
-                0, 1
-            )
+            rows.unflatten(2, (-1, block_size))[
+                0, :, group.first_block : group.first_block + n, : group.num_keys
+            ].transpose(0, 1)
             for rows in (keys, values)
         )
         grouped_query = query[0].transpose(0, 1).reshape(n, key_heads, heads // key_heads, -1)

@@ -1,7 +1,7 @@
-"""Engines that compute on the CPU of one process take turns, a step each.
+"""A fair lock, with which the engines that share a process and its CPU alternate step by step.
 
-Side by side they would fight for the interpreter at every operation: of two small models each was measured to take
-three times as long. Models that are to compute at the same time belong into processes of their own.
+Without it they would compete for the interpreter at every operation: two small models were measured to take three times
+as long each. Models that should compute at the same time need processes of their own.
 """
 
 import threading
@@ -9,7 +9,10 @@ from collections import deque
 
 
 class FairLock:
-    """A lock that goes to whoever has waited longest; a plain one would go back to the engine that just gave it up."""
+    """A lock that passes to the thread that has waited longest.
+
+    A plain lock usually returns to the engine that has just released it.
+    """
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -25,10 +28,10 @@ class FairLock:
             if not self._locked:
                 self._locked = True
                 return
-            mine = threading.Lock()
-            mine.acquire()
-            self._waiting.append(mine)
-        mine.acquire()
+            own_lock = threading.Lock()
+            own_lock.acquire()
+            self._waiting.append(own_lock)
+        own_lock.acquire()
 
     def __exit__(self, *_: object) -> None:
         with self._mutex:

@@ -1,12 +1,12 @@
-"""The same arithmetic by faster ways than the library takes, swapped into a loaded model where a try agrees.
+"""Replaces layers of a loaded model by faster kernels that compute the same, where a comparison at load confirms it.
 
-Root-mean-square norms become one operation: the library writes one out as seven, and at small batches what an operation
-costs is to be launched.
+A root-mean-square norm becomes one operation. The library uses seven, and with small batches the launch of an operation
+dominates its cost.
 
-On CPUs, linear layers in float32 keep their weights in the order in which oneDNN reads them. Against torch's own
-`linear`, which leaves them as they are, that took 0.4 to 0.5 of the time for 64 tokens and more on the machine it was
-measured on (AVX-512, AMD), and 0.5 to 0.7 for a single one where the weights do not fit into the cache. For every
-number of tokens oneDNN compiles a kernel of its own, 0.4 ms and 0.6 MB, so that numbers are rounded up to a few.
+On CPUs, linear layers in float32 store their weights in the order in which oneDNN reads them. Compared with `linear` of
+torch, which does not reorder them, this took 0.4 to 0.5 of the time for 64 tokens and more on the machine where it was
+measured (AVX-512, AMD), and 0.5 to 0.7 for a single token where the weights do not fit into the cache. oneDNN compiles
+a kernel for each number of tokens, which takes 0.4 ms and 0.6 MB, so the numbers are rounded up to a few sizes.
 """
 
 from collections import Counter
@@ -16,23 +16,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, rms_norm
 
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # the library rounds once more on the way
-MIN_MULTIPLICATIONS = 1 << 19  # multiplications; below, a call of oneDNN costs more than it saves
-MIN_WEIGHT_ELEMENTS = 1 << 18  # elements; from here on even a single token is faster
+ROUNDING = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-6,
+    torch.float16: 2**-9,
+}  # the library rounds one intermediate result more
+MIN_MULTIPLICATIONS = 1 << 19  # below this number, a call of oneDNN costs more than it saves
+MIN_WEIGHT_ELEMENTS = 1 << 18  # from this size on, even a single token is faster
 
 Forward = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
 def optimize_modules(network: nn.Module, *, linears: bool = True) -> int:
-    """Says how many modules go the faster way."""
+    """Replaces the forward functions of a network's modules; returns how many were replaced."""
     shared = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
-    packs = linears and _can_pack()
+    can_pack = linears and _can_pack()
     changed = 0
     for module in network.modules():
         if type(module).__name__.endswith("RMSNorm"):
             changed += _replace_forward(module, _fused_norm(module))
-        elif packs and type(module) is nn.Linear and module.weight.dtype == torch.float32:
+        elif can_pack and type(module) is nn.Linear and module.weight.dtype == torch.float32:
             if not module.weight.is_cpu:
                 continue
             packed = _PackedLinear(module)
@@ -44,7 +48,7 @@ def optimize_modules(network: nn.Module, *, linears: bool = True) -> int:
 
 
 def _replace_forward(module: nn.Module, forward: Forward | None) -> bool:
-    """Some norms scale by one more than their weight, or in another order: those stay as they are."""
+    """Replaces a forward function if it computes the same; some norms add one to their weight, and keep theirs."""
     if forward is None:
         return False
     weight = module.weight
@@ -52,7 +56,7 @@ def _replace_forward(module: nn.Module, forward: Forward | None) -> bool:
     x = torch.linspace(-2.0, 3.0, 3 * weight.shape[-1], device=weight.device).to(weight.dtype).view(1, 3, -1)
     try:
         expected = module(x)
-    except TypeError:  # takes more than the text
+    except TypeError:  # it takes further arguments
         return False
     bound = ROUNDING.get(weight.dtype, 0.0) * max(1.0, float(expected.abs().max()))
     if expected.dtype != x.dtype or not torch.allclose(forward(x), expected, rtol=bound, atol=bound):
@@ -74,7 +78,7 @@ def _can_pack() -> bool:
 
 
 def padded_num_tokens(tokens: int) -> int:
-    """A decoding batch as it is; a few dozen numbers beyond."""
+    """Rounds large numbers of tokens up to a few dozen sizes; small numbers stay as they are."""
     if tokens <= 16:
         return tokens
     step = 8 if tokens <= 64 else 16 if tokens <= 256 else 32
@@ -99,7 +103,7 @@ class _PackedLinear:
         return linear(x, self.weight, self.bias)
 
     def release_weight(self, module: nn.Linear) -> None:
-        """A large weight is needed in one order only. Whoever should reach for the other finds that it is no number."""
+        """Replaces the unpacked weight of a large layer by NaN, which frees it and makes any accidental use visible."""
         if self.is_large:
             placeholder = module.weight.new_full((1, 1), torch.nan).expand(module.weight.shape)
             module.weight = nn.Parameter(placeholder, requires_grad=False)

@@ -1,7 +1,7 @@
-"""The keys and values of all contexts: per layer, two tensors of token slots.
+"""The keys and values of all sequences: per layer, two tensors of token slots.
 
-Where somebody foresees the model by its hidden states, these lie beside them: whoever finds a beginning computed finds
-its features too.
+If a proposer reads hidden states of the model, these are cached in the same slots, so that a request that finds a
+computed prefix finds its hidden states too.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,23 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CACHE_LINE = 64  # bytes; vectors that begin anywhere else cost attention a twentieth
+CACHE_LINE = 64  # bytes; attention takes 5% longer if vectors are not aligned to it
 
 
 class KVCache:
-    """A layer's tensors are made when it first writes, for only then is the shape of its keys and values known."""
+    """Allocates the tensors of a layer at its first write, when the shapes of its keys and values are known."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.keys: dict[int, Tensor] = {}  # per layer, [slots, key heads, width]
+        self.keys: dict[int, Tensor] = {}  # per layer, [slots, key heads, head size]
         self.values: dict[int, Tensor] = {}
-        self._by_head: dict[int, tuple[Tensor, Tensor]] = {}  # the same, seen as models shape it
+        self._by_head: dict[int, tuple[Tensor, Tensor]] = {}  # views of both in the layout that models use
         self.aux_hidden_states: Tensor | None = None  # [slots, width]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts what a step computed, [1, heads, T, width], where it belongs.
+        """Writes the keys and values of a step, [1, heads, T, head size], to their slots.
 
-        Returns the layer's whole memory, [1, heads, slots, width].
+        Returns all keys and values of the layer, [1, heads, slots, head size].
         """
         if layer not in self.keys:
             self.keys[layer], self.values[layer] = self._allocate(keys), self._allocate(values)
@@ -37,24 +37,24 @@ class KVCache:
         return views
 
     def write_aux_hidden_states(self, slots: Sequence[int], hidden_states: Tensor) -> None:
-        """features [T, width], of the tokens in those slots."""
+        """Writes hidden states, [T, width], of the tokens in these slots."""
         if self.aux_hidden_states is None:
             self.aux_hidden_states = hidden_states.new_zeros(self.num_blocks * self.block_size, hidden_states.shape[-1])
         self.aux_hidden_states[torch.tensor(slots, device=hidden_states.device)] = hidden_states
 
     def as_blocks(self, layer: int) -> tuple[Tensor, Tensor]:
-        """[pages, page size, heads, width]"""
+        """[blocks, block size, heads, head size]"""
         keys, values = self.keys[layer], self.values[layer]
         return keys.unflatten(0, (self.num_blocks, -1)), values.unflatten(0, (self.num_blocks, -1))
 
     def copy_block(self, source: int, target: int, count: int) -> None:
-        """The first `count` slots of a page into another page."""
+        """Copies the first `count` slots of a block into another block."""
         self._for_each_tensor(
             lambda slots: self._block(slots, target)[:count].copy_(self._block(slots, source)[:count])
         )
 
     def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Slots to other slots, all of them read before any is written."""
+        """Moves slots to other slots; all are read before any is written."""
 
         def move(slots: Tensor) -> None:
             slots[torch.tensor(targets, device=slots.device)] = slots[torch.tensor(sources, device=slots.device)]
@@ -66,16 +66,16 @@ class KVCache:
         return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
 
     def _allocate(self, like: Tensor) -> Tensor:
-        """Zeros: what is masked away is multiplied all the same, and must be a number.
+        """Allocates zeros: attention multiplies masked entries too, so they must be finite.
 
-        On a CPU each head's keys lie together, for that is how they are read; kernels for GPUs want the heads side by
-        side.
+        On a CPU the keys of a head are contiguous, because attention reads them so. Kernels for GPUs expect the heads
+        of a token side by side.
         """
         _, heads, _, width = like.shape
         slots = self.num_blocks * self.block_size
         if like.device.type != "cpu":
             return torch.zeros(slots, heads, width, dtype=like.dtype, device=like.device)
-        # NumPy's zeros come from the system, which gives memory only when something is first written there.
+        # The system provides the memory of NumPy's zeros only when it is first written.
         size = slots * heads * width * like.element_size()
         raw = torch.from_numpy(np.zeros(size + CACHE_LINE, np.uint8))
         start = -raw.data_ptr() % CACHE_LINE

@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model, left as it is: loaded, checked, and run one step at a time."""
+"""Loads an unmodified Hugging Face causal language model, checks it, and runs its forward passes."""
 
 import logging
 from collections.abc import Sequence
@@ -26,29 +26,29 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "dense", "sparse"}
 RECURRENT = "linear_attn", "mamba", "recurrent", "short_conv", "rwkv", "time_mix"
-MAX_SELF_CHECKS = 3  # at most, for the self-check
+MAX_SELF_CHECKS = 3
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}  # of the largest logit, in the self-check
 
 
 class ModelNotFoundError(ValueError):
-    """Not a directory or a hub id with a causal language model."""
+    """Raised if a path is not a folder or hub id of a causal language model."""
 
 
 class MaskEmbedder(Protocol):
-    """What the network reads where a node holds a mask, and how it is changed there."""
+    """The input embedding of mask nodes, and the change to the network at these nodes."""
 
     @property
     def embedding(self) -> Tensor:
-        """[width]"""
+        """[hidden size]"""
         ...
 
     def at(self, rows: Tensor) -> AbstractContextManager[None]:
-        """For a pass in which these entries are masks."""
+        """Applies the change during a forward pass in which these entries are masks."""
         ...
 
 
 class Model:
-    """`forward` runs one packed step; everything else about requests is other modules' business."""
+    """A network and its tokenizer; `forward` computes one packed step."""
 
     def __init__(
         self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", *, int8: bool = False
@@ -57,12 +57,12 @@ class Model:
         self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
         self.device: torch.device = next(network.get_input_embeddings().parameters()).device
         self.is_multi_device = any(parameter.device != self.device for parameter in network.parameters())
-        # An index serves a tensor on any device.
+        # On several devices, an index on the CPU works for tensors on each of them.
         self._index_device = torch.device("cpu") if self.is_multi_device else self.device
         config = network.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         optimize_modules(network, linears=not int8)
-        self.aux_hidden_state_layers: tuple[int, ...] = ()  # which of the hidden states are wanted beside the logits
+        self.aux_hidden_state_layers: tuple[int, ...] = ()  # which hidden states are returned besides the logits
         self.mask_embedder: MaskEmbedder | None = None
         self.max_model_len: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.eos_token_ids = _eos_token_ids(network, tokenizer)
@@ -70,9 +70,10 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", dtype: Dtype = "auto", int8: bool = False) -> "Model":
-        """`path` is a directory or a hub id. On a CPU "auto" computes in float32, elsewhere as the checkpoint says.
+        """Loads a model from a folder or by its hub id.
 
-        "balanced" spreads the layers evenly over all GPUs.
+        The dtype "auto" means float32 on a CPU and the dtype of the checkpoint elsewhere. The device "balanced" spreads
+        the layers evenly over all GPUs.
         """
         resolved_device = _resolve_device(device)
         if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
@@ -89,13 +90,13 @@ class Model:
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelNotFoundError(f"{path} holds no causal language model that can be loaded: {error}") from error
-        if missing := sorted(loading_info["missing_keys"]):  # they were filled with random numbers
-            raise ModelNotFoundError(f"{path} lacks {len(missing)} of its model's weights, {missing[0]} the first")
+            raise ModelNotFoundError(f"{path} is not a causal language model that can be loaded: {error}") from error
+        if missing := sorted(loading_info["missing_keys"]):  # the library has filled them with random numbers
+            raise ModelNotFoundError(f"{path} lacks {len(missing)} weights of its model, the first is {missing[0]}")
         if int8 and resolved_device != "cpu":
-            raise UnsupportedModelError("int8 is an option for CPUs; on a GPU load a quantised checkpoint")
+            raise UnsupportedModelError("int8 works only on CPUs; on a GPU, load a quantized checkpoint")
         model = cls(network, tokenizer, str(path), int8=int8)
-        if int8:  # only after the self-check: its scales follow all that is in a step, so packed and alone differ
+        if int8:  # after the self-check, because its scales depend on all tokens of a step
             model.network = torch.ao.quantization.quantize_dynamic(model.network, {nn.Linear}, dtype=torch.qint8)
         return model
 
@@ -103,63 +104,62 @@ class Model:
     def forward(
         self, tokens: Sequence[int], positions: Sequence[int], step: StepAttention, logits_entries: Sequence[int] | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits at the entries in `read` (None: at all), [entries, vocabulary], in float32; and where there are taps,
-        the features of all entries, [T, taps * width]."""
+        """Computes one step; returns logits [entries, vocabulary] in float32.
+
+        The logits are those at `logits_entries`, or (None) at all entries. With `aux_hidden_state_layers`, also returns these hidden states of all entries, [T, layers * hidden size].
+        """
         inputs = torch.tensor([tokens, positions], device=self.device)
-        keep = (
-            0 if logits_entries is None else torch.tensor(logits_entries, dtype=torch.long, device=self._index_device)
-        )
+        entries: Tensor | int = 0
+        if logits_entries is not None:
+            entries = torch.tensor(logits_entries, dtype=torch.long, device=self._index_device)
         if MASK not in tokens:
-            return self.forward_tensors(inputs[:1], inputs[1:], step, keep)
-        assert self.mask_embedder is not None, "no masks are known to this model"
+            return self.forward_tensors(inputs[:1], inputs[1:], step, entries)
+        assert self.mask_embedder is not None, "the model has no mask embedder"
         masks = torch.tensor([entry for entry, token in enumerate(tokens) if token == MASK], device=self.device)
         embeddings = self.network.get_input_embeddings()(inputs[:1].clamp(min=0))
         embeddings[:, masks] = self.mask_embedder.embedding
         with self.mask_embedder.at(masks):
-            return self.forward_tensors(None, inputs[1:], step, keep, embeddings=embeddings)
+            return self.forward_tensors(None, inputs[1:], step, entries, embeddings=embeddings)
 
     def forward_tensors(
         self,
         tokens: Tensor | None,
         positions: Tensor,
         step: StepAttention,
-        keep: Tensor | int,
+        logits_entries: Tensor | int,
         embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same of tensors, positions and either tokens [1, T] or embeddings; `keep` is an index, or 0 for all."""
-        extra: dict[str, Any] = (
-            {"output_hidden_states": list(self.aux_hidden_state_layers)} if self.aux_hidden_state_layers else {}
-        )
+        """The same for tensors: positions and either tokens, [1, T], or embeddings.
+
+        `logits_entries` is a tensor of entries, or 0 for all.
+        """
+        layers = list(self.aux_hidden_state_layers)
+        options: dict[str, Any] = {"output_hidden_states": layers} if layers else {}
         out = self.network(
             input_ids=tokens,
             inputs_embeds=embeddings,
             position_ids=positions,
             use_cache=False,
-            logits_to_keep=keep,
+            logits_to_keep=logits_entries,
             step=step,
-            **extra,
+            **options,
         )
-        aux_hidden_states = (
-            torch.cat([out.hidden_states[tap][0] for tap in self.aux_hidden_state_layers], -1)
-            if self.aux_hidden_state_layers
-            else None
-        )
+        aux_hidden_states = torch.cat([out.hidden_states[layer][0] for layer in layers], -1) if layers else None
         logits: Tensor = out.logits[0]
         return logits.float(), aux_hidden_states
 
     def _self_check(self) -> int:
-        """Runs a small tree in packed steps and as separate texts, and compares; returns the cache's bytes a token.
+        """Compares a small tree in packed steps with separate sequences; returns the bytes per token of the KV cache.
 
-        What the list of refusals does not know shows here: whatever keeps state or masks in a way of its own. It shows
-        with every text; whereas rounding may turn a mixture of experts to another one where two are nearly as good.
+        This finds unsupported models that `check_supported` does not know, for example those with a mask or a state of
+        their own. Such a model fails with every random sequence. A mixture of experts may fail with one of them, where
+        rounding changes the choice between two nearly equal experts.
         """
         for seed in range(MAX_SELF_CHECKS):
             kv_cache = KVCache(num_blocks=2, block_size=BLOCK_SIZE)
             packed, separate = self._packed_and_separate(kv_cache, seed)
-            difference, allowed = (
-                float((packed - separate).abs().max()),
-                TOLERANCE[self.network.dtype] * float(separate.abs().max()),
-            )
+            difference = float((packed - separate).abs().max())
+            allowed = TOLERANCE[self.network.dtype] * float(separate.abs().max())
             if difference <= allowed:
                 return kv_cache.num_bytes // (kv_cache.num_blocks * kv_cache.block_size)
         raise UnsupportedModelError(
@@ -169,29 +169,29 @@ class Model:
 
     @torch.inference_mode()
     def _packed_and_separate(self, kv_cache: KVCache, seed: int) -> tuple[Tensor, Tensor]:
-        """Logits at all nodes of a few probes on a random text, both ways."""
+        """Logits at all nodes of a few suffixes on a random sequence, from packed and from separate forward passes."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.vocab_size, (14,), generator=generator).tolist()
-        text, suffix, prefix_lengths = tokens[:11], tokens[11:], [4, 9, 11]
-        sequence = SequenceState(text)
+        context, suffix, prefix_lengths = tokens[:11], tokens[11:], [4, 9, 11]
+        sequence = SequenceState(context)
         sequence.block_ids = [1]
         chunks = [
-            ScheduledChunk(sequence, suffix_forest(prefix_lengths, suffix), first, last)
-            for first, last in ((0, 6), (6, 20))
+            ScheduledChunk(sequence, suffix_forest(prefix_lengths, suffix), start, end)
+            for start, end in ((0, 6), (6, 20))
         ]
         self._set_attention(STEP_ATTENTION)
         make_attention = attention_for(self.device)
         packed = [
-            self.forward(span.token_ids(), span.positions(), make_attention(kv_cache, [span]), None)[0]
-            for span in chunks
+            self.forward(chunk.token_ids(), chunk.positions(), make_attention(kv_cache, [chunk]), None)[0]
+            for chunk in chunks
         ]
         self._set_attention("sdpa" if self.network._supports_sdpa else "eager")
         separate = [
-            self.network(input_ids=torch.tensor([text[:cut] + suffix], device=self.device), use_cache=False)
-            for cut in prefix_lengths
+            self.network(input_ids=torch.tensor([context[:length] + suffix], device=self.device), use_cache=False)
+            for length in prefix_lengths
         ]
         self._set_attention(STEP_ATTENTION)
-        return torch.cat(packed)[len(text) :], torch.cat([out.logits[0, -len(suffix) :].float() for out in separate])
+        return torch.cat(packed)[len(context) :], torch.cat([out.logits[0, -len(suffix) :].float() for out in separate])
 
     def _set_attention(self, implementation: str) -> None:
         self.network.set_attn_implementation(implementation)
@@ -208,17 +208,18 @@ def _resolve_device(device: str) -> str:
 
 
 def check_supported(network: PreTrainedModel) -> None:
+    """Raises `UnsupportedModelError` for models that the engine is known to compute incorrectly."""
     config = network.config.get_text_config()
     kind = config.model_type
     if network.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{kind}: an encoder-decoder, not a causal language model")
     if getattr(network, "_is_stateful", False):
-        raise UnsupportedModelError(f"{kind}: keeps a recurrent state, which cannot be cut back to a prefix")
+        raise UnsupportedModelError(f"{kind}: keeps a recurrent state, which cannot be truncated to a prefix")
     for module, part in network.named_modules():
         label = f"{module.rsplit('.', 1)[-1]} {type(part).__name__}".lower()
         if isinstance(part, nn.Conv1d) or any(word in label for word in RECURRENT):
             raise UnsupportedModelError(
-                f"{kind}: has recurrent layers ({module}), which cannot be cut back to a prefix"
+                f"{kind}: has recurrent layers ({module}), which cannot be truncated to a prefix"
             )
         if getattr(part, "sinks", None) is not None:
             raise UnsupportedModelError(f"{kind}: attention sinks ({module}) are not supported")
@@ -232,7 +233,7 @@ def check_supported(network: PreTrainedModel) -> None:
 
 
 def _eos_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The generation config may name several, the tokenizer only one."""
+    """Returns the end tokens of the generation config, which may name several, and of the tokenizer."""
     generation: Any = getattr(network, "generation_config", None)
     configured = getattr(generation, "eos_token_id", None)
     token_ids = configured if isinstance(configured, list) else [configured]

@@ -1,20 +1,20 @@
-"""Who holds which pages of key-value memory, and which context already knows the beginning of a new one.
+"""Manages the blocks of the KV cache, and finds the cached sequence that shares the longest prefix with a new one.
 
-Pure bookkeeping: the numbers of pages and slots, never the tensors. A context is a row of token ids of which the first
-`computed` have their keys and values in its pages. Contexts that no request holds stay, least recently used first in
-line to go, for whoever comes with the same beginning. A full page may belong to several contexts; a page that is
-partly used belongs to one, and sharing it copies it.
+This is pure bookkeeping of block ids, without tensors. A sequence is a list of token ids. The keys and values of its
+first `num_computed_tokens` are in its blocks. A sequence whose request has finished stays cached for later requests
+with the same prefix, and the least recently used one is evicted first. Several sequences may share a full block. A
+partly used block is written to and belongs to a single sequence, so that sharing its tokens copies them.
 """
 
 import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
-HASH_STRIDE = 16  # tokens; a shorter common beginning is not looked for
+HASH_STRIDE = 16  # tokens; a shorter common prefix is not looked up
 
 
 class SequenceState:
-    """Token ids, and where their keys and values lie."""
+    """Token ids, and the blocks that hold their keys and values."""
 
     __slots__ = ("block_hashes", "block_ids", "in_use", "num_computed_tokens", "token_ids")
 
@@ -27,14 +27,14 @@ class SequenceState:
 
 
 class PrefixCache:
-    """`copy(source, target, count)` copies the first slots of a page into another."""
+    """`copy_block(source, target, count)` copies the first slots of a block into another block."""
 
     def __init__(self, num_blocks: int, block_size: int, copy_block: Callable[[int, int, int], None]) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.hits = self.lookups = self.evictions = 0  # hits and lookups in tokens
         self._copy_block = copy_block
-        self._free_blocks = list(range(num_blocks))  # a heap: low pages first keeps the busy ones together
+        self._free_blocks = list(range(num_blocks))  # a heap: low ids come first, which keeps the used blocks together
         self._ref_counts: Counter[int] = Counter()
         self._cached_sequences: OrderedDict[SequenceState, None] = OrderedDict()
         self._sequences_by_hash: dict[int, dict[SequenceState, None]] = {}
@@ -49,18 +49,19 @@ class PrefixCache:
 
     @property
     def num_cached_blocks(self) -> int:
-        """Held by what may be given up; with nobody at work, all that are not free."""
-        return len({page for context in list(self._cached_sequences) for page in context.block_ids})
+        """How many blocks cached sequences hold; while no request runs, these are all that are not free."""
+        return len({block_id for sequence in list(self._cached_sequences) for block_id in sequence.block_ids})
 
     def is_being_computed(self, tokens: Sequence[int]) -> bool:
-        """Is another request computing right now what one with these tokens could share?"""
+        """Whether a running request computes a prefix that a request with these tokens could share."""
         match, length = self._longest_match(list(tokens))
         return match is not None and match.in_use and length - min(length, match.num_computed_tokens) >= HASH_STRIDE
 
     def allocate(self, tokens: Sequence[int], num_extra_tokens: int) -> SequenceState | None:
-        """A context of these tokens with memory for them and `room` more, as much of it computed as anyone has.
+        """Returns a sequence of these tokens, with blocks for them and for `num_extra_tokens` more.
 
-        None while there is no memory.
+        As many of its tokens are computed as any other sequence has computed. Returns None while there are too few free
+        blocks.
         """
         tokens = list(tokens)
         match, length = self._longest_match(tokens)
@@ -87,11 +88,11 @@ class PrefixCache:
         return sequence
 
     def reserve(self, sequence: SequenceState, length: int) -> bool:
-        """Memory for that many tokens; False when there is none."""
+        """Allocates blocks for that many tokens in total; returns False if there are too few."""
         return self._grow(sequence, self._num_blocks_for(length))
 
     def commit(self, sequence: SequenceState, tokens: Sequence[int]) -> None:
-        """These tokens follow, and their keys and values are in place."""
+        """Appends tokens whose keys and values are already in the blocks."""
         sequence.token_ids += tokens
         sequence.num_computed_tokens = len(sequence.token_ids)
         self._index_hashes(sequence)
@@ -115,36 +116,36 @@ class PrefixCache:
         self._unref_blocks([shared_block])
 
     def release(self, sequence: SequenceState) -> None:
-        """Its request is done; what is computed stays for others."""
+        """Keeps the computed tokens of a finished request for later ones."""
         self._truncate(sequence, sequence.num_computed_tokens)
         self._keep_for_reuse(sequence)
 
     def discard(self, sequence: SequenceState) -> None:
-        """Its request needs the memory back more than the past."""
+        """Forgets a sequence and frees its blocks."""
         self._truncate(sequence, 0)
         self._unref_blocks(sequence.block_ids)
         sequence.block_ids = []
 
     def reset(self) -> None:
-        """Drops every context that no request holds."""
+        """Discards all cached sequences."""
         while self._cached_sequences:
             self.discard(self._cached_sequences.popitem()[0])
 
     def _keep_for_reuse(self, sequence: SequenceState) -> None:
         sequence.in_use = False
-        if sequence.num_computed_tokens < HASH_STRIDE:  # nobody will find it
+        if sequence.num_computed_tokens < HASH_STRIDE:  # too short to be looked up
             self.discard(sequence)
             return
         self._free_unused_blocks(sequence)
         self._cached_sequences[sequence] = None
 
     def _longest_match(self, tokens: list[int]) -> tuple[SequenceState | None, int]:
-        """The context with the longest common beginning, and its length; idle ones first among equals."""
+        """Returns the sequence with the longest common prefix, and its length; prefers cached ones among equals."""
         candidates: tuple[SequenceState, ...] = ()
-        chained = start = 0
+        chained_hash = start = 0
         while start + HASH_STRIDE <= len(tokens):
-            chained = hash((chained, *tokens[start : start + HASH_STRIDE]))
-            if not (sequences := self._sequences_by_hash.get(chained)):
+            chained_hash = hash((chained_hash, *tokens[start : start + HASH_STRIDE]))
+            if not (sequences := self._sequences_by_hash.get(chained_hash)):
                 break
             candidates, start = tuple(sequences), start + HASH_STRIDE
         best: SequenceState | None = None
@@ -156,13 +157,16 @@ class PrefixCache:
         return best, length
 
     def _can_take_over(self, sequence: SequenceState, usable: int) -> bool:
-        """Taking a context over destroys its rest: not where that is the greater part, nor where another shares it."""
+        """Whether a new request may continue this very sequence, which destroys the rest of it.
+
+        It may not if the rest is the greater part, or if another sequence shares the block to write to.
+        """
         if sequence.in_use or sequence.num_computed_tokens - usable > usable:
             return False
         return usable % self.block_size == 0 or self._ref_counts[sequence.block_ids[usable // self.block_size]] == 1
 
     def _fork(self, sequence: SequenceState, source: SequenceState | None, usable: int, num_blocks: int) -> bool:
-        """Full pages are shared, the last one is copied."""
+        """Shares the full blocks of the source with a new sequence, and copies the partly used one."""
         if source is None:
             return self._grow(sequence, num_blocks)
         shared, rest = divmod(usable, self.block_size)
@@ -177,8 +181,8 @@ class PrefixCache:
             return True
         if source.in_use:
             return False
-        # The only memory left is the source's own: better all of it lost but the shared pages than the request never
-        # served.
+        # Only the source itself can be evicted. The request keeps the shared blocks and computes the rest again.
+        # Otherwise it might wait forever.
         del self._cached_sequences[source]
         self.discard(source)
         self.evictions += 1
@@ -186,7 +190,7 @@ class PrefixCache:
         return self._grow(sequence, num_blocks)
 
     def _free_unused_blocks(self, sequence: SequenceState) -> None:
-        """Gives back the pages that hold nothing."""
+        """Frees the blocks that hold no computed token."""
         used = self._num_blocks_for(sequence.num_computed_tokens)
         self._unref_blocks(sequence.block_ids[used:])
         del sequence.block_ids[used:]
@@ -197,7 +201,7 @@ class PrefixCache:
     def _grow(self, sequence: SequenceState, num_blocks: int, keep: SequenceState | None = None) -> bool:
         missing = num_blocks - len(sequence.block_ids)
         while missing > len(self._free_blocks):
-            oldest = next((idle for idle in self._cached_sequences if idle is not keep), None)
+            oldest = next((cached for cached in self._cached_sequences if cached is not keep), None)
             if oldest is None:
                 return False
             del self._cached_sequences[oldest]
@@ -219,24 +223,24 @@ class PrefixCache:
     def _index_hashes(self, sequence: SequenceState) -> None:
         tokens, hashes = sequence.token_ids, sequence.block_hashes
         for start in range(len(hashes) * HASH_STRIDE, len(tokens) - HASH_STRIDE + 1, HASH_STRIDE):
-            chained = hash((hashes[-1] if hashes else 0, *tokens[start : start + HASH_STRIDE]))
-            hashes.append(chained)
-            self._sequences_by_hash.setdefault(chained, {})[sequence] = None
+            chained_hash = hash((hashes[-1] if hashes else 0, *tokens[start : start + HASH_STRIDE]))
+            hashes.append(chained_hash)
+            self._sequences_by_hash.setdefault(chained_hash, {})[sequence] = None
 
     def _truncate(self, sequence: SequenceState, length: int) -> None:
-        """Forgets all tokens beyond that length; what was computed of them is void."""
+        """Forgets all tokens beyond that length."""
         while len(sequence.block_hashes) * HASH_STRIDE > length:
-            chained = sequence.block_hashes.pop()
-            sequences = self._sequences_by_hash[chained]
+            chained_hash = sequence.block_hashes.pop()
+            sequences = self._sequences_by_hash[chained_hash]
             del sequences[sequence]
             if not sequences:
-                del self._sequences_by_hash[chained]
+                del self._sequences_by_hash[chained_hash]
         del sequence.token_ids[length:]
         sequence.num_computed_tokens = min(sequence.num_computed_tokens, length)
 
 
 def _common_prefix_length(cached: list[int], tokens: list[int], start: int) -> int:
-    """The length of the common beginning, which is `start` or up to a block more, unless hashes have collided."""
+    """Returns the length of the common prefix, whose first `start` tokens are equal unless hashes have collided."""
     if cached[:start] != tokens[:start]:
         return 0
     size = min(len(cached), len(tokens))

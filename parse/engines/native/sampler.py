@@ -1,8 +1,8 @@
-"""From logits to tokens, all of a step at once, and each the same whatever else is in the step.
+"""Samples the tokens of a step from its logits; each is the same whatever else is in the step.
 
-Everything follows from the logits, the tokens so far, and one uniform number drawn for (seed, position): no generator
-is advanced, so a text that is continued elsewhere, or proposed beforehand by a draft, comes out the same. Nothing here
-waits for the device but what hands the result over.
+A token follows from its logits, the tokens so far, and one uniform number computed from the seed and the position. No
+random generator keeps a state, so a request that continues elsewhere, or whose tokens were proposed by a draft, gets
+the same tokens. Only the transfer of the results waits for the device.
 """
 
 import hashlib
@@ -17,31 +17,31 @@ from torch import Tensor
 from parse.tree import MASK, TokenTree, chain
 from parse.types import Logprob, SamplingParams
 
-MIN_TEMPERATURE = 1e-30  # a temperature as good as zero; divided by much less, logits are no numbers any more
-MAX_LOGITS_PER_PASS = 1 << 23  # logits; what is computed from them on the way takes several times their memory
-MAX_LOGITS_PER_PASS_ON_CPU = 1 << 16  # more than its caches hold would take twice as long
+MIN_TEMPERATURE = 1e-30  # equivalent to zero; logits divided by much less are not finite
+MAX_LOGITS_PER_PASS = 1 << 23  # the intermediate results take several times the memory of the logits
+MAX_LOGITS_PER_PASS_ON_CPU = 1 << 16  # more do not fit into its caches and take twice as long
 
 Setting = TypeVar("Setting", int, float)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingState:
-    """All that decides on a token beside its logits."""
+    """Everything but the logits that determines a token."""
 
     params: SamplingParams
     noise: float  # in [0, 1)
-    prompt_tokens: Collection[int]  # of the prompt; both only as far as penalties ask for them
-    output_counts: Mapping[int, int]  # how often each token
+    prompt_tokens: Collection[int]  # empty unless a penalty needs them
+    output_counts: Mapping[int, int]  # occurrences of each token; empty unless a penalty needs them
 
 
 class Sampler:
-    """Keeps count of the tokens so far, as far as penalties need it."""
+    """The sampling state of one request; it counts tokens only if penalties need the counts."""
 
-    def __init__(self, sampling: SamplingParams, prompt: Iterable[int], output: Sequence[int]) -> None:
-        self.params = sampling
+    def __init__(self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]) -> None:
+        self.params = params
         self.position = len(output)
-        self._output_counts = Counter(output) if sampling.modifies_logits else Counter()
-        self._prompt_tokens = frozenset(prompt) if sampling.repetition_penalty != 1.0 else frozenset()
+        self._output_counts = Counter(output) if params.modifies_logits else Counter()
+        self._prompt_tokens = frozenset(prompt) if params.repetition_penalty != 1.0 else frozenset()
 
     def append(self, token: int) -> None:
         self.position += 1
@@ -49,40 +49,40 @@ class Sampler:
             self._output_counts[token] += 1
 
     def states(self, nodes: TokenTree | Sequence[int] = (0,)) -> list[SamplingState]:
-        """For the token behind each node: the root is the last token of the text, the others might follow it.
+        """Returns the state for the token after each node: the root is the last token, the other nodes may follow it.
 
-        None at all where simply the likeliest is to be taken.
+        Returns an empty list if the likeliest token is always taken.
         """
-        s = self.params
-        if s.greedy and not s.modifies_logits:
+        params = self.params
+        if params.greedy and not params.modifies_logits:
             return []
         tree = nodes if isinstance(nodes, TokenTree) else chain(nodes)
         states: list[SamplingState] = []
-        counts_above: list[Counter[int]] = []  # of the nodes on the way to this one, what was written with each
+        counts_above: list[Counter[int]] = []  # for each node on the path to this one, the counts including it
         for token, depth in zip(tree.tokens.tolist(), tree.depth.tolist(), strict=True):
             del counts_above[depth:]
             counts = counts_above[-1] if counts_above else self._output_counts
-            if s.modifies_logits:  # a copy each: they are for different moments
+            if params.modifies_logits:  # each node needs a copy of its own
                 counts = counts + Counter((token,) if depth and token != MASK else ())
             counts_above.append(counts)
-            noise = 0.0 if s.greedy else uniform_noise(s.seed, self.position + depth)
-            states.append(SamplingState(s, noise, self._prompt_tokens, counts))
+            noise = 0.0 if params.greedy else uniform_noise(params.seed, self.position + depth)
+            states.append(SamplingState(params, noise, self._prompt_tokens, counts))
         return states
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState | None] = ()) -> list[int]:
-    """The token at each row of [n, vocabulary]: as its draw says, the likeliest without one; -1 for what is no number.
+    """Returns the token for each row of logits [n, vocabulary]: sampled by its state, or the likeliest without one.
 
-    The only moment in a step at which the device is waited for.
+    A row whose maximum is not finite gives -1. This is the only place in a step that waits for the device.
     """
     if not len(logits):
         return []
     highest, tokens = logits.max(-1)
-    sampled_rows = [row for row, draw in enumerate(states) if draw is not None]
+    sampled_rows = [row for row, state in enumerate(states) if state is not None]
     batch_size = max(1, (MAX_LOGITS_PER_PASS_ON_CPU if logits.is_cpu else MAX_LOGITS_PER_PASS) // logits.shape[-1])
     for start in range(0, len(sampled_rows), batch_size):
         rows = sampled_rows[start : start + batch_size]
-        batch = [draw for row in rows if (draw := states[row]) is not None]
+        batch = [state for row in rows if (state := states[row]) is not None]
         if len(rows) == len(logits):
             tokens = _sample_rows(logits, batch)
         else:
@@ -93,17 +93,17 @@ def sample(logits: Tensor, states: Sequence[SamplingState | None] = ()) -> list[
 
 
 def _sample_rows(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """[n]"""
+    """[n], the token sampled for each row."""
     adjusted = _apply_penalties(logits, states)
-    greedy = [draw.params.greedy for draw in states]
+    greedy = [state.params.greedy for state in states]
     if all(greedy):
         return adjusted.argmax(-1)
-    probabilities = _probabilities(adjusted, [draw.params for draw in states])
-    # Float64: with many tokens, single precision would lose the rare ones' shares.
+    probabilities = _probabilities(adjusted, [state.params for state in states])
+    # In single precision, the sum over a large vocabulary would lose the shares of rare tokens.
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:].contiguous()
-    target = _column([draw.noise for draw in states], cumulative) * total
-    last_possible = torch.searchsorted(cumulative, total)  # of those that can come; rounding must not lead beyond
+    target = _column([state.noise for state in states], cumulative) * total
+    last_possible = torch.searchsorted(cumulative, total)  # rounding must not lead to a token of probability zero
     tokens = torch.searchsorted(cumulative, target, right=True).minimum(last_possible)[:, 0]
     return (
         torch.where(torch.tensor(greedy, device=logits.device), adjusted.argmax(-1), tokens) if any(greedy) else tokens
@@ -111,39 +111,39 @@ def _sample_rows(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """After the repetition penalty, then those for presence and frequency, then the bias."""
-    if not any(draw.params.modifies_logits for draw in states):
+    """Applies the repetition penalty, then the presence and frequency penalties, then the bias."""
+    if not any(state.params.modifies_logits for state in states):
         return logits
     flat = logits.flatten().clone()
     repeated: dict[int, float] = {}
     added: dict[int, float] = {}
     biased: dict[int, float] = {}
-    for row, draw in enumerate(states):
-        params, start = draw.params, row * logits.shape[-1]
+    for row, state in enumerate(states):
+        params, start = state.params, row * logits.shape[-1]
         if params.repetition_penalty != 1.0:
             repeated |= {
-                start + token: params.repetition_penalty for token in {*draw.prompt_tokens, *draw.output_counts}
+                start + token: params.repetition_penalty for token in {*state.prompt_tokens, *state.output_counts}
             }
         if params.presence_penalty or params.frequency_penalty:
             added |= {
                 start + token: -params.presence_penalty - params.frequency_penalty * count
-                for token, count in draw.output_counts.items()
+                for token, count in state.output_counts.items()
             }
         biased |= {start + token: bias for token, bias in params.logit_bias.items()}
     if repeated:
-        at, penalty = _indices_and_values(repeated, flat)
-        values = flat[at]
-        flat[at] = torch.where(values > 0, values / penalty, values * penalty)
+        indices, penalties = _indices_and_values(repeated, flat)
+        values = flat[indices]
+        flat[indices] = torch.where(values > 0, values / penalties, values * penalties)
     for terms in (added, biased):
         if terms:
-            at, term = _indices_and_values(terms, flat)
-            flat[at] += term
+            indices, addends = _indices_and_values(terms, flat)
+            flat[indices] += addends
     return flat.view(logits.shape)
 
 
 def _probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """After temperature, then top-k, then top-p, then min-p."""
-    # Always by a tensor: a division by a number may be rounded otherwise, and what the others want must not show.
+    """Applies the temperature, then top-k, then top-p, then min-p."""
+    # A division by a scalar may round differently, so it is always a tensor: other requests must not change the result.
     logits = logits / _column([max(s.temperature, MIN_TEMPERATURE) for s in params], logits)
     logits = _apply_where_set([s.top_k if s.top_k < logits.shape[-1] else 0 for s in params], 0, logits, _top_k)
     probabilities = logits.softmax(-1)
@@ -173,7 +173,7 @@ def _min_p(probabilities: Tensor, limits: Sequence[float]) -> Tensor:
 def _apply_where_set(
     settings: Sequence[Setting], unset: Setting, rows: Tensor, change: Callable[[Tensor, Sequence[Setting]], Tensor]
 ) -> Tensor:
-    """The change made to those of the rows for which it is set."""
+    """Applies a change to the rows whose setting differs from `unset`."""
     indices = [row for row, setting in enumerate(settings) if setting != unset]
     if not indices:
         return rows
@@ -184,7 +184,7 @@ def _apply_where_set(
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """[n, 1]"""
+    """[n, 1], of the dtype and on the device of another tensor."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
@@ -194,21 +194,21 @@ def _indices_and_values(terms: Mapping[int, float], flat: Tensor) -> tuple[Tenso
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Logprob]:
-    """The model's own at each row, before temperature, penalties and bias, with the `top` likeliest beside it."""
+    """Returns the logprob of a token at each row, before temperature, penalties and bias, and the `top` likeliest."""
     normalizer = logits.logsumexp(-1, keepdim=True)
     indices = torch.tensor(tokens, device=logits.device)[:, None]
-    own: list[float] = (logits.gather(-1, indices) - normalizer)[:, 0].tolist()
+    logprobs: list[float] = (logits.gather(-1, indices) - normalizer)[:, 0].tolist()
     if not top:
-        return [Logprob(logprob) for logprob in own]
+        return [Logprob(logprob) for logprob in logprobs]
     top_tokens = logits.topk(top)
     others = zip(top_tokens.indices.tolist(), (top_tokens.values - normalizer).tolist(), strict=True)
     return [
         Logprob(logprob, tuple(zip(ids, values, strict=True)))
-        for logprob, (ids, values) in zip(own, others, strict=True)
+        for logprob, (ids, values) in zip(logprobs, others, strict=True)
     ]
 
 
 def uniform_noise(seed: int, position: int) -> float:
-    """In [0, 1), from the two numbers alone."""
+    """Returns a number in [0, 1) that depends on the seed and the position alone."""
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=7).digest()
     return (int.from_bytes(digest) >> 3) / (1 << 53)

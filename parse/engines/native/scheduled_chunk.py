@@ -1,9 +1,8 @@
-"""One forward pass: which tokens of which contexts it computes, laid out in a single row.
+"""The part of a request that one forward pass computes.
 
-A span is a stretch of a request's row: first the tokens of its context, then the nodes of the tree that hangs on it.
-Token k of a context sees those up to itself; a node sees as much of the context as its root hangs on, and within the
-tree what the tree says. So any span can be computed once all before it are: a prompt and a tree alike are cut to
-measure.
+The row of a request consists of the tokens of its sequence, followed by the nodes of the tree that is attached to them.
+A chunk is a range of entries of this row. A token sees all tokens up to itself. A node sees the context up to the
+position of its root, and its ancestors. No entry sees a later one, so a row can be computed in chunks of any size.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from parse.tree import TokenTree
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """Entries `first` to `last` of a request's row. A chain of nodes is given as mere token ids."""
+    """Entries `start` to `end` of the row of a request. A chain of nodes is passed as its token ids."""
 
     sequence: SequenceState
     tree: TokenTree | Sequence[int]
@@ -31,7 +30,7 @@ class ScheduledChunk:
 
     @cached_property
     def is_causal(self) -> bool:
-        """Does every entry see all before it?"""
+        """Whether each entry sees all entries before it."""
         return not isinstance(self.tree, TokenTree) or self.end <= len(self.sequence.token_ids)
 
     def token_ids(self) -> list[int]:
@@ -47,12 +46,12 @@ class ScheduledChunk:
         if self.is_causal:
             return list(range(self.start, self.end))
         assert isinstance(self.tree, TokenTree)
-        nodes = self.tree.visible_context(context_length) + self.tree.depth
-        tree_positions = nodes[max(self.start - context_length, 0) : self.end - context_length]
+        positions = self.tree.visible_context(context_length) + self.tree.depth
+        tree_positions = positions[max(self.start - context_length, 0) : self.end - context_length]
         return [*range(self.start, min(self.end, context_length)), *tree_positions.tolist()]
 
     def visibility(self, window: int | None) -> NDArray[np.bool_]:
-        """[entries, keys]: what each entry sees of the row up to `last`, in a layer with that sliding window."""
+        """[entries, keys], which keys up to `end` each entry sees, in a layer with that sliding window."""
         context_length = len(self.sequence.token_ids)
         key, entry = np.arange(self.end), np.arange(self.start, self.end)
         visible = key <= entry[:, None]

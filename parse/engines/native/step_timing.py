@@ -1,4 +1,4 @@
-"""What passes of a few sizes take, tried before anybody comes."""
+"""Measures how long steps of a few sizes take, before the engine serves requests."""
 
 import statistics
 import time
@@ -10,13 +10,13 @@ from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 
 SIZES = 1, 2, 4, 8, 16, 32, 64
-TRIES = 3
+REPETITIONS = 3
 TIME_LIMIT_S = 0.5  # for each size
-CONTEXT_LENGTH = 64  # tokens behind which they stand
+CONTEXT_LENGTH = 64  # computed tokens before those of the step
 
 
 def measure_step_seconds(model: Model) -> list[tuple[int, float]]:
-    """Of so many tokens behind a short text, and how long the passes took."""
+    """Returns numbers of tokens, and the seconds that a step of so many tokens takes after a short context."""
     length = min(CONTEXT_LENGTH + SIZES[-1], model.max_model_len)
     kv_cache = KVCache(num_blocks=1, block_size=CONTEXT_LENGTH + SIZES[-1])
     sequence = SequenceState([token % model.vocab_size for token in range(length)])
@@ -26,11 +26,11 @@ def measure_step_seconds(model: Model) -> list[tuple[int, float]]:
     for size in (size for size in SIZES if size < length):
         chunk = ScheduledChunk(sequence, (), length - size, length)
         seconds: list[float] = []
-        while len(seconds) <= TRIES and sum(seconds) < TIME_LIMIT_S:
+        while len(seconds) <= REPETITIONS and sum(seconds) < TIME_LIMIT_S:
             began = time.perf_counter()
             logits, _ = model.forward(chunk.token_ids(), chunk.positions(), make_attention(kv_cache, [chunk]), None)
             logits.argmax(-1).tolist()  # waits for the device
             seconds.append(time.perf_counter() - began)
-        # The first is not counted, for whatever is done once, unless there is no time for more.
+        # The first step does work that is done only once, so it counts only if there was no time for another one.
         measurements.append((size, statistics.median(seconds[1:] or seconds)))
     return measurements

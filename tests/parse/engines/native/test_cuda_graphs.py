@@ -1,5 +1,5 @@
-"""Recorded steps. On a CPU a tape stands in for the device's graphs: it does again what was done to the very same
-tensors, and none of the code that led to it runs a second time."""
+"""Recorded steps. On a CPU a tape replaces CUDA graphs: it repeats the operations on the very same tensors, and the
+code that led to them does not run a second time."""
 
 import logging
 import random
@@ -13,8 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parse.engines.native import engine as engines
-from parse.engines.native import paged_attention
+from parse.engines.native import engine_core, paged_attention
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.cuda_graphs import (
     CudaGraphs,
@@ -32,11 +31,11 @@ from parse.engines.native.sampler import Sampler, sample, token_logprobs
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.tree import suffix_forest
 from parse.types import RequestCancelled, SamplingParams
-from tests.parse.engines.native.test_paged_attention import ATOL, Writing, gpu, outputs, text
+from tests.parse.engines.native.test_paged_attention import ATOL, Generation, gpu, outputs, random_tokens
 from tests.parse.engines.native.tiny import SERVED, VOCABULARY, ask, build, paused, plain, serving
 
-KERNEL = "llama", "qwen3", "mistral", "gemma3_text"  # whose attention can go by the kernel
-PAGES = dict(contexts=14, page_size=8)
+KERNEL_MODELS = "llama", "qwen3", "mistral", "gemma3_text"  # the kernel supports their attention
+PAGED = dict(max_sequences=14, block_size=8)
 
 
 class Tape(TorchDispatchMode):
@@ -59,7 +58,7 @@ class Tape(TorchDispatchMode):
 
 class TapeRecorder:
     def __init__(self):
-        self.rows: list[int] = []
+        self.batch_sizes: list[int] = []
 
     def warm_up(self, work):
         work()
@@ -67,7 +66,7 @@ class TapeRecorder:
     def record(self, work):
         with Tape() as tape:
             logits = work()
-        self.rows.append(len(logits))
+        self.batch_sizes.append(len(logits))
         logits.fill_(torch.nan)  # a graph that is recorded has computed nothing
         return logits, tape.play
 
@@ -79,22 +78,22 @@ def decode(
     values: torch.Tensor,
     bounds: torch.Tensor,
     key_bounds: torch.Tensor,
-    used: torch.Tensor,
-    pages: torch.Tensor,
-    most: int,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor,
+    max_keys: int,
     scale: float,
     left: int,
 ) -> torch.Tensor:
-    """What `varlen_attn` is documented to do with single tokens, one row and head after another."""
-    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (bounds, key_bounds, used, pages))
+    """What `varlen_attn` is documented to do with single tokens, one sequence and head after another."""
+    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (bounds, key_bounds, lengths, block_table))
     assert bounds.tolist() == list(range(len(query) + 1))
-    assert torch.equal(key_bounds.diff(), used)
-    assert int(used.max()) <= most <= pages.shape[1] * keys.shape[1]
+    assert torch.equal(key_bounds.diff(), lengths)
+    assert int(lengths.max()) <= max_keys <= block_table.shape[1] * keys.shape[1]
     out = torch.empty_like(query)
     groups = query.shape[1] // keys.shape[2]
-    for row, length in enumerate(used.tolist()):
+    for row, length in enumerate(lengths.tolist()):
         first = max(0, length - 1 - left) if left >= 0 else 0
-        key, value = (memory[pages[row]].flatten(0, 1)[first:length] for memory in (keys, values))
+        key, value = (blocks[block_table[row]].flatten(0, 1)[first:length] for blocks in (keys, values))
         for head in range(query.shape[1]):
             scores = key[:, head // groups] @ query[row, head] * scale
             out[row, head] = scores.softmax(0) @ value[:, head // groups]
@@ -103,124 +102,131 @@ def decode(
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """Engines that are to record do so on tape, and the kernel is there for what they record."""
+    """Makes engines record on tape, and replaces the kernel in what they record."""
     tape = TapeRecorder()
 
-    def kernel(query, keys, values, bounds, key_bounds, most_queries, most_keys, *, scale, window_size, **named):
-        assert most_queries == 1 and named["num_splits"] == 1 and named["enable_gqa"]
+    def kernel(query, keys, values, bounds, key_bounds, max_queries, max_keys, *, scale, window_size, **options):
+        assert max_queries == 1 and options["num_splits"] == 1 and options["enable_gqa"]
         assert window_size in ((-1, -1), (6, 0))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        used, pages = named["seqused_k"], named["block_table"]
-        return decode(query, keys, values, bounds, key_bounds, used, pages, most_keys, scale, window_size[0])
+        lengths, block_table = options["seqused_k"], options["block_table"]
+        return decode(query, keys, values, bounds, key_bounds, lengths, block_table, max_keys, scale, window_size[0])
 
     inner = DecodeAttention.attend
 
     def with_kernel(*args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(paged_attention, "kernel_serves", lambda query, values: query.shape[-1] == values.shape[-1])
+            patch.setattr(paged_attention, "kernel_supports", lambda query, values: query.shape[-1] == values.shape[-1])
             patch.setattr(paged_attention, "varlen_attn", kernel)
             return inner(*args)
 
-    def on_tape(model, memory, spare, longest):
-        return CudaGraphs(model, memory, spare, longest, tape)
+    def on_tape(model, kv_cache, spare_block, max_model_len):
+        return CudaGraphs(model, kv_cache, spare_block, max_model_len, tape)
 
     monkeypatch.setattr(DecodeAttention, "attend", with_kernel)
-    monkeypatch.setattr(engines, "graphs_for", on_tape)
+    monkeypatch.setattr(engine_core, "cuda_graphs_for", on_tape)
     return tape
 
 
 @contextmanager
 def counted(engine):
-    """How many of its steps are replayed."""
-    inner, replayed = engine._graphs.replay, []
+    """Collects the batch sizes of the replayed steps."""
+    graphs = engine.model_runner.cuda_graphs
+    inner, replayed = graphs.replay, []
 
-    def replay(spans):
-        if (logits := inner(spans)) is not None:
-            replayed.append(len(spans))
+    def replay(chunks):
+        if (logits := inner(chunks)) is not None:
+            replayed.append(len(chunks))
         return logits
 
-    engine._graphs.replay = replay
+    graphs.replay = replay
     yield replayed
 
 
-@pytest.mark.parametrize("kind", KERNEL)
-def test_replayed_steps_write_what_ordinary_ones_do(kind, tokenizer, recorder):
-    """With prompts shared, requests of different lengths that come and go, trees between, and all kinds of sampling."""
+@pytest.mark.parametrize("kind", KERNEL_MODELS)
+def test_replayed_steps_give_the_output_of_ordinary_ones(kind, tokenizer, recorder):
+    """Requests of different lengths share prompts, come and go, run trees in between, and sample in different ways."""
     tiny = Model(build(kind), tokenizer)
-    with serving(tiny, **PAGES) as engine:
-        wanted = outputs(engine)
-    for memory in (PAGES, dict(contexts=2, capacity=104, page_size=8)):  # in the second some are set back
-        with serving(tiny, **memory, graphs=True) as engine, counted(engine) as replayed:
+    with serving(tiny, **PAGED) as engine:
+        expected = outputs(engine)
+    scarce = dict(max_sequences=2, sequence_capacity=104, block_size=8)  # some requests are preempted
+    for layout in (PAGED, scarce):
+        with serving(tiny, **layout, cuda_graphs=True) as engine, counted(engine) as replayed:
             for _ in range(2):
                 ids, logits = outputs(engine)
-                assert ids == wanted[0]
-                for got, row in zip(logits, wanted[1], strict=True):
-                    torch.testing.assert_close(got, row, atol=ATOL, rtol=0)
+                assert ids == expected[0]
+                for replayed_row, row in zip(logits, expected[1], strict=True):
+                    torch.testing.assert_close(replayed_row, row, atol=ATOL, rtol=0)
         assert len(replayed) > 30
         assert len(set(replayed)) > 2
-    assert set(recorder.rows) <= {1, 2, 4, 8}
+    assert set(recorder.batch_sizes) <= {1, 2, 4, 8}
 
 
-def test_numbers_of_rows_are_recorded_once_and_few(tokenizer, recorder):
-    with serving(Model(build("llama"), tokenizer), **PAGES, graphs=True) as engine:
+def test_few_batch_sizes_are_recorded_and_each_once(tokenizer, recorder):
+    with serving(Model(build("llama"), tokenizer), **PAGED, cuda_graphs=True) as engine:
         for count in (3, 1, 4, 2, 3, 4):
             with paused(engine):
-                writing = [Writing(engine, text(random.Random(i), 9), 6) for i in range(count)]
-            for each in writing:
+                generations = [Generation(engine, random_tokens(random.Random(i), 9), 6) for i in range(count)]
+            for each in generations:
                 each.reply.result()
-    assert sorted(recorder.rows) == sorted(set(recorder.rows))
+    assert sorted(recorder.batch_sizes) == sorted(set(recorder.batch_sizes))
     assert [padded_batch_size(n) for n in (1, 2, 3, 4, 5, 8, 9, 33, 64)] == [1, 2, 4, 4, 8, 8, 16, 64, 64]
 
 
-def test_who_leaves_a_replayed_step_leaves_the_others_as_they_were(tokenizer, recorder):
+def test_a_request_that_leaves_a_replayed_step_does_not_change_the_others(tokenizer, recorder):
     network = build("llama")
     reference = deepcopy(network)
-    said = [7] * 60
-    with serving(Model(network, tokenizer), **PAGES, graphs=True) as engine, counted(engine) as replayed:
+    tokens = [7] * 60
+    with serving(Model(network, tokenizer), **PAGED, cuda_graphs=True) as engine, counted(engine) as replayed:
         with paused(engine):
-            writing = [Writing(engine, text(random.Random(seed), 20), 90) for seed in range(3)]
+            generations = [Generation(engine, random_tokens(random.Random(seed), 20), 90) for seed in range(3)]
             reply = ask(
-                engine, [3, 4, 5], *[TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(said)]
+                engine, [3, 4, 5], *[TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(tokens)]
             )
-        for number, each in enumerate(writing):
-            while len(each.ids) < 5 * number + 5:
+        for number, each in enumerate(generations):
+            while len(each.token_ids) < 5 * number + 5:
                 time.sleep(0.001)
-            engine.abort(each.reply.job)
+            engine.abort(each.reply.request)
             assert isinstance(each.reply.wait().error, RequestCancelled)
-        got = torch.cat(reply.result())
-        torch.testing.assert_close(got, plain(reference, [3, 4, 5, *said])[3:], atol=ATOL, rtol=0)
+        logits = torch.cat(reply.result())
+        torch.testing.assert_close(logits, plain(reference, [3, 4, 5, *tokens])[3:], atol=ATOL, rtol=0)
         assert max(replayed) == 4 and min(replayed) == 1
         assert engine.stats.num_replayed_steps == len(replayed)
 
 
-def test_what_is_asked_for_in_several_steps_outlives_those_that_are_replayed_between(tokenizer, recorder):
+def test_logits_of_several_steps_outlive_the_steps_that_are_replayed_in_between(tokenizer, recorder):
     network = build("llama")
     reference = deepcopy(network)
-    said = [7, 8, 9, 10, 11, 12]
-    with serving(Model(network, tokenizer), **PAGES, step_tokens=1, graphs=True) as engine, counted(engine) as replayed:
-        got = torch.cat(
-            ask(engine, [3, 4, 5], TreeInput(said[:3]), TreeInput(said[3:], accepted_path=range(3))).result()
+    tokens = [7, 8, 9, 10, 11, 12]
+    with (
+        serving(Model(network, tokenizer), **PAGED, max_num_batched_tokens=1, cuda_graphs=True) as engine,
+        counted(engine) as replayed,
+    ):
+        logits = torch.cat(
+            ask(engine, [3, 4, 5], TreeInput(tokens[:3]), TreeInput(tokens[3:], accepted_path=range(3))).result()
         )
-    torch.testing.assert_close(got, plain(reference, [3, 4, 5, *said])[3:], atol=ATOL, rtol=0)
+    torch.testing.assert_close(logits, plain(reference, [3, 4, 5, *tokens])[3:], atol=ATOL, rtol=0)
     assert replayed == [1] * 5
 
 
-def test_rows_that_nobody_needs_write_to_no_page_that_is_somebodys(tokenizer, recorder):
-    with serving(Model(build("llama"), tokenizer), contexts=2, capacity=16, page_size=8, graphs=True) as engine:
+def test_padding_rows_write_only_to_the_spare_block(tokenizer, recorder):
+    with serving(
+        Model(build("llama"), tokenizer), max_sequences=2, sequence_capacity=16, block_size=8, cuda_graphs=True
+    ) as engine:
         for _ in range(3):
             with paused(engine):
-                writing = [Writing(engine, [seed], 6) for seed in range(3)]
-            for each in writing:
+                generations = [Generation(engine, [seed], 6) for seed in range(3)]
+            for each in generations:
                 each.reply.result()
         assert engine.stats.blocks_total == 4
-        memory = engine._kv_cache
-        assert 4 in recorder.rows
-        written = [bool(memory.keys[0][8 * page : 8 * page + 8].any()) for page in range(memory.num_blocks)]
-        assert written == [True, True, True, False, True]  # the spare one last
-        assert not bool(memory.keys[0][33:].any())  # and only at its beginning
+        kv_cache = engine.model_runner.kv_cache
+        assert 4 in recorder.batch_sizes
+        written = [bool(kv_cache.keys[0][8 * block : 8 * block + 8].any()) for block in range(kv_cache.num_blocks)]
+        assert written == [True, True, True, False, True]  # the spare block is the last
+        assert not bool(kv_cache.keys[0][33:].any())  # only its first slot
 
 
-def test_a_recording_that_gives_something_else_is_never_used(tokenizer, recorder, monkeypatch, caplog):
+def test_a_recording_with_different_logits_is_never_used(tokenizer, recorder, monkeypatch, caplog):
     inner = recorder.record
 
     def wrong(work):
@@ -228,60 +234,60 @@ def test_a_recording_that_gives_something_else_is_never_used(tokenizer, recorder
         return logits, lambda: (play(), logits.mul_(-1))
 
     monkeypatch.setattr(recorder, "record", wrong)
-    refused(tokenizer, "llama", caplog, "logits differ")
+    check_not_replayed(tokenizer, "llama", caplog, "logits differ")
 
 
-def test_what_cannot_be_recorded_goes_the_ordinary_way_and_says_so_once(tokenizer, recorder, caplog):
-    refused(tokenizer, "deepseek_v3", caplog, "does not go by the kernel")
+def test_a_model_that_cannot_be_recorded_runs_ordinary_steps_and_warns_once(tokenizer, recorder, caplog):
+    check_not_replayed(tokenizer, "deepseek_v3", caplog, "does not support")
 
 
-def test_a_device_that_fails_to_record_is_asked_once_for_each_number_of_rows(tokenizer, recorder, monkeypatch, caplog):
+def test_a_device_that_fails_to_record_tries_each_batch_size_once(tokenizer, recorder, monkeypatch, caplog):
     def failing(work):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(recorder, "record", failing)
-    refused(tokenizer, "llama", caplog, "out of memory", times=2)
+    check_not_replayed(tokenizer, "llama", caplog, "out of memory", times=2)
 
 
-def refused(tokenizer, kind, caplog, reason, times=1):
+def check_not_replayed(tokenizer, kind, caplog, reason, times=1):
     tiny = Model(build(kind), tokenizer)
-    with serving(tiny, **PAGES) as engine:
-        wanted = [written(engine, count) for count in (1, 2)]
+    with serving(tiny, **PAGED) as engine:
+        expected = [generate(engine, count) for count in (1, 2)]
     with (
         caplog.at_level(logging.WARNING),
-        serving(tiny, **PAGES, graphs=True) as engine,
+        serving(tiny, **PAGED, cuda_graphs=True) as engine,
         counted(engine) as replayed,
     ):
-        assert [written(engine, count) for count in (1, 2)] == wanted
+        assert [generate(engine, count) for count in (1, 2)] == expected
     assert not replayed
     assert len(caplog.records) == times
     assert reason in caplog.text
 
 
-def written(engine, count):
+def generate(engine, count):
     with paused(engine):
-        writing = [Writing(engine, text(random.Random(seed), 12), 10) for seed in range(count)]
-    for each in writing:
+        generations = [Generation(engine, random_tokens(random.Random(seed), 12), 10) for seed in range(count)]
+    for each in generations:
         each.reply.result()
-    return [each.ids for each in writing]
+    return [each.token_ids for each in generations]
 
 
 @pytest.mark.parametrize("kind", SERVED)
-def test_no_model_that_is_served_asks_its_device_for_a_value_while_it_decodes(kind, tokenizer):
-    """Else it could not be recorded; and here each step would wait for the device once more."""
+def test_no_supported_model_reads_a_value_from_its_device_while_it_decodes(kind, tokenizer):
+    """Otherwise it could not be recorded, and each step would wait for the device once more."""
 
-    class Blind:
+    class ZeroAttention:
         def attend(self, layer, query, key, value, scale, window):
             return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
 
     tiny = Model(build(kind), tokenizer)
     rows = torch.tensor([[1, 2, 3], [5, 6, 2]])
     with torch.inference_mode(), ForbidHostSync():
-        tiny.forward_tensors(rows[:1], rows[1:], Blind(), 0)
+        tiny.forward_tensors(rows[:1], rows[1:], ZeroAttention(), 0)
 
 
 @pytest.mark.parametrize(
-    "asks",
+    "reads_value",
     [
         lambda x: x.sum().item(),
         lambda x: x[x > 0],
@@ -292,10 +298,10 @@ def test_no_model_that_is_served_asks_its_device_for_a_value_while_it_decodes(ki
         lambda x: x.to("meta"),
     ],
 )
-def test_whatever_asks_the_device_for_a_value_is_found(asks):
+def test_operations_that_read_a_value_from_the_device_are_rejected(reads_value):
     for inference in (False, True):
         with torch.inference_mode(inference), pytest.raises(CannotReplayError), ForbidHostSync():
-            asks(torch.zeros(4))
+            reads_value(torch.zeros(4))
 
 
 def test_what_stays_on_the_device_may_be_recorded():
@@ -307,7 +313,7 @@ def test_what_stays_on_the_device_may_be_recorded():
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses mixtures, as GPUs do; single numbers may come from anywhere, and so may what is copied."""
+    """Rejects tensors of several devices in one operation, as GPUs do, except for scalars and copies."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
@@ -317,80 +323,80 @@ class OneDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])
-@pytest.mark.parametrize("kind", KERNEL)
-def test_what_lies_on_a_device_meets_nothing_that_lies_elsewhere(kind, by_kernel, tokenizer, monkeypatch):
-    """Seen on the device that computes nothing."""
+@pytest.mark.parametrize("kind", KERNEL_MODELS)
+def test_no_operation_mixes_tensors_of_two_devices(kind, by_kernel, tokenizer, monkeypatch):
+    """Checked on the meta device, which computes nothing."""
     meta = torch.device("meta")
     with meta:
         network = build(kind, max_position_embeddings=1024).bfloat16()
     monkeypatch.setattr(
-        "parse.engines.native.model.speed_up", lambda *_, **__: 0
-    )  # compares, and here is nothing to compare
-    monkeypatch.setattr(Model, "_self_check", lambda tiny: tiny._attend_with(STEP_ATTENTION))
+        "parse.engines.native.model.optimize_modules", lambda *_, **__: 0
+    )  # it compares values, and a meta tensor has none
+    monkeypatch.setattr(Model, "_self_check", lambda tiny: tiny._set_attention(STEP_ATTENTION))
     monkeypatch.setattr(paged_attention, "_has_kernel", lambda device: by_kernel)
-    tiny, memory = Model(network, tokenizer), KVCache(9, paged_attention.BLOCK_SIZE)
-    contexts = [SequenceState(list(range(100))) for _ in range(4)]
-    for number, context in enumerate(contexts):
-        context.block_ids = [2 * number, 2 * number + 1]
-    (a, b, c, d), forest = contexts, suffix_forest([10, 90], [1, 2, 3])
-    spans = [
+    tiny, kv_cache = Model(network, tokenizer), KVCache(9, paged_attention.BLOCK_SIZE)
+    sequences = [SequenceState(list(range(100))) for _ in range(4)]
+    for number, sequence in enumerate(sequences):
+        sequence.block_ids = [2 * number, 2 * number + 1]
+    (a, b, c, d), forest = sequences, suffix_forest([10, 90], [1, 2, 3])
+    chunks = [
         ScheduledChunk(a, [5], 100, 101),
         ScheduledChunk(b, [6], 100, 101),
         ScheduledChunk(c, (), 0, 60),
         ScheduledChunk(d, forest, 100, 106),
     ]
-    tokens = [token for span in spans for token in span.token_ids()]
-    positions = [position for span in spans for position in span.positions()]
+    tokens = [token for chunk in chunks for token in chunk.token_ids()]
+    positions = [position for chunk in chunks for position in chunk.positions()]
     with torch.inference_mode(), OneDevice():
-        logits, _ = tiny.forward(tokens, positions, PagedAttention(memory, spans), [0, 1, 64])
+        logits, _ = tiny.forward(tokens, positions, PagedAttention(kv_cache, chunks), [0, 1, 64])
         assert (logits.device, logits.shape) == (meta, (3, VOCABULARY))
         table = torch.zeros(4, 6, dtype=torch.long, device=meta)
-        step = DecodeAttention(memory, table[:, 1], table[:, 2:])
+        step = DecodeAttention(kv_cache, table[:, 1], table[:, 2:])
         with ForbidHostSync(), suppress(*([] if by_kernel else [CannotReplayError])):
             assert tiny.forward_tensors(table[None, :, 0], table[None, :, 1], step, 0)[0].device == meta
-    adjusted = dict(frequency_penalty=0.4, repetition_penalty=1.2, logit_bias={3: 1.0})
-    everything = SamplingParams(top_p=0.9, top_k=5, min_p=0.1, **adjusted)  # type: ignore[arg-type]
-    draws = [*Sampler(everything, [1, 2], [3]).states([0, 4]), *Sampler(SamplingParams(), [1], []).states()]
-    for last_of_all in (lambda: sample(logits, draws), lambda: token_logprobs(logits, [1, 2, 3], 2)):
+    penalties = dict(frequency_penalty=0.4, repetition_penalty=1.2, logit_bias={3: 1.0})
+    params = SamplingParams(top_p=0.9, top_k=5, min_p=0.1, **penalties)  # type: ignore[arg-type]
+    states = [*Sampler(params, [1, 2], [3]).states([0, 4]), *Sampler(SamplingParams(), [1], []).states()]
+    for read_results in (lambda: sample(logits, states), lambda: token_logprobs(logits, [1, 2, 3], 2)):
         with OneDevice(), pytest.raises(NotImplementedError, match="out of meta") as caught:
-            last_of_all()
-        assert any("tolist()" in str(entry.statement) for entry in caught.traceback)  # nothing is asked for before
+            read_results()
+        assert any("tolist()" in str(entry.statement) for entry in caught.traceback)  # nothing is read before
 
 
 def test_on_a_cpu_nothing_is_recorded(tokenizer):
     tiny = Model(build("llama"), tokenizer)
     assert cuda_graphs_for(tiny, KVCache(2, 16), 1, 16) is None
-    with serving(tiny, graphs=True) as engine:
-        assert engine._cuda_graphs is None
-        assert len(written(engine, 2)[0]) == 10
+    with serving(tiny, cuda_graphs=True) as engine:
+        assert engine.model_runner.cuda_graphs is None
+        assert len(generate(engine, 2)[0]) == 10
 
 
 @pytest.mark.parametrize("device", [gpu])
-@pytest.mark.parametrize("kind", KERNEL)
+@pytest.mark.parametrize("kind", KERNEL_MODELS)
 def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokenizer, caplog):
     network = build(kind, max_position_embeddings=1024, initializer_range=0.1)
     tiny = Model(network.bfloat16().to(device), tokenizer)
-    contexts = [text(random.Random(seed), size) for seed, size in enumerate((700, 300, 20, 255, 256))]
-    said = text(random.Random(9), 40)
-    asks = [TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(said)]
-    sizes = dict(contexts=8, capacity=1024, step_tokens=2048)
-    answers = []
-    for graphed in (False, True):
-        with caplog.at_level(logging.WARNING), serving(tiny, **sizes, graphs=graphed) as engine:
+    contexts = [random_tokens(random.Random(seed), size) for seed, size in enumerate((700, 300, 20, 255, 256))]
+    tokens = random_tokens(random.Random(9), 40)
+    tree_inputs = [TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(tokens)]
+    config = dict(max_sequences=8, sequence_capacity=1024, max_num_batched_tokens=2048)
+    outputs_by_run = []
+    for cuda_graphs in (False, True):
+        with caplog.at_level(logging.WARNING), serving(tiny, **config, cuda_graphs=cuda_graphs) as engine:
             for _ in range(2):
                 with paused(engine):
-                    replies = [ask(engine, context, *asks[: 40 - 5 * i]) for i, context in enumerate(contexts)]
-                answers.append([torch.cat(reply.result()) for reply in replies])
-            if engine._cuda_graphs:
-                assert sum(recording is not None for recording in engine._cuda_graphs._recordings.values()) >= 3
+                    replies = [ask(engine, context, *tree_inputs[: 40 - 5 * i]) for i, context in enumerate(contexts)]
+                outputs_by_run.append([torch.cat(reply.result()) for reply in replies])
+            if graphs := engine.model_runner.cuda_graphs:
+                assert sum(recording is not None for recording in graphs._recordings.values()) >= 3
     assert not caplog.records
-    for got in answers[1:]:
-        for one, other in zip(got, answers[0], strict=True):
+    for outputs_of_run in outputs_by_run[1:]:
+        for one, other in zip(outputs_of_run, outputs_by_run[0], strict=True):
             assert float((one - other).abs().mean()) < 0.05 * float(other.abs().mean())
 
 
 @pytest.mark.parametrize("device", [gpu])
-def test_a_gpu_goes_on_after_a_recording_that_broke_off(device):
+def test_a_gpu_continues_after_a_recording_that_failed(device):
     x, recorder = torch.ones(3, device=device), CudaRecorder(torch.device(device))
     before = torch.cuda.current_stream()
     with pytest.raises(RuntimeError):
@@ -406,22 +412,22 @@ def test_a_gpu_goes_on_after_a_recording_that_broke_off(device):
 @pytest.mark.parametrize("device", [gpu])
 def test_on_a_gpu_engines_of_one_process_record_beside_one_another(device, tokenizer, caplog):
     models = [Model(build("llama", seed).bfloat16().to(device), tokenizer) for seed in range(2)]
-    wanted: dict[int, list] = {}
-    got: dict[int, list] = {}
+    ordinary: dict[int, list] = {}
+    replayed: dict[int, list] = {}
 
-    def work(number, graphed, results):
-        with serving(models[number], contexts=14, capacity=512, graphs=graphed) as engine:
-            results[number] = [written(engine, count) for count in (1, 3, 2, 5, 5)]
+    def work(number, cuda_graphs, results):
+        with serving(models[number], max_sequences=14, sequence_capacity=512, cuda_graphs=cuda_graphs) as engine:
+            results[number] = [generate(engine, count) for count in (1, 3, 2, 5, 5)]
 
     with caplog.at_level(logging.WARNING):
-        for graphed, results in ((False, wanted), (True, got)):
-            threads = [threading.Thread(target=work, args=(number, graphed, results)) for number in range(2)]
+        for cuda_graphs, results in ((False, ordinary), (True, replayed)):
+            threads = [threading.Thread(target=work, args=(number, cuda_graphs, results)) for number in range(2)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
     assert not caplog.records
-    assert {number: [len(ids) for run in runs for ids in run] for number, runs in got.items()} == {
-        number: [len(ids) for run in runs for ids in run] for number, runs in wanted.items()
+    assert {number: [len(ids) for run in runs for ids in run] for number, runs in replayed.items()} == {
+        number: [len(ids) for run in runs for ids in run] for number, runs in ordinary.items()
     }
-    assert max(token for runs in got.values() for run in runs for ids in run for token in ids) < VOCABULARY
+    assert max(token for runs in replayed.values() for run in runs for ids in run for token in ids) < VOCABULARY

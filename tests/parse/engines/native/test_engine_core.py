@@ -12,12 +12,12 @@ from parse.tree import tree_from_parents
 from parse.types import EngineStopped, NumericalError, RequestCancelled
 from tests.parse.engines.native.tiny import VOCABULARY, alone, ask, build, paused, plain, serving, submit
 
-ROWS: dict[str, int] = {}
-PAGES = dict(page_size=8)
+CONTIGUOUS: dict[str, int] = {}
+PAGED = dict(block_size=8)
 POISON = VOCABULARY - 1
 
 
-def text(seed, size):
+def random_tokens(seed, size):
     rng = random.Random(seed)
     return [rng.randrange(POISON) for _ in range(size)]
 
@@ -32,70 +32,70 @@ def model(reference, tokenizer):
     return Model(deepcopy(reference), tokenizer)
 
 
-@pytest.fixture(params=[ROWS, PAGES], ids=["rows", "pages"])
-def memory(request):
+@pytest.fixture(params=[CONTIGUOUS, PAGED], ids=["contiguous", "paged"])
+def layout(request):
     return request.param
 
 
-def one_by_one(tokens):
+def single_tokens(tokens):
     return [TreeInput([token], accepted_path=range(bool(place))) for place, token in enumerate(tokens)]
 
 
-def right(reference, context, tokens, logits):
-    """Are these the logits of one text after another, where it follows the context?"""
-    wanted = plain(reference, [*context, *tokens])[len(context) :]
-    torch.testing.assert_close(torch.cat(logits), wanted, atol=1e-4, rtol=0)
+def match(reference, context, tokens, logits):
+    """Are these the logits at tokens that follow the context?"""
+    expected = plain(reference, [*context, *tokens])[len(context) :]
+    torch.testing.assert_close(torch.cat(logits), expected, atol=1e-4, rtol=0)
     return True
 
 
-def settled(engine):
-    """What the engine holds once nothing runs or waits, seen twice: on the way a request is nowhere for a moment."""
+def idle_stats(engine):
+    """Returns the stats once nothing runs or waits, seen twice: between two queues a request is briefly in neither."""
     quiet = 0
     for _ in range(2000):
-        quiet = 0 if engine.load.running or engine.load.waiting else quiet + 1
+        quiet = 0 if engine.stats.num_running or engine.stats.num_waiting else quiet + 1
         if quiet == 2:
-            return engine.load
+            return engine.stats
         time.sleep(0.01)
-    raise AssertionError("the engine does not come to rest")
+    raise AssertionError("the engine does not become idle")
 
 
 class Stream:
-    """A request that goes on for ever, and how far it has come."""
+    """A request that runs until it is aborted, and the number of its steps."""
 
-    def __init__(self, engine, context, room=90):
+    def __init__(self, engine, context, max_new_tokens=90):
         self.steps = 0
-        self._moved = threading.Condition()
-        self.reply = submit(engine, context, self._program(), room)
+        self._stepped = threading.Condition()
+        self.reply = submit(engine, context, self._program(), max_new_tokens)
 
     def _program(self):
         for step in range(10**6):
             yield TreeInput([step % POISON], logits_nodes=())
-            with self._moved:
+            with self._stepped:
                 self.steps += 1
-                self._moved.notify_all()
+                self._stepped.notify_all()
 
-    def moves(self, steps):
-        """Waits until it has come that much further."""
-        with self._moved:
-            upto = self.steps + steps
-            assert self._moved.wait_for(lambda: self.steps >= upto, 60)
+    def wait_for_steps(self, steps):
+        """Waits for that many more steps."""
+        with self._stepped:
+            target = self.steps + steps
+            assert self._stepped.wait_for(lambda: self.steps >= target, 60)
 
-    def running(self):
-        self.moves(1)
+    def started(self):
+        self.wait_for_steps(1)
         return self
 
 
-def test_a_long_prompt_does_not_hold_up_those_who_write(model, memory):
-    with serving(model, step_tokens=9, **memory) as engine:
-        stream = Stream(engine, text(1, 5)).running()
+def test_a_long_prompt_does_not_hold_up_requests_that_decode(model, layout):
+    with serving(model, max_num_batched_tokens=9, **layout) as engine:
+        stream = Stream(engine, random_tokens(1, 5)).started()
         before = stream.steps
-        ask(engine, text(2, 80), TreeInput([1])).result()
+        ask(engine, random_tokens(2, 80), TreeInput([1])).result()
         # 81 tokens in steps of 9, of which the stream takes one
         assert stream.steps - before >= 10
-        engine.abort(stream.reply.job)
+        engine.abort(stream.reply.request)
 
 
-def test_no_step_computes_more_than_it_may(model, memory):
+def test_no_step_computes_more_than_it_may(model, layout):
     sizes = []
     forward = model.forward
 
@@ -104,10 +104,11 @@ def test_no_step_computes_more_than_it_may(model, memory):
         return forward(tokens, *rest)
 
     model.forward = recording
-    with serving(model, step_tokens=9, **memory) as engine:
+    with serving(model, max_num_batched_tokens=9, **layout) as engine:
         with paused(engine):
             replies = [
-                ask(engine, text(seed, 10 * seed), TreeInput(text(0, 12)), *one_by_one([1, 2])) for seed in range(1, 5)
+                ask(engine, random_tokens(seed, 10 * seed), TreeInput(random_tokens(0, 12)), *single_tokens([1, 2]))
+                for seed in range(1, 5)
             ]
         for reply in replies:
             reply.result()
@@ -116,105 +117,105 @@ def test_no_step_computes_more_than_it_may(model, memory):
     assert len(sizes) == engine.stats.num_steps
 
 
-def test_what_is_asked_for_may_lie_anywhere_in_a_request_that_takes_many_steps(model, reference, memory):
-    context, nodes = text(1, 13), text(2, 20)
-    wanted = plain(reference, [*context, *nodes])[len(context) :]
-    reads = [[0], [19], [3, 4, 5], [0, 7, 19], [], None]
-    with serving(model, step_tokens=5, **memory) as engine:
-        answers = ask(engine, context, *(TreeInput(nodes, logits_nodes=read) for read in reads)).result()
-    for read, got in zip(reads, answers, strict=True):
-        torch.testing.assert_close(got, wanted[range(20) if read is None else read], atol=1e-4, rtol=0)
+def test_logits_may_be_read_anywhere_in_a_tree_that_takes_many_steps(model, reference, layout):
+    context, nodes = random_tokens(1, 13), random_tokens(2, 20)
+    expected = plain(reference, [*context, *nodes])[len(context) :]
+    logits_nodes = [[0], [19], [3, 4, 5], [0, 7, 19], [], None]
+    with serving(model, max_num_batched_tokens=5, **layout) as engine:
+        outputs = ask(engine, context, *(TreeInput(nodes, logits_nodes=each) for each in logits_nodes)).result()
+    for each, logits in zip(logits_nodes, outputs, strict=True):
+        torch.testing.assert_close(logits, expected[range(20) if each is None else each], atol=1e-4, rtol=0)
 
 
-def test_those_who_come_later_wait_for_their_turn(model, memory):
+def test_later_requests_wait_for_their_turn(model, layout):
     begun = []
 
     def late():
         begun.append(True)
         yield TreeInput([1])
 
-    with serving(model, max_running=2, **memory) as engine:
-        streams = [Stream(engine, text(seed, 5)).running() for seed in range(2)]
-        reply = submit(engine, text(3, 5), late(), 1)
+    with serving(model, max_num_seqs=2, **layout) as engine:
+        streams = [Stream(engine, random_tokens(seed, 5)).started() for seed in range(2)]
+        reply = submit(engine, random_tokens(3, 5), late(), 1)
         for stream in streams:
-            stream.moves(5)
+            stream.wait_for_steps(5)
         assert not begun
         assert (engine.stats.num_running, engine.stats.num_waiting) == (2, 1)
-        engine.abort(streams[0].reply.job)
+        engine.abort(streams[0].reply.request)
         reply.result()
-        engine.abort(streams[1].reply.job)
+        engine.abort(streams[1].reply.request)
 
 
-def test_whose_text_holds_what_the_model_cannot_compute_fails_alone(model, reference, memory):
+def test_a_request_whose_logits_are_not_finite_fails_alone(model, reference, layout):
     with torch.no_grad():
         model.network.get_input_embeddings().weight[POISON] = torch.nan
-    contexts = [text(seed, 12 + 7 * seed) for seed in range(5)]
-    said = text(9, 8)
-    with serving(model, contexts=8, **memory) as engine:
-        for _ in range(2):  # the second time in memory where the others have been
+    contexts = [random_tokens(seed, 12 + 7 * seed) for seed in range(5)]
+    tokens = random_tokens(9, 8)
+    with serving(model, max_sequences=8, **layout) as engine:
+        for _ in range(2):  # the second time in blocks that the first requests have used
             with paused(engine):
-                good = [ask(engine, context, *one_by_one(said)) for context in contexts]
+                good = [ask(engine, context, *single_tokens(tokens)) for context in contexts]
                 bad = [
-                    ask(engine, [*text(7, 30), POISON, *text(8, 9)], TreeInput([1])),
-                    ask(engine, text(6, 11), *one_by_one([1, 2, POISON, 3])),
-                    ask(engine, text(5, 20), TreeInput([1, POISON, 2])),
+                    ask(engine, [*random_tokens(7, 30), POISON, *random_tokens(8, 9)], TreeInput([1])),
+                    ask(engine, random_tokens(6, 11), *single_tokens([1, 2, POISON, 3])),
+                    ask(engine, random_tokens(5, 20), TreeInput([1, POISON, 2])),
                 ]
             for context, reply in zip(contexts, good, strict=True):
-                assert right(reference, context, said, reply.result())
+                assert match(reference, context, tokens, reply.result())
             for reply in bad:
                 assert isinstance(reply.wait().error, NumericalError)
-            contexts = [text(seed, 12 + 7 * seed) for seed in range(10, 15)]
-        assert settled(engine).num_running == 0
+            contexts = [random_tokens(seed, 12 + 7 * seed) for seed in range(10, 15)]
+        assert idle_stats(engine).num_running == 0
 
 
-def test_whose_program_fails_fails_alone(model, reference, memory, caplog):
+def test_a_request_whose_program_fails_fails_alone(model, reference, layout, caplog):
     def failing(steps):
         for _ in range(steps):
             yield TreeInput([1])
         raise ZeroDivisionError
 
-    with serving(model, **memory) as engine:
+    with serving(model, **layout) as engine:
         with paused(engine):
-            good = [ask(engine, text(seed, 20), *one_by_one(text(seed, 5))) for seed in range(3)]
-            bad = [submit(engine, text(4, 20), failing(steps), 5) for steps in range(3)]
+            good = [ask(engine, random_tokens(seed, 20), *single_tokens(random_tokens(seed, 5))) for seed in range(3)]
+            bad = [submit(engine, random_tokens(4, 20), failing(steps), 5) for steps in range(3)]
         for seed, reply in enumerate(good):
-            assert right(reference, text(seed, 20), text(seed, 5), reply.result())
+            assert match(reference, random_tokens(seed, 20), random_tokens(seed, 5), reply.result())
         for reply in bad:
             assert isinstance(reply.wait().error, ZeroDivisionError)
-        assert settled(engine).num_running == 0
-        assert ask(engine, text(4, 20), TreeInput([1])).result()
+        assert idle_stats(engine).num_running == 0
+        assert ask(engine, random_tokens(4, 20), TreeInput([1])).result()
 
 
-def test_what_the_model_cannot_take_fails_alone(model, reference, memory, caplog):
-    with serving(model, **memory) as engine:
+def test_a_request_that_the_model_rejects_fails_alone(model, reference, layout, caplog):
+    with serving(model, **layout) as engine:
         with paused(engine):
-            good = ask(engine, text(1, 20), *one_by_one(text(1, 5)))
-            bad = ask(engine, text(2, 20), TreeInput([1, VOCABULARY, 2]))
-        assert right(reference, text(1, 20), text(1, 5), good.result())
+            good = ask(engine, random_tokens(1, 20), *single_tokens(random_tokens(1, 5)))
+            bad = ask(engine, random_tokens(2, 20), TreeInput([1, VOCABULARY, 2]))
+        assert match(reference, random_tokens(1, 20), random_tokens(1, 5), good.result())
         assert isinstance(bad.wait().error, IndexError)
 
 
-def test_a_cancelled_request_ends_and_leaves_its_memory(model, memory):
-    with serving(model, contexts=2, max_running=2, **memory) as engine:
-        streams = [Stream(engine, text(seed, 20)).running() for seed in range(2)]
-        late = submit(engine, text(2, 20), prefill())
+def test_a_cancelled_request_ends_and_frees_its_blocks(model, layout):
+    with serving(model, max_sequences=2, max_num_seqs=2, **layout) as engine:
+        streams = [Stream(engine, random_tokens(seed, 20)).started() for seed in range(2)]
+        late = submit(engine, random_tokens(2, 20), prefill())
         for request in (*streams, late):
             assert not (request.reply if isinstance(request, Stream) else request).ended
-        engine.abort(late.job)
+        engine.abort(late.request)
         assert isinstance(late.wait().error, RequestCancelled)
         for stream in streams:
-            engine.abort(stream.reply.job)
+            engine.abort(stream.reply.request)
             assert isinstance(stream.reply.wait().error, RequestCancelled)
-        at_rest = settled(engine)
-        assert at_rest.blocks_used == at_rest.blocks_cached <= at_rest.blocks_total
-        # All the memory is there for others.
-        again = [Stream(engine, text(seed, 30)).running() for seed in range(5, 7)]
+        idle = idle_stats(engine)
+        assert idle.blocks_used == idle.blocks_cached <= idle.blocks_total
+        # All the blocks are there for others.
+        again = [Stream(engine, random_tokens(seed, 30)).started() for seed in range(5, 7)]
         for stream in again:
-            engine.abort(stream.reply.job)
+            engine.abort(stream.reply.request)
             stream.reply.wait()
         engine.reset_prefix_cache()
-        ask(engine, text(0, 20), TreeInput([1])).result()
-        assert settled(engine).prefix_hits == 0
+        ask(engine, random_tokens(0, 20), TreeInput([1])).result()
+        assert idle_stats(engine).prefix_hits == 0
 
 
 def test_a_request_cancelled_before_it_is_seen_never_runs(model):
@@ -226,27 +227,27 @@ def test_a_request_cancelled_before_it_is_seen_never_runs(model):
 
     with serving(model) as engine:
         with paused(engine):
-            reply = submit(engine, text(1, 20), program(), 1)
-            engine.abort(reply.job)
+            reply = submit(engine, random_tokens(1, 20), program(), 1)
+            engine.abort(reply.request)
         assert isinstance(reply.wait().error, RequestCancelled)
     assert not ran
 
 
-def test_to_cancel_what_is_done_changes_nothing(model):
+def test_aborting_a_finished_request_changes_nothing(model):
     with serving(model) as engine:
-        reply = ask(engine, text(1, 20), TreeInput([1]))
+        reply = ask(engine, random_tokens(1, 20), TreeInput([1]))
         reply.result()
-        engine.abort(reply.job)
-        assert ask(engine, text(1, 20), TreeInput([1])).result()
+        engine.abort(reply.request)
+        assert ask(engine, random_tokens(1, 20), TreeInput([1])).result()
         assert reply.error is None
 
 
-def test_to_stop_ends_all_who_run_wait_or_come(model, memory):
-    with serving(model, contexts=2, max_running=2, **memory) as engine:
-        streams = [Stream(engine, text(seed, 20)).running() for seed in range(2)]
-        waiting = [submit(engine, text(seed, 20), prefill()) for seed in range(5)]
-        streams[0].moves(2)  # so that they have been taken in
-        waiting += [submit(engine, text(seed, 20), prefill()) for seed in range(5)]
+def test_shutdown_ends_all_running_waiting_and_later_requests(model, layout):
+    with serving(model, max_sequences=2, max_num_seqs=2, **layout) as engine:
+        streams = [Stream(engine, random_tokens(seed, 20)).started() for seed in range(2)]
+        waiting = [submit(engine, random_tokens(seed, 20), prefill()) for seed in range(5)]
+        streams[0].wait_for_steps(2)  # so that the engine has received them
+        waiting += [submit(engine, random_tokens(seed, 20), prefill()) for seed in range(5)]
         engine.shutdown()
         for reply in (*(stream.reply for stream in streams), *waiting):
             assert reply.ended
@@ -256,31 +257,31 @@ def test_to_stop_ends_all_who_run_wait_or_come(model, memory):
         engine.shutdown()
 
 
-def test_who_comes_while_it_is_stopped_is_told(model, monkeypatch):
+def test_a_request_that_arrives_during_shutdown_is_rejected(model, monkeypatch):
     with serving(model) as engine:
         inbox = engine._inbox
 
         class Late:
-            """Delivers when the engine has already gone."""
+            """Delivers a request after the engine has stopped."""
 
             def __getattr__(self, name):
                 return getattr(inbox, name)
 
-            def put(self, job):
-                if job is not None:
+            def put(self, request):
+                if request is not None:
                     engine.shutdown()
-                inbox.put(job)
+                inbox.put(request)
 
         monkeypatch.setattr(engine, "_inbox", Late())
         assert isinstance(submit(engine, [1, 2], prefill()).wait().error, EngineStopped)
 
 
-def test_if_the_engine_itself_breaks_down_everyone_hears_of_it(model, monkeypatch, caplog):
+def test_if_the_engine_thread_fails_all_requests_end_with_its_error(model, monkeypatch, caplog):
     with serving(model) as engine:
-        stream = Stream(engine, text(1, 20)).running()
+        stream = Stream(engine, random_tokens(1, 20)).started()
         with paused(engine):
-            waiting = ask(engine, text(2, 20), TreeInput([1]))
-            monkeypatch.setattr(engine, "_plan", lambda: 1 // 0)
+            waiting = ask(engine, random_tokens(2, 20), TreeInput([1]))
+            monkeypatch.setattr(engine.scheduler, "schedule", lambda: 1 // 0)
         for reply in (stream.reply, waiting):
             assert isinstance(reply.wait().error, EngineStopped)
         assert "ZeroDivisionError" in str(stream.reply.error)
@@ -289,108 +290,165 @@ def test_if_the_engine_itself_breaks_down_everyone_hears_of_it(model, monkeypatc
             submit(engine, [1], prefill())
 
 
-def test_what_many_want_at_the_same_time_is_computed_once(model, reference, memory):
-    prompt = text(1, 70)
-    with serving(model, contexts=8, **memory) as engine:
+def test_a_prompt_that_many_requests_share_is_computed_once(model, reference, layout):
+    prompt = random_tokens(1, 70)
+    with serving(model, max_sequences=8, **layout) as engine:
         with paused(engine):
-            replies = [ask(engine, prompt, *one_by_one(text(seed, 3))) for seed in range(6)]
+            replies = [ask(engine, prompt, *single_tokens(random_tokens(seed, 3))) for seed in range(6)]
         for seed, reply in enumerate(replies):
-            assert right(reference, prompt, text(seed, 3), reply.result())
-        # The last tokens of a prompt may be computed by each: less than a block of 16.
+            assert match(reference, prompt, random_tokens(seed, 3), reply.result())
+        # Each request may compute the last tokens of the prompt: fewer than a hash block of 16.
         assert engine.stats.num_tokens - 6 * 3 <= 70 + 5 * 16
 
 
-def test_a_stranger_is_not_held_up_by_those_who_wait_for_another(model):
-    prompt = text(1, 100)
+def test_requests_that_wait_for_a_shared_prompt_do_not_hold_up_others(model):
+    prompt = random_tokens(1, 100)
     order = []
 
-    def noting(name):
+    def program(name):
         yield TreeInput([1])
         order.append(name)
 
-    with serving(model, step_tokens=4) as engine:
+    with serving(model, max_num_batched_tokens=4) as engine:
         with paused(engine):
-            replies = [submit(engine, prompt, noting(name), 1) for name in ("first", "second")]
-            replies.append(submit(engine, [], noting("stranger"), 1))
+            replies = [submit(engine, prompt, program(name), 1) for name in ("first", "second")]
+            replies.append(submit(engine, [], program("other"), 1))
         for reply in replies:
             reply.result()
-    assert order == ["stranger", "first", "second"]
+    assert order == ["other", "first", "second"]
 
 
-def test_when_memory_is_full_who_was_used_longest_ago_makes_room(model, reference):
-    with serving(model, contexts=3) as engine:
-        for seed in (1, 2, 3, 1, 4):  # the fourth hits, the fifth takes the place of the second
-            ask(engine, text(seed, 40), TreeInput([1])).result()
-        seen = settled(engine)
-        assert (seen.blocks_used, seen.evictions, seen.prefix_hits) == (3, 1, 40)
+def test_when_no_block_is_free_the_least_recently_used_sequence_is_evicted(model, reference):
+    with serving(model, max_sequences=3) as engine:
+        for seed in (1, 2, 3, 1, 4):  # the fourth hits the cache, the fifth evicts the second
+            ask(engine, random_tokens(seed, 40), TreeInput([1])).result()
+        stats = idle_stats(engine)
+        assert (stats.blocks_used, stats.evictions, stats.prefix_hits) == (3, 1, 40)
         for seed in (1, 3, 4):
-            ask(engine, text(seed, 40), TreeInput([1])).result()
-        assert settled(engine).prefix_hits - seen.prefix_hits == 120
-        assert right(reference, text(2, 40), [1], ask(engine, text(2, 40), TreeInput([1])).result())
-        assert settled(engine).prefix_hits - seen.prefix_hits == 120
+            ask(engine, random_tokens(seed, 40), TreeInput([1])).result()
+        assert idle_stats(engine).prefix_hits - stats.prefix_hits == 120
+        assert match(reference, random_tokens(2, 40), [1], ask(engine, random_tokens(2, 40), TreeInput([1])).result())
+        assert idle_stats(engine).prefix_hits - stats.prefix_hits == 120
 
 
-def test_many_requests_leave_no_more_memory_taken_than_there_is(model, reference, memory):
-    with serving(model, contexts=4, capacity=48, max_running=6, **memory) as engine:
+def test_many_requests_leave_no_block_in_use(model, reference, layout):
+    with serving(model, max_sequences=4, sequence_capacity=48, max_num_seqs=6, **layout) as engine:
         replies = []
         for number in range(300):
             rng = random.Random(number)
-            context, said = text(rng.randrange(20), rng.randrange(40)), text(number, rng.randrange(1, 6))
+            context, tokens = (
+                random_tokens(rng.randrange(20), rng.randrange(40)),
+                random_tokens(number, rng.randrange(1, 6)),
+            )
             context = context or [3]
-            reply = ask(engine, context, *one_by_one(said))
+            reply = ask(engine, context, *single_tokens(tokens))
             if rng.random() < 0.2:
-                engine.abort(reply.job)
-            replies.append((context, said, reply))
-        for context, said, reply in replies[::15]:
+                engine.abort(reply.request)
+            replies.append((context, tokens, reply))
+        for context, tokens, reply in replies[::15]:
             if reply.wait().error is None:
-                assert right(reference, context, said, reply.result())
+                assert match(reference, context, tokens, reply.result())
         for *_, reply in replies:
             assert reply.wait().error is None or isinstance(reply.error, RequestCancelled)
-        seen = settled(engine)
-        assert seen.blocks_used == seen.blocks_cached <= seen.blocks_total
+        stats = idle_stats(engine)
+        assert stats.blocks_used == stats.blocks_cached <= stats.blocks_total
         engine.reset_prefix_cache()
         submit(engine, [1], prefill()).result()
-        assert settled(engine).blocks_used == 0
+        assert idle_stats(engine).blocks_used == 0
 
 
-def test_speculation_leaves_no_trace_of_what_was_not_kept(model, reference, memory):
-    """Wrong guesses are run between all tokens of a text, which then go on as if they had never been."""
-    said = text(1, 12)
-    asks = []
-    for place, token in enumerate(said):
-        asks.append(TreeInput([token, *text(100 + place, 5)], logits_nodes=[0], accepted_path=range(bool(place))))
-    with serving(model, **memory) as engine:
-        assert right(reference, text(2, 20), said, ask(engine, text(2, 20), *asks).result())
-        seen = settled(engine)
-        ask(engine, [*text(2, 20), *said], TreeInput([1])).result()
-        assert engine.stats.prefix_hits - seen.prefix_hits == 20 + len(said) - 1
+def test_rejected_proposals_leave_no_trace(model, reference, layout):
+    """Wrong proposals run after each token, and the sequence continues as if they had never been there."""
+    tokens = random_tokens(1, 12)
+    tree_inputs = []
+    for place, token in enumerate(tokens):
+        tree_inputs.append(
+            TreeInput([token, *random_tokens(100 + place, 5)], logits_nodes=[0], accepted_path=range(bool(place)))
+        )
+    with serving(model, **layout) as engine:
+        assert match(reference, random_tokens(2, 20), tokens, ask(engine, random_tokens(2, 20), *tree_inputs).result())
+        stats = idle_stats(engine)
+        ask(engine, [*random_tokens(2, 20), *tokens], TreeInput([1])).result()
+        assert engine.stats.prefix_hits - stats.prefix_hits == 20 + len(tokens) - 1
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_path_through_a_tree_becomes_part_of_the_context_wherever_its_nodes_stood(model, reference, memory, seed):
-    """Others beside it do the same, and what is asked next sees the path and nothing of its neighbours."""
+def test_a_path_through_a_tree_becomes_part_of_the_context_wherever_its_nodes_stood(model, reference, layout, seed):
+    """Several requests do this side by side, and the next tree sees the path and nothing of its neighbours."""
     rng = random.Random(seed)
     requests = []
     for number in range(3):
-        context, asks, said = text(seed + 10 * number, 9 + number), [], []
-        keep: tuple[int, ...] = ()
+        context, tree_inputs, trees = random_tokens(seed + 10 * number, 9 + number), [], []
+        accepted_path: tuple[int, ...] = ()
         for _ in range(4):
-            tokens = text(rng.random(), 9)
+            tokens = random_tokens(rng.random(), 9)
             parents = [-1, *(rng.randrange(node) for node in range(1, 9))]
-            tree, place = tree_from_parents(tokens, parents)
-            asks.append(TreeInput(tree, accepted_path=keep))
+            tree, preorder = tree_from_parents(tokens, parents)
+            tree_inputs.append(TreeInput(tree, accepted_path=accepted_path))
             path = [rng.randrange(9)]
             while parents[path[0]] >= 0:
                 path.insert(0, parents[path[0]])
-            keep = tuple(int(place[node]) for node in path)
-            said.append((context, tree))
+            accepted_path = tuple(int(preorder[node]) for node in path)
+            trees.append((context, tree))
             context = [*context, *(tokens[node] for node in path)]
-        requests.append((said, context, [*asks, TreeInput(text(99, 3), accepted_path=keep)]))
-    with serving(model, **memory) as engine:
+        requests.append((trees, context, [*tree_inputs, TreeInput(random_tokens(99, 3), accepted_path=accepted_path)]))
+    with serving(model, **layout) as engine:
         with paused(engine):
-            replies = [ask(engine, said[0][0], *asks) for said, _, asks in requests]
-        answers = [reply.result() for reply in replies]
-    for (said, context, _), (*trees, last) in zip(requests, answers, strict=True):
-        for (before, tree), logits in zip(said, trees, strict=True):
+            replies = [ask(engine, trees[0][0], *tree_inputs) for trees, _, tree_inputs in requests]
+        outputs = [reply.result() for reply in replies]
+    for (trees, context, _), (*tree_logits, last) in zip(requests, outputs, strict=True):
+        for (before, tree), logits in zip(trees, tree_logits, strict=True):
             torch.testing.assert_close(logits, alone(reference, before, tree), atol=1e-4, rtol=0)
-        assert right(reference, context, text(99, 3), [last])
+        assert match(reference, context, random_tokens(99, 3), [last])
+
+
+@pytest.mark.parametrize("accepted", [0, 2])
+@pytest.mark.parametrize("length", [0, 16, 19, 39])
+def test_a_context_cut_within_a_shared_prefix_continues_as_if_it_had_never_been_longer(
+    model, reference, layout, length, accepted
+):
+    """The other request that shares the prefix continues as well, and later requests find what it has computed."""
+    prompt, tokens, rejected, rest = (random_tokens(seed, size) for seed, size in enumerate((40, 12, 5, 9)))
+    with serving(model, **layout) as engine:
+        with paused(engine):
+            whole = ask(engine, prompt, *single_tokens(tokens))
+            cut = ask(
+                engine,
+                prompt,
+                TreeInput(rejected),
+                TreeInput(rest[:4], accepted_path=range(accepted), context_length=length),
+                *(TreeInput([token], accepted_path=range(1 if i else 4)) for i, token in enumerate(rest[4:])),
+            )
+        assert match(reference, prompt, tokens, whole.result())
+        first, *others = cut.result()
+        assert match(reference, prompt, rejected, [first])
+        assert match(reference, prompt[:length], rest, others)
+        hits = idle_stats(engine).prefix_hits
+        assert match(reference, prompt, tokens[:1], ask(engine, prompt, TreeInput(tokens[:1])).result())
+        assert engine.stats.prefix_hits - hits == len(prompt)
+
+
+def test_a_context_may_be_cut_before_its_first_tree(model, reference, layout):
+    prompt, tokens = random_tokens(1, 40), random_tokens(2, 6)
+    with serving(model, **layout) as engine:
+        assert match(reference, prompt[:21], tokens, ask(engine, prompt, TreeInput(tokens, context_length=21)).result())
+
+
+def test_contexts_are_cut_and_continue_where_blocks_are_scarce_and_requests_are_preempted(model, reference):
+    prompt = random_tokens(0, 40)
+    requests = []
+    for seed in range(1, 5):
+        length = 11 + 7 * seed
+        inputs, rest = single_tokens(random_tokens(seed, 8)), random_tokens(10 + seed, 10)
+        inputs.append(TreeInput(rest[:1], accepted_path=(0,), context_length=length))
+        inputs += [TreeInput([token], accepted_path=(0,)) for token in rest[1:]]
+        requests.append((length, rest, inputs))
+    with serving(model, max_sequences=1, sequence_capacity=64, block_size=8) as engine:
+        with paused(engine):
+            replies = [ask(engine, prompt, *inputs) for *_, inputs in requests]
+        for seed, ((length, rest, _), reply) in enumerate(zip(requests, replies, strict=True), 1):
+            logits = reply.result()
+            assert match(reference, prompt, random_tokens(seed, 8), logits[:8])
+            assert match(reference, prompt[:length], rest, logits[8:])
+        stats = idle_stats(engine)
+        assert stats.blocks_used == stats.blocks_cached

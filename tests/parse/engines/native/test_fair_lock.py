@@ -3,22 +3,22 @@ import threading
 from parse.engines.native.fair_lock import FairLock
 
 
-def test_only_one_at_a_time_and_whoever_waited_longest_is_next():
-    turns, entered, inside = FairLock(), [], threading.Event()
+def test_one_thread_holds_the_lock_and_the_one_that_waited_longest_is_next():
+    lock, entered, inside = FairLock(), [], threading.Event()
 
     def work(name: str) -> None:
-        with turns:
+        with lock:
             assert not inside.is_set()
             inside.set()
             entered.append(name)
             inside.clear()
 
     threads = []
-    with turns:
+    with lock:
         for count, name in enumerate("abcde"):
             threads.append(threading.Thread(target=work, args=(name,)))
             threads[-1].start()
-            while turns.waiting <= count:
+            while lock.waiting <= count:
                 threading.Event().wait(0.001)
         assert not entered
     for thread in threads:
@@ -26,13 +26,13 @@ def test_only_one_at_a_time_and_whoever_waited_longest_is_next():
     assert entered == list("abcde")
 
 
-def test_a_turn_that_fails_is_over():
-    turns = FairLock()
+def test_an_error_releases_the_lock():
+    lock = FairLock()
     for _ in range(2):
         try:
-            with turns:
+            with lock:
                 raise ValueError
         except ValueError:
             pass
-    with turns:
+    with lock:
         pass

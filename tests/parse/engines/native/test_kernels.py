@@ -8,7 +8,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from parse.engines.native.kernels import MIN_MULTIPLICATIONS, MIN_WEIGHT_ELEMENTS, optimize_modules, padded_num_tokens
 
 
-def _with_weights(norm: nn.Module, dtype: torch.dtype) -> nn.Sequential:
+def _with_random_weights(norm: nn.Module, dtype: torch.dtype) -> nn.Sequential:
     torch.manual_seed(3)
     for weight in norm.parameters():
         nn.init.normal_(weight, 1.0, 0.3)
@@ -18,7 +18,7 @@ def _with_weights(norm: nn.Module, dtype: torch.dtype) -> nn.Sequential:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Olmo2RMSNorm])
 def test_a_fused_norm_gives_what_the_library_gives(kind, dtype):
-    norm = _with_weights(kind(24, eps=1e-5), dtype)
+    norm = _with_random_weights(kind(24, eps=1e-5), dtype)
     x = torch.randn(1, 7, 24).to(dtype) * 5
     expected = norm(x)
     assert optimize_modules(norm) == 1
@@ -30,7 +30,10 @@ def test_a_norm_of_another_kind_stays_as_it_is():
         def forward(self, hidden_states):
             return 2 * super().forward(hidden_states)
 
-    for norm in (_with_weights(DoublingRMSNorm(8), torch.float32), _with_weights(Gemma3RMSNorm(8), torch.float32)):
+    for norm in (
+        _with_random_weights(DoublingRMSNorm(8), torch.float32),
+        _with_random_weights(Gemma3RMSNorm(8), torch.float32),
+    ):
         x = torch.randn(1, 3, 8)
         expected = norm(x)
         assert optimize_modules(norm) == 0
@@ -40,7 +43,7 @@ def test_a_norm_of_another_kind_stays_as_it_is():
 @pytest.mark.parametrize("tokens", [1, 3, 40, 500])
 @pytest.mark.parametrize("inside, outside", [(48, 32), (512, MIN_WEIGHT_ELEMENTS // 512 + 1)])
 def test_a_packed_layer_gives_what_the_plain_one_gives(inside, outside, tokens):
-    assert 40 * 48 * 32 < MIN_MULTIPLICATIONS < 500 * 48 * 32, "both ways of a small layer are tried"
+    assert 40 * 48 * 32 < MIN_MULTIPLICATIONS < 500 * 48 * 32, "a small layer is tested with both kernels"
     torch.manual_seed(1)
     layers = nn.Sequential(nn.Linear(inside, outside), nn.Linear(outside, inside, bias=False))
     x = torch.randn(1, tokens, inside)
@@ -49,14 +52,14 @@ def test_a_packed_layer_gives_what_the_plain_one_gives(inside, outside, tokens):
     torch.testing.assert_close(layers(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_few_numbers_of_tokens_are_ever_computed_and_little_for_nothing():
+def test_padding_gives_few_sizes_and_adds_few_tokens():
     sizes = {tokens: padded_num_tokens(tokens) for tokens in range(1, 513)}
     assert len(set(sizes.values())) < 50
     assert all(tokens <= size <= 1.42 * tokens for tokens, size in sizes.items())
     assert all(size <= 1.25 * tokens for tokens, size in sizes.items() if tokens > 30)
 
 
-def test_a_weight_that_others_read_too_stays_in_place():
+def test_a_shared_weight_stays_in_place():
     embedding = nn.Embedding(1024, 512)
     head, alone = nn.Linear(512, 1024, bias=False), nn.Linear(512, 1024)
     head.weight = embedding.weight

@@ -21,58 +21,67 @@ from training.task import correct_answer, draw_problem
 ATOL = 1e-4
 
 
-def text(rng, size):
+def random_tokens(rng, size):
     return [rng.randrange(VOCABULARY) for _ in range(size)]
 
 
 @pytest.mark.parametrize("kind", SERVED)
-def test_a_forest_in_packed_and_chunked_steps_answers_as_separate_texts_do(kind, tokenizer):
+def test_a_forest_in_packed_and_chunked_steps_gives_the_logits_of_separate_sequences(kind, tokenizer):
     network = build(kind)
     reference = deepcopy(network)
     rng = random.Random(0)
-    context, suffix, short, other = text(rng, 57), text(rng, 4), text(rng, 9), text(rng, 40)
-    asked = suffix_forest([57, 5, 16, 40, 33], suffix)
-    tree, _ = tree_from_parents(text(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
-    spoken = text(rng, 14)
-    guesses = [text(rng, 5) for _ in range(3)]
-    with serving(Model(network, tokenizer), step_tokens=19) as engine:
+    context, suffix, short, other = (
+        random_tokens(rng, 57),
+        random_tokens(rng, 4),
+        random_tokens(rng, 9),
+        random_tokens(rng, 40),
+    )
+    forest = suffix_forest([57, 5, 16, 40, 33], suffix)
+    tree, _ = tree_from_parents(random_tokens(rng, 7), [-1, 0, 0, -1, 3, 1, 4])
+    tokens = random_tokens(rng, 14)
+    proposals = [random_tokens(rng, 5) for _ in range(3)]
+    with serving(Model(network, tokenizer), max_num_batched_tokens=19) as engine:
         with paused(engine):
-            judging = ask(engine, context, TreeInput(asked))
-            writing = ask(
-                engine, short, *(TreeInput([token], accepted_path=range(bool(i))) for i, token in enumerate(spoken))
+            verifying = ask(engine, context, TreeInput(forest))
+            decoding = ask(
+                engine, short, *(TreeInput([token], accepted_path=range(bool(i))) for i, token in enumerate(tokens))
             )
-            guessing = ask(
-                engine, other, *(TreeInput(guess, accepted_path=range(2 * bool(i))) for i, guess in enumerate(guesses))
+            proposing = ask(
+                engine,
+                other,
+                *(TreeInput(proposal, accepted_path=range(2 * bool(i))) for i, proposal in enumerate(proposals)),
             )
-            growing = ask(engine, other[:20], TreeInput(tree))
-        judged, written, guessed, grown = (r.result() for r in (judging, writing, guessing, growing))
+            running_tree = ask(engine, other[:20], TreeInput(tree))
+        verified, decoded, proposed, tree_logits = (
+            reply.result() for reply in (verifying, decoding, proposing, running_tree)
+        )
         before = engine.stats
         again = ask(engine, context[:50], TreeInput(tree), TreeInput(tree, logits_nodes=[4])).result()
         assert engine.stats.prefix_hits - before.prefix_hits == 50
 
-    def close(got, wanted):
-        torch.testing.assert_close(got, wanted, atol=ATOL, rtol=0)
+    def close(logits, expected):
+        torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0)
 
-    wanted = alone(reference, context, asked)
-    assert wanted[3::4].std(0).max() > 100 * ATOL, "the cuts make no difference to this model"
-    close(judged[0], wanted)
-    close(torch.cat(written), plain(reference, short + spoken)[len(short) :])
-    for place, guess in enumerate(guesses):
-        kept = [*other, *guesses[0][:2], *guesses[1][:2]][: len(other) + 2 * place]
-        close(guessed[place], plain(reference, kept + guess)[len(kept) :])
-    close(grown[0], alone(reference, other[:20], tree))
+    expected = alone(reference, context, forest)
+    assert expected[3::4].std(0).max() > 100 * ATOL, "the prefix lengths make no difference to this model"
+    close(verified[0], expected)
+    close(torch.cat(decoded), plain(reference, short + tokens)[len(short) :])
+    for place, proposal in enumerate(proposals):
+        sequence = [*other, *proposals[0][:2], *proposals[1][:2]][: len(other) + 2 * place]
+        close(proposed[place], plain(reference, sequence + proposal)[len(sequence) :])
+    close(tree_logits[0], alone(reference, other[:20], tree))
     close(again[0], alone(reference, context[:50], tree))
     close(again[1], again[0][4:5])
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_model_that_would_be_computed_wrong_is_refused_by_name(kind, tokenizer):
+def test_an_unsupported_model_is_refused_by_name(kind, tokenizer):
     with pytest.raises(UnsupportedModelError, match=f"(?i){kind}.*{REFUSED[kind][1]}"):
         Model(build(kind), tokenizer)
 
 
 class Neighbours(nn.Module):
-    """Lets every token see the one before it in the row, whoever's that is."""
+    """Lets each token of a step see the one before it, even that of another request."""
 
     def __init__(self, inner, share=0.2):
         super().__init__()
@@ -83,7 +92,7 @@ class Neighbours(nn.Module):
 
 
 class Counting(nn.Module):
-    """Lets every token know how many came before it in the row."""
+    """Makes the output of each token depend on its place in the step."""
 
     def __init__(self, inner):
         super().__init__()
@@ -94,7 +103,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("mixing", [Neighbours, Counting])
-def test_an_unknown_model_that_computes_wrong_is_caught_when_it_is_loaded(mixing, tokenizer):
+def test_an_unknown_model_that_computes_wrong_logits_is_caught_at_load(mixing, tokenizer):
     network = build("llama")
     Model(network, tokenizer)
     layer = network.model.layers[1]
@@ -106,7 +115,7 @@ def test_an_unknown_model_that_computes_wrong_is_caught_when_it_is_loaded(mixing
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "mixtral", "gemma3_text"])
 def test_no_model_is_refused_for_what_rounding_does_in_half_precision(kind, dtype, tokenizer):
-    """Where two experts are nearly as good, it may even choose the other one."""
+    """Rounding may even choose another expert, where two are nearly equal."""
     for seed in range(6):
         Model(build(kind, seed, num_hidden_layers=3).to(dtype), tokenizer)
     network = build(kind, num_hidden_layers=3).to(dtype)
@@ -124,7 +133,7 @@ def test_a_wrong_model_is_caught_however_small_its_logits_are(tokenizer):
         Model(network, tokenizer)
 
 
-def test_a_model_that_returns_no_numbers_is_refused(tokenizer):
+def test_a_model_whose_logits_are_not_finite_is_refused(tokenizer):
     network = build("llama")
     with torch.no_grad():
         network.lm_head.weight[3] = torch.nan
@@ -132,7 +141,7 @@ def test_a_model_that_returns_no_numbers_is_refused(tokenizer):
         Model(network, tokenizer)
 
 
-def test_what_holds_no_model_is_said_so(tmp_path):
+def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ModelNotFoundError, match=str(tmp_path)):
         Model.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -148,7 +157,7 @@ def test_a_loaded_model_knows_its_limits_and_all_its_end_tokens(tokenizer, tmp_p
     model = Model.load(tmp_path, device="cpu")
     assert model.eos_token_ids == {7, 9, tokenizer.eos_token_id}
     assert (model.vocab_size, model.max_model_len) == (len(tokenizer), 256)
-    assert model.bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, width, bytes
+    assert model.bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, head size, bytes
     assert model.network.dtype == torch.float32
 
 
@@ -156,12 +165,12 @@ def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
     path = MODELS / "demo-target"
     model = Model.load(path, device="cpu", int8=True)
     assert not any(isinstance(part, nn.Linear) for part in model.network.modules())
-    given = draw_problem("test", 1, 0)
-    ids = chat_prompt_token_ids(model.tokenizer, [{"role": "user", "content": given.question}])
-    ids += model.tokenizer.encode(correct_answer(given))
-    with serving(model, capacity=len(ids)) as engine:
-        (logits,) = ask(engine, [], TreeInput(ids)).result()
-    same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), ids).argmax(-1)
+    problem = draw_problem("test", 1, 0)
+    token_ids = chat_prompt_token_ids(model.tokenizer, [{"role": "user", "content": problem.question}])
+    token_ids += model.tokenizer.encode(correct_answer(problem))
+    with serving(model, sequence_capacity=len(token_ids)) as engine:
+        (logits,) = ask(engine, [], TreeInput(token_ids)).result()
+    same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), token_ids).argmax(-1)
     assert same.float().mean() > 0.95
 
 

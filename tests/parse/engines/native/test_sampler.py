@@ -10,11 +10,11 @@ from parse.engines.native.sampler import Sampler, sample, token_logprobs, unifor
 from parse.types import RequestError, SamplingParams
 from tests.parse.engines.native.chance import surprising
 
-VOCABULARY = 12
+VOCAB_SIZE = 12
 
 
 def probabilities(logits, sampling, prompt, output):
-    """The same from the definitions, one token after another in double precision."""
+    """The probabilities by the definitions, one token after another in double precision."""
     s, scores = sampling, [float(score) for score in logits]
     for token in {*prompt, *output}:
         scores[token] = (
@@ -28,14 +28,14 @@ def probabilities(logits, sampling, prompt, output):
         return [float(token == scores.index(max(scores))) for token in range(len(scores))]
     weights = [math.exp((score - max(scores)) / s.temperature) for score in scores]
     if s.top_k:
-        least = sorted(weights, reverse=True)[min(s.top_k, len(weights)) - 1]
-        weights = [weight if weight >= least else 0.0 for weight in weights]
-    likely = [weight / sum(weights) for weight in weights]
-    kept, sofar = [0.0] * len(likely), 0.0
-    for token in sorted(range(len(likely)), key=lambda token: -likely[token]):
-        if sofar < s.top_p:
-            kept[token] = likely[token]
-        sofar += likely[token]
+        lowest_kept = sorted(weights, reverse=True)[min(s.top_k, len(weights)) - 1]
+        weights = [weight if weight >= lowest_kept else 0.0 for weight in weights]
+    shares = [weight / sum(weights) for weight in weights]
+    kept, total = [0.0] * len(shares), 0.0
+    for token in sorted(range(len(shares)), key=lambda token: -shares[token]):
+        if total < s.top_p:
+            kept[token] = shares[token]
+        total += shares[token]
     kept = [share if share >= s.min_p * max(kept) else 0.0 for share in kept]
     return [share / sum(kept) for share in kept]
 
@@ -52,34 +52,34 @@ samplings = st.builds(
     logit_bias=st.sampled_from([{}, {3: 5.0, 7: -100.0}, {0: 100.0}]),
     seed=st.integers(-(2**63), 2**64),
 )
-tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=6)
+tokens = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=6)
 
 
 def next_token(sampler, logits):
-    [token] = sample(logits[None], sampler.draws())
+    [token] = sample(logits[None], sampler.states())
     return token
 
 
 @given(samplings, tokens, tokens, st.integers(0, 10**6))
-def test_tokens_are_chosen_by_the_definitions(sampling, prompt, output, seed):
+def test_tokens_are_sampled_by_the_definitions(sampling, prompt, output, seed):
     sampler = Sampler(sampling, prompt, output[:2])
     for token in output[2:]:
         sampler.append(token)
-    for logits in 2 * torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(seed)):
+    for logits in 2 * torch.randn(5, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)):
         before = logits.clone()
         token = next_token(sampler, logits)
         assert torch.equal(logits, before)
-        borders = np.cumsum(probabilities(logits, sampling, prompt, output))
-        drawn = uniform_noise(sampling.seed, len(output))
-        if abs(borders - drawn).min() > 1e-6:
-            assert token == np.searchsorted(borders, drawn, side="right")
+        cumulative = np.cumsum(probabilities(logits, sampling, prompt, output))
+        noise = uniform_noise(sampling.seed, len(output))
+        if abs(cumulative - noise).min() > 1e-6:
+            assert token == np.searchsorted(cumulative, noise, side="right")
         sampler.append(token)
         output = [*output, token]
 
 
 @given(samplings, tokens, tokens, st.integers(0, 10**6))
-def test_what_is_chosen_depends_on_nothing_but_the_tokens_so_far(sampling, prompt, output, seed):
-    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+def test_a_sampled_token_depends_on_nothing_but_the_tokens_so_far(sampling, prompt, output, seed):
+    logits = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
     at_once, one_by_one = Sampler(sampling, prompt, output), Sampler(sampling, prompt, [])
     for token in output:
         next_token(one_by_one, logits)
@@ -92,27 +92,27 @@ def test_what_is_chosen_depends_on_nothing_but_the_tokens_so_far(sampling, promp
     st.integers(0, 10**6),
     st.sampled_from([3, 99]),
 )
-def test_what_is_chosen_is_the_same_whatever_else_is_in_the_batch(requests, seed, together):
-    logits = 2 * torch.randn(len(requests), VOCABULARY, generator=torch.Generator().manual_seed(seed))
+def test_a_sampled_token_is_the_same_whatever_else_is_in_the_batch(requests, seed, batch_rows):
+    logits = 2 * torch.randn(len(requests), VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
     samplers = [Sampler(*request) for request in requests]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parse.engines.native.sampler.AT_ONCE_ON_CPU", together * VOCABULARY)
-        chosen = sample(logits, [next(iter(sampler.states()), None) for sampler in samplers])
-    assert chosen == [next_token(sampler, row) for sampler, row in zip(samplers, logits, strict=True)]
+        patch.setattr("parse.engines.native.sampler.MAX_LOGITS_PER_PASS_ON_CPU", batch_rows * VOCAB_SIZE)
+        sampled = sample(logits, [next(iter(sampler.states()), None) for sampler in samplers])
+    assert sampled == [next_token(sampler, row) for sampler, row in zip(samplers, logits, strict=True)]
 
 
 @given(samplings, tokens, tokens, tokens, st.integers(0, 10**6))
-def test_what_follows_a_proposal_is_chosen_ahead_as_it_would_be_afterwards(sampling, prompt, output, proposal, seed):
-    logits = 2 * torch.randn(len(proposal) + 1, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+def test_tokens_after_a_proposal_are_sampled_as_they_would_be_one_by_one(sampling, prompt, output, proposal, seed):
+    logits = 2 * torch.randn(len(proposal) + 1, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
     sampler = Sampler(sampling, prompt, output)
-    ahead = sample(logits, sampler.states([0, *proposal]))
-    for token, row, place in zip(ahead, logits, range(len(logits)), strict=True):
+    tokens_ahead = sample(logits, sampler.states([0, *proposal]))
+    for token, row, place in zip(tokens_ahead, logits, range(len(logits)), strict=True):
         assert token == next_token(sampler, row)
         sampler.append(*proposal[place : place + 1] or [0])
 
 
-def test_what_is_no_number_is_told_and_troubles_nobody_else():
-    logits = torch.zeros(4, VOCABULARY)
+def test_logits_that_are_not_finite_give_no_token_and_change_no_other():
+    logits = torch.zeros(4, VOCAB_SIZE)
     logits[:, 3] = 9.0
     logits[1, 5], logits[2, 5] = torch.nan, torch.inf
     assert sample(logits) == [3, -1, -1, 3]
@@ -132,21 +132,21 @@ def test_tokens_come_as_often_as_they_should():
         SamplingParams(temperature=0.7, top_k=4),
         SamplingParams(temperature=1.5, top_p=0.8),
     ):
-        wanted = probabilities(logits, sampling, [], [])
-        drawn = np.zeros(len(logits), int)
+        expected = probabilities(logits, sampling, [], [])
+        counts = np.zeros(len(logits), int)
         for position in range(4000):
             sampler = Sampler(sampling, [], [0] * position)
-            drawn[next_token(sampler, logits)] += 1
-        assert not surprising(drawn, wanted)
-        assert surprising(drawn, probabilities(logits, SamplingParams(temperature=1.3), [], []))
+            counts[next_token(sampler, logits)] += 1
+        assert not surprising(counts, expected)
+        assert surprising(counts, probabilities(logits, SamplingParams(temperature=1.3), [], []))
 
 
-def test_the_numbers_drawn_are_uniform_over_positions_and_over_seeds():
-    for drawn in ([uniform_noise(7, k) for k in range(5000)], [uniform_noise(seed, 0) for seed in range(5000)]):
-        assert min(drawn) >= 0
-        assert max(drawn) < 1
-        assert not surprising(np.bincount([int(20 * x) for x in drawn], minlength=20), [0.05] * 20)
-        pairs = [int(5 * one) * 5 + int(5 * two) for one, two in zip(drawn[::2], drawn[1::2], strict=True)]
+def test_the_noise_is_uniform_over_positions_and_over_seeds():
+    for noise in ([uniform_noise(7, k) for k in range(5000)], [uniform_noise(seed, 0) for seed in range(5000)]):
+        assert min(noise) >= 0
+        assert max(noise) < 1
+        assert not surprising(np.bincount([int(20 * x) for x in noise], minlength=20), [0.05] * 20)
+        pairs = [int(5 * one) * 5 + int(5 * two) for one, two in zip(noise[::2], noise[1::2], strict=True)]
         assert not surprising(np.bincount(pairs, minlength=25), [0.04] * 25)
     assert uniform_noise(1, 23) != uniform_noise(12, 3)
 
@@ -160,21 +160,21 @@ def test_the_smallest_temperatures_are_as_good_as_greedy(temperature):
     )
 
 
-def test_what_cannot_come_never_does(monkeypatch):
+def test_tokens_of_probability_zero_are_never_sampled(monkeypatch):
     logits = torch.full((1000,), -torch.inf)
     logits[[10, 500]] = 0.0
-    chosen = {next_token(Sampler(SamplingParams(seed=seed), [], []), logits) for seed in range(200)}
-    assert chosen == {10, 500}
+    sampled = {next_token(Sampler(SamplingParams(seed=seed), [], []), logits) for seed in range(200)}
+    assert sampled == {10, 500}
     assert {
         next_token(Sampler(SamplingParams(seed=s, top_k=1), [], []), torch.tensor([0.0, 0.1])) for s in range(50)
     } == {1}
-    for drawn, least_or_most in ((0.0, 10), (1 - 2**-53, 500)):
-        monkeypatch.setattr("parse.engines.native.sampler.uniform", lambda *_, drawn=drawn: drawn)
-        assert next_token(Sampler(SamplingParams(), [], []), logits) == least_or_most
+    for noise, expected in ((0.0, 10), (1 - 2**-53, 500)):
+        monkeypatch.setattr("parse.engines.native.sampler.uniform_noise", lambda *_, noise=noise: noise)
+        assert next_token(Sampler(SamplingParams(), [], []), logits) == expected
 
 
-def test_equals_share():
-    """Of equal tokens at the border top_k keeps all; top_p takes no more than it needs."""
+def test_equal_logits():
+    """Top-k keeps all tokens that are equal to the last one kept; top-p keeps no more than it needs."""
     logits = torch.zeros(8)
     assert {next_token(Sampler(SamplingParams(seed=s, top_k=3), [], []), logits) for s in range(300)} == set(range(8))
     assert {next_token(Sampler(SamplingParams(seed=s, top_p=0.49), [], []), logits) for s in range(300)} == set(
@@ -183,15 +183,17 @@ def test_equals_share():
     assert next_token(Sampler(SamplingParams(temperature=0.0), [], []), logits) == 0
 
 
-@given(st.integers(0, VOCABULARY - 1), st.integers(0, VOCABULARY), st.integers(0, 10**6))
+@given(st.integers(0, VOCAB_SIZE - 1), st.integers(0, VOCAB_SIZE), st.integers(0, 10**6))
 def test_logprobs_are_the_models_own(token, count, seed):
-    logits = 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
-    wanted = torch.log(torch.exp(logits.double()) / torch.exp(logits.double()).sum())
-    [before, got] = token_logprobs(torch.stack([-logits, logits]), [0, token], count)
+    logits = 3 * torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
+    expected = torch.log(torch.exp(logits.double()) / torch.exp(logits.double()).sum())
+    [before, logprob] = token_logprobs(torch.stack([-logits, logits]), [0, token], count)
     assert before.logprob == token_logprobs(-logits[None], [0], 0)[0].logprob
-    assert got.logprob == pytest.approx(float(wanted[token]), abs=1e-5)
-    assert [t for t, _ in got.top] == wanted.argsort(descending=True)[:count].tolist()
-    assert [value for _, value in got.top] == pytest.approx(sorted(wanted.tolist(), reverse=True)[:count], abs=1e-5)
+    assert logprob.logprob == pytest.approx(float(expected[token]), abs=1e-5)
+    assert [t for t, _ in logprob.top] == expected.argsort(descending=True)[:count].tolist()
+    assert [value for _, value in logprob.top] == pytest.approx(
+        sorted(expected.tolist(), reverse=True)[:count], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,6 +237,6 @@ def test_sampling_out_of_bounds_is_refused_by_the_name_of_its_field(field, value
     assert caught.value.field == field
 
 
-def test_the_likeliest_token_is_left_however_little_is_asked_for():
+def test_the_likeliest_token_stays_however_small_top_p_is():
     logits = torch.tensor([0.0, 3.0, 1.0])
     assert {next_token(Sampler(SamplingParams(seed=seed, top_p=1e-300), [], []), logits) for seed in range(20)} == {1}

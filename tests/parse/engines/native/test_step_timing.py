@@ -14,41 +14,41 @@ def reference():
     return build("llama")
 
 
-@pytest.mark.parametrize("longest", [2, 3, 17, 64, 65, 100, 256])
-def test_sizes_are_those_that_a_model_has_positions_for(longest, tokenizer, monkeypatch):
-    """Of one whose positions are a table, so that it would fail at one too many."""
+@pytest.mark.parametrize("max_model_len", [2, 3, 17, 64, 65, 100, 256])
+def test_sizes_are_those_that_a_model_has_positions_for(max_model_len, tokenizer, monkeypatch):
+    """GPT-2 has a table of positions, and fails beyond its end."""
     model = Model(build("gpt2"), tokenizer)
-    monkeypatch.setattr(model, "longest", longest)
-    seen = []
+    monkeypatch.setattr(model, "max_model_len", max_model_len)
+    calls = []
     forward = model.forward
 
-    def watched(tokens, positions, *rest):
-        seen.append((tokens, positions))
+    def recorded(tokens, positions, *rest):
+        calls.append((tokens, positions))
         return forward(tokens, positions, *rest)
 
-    monkeypatch.setattr(model, "forward", watched)
-    tried = measure_step_seconds(model)
-    assert [size for size, _ in tried] == [size for size in SIZES if size < longest]
-    assert all(seconds > 0 for _, seconds in tried)
-    for tokens, positions in seen:
-        assert len(tokens) == len(positions) and max(positions) < longest
+    monkeypatch.setattr(model, "forward", recorded)
+    measurements = measure_step_seconds(model)
+    assert [size for size, _ in measurements] == [size for size in SIZES if size < max_model_len]
+    assert all(seconds > 0 for _, seconds in measurements)
+    for tokens, positions in calls:
+        assert len(tokens) == len(positions) and max(positions) < max_model_len
         assert all(0 <= token < VOCABULARY for token in tokens)
-    assert {len(tokens) for tokens, _ in seen} == {size for size, _ in tried}
+    assert {len(tokens) for tokens, _ in calls} == {size for size, _ in measurements}
 
 
-def test_a_vocabulary_smaller_than_the_text_is_no_hindrance(tokenizer):
+def test_a_vocabulary_may_be_smaller_than_the_number_of_tokens(tokenizer):
     assert len(measure_step_seconds(Model(build("llama", vocab_size=40), tokenizer))) == len(SIZES)
 
 
-def test_a_model_that_was_timed_answers_as_before(reference, tokenizer):
+def test_a_model_that_was_timed_computes_what_it_did_before(reference, tokenizer):
     model = Model(deepcopy(reference), tokenizer)
     model.aux_hidden_state_layers = (1,)
-    kept = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    threads, taps = torch.get_num_threads(), model.aux_hidden_state_layers
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    num_threads, layers = torch.get_num_threads(), model.aux_hidden_state_layers
     measure_step_seconds(model)
-    assert (torch.get_num_threads(), model.aux_hidden_state_layers, model.mask_embedder) == (threads, taps, None)
+    assert (torch.get_num_threads(), model.aux_hidden_state_layers, model.mask_embedder) == (num_threads, layers, None)
     for name, tensor in model.network.state_dict().items():
-        assert torch.equal(tensor, kept[name])
+        assert torch.equal(tensor, before[name])
     context, tokens = [5, 3, 99], [7, 7, 40, 2]
     with serving(model) as engine:
         (logits,) = ask(engine, context, TreeInput(tokens)).result()

@@ -1,4 +1,4 @@
-"""Random models small enough to test with, what they answer when they are run plainly, and requests to run on them."""
+"""Small random models, their logits when the library runs them, and helpers to run requests on them."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from parse.engines.native.engine import EngineCore, Request
+from parse.engines.native.engine_core import EngineCore, EngineCoreConfig
 from parse.engines.native.model import Model
 from parse.engines.native.programs import Program, TreeInput
+from parse.engines.native.request import Request
 from parse.tree import TokenTree
 
 VOCABULARY = 120
 WINDOW = 7
 
-# Weights large enough that every token a model sees, or sees not, shows in its logits.
-_HUGGING_FACE: dict[str, Any] = dict(
+# The weights are large enough that each token a model sees, or does not see, changes its logits.
+_COMMON: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
     num_hidden_layers=2,
@@ -54,7 +55,7 @@ SERVED: dict[str, dict[str, Any]] = {
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"] * 2,
         num_hidden_layers=4,
-        num_kv_shared_layers=2,  # layers that read what others wrote
+        num_kv_shared_layers=2,  # these layers read keys and values of other layers
         num_global_key_value_heads=1,
         global_head_dim=16,
         attention_k_eq_v=True,
@@ -63,7 +64,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "phi3": {},
     "olmo2": {},
     "deepseek_v3": dict(
-        num_key_value_heads=4,  # its keys and values are of different widths, and not shared
+        num_key_value_heads=4,  # its keys and values have different widths and are not shared
         q_lora_rank=16,
         kv_lora_rank=16,
         qk_rope_head_dim=8,
@@ -88,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lfm2": (dict(layer_types=["conv", "full_attention"]), "recurrent"),
     "gpt_oss": (dict(num_local_experts=4) | _HEADS, "sinks"),
     "gemma2": (_HEADS, "softcapping"),
-    "nemotron": ({}, "keeps the forward's arguments"),
+    "nemotron": ({}, "does not pass the forward's keyword arguments"),
     "diffllama": (_HEADS, "does not compute the same"),
     "llama4_text": (dict(intermediate_size_mlp=48, num_local_experts=2) | _HEADS, "chunk"),
 }
@@ -96,28 +97,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
-    own = SERVED[kind] if kind in SERVED else REFUSED[kind][0] if kind in REFUSED else {}
-    config = AutoConfig.for_model(kind, **_HUGGING_FACE | own | changes)
+    changes_of_kind = SERVED[kind] if kind in SERVED else REFUSED[kind][0] if kind in REFUSED else {}
+    config = AutoConfig.for_model(kind, **_COMMON | changes_of_kind | changes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
 @torch.inference_mode()
 def plain(network: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """[T, vocabulary], one text in one pass, as the library does it."""
+    """[T, vocabulary], one sequence in one forward pass of the library."""
     return network(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
 
 
 def alone(network: PreTrainedModel, context: Sequence[int], tree: TokenTree) -> Tensor:
-    """[nodes, vocabulary], each node at the end of a text of its own: what its root sees, and the path to it."""
-    seen, visible = tree.visible_context(len(context)), tree.visible()
-    texts = [[*context[: seen[node]], *tree.tokens[visible[node]]] for node in range(len(tree))]
-    return torch.stack([plain(network, text)[-1] for text in texts])
+    """[nodes, vocabulary], each node at the end of a sequence of its own: what its root sees, and the path to it."""
+    lengths, visible = tree.visible_context(len(context)), tree.visible()
+    sequences = [[*context[: lengths[node]], *tree.tokens[visible[node]]] for node in range(len(tree))]
+    return torch.stack([plain(network, sequence)[-1] for sequence in sequences])
 
 
 class Reply:
-    """What a request answers, and how it ends."""
+    """Collects the logits of a request, and how it ends."""
 
-    job: Request
+    request: Request
 
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
@@ -142,30 +143,30 @@ class Reply:
         return self.logits
 
 
-def submit(engine: EngineCore, tokens: Sequence[int], program: Program, room: int = 0) -> Reply:
+def submit(engine: EngineCore, tokens: Sequence[int], program: Program, max_new_tokens: int = 0) -> Reply:
     reply = Reply()
-    reply.job = engine.add_request(Request(list(tokens), program, room, reply))
+    reply.request = engine.add_request(Request(list(tokens), program, max_new_tokens, reply))
     return reply
 
 
-def ask(engine: EngineCore, tokens: Sequence[int], *asks: TreeInput) -> Reply:
-    """Asks one thing after another, and collects the logits."""
+def ask(engine: EngineCore, tokens: Sequence[int], *tree_inputs: TreeInput) -> Reply:
+    """Runs one tree after another on a context, and collects the logits."""
     reply = Reply()
 
     def program() -> Program:
-        for each in asks:
-            answer = yield each
-            assert answer.chosen == answer.logits.argmax(-1).tolist()
-            reply.logits.append(answer.logits.clone())
+        for tree_input in tree_inputs:
+            output = yield tree_input
+            assert output.token_ids == output.logits.argmax(-1).tolist()
+            reply.logits.append(output.logits.clone())
 
-    room = sum(len(each.accepted_path) for each in asks) + max(len(each.nodes) for each in asks)
-    reply.job = engine.add_request(Request(list(tokens), program(), room, reply))
+    max_new_tokens = sum(len(each.accepted_path) for each in tree_inputs) + max(len(each.nodes) for each in tree_inputs)
+    reply.request = engine.add_request(Request(list(tokens), program(), max_new_tokens, reply))
     return reply
 
 
 @contextmanager
 def paused(engine: EngineCore) -> Iterator[None]:
-    """What is submitted inside reaches the engine at once, so that it shares its steps from the first on."""
+    """Holds the engine, so that all requests submitted inside share its steps from the first on."""
     go, reached = threading.Event(), threading.Event()
 
     def hold() -> Program:
@@ -183,9 +184,9 @@ def paused(engine: EngineCore) -> Iterator[None]:
 
 
 @contextmanager
-def serving(model: Model, **limits: int) -> Iterator[EngineCore]:
-    sizes: dict[str, Any] = dict(contexts=5, capacity=128, max_running=8, step_tokens=19)
-    engine = EngineCore(model, **sizes | limits)
+def serving(model: Model, **config: int) -> Iterator[EngineCore]:
+    defaults: dict[str, Any] = dict(max_sequences=5, sequence_capacity=128, max_num_seqs=8, max_num_batched_tokens=19)
+    engine = EngineCore(model, EngineCoreConfig(**defaults | config))
     try:
         yield engine
     finally:
