@@ -7,18 +7,15 @@ from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.policy import SpeculativeMethod
 from parse.speculative.proposers.base import LoadContext, LoadedProposer, ProposerLoadError
-from parse.types import MethodName
 
 
-def load_methods(
-    settings: EngineSettings, model: Model, cost_model: StepCostModel
-) -> dict[MethodName, SpeculativeMethod]:
+def load_methods(settings: EngineSettings, model: Model, cost_model: StepCostModel) -> dict[str, SpeculativeMethod]:
     """Loads the methods in the order of the settings and prepares the target to serve them.
 
     Sets the hidden states that the target returns, and what it reads at masks.
     """
     context = LoadContext(model, settings.device, settings.dtype)
-    loaded: dict[MethodName, LoadedProposer] = {}
+    loaded: dict[str, LoadedProposer] = {}
     for config in settings.speculative_configs:
         try:
             loaded[config.method] = resolve(METHODS[config.method].loader)(config, context)

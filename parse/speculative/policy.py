@@ -23,7 +23,7 @@ the depth is common to all sequences too.
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -34,7 +34,7 @@ from parse.speculative.guard import GuardedProposer, GuardedState
 from parse.speculative.proposal import UNLIMITED, MaskPrediction, Proposal, ProposalRequest
 from parse.speculative.records import AcceptanceRecord, Backoff, Calibration
 from parse.tree import MASK
-from parse.types import MethodName, SpeculationStats
+from parse.types import SpeculationStats
 
 EMA_WEIGHT = 0.1  # weight of the newest proposal in a sequence's record
 SHARED_EMA_WEIGHT = 0.02  # weight of the newest proposal in the record of all sequences
@@ -50,7 +50,7 @@ MARGINAL_TOKENS = 4.0  # the price of one more token is averaged over so many
 class SpeculativeMethod:
     """A method in one engine, with everything that its sequences share: timings, acceptance record, common pause."""
 
-    name: MethodName
+    name: str
     proposer: GuardedProposer
     max_tokens: int  # of a proposal
     is_sequential: bool  # every token of a path takes another step of the method
@@ -139,16 +139,6 @@ class SpeculativeMethod:
             return hidden_states
         columns = [self.aux_hidden_state_layers.index(layer) for layer in self.proposer.aux_hidden_state_layers]
         return hidden_states.unflatten(-1, (len(self.aux_hidden_state_layers), -1))[:, columns].flatten(1)
-
-
-def bytes_per_token(methods: Iterable[SpeculativeMethod], hidden_state_bytes: int) -> int:
-    """Memory that methods need for each token of a sequence, besides the target's own keys and values.
-
-    `hidden_state_bytes` is the size of one hidden state of the target. The engine keeps those that any method reads.
-    """
-    methods = list(methods)
-    layers = {layer for method in methods for layer in method.proposer.aux_hidden_state_layers}
-    return len(layers) * hidden_state_bytes + sum(method.proposer.bytes_per_token for method in methods)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,14 @@ def initialized(table):
     return cost_model
 
 
-def record_steps(cost_model, num_tokens, seconds, passes, num_seqs=1, num_output_tokens=1):
-    for _ in range(passes):
-        cost_model.passed(texts, num_tokens, tokens, seconds)
+def record_steps(cost_model, num_tokens, seconds, num_steps, num_seqs=1, num_output_tokens=1):
+    for _ in range(num_steps):
+        cost_model.record(num_seqs, num_tokens, num_output_tokens, seconds)
     return cost_model
+
+
+def means_of(cost_model):
+    return cost_model.num_seqs, cost_model.num_tokens, cost_model.num_output_tokens
 
 
 @given(tables, st.floats(1, 600))
@@ -32,9 +36,8 @@ def test_step_seconds_are_interpolated_between_the_measured_sizes(table, num_tok
     for size, taken in table if rising else ():
         assert initialized(table).step_seconds(size) == pytest.approx(taken)
     if rising and num_tokens <= sizes[-1]:
-        assert initialized(table).step_seconds(num_tokens) == pytest.approx(
-            float(np.interp(num_tokens, sizes, seconds))
-        )
+        interpolated = float(np.interp(num_tokens, sizes, seconds))
+        assert initialized(table).step_seconds(num_tokens) == pytest.approx(interpolated)
     assert initialized(table).step_seconds(num_tokens) >= min(seconds)
 
 
@@ -92,13 +95,9 @@ def test_a_delayed_step_counts_little_however_long_it_took():
 
 def test_the_mean_step_follows_the_latest_steps():
     cost_model = record_steps(StepCostModel(), 40, 0.01, 300, num_seqs=8, num_output_tokens=20)
-    assert (cost_model.num_seqs, cost_model.num_tokens, cost_model.num_output_tokens) == pytest.approx(
-        (8, 40, 20), rel=1e-3
-    )
+    assert means_of(cost_model) == pytest.approx((8, 40, 20), rel=1e-3)
     record_steps(cost_model, 2, 0.01, 300, num_seqs=2, num_output_tokens=2)
-    assert (cost_model.num_seqs, cost_model.num_tokens, cost_model.num_output_tokens) == pytest.approx(
-        (2, 2, 2), rel=1e-3
-    )
+    assert means_of(cost_model) == pytest.approx((2, 2, 2), rel=1e-3)
     mean = np.mean([1, 9])
     for _ in range(200):
         cost_model.record(1, 1, 1, 0.01)

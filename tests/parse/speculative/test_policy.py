@@ -1,6 +1,6 @@
-"""Texts, methods and machines made up: how likely each token is accepted is known, and what every pass takes.
+"""The policy on made-up sequences, methods and machines, whose acceptance probabilities and times are known exactly.
 
-What is decided is held against every fixed depth, none included, on the same texts and the same machine.
+Its decisions are compared with every fixed depth, zero included, on the same sequences and the same machine.
 """
 
 import itertools
@@ -14,30 +14,31 @@ import pytest
 from parse.speculative import policy
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
-from parse.speculative.policy import MAX_PAUSE, MIN_TRIALS, SpeculativeMethod
+from parse.speculative.policy import MIN_TRIALS, SpeculativeMethod
 from parse.speculative.proposal import NO_PROPOSAL, NOT_READY, Proposal, Proposer, chain_proposal
+from parse.speculative.records import MAX_PAUSE
 from parse.tree import MASK
 
 MS = 1e-3
-MOST = 8
-ROOM = 10**6
-TRIED = 1, 2, 4, 8, 16, 32, 64  # entries
+MAX_TOKENS = 8
+UNBOUNDED = 10**6
+MEASURED_SIZES = 1, 2, 4, 8, 16, 32, 64  # tokens
 
 
-def cpu(entries):
-    return (4.5 + (entries - 1) * 1.1 / 15 if entries < 16 else 5.6 + (entries - 16) * 2.8 / 48) * MS
+def cpu(num_tokens):
+    return (4.5 + (num_tokens - 1) * 1.1 / 15 if num_tokens < 16 else 5.6 + (num_tokens - 16) * 2.8 / 48) * MS
 
 
-def flat(entries):
+def flat(num_tokens):
     return 10 * MS
 
 
-def proportional(entries):
-    return entries * 0.4 * MS
+def proportional(num_tokens):
+    return num_tokens * 0.4 * MS
 
 
 class Clock:
-    """In the place of the module `time`."""
+    """Replaces the module `time`."""
 
     def __init__(self):
         self.now = 0.0
@@ -53,62 +54,62 @@ def clock(monkeypatch):
     return clock
 
 
-class Text:
-    """Each coming token is accepted, behind accepted ones, with a chance that `chance(rng)` draws."""
+class FakeSequence:
+    """Each next token is accepted, if those before it are, with a probability that `draw(rng)` returns."""
 
-    def __init__(self, chance, seed):
-        self.chance, self.rng = chance, random.Random(seed)
-        self.go_on()
+    def __init__(self, draw, seed):
+        self.draw, self.rng = draw, random.Random(seed)
+        self.advance()
 
-    def go_on(self):
-        self.chances = [self.chance(self.rng) for _ in range(MOST)]
-        self.comes = [self.rng.random() < chance for chance in self.chances]
+    def advance(self):
+        self.probabilities = [self.draw(self.rng) for _ in range(MAX_TOKENS)]
+        self.is_accepted = [self.rng.random() < probability for probability in self.probabilities]
 
-    def run(self):
-        """Tokens that would be accepted."""
-        return sum(1 for _ in itertools.takewhile(bool, self.comes))
+    def num_acceptable(self):
+        """The number of tokens that the target would accept."""
+        return sum(1 for _ in itertools.takewhile(bool, self.is_accepted))
 
-    def extend(self, tokens, features, foreseen):
+    def extend(self, tokens, hidden_states, mask_prediction):
         pass
 
 
 @dataclass
-class Method(Proposer):
-    """Takes `call_s` and, for each step, `step_s`; knows the chances of tokens, and may tell or twist them."""
+class FakeProposer(Proposer):
+    """Takes `call_s`, and `step_s` for each step. Knows the probabilities, and reports them truly, distorted or not."""
 
     clock: Clock
     call_s: float = 0.0
     step_s: float = 0.0
-    told: Any = staticmethod(lambda chance: chance)
+    report: Any = staticmethod(lambda probability: probability)
     blind: bool = False
-    texts: list = field(default_factory=list)
+    sequences: list = field(default_factory=list)
 
     def new_state(self):
-        return self.texts.pop(0)
+        return self.sequences.pop(0)
 
-    def propose(self, wishes):
-        found, steps = [], 1
-        for wish in wishes:
-            likely: list[float] = []
-            for drawn in wish.proposer.chances[: min(wish.most, wish.depth)]:
-                steps = max(steps, len(likely) + 1)
-                chance = self.told(drawn) * (likely[-1] if likely else 1.0)
-                if chance < wish.floor and not self.blind:
+    def propose(self, requests):
+        proposals, steps = [], 1
+        for request in requests:
+            reported: list[float] = []
+            for probability in request.state.probabilities[: min(request.max_tokens, request.max_depth)]:
+                steps = max(steps, len(reported) + 1)
+                path_probability = self.report(probability) * (reported[-1] if reported else 1.0)
+                if path_probability < request.min_probability and not self.blind:
                     break
-                likely.append(chance)
-            found.append(chain_proposal(list(range(len(likely))), None if self.blind else likely))
+                reported.append(path_probability)
+            proposals.append(chain_proposal(list(range(len(reported))), None if self.blind else reported))
         self.clock.now += self.call_s + self.step_s * steps
-        return found
+        return proposals
 
 
 @dataclass
-class Came:
-    """Of a number of passes."""
+class Outcome:
+    """The outcome of a number of steps."""
 
     tokens: int = 0
     seconds: float = 0.0
-    proposed: list[list[int]] = field(default_factory=list)  # of each pass, for each text; -1: nothing was asked for
-    floors: list[float] = field(default_factory=list)
+    proposed: list[list[int]] = field(default_factory=list)  # per step and sequence; -1: nothing was requested
+    min_probabilities: list[float] = field(default_factory=list)
 
     @property
     def rate(self):
@@ -119,319 +120,331 @@ class Came:
         return mean(max(0, size) for sizes in self.proposed for size in sizes)
 
 
+@dataclass
+class Generation:
+    sequence: FakeSequence
+    speculation: policy.SequenceSpeculation
+    call: policy.ProposalCall | None
+
+
 class Batch:
-    """Texts written side by side, as an engine does it: each is told what came of its proposal, and asked for a wish,
-    while those behind it have yet to hear of theirs."""
+    """Sequences generated side by side in the order of an engine: each one observes the outcome of its proposal and
+    requests the next one, while those after it have not observed theirs yet."""
 
-    def __init__(self, machine, method, costs=None):
-        self.machine, self.method, self.costs = machine, method, costs or StepCostModel()
-        self.costs.initialize((size, machine(size)) for size in TRIED)
-        self.way = SpeculativeMethod("eagle3", GuardedProposer(method, MOST), MOST, method.step_s > 0, (), self.costs)
-        self.going: list = []
+    def __init__(self, machine, proposer, cost_model=None):
+        self.machine, self.proposer, self.cost_model = machine, proposer, cost_model or StepCostModel()
+        self.cost_model.initialize((size, machine(size)) for size in MEASURED_SIZES)
+        guarded = GuardedProposer(proposer, MAX_TOKENS)
+        self.method = SpeculativeMethod("eagle3", guarded, MAX_TOKENS, proposer.step_s > 0, (), self.cost_model)
+        self.running: list[Generation] = []
 
-    def begin(self, *texts):
-        for text in texts:
-            self.method.texts.append(text)
-            going = self.way.start_sequence()
-            self.going.append([text, going, going.proposal_call(ROOM)])
+    def begin(self, *sequences):
+        for sequence in sequences:
+            self.proposer.sequences.append(sequence)
+            speculation = self.method.start_sequence()
+            self.running.append(Generation(sequence, speculation, speculation.proposal_call(UNBOUNDED)))
 
     def end(self):
-        self.going = []
+        self.running = []
 
-    def write(self, passes):
-        came, clock = Came(), self.method.clock
-        began = clock.now
-        for _ in range(passes):
-            asking = [wished.wish for _, _, wished in self.going if wished]
-            came.floors += [wish.floor for wish in asking]
-            found = iter(self.way.propose(asking) if asking else ())
-            proposals = [next(found) if wished else NO_PROPOSAL for _, _, wished in self.going]
-            came.proposed.append(
+    def set_draw(self, draw):
+        for generation in self.running:
+            generation.sequence.draw = draw
+
+    def generate(self, num_steps):
+        outcome, clock = Outcome(), self.proposer.clock
+        started = clock.now
+        for _ in range(num_steps):
+            requests = [generation.call.request for generation in self.running if generation.call]
+            outcome.min_probabilities += [request.min_probability for request in requests]
+            requested = iter(self.method.propose(requests) if requests else ())
+            proposals = [next(requested) if generation.call else NO_PROPOSAL for generation in self.running]
+            outcome.proposed.append(
                 [
-                    len(proposal.token_ids) if wished else -1
-                    for proposal, (_, _, wished) in zip(proposals, self.going, strict=True)
+                    len(proposal.token_ids) if generation.call else -1
+                    for proposal, generation in zip(proposals, self.running, strict=True)
                 ]
             )
-            entries = sum(1 + len(proposal.token_ids) for proposal in proposals)
-            tokens = 0
-            for one, proposal in zip(self.going, proposals, strict=True):
-                text, going, _ = one
-                accepted = min(text.run(), len(proposal.token_ids))
-                going.came(proposal, accepted)
-                tokens += 1 + accepted
-                text.go_on()
-                one[2] = going.wish(ROOM)
-            clock.now += self.machine(entries)
-            self.costs.record(len(self.going), entries, tokens, self.machine(entries))
-            came.tokens += tokens
-        came.seconds = clock.now - began
-        return came
+            num_tokens = sum(1 + len(proposal.token_ids) for proposal in proposals)
+            num_output_tokens = 0
+            for generation, proposal in zip(self.running, proposals, strict=True):
+                accepted = min(generation.sequence.num_acceptable(), len(proposal.token_ids))
+                generation.speculation.observe(proposal, accepted)
+                num_output_tokens += 1 + accepted
+                generation.sequence.advance()
+                generation.call = generation.speculation.proposal_call(UNBOUNDED)
+            clock.now += self.machine(num_tokens)
+            self.cost_model.record(len(self.running), num_tokens, num_output_tokens, self.machine(num_tokens))
+            outcome.tokens += num_output_tokens
+        outcome.seconds = clock.now - started
+        return outcome
 
 
-def always(chance):
-    return lambda rng: chance
+def always(probability):
+    return lambda rng: probability
 
 
 def swinging(rng):
-    """Most tokens are nearly sure, some are anybody's guess."""
+    """Most tokens are nearly certain, some are not predictable at all."""
     return rng.random() ** 0.3
 
 
-def in_turns(rng):
+def alternating(rng):
     return rng.choice((0.99, 0.2))
 
 
-def best_fixed(machine, method, chances, passes=4000):
-    """Tokens per second at the best depth, the same for all texts at all times."""
-    texts = len(chances)
-    runs = []
-    for seed, chance in enumerate(chances):
-        text = Text(chance, 1000 + seed)
-        for _ in range(passes // texts):
-            runs.append(text.run())
-            text.go_on()
+def best_fixed_rate(machine, proposer, draws, num_steps=4000):
+    """Tokens per second at the best depth, the same for all sequences in all steps."""
+    num_seqs = len(draws)
+    acceptable = []
+    for seed, draw in enumerate(draws):
+        sequence = FakeSequence(draw, 1000 + seed)
+        for _ in range(num_steps // num_seqs):
+            acceptable.append(sequence.num_acceptable())
+            sequence.advance()
 
     def rate(depth):
-        tokens = texts * (1 + mean(min(run, depth) for run in runs))
-        proposing = method.call_s + depth * method.step_s if depth else 0.0
-        return tokens / (machine(texts * (1 + depth)) + proposing)
+        tokens = num_seqs * (1 + mean(min(count, depth) for count in acceptable))
+        propose_s = proposer.call_s + depth * proposer.step_s if depth else 0.0
+        return tokens / (machine(num_seqs * (1 + depth)) + propose_s)
 
-    return max(rate(depth) for depth in range(MOST + 1))
+    return max(rate(depth) for depth in range(MAX_TOKENS + 1))
 
 
-KINDS = {
-    "sure": always(0.95),
+PREDICTABILITY = {
+    "certain": always(0.95),
     "likely": always(0.8),
     "even": always(0.55),
     "hopeless": always(0.03),
     "swinging": swinging,
-    "in turns": in_turns,
+    "alternating": alternating,
 }
-PACES = {  # seconds of a call, and of a step
+DRAFTING_TIMES = {  # seconds of a call, and of a step
     "at once": (1 * MS, 0.0),
     "by steps": (0.1 * MS, 0.3 * MS),
     "by slow steps": (0.0, 1 * MS),
 }
 
 
-@pytest.mark.parametrize("texts", [1, 8, 24])
+@pytest.mark.parametrize("num_seqs", [1, 8, 24])
 @pytest.mark.parametrize("machine", [cpu, flat, proportional])
-def test_in_the_long_run_it_is_nearly_as_fast_as_at_the_best_depth(machine, texts, clock):
+def test_in_the_long_run_it_is_nearly_as_fast_as_at_the_best_depth(machine, num_seqs, clock):
     shares = []
-    for (call_s, step_s), chance, blind in itertools.product(PACES.values(), KINDS.values(), (False, True)):
-        method = Method(clock, call_s, step_s, blind=blind)
-        batch = Batch(machine, method)
-        batch.begin(*(Text(chance, seed) for seed in range(texts)))
-        batch.write(100)
-        shares.append(batch.write(100 + 800 // texts).rate / best_fixed(machine, method, [chance] * texts))
+    cases = itertools.product(DRAFTING_TIMES.values(), PREDICTABILITY.values(), (False, True))
+    for (call_s, step_s), draw, blind in cases:
+        proposer = FakeProposer(clock, call_s, step_s, blind=blind)
+        batch = Batch(machine, proposer)
+        batch.begin(*(FakeSequence(draw, seed) for seed in range(num_seqs)))
+        batch.generate(100)
+        best_rate = best_fixed_rate(machine, proposer, [draw] * num_seqs)
+        shares.append(batch.generate(100 + 800 // num_seqs).rate / best_rate)
     assert mean(shares) > 0.95 and min(shares) > 0.8, sorted(shares)
 
 
-def test_texts_that_could_share_the_time_of_proposing_find_that_it_pays(clock):
-    """Of eight none could bear it alone: a step takes what a token does."""
-    method = Method(clock, step_s=1.25 * MS)
-    batch = Batch(flat, method)
-    batch.begin(*(Text(always(0.9), seed) for seed in range(8)))
-    assert batch.write(300).depth > 4
-    batch = Batch(flat, method)
-    batch.begin(*(Text(always(0.02), seed) for seed in range(8)))
-    batch.write(200)
-    assert batch.write(300).depth < 0.2
-    for one in batch.going:  # and find it again
-        one[0].chance = always(0.9)
-    batch.write(300)
-    assert batch.write(200).depth > 4
+def test_sequences_that_can_share_the_time_of_proposing_find_that_it_pays(clock):
+    """None of the eight could afford it alone: a step of the method takes longer than a token is worth."""
+    proposer = FakeProposer(clock, step_s=1.25 * MS)
+    batch = Batch(flat, proposer)
+    batch.begin(*(FakeSequence(always(0.9), seed) for seed in range(8)))
+    assert batch.generate(300).depth > 4
+    batch = Batch(flat, proposer)
+    batch.begin(*(FakeSequence(always(0.02), seed) for seed in range(8)))
+    batch.generate(200)
+    assert batch.generate(300).depth < 0.2
+    batch.set_draw(always(0.9))  # they notice the change
+    batch.generate(300)
+    assert batch.generate(200).depth > 4
 
 
-def test_where_more_entries_take_no_time_everything_is_proposed(clock):
+def test_if_more_tokens_take_no_time_everything_is_proposed(clock):
     for blind in (False, True):
-        batch = Batch(flat, Method(clock, blind=blind))
-        batch.begin(*(Text(always(0.3), seed) for seed in range(4)))
-        assert batch.write(100).depth == MOST
+        batch = Batch(flat, FakeProposer(clock, blind=blind))
+        batch.begin(*(FakeSequence(always(0.3), seed) for seed in range(4)))
+        assert batch.generate(100).depth == MAX_TOKENS
 
 
-def test_where_entries_take_most_of_a_pass_only_what_is_likely_is_proposed(clock):
-    def depth(chance):
-        batch = Batch(lambda entries: (2 + 0.4 * entries) * MS, Method(clock))
-        batch.begin(*(Text(chance, seed) for seed in range(8)))
-        batch.write(100)
-        return batch.write(100).depth
+def test_if_tokens_take_most_of_a_step_only_likely_ones_are_proposed(clock):
+    def depth(draw):
+        batch = Batch(lambda num_tokens: (2 + 0.4 * num_tokens) * MS, FakeProposer(clock))
+        batch.begin(*(FakeSequence(draw, seed) for seed in range(8)))
+        batch.generate(100)
+        return batch.generate(100).depth
 
     assert depth(always(0.3)) < 0.2
     assert depth(always(0.97)) > 2
 
 
-@pytest.mark.parametrize("pace", PACES)
-def test_a_text_without_success_is_left_alone_and_tried_at_growing_intervals(pace, clock):
-    batch = Batch(cpu, Method(clock, *PACES[pace]))
-    batch.begin(Text(always(0.0), 1))
-    tried = [number for number, (size,) in enumerate(batch.write(1000).proposed) if size >= 0]
-    pauses = [after - before for before, after in itertools.pairwise(tried)][MIN_TRIALS:]
-    assert tried[: MIN_TRIALS - 1] == list(range(MIN_TRIALS - 1))
+@pytest.mark.parametrize("times", DRAFTING_TIMES)
+def test_a_sequence_without_success_pauses_and_is_tried_at_growing_intervals(times, clock):
+    batch = Batch(cpu, FakeProposer(clock, *DRAFTING_TIMES[times]))
+    batch.begin(FakeSequence(always(0.0), 1))
+    trials = [step for step, (size,) in enumerate(batch.generate(1000).proposed) if size >= 0]
+    pauses = [after - before for before, after in itertools.pairwise(trials)][MIN_TRIALS:]
+    assert trials[: MIN_TRIALS - 1] == list(range(MIN_TRIALS - 1))
     assert pauses == sorted(pauses) and max(pauses) == MAX_PAUSE
-    assert len(tried) < 30
+    assert len(trials) < 30
 
 
-@pytest.mark.parametrize("texts", [1, 6])
-@pytest.mark.parametrize("pace", PACES)
-def test_proposals_come_back_when_a_text_becomes_predictable_and_go_when_it_ceases_to_be(pace, texts, clock):
-    batch = Batch(cpu, Method(clock, *PACES[pace]))
-    batch.begin(*(Text(always(0.02), seed) for seed in range(texts)))
-    batch.write(500)
-    before = batch.write(2 * MAX_PAUSE)
-    for chance in (always(0.97), always(0.02)):
-        for one in batch.going:
-            one[0].chance = chance
-        batch.write(6 * MAX_PAUSE)
-        now = batch.write(2 * MAX_PAUSE)
-        if chance(None) < 0.5:
-            assert now.depth < 0.5 and now.rate == pytest.approx(before.rate, rel=0.1)
+@pytest.mark.parametrize("num_seqs", [1, 6])
+@pytest.mark.parametrize("times", DRAFTING_TIMES)
+def test_proposals_resume_when_a_sequence_becomes_predictable_and_stop_when_it_ceases_to_be(times, num_seqs, clock):
+    batch = Batch(cpu, FakeProposer(clock, *DRAFTING_TIMES[times]))
+    batch.begin(*(FakeSequence(always(0.02), seed) for seed in range(num_seqs)))
+    batch.generate(500)
+    before = batch.generate(2 * MAX_PAUSE)
+    for predictable, probability in ((True, 0.97), (False, 0.02)):
+        batch.set_draw(always(probability))
+        batch.generate(6 * MAX_PAUSE)
+        after = batch.generate(2 * MAX_PAUSE)
+        if predictable:
+            assert after.depth > 3 and after.rate > 2 * before.rate
         else:
-            assert now.depth > 3 and now.rate > 2 * before.rate
+            assert after.depth < 0.5 and after.rate == pytest.approx(before.rate, rel=0.1)
 
 
-def test_hopeless_texts_do_not_keep_a_predictable_one_from_its_proposals(clock):
-    batch = Batch(cpu, Method(clock, call_s=0.5 * MS))
-    batch.begin(Text(always(0.97), 0), *(Text(always(0.02), seed) for seed in range(1, 4)))
-    batch.write(200)
-    depths = [mean(max(0, size) for size in sizes) for sizes in zip(*batch.write(200).proposed, strict=True)]
+def test_unpredictable_sequences_do_not_keep_a_predictable_one_from_its_proposals(clock):
+    batch = Batch(cpu, FakeProposer(clock, call_s=0.5 * MS))
+    batch.begin(FakeSequence(always(0.97), 0), *(FakeSequence(always(0.02), seed) for seed in range(1, 4)))
+    batch.generate(200)
+    depths = [mean(max(0, size) for size in sizes) for sizes in zip(*batch.generate(200).proposed, strict=True)]
     assert depths[0] > 6 and max(depths[1:]) < 1
 
 
-def test_a_new_text_starts_from_what_came_of_others(clock):
-    for chance, readily in ((always(0.02), False), (always(0.95), True)):
-        batch = Batch(cpu, Method(clock, call_s=1 * MS))
-        batch.begin(Text(chance, 0))
-        batch.write(150)
+def test_a_new_sequence_starts_from_the_record_of_the_others(clock):
+    for draw, predictable in ((always(0.02), False), (always(0.95), True)):
+        batch = Batch(cpu, FakeProposer(clock, call_s=1 * MS))
+        batch.begin(FakeSequence(draw, 0))
+        batch.generate(150)
         batch.end()
-        tried = 0
+        num_tried = 0
         for seed in range(1, 31):
-            batch.begin(Text(chance, seed))
-            tried += batch.write(3).proposed[0] != [-1]
+            batch.begin(FakeSequence(draw, seed))
+            num_tried += batch.generate(3).proposed[0] != [-1]
             batch.end()
-        assert tried > 28 if readily else tried < 10
+        assert num_tried > 28 if predictable else num_tried < 10
 
 
-def test_after_all_is_forgotten_a_text_is_tried_as_the_first_one_was(clock):
-    batch = Batch(cpu, Method(clock, call_s=1 * MS, blind=True))
-    batch.begin(Text(always(0.0), 0))
-    batch.write(200)
+def test_after_a_reset_a_sequence_is_tried_as_the_first_one_was(clock):
+    batch = Batch(cpu, FakeProposer(clock, call_s=1 * MS, blind=True))
+    batch.begin(FakeSequence(always(0.0), 0))
+    batch.generate(200)
     batch.end()
-    batch.way.reset()
-    batch.begin(Text(always(0.0), 1))
-    came = batch.write(MIN_TRIALS - 1).proposed
-    assert came[0] == [MOST] and [-1] not in came
+    batch.method.reset()
+    batch.begin(FakeSequence(always(0.0), 1))
+    proposed = batch.generate(MIN_TRIALS - 1).proposed
+    assert proposed[0] == [MAX_TOKENS] and [-1] not in proposed
 
 
-def test_the_floor_is_what_one_more_entry_takes_of_a_tokens_time(clock):
-    """Higher where entries take more, and where tokens take less, for they are accepted."""
-    floors = {}
-    for machine, chance in itertools.product((flat, cpu, proportional), (0.5, 0.8, 0.95)):
-        batch = Batch(machine, Method(clock, call_s=0.1 * MS))
-        batch.begin(Text(always(chance), 7))
-        batch.write(100)
-        came = batch.write(400)
-        entries = 1 + came.depth
-        price = (machine(entries + 4) - machine(entries)) / 4
-        floors[machine, chance] = mean(came.floors)
-        assert floors[machine, chance] == pytest.approx(price * came.rate, rel=0.35, abs=0.01)
-    assert floors[flat, 0.8] == 0 < floors[cpu, 0.8] < 0.2 < floors[proportional, 0.8]
-    assert floors[cpu, 0.5] < floors[cpu, 0.8] < floors[cpu, 0.95]
+def test_the_minimum_probability_is_the_price_of_a_token_over_the_time_it_saves(clock):
+    """It is higher if more tokens add more time, and if many tokens are accepted, so that each takes less time."""
+    min_probability = {}
+    for machine, probability in itertools.product((flat, cpu, proportional), (0.5, 0.8, 0.95)):
+        batch = Batch(machine, FakeProposer(clock, call_s=0.1 * MS))
+        batch.begin(FakeSequence(always(probability), 7))
+        batch.generate(100)
+        outcome = batch.generate(400)
+        num_tokens = 1 + outcome.depth
+        price_s = (machine(num_tokens + 4) - machine(num_tokens)) / 4
+        min_probability[machine, probability] = mean(outcome.min_probabilities)
+        assert mean(outcome.min_probabilities) == pytest.approx(price_s * outcome.rate, rel=0.35, abs=0.01)
+    assert min_probability[flat, 0.8] == 0 < min_probability[cpu, 0.8] < 0.2 < min_probability[proportional, 0.8]
+    assert min_probability[cpu, 0.5] < min_probability[cpu, 0.8] < min_probability[cpu, 0.95]
 
 
-def test_what_a_method_says_of_its_tokens_is_believed_as_far_as_it_was_right(clock):
-    """Where a floor matters: three methods propose for the same texts, and one of them knows how likely tokens are."""
-    came = {}
-    for name, told in (
-        ("right", lambda chance: chance),
-        ("boasting", lambda chance: chance**0.2),
-        ("timid", lambda chance: chance**2),
+def test_reported_probabilities_are_corrected_by_how_well_they_predicted(clock):
+    """On a machine where the minimum matters, three methods propose for the same sequences. One reports truly."""
+    outcomes = {}
+    for name, report in (
+        ("true", lambda probability: probability),
+        ("too high", lambda probability: probability**0.2),
+        ("too low", lambda probability: probability**2),
     ):
-        method = Method(clock, told=told)
-        batch = Batch(cpu, method)
-        batch.begin(*(Text(swinging, seed) for seed in range(8)))
-        batch.write(100)
-        came[name] = batch.write(300)
-    floors = {name: mean(one.floors) for name, one in came.items()}
-    assert floors["timid"] < floors["right"] < 0.8 * floors["boasting"]
-    assert min(came[name].rate for name in came) > 0.93 * came["right"].rate
+        proposer = FakeProposer(clock, report=report)
+        batch = Batch(cpu, proposer)
+        batch.begin(*(FakeSequence(swinging, seed) for seed in range(8)))
+        batch.generate(100)
+        outcomes[name] = batch.generate(300)
+    min_probability = {name: mean(outcome.min_probabilities) for name, outcome in outcomes.items()}
+    assert min_probability["too low"] < min_probability["true"] < 0.8 * min_probability["too high"]
+    assert min(outcome.rate for outcome in outcomes.values()) > 0.93 * outcomes["true"].rate
 
 
-def test_the_length_of_proposals_without_chances_follows_what_came_of_their_places(clock):
-    """As far as the place whose tokens still pay, and now and then one further."""
-    for chance in (0.3, 0.6, 0.8, 0.99):
-        method = Method(clock, blind=True)
-        batch = Batch(cpu, method)
-        batch.begin(*(Text(always(chance), seed) for seed in range(16)))
-        batch.write(150)
-        came = batch.write(100)
-        price = (cpu(64) - cpu(16)) / 48 * came.rate
-        pays = next((place for place in range(MOST) if chance ** (place + 1) < price), MOST)
-        assert came.depth == pytest.approx(pays, abs=1.2)
+def test_the_depth_of_proposals_without_probabilities_follows_the_acceptance_at_their_positions(clock):
+    """Proposals reach the last position whose tokens pay, and now and then one further."""
+    for probability in (0.3, 0.6, 0.8, 0.99):
+        proposer = FakeProposer(clock, blind=True)
+        batch = Batch(cpu, proposer)
+        batch.begin(*(FakeSequence(always(probability), seed) for seed in range(16)))
+        batch.generate(150)
+        outcome = batch.generate(100)
+        price = (cpu(64) - cpu(16)) / 48 * outcome.rate
+        positions = range(MAX_TOKENS)
+        expected = next((position for position in positions if probability ** (position + 1) < price), MAX_TOKENS)
+        assert outcome.depth == pytest.approx(expected, abs=1.2)
 
 
-class Silent(Method):
-    def propose(self, wishes):
+class ConstantProposer(FakeProposer):
+    proposal = NO_PROPOSAL
+
+    def propose(self, requests):
         self.clock.now += self.call_s
-        return [self.answer] * len(wishes)
-
-    answer = NO_PROPOSAL
+        return [self.proposal] * len(requests)
 
 
-def test_looking_in_vain_counts_by_the_time_it_takes(clock):
+def test_empty_proposals_count_by_the_time_they_take(clock):
     for call_s, share in ((0.001 * MS, 1.0), (2 * MS, 0.05)):
-        batch = Batch(cpu, Silent(clock, call_s))
-        batch.begin(Text(always(0.5), 0))
-        batch.write(300)
-        asked = mean(size >= 0 for (size,) in batch.write(640).proposed)
-        assert asked == pytest.approx(share, abs=0.05)
+        batch = Batch(cpu, ConstantProposer(clock, call_s))
+        batch.begin(FakeSequence(always(0.5), 0))
+        batch.generate(300)
+        requested_share = mean(size >= 0 for (size,) in batch.generate(640).proposed)
+        assert requested_share == pytest.approx(share, abs=0.05)
 
 
-def test_a_text_that_is_yet_to_be_read_is_not_judged(clock):
-    method = Silent(clock, 2 * MS)
-    method.answer = NOT_READY
-    batch = Batch(cpu, method)
-    batch.begin(Text(always(0.5), 0))
-    assert batch.write(50).proposed == [[0]] * 50
+def test_a_sequence_that_is_still_prefilled_does_not_pause(clock):
+    proposer = ConstantProposer(clock, 2 * MS)
+    proposer.proposal = NOT_READY
+    batch = Batch(cpu, proposer)
+    batch.begin(FakeSequence(always(0.5), 0))
+    assert batch.generate(50).proposed == [[0]] * 50
 
 
-class Masked(Silent):
-    """Every other time it asks what the model foresees; then it knows."""
+class MaskProposer(FakeProposer):
+    """Proposes masks and, in the next step, the tokens that were predicted there."""
 
-    def propose(self, wishes):
+    def propose(self, requests):
         self.clock.now += self.call_s
-        found = []
-        for wish in wishes:
-            wish.proposer.asked = not getattr(wish.proposer, "asked", False)
-            mere = Proposal([MASK] * 3, (-1, 0, 1), (1.0,) * 3)
-            found.append(mere if wish.proposer.asked else chain_proposal([1, 2, 3], (0.9, 0.9, 0.9)))
-        return found
+        proposals = []
+        for request in requests:
+            request.state.has_masks = not getattr(request.state, "has_masks", False)
+            masks = Proposal([MASK] * 3, (-1, 0, 1), (1.0,) * 3)
+            proposals.append(masks if request.state.has_masks else chain_proposal([1, 2, 3], (0.9, 0.9, 0.9)))
+        return proposals
 
 
-def test_mere_masks_are_judged_by_what_they_foresaw(clock):
-    for chance, goes_on in ((0.95, True), (0.0, False)):
-        method = Masked(clock, 0.1 * MS)
-        batch = Batch(cpu, method)
-        batch.begin(Text(always(chance), 0))
-        batch.write(100)
-        asked = mean(size >= 0 for (size,) in batch.write(320).proposed)
-        assert asked == 1 if goes_on else asked < 0.2
+def test_proposals_of_masks_only_are_judged_by_the_acceptance_of_their_predictions(clock):
+    for probability, continues in ((0.95, True), (0.0, False)):
+        batch = Batch(cpu, MaskProposer(clock, 0.1 * MS))
+        batch.begin(FakeSequence(always(probability), 0))
+        batch.generate(100)
+        requested_share = mean(size >= 0 for (size,) in batch.generate(320).proposed)
+        assert requested_share == 1 if continues else requested_share < 0.2
 
 
-def test_there_is_no_wish_where_there_is_no_room(clock):
-    batch = Batch(flat, Method(clock))
-    batch.method.texts.append(Text(always(0.9), 0))
-    going = batch.way.start_sequence()
-    assert going.proposal_call(0) is None
-    wished = going.proposal_call(3)
-    assert wished is not None and wished.request.max_tokens == 3
+def test_no_proposal_is_requested_for_zero_tokens(clock):
+    batch = Batch(flat, FakeProposer(clock))
+    batch.proposer.sequences.append(FakeSequence(always(0.9), 0))
+    speculation = batch.method.start_sequence()
+    assert speculation.proposal_call(0) is None
+    call = speculation.proposal_call(3)
+    assert call is not None and call.request.max_tokens == 3
 
 
-def test_before_anybody_has_looked_at_the_clock_everything_is_wished_for(clock):
-    method = Method(clock, texts=[Text(always(0.0), 0)])
-    way = SpeculativeMethod("ngram", GuardedProposer(method, MOST), MOST, False, (), StepCostModel())
-    going = way.start_sequence()
+def test_before_anything_was_timed_everything_is_requested(clock):
+    proposer = FakeProposer(clock, sequences=[FakeSequence(always(0.0), 0)])
+    guarded = GuardedProposer(proposer, MAX_TOKENS)
+    method = SpeculativeMethod("ngram", guarded, MAX_TOKENS, False, (), StepCostModel())
+    speculation = method.start_sequence()
     for _ in range(20):
-        wished = going.proposal_call(ROOM)
-        assert wished is not None and (wished.request.max_tokens, wished.request.min_probability) == (MOST, 0)
-        going.observe(way.propose([wished.request])[0], 0)
+        call = speculation.proposal_call(UNBOUNDED)
+        assert call is not None and (call.request.max_tokens, call.request.min_probability) == (MAX_TOKENS, 0)
+        speculation.observe(method.propose([call.request])[0], 0)

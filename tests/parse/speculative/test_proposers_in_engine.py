@@ -1,4 +1,4 @@
-"""Proposers inside the engine: what is written stays the target's own, and their features are those of the model."""
+"""Proposers inside the engine: the output stays the target's own, and they receive the target's hidden states."""
 
 import asyncio
 import random
@@ -9,23 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from parse.config import EngineSettings
-from parse.config import SpeculativeConfig as Way
+from parse.config import EngineSettings, SpeculativeConfig
+from parse.engines import loader
 from parse.engines.loader import load_native_engine
-from parse.engines.native import service as service_module
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.engine import NativeEngine
+from parse.engines.native.model import Model
+from parse.errors import RequestError
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
-from parse.speculative import policy
+from parse.requests import GenerateRequest
+from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
+from parse.speculative.policy import SpeculativeMethod
 from parse.speculative.proposal import Proposal, Proposer
-from parse.types import RequestError, SamplingParams, sum_stats
+from parse.types import SamplingParams, sum_stats
 from training.measure import draw_problems
 
-SETTINGS = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=1024, memory_mb=256)
-TAPS = (2, 7, 11)
-SAMPLINGS = [
+SETTINGS = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=256 * 2**20)
+LAYERS = (2, 7, 11)
+PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=120),
     SamplingParams(temperature=0.8, seed=3, max_tokens=120),
     SamplingParams(temperature=1.0, seed=5, max_tokens=60, presence_penalty=0.5, repetition_penalty=1.1, logprobs=2),
@@ -33,234 +36,246 @@ SAMPLINGS = [
 ]
 
 
-class Method(Proposer[Any]):
-    """Of a test, with features."""
+class HiddenStateProposer(Proposer[Any]):
+    """Base of the proposers of these tests, which read hidden states."""
 
-    taps = TAPS
+    aux_hidden_state_layers = LAYERS
 
-    def reserve(self, contexts, capacity):
-        assert contexts > 0 and capacity > 0
+    def reserve(self, max_sequences, sequence_capacity):
+        assert max_sequences > 0 and sequence_capacity > 0
 
 
-class Watching(Method):
-    """Proposes at random, trees too, and keeps what it is told."""
+class RecordingProposer(HiddenStateProposer):
+    """Proposes random trees, and records what its states receive."""
 
     def __init__(self):
-        self.texts: list = []
-        self.together: list[int] = []
+        self.states: list[RecordingState] = []
+        self.batch_sizes: list[int] = []
 
     def new_state(self):
-        return Told(self)
+        self.states.append(RecordingState(seed=len(self.states)))
+        return self.states[-1]
 
-    def propose(self, wishes):
-        self.together.append(len(wishes))
-        return [wish.proposer.guess(wish.most) for wish in wishes]
+    def propose(self, requests):
+        self.batch_sizes.append(len(requests))
+        return [request.state.random_tree(request.max_tokens) for request in requests]
 
 
-class Told:
-    def __init__(self, watching):
-        self.told: list = []
-        watching.texts.append(self.told)
-        self.rng = random.Random(len(watching.texts))
+class RecordingState:
+    def __init__(self, seed):
+        self.received: list = []
+        self.rng = random.Random(seed)
 
-    def extend(self, tokens, features, foreseen):
-        assert foreseen is None
-        self.told.append((tuple(tokens), features))
+    def extend(self, tokens, hidden_states, mask_prediction):
+        assert mask_prediction is None
+        self.received.append((tuple(tokens), hidden_states))
 
-    def guess(self, most):
-        size = min(most, self.rng.randint(0, 6))
-        tokens = tuple(self.rng.choice(self.told[0][0]) for _ in range(size))
+    def random_tree(self, max_tokens):
+        size = min(max_tokens, self.rng.randint(0, 6))
+        prompt, _ = self.received[0]
+        tokens = tuple(self.rng.choice(prompt) for _ in range(size))
         return Proposal(tokens, tuple(self.rng.randrange(-1, node) for node in range(size)))
 
 
-METHODS = {
-    "ngram": Way(method="ngram", num_speculative_tokens=6),
-    "draft_model": Way(method="draft_model", model=DEMO_DRAFT, num_speculative_tokens=5),
-    "eagle3": Way(method="eagle3", model=str(DEMO / "demo-eagle3")),
-    "eagle3 tree": Way(method="eagle3", model=str(DEMO / "demo-eagle3"), topk=3, num_speculative_tokens=12),
-    "parallel": Way(method="parallel", model=str(DEMO / "demo-parallel")),
-    "parallel tree": Way(method="parallel", model=str(DEMO / "demo-parallel"), topk=2),
-    "space": Way(method="space", model=str(DEMO / "demo-space")),
+CONFIGS = {
+    "ngram": SpeculativeConfig(method="ngram", num_speculative_tokens=6),
+    "draft_model": SpeculativeConfig(method="draft_model", model=DEMO_DRAFT, num_speculative_tokens=5),
+    "eagle3": SpeculativeConfig(method="eagle3", model=str(DEMO / "demo-eagle3")),
+    "eagle3 tree": SpeculativeConfig(
+        method="eagle3", model=str(DEMO / "demo-eagle3"), topk=3, num_speculative_tokens=12
+    ),
+    "parallel": SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel")),
+    "parallel tree": SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel"), topk=2),
+    "space": SpeculativeConfig(method="space", model=str(DEMO / "demo-space")),
 }
 
 
-def serving(*ways: Way) -> NativeEngine:
-    return load_native_engine(SETTINGS.model_copy(update={"speculation": ways}))
+def engine_with(*configs: SpeculativeConfig) -> NativeEngine:
+    return load_native_engine(SETTINGS.model_copy(update={"speculative_configs": configs}))
 
 
-def serving_own(monkeypatch, method) -> NativeEngine:
-    """With a method that no settings name."""
-
-    def ways(settings, model, costs):
-        model.taps = method.taps
-        return {
-            "eagle3": policy.SpeculativeMethod(
-                "eagle3", GuardedProposer(method, model.vocabulary), 6, False, method.taps, costs
-            )
-        }
-
-    monkeypatch.setattr(service_module, "ways", ways)
-    return load_native_engine(SETTINGS)
+def engine_with_proposer(proposer) -> NativeEngine:
+    """An engine with a method that is not in the registry."""
+    torch.set_num_threads(1)
+    model = Model.load(DEMO_TARGET, device="cpu")
+    model.aux_hidden_state_layers = proposer.aux_hidden_state_layers
+    cost_model = StepCostModel()
+    cost_model.initialize(loader.measure_step_seconds(model))
+    guarded = GuardedProposer(proposer, model.vocab_size)
+    method = SpeculativeMethod("eagle3", guarded, 6, False, model.aux_hidden_state_layers, cost_model)
+    return NativeEngine(SETTINGS, model, methods={"eagle3": method}, cost_model=cost_model)
 
 
 @pytest.fixture
-def tireless(monkeypatch):
-    """Without a clock nothing seems to cost too much, and so the same is proposed every time."""
-    monkeypatch.setattr(service_module, "pass_seconds", lambda model: [])
-    monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
+def untimed(monkeypatch):
+    """Without measurements nothing seems to cost time, so that every step gets proposals."""
+    monkeypatch.setattr(loader, "measure_step_seconds", lambda model: [])
+    monkeypatch.setattr(StepCostModel, "record", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
-def alone():
-    service = load_native_engine(SETTINGS)
-    yield service
-    service.shutdown()
+def plain_engine():
+    engine = load_native_engine(SETTINGS)
+    yield engine
+    engine.shutdown()
 
 
-@pytest.fixture(params=[*METHODS, "at random"])
-def foreseen(request, monkeypatch):
-    own = request.param == "at random"
-    service = serving_own(monkeypatch, Watching()) if own else serving(METHODS[request.param])
-    yield service
-    service.shutdown()
+@pytest.fixture(params=[*CONFIGS, "at random"])
+def engine(request):
+    at_random = request.param == "at random"
+    engine = engine_with_proposer(RecordingProposer()) if at_random else engine_with(CONFIGS[request.param])
+    yield engine
+    engine.shutdown()
 
 
-def questions(alone, count):
-    turns = [[{"role": "user", "content": problem.question}] for problem in draw_problems(5, count)]
-    return [chat_prompt_token_ids(alone.model.tokenizer, turn) for turn in turns]
+def prompts_for(engine, count):
+    conversations = [[{"role": "user", "content": problem.question}] for problem in draw_problems(5, count)]
+    return [chat_prompt_token_ids(engine.model.tokenizer, messages) for messages in conversations]
 
 
-async def speculated(service, prompt, choice):
-    async with aclosing(service.generate(prompt, sampling=SAMPLINGS[0], speculation=choice)) as pieces:
-        return sum_stats([tokens.speculated async for tokens in pieces])
+def requests_for(prompts, params=PARAMS, methods=(None,)):
+    """A request for each prompt; sampling parameters and methods take turns."""
+    return [
+        GenerateRequest(
+            prompt_token_ids=tuple(prompt),
+            sampling_params=params[number % len(params)],
+            speculative_method=methods[number % len(methods)],
+        )
+        for number, prompt in enumerate(prompts)
+    ]
 
 
-async def written(service, prompt, sampling, choice=None):
-    ids, logprobs, finish = [], [], None
-    async with aclosing(service.generate(prompt, sampling=sampling, speculation=choice)) as pieces:
-        async for tokens in pieces:
-            ids += tokens.ids
-            logprobs += [(one.logprob, [token for token, _ in one.top]) for one in tokens.logprobs]
-            finish = tokens.finish
-    return ids, logprobs, finish
+async def collect_stats(engine, prompt, method):
+    request = GenerateRequest(prompt_token_ids=tuple(prompt), sampling_params=PARAMS[0], speculative_method=method)
+    async with aclosing(engine.generate(request)) as deltas:
+        return sum_stats([delta.speculation async for delta in deltas])
 
 
-async def all_written(service, asked):
-    return await asyncio.gather(*(written(service, prompt, sampling) for prompt, sampling in asked))
+async def generate(engine, request):
+    """The tokens, their log-probabilities with the alternatives, and the finish reason."""
+    token_ids, logprobs, finish_reason = [], [], None
+    async with aclosing(engine.generate(request)) as deltas:
+        async for delta in deltas:
+            token_ids += delta.token_ids
+            logprobs += [(logprob.logprob, [token for token, _ in logprob.top]) for logprob in delta.logprobs]
+            finish_reason = delta.finish_reason
+    return token_ids, logprobs, finish_reason
 
 
-def test_what_is_written_is_the_targets_own_in_a_mixed_batch(alone, foreseen):
-    asked = [(prompt, SAMPLINGS[n % len(SAMPLINGS)]) for n, prompt in enumerate(questions(alone, 12))]
-    expected = asyncio.run(all_written(alone, asked))
-    for _ in range(2):  # the second time prompts and their features are found in the cache
-        found = asyncio.run(all_written(foreseen, asked))
-        for (ids, logprobs, finish), (right, wanted, end) in zip(found, expected, strict=True):
-            assert ids == right and finish == end
-            assert [top for _, top in logprobs] == [top for _, top in wanted]
-            assert [p for p, _ in logprobs] == pytest.approx([p for p, _ in wanted], abs=1e-4)
+async def generate_all(engine, requests):
+    return await asyncio.gather(*(generate(engine, request) for request in requests))
+
+
+def test_the_output_in_a_mixed_batch_is_the_targets_own(plain_engine, engine):
+    requests = requests_for(prompts_for(plain_engine, 12))
+    expected = asyncio.run(generate_all(plain_engine, requests))
+    for _ in range(2):  # the second time, prompts and their hidden states come from the cache
+        outputs = asyncio.run(generate_all(engine, requests))
+        for output, expected_output in zip(outputs, expected, strict=True):
+            (token_ids, logprobs, finish_reason), (expected_ids, expected_logprobs, expected_finish) = (
+                output,
+                expected_output,
+            )
+            assert token_ids == expected_ids and finish_reason == expected_finish
+            assert [top for _, top in logprobs] == [top for _, top in expected_logprobs]
+            assert [p for p, _ in logprobs] == pytest.approx([p for p, _ in expected_logprobs], abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["eagle3", "eagle3 tree", "parallel", "space"])
-def test_heads_save_most_of_the_passes(alone, tireless, method):
-    service = serving(METHODS[method])
+def test_heads_save_most_of_the_steps(plain_engine, untimed, method):
+    engine = engine_with(CONFIGS[method])
     try:
-        steps = [service.stats.num_steps, alone.load.steps]
-        for prompt in questions(alone, 6):
-            for one in (service, alone):
-                asyncio.run(written(one, prompt, SAMPLINGS[0]))
-        saved = (alone.load.steps - steps[1]) / (service.stats.num_steps - steps[0])
-        assert saved > 3.5
+        engine_start, plain_start = engine.stats.num_steps, plain_engine.stats.num_steps
+        for request in requests_for(prompts_for(plain_engine, 6), PARAMS[:1]):
+            for each in (engine, plain_engine):
+                asyncio.run(generate(each, request))
+        ratio = (plain_engine.stats.num_steps - plain_start) / (engine.stats.num_steps - engine_start)
+        assert ratio > 3.5
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
-def test_the_features_told_are_the_models_own_of_the_token_before_each(alone, monkeypatch):
-    watching = Watching()
-    service = serving_own(monkeypatch, watching)
+def test_proposers_receive_the_models_hidden_states_of_the_token_before_each(plain_engine):
+    proposer = RecordingProposer()
+    engine = engine_with_proposer(proposer)
     try:
-        asked = [(prompt, SAMPLINGS[n % 2]) for n, prompt in enumerate(questions(alone, 4))]
+        requests = requests_for(prompts_for(plain_engine, 4), PARAMS[:2])
         for _ in range(2):
-            asyncio.run(all_written(service, asked))
+            asyncio.run(generate_all(engine, requests))
     finally:
-        service.shutdown()
-    assert len(watching.texts) == 8
-    for told in watching.texts:
-        tokens = [token for some, _ in told for token in some]
-        features = torch.cat([rows for _, rows in told])
-        assert len(features) == len(tokens) - 1
-        torch.testing.assert_close(features, plain(alone, tokens[:-1]), atol=2e-4, rtol=1e-3)
+        engine.shutdown()
+    assert len(proposer.states) == 8
+    for state in proposer.states:
+        tokens = [token for new_tokens, _ in state.received for token in new_tokens]
+        hidden_states = torch.cat([rows for _, rows in state.received])
+        assert len(hidden_states) == len(tokens) - 1
+        expected = hidden_states_of_transformers(plain_engine, tokens[:-1])
+        torch.testing.assert_close(hidden_states, expected, atol=2e-4, rtol=1e-3)
 
 
-def test_what_all_requests_of_a_step_wish_for_is_asked_at_once(alone, monkeypatch):
-    watching = Watching()
-    service = serving_own(monkeypatch, watching)
+def test_all_requests_of_a_step_get_their_proposals_in_one_call(plain_engine):
+    proposer = RecordingProposer()
+    engine = engine_with_proposer(proposer)
     try:
-        asked = [(prompt, SAMPLINGS[n % 2]) for n, prompt in enumerate(questions(alone, 4))]
-        asyncio.run(all_written(service, asked))
-        assert max(watching.together) == 4
+        asyncio.run(generate_all(engine, requests_for(prompts_for(plain_engine, 4), PARAMS[:2])))
+        assert max(proposer.batch_sizes) == 4
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
 @torch.inference_mode()
-def plain(service: NativeEngine, tokens: list[int]) -> Tensor:
-    """The library's own, in one pass."""
-    network = service.model.network
+def hidden_states_of_transformers(engine: NativeEngine, tokens: list[int]) -> Tensor:
+    """The library's hidden states, computed in one pass."""
+    network = engine.model.network
     network.set_attn_implementation("sdpa")
     try:
         out = network(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
     finally:
         network.set_attn_implementation(STEP_ATTENTION)
-    return torch.cat([out.hidden_states[tap][0] for tap in TAPS], -1)
+    return torch.cat([out.hidden_states[layer][0] for layer in LAYERS], -1)
 
 
-def test_a_proposer_that_breaks_down_costs_its_proposals_only(alone, monkeypatch):
-    class Broken(Method):
+def test_a_proposer_that_fails_costs_only_its_proposals(plain_engine):
+    class FailingProposer(HiddenStateProposer):
         def new_state(self):
             return self
 
-        def extend(self, tokens, features, foreseen):
+        def extend(self, tokens, hidden_states, mask_prediction):
             raise MemoryError
 
-        def propose(self, wishes):
-            raise AssertionError("of a text that it could not follow")
+        def propose(self, requests):
+            raise AssertionError("the state could not be extended, so there must be no request")
 
-    service = serving_own(monkeypatch, Broken())
+    engine = engine_with_proposer(FailingProposer())
     try:
-        asked = [(prompt, SAMPLINGS[0]) for prompt in questions(alone, 2)]
-        assert asyncio.run(all_written(service, asked)) == asyncio.run(all_written(alone, asked))
+        requests = requests_for(prompts_for(plain_engine, 2), PARAMS[:1])
+        assert asyncio.run(generate_all(engine, requests)) == asyncio.run(generate_all(plain_engine, requests))
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
-def test_each_request_may_choose_its_method(alone, tireless):
-    """In one batch, over one memory."""
-    service = serving(*(METHODS[name] for name in ("parallel", "ngram", "eagle3", "draft_model", "space")))
-    choices = [None, "none", *service.methods]
+def test_each_request_may_choose_its_method(plain_engine, untimed):
+    """The requests share one batch and one KV cache."""
+    engine = engine_with(*(CONFIGS[name] for name in ("parallel", "ngram", "eagle3", "draft_model", "space")))
+    choices = [None, "none", *engine.methods]
     try:
-        prompts = questions(alone, 2 * len(choices))
-        asked = [(prompt, SAMPLINGS[n % len(SAMPLINGS)]) for n, prompt in enumerate(prompts)]
-        expected = asyncio.run(all_written(alone, asked))
-
-        async def chosen():
-            turns = (
-                written(service, prompt, sampling, choices[n % len(choices)])
-                for n, (prompt, sampling) in enumerate(asked)
-            )
-            return await asyncio.gather(*turns)
-
-        assert [ids for ids, *_ in asyncio.run(chosen())] == [ids for ids, *_ in expected]
+        prompts = prompts_for(plain_engine, 2 * len(choices))
+        expected = asyncio.run(generate_all(plain_engine, requests_for(prompts)))
+        outputs = asyncio.run(generate_all(engine, requests_for(prompts, methods=choices)))
+        assert [token_ids for token_ids, *_ in outputs] == [token_ids for token_ids, *_ in expected]
         for choice in choices:
-            came = asyncio.run(speculated(service, prompts[0], choice))
+            stats = asyncio.run(collect_stats(engine, prompts[0], choice))
             if choice == "none":
-                assert came is None
+                assert stats is None
             else:
-                assert came.method == (choice or "parallel")
-                assert 0 < sum(came.accepted_per_position) <= sum(came.proposed_per_position) or choice == "ngram"
+                assert stats.method == (choice or "parallel")
+                num_accepted, num_proposed = sum(stats.accepted_per_position), sum(stats.proposed_per_position)
+                assert 0 < num_accepted <= num_proposed or choice == "ngram"
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
-def test_a_method_that_is_not_there_is_refused(alone):
+def test_a_method_that_the_engine_does_not_have_is_rejected(plain_engine):
+    request = GenerateRequest(prompt_token_ids=(1, 2), sampling_params=PARAMS[0], speculative_method="ngram")
     with pytest.raises(RequestError, match="speculation: must be one of none, got 'ngram'"):
-        asyncio.run(written(alone, [1, 2], SAMPLINGS[0], "ngram"))
+        asyncio.run(generate(plain_engine, request))

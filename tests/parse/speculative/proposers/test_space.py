@@ -1,4 +1,4 @@
-"""Masks beside the text: what they say, who sees them, and where they are put."""
+"""Masks of SPACE: what the target predicts there, which tokens see them, and where they are put."""
 
 import asyncio
 import json
@@ -16,9 +16,10 @@ from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput
 from parse.engines.native.step_timing import measure_step_seconds
 from parse.local import DEMO, DEMO_TARGET
+from parse.requests import GenerateRequest
 from parse.speculative.proposal import MaskPrediction, ProposalRequest
-from parse.speculative.proposers.eagle_head import ProposerLoadError
-from parse.speculative.proposers.space import MaskTokenEmbedder, SpaceProposer
+from parse.speculative.proposers.base import ProposerLoadError
+from parse.speculative.proposers.space import MaskTokenEmbedder, SpaceProposer, SpaceState
 from parse.speculative.proposers.space_adapters import (
     SpaceAdapters,
     SpaceAdaptersConfig,
@@ -29,14 +30,14 @@ from parse.speculative.proposers.space_adapters import (
 from parse.tree import MASK, tree_from_parents
 from parse.types import SamplingParams, sum_stats
 from tests.parse.engines.native.tiny import VOCABULARY, ask, build, serving
-from training.tokenizer import build_tokenizer as build_tokenizer
+from training.tokenizer import build_tokenizer
 
 DENSE = ["llama", "qwen3", "gemma3_text", "gpt2", "opt"]
 EXPERTS = ["mixtral", "deepseek_v3"]
-TEXT = torch.randint(VOCABULARY, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+TOKENS = torch.randint(VOCABULARY, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def some_adapters(network, seed=3, masks=3):
+def random_adapters(network, seed=3, masks=3):
     torch.manual_seed(seed)
     config = SpaceAdaptersConfig(32, len(decoder_layers(network)), rank=5, masks=masks)
     adapters = SpaceAdapters(config)
@@ -46,143 +47,151 @@ def some_adapters(network, seed=3, masks=3):
     return adapters.requires_grad_(False)
 
 
-def model_with(kind, masks=None):
+def model_with(kind, make_mask_embedder=None):
     network = build(kind)
     model = Model(network, build_tokenizer())
-    model.mask_embedder = some_adapters(network).attach(network) if masks is None else masks(network)
+    model.mask_embedder = (
+        random_adapters(network).attach(network) if make_mask_embedder is None else make_mask_embedder(network)
+    )
     return model
 
 
 @torch.inference_mode()
-def plainly(model, tokens):
-    """The logits of a text with masks in it, in one pass of the library's own, without a cache."""
+def logits_of_transformers(model, tokens):
+    """The logits of a sequence with masks, in one pass of the library, without a cache."""
     network = model.network
     ids = torch.tensor([tokens])
     masks = (ids[0] == MASK).nonzero()[:, 0]
     embedded = network.get_input_embeddings()(ids.clamp(min=0))
-    embedded[0, masks] = model.masks.embedding
+    embedded[0, masks] = model.mask_embedder.embedding
     network.set_attn_implementation("sdpa" if network._supports_sdpa else "eager")
     try:
-        with model.masks.at(masks):
+        with model.mask_embedder.at(masks):
             return network(inputs_embeds=embedded, use_cache=False).logits[0].float()
     finally:
         network.set_attn_implementation(STEP_ATTENTION)
 
 
-TREE = [TEXT[8], MASK, MASK, 5, 9, MASK, MASK, MASK, 7], [-1, 0, 1, 0, 3, 4, 5, 6, 4]
-"""Tokens and parents: two masks behind the first token; behind its third, three masks and a token."""
+TREE = [TOKENS[8], MASK, MASK, 5, 9, MASK, MASK, MASK, 7], [-1, 0, 1, 0, 3, 4, 5, 6, 4]
+"""Tokens and parents: two masks after the first token; after its third token, three masks and a token."""
 
 
 @pytest.mark.parametrize("kind", DENSE + EXPERTS)
-def test_a_mask_sees_its_text_and_the_masks_before_it_and_nobody_sees_it(kind):
+def test_a_mask_sees_its_sequence_and_the_masks_before_it_and_only_later_masks_see_it(kind):
     model = model_with(kind)
-    tree, place = tree_from_parents(*TREE)
+    tree, positions = tree_from_parents(*TREE)
     with serving(model) as engine:
-        (logits,) = ask(engine, TEXT[:8], TreeInput(tree)).result()
+        (logits,) = ask(engine, TOKENS[:8], TreeInput(tree)).result()
     tokens, parents = TREE
     for node in range(len(tokens)):
         path = [node]
         while (parent := parents[path[0]]) >= 0:
             path.insert(0, parent)
-        wanted = plainly(model, [*TEXT[:8], *(tokens[k] for k in path)])[-1]
-        torch.testing.assert_close(logits[place[node]], wanted, atol=2e-4, rtol=1e-3)
+        expected = logits_of_transformers(model, [*TOKENS[:8], *(tokens[k] for k in path)])[-1]
+        torch.testing.assert_close(logits[positions[node]], expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", DENSE + EXPERTS)
-def test_what_stands_beside_masks_is_the_same_bit_for_bit_whatever_is_learnt_at_them(kind):
-    tree, place = tree_from_parents(*TREE)
-    found = []
-    for masks in (
+def test_tokens_beside_masks_have_the_same_logits_bit_for_bit_whatever_the_adapters_are(kind):
+    tree, positions = tree_from_parents(*TREE)
+    logits = []
+    for make_mask_embedder in (
         None,
-        lambda network: some_adapters(network, seed=8).attach(network),
-        lambda network: MaskTokenEmbedder(torch.zeros(32)),  # the model as it is
+        lambda network: random_adapters(network, seed=8).attach(network),
+        lambda network: MaskTokenEmbedder(torch.zeros(32)),  # no adapters
     ):
-        with serving(model_with(kind, masks)) as engine:
-            found.append(ask(engine, TEXT[:8], TreeInput(tree)).result()[0])
-    tokens = [place[node] for node, token in enumerate(TREE[0]) if token != MASK]
-    masks_at = [place[node] for node, token in enumerate(TREE[0]) if token == MASK]
-    for other in found[1:]:
+        with serving(model_with(kind, make_mask_embedder)) as engine:
+            logits.append(ask(engine, TOKENS[:8], TreeInput(tree)).result()[0])
+    tokens = [positions[node] for node, token in enumerate(TREE[0]) if token != MASK]
+    masks = [positions[node] for node, token in enumerate(TREE[0]) if token == MASK]
+    for other in logits[1:]:
         if kind in DENSE:
-            assert torch.equal(found[0][tokens], other[tokens])
-        else:  # an expert rounds by how many tokens it is given, and masks are given to others now
-            torch.testing.assert_close(found[0][tokens], other[tokens], atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(found[0][masks_at], other[masks_at])
+            assert torch.equal(logits[0][tokens], other[tokens])
+        else:  # the rounding of an expert depends on its number of tokens, and other masks go to other experts
+            torch.testing.assert_close(logits[0][tokens], other[tokens], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(logits[0][masks], other[masks])
 
 
-def groups(proposal):
-    """By the place of the candidate that they stand behind (0: the text), how many masks."""
-    found: dict[int, int] = {}
-    depth: list[tuple[int, int]] = []  # of each node: candidates, and masks, on its path
-    for token, parent in zip(proposal.tokens, proposal.parents, strict=True):
+def group_sizes(proposal):
+    """The number of masks after each candidate, by its position; 0 stands for the end of the sequence."""
+    sizes: dict[int, int] = {}
+    depth: list[tuple[int, int]] = []  # of each node: candidates and masks on its path
+    for token, parent in zip(proposal.token_ids, proposal.parents, strict=True):
         candidates, masks = depth[parent] if parent >= 0 else (0, 0)
         depth.append((candidates, masks + 1) if token == MASK else (candidates + 1, masks))
         if token == MASK:
-            found[candidates] = max(found.get(candidates, 0), masks + 1)
-    return found
+            sizes[candidates] = max(sizes.get(candidates, 0), masks + 1)
+    return sizes
 
 
-def tree(foreseen, most=200, floor=0.0, width=3, depth=99):
-    method = SpaceProposer(MaskTokenEmbedder(torch.zeros(1)), width)
-    text = method.new_state()
-    text.extend([1], None, foreseen)
-    (proposal,) = method.propose([ProposalRequest(text, most, floor, depth)])
-    assert [token for token in proposal.token_ids if token != MASK] == list(
-        foreseen.tokens[: sum(token != MASK for token in proposal.token_ids)] if foreseen else ()
-    )
-    assert len(proposal.token_ids) <= most
+PREDICTION = MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5))
+
+
+def candidates(proposal):
+    return [token for token in proposal.token_ids if token != MASK]
+
+
+def propose(prediction, max_tokens=200, min_probability=0.0, max_depth=99):
+    proposer = SpaceProposer(MaskTokenEmbedder(torch.zeros(1)), 3)
+    state = proposer.new_state()
+    state.extend([1], None, prediction)
+    (proposal,) = proposer.propose([ProposalRequest(state, max_tokens, min_probability, max_depth)])
+    proposed_candidates = candidates(proposal)
+    assert proposed_candidates == list(prediction.token_ids[: len(proposed_candidates)] if prediction else ())
+    assert len(proposal.token_ids) <= max_tokens
     return proposal
 
 
-def test_with_room_for_all_a_group_stands_behind_every_candidate_and_behind_the_text():
-    found = tree(MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5)))
-    assert groups(found) == {0: 3, 1: 3, 2: 3, 3: 3}
-    assert len(found.token_ids) == 3 + 4 * 3
+def test_without_a_limit_a_group_follows_every_candidate_and_the_sequence():
+    proposal = propose(PREDICTION)
+    assert group_sizes(proposal) == {0: 3, 1: 3, 2: 3, 3: 3}
+    assert len(proposal.token_ids) == 3 + 4 * 3
 
 
-def test_before_anything_was_foreseen_there_is_one_group():
-    assert groups(tree(None)) == {0: 3}
+def test_without_predictions_there_is_one_group():
+    assert group_sizes(propose(None)) == {0: 3}
 
 
-def test_groups_stand_where_the_text_is_likely_to_end():
-    # The chances that it ends behind the text, the first, ...: 0.1, 0.45, 0.225, 0.225
-    foreseen = MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5))
-    assert groups(tree(foreseen, floor=0.2)) == {1: 3, 2: 3, 3: 3}
-    assert groups(tree(foreseen, most=3 + 3)) == {1: 3}
-    assert groups(tree(foreseen, most=3 + 4)) == {1: 3, 2: 1}
-    unlikely = tree(foreseen, floor=0.3)  # the third comes with 0.225
-    assert [token for token in unlikely.token_ids if token != MASK] == [7, 8]
-    assert groups(unlikely) == {1: 3, 2: 3}  # behind the second it ends with 0.45 now
-    assert groups(tree(foreseen, floor=0.95)) == {0: 3}
+def test_groups_follow_the_candidates_where_acceptance_most_likely_ends():
+    # The probabilities that it ends before the first candidate, after it, after the second, after the third: 0.1,
+    # 0.45, 0.225, 0.225.
+    assert group_sizes(propose(PREDICTION, min_probability=0.2)) == {1: 3, 2: 3, 3: 3}
+    assert group_sizes(propose(PREDICTION, max_tokens=3 + 3)) == {1: 3}
+    assert group_sizes(propose(PREDICTION, max_tokens=3 + 4)) == {1: 3, 2: 1}
+    proposal = propose(PREDICTION, min_probability=0.3)  # the third has 0.225
+    assert candidates(proposal) == [7, 8]
+    assert group_sizes(proposal) == {1: 3, 2: 3}  # acceptance ends after the second with 0.45 now
+    assert group_sizes(propose(PREDICTION, min_probability=0.95)) == {0: 3}
 
 
-def test_no_more_candidates_than_are_wished_for():
-    found = tree(MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5)), depth=2)
-    assert [token for token in found.token_ids if token != MASK] == [7, 8] and groups(found) == {0: 3, 1: 3, 2: 3}
+def test_there_are_no_more_candidates_than_requested():
+    proposal = propose(PREDICTION, max_depth=2)
+    assert candidates(proposal) == [7, 8] and group_sizes(proposal) == {0: 3, 1: 3, 2: 3}
 
 
-def test_the_chances_of_candidates_are_those_of_all_before_them_too():
-    found = tree(MaskPrediction((7, 8, 9), (0.9, 0.5, 0.5)))
-    assert found.probabilities[:3] == pytest.approx([0.9, 0.45, 0.225])
+def test_the_probability_of_a_candidate_includes_those_before_it():
+    proposal = propose(PREDICTION)
+    assert proposal.probabilities[:3] == pytest.approx([0.9, 0.45, 0.225])
 
 
-# What is loaded.
+# Loading.
 
 
-def saved(tmp_path, **changes):
+def save_random_adapters(tmp_path, **changes):
     network = build("llama")
-    adapters = some_adapters(network)
+    adapters = random_adapters(network)
     save_adapters(adapters, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     return network, adapters
 
 
-def test_what_was_saved_is_what_is_loaded(tmp_path):
-    network, adapters = saved(tmp_path)
-    found = load_adapters(tmp_path, network)
-    assert found.config == adapters.config
+def test_saved_adapters_load_again(tmp_path):
+    network, adapters = save_random_adapters(tmp_path)
+    loaded = load_adapters(tmp_path, network)
+    assert loaded.config == adapters.config
     for name, parameter in adapters.named_parameters():
-        assert torch.equal(dict(found.named_parameters())[name], parameter)
+        assert torch.equal(dict(loaded.named_parameters())[name], parameter)
 
 
 @pytest.mark.parametrize(
@@ -197,37 +206,37 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
         ({"rank": "many"}, "is damaged"),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused_with_both_sizes(tmp_path, changes, message):
-    network, _ = saved(tmp_path, **changes)
+def test_adapters_that_do_not_fit_are_rejected_with_both_sizes(tmp_path, changes, message):
+    network, _ = save_random_adapters(tmp_path, **changes)
     with pytest.raises(ProposerLoadError, match=message):
         load_adapters(tmp_path, network)
 
 
-def test_what_is_no_number_is_refused(tmp_path):
-    network, adapters = saved(tmp_path)
+def test_values_that_are_not_finite_are_rejected(tmp_path):
+    network, adapters = save_random_adapters(tmp_path)
     with torch.no_grad():
         adapters.up[1, 2, 3] = torch.nan
     save_adapters(adapters, tmp_path)
-    with pytest.raises(ProposerLoadError, match="up holds what is no number"):
+    with pytest.raises(ProposerLoadError, match="up has values that are not finite"):
         load_adapters(tmp_path, network)
 
 
-@pytest.mark.parametrize("lacking", ["up", "mask_embedding"])
-def test_a_missing_tensor_is_named(tmp_path, lacking):
-    network, _ = saved(tmp_path)
+@pytest.mark.parametrize("missing", ["up", "mask_embedding"])
+def test_a_missing_tensor_is_named(tmp_path, missing):
+    network, _ = save_random_adapters(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if name != lacking}, tmp_path / "model.safetensors")
-    with pytest.raises(ProposerLoadError, match=f"lacks {lacking}"):
+    save_file({name: tensor for name, tensor in tensors.items() if name != missing}, tmp_path / "model.safetensors")
+    with pytest.raises(ProposerLoadError, match=f"has no tensor {missing}"):
         load_adapters(tmp_path, network)
     save_file(tensors | {"more": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ProposerLoadError, match="holds more, which these adapters have no place for"):
+    with pytest.raises(ProposerLoadError, match="has an unexpected tensor more"):
         load_adapters(tmp_path, network)
 
 
-def test_what_is_damaged_is_said_to_be(tmp_path):
-    network, _ = saved(tmp_path)
+def test_damaged_files_are_reported(tmp_path):
+    network, _ = save_random_adapters(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ProposerLoadError, match="damaged or half-written"):
+    with pytest.raises(ProposerLoadError, match="damaged or incomplete"):
         load_adapters(tmp_path, network)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ProposerLoadError, match=r"lacks config\.json"):
@@ -240,24 +249,25 @@ def test_what_is_damaged_is_said_to_be(tmp_path):
 def test_a_model_that_was_tuned_as_a_whole_reads_its_mask_token():
     network = build("qwen3")
     tokenizer = SimpleNamespace(mask_token_id=17)
-    method = SpaceProposer.from_tuned_model(network, tokenizer, num_masks=2)  # type: ignore[arg-type]
+    proposer = SpaceProposer.from_tuned_model(network, tokenizer, num_masks=2)  # type: ignore[arg-type]
     model = Model(network, build_tokenizer())
-    model.mask_embedder = method.mask_embedder
-    tree, place = tree_from_parents([3, MASK, MASK], [-1, 0, 1])
+    model.mask_embedder = proposer.mask_embedder
+    tree, positions = tree_from_parents([3, MASK, MASK], [-1, 0, 1])
     with serving(model) as engine:
-        (logits,) = ask(engine, TEXT[:8], TreeInput(tree)).result()
-    wanted = plainly(model, [*TEXT[:8], 3, MASK, MASK])
+        (logits,) = ask(engine, TOKENS[:8], TreeInput(tree)).result()
+    expected = logits_of_transformers(model, [*TOKENS[:8], 3, MASK, MASK])
     with torch.inference_mode():
         network.set_attn_implementation("sdpa")
-        as_tokens = network(input_ids=torch.tensor([[*TEXT[:8], 3, 17, 17]]), use_cache=False).logits[0]
-    torch.testing.assert_close(wanted, as_tokens)
-    torch.testing.assert_close(logits[list(place)], as_tokens[-3:], atol=2e-4, rtol=1e-3)
+        as_tokens = network(input_ids=torch.tensor([[*TOKENS[:8], 3, 17, 17]]), use_cache=False).logits[0]
+    torch.testing.assert_close(expected, as_tokens)
+    torch.testing.assert_close(logits[list(positions)], as_tokens[-3:], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("token", "message"), [(None, "this one has none"), (VOCABULARY, rf"mask token is {VOCABULARY}, the target knows")]
+    ("token", "message"),
+    [(None, "this one has none"), (VOCABULARY, rf"mask token is {VOCABULARY}, the target's token ids")],
 )
-def test_without_a_mask_token_it_is_refused(token, message):
+def test_a_tokenizer_without_a_usable_mask_token_is_rejected(token, message):
     with pytest.raises(ProposerLoadError, match=message):
         SpaceProposer.from_tuned_model(build("llama"), SimpleNamespace(mask_token_id=token))  # type: ignore[arg-type]
 
@@ -265,70 +275,77 @@ def test_without_a_mask_token_it_is_refused(token, message):
 # In the engine.
 
 
-def test_what_is_foreseen_is_what_a_plain_pass_says_behind_the_last_accepted_token(monkeypatch):
-    """In a real text, with candidates that are accepted and others that are not."""
-    told: list = []
-    # Nothing is known of what passes take, so that all that is foreseen is tried.
-    monkeypatch.setattr("parse.engines.native.engine.pass_seconds", lambda model: [])
+def load_engine_with_space():
+    config = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
+    return load_native_engine(
+        EngineSettings(
+            model=DEMO_TARGET,
+            num_threads=1,
+            max_model_len=512,
+            kv_cache_memory_bytes=128 * 2**20,
+            speculative_configs=(config,),
+        )
+    )
+
+
+async def generate(engine, max_tokens, method="space"):
+    """The tokens, and the statistics of the proposals."""
+    request = GenerateRequest(
+        prompt_token_ids=engine.model.tokenizer.encode("What is 3 + 4? Think step by step."),
+        sampling_params=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+        speculative_method=method,
+    )
+    async with aclosing(engine.generate(request)) as deltas:
+        collected = [delta async for delta in deltas]
+    token_ids = [token for delta in collected for token in delta.token_ids]
+    return token_ids, sum_stats(delta.speculation for delta in collected)
+
+
+def test_mask_predictions_are_those_of_a_plain_pass_after_the_last_accepted_token(monkeypatch):
+    """In a real generation, with candidates that are accepted and others that are not."""
+    received: list = []
+    # Without measurements nothing seems to cost time, so that all predictions are proposed.
+    monkeypatch.setattr("parse.engines.loader.measure_step_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
-    way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
-    service = load_native_engine(
-        EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=512, memory_mb=128, speculative_configs=(way,))
-    )
-    take = type(SpaceProposer(MaskTokenEmbedder(torch.zeros(1)), 1).new_state()).extend
+    engine = load_engine_with_space()
+    extend = SpaceState.extend
 
-    def watched(self, tokens, features, foreseen):
-        told.append((list(tokens), foreseen))
-        take(self, tokens, features, foreseen)
+    def record_and_extend(self, tokens, hidden_states, mask_prediction):
+        received.append((list(tokens), mask_prediction))
+        extend(self, tokens, hidden_states, mask_prediction)
 
-    monkeypatch.setattr("parse.speculative.proposers.space.SpaceState.extend", watched)
-    prompt = service.model.tokenizer.encode("What is 3 + 4? Think step by step.")
-
-    async def written():
-        sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-        async with aclosing(service.generate(prompt, sampling=sampling)) as pieces:
-            return sum_stats([tokens.speculation async for tokens in pieces])
-
+    monkeypatch.setattr(SpaceState, "extend", record_and_extend)
     try:
-        came = asyncio.run(written())
-        text, compared = [], 0
-        for tokens, foreseen in told:
-            text += tokens
-            if foreseen is not None:
-                logits = plainly(service.model, [*text[:-1], *[MASK] * len(foreseen.tokens)])
-                likely = logits[-len(foreseen.tokens) :].softmax(-1)
-                assert foreseen.tokens == likely.argmax(-1).tolist()
-                assert foreseen.likely == pytest.approx(likely.max(-1).values.tolist(), abs=1e-3)
-                compared += 1
-        assert compared > 3
-        assert 0 < sum(came.accepted_per_position) < sum(came.proposed_per_position)
+        _, stats = asyncio.run(generate(engine, 40))
+        sequence, num_compared = [], 0
+        for tokens, prediction in received:
+            sequence += tokens
+            if prediction is not None:
+                num_masks = len(prediction.token_ids)
+                logits = logits_of_transformers(engine.model, [*sequence[:-1], *[MASK] * num_masks])
+                probabilities = logits[-num_masks:].softmax(-1)
+                assert prediction.token_ids == probabilities.argmax(-1).tolist()
+                assert prediction.probabilities == pytest.approx(probabilities.max(-1).values.tolist(), abs=1e-3)
+                num_compared += 1
+        assert num_compared > 3
+        assert stats is not None and 0 < sum(stats.accepted_per_position) < sum(stats.proposed_per_position)
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
-def test_masks_that_come_to_no_number_foresee_nothing_and_spoil_nothing():
-    """As adapters may, in half precision."""
-    way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
-    settings = EngineSettings(
-        model=DEMO_TARGET, num_threads=1, max_model_len=512, memory_mb=128, speculative_configs=(way,)
-    )
-    service = load_native_engine(settings)
+def test_masks_whose_logits_are_nan_predict_nothing_and_spoil_nothing():
+    """Adapters may produce NaN in half precision."""
+    engine = load_engine_with_space()
     with torch.no_grad():
-        service.model.mask_embedder.up.fill_(torch.nan)  # type: ignore[union-attr]
-    prompt = service.model.tokenizer.encode("What is 3 + 4? Think step by step.")
-
-    async def written(choice):
-        sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
-        async with aclosing(service.generate(prompt, sampling=sampling, speculation=choice)) as pieces:
-            return [token async for tokens in pieces for token in tokens.token_ids]
-
+        engine.model.mask_embedder.up.fill_(torch.nan)  # type: ignore[union-attr]
     try:
-        assert asyncio.run(written("space")) == asyncio.run(written("none"))
+        token_ids, _ = asyncio.run(generate(engine, 20))
+        assert token_ids == asyncio.run(generate(engine, 20, "none"))[0]
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
-def test_passes_of_a_few_sizes_leave_no_masks_behind():
+def test_measuring_steps_leaves_no_masks_behind():
     model = model_with("llama")
     measure_step_seconds(model)
-    assert model.mask_embedder._rows is None
+    assert model.mask_embedder._mask_indices is None
