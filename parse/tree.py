@@ -93,32 +93,3 @@ def tree_from_parents(tokens: Sequence[int], parents: Sequence[int]) -> tuple[To
     tree = TokenTree(np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
     tree.tokens[preorder], tree.end[preorder], tree.depth[preorder] = tokens, preorder + subtree_size, depth
     return tree, preorder
-
-
-def trunk_with_suffixes(trunk: Sequence[int], prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
-    """A trunk with a copy of `suffix` behind its first c tokens, for every cut c.
-
-    The trunk comes first and its deepest probe next: still preorder, and cutting the trunk short needs no gather.
-    `probe_ends` says where the copies stand.
-    """
-    size, width = len(trunk), len(suffix)
-    if any(not 0 < cut <= size for cut in prefix_lengths):
-        raise ValueError(f"cuts must lie in 1..{size}, got {list(prefix_lengths)}")
-    deepest_first = np.sort(np.asarray(prefix_lengths, dtype=np.int64))[::-1]
-    # Probes hang below trunk node j when their cut lies beyond it: those laid out first.
-    suffixes_below = np.searchsorted(-deepest_first, -np.arange(size), side="left")
-    starts = size + width * np.arange(len(deepest_first))
-    return TokenTree(
-        tokens=np.concatenate(
-            [np.asarray(trunk, np.int64), np.tile(np.asarray(suffix, np.int64), len(prefix_lengths))]
-        ),
-        end=np.concatenate([size + width * suffixes_below, np.repeat(starts + width, width)]),
-        depth=np.concatenate([np.arange(size), (deepest_first[:, None] + np.arange(width)).ravel()]),
-    )
-
-
-def suffix_end_nodes(trunk: int, prefix_lengths: Sequence[int], width: int) -> Ints:
-    """For each cut, in the order given, the node at the end of its probe: where the model answers."""
-    rank = np.empty(len(prefix_lengths), dtype=np.int64)
-    rank[np.argsort(-np.asarray(prefix_lengths, np.int64), kind="stable")] = np.arange(len(prefix_lengths))
-    return trunk + width * (rank + 1) - 1

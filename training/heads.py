@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parse.speculative.proposers.base import ProposerLoadError
-from parse.speculative.proposers.eagle_checkpoint import save_head
 from parse.speculative.proposers.eagle_head import EagleHead
 from parse.types import RequestError
 from training.acceptance import evaluate_head, generate_held_out
 from training.checkpoints import BrokenModel, load_model, load_tokenizer
 from training.evaluate import MODELS
 from training.head_cards import write_head_card
+from training.head_checkpoints import save_head
 from training.loop import DamagedCheckpoint
 from training.outputs import TargetOutput, demo_prompts, read_outputs, read_prompts, start_target, write_outputs
 from training.plots import draw_log

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from parse.speculative.proposal import Proposal, Proposer, chain_proposal
-from parse.speculative.proposers.eagle_checkpoint import save_head
 from parse.speculative.proposers.ngram import NgramProposer
 from tests.training.test_head_data import target, texts
 from training import eagle3, parallel
 from training.acceptance import count_accepted, evaluate_head, measure_acceptance
 from training.head_cards import write_head_card
+from training.head_checkpoints import save_head
 from training.outputs import TargetOutput
 
 

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from parse.local import DEMO_TARGET
-from parse.speculative.proposers.eagle_checkpoint import load_head, save_head
+from parse.speculative.proposers.eagle_checkpoint import load_head
 from parse.speculative.proposers.eagle_head import ProposerLoadError, RotaryEmbedding, TargetModel
 from tests.parse.speculative import naive
 from tests.training.test_head_data import target, texts
 from training import eagle3, loop, parallel
+from training.head_checkpoints import save_head
 from training.head_data import FeatureStore, batch_indices, sample_anchors
 from training.loop import DamagedCheckpoint
 

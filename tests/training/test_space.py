@@ -12,13 +12,14 @@ import torch
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.engines.loader import load_native_engine
 from parse.local import DEMO, DEMO_TARGET
-from parse.speculative.proposers.space_adapters import load_adapters, save_adapters
+from parse.speculative.proposers.space_adapters import load_adapters
 from parse.types import SamplingParams, sum_stats
 from tests.training.test_head_data import target, texts
 from training import loop, space
 from training.acceptance import generate_held_out
 from training.checkpoints import load_model
 from training.evaluate import round_floats
+from training.head_checkpoints import save_adapters
 from training.head_data import batch_indices
 from training.loop import DamagedCheckpoint
 
