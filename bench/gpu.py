@@ -29,15 +29,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bench.throughput import drain, generate_s, prefill_s, random_prompts
 from parse.config import EngineSettings
-from parse.engines.native.model import Model
 from parse.engines.native.engine import MAX_SUFFIX_TOKENS, NativeEngine
+from parse.engines.native.model import Model
 from parse.prompts import VerificationSuffix
+from parse.requests import VerifyRequest
 from parse.types import SamplingParams
 from training.evaluate import MODELS
 
-DRAFT_TOKENS, SUFFIX_TOKENS, PREFIX_COUNTS = 512, 16, (16, 32)  # tokens, tokens, probes
+DRAFT_TOKENS, SUFFIX_TOKENS, PREFIX_COUNTS = 512, 16, (16, 32)  # tokens, tokens, prefixes
 ANSWER_TOKENS = 64  # tokens
-NUM_DECODING = 8  # beside whom a draft is judged
+NUM_DECODING = 8  # requests that decode while a draft is verified
 NUM_PREFILLS = 4  # prompts at the same time
 ROUNDS = 3  # the medians count
 
@@ -191,7 +192,7 @@ def prefix_lengths(count: int) -> list[int]:
 @contextmanager
 def start_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> Iterator[NativeEngine]:
     max_model_len = plan.prompt_tokens + max(DRAFT_TOKENS, ANSWER_TOKENS) + 16
-    extra_tokens = 512  # tokens: what is written, and pages that are not quite full
+    extra_tokens = 512  # tokens: for the answer, and for blocks that are partly filled
     cache_tokens = (max(plan.batch_sizes) + NUM_DECODING + NUM_PREFILLS) * (plan.prompt_tokens + extra_tokens) + 2 * (
         max_model_len + MAX_SUFFIX_TOKENS
     )
@@ -203,31 +204,31 @@ def start_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> Iterator[Na
         max_num_batched_tokens=plan.max_num_batched_tokens,
         cuda_graphs=graphs,
     )
-    service = load_native_engine(settings, model)
+    engine = NativeEngine(settings, model)
     try:
-        yield service
+        yield engine
     finally:
-        service.shutdown()
+        engine.shutdown()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def measure_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> dict[str, Any]:
-    with start_engine(model, plan, graphs) as service:
+    with start_engine(model, plan, graphs) as engine:
         decode, sampled = {}, {}
         for batch in tqdm(plan.batch_sizes, desc="engine", file=sys.stderr):
-            decode[str(batch)] = median_ms(partial(decode_s, service, plan, batch, temperature=0.0))
-            sampled[str(batch)] = median_ms(partial(decode_s, service, plan, batch, temperature=0.8, top_p=0.95))
+            decode[str(batch)] = median_ms(partial(decode_s, engine, plan, batch, temperature=0.0))
+            sampled[str(batch)] = median_ms(partial(decode_s, engine, plan, batch, temperature=0.8, top_p=0.95))
         seeds = iter(range(100, 1 << 30))
         prefill_ms = median_ms(
-            lambda: prefill_s(service, random_prompts(NUM_PREFILLS, plan.prompt_tokens, seed=next(seeds)))
+            lambda: prefill_s(engine, random_prompts(NUM_PREFILLS, plan.prompt_tokens, seed=next(seeds)))
         )
         verify_ms = {
-            str(num_prefixes): median_ms(partial(verify_s, service, plan, num_prefixes))
+            str(num_prefixes): median_ms(partial(verify_s, engine, plan, num_prefixes))
             for num_prefixes in PREFIX_COUNTS
         }
-        verify_while_decoding_ms = median_ms(partial(verify_while_decoding_s, service, plan, PREFIX_COUNTS[0]))
-        load = service.stats
+        verify_while_decoding_ms = median_ms(partial(verify_while_decoding_s, engine, plan, PREFIX_COUNTS[0]))
+        load = engine.stats
     return {
         "decode_ms": {batch: ms / ANSWER_TOKENS for batch, ms in decode.items()},
         "sampled_ms": {batch: ms / ANSWER_TOKENS for batch, ms in sampled.items()},
@@ -244,43 +245,51 @@ def median_ms(work: Callable[[], Any]) -> float:
     return statistics.median(asyncio.run(work()) for _ in range(ROUNDS)) * 1e3
 
 
-async def decode_s(service: NativeEngine, plan: BenchmarkPlan, batch: int, **sampling: Any) -> float:
+async def decode_s(engine: NativeEngine, plan: BenchmarkPlan, batch: int, **sampling_fields: Any) -> float:
     prompts = random_prompts(batch, plan.prompt_tokens, seed=batch)
     for prompt in prompts:
-        await service.warm(prompt)
-    sampling_params = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True, **sampling)
+        await engine.prefill(prompt)
+    sampling_params = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True, **sampling_fields)
     started = time.perf_counter()
-    await asyncio.gather(*(drain(service, prompt, sampling_params) for prompt in prompts))
+    await asyncio.gather(*(drain(engine, prompt, sampling_params) for prompt in prompts))
     return time.perf_counter() - started
 
 
-async def verify_s(service: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
+async def verify_s(engine: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
     prompt, draft, suffix = verification_inputs(plan)
-    await service.warm([*prompt, *draft])
+    await engine.prefill([*prompt, *draft])
     started = time.perf_counter()
-    await service.judge(prompt, draft, prefix_lengths(num_prefixes), VerificationSuffix(tuple(suffix), (1,), (2,)))
+    await engine.verify(
+        VerifyRequest(
+            prompt_token_ids=prompt,
+            draft_token_ids=draft,
+            prefix_lengths=prefix_lengths(num_prefixes),
+            suffix=VerificationSuffix(tuple(suffix), (1,), (2,)),
+            policy=None,
+        )
+    )
     return time.perf_counter() - started
 
 
-async def verify_while_decoding_s(service: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
+async def verify_while_decoding_s(engine: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
     sampling_params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
     prompts = random_prompts(NUM_DECODING, plan.prompt_tokens, seed=3)
     for prompt in prompts:
-        await service.warm(prompt)
-    decoding = [asyncio.create_task(drain(service, prompt, sampling_params)) for prompt in prompts]
+        await engine.prefill(prompt)
+    decoding = [asyncio.create_task(drain(engine, prompt, sampling_params)) for prompt in prompts]
     await asyncio.sleep(0.02)
-    seconds = await verify_s(service, plan, num_prefixes)
+    seconds = await verify_s(engine, plan, num_prefixes)
     await asyncio.gather(*decoding)
     return seconds
 
 
 def profile_decode(model: Model, plan: BenchmarkPlan, graphs: bool, batch: int) -> dict[str, Any]:
     """How much of the time the device computes while it decodes, and what."""
-    with start_engine(model, plan, graphs) as service:
-        asyncio.run(decode_s(service, plan, batch, temperature=0.0))
+    with start_engine(model, plan, graphs) as engine:
+        asyncio.run(decode_s(engine, plan, batch, temperature=0.0))
         activity = ProfilerActivity.CUDA if model.device.type == "cuda" else ProfilerActivity.CPU
         with torch.profiler.profile(activities=[activity]) as profile:
-            seconds = asyncio.run(decode_s(service, plan, batch, temperature=0.0))
+            seconds = asyncio.run(decode_s(engine, plan, batch, temperature=0.0))
     kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
     busy = sum(kernel.self_device_time_total for kernel in kernels) * 1e-6
     return {

@@ -19,16 +19,16 @@ def trunk_with_suffixes(trunk: Sequence[int], prefix_lengths: Sequence[int], suf
     size, width = len(trunk), len(suffix)
     if any(not 0 < length <= size for length in prefix_lengths):
         raise ValueError(f"prefix lengths must lie in 1..{size}, got {list(prefix_lengths)}")
-    longest_first = np.sort(np.asarray(prefix_lengths, dtype=np.int64))[::-1]
+    descending = np.sort(np.asarray(prefix_lengths, dtype=np.int64))[::-1]
     # The subtree of trunk node j holds the suffixes of all prefixes longer than j, which come first.
-    suffixes_below = np.searchsorted(-longest_first, -np.arange(size), side="left")
-    starts = size + width * np.arange(len(longest_first))
+    suffixes_below = np.searchsorted(-descending, -np.arange(size), side="left")
+    starts = size + width * np.arange(len(descending))
     return TokenTree(
         tokens=np.concatenate(
             [np.asarray(trunk, np.int64), np.tile(np.asarray(suffix, np.int64), len(prefix_lengths))]
         ),
         end=np.concatenate([size + width * suffixes_below, np.repeat(starts + width, width)]),
-        depth=np.concatenate([np.arange(size), (longest_first[:, None] + np.arange(width)).ravel()]),
+        depth=np.concatenate([np.arange(size), (descending[:, None] + np.arange(width)).ravel()]),
     )
 
 

@@ -21,7 +21,7 @@ from deployments.observability import metrics
 
 VIEW = SERVICE_VIEW
 RANGE_VIEW = VIEW.over("$__range")  # audits are few: all that the page shows
-KEPT, NOT_KEPT = 'kept="yes"', 'kept="no"'
+ACCEPTED, NOT_ACCEPTED = 'kept="yes"', 'kept="no"'
 
 NOW = Row(
     "Now",
@@ -66,7 +66,7 @@ NOW = Row(
                 "right from wrong.",
                 SHARE,
             ),
-            VIEW.quantile(0.5, metrics.CORRECT_PROBABILITY, KEPT),
+            VIEW.quantile(0.5, metrics.CORRECT_PROBABILITY, ACCEPTED),
             [(0.8, CAUTION), (0.93, GOOD)],
             base_colour=BAD,
         ),
@@ -151,7 +151,7 @@ PROBABILITIES = Row(
                 "threshold means that it guesses.",
                 SHARE,
             ),
-            VIEW.buckets(metrics.CORRECT_PROBABILITY, KEPT),
+            VIEW.buckets(metrics.CORRECT_PROBABILITY, ACCEPTED),
             DRAFT,
         ),
         heatmap_panel(
@@ -161,7 +161,7 @@ PROBABILITIES = Row(
                 "under the threshold means that good drafts may be thrown away.",
                 SHARE,
             ),
-            VIEW.buckets(metrics.CORRECT_PROBABILITY, NOT_KEPT),
+            VIEW.buckets(metrics.CORRECT_PROBABILITY, NOT_ACCEPTED),
             REJECTED,
         ),
         time_series_panel(
@@ -171,8 +171,8 @@ PROBABILITIES = Row(
                 "apart, the safer the threshold between them; where they meet, judging is chance.",
                 SHARE,
             ),
-            Query(VIEW.quantile(0.1, metrics.CORRECT_PROBABILITY, KEPT), "kept"),
-            Query(VIEW.quantile(0.9, metrics.CORRECT_PROBABILITY, NOT_KEPT), "not kept"),
+            Query(VIEW.quantile(0.1, metrics.CORRECT_PROBABILITY, ACCEPTED), "kept"),
+            Query(VIEW.quantile(0.9, metrics.CORRECT_PROBABILITY, NOT_ACCEPTED), "not kept"),
             max_value=1.0,
         ),
     ],

@@ -41,8 +41,8 @@ def speed_up(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, ...] 
     matching = f" on ({', '.join(view.by)}) group_left ()" if by else ""
     target_only = f"({answer_tokens(view, condition, by)}) *{matching} ({target_seconds_per_token(view)})"
     queued = view.rate(metrics.SPENT_SECONDS, 'on="queue"', condition, by=by)
-    answering = view.rate(metrics.SPENT_SECONDS, 'on="answer"', condition, by=by)
-    return f"{target_only} / ({answering} - {or_zero(queued, answering)} > 0)"
+    answer_s = view.rate(metrics.SPENT_SECONDS, 'on="answer"', condition, by=by)
+    return f"{target_only} / ({answer_s} - {or_zero(queued, answer_s)} > 0)"
 
 
 def failure_share(view: View) -> str:
