@@ -265,8 +265,8 @@ def measure_memory() -> dict[str, float]:
 
 
 def resident_mb() -> float:
-    num_resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return num_resident_pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    _, resident, *_ = Path("/proc/self/statm").read_text().split()  # in units of the system's page size
+    return int(resident) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
