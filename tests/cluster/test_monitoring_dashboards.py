@@ -138,7 +138,7 @@ def test_a_name_has_one_colour_on_all_of_them():
                 (colour_property,) = override["properties"]
                 colours.setdefault(override["matcher"]["options"], set()).add(colour_property["value"]["fixedColor"])
     assert all(len(values) == 1 for values in colours.values())
-    assert colours["accepted"] == colours["drafter"] != colours["written"] == colours["verifier"]
+    assert colours["accepted"] == colours["drafter"] != colours["generated"] == colours["verifier"]
 
 
 def test_their_colours_are_those_of_the_playground():
