@@ -18,11 +18,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-lint: setup  ## style, types and the direction of imports
+lint: setup  ## style, types, the direction of imports, and names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_names.py
 
 serve: setup  ## the demo pair behind the OpenAI API on port 8000, until Ctrl-C
 	$(BIN)/python -m deployments

@@ -1,7 +1,7 @@
 """What drafting costs where no draft is ever right: mode auto against the target alone, warm-up included."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ import torch
 
 from bench.contenders import PipelineContender
 from parse.config import EngineSettings
+from parse.engines.protocol import Drafter
 from parse.local import LocalPair
 from parse.prompts import chat_prompt_token_ids
-from parse.protocol import Drafter, GenerationRequest
+from parse.requests import DraftRequest
 from parse.types import TokenDelta
 from training import measure
 
@@ -20,22 +21,20 @@ CORRUPTED_POSITION = 3  # the token of each draft that is made wrong
 
 
 class CorruptingDrafter:
-    """Costs what the drafter costs, and is wrong from the first line on."""
+    """Takes as long as the drafter it wraps, and its drafts are wrong from the first line on."""
 
     def __init__(self, drafter: Drafter, wrong: int) -> None:
         self.drafter, self.wrong_token = drafter, wrong
 
-    async def draft(
-        self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
-    ) -> AsyncGenerator[TokenDelta]:
+    async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
         position = -1
-        async for tokens in self.drafter.draft(request, output, stream_interval=stream_interval):
-            ids = list(tokens.token_ids)
+        async for delta in self.drafter.draft(request):
+            ids = list(delta.token_ids)
             for k in range(len(ids)):
                 position += 1
                 if position == CORRUPTED_POSITION:
                     ids[k] = self.wrong_token
-            yield replace(tokens, token_ids=tuple(ids))
+            yield replace(delta, token_ids=tuple(ids))
 
 
 def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from bench.contenders import BenchResult, PipelineContender, clear_caches
 from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel, measure_passes
 from bench.speedup_model import DecodingStats, decoding_stats, speedup_by_depth
 from parse.local import LocalPair
-from parse.types import MethodChoice, MethodName, sum_stats
+from parse.types import sum_stats
 
 CLIENT_COUNTS = 1, 4, 16
 ROUNDS = 3
@@ -44,13 +44,11 @@ async def run(
     pair: LocalPair,
     recorder: RecordingCostModel,
     prompts: Sequence[Sequence[int]],
-    single_stats: Mapping[MethodName, DecodingStats],
+    single_stats: Mapping[str, DecodingStats],
 ) -> list[dict[str, Any]]:
-    choices: list[MethodChoice] = ["none", *pair.target.methods]
-    settings = [(turn, clients) for turn in range(ROUNDS) for clients in CLIENT_COUNTS]
-    runs: dict[int, dict[MethodChoice, list[ConcurrentRun]]] = {
-        c: {choice: [] for choice in choices} for c in CLIENT_COUNTS
-    }
+    choices: list[str] = ["none", *pair.target.methods]
+    settings = [(round_index, clients) for round_index in range(ROUNDS) for clients in CLIENT_COUNTS]
+    runs: dict[int, dict[str, list[ConcurrentRun]]] = {c: {choice: [] for choice in choices} for c in CLIENT_COUNTS}
     curves: dict[int, list[PassTimeCurve]] = {clients: [] for clients in CLIENT_COUNTS}
     for round_index, clients in tqdm(settings, desc="crowds", unit="crowd", file=sys.stderr):
         for choice in choices[round_index:] + choices[:round_index]:
@@ -97,8 +95,8 @@ def _cycle(prompts: Sequence[Sequence[int]], count: int) -> Iterator[Sequence[in
 
 def summarize(
     clients: int,
-    method: MethodName,
-    runs: Mapping[MethodChoice, Sequence[ConcurrentRun]],
+    method: str,
+    runs: Mapping[str, Sequence[ConcurrentRun]],
     curve: PassTimeCurve,
     single_stats: DecodingStats | None,
 ) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parse.config import EngineSettings
+from parse.events import Finished, TextDelta
 from parse.local import LocalPair
 from parse.pipeline import Pipeline
-from parse.prefixes import prefix_lengths_every
-from parse.protocol import Finished, GenerationRequest, Mode, TextDelta
-from parse.types import MethodChoice, SamplingParams, SpeculationStats
+from parse.requests import GenerateRequest, GenerationRequest, VerifyRequest
+from parse.types import SamplingParams, SpeculationStats
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=240)
-MODES: tuple[Mode, ...] = ("off", "full", "progressive", "rounds", "exact", "auto")
+MODES: tuple[str, ...] = ("off", "full", "progressive", "rounds", "exact", "auto")
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict
 class PipelineContender:
     """In one mode; what the target writes itself it writes by one method."""
 
-    def __init__(
-        self, pair: LocalPair, mode: Mode, method: MethodChoice = "none", *, pipeline: Pipeline | None = None
-    ) -> None:
+    def __init__(self, pair: LocalPair, mode: str, method: str = "none", *, pipeline: Pipeline | None = None) -> None:
         self.pair, self.mode, self.method = pair, mode, method
         self.pipeline = pipeline or pair.pipeline
 
@@ -116,9 +114,9 @@ class PipelineContender:
 
 def clear_caches(pair: LocalPair) -> None:
     """Every answer starts from nothing: what one contender computed must not serve the next."""
-    for service in (pair.target, pair.draft):
-        if service is not None:
-            service.reset_prefix_cache()
+    for engine in (pair.target, pair.draft):
+        if engine is not None:
+            engine.reset_prefix_cache()
 
 
 class Baselines:
@@ -144,17 +142,29 @@ class Baselines:
         output: list[int] = []
         draft_tokens = accepted_tokens = target_tokens = num_verifications = 0
         ended = False
-        line_sampling = replace(GREEDY, stop=("\n",))
+        line_params = replace(GREEDY, stop=("\n",))
+
+        def line_request(output: Sequence[int]) -> GenerateRequest:
+            # The lines before are part of the prompt, as they hold the stop string.
+            return GenerateRequest(prompt_token_ids=(*prompt, *output), sampling_params=line_params)
+
         while not ended and len(output) < (GREEDY.max_tokens or 0):
             step: list[int] = []
-            async for tokens in draft.generate((*prompt, *output), (), line_sampling, piece=64):
-                step += tokens.token_ids
-                last = tokens
+            async for delta in draft.generate(replace(line_request(output), stream_interval=64)):
+                step += delta.token_ids
+                last = delta
             ended = last.finish_reason == "stop" and not self._ends_line(step)
             draft_tokens += len(step)
             if step:
-                prefix_lengths = prefix_lengths_every(len(step), len(step), ended=True)
-                verification = await target.judge((*prompt, *output), step, prefix_lengths, pipeline.check)
+                verification = await target.verify(
+                    VerifyRequest(
+                        prompt_token_ids=(*prompt, *output),
+                        draft_token_ids=step,
+                        prefix_lengths=[len(step)],
+                        suffix=pipeline.suffix,
+                        policy=None,
+                    )
+                )
                 num_verifications += 1
                 if (verification.p_correct[-1] or 0.0) >= pipeline.settings.prefix:
                     accepted_tokens += len(step)
@@ -162,10 +172,10 @@ class Baselines:
                     first_token_at = first_token_at or time.perf_counter()
                     continue
             rewritten: list[int] = []
-            async for tokens in target.generate((*prompt, *output), (), line_sampling):
-                rewritten += tokens.token_ids
+            async for delta in target.generate(line_request(output)):
+                rewritten += delta.token_ids
                 first_token_at = first_token_at or time.perf_counter()
-                last = tokens
+                last = delta
             ended = last.finish_reason == "stop" and not self._ends_line(rewritten)
             target_tokens += len(rewritten)
             output += rewritten

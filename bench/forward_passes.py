@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parse.engines.native.engine import NativeEngine
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
 from parse.engines.native.paged_attention import attention_for
 from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
-from parse.engines.native.engine import NativeEngine
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedState
 from parse.speculative.proposal import Proposal, ProposalRequest
@@ -100,14 +100,14 @@ class PassRecords:
 class RecordingCostModel(StepCostModel):
     """Writes down what an engine tells its costs, on the way there, and what its methods take."""
 
-    def __init__(self, service: NativeEngine) -> None:
-        assert service.core.cost_model is not None, "an engine without methods counts no costs"
+    def __init__(self, engine: NativeEngine) -> None:
+        assert engine.core.cost_model is not None, "an engine without methods counts no costs"
         super().__init__()
-        self._engine_costs = service.core.cost_model
+        self._engine_costs = engine.core.cost_model
         self._passes: list[ForwardPass] = []
         self._proposal_times: list[tuple[int, float]] = []
-        service.core.cost_model = self
-        for method in service._methods.values():
+        engine.core.cost_model = self
+        for method in engine._methods.values():
             method.propose = self._timed(method.propose)  # type: ignore[method-assign, assignment]
 
     def record(self, num_seqs: int, num_tokens: int, num_output_tokens: int, seconds: float) -> None:

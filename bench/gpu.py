@@ -5,7 +5,7 @@
 
 Decoding is held against the bytes that a step must read, prompts against the multiplications they take, at the rates
 that a plain copy and a plain product of matrices reach on the same device just before; both against `generate()`.
-Verification is counted in decode steps. Every way is measured without recorded steps and with them.
+Verification is counted in decode steps. Everything is measured without CUDA graphs and with them.
 """
 
 import argparse
@@ -25,116 +25,23 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from bench.roofline import SHAPES, build_model, copy_bytes_per_s, matmul_flops_per_s, roofline_costs, synchronize
 from bench.throughput import drain, generate_s, prefill_s, random_prompts
 from parse.config import EngineSettings
-from parse.engines.native.model import Model
 from parse.engines.native.engine import MAX_SUFFIX_TOKENS, NativeEngine
+from parse.engines.native.model import Model
 from parse.prompts import VerificationSuffix
+from parse.requests import VerifyRequest
 from parse.types import SamplingParams
 from training.evaluate import MODELS
 
-DRAFT_TOKENS, SUFFIX_TOKENS, PREFIX_COUNTS = 512, 16, (16, 32)  # tokens, tokens, probes
+DRAFT_TOKENS, SUFFIX_TOKENS, PREFIX_COUNTS = 512, 16, (16, 32)  # tokens, tokens, prefixes
 ANSWER_TOKENS = 64  # tokens
-NUM_DECODING = 8  # beside whom a draft is judged
+NUM_DECODING = 8  # requests that decode while a draft is verified
 NUM_PREFILLS = 4  # prompts at the same time
 ROUNDS = 3  # the medians count
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    model_type: str
-    hidden_size: int
-    intermediate_size: int  # of the feed-forward layers
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    head_dim: int = 128
-    tie_word_embeddings: bool = False
-
-
-SHAPES = {
-    "qwen3-0.6b": ModelShape("qwen3", 1024, 3072, 28, 16, 8, 151936, tie_word_embeddings=True),
-    "qwen3-1.7b": ModelShape("qwen3", 2048, 6144, 28, 16, 8, 151936, tie_word_embeddings=True),
-    "qwen3-8b": ModelShape("qwen3", 4096, 12288, 36, 32, 8, 151936),
-    "qwen3-32b": ModelShape("qwen3", 5120, 25600, 64, 64, 8, 151936),
-    "llama-3.1-8b": ModelShape("llama", 4096, 14336, 32, 32, 8, 128256),
-    "tiny": ModelShape("llama", 64, 128, 2, 4, 2, 8192, head_dim=16),  # to try this program
-}
-
-
-@dataclass(frozen=True)
-class RooflineCosts:
-    """What no program can do without, from the shapes alone."""
-
-    step_bytes: int  # of weights that every step reads
-    token_bytes: int  # of keys and values, for each token of context
-    token_flops: int  # for each token of a prompt, attention not counted
-
-
-def roofline_costs(shape: ModelShape, size: int) -> RooflineCosts:
-    """`size` bytes a number."""
-    attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
-    layers = shape.num_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
-    return RooflineCosts(
-        step_bytes=size * (layers + shape.hidden_size * shape.vocab_size),
-        token_bytes=size * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim,
-        token_flops=2 * layers,  # logits are computed for the last one only
-    )
-
-
-def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        shape.model_type,
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=8192,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return network.eval()
-
-
-def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes, read and written."""
-    source = torch.empty(2**32 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / time_s(lambda: target.copy_(source), device)
-
-
-def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations in a product of random matrices."""
-    size = 8192 if device.type == "cuda" else 512
-    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size**3 / time_s(lambda: left @ right, device)
-
-
-def time_s(work: Callable[[], object], device: torch.device, times: int = 10) -> float:
-    for _ in range(3):
-        work()
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(times):
-        work()
-    synchronize(device)
-    return (time.perf_counter() - started) / times
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -191,7 +98,7 @@ def prefix_lengths(count: int) -> list[int]:
 @contextmanager
 def start_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> Iterator[NativeEngine]:
     max_model_len = plan.prompt_tokens + max(DRAFT_TOKENS, ANSWER_TOKENS) + 16
-    extra_tokens = 512  # tokens: what is written, and pages that are not quite full
+    extra_tokens = 512  # tokens: for the answer, and for blocks that are partly filled
     cache_tokens = (max(plan.batch_sizes) + NUM_DECODING + NUM_PREFILLS) * (plan.prompt_tokens + extra_tokens) + 2 * (
         max_model_len + MAX_SUFFIX_TOKENS
     )
@@ -203,31 +110,31 @@ def start_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> Iterator[Na
         max_num_batched_tokens=plan.max_num_batched_tokens,
         cuda_graphs=graphs,
     )
-    service = load_native_engine(settings, model)
+    engine = NativeEngine(settings, model)
     try:
-        yield service
+        yield engine
     finally:
-        service.shutdown()
+        engine.shutdown()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def measure_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> dict[str, Any]:
-    with start_engine(model, plan, graphs) as service:
+    with start_engine(model, plan, graphs) as engine:
         decode, sampled = {}, {}
         for batch in tqdm(plan.batch_sizes, desc="engine", file=sys.stderr):
-            decode[str(batch)] = median_ms(partial(decode_s, service, plan, batch, temperature=0.0))
-            sampled[str(batch)] = median_ms(partial(decode_s, service, plan, batch, temperature=0.8, top_p=0.95))
+            decode[str(batch)] = median_ms(partial(decode_s, engine, plan, batch, temperature=0.0))
+            sampled[str(batch)] = median_ms(partial(decode_s, engine, plan, batch, temperature=0.8, top_p=0.95))
         seeds = iter(range(100, 1 << 30))
         prefill_ms = median_ms(
-            lambda: prefill_s(service, random_prompts(NUM_PREFILLS, plan.prompt_tokens, seed=next(seeds)))
+            lambda: prefill_s(engine, random_prompts(NUM_PREFILLS, plan.prompt_tokens, seed=next(seeds)))
         )
         verify_ms = {
-            str(num_prefixes): median_ms(partial(verify_s, service, plan, num_prefixes))
+            str(num_prefixes): median_ms(partial(verify_s, engine, plan, num_prefixes))
             for num_prefixes in PREFIX_COUNTS
         }
-        verify_while_decoding_ms = median_ms(partial(verify_while_decoding_s, service, plan, PREFIX_COUNTS[0]))
-        load = service.stats
+        verify_while_decoding_ms = median_ms(partial(verify_while_decoding_s, engine, plan, PREFIX_COUNTS[0]))
+        load = engine.stats
     return {
         "decode_ms": {batch: ms / ANSWER_TOKENS for batch, ms in decode.items()},
         "sampled_ms": {batch: ms / ANSWER_TOKENS for batch, ms in sampled.items()},
@@ -244,43 +151,51 @@ def median_ms(work: Callable[[], Any]) -> float:
     return statistics.median(asyncio.run(work()) for _ in range(ROUNDS)) * 1e3
 
 
-async def decode_s(service: NativeEngine, plan: BenchmarkPlan, batch: int, **sampling: Any) -> float:
+async def decode_s(engine: NativeEngine, plan: BenchmarkPlan, batch: int, **sampling_fields: Any) -> float:
     prompts = random_prompts(batch, plan.prompt_tokens, seed=batch)
     for prompt in prompts:
-        await service.warm(prompt)
-    sampling_params = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True, **sampling)
+        await engine.prefill(prompt)
+    sampling_params = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True, **sampling_fields)
     started = time.perf_counter()
-    await asyncio.gather(*(drain(service, prompt, sampling_params) for prompt in prompts))
+    await asyncio.gather(*(drain(engine, prompt, sampling_params) for prompt in prompts))
     return time.perf_counter() - started
 
 
-async def verify_s(service: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
+async def verify_s(engine: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
     prompt, draft, suffix = verification_inputs(plan)
-    await service.warm([*prompt, *draft])
+    await engine.prefill([*prompt, *draft])
     started = time.perf_counter()
-    await service.judge(prompt, draft, prefix_lengths(num_prefixes), VerificationSuffix(tuple(suffix), (1,), (2,)))
+    await engine.verify(
+        VerifyRequest(
+            prompt_token_ids=prompt,
+            draft_token_ids=draft,
+            prefix_lengths=prefix_lengths(num_prefixes),
+            suffix=VerificationSuffix(tuple(suffix), (1,), (2,)),
+            policy=None,
+        )
+    )
     return time.perf_counter() - started
 
 
-async def verify_while_decoding_s(service: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
+async def verify_while_decoding_s(engine: NativeEngine, plan: BenchmarkPlan, num_prefixes: int) -> float:
     sampling_params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
     prompts = random_prompts(NUM_DECODING, plan.prompt_tokens, seed=3)
     for prompt in prompts:
-        await service.warm(prompt)
-    decoding = [asyncio.create_task(drain(service, prompt, sampling_params)) for prompt in prompts]
+        await engine.prefill(prompt)
+    decoding = [asyncio.create_task(drain(engine, prompt, sampling_params)) for prompt in prompts]
     await asyncio.sleep(0.02)
-    seconds = await verify_s(service, plan, num_prefixes)
+    seconds = await verify_s(engine, plan, num_prefixes)
     await asyncio.gather(*decoding)
     return seconds
 
 
 def profile_decode(model: Model, plan: BenchmarkPlan, graphs: bool, batch: int) -> dict[str, Any]:
     """How much of the time the device computes while it decodes, and what."""
-    with start_engine(model, plan, graphs) as service:
-        asyncio.run(decode_s(service, plan, batch, temperature=0.0))
+    with start_engine(model, plan, graphs) as engine:
+        asyncio.run(decode_s(engine, plan, batch, temperature=0.0))
         activity = ProfilerActivity.CUDA if model.device.type == "cuda" else ProfilerActivity.CPU
         with torch.profiler.profile(activities=[activity]) as profile:
-            seconds = asyncio.run(decode_s(service, plan, batch, temperature=0.0))
+            seconds = asyncio.run(decode_s(engine, plan, batch, temperature=0.0))
     kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
     busy = sum(kernel.self_device_time_total for kernel in kernels) * 1e-6
     return {

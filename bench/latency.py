@@ -51,16 +51,16 @@ def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
     """Of all rounds together. What cannot be known is null."""
     results = [result for part in rounds for result in part.results]
     answered = [(outcome, outcome.response) for outcome in results if outcome.response]
-    responses = [reply for _, reply in answered]
-    reports = [reply.report for reply in responses if reply.report]
+    responses = [response for _, response in answered]
+    reports = [response.report for response in responses if response.report]
     wall_s = sum(part.wall_s for part in rounds)
     return {
         "requests": len(results),
         "answered": len(answered),
         "wall_s": wall_s,
         "requests_per_s": len(responses) / wall_s,
-        "tokens_per_s": sum(reply.completion_tokens for reply in responses) / wall_s,
-        "completion_tokens": sum(reply.completion_tokens for reply in responses),
+        "tokens_per_s": sum(response.completion_tokens for response in responses) / wall_s,
+        "completion_tokens": sum(response.completion_tokens for response in responses),
         "accuracy": _mean([o.request.is_correct(r.text, r.ended) for o, r in answered if o.request.is_correct]),
         "accepted_share": _ratio(sum(r.accepted_tokens for r in reports), sum(r.draft_tokens for r in reports)),
         "cached_share": _ratio(
@@ -68,10 +68,10 @@ def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
         ),
         "answered_as": dict(Counter(report.mode for report in reports)),
         "ttft_s": spread(
-            reply.chunk_times[0] - outcome.scheduled_at for outcome, reply in answered if reply.chunk_times
+            response.chunk_times[0] - outcome.scheduled_at for outcome, response in answered if response.chunk_times
         ),
-        "itl_s": spread(gap for reply in responses if (gap := mean_inter_token_s(reply)) is not None),
-        "pause_s": spread(max(_gaps(reply)) for reply in responses if len(reply.chunk_times) > 1),
+        "itl_s": spread(gap for response in responses if (gap := mean_inter_token_s(response)) is not None),
+        "pause_s": spread(max(_gaps(response)) for response in responses if len(response.chunk_times) > 1),
         "latency_s": spread(outcome.latency_s for outcome, _ in answered),
         "stages_s": {name: _mean([_stage_s(report, name) for report in reports]) for name in STAGES},
         "overlap_share": overlap_s(reports) / wall_s if reports else None,

@@ -100,13 +100,15 @@ class Workload:
 
 
 async def run_interleaved(
-    workloads: Mapping[str, Workload], load: OfferedLoad, span: range, rounds: int, seed: int
+    workloads: Mapping[str, Workload], load: OfferedLoad, problem_range: range, rounds: int, seed: int
 ) -> list[BenchmarkRun]:
     """All of them under the load, each on that span of its tasks."""
     names = list(workloads)
     rounds_by_name: dict[str, list[Round]] = {name: [] for name in names}
     for round_index in range(rounds):
-        part = span[len(span) * round_index // rounds : len(span) * (round_index + 1) // rounds]
+        part = problem_range[
+            len(problem_range) * round_index // rounds : len(problem_range) * (round_index + 1) // rounds
+        ]
         for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
             workload = workloads[name]
             requests = workload.requests[part.start : part.stop]

@@ -14,7 +14,6 @@ import multiprocessing
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,36 +24,37 @@ from transformers import AutoTokenizer
 from bench.contenders import GREEDY
 from parse.config import EngineSettings, VerificationSettings
 from parse.engines.loader import load_native_engine
+from parse.events import Finished, Usage
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
-from parse.protocol import Finished, GenerationRequest, Usage
-from parse.types import SamplingParams, TokenDelta
+from parse.requests import DraftRequest, GenerateRequest, GenerationRequest
+from parse.types import NO_STREAMING, TokenDelta
 from training import measure
 from training.evaluate import MODELS
 
 
 def serve_drafts(settings: EngineSettings, pipe: Connection) -> None:
-    """The drafter's process: whole drafts for whoever asks, as many at once as its engine runs."""
+    """Runs the drafter's process: it writes complete drafts, as many at once as its engine runs."""
     torch.set_num_threads(1)
 
     async def serve() -> None:
-        service = load_native_engine(settings)
+        engine = load_native_engine(settings)
         pipe.send("ready")
         loop = asyncio.get_running_loop()
         running: set[asyncio.Task[None]] = set()
 
-        async def draft(number: int, prompt: Sequence[int], output: Sequence[int], sampling: SamplingParams) -> None:
+        async def draft(number: int, request: GenerateRequest) -> None:
             ids: list[int] = []
-            async for tokens in service.generate(prompt, output, sampling, piece=1 << 30):
-                ids += tokens.token_ids
-                finish = tokens.finish_reason
+            async for delta in engine.generate(request):
+                ids += delta.token_ids
+                finish = delta.finish_reason
             pipe.send((number, TokenDelta(tuple(ids), finish_reason=finish)))
 
         while (call := await loop.run_in_executor(None, pipe.recv)) is not None:
             task = asyncio.create_task(draft(*call))
             running.add(task)
             task.add_done_callback(running.discard)
-        service.shutdown()
+        engine.shutdown()
 
     asyncio.run(serve())
 
@@ -63,9 +63,9 @@ class PipeDrafter:
     """The other end of the pipe."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child_pipe = context.Pipe()
-        self._process = context.Process(target=serve_drafts, args=(settings, child_pipe), daemon=True)
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, child_pipe = spawn.Pipe()
+        self._process = spawn.Process(target=serve_drafts, args=(settings, child_pipe), daemon=True)
         self._process.start()
         assert self._pipe.recv() == "ready"
         self._pending: dict[int, asyncio.Future[TokenDelta]] = {}
@@ -74,16 +74,20 @@ class PipeDrafter:
 
     async def listen(self) -> None:
         loop = asyncio.get_running_loop()
-        while (answer := await loop.run_in_executor(self._listener, self._receive)) is not None:
-            number, tokens = answer
-            self._pending.pop(number).set_result(tokens)
+        while (message := await loop.run_in_executor(self._listener, self._receive)) is not None:
+            number, draft = message
+            self._pending.pop(number).set_result(draft)
 
-    async def draft(
-        self, request: GenerationRequest, output: Sequence[int], *, stream_interval: int
-    ) -> AsyncGenerator[TokenDelta]:
+    async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
         self._count += 1
         self._pending[self._count] = asyncio.get_running_loop().create_future()
-        self._pipe.send((self._count, tuple(request.prompt_token_ids), tuple(output), replace(request.sampling_params)))
+        generate = GenerateRequest(
+            prompt_token_ids=tuple(request.prompt_token_ids),
+            output_token_ids=tuple(request.output_token_ids),
+            sampling_params=request.sampling_params,
+            stream_interval=NO_STREAMING,
+        )
+        self._pipe.send((self._count, generate))
         yield await self._pending[self._count]
 
     def close(self) -> None:
@@ -108,7 +112,8 @@ async def run_requests(
     async def run_one(prompt: Sequence[int]) -> None:
         async with slots:
             *_, finished = [
-                event async for event in pipeline.generate(GenerationRequest(prompt, sampling_params=GREEDY, mode="full"))
+                event
+                async for event in pipeline.generate(GenerationRequest(prompt, sampling_params=GREEDY, mode="full"))
             ]
             assert isinstance(finished, Finished)
             usages.append(finished.usage)
@@ -126,28 +131,32 @@ async def compare(
         EngineSettings(model=str(models / name), num_threads=1, max_num_seqs=max_num_seqs)
         for name in ("demo-target", "demo-draft")
     )
-    drafter, service = PipeDrafter(draft), load_native_engine(target)
-    tokenizer = service.model.tokenizer
-    method = VerificationSettings.for_model(target.model)
-    verification_suffix = build_verification_suffix(tokenizer, method.prompt)
+    drafter, engine = PipeDrafter(draft), load_native_engine(target)
+    tokenizer = engine.model.tokenizer
+    verification = VerificationSettings.for_model(target.model)
     pipeline = Pipeline(
-        verifier=service, tokenizer=tokenizer, check=verification_suffix, settings=method, drafter=drafter
+        verifier=engine,
+        capabilities=engine.capabilities(),
+        tokenizer=tokenizer,
+        suffix=build_verification_suffix(tokenizer, verification.prompt),
+        settings=verification,
+        drafter=drafter,
     )
     listen_task = asyncio.create_task(drafter.listen())
     await run_requests(pipeline, prompts[:2], 1)
     half = len(prompts) // 2
     sequential_s = pipelined_s = draft_s = target_s = 0.0
     for part in (prompts[:half], prompts[half:]):  # in turns: a change of pace falls on both
-        service.core.reset_prefix_cache()
+        engine.core.reset_prefix_cache()
         seconds, usages = await run_requests(pipeline, part, 1)
         sequential_s += seconds
         draft_s += sum(usage.seconds("draft") for usage in usages)
         target_s += sum(usage.seconds("judge", "write") for usage in usages)
-        service.core.reset_prefix_cache()
+        engine.core.reset_prefix_cache()
         pipelined_s += (await run_requests(pipeline, part, in_flight))[0]
     drafter.close()
     await listen_task
-    service.shutdown()
+    engine.shutdown()
     bound = (draft_s + target_s) / max(draft_s, target_s)
     return {
         "in_flight": in_flight,

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -27,16 +27,14 @@ from parse.config import EngineSettings, SpeculativeConfig
 from parse.controller import DraftingController
 from parse.local import LocalPair
 from parse.prompts import chat_prompt_token_ids
-from parse.protocol import Mode
-from parse.types import MethodChoice, MethodName, sum_stats
+from parse.types import sum_stats
 from training import measure
 from training.examples import ExampleBuilder
 from training.task import Problem
 from training.wording import TARGET
 
-MODES: tuple[Mode, ...] = "off", "full", "rounds"
+MODES: tuple[str, ...] = "off", "full", "rounds"
 PLAIN, NO_METHODS_LOADED = "off", "off, none loaded"
-METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
 
 def speculation_settings(models: Path) -> tuple[SpeculativeConfig, ...]:
@@ -53,8 +51,8 @@ def speculation_settings(models: Path) -> tuple[SpeculativeConfig, ...]:
 class RecordedContender:
     """A contender, and the passes that its answers took."""
 
-    def __init__(self, ours: PipelineContender, watch: RecordingCostModel) -> None:
-        self.contender, self.recorder = ours, watch
+    def __init__(self, contender: PipelineContender, recorder: RecordingCostModel) -> None:
+        self.contender, self.recorder = contender, recorder
         self.records = PassRecords()
 
     async def __call__(self, prompt: Sequence[int]) -> BenchResult:
@@ -64,12 +62,12 @@ class RecordedContender:
         return answer
 
 
-def isolated_contender(pair: LocalPair, mode: Mode, method: MethodChoice) -> PipelineContender:
+def isolated_contender(pair: LocalPair, mode: str, method: str) -> PipelineContender:
     """What it learns of drafting it learns from its own answers."""
-    return PipelineContender(pair, mode, method, pipeline=replace(pair.pipeline, control=DraftingController()))
+    return PipelineContender(pair, mode, method, pipeline=replace(pair.pipeline, controller=DraftingController()))
 
 
-def contender_name(mode: Mode, method: MethodChoice) -> str:
+def contender_name(mode: str, method: str) -> str:
     return mode if method == "none" else f"{mode} + {method}"
 
 
@@ -85,7 +83,7 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
     ):
         prompts = [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
         recorder = RecordingCostModel(pair.target)
-        choices: tuple[MethodChoice, ...] = "none", *pair.target.methods
+        choices: tuple[str, ...] = "none", *pair.target.methods
         recorded = {
             contender_name(mode, method): RecordedContender(isolated_contender(pair, mode, method), recorder)
             for mode in MODES
@@ -150,7 +148,7 @@ def summarize(results: ResultsByContender, problems: Sequence[Problem], builder:
 
 def explain_speedups(
     results: ResultsByContender,
-    stats_by_method: Mapping[MethodName, DecodingStats],
+    stats_by_method: Mapping[str, DecodingStats],
     curve: PassTimeCurve,
     masked: PassTimeCurve,
     prefill_s: float,

@@ -7,10 +7,8 @@ take, with their proposals, in passes of a single token: the tokens *needed*.
 from dataclasses import dataclass
 
 from bench.forward_passes import PassRecords, PassTimeCurve
-from parse.types import MethodName, SpeculationStats
-
-SEQUENTIAL_METHODS: frozenset[MethodName] = frozenset({"eagle3", "draft_model"})
-"""Methods whose proposals take a pass of their own for each token."""
+from parse.registry import METHODS
+from parse.types import SpeculationStats
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class DecodingStats:
     entries: float  # of a text in a pass
     texts: float  # in a pass
     pass_s: float
-    wishes: int  # for a proposal
+    num_proposal_requests: int  # for a proposal
     proposal_s: float  # one of them
 
     @property
@@ -33,12 +31,12 @@ class DecodingStats:
     @property
     def proposal_s_per_pass(self) -> float:
         """For a pass of one text."""
-        return self.wishes * self.proposal_s / self.passes
+        return self.num_proposal_requests * self.proposal_s / self.passes
 
-    def step_s(self, method: MethodName) -> float:
+    def step_s(self, method: str) -> float:
         """A proposal, of methods that go token by token each token of it."""
-        steps = sum(self.proposed) if method in SEQUENTIAL_METHODS else self.wishes
-        return self.wishes * self.proposal_s / steps if steps else 0.0
+        steps = sum(self.proposed) if METHODS[method].is_sequential else self.num_proposal_requests
+        return self.num_proposal_requests * self.proposal_s / steps if steps else 0.0
 
     @property
     def acceptance_rates(self) -> list[float]:
@@ -78,7 +76,7 @@ def predict_speedup(
     )
 
 
-def speedup_by_depth(stats: DecodingStats, curve: PassTimeCurve, method: MethodName, step_s: float) -> list[float]:
+def speedup_by_depth(stats: DecodingStats, curve: PassTimeCurve, method: str, step_s: float) -> list[float]:
     """Speed-up of writing by chains of 1, 2, ... tokens in passes of `curve.texts` texts, prompts aside.
 
     `found` tells how deep proposals of one text at a time are accepted: at each place as often as where it was tried.
@@ -86,12 +84,12 @@ def speedup_by_depth(stats: DecodingStats, curve: PassTimeCurve, method: MethodN
     """
     if not stats.proposed:
         return []
-    share = stats.proposed[0] / stats.wishes  # some methods have nothing to propose now and then
+    share = stats.proposed[0] / stats.num_proposal_requests  # some methods have nothing to propose now and then
     tokens, reach_probability, speedups = 1.0, share, []
     for depth, acceptance_rate in enumerate(stats.acceptance_rates, 1):
         reach_probability = min(reach_probability, share * acceptance_rate)  # nothing is accepted behind what was not
         tokens += reach_probability
-        steps = depth if method in SEQUENTIAL_METHODS else 1
+        steps = depth if METHODS[method].is_sequential else 1
         seconds = curve.seconds_at(1 + depth * share) + curve.texts * step_s * steps
         speedups.append(tokens * curve.seconds_at(1) / seconds)
     return speedups

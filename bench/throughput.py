@@ -1,4 +1,4 @@
-"""The engine by itself: decoding, prompts and verification, against the library's own ways of doing them."""
+"""The engine by itself: decoding, prompts and verification, against the same done by the library."""
 
 import asyncio
 import os
@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 
 from parse.config import EngineSettings
-from parse.engines.native.attention import StepAttention
-from parse.engines.native.model import Model
 from parse.engines.loader import load_native_engine
+from parse.engines.native.attention import StepAttention
+from parse.engines.native.engine import NativeEngine
+from parse.engines.native.model import Model
 from parse.prompts import VerificationSuffix
+from parse.requests import GenerateRequest, VerifyRequest
 from parse.tree import suffix_forest
 from parse.types import SamplingParams
 from training.evaluate import MODELS
@@ -39,7 +41,7 @@ def run(num_threads: int) -> dict[str, Any]:
         network = random_model()
         network.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODELS / "demo-target").save_pretrained(folder)
-        service = load_native_engine(
+        engine = load_native_engine(
             EngineSettings(
                 model=folder, num_threads=num_threads, max_model_len=1024, kv_cache_memory_bytes=1024 * 2**20
             )
@@ -47,18 +49,18 @@ def run(num_threads: int) -> dict[str, Any]:
         hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
     try:
         # The system hands memory out when it is first touched, which is not what is measured here.
-        asyncio.run(prefill_s(service, random_prompts(2 * max(BATCHES), PROMPT_TOKENS, seed=0)))
+        asyncio.run(prefill_s(engine, random_prompts(2 * max(BATCHES), PROMPT_TOKENS, seed=0)))
         return {
             "model": f"Llama, {LAYERS} layers x {HIDDEN_SIZE}, random weights, float32",
             "threads": num_threads,
-            "decode": {str(batch): measure_decode(service, hf_model, batch) for batch in BATCHES},
-            "prompts": {str(batch): measure_prefill(service, hf_model, batch) for batch in BATCHES},
-            "verification": measure_verification(service, hf_model),
+            "decode": {str(batch): measure_decode(engine, hf_model, batch) for batch in BATCHES},
+            "prompts": {str(batch): measure_prefill(engine, hf_model, batch) for batch in BATCHES},
+            "verification": measure_verification(engine, hf_model),
             "host_ms": measure_host_overhead(),
             "memory": measure_memory(),
         }
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
 def random_model() -> PreTrainedModel:
@@ -77,12 +79,12 @@ def random_model() -> PreTrainedModel:
     return model.eval()
 
 
-def measure_decode(service: NativeEngine, hf_model: PreTrainedModel, batch: int) -> dict[str, float]:
+def measure_decode(engine: NativeEngine, hf_model: PreTrainedModel, batch: int) -> dict[str, float]:
     """Tokens per second after prompts that are cached, the prompts' own time taken off."""
     prompts = random_prompts(batch, PROMPT_TOKENS, seed=batch)
 
     def engine_speed() -> float:
-        seconds = asyncio.run(_decode_s(service, prompts))
+        seconds = asyncio.run(_decode_s(engine, prompts))
         return batch * (ANSWER_TOKENS - 1) / seconds
 
     def generate_speed() -> float:
@@ -96,13 +98,13 @@ def measure_decode(service: NativeEngine, hf_model: PreTrainedModel, batch: int)
     return _compare_speeds(engine_speed, generate_speed)
 
 
-def measure_prefill(service: NativeEngine, hf_model: PreTrainedModel, batch: int) -> dict[str, float]:
+def measure_prefill(engine: NativeEngine, hf_model: PreTrainedModel, batch: int) -> dict[str, float]:
     """Prompt tokens per second."""
     seeds = iter(range(1, 1 << 30))
 
     def engine_speed() -> float:
         prompts = random_prompts(batch, PROMPT_TOKENS, seed=1000 * batch + next(seeds))
-        return batch * PROMPT_TOKENS / asyncio.run(prefill_s(service, prompts))
+        return batch * PROMPT_TOKENS / asyncio.run(prefill_s(engine, prompts))
 
     def generate_speed() -> float:
         return (
@@ -112,18 +114,24 @@ def measure_prefill(service: NativeEngine, hf_model: PreTrainedModel, batch: int
     return _compare_speeds(engine_speed, generate_speed)
 
 
-def measure_verification(service: NativeEngine, hf_model: PreTrainedModel) -> dict[str, float]:
-    """Milliseconds to judge 16 cached prefixes: packed, as separate texts, and under a dense mask from scratch."""
+def measure_verification(engine: NativeEngine, hf_model: PreTrainedModel) -> dict[str, float]:
+    """Milliseconds to verify 16 cached prefixes: packed, as separate texts, and under a dense mask from scratch."""
     prompt, draft, suffix = (
         random_prompts(1, size, seed)[0] for size, seed in ((PROMPT_TOKENS, 1), (DRAFT_TOKENS, 2), (SUFFIX_TOKENS, 3))
     )
     prefix_lengths = [DRAFT_TOKENS * (k + 1) // NUM_PREFIXES for k in range(NUM_PREFIXES)]
-    verification_suffix = VerificationSuffix(tuple(suffix), (1,), (2,))
+    request = VerifyRequest(
+        prompt_token_ids=prompt,
+        draft_token_ids=draft,
+        prefix_lengths=prefix_lengths,
+        suffix=VerificationSuffix(tuple(suffix), (1,), (2,)),
+        policy=None,
+    )
 
     async def packed() -> float:
-        await service.warm([*prompt, *draft])
+        await engine.prefill([*prompt, *draft])
         started = time.perf_counter()
-        await service.judge(prompt, draft, prefix_lengths, verification_suffix)
+        await engine.verify(request)
         return time.perf_counter() - started
 
     @torch.inference_mode()
@@ -192,27 +200,27 @@ def measure_host_overhead() -> dict[str, dict[str, float]]:
         return logits[: len(tokens if logits_entries is None else logits_entries)], None
 
     model.forward = idle_forward  # type: ignore[method-assign]
-    service = load_native_engine(EngineSettings(model="idle", kv_cache_memory_bytes=64 * 2**20, max_model_len=256), model)
-    sampling_params = {"greedy": SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)}
-    sampling_params["sampled"] = replace(sampling_params["greedy"], temperature=0.8, top_p=0.95)
+    engine = NativeEngine(EngineSettings(model="idle", kv_cache_memory_bytes=64 * 2**20, max_model_len=256), model)
+    greedy = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)
+    params_by_name = {"greedy": greedy, "sampled": replace(greedy, temperature=0.8, top_p=0.95)}
 
-    async def steps(batch: int, sampling: SamplingParams) -> float:
+    async def steps(batch: int, sampling_params: SamplingParams) -> float:
         prompts = [[10 + number] * 64 for number in range(batch)]
         for prompt in prompts:
-            await service.warm(prompt)
-        before, started = service.stats.num_steps, time.perf_counter()
-        await asyncio.gather(*(drain(service, prompt, sampling) for prompt in prompts))
-        return (time.perf_counter() - started) / (service.stats.num_steps - before) * 1e3
+            await engine.prefill(prompt)
+        before, started = engine.stats.num_steps, time.perf_counter()
+        await asyncio.gather(*(drain(engine, prompt, sampling_params) for prompt in prompts))
+        return (time.perf_counter() - started) / (engine.stats.num_steps - before) * 1e3
 
     try:
         return {
             name: {
-                str(b): statistics.median(asyncio.run(steps(b, sampling)) for _ in range(ROUNDS)) for b in HOST_BATCHES
+                str(b): statistics.median(asyncio.run(steps(b, params)) for _ in range(ROUNDS)) for b in HOST_BATCHES
             }
-            for name, sampling in sampling_params.items()
+            for name, params in params_by_name.items()
         }
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
 def small_model() -> Model:
@@ -231,7 +239,7 @@ def small_model() -> Model:
 
 def measure_memory() -> dict[str, float]:
     """Resident memory after the first thousand short requests, and after ten thousand."""
-    service = load_native_engine(
+    engine = NativeEngine(
         EngineSettings(model="random", kv_cache_memory_bytes=64 * 2**20, max_model_len=256), small_model()
     )
 
@@ -242,7 +250,7 @@ def measure_memory() -> dict[str, float]:
             async with slots:
                 draw = random.Random(seed)
                 prompt = [draw.randrange(512) for _ in range(draw.randint(4, 40))]
-                await drain(service, prompt, SamplingParams(seed=seed, max_tokens=4, ignore_eos=True))
+                await drain(engine, prompt, SamplingParams(seed=seed, max_tokens=4, ignore_eos=True))
 
         await asyncio.gather(*(run_one(seed) for seed in range(first, first + count)))
 
@@ -253,12 +261,12 @@ def measure_memory() -> dict[str, float]:
             asyncio.run(requests(1000 * thousand, 1000))
         return {"after_1000_mb": before, "after_10000_mb": resident_mb()}
     finally:
-        service.shutdown()
+        engine.shutdown()
 
 
 def resident_mb() -> float:
-    num_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return num_pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    _, resident, *_ = Path("/proc/self/statm").read_text().split()  # in units of the system's page size
+    return int(resident) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
@@ -267,24 +275,24 @@ def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
     return prompts
 
 
-async def _decode_s(service: NativeEngine, prompts: list[list[int]]) -> float:
+async def _decode_s(engine: NativeEngine, prompts: list[list[int]]) -> float:
     """Seconds from the moment all have their first token to the end of the last."""
     for prompt in prompts:
-        await service.warm(prompt)
+        await engine.prefill(prompt)
     started = time.perf_counter()
-    await asyncio.gather(*(drain(service, prompt, GREEDY) for prompt in prompts))
+    await asyncio.gather(*(drain(engine, prompt, GREEDY) for prompt in prompts))
     return (time.perf_counter() - started) * (ANSWER_TOKENS - 1) / ANSWER_TOKENS
 
 
-async def prefill_s(service: NativeEngine, prompts: list[list[int]]) -> float:
+async def prefill_s(engine: NativeEngine, prompts: list[list[int]]) -> float:
     started = time.perf_counter()
     one_token = SamplingParams(temperature=0.0, max_tokens=1)
-    await asyncio.gather(*(drain(service, prompt, one_token) for prompt in prompts))
+    await asyncio.gather(*(drain(engine, prompt, one_token) for prompt in prompts))
     return time.perf_counter() - started
 
 
-async def drain(service: NativeEngine, prompt: list[int], sampling: SamplingParams) -> None:
-    async for _ in service.generate(prompt, sampling=sampling):
+async def drain(engine: NativeEngine, prompt: list[int], sampling_params: SamplingParams) -> None:
+    async for _ in engine.generate(GenerateRequest(prompt_token_ids=prompt, sampling_params=sampling_params)):
         pass
 
 

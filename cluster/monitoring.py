@@ -22,9 +22,9 @@ DASHBOARDS = HERE / "grafana" / "dashboards"
 PROVISIONING = HERE / "grafana" / "provisioning"
 DATA = HERE.parent / ".monitoring"
 LOOPBACK = "127.0.0.1"
-MAX_PORT_ATTEMPTS = 20  # ports that are tried behind the one that was asked for
+MAX_PORT_ATTEMPTS = 20  # consecutive ports to try, from the requested one
 LAST_PORT = 65535
-NO_PROXY_OPENER = build_opener(ProxyHandler({}))  # a proxy of the environment knows nothing of this machine
+NO_PROXY_OPENER = build_opener(ProxyHandler({}))  # a proxy set in the environment cannot reach this machine
 STARTUP_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 NO_PROMETHEUS = """Prometheus is not installed. On Debian or Ubuntu, as root:
@@ -35,7 +35,7 @@ Prometheus, then Dashboards, New, Import, for each of {DASHBOARDS}/*.json"""
 
 
 class StartupError(RuntimeError):
-    """Why there is nothing to look at."""
+    """Monitoring could not be started, or a program of it ended."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Program:
     name: str
     command: Sequence[str]
     url: str
-    ready_path: str  # the path that answers once it is
+    ready_path: str  # the path that responds once the program is ready
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)  # its environment, besides ours
 
@@ -101,9 +101,9 @@ def grafana_program(prometheus_url: str, data: Path, port: int) -> Program | Non
 
 
 def find_free_port(preferred: int) -> int:
-    """That one, or the next that nobody has."""
+    """Returns the preferred port, or the next free one."""
     last = min(preferred + MAX_PORT_ATTEMPTS - 1, LAST_PORT)
-    for port in range(max(preferred, 1), last + 1):  # 0 would be any port, and not known to us
+    for port in range(max(preferred, 1), last + 1):  # 0 would bind to a random port
         with socket.socket() as test_socket:
             test_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -118,7 +118,7 @@ def find_free_port(preferred: int) -> int:
 
 @contextmanager
 def lock_data(data: Path) -> Iterator[None]:
-    """Debian's Prometheus takes no lock of its own: two of them would spoil what each other records."""
+    """Locks the folder. Debian's Prometheus takes no lock, and two of them would damage each other's data."""
     try:
         data.mkdir(parents=True, exist_ok=True)
         lock = (data / "lock").open("w")
@@ -133,13 +133,13 @@ def lock_data(data: Path) -> Iterator[None]:
 
 
 class RunningProgram:
-    """A program, from its start to its end; leave the context to stop it."""
+    """A started program. Leaving the context stops it."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         program.log.parent.mkdir(parents=True, exist_ok=True)
         with program.log.open("ab") as log:
-            # In a session of its own, Ctrl-C does not reach it: it is stopped by us, in order.
+            # The program gets its own session, so that Ctrl-C does not reach it and it is stopped in order.
             self.process = subprocess.Popen(
                 program.command,
                 stdin=subprocess.DEVNULL,
@@ -191,7 +191,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop(signum: int, _: object) -> None:
-    for stop_signal in STOP_SIGNALS:  # impatience must not leave anything running
+    for stop_signal in STOP_SIGNALS:  # a second signal must not leave anything running
         signal.signal(stop_signal, lambda *_: None)
     raise KeyboardInterrupt
 
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=CONFIG, help="of Prometheus")
     args = parser.parse_args(arguments)
     for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, stop)  # a shell's background jobs would have some of them ignored
+        signal.signal(stop_signal, stop)  # a shell's background jobs ignore some of them by default
     try:
         run(args.port, args.grafana_port, args.data.resolve(), args.config.resolve())
     except KeyboardInterrupt:

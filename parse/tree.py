@@ -93,32 +93,3 @@ def tree_from_parents(tokens: Sequence[int], parents: Sequence[int]) -> tuple[To
     tree = TokenTree(np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
     tree.tokens[preorder], tree.end[preorder], tree.depth[preorder] = tokens, preorder + subtree_size, depth
     return tree, preorder
-
-
-def trunk_with_suffixes(trunk: Sequence[int], prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
-    """Builds a trunk with a copy of `suffix` after each prefix of it.
-
-    The trunk comes first and the suffix of the longest prefix next. This is still a preorder, and the trunk stays
-    contiguous. `suffix_end_nodes` returns the ends of the copies.
-    """
-    size, width = len(trunk), len(suffix)
-    if any(not 0 < length <= size for length in prefix_lengths):
-        raise ValueError(f"prefix lengths must lie in 1..{size}, got {list(prefix_lengths)}")
-    longest_first = np.sort(np.asarray(prefix_lengths, dtype=np.int64))[::-1]
-    # The suffixes of the prefixes that contain trunk node j are below it; they come first.
-    suffixes_below = np.searchsorted(-longest_first, -np.arange(size), side="left")
-    starts = size + width * np.arange(len(longest_first))
-    return TokenTree(
-        tokens=np.concatenate(
-            [np.asarray(trunk, np.int64), np.tile(np.asarray(suffix, np.int64), len(prefix_lengths))]
-        ),
-        end=np.concatenate([size + width * suffixes_below, np.repeat(starts + width, width)]),
-        depth=np.concatenate([np.arange(size), (longest_first[:, None] + np.arange(width)).ravel()]),
-    )
-
-
-def suffix_end_nodes(trunk: int, prefix_lengths: Sequence[int], width: int) -> Ints:
-    """Returns the last node of the suffix of each prefix, in the order of the arguments: the model answers there."""
-    rank = np.empty(len(prefix_lengths), dtype=np.int64)
-    rank[np.argsort(-np.asarray(prefix_lengths, np.int64), kind="stable")] = np.arange(len(prefix_lengths))
-    return trunk + width * (rank + 1) - 1

@@ -28,20 +28,20 @@ def texts():
 
 @pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel"])
 def test_a_pass_yields_what_the_card_says(network, texts, name):
-    said = json.loads((MODELS / name / "figures.json").read_text())["ways"]["chain"]["of"]
+    card_stats = json.loads((MODELS / name / "figures.json").read_text())["ways"]["chain"]["of"]
     chain = proposal_options(json.loads((MODELS / name / "config.json").read_text()).get("parallel_tokens", 1))["chain"]
     method = load_method(MODELS / name, network, chain.method_options)
     for kind in ("plain", "continued"):
         some = [text for text in texts if bool(text.begun) == (kind == "continued")]
-        found = measure_acceptance(method, network, some, chain.max_tokens)
-        assert found.mean_acceptance_length > max(5.0, SLACK * said[kind]["mean_accepted_length"])
+        stats = measure_acceptance(method, network, some, chain.max_tokens)
+        assert stats.mean_acceptance_length > max(5.0, SLACK * card_stats[kind]["mean_accepted_length"])
 
 
 def test_a_pass_of_the_target_alone_yields_what_the_card_says(network, texts):
-    said = json.loads((MODELS / "demo-space" / "figures.json").read_text())["ways"]["chain"]["of"]
-    found = space.evaluate_adapters(MODELS / "demo-space", network, texts)["ways"]["chain"]["of"]
+    card_stats = json.loads((MODELS / "demo-space" / "figures.json").read_text())["ways"]["chain"]["of"]
+    stats = space.evaluate_adapters(MODELS / "demo-space", network, texts)["ways"]["chain"]["of"]
     for kind in ("plain", "continued"):
-        assert found[kind]["mean_accepted_length"] > max(4.0, SLACK * said[kind]["mean_accepted_length"])
+        assert stats[kind]["mean_accepted_length"] > max(4.0, SLACK * card_stats[kind]["mean_accepted_length"])
 
 
 @pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel", "demo-space"])

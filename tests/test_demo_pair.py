@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy
 from parse.__main__ import EXAMPLE as QUESTION
 from parse.acceptance import Thresholds
 from parse.prefixes import DEFAULT_STRIDE
-from parse.tree import chain, suffix_end_nodes, trunk_with_suffixes
+from parse.tree import chain
 from training import measure
 from training.evaluate import MODELS, load_pair
 from training.examples import ExampleBuilder
 from training.mistakes import MISTAKE_KINDS, compose_answer
 from training.prefix_verification import prefix_probabilities, tree_logits
 from training.task import check_answer, correct_answer
+from training.verification_tree import suffix_end_nodes, trunk_with_suffixes
 from training.wording import DRAFT, TARGET
 
 COUNT = 160
@@ -32,14 +33,14 @@ def pair():
 
 
 @pytest.fixture(scope="module")
-def given():
+def problems():
     return measure.draw_problems(seed=20240, count=COUNT, split="shipped")
 
 
 @pytest.fixture(scope="module")
-def drafts(pair, given):
+def drafts(pair, problems):
     return measure.verify_drafts(
-        pair, given, measure.generate_answers(pair.draft, pair.example_builder, given), DEFAULT_STRIDE
+        pair, problems, measure.generate_answers(pair.draft, pair.example_builder, problems), DEFAULT_STRIDE
     )
 
 
@@ -51,9 +52,9 @@ for name in ("demo-target", "demo-draft"):
     folder = "{MODELS.as_posix()}/" + name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    asked = "{QUESTION}"
+    question = "{QUESTION}"
     inputs = tokenizer.apply_chat_template(
-        [{{"role": "user", "content": asked}}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        [{{"role": "user", "content": question}}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**inputs, max_new_tokens=200, do_sample=False)
     print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 assert not [name for name in sys.modules if name.split(".")[0] in ("parse", "training")]
@@ -67,9 +68,9 @@ def test_both_together_are_small():
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 25e6
 
 
-def test_the_target_answers_right(pair, given):
-    answers = measure.generate_answers(pair.target, pair.example_builder, given)
-    assert measure.accuracy(pair.example_builder, given, answers) >= 0.97 - SLACK
+def test_the_target_answers_right(pair, problems):
+    answers = measure.generate_answers(pair.target, pair.example_builder, problems)
+    assert measure.accuracy(pair.example_builder, problems, answers) >= 0.97 - SLACK
 
 
 def test_the_target_goes_on_rightly_from_the_drafts_wording(pair, drafts):
@@ -80,21 +81,21 @@ def test_the_draft_is_often_but_not_always_right(drafts):
     assert 0.70 - SLACK <= sum(draft.is_correct for draft in drafts) / COUNT <= 0.85 + SLACK
 
 
-def test_the_target_judges_real_drafts(drafts):
-    found = measure.verifier_metrics(drafts, Thresholds())
-    assert found["right_accepted_whole"] >= 0.90 - SLACK
-    assert found["wrong_accepted_whole"] <= 0.02 + SLACK
-    assert found["kept_past_error"] <= 0.05 + SLACK
-    assert found["prefix_precision"] >= 0.97 - SLACK
-    assert found["prefix_recall"] >= 0.90 - SLACK
+def test_the_target_verifies_real_drafts(drafts):
+    metrics = measure.verifier_metrics(drafts, Thresholds())
+    assert metrics["right_accepted_whole"] >= 0.90 - SLACK
+    assert metrics["wrong_accepted_whole"] <= 0.02 + SLACK
+    assert metrics["kept_past_error"] <= 0.05 + SLACK
+    assert metrics["prefix_precision"] >= 0.97 - SLACK
+    assert metrics["prefix_recall"] >= 0.90 - SLACK
 
 
 @pytest.mark.parametrize("kind", MISTAKE_KINDS)
-def test_the_target_notices_every_kind_of_mistake(pair, given, kind):
+def test_the_target_notices_every_kind_of_mistake(pair, problems, kind):
     """Made-up ones, in the draft's wording, asked about at the end of the answer."""
     rng = random.Random(0)
     builder, caught, wrong = pair.example_builder, 0, 0
-    for problem in given[:60]:
+    for problem in problems[:60]:
         tokens = [
             t
             for phrase in compose_answer(problem, rng, lambda line, part: 1, kind)
@@ -121,10 +122,17 @@ def loss(model, builder, drafts):
         logits = tree_logits(model, chain([*prompt, *own]), torch.arange(len(prompt) - 1, len(prompt) + len(own) - 1))
         total += cross_entropy(logits, torch.tensor(own))
         if builder.wording == TARGET:
-            trunk, cuts = [*prompt, *draft.tokens], [len(prompt) + cut for cut in draft.prefix_lengths]
-            ends = torch.from_numpy(suffix_end_nodes(len(trunk), cuts, len(builder.verification_suffix.suffix)))
-            logits = tree_logits(model, trunk_with_suffixes(trunk, cuts, builder.verification_suffix.suffix), ends)
-            right, wrong = builder.verification_suffix.correct[0], builder.verification_suffix.incorrect[0]
+            trunk, prefix_lengths = [*prompt, *draft.tokens], [len(prompt) + length for length in draft.prefix_lengths]
+            end_nodes = torch.from_numpy(
+                suffix_end_nodes(len(trunk), prefix_lengths, len(builder.verification_suffix.token_ids))
+            )
+            logits = tree_logits(
+                model, trunk_with_suffixes(trunk, prefix_lengths, builder.verification_suffix.token_ids), end_nodes
+            )
+            right, wrong = (
+                builder.verification_suffix.correct_token_ids[0],
+                builder.verification_suffix.incorrect_token_ids[0],
+            )
             words = [right if draft.is_prefix_correct(c) else wrong for c in draft.prefix_lengths]
             total += cross_entropy(logits, torch.tensor(words))
     return float(total) / len(drafts)
@@ -133,10 +141,10 @@ def loss(model, builder, drafts):
 @pytest.mark.parametrize(("name", "own"), [("target", TARGET), ("draft", DRAFT)])
 def test_leaving_out_any_layer_harms_the_model(pair, drafts, name, own):
     model, builder = getattr(pair, name), ExampleBuilder(pair.tokenizer, own=own)
-    whole = loss(model, builder, drafts[:60])
+    full_loss = loss(model, builder, drafts[:60])
     for layer in model.get_decoder().layers:
         skipped = layer.register_forward_hook(lambda _module, inputs, _output: inputs[0])
-        assert loss(model, builder, drafts[:60]) > whole
+        assert loss(model, builder, drafts[:60]) > full_loss
         skipped.remove()
 
 

@@ -98,14 +98,14 @@ def measure_acceptance(
 
 def generate_held_out(target: str, count: int, seed: int, num_threads: int | None = None) -> list[TargetOutput]:
     """Answers of the target to problems of the demo task, every other one going on from a draft's beginning."""
-    service = start_target(target, num_threads, 1024)
+    engine = start_target(target, num_threads, 1024)
     outputs: list[TargetOutput] = []
     try:
-        prompts = islice(demo_prompts(service.model.tokenizer, seed, HELD_OUT_SPLIT), count)
+        prompts = islice(demo_prompts(engine.model.tokenizer, seed, HELD_OUT_SPLIT), count)
         while group := list(islice(prompts, MAX_NUM_SEQS)):
-            outputs += asyncio.run(generate_outputs(service, group, 512))
+            outputs += asyncio.run(generate_outputs(engine, group, 512))
     finally:
-        service.shutdown()
+        engine.shutdown()
     return outputs
 
 

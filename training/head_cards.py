@@ -21,8 +21,8 @@ EAGLE-3's authors{extra}.
 
 | | |
 | --- | --- |
-| parameters | {parameters:.2f} million, {layers} layer{plural}, {vocabulary} of the target's {whole} tokens |
-| reads | `hidden_states` {taps} of the target |
+| parameters | {parameters:.2f} million, {layers} layer{plural}, {vocabulary} of the target's {vocab_size} tokens |
+| reads | `hidden_states` {aux_layers} of the target |
 | trained | {trained} that the target wrote |
 
 ## What it scores
@@ -99,8 +99,8 @@ def write_head_card(folder: Path, target: str, metrics: Mapping[str, Any], train
         layers=layers,
         plural="s" * (layers > 1),
         vocabulary=config["draft_vocab_size"],
-        whole=config["vocab_size"],
-        taps=", ".join(map(str, config["eagle_aux_hidden_state_layer_ids"])),
+        vocab_size=config["vocab_size"],
+        aux_layers=", ".join(map(str, config["eagle_aux_hidden_state_layer_ids"])),
         lengths="\n".join(
             f"| {name} | {stats['proposed']:.1f} | {stats['mean_accepted_length']:.2f} | {stats['propose_ms']:.2f} |"
             for name, stats in _table_rows(metrics)

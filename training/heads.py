@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from parse.errors import RequestError
 from parse.speculative.proposers.base import ProposerLoadError
-from parse.speculative.proposers.eagle_checkpoint import save_head
 from parse.speculative.proposers.eagle_head import EagleHead
-from parse.types import RequestError
 from training.acceptance import evaluate_head, generate_held_out
 from training.checkpoints import BrokenModel, load_model, load_tokenizer
 from training.evaluate import MODELS
 from training.head_cards import write_head_card
+from training.head_checkpoints import save_head
 from training.loop import DamagedCheckpoint
 from training.outputs import TargetOutput, demo_prompts, read_outputs, read_prompts, start_target, write_outputs
 from training.plots import draw_log
@@ -123,11 +123,11 @@ def _run(args: argparse.Namespace, train: Train[M], publisher: Publisher[M]) -> 
 
 def _generate_outputs(args: argparse.Namespace) -> Path:
     path: Path = args.runs / "outputs.jsonl"
-    service = start_target(str(args.target), args.threads, args.context)
+    engine = start_target(str(args.target), args.threads, args.context)
     try:
         tokenizer = load_tokenizer(args.target)
         prompts = read_prompts(args.prompts, tokenizer) if args.prompts else demo_prompts(tokenizer, args.seed)
-        write_outputs(service, prompts, args.count, path, max_tokens=args.longest)
+        write_outputs(engine, prompts, args.count, path, max_tokens=args.longest)
     finally:
-        service.shutdown()
+        engine.shutdown()
     return path

@@ -9,13 +9,14 @@ from dataclasses import astuple, dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.acceptance import Thresholds, accepted_prefix_length
+from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length
 from parse.prefixes import prefix_lengths_every
-from parse.tree import suffix_forest, trunk_with_suffixes
+from parse.tree import suffix_forest
 from training.examples import ExampleBuilder
 from training.generation import generate_batch
 from training.prefix_verification import prefill, prefix_probabilities, tree_logits
 from training.task import Problem, check_answer, draw_problem
+from training.verification_tree import trunk_with_suffixes
 from training.wording import TARGET
 
 
@@ -53,7 +54,8 @@ class VerifiedDraft:
         return self.first_wrong is None or prefix_length <= self.first_wrong
 
     def accepted_prefix_length(self, thresholds: Thresholds) -> int:
-        return accepted_prefix_length(self.prefix_lengths, self.correct, thresholds, ended=self.ended)
+        policy = AcceptancePolicy(thresholds)
+        return accepted_prefix_length(self.prefix_lengths, self.correct, policy, complete=self.ended)
 
 
 def draw_problems(seed: int, count: int, split: str = "evaluation") -> list[Problem]:
@@ -84,7 +86,7 @@ def verify_drafts(
         ended = draft[-1] == builder.eos_token_id
         tokens = tuple(draft[:-1] if ended else draft)
         result = check_answer(g, [builder.token_text(token) for token in tokens])
-        prefix_lengths = prefix_lengths_every(stride, len(tokens), ended=ended)
+        prefix_lengths = prefix_lengths_every(stride, len(tokens), complete=ended)
         correct = prefix_probabilities(
             pair.target, builder.prompt(g), tokens, prefix_lengths, builder.verification_suffix
         )

@@ -23,9 +23,11 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.config import EngineSettings
 from parse.engines.loader import load_native_engine
+from parse.engines.native.engine import NativeEngine
+from parse.errors import RequestError
 from parse.prompts import chat_prompt_token_ids
-from parse.protocol import NO_STREAMING
-from parse.types import RequestError, SamplingParams
+from parse.requests import GenerateRequest
+from parse.types import NO_STREAMING, SamplingParams
 from training.task import correct_answer, draw_problem
 from training.wording import DRAFT
 
@@ -88,23 +90,28 @@ def read_outputs(path: Path) -> list[TargetOutput]:
 
 
 async def generate_outputs(
-    service: NativeEngine, prompts: Sequence[PromptAndPrefix], max_tokens: int, *, temperature: float = 0.0
+    engine: NativeEngine, prompts: Sequence[PromptAndPrefix], max_tokens: int, *, temperature: float = 0.0
 ) -> list[TargetOutput]:
     """What the target makes of each, all of them at once."""
 
     async def generate_one(prompt: list[int], prefix: list[int]) -> TargetOutput:
-        sampling = SamplingParams(temperature=temperature, max_tokens=len(prefix) + max_tokens)
+        request = GenerateRequest(
+            prompt_token_ids=prompt,
+            output_token_ids=prefix,
+            sampling_params=SamplingParams(temperature=temperature, max_tokens=len(prefix) + max_tokens),
+            stream_interval=NO_STREAMING,
+        )
         output, finish = list(prefix), None
-        async for tokens in service.generate(prompt, prefix, sampling, piece=NO_STREAMING):
-            output += tokens.token_ids
-            finish = tokens.finish_reason
-        return TargetOutput(prompt, output + [_eos_token_id(service)] * (finish == "stop"), len(prefix))
+        async for delta in engine.generate(request):
+            output += delta.token_ids
+            finish = delta.finish_reason
+        return TargetOutput(prompt, output + [_eos_token_id(engine)] * (finish == "stop"), len(prefix))
 
     return await asyncio.gather(*(generate_one(*prompt_and_prefix) for prompt_and_prefix in prompts))
 
 
 def write_outputs(
-    service: NativeEngine,
+    engine: NativeEngine,
     prompts: Iterable[PromptAndPrefix],
     count: int,
     path: Path,
@@ -121,19 +128,19 @@ def write_outputs(
     remaining = islice(prompts, num_done, count)
     with path.open("a") as out, tqdm(total=count, initial=num_done, desc=path.name, unit="answer") as bar:
         while group := list(islice(remaining, MAX_NUM_SEQS)):
-            for output in asyncio.run(generate_outputs(service, group, max_tokens, temperature=temperature)):
+            for output in asyncio.run(generate_outputs(engine, group, max_tokens, temperature=temperature)):
                 out.write(json.dumps(asdict(output)) + "\n")
             out.flush()
             bar.update(len(group))
 
 
-def _eos_token_id(service: NativeEngine) -> int:
+def _eos_token_id(engine: NativeEngine) -> int:
     """The end token; where there are several, the one of the tokenizer."""
-    eos_token_id = service.model.tokenizer.eos_token_id
+    eos_token_id = engine.model.tokenizer.eos_token_id
     return (
         eos_token_id
-        if isinstance(eos_token_id, int) and eos_token_id in service.model.eos_token_ids
-        else min(service.model.eos_token_ids)
+        if isinstance(eos_token_id, int) and eos_token_id in engine.model.eos_token_ids
+        else min(engine.model.eos_token_ids)
     )
 
 
@@ -157,17 +164,17 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
     args = parser.parse_args()
-    service = None
+    engine = None
     try:
-        service = start_target(args.target, args.threads, args.context)
-        tokenizer = service.model.tokenizer
+        engine = start_target(args.target, args.threads, args.context)
+        tokenizer = engine.model.tokenizer
         prompts = read_prompts(args.prompts, tokenizer) if args.prompts else demo_prompts(tokenizer, args.seed)
-        write_outputs(service, prompts, args.count, args.out, max_tokens=args.longest, temperature=args.temperature)
+        write_outputs(engine, prompts, args.count, args.out, max_tokens=args.longest, temperature=args.temperature)
     except (ValueError, OSError, RequestError) as error:
         sys.exit(str(error))
     finally:
-        if service is not None:
-            service.shutdown()
+        if engine is not None:
+            engine.shutdown()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from parse.speculative.proposal import chain_proposal
 from parse.speculative.proposers.base import ProposerLoadError
-from parse.speculative.proposers.space_adapters import SpaceAdapters, SpaceAdaptersConfig, load_adapters, save_adapters
+from parse.speculative.proposers.space_adapters import SpaceAdapters, SpaceAdaptersConfig, load_adapters
 from training import heads
 from training.acceptance import AcceptanceStats, acceptance_metrics, count_accepted, group_by_kind
 from training.eagle3 import Distillation
 from training.head_cards import write_space_card
+from training.head_checkpoints import save_adapters
 from training.head_data import HeadBatch, HeadFeatures, batch_indices, collate_features, sample_anchors, trainable_texts
 from training.loop import CosineSchedule, Losses, adamw, train
 from training.objectives import bfloat16_is_faster

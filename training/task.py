@@ -186,7 +186,7 @@ class RecordProblem:
         shape = re.fullmatch(r"(\w+) has the record with (\d+)\. In turn: (.+)\. Who has the record now\?", question)
         if not shape:
             return None
-        pairs = [turn.split()[1:] for turn in shape[3].split(", ")]
+        pairs = [event.split()[1:] for event in shape[3].split(", ")]
         return cls((shape[1], int(shape[2])), tuple((name, int(score)) for name, score in pairs))
 
 

@@ -1,4 +1,4 @@
-"""Writes the dashboards."""
+"""Writes the dashboards' JSON files."""
 
 from pathlib import Path
 

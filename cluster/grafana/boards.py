@@ -1,4 +1,4 @@
-"""What the four dashboards have in common: variables, links, rows."""
+"""What the four dashboards share: variables, links and rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ TAG = "parse"
 PREFIX, WINDOW = "${prefix}", "$__rate_interval"
 SERVICE_VIEW = View(PREFIX, WINDOW, {"application": "$application", "mode": "$mode"})
 ENGINE_VIEW = View(PREFIX, WINDOW, {"application": "$application", "deployment": "$deployment", "replica": "$replica"})
-# Grafana takes a text from both sides of " : " and trims it: the blank behind the first is an empty value.
+# Grafana splits each choice at " : " and trims both sides, so the first choice has an empty value.
 PREFIX_CHOICES = "/metrics of the router :  ,Ray's pipeline : ray_"
 SERVICE_VARIABLES, ENGINE_VARIABLES = ("application", "mode"), ("application", "deployment", "replica")
 
@@ -62,7 +62,7 @@ class Board:
             .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
             .with_variable(
                 dashboard.CustomVariable("prefix")
-                .label("By way of")
+                .label("Metrics source")
                 .values(PREFIX_CHOICES)
                 .current(VariableOption(selected=True, text="/metrics of the router", value=""))
             )
@@ -80,7 +80,7 @@ class Board:
 
 
 def _label_values_variable(name: str, label: str, metric: Metric, selector: str = "") -> dashboard.QueryVariable:
-    """All values that a label has."""
+    """Returns a variable that offers all values of a label."""
     return (
         dashboard.QueryVariable(name)
         .label(label)

@@ -1,4 +1,4 @@
-"""What the engines of drafters and verifiers do, replica by replica."""
+"""The engine dashboard: what the engine of each drafter and verifier replica does."""
 
 from cluster.grafana.boards import ENGINE_VARIABLES, ENGINE_VIEW, Board, Row
 from cluster.grafana.panels import (
@@ -30,8 +30,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Tokens",
-                "Tokens that went through the models, a second: prompts, drafts, probes and what was written. Falling "
-                "under the same load: look at batch and prefix cache.",
+                "Tokens computed by the models per second: prompts, drafts, verification suffixes and answers. If it"
+                " falls under the same load, check batch size and prefix cache.",
                 TOKENS_PER_SECOND,
             ),
             VIEW.rate(metrics.ENGINE_TOKENS),
@@ -39,8 +39,8 @@ NOW = Row(
         ),
         stat_panel(
             PanelOptions(
-                "Passes",
-                "Forward passes a second, of all engines. None while calls are running: an engine hangs.",
+                "Forward passes",
+                "Forward passes per second of all engines. None while calls are running: an engine hangs.",
                 PER_SECOND,
             ),
             VIEW.rate(metrics.ENGINE_STEPS),
@@ -48,9 +48,9 @@ NOW = Row(
         ),
         stat_panel(
             PanelOptions(
-                "Batch",
-                "Calls that share a pass, on average. Near 1 under load: requests come one by one, and the device is "
-                "used badly.",
+                "Batch size",
+                "Mean number of calls per forward pass. Near 1 under load, requests arrive one by one and the device"
+                " is used badly.",
             ),
             figures.batch_size(VIEW),
             base_colour=NEUTRAL,
@@ -59,8 +59,7 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Busy",
-                "Share of their time that engines spend in passes, on average. Near 100%: at their limit, add "
-                "replicas.",
+                "Mean share of their time that engines spend in forward passes. Near 100%, add replicas.",
                 SHARE,
             ),
             figures.busy_share(VIEW),
@@ -69,9 +68,9 @@ NOW = Row(
         ),
         stat_panel(
             PanelOptions(
-                "Prefix cache",
-                "Share of tokens looked for that the prefix cache knew. Low: calls of a request do not meet the "
-                "replica that knows it, or memory is short.",
+                "Prefix cache hits",
+                "Share of the looked-up tokens that the prefix cache contained. Low: the calls of a conversation "
+                "reach different replicas, or the KV cache is too small.",
                 SHARE,
             ),
             figures.cache_hit_share(VIEW),
@@ -80,9 +79,9 @@ NOW = Row(
         ),
         stat_panel(
             PanelOptions(
-                "Pages in use",
-                "Share of the pages for keys and values that running calls hold. Near 100%: calls have to wait for "
-                "memory, raise memory_mb.",
+                "KV cache usage",
+                "Share of the KV cache blocks that running calls use. Near 100%, calls wait for memory: raise "
+                "kv_cache_memory_bytes or gpu_memory_utilization.",
                 SHARE,
             ),
             figures.kv_block_share(VIEW, "used"),
@@ -93,21 +92,21 @@ NOW = Row(
 )
 
 PASSES = Row(
-    "Passes",
+    "Forward passes",
     [
         time_series_panel(
             PanelOptions(
                 "Tokens by replica",
-                "Tokens computed a second. Replicas of one deployment far apart: sessions weigh unevenly, or a device "
-                "is slow.",
+                "Tokens computed per second. Large differences between replicas of one deployment: the load is "
+                "uneven, or a device is slow.",
                 TOKENS_PER_SECOND,
             ),
             Query(VIEW.rate(metrics.ENGINE_TOKENS, by=BY_REPLICA), REPLICA_LEGEND),
         ),
         time_series_panel(
             PanelOptions(
-                "Passes by replica",
-                "Forward passes a second. One at zero while calls are running: it hangs, and its health check will "
+                "Forward passes by replica",
+                "Forward passes per second. A replica at zero while calls are running hangs; its health check will "
                 "replace it.",
                 PER_SECOND,
             ),
@@ -115,16 +114,17 @@ PASSES = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Batch by replica",
-                "Calls that share a pass, on average. The larger, the more is done with one reading of the weights; at "
-                "max_running calls begin to wait.",
+                "Batch size by replica",
+                "Mean number of calls per forward pass. Larger batches use the device better. At max_num_seqs, "
+                "further calls wait.",
             ),
             Query(figures.batch_size(VIEW, by=BY_REPLICA), REPLICA_LEGEND),
         ),
         time_series_panel(
             PanelOptions(
                 "Busy by replica",
-                "Share of its time that an engine spends in passes. At the dashed line it has nothing to give.",
+                "Share of its time that an engine spends in forward passes. At the dashed line it has no capacity "
+                "left.",
                 SHARE,
             ),
             Query(figures.busy_share(VIEW, by=BY_REPLICA), REPLICA_LEGEND),
@@ -133,15 +133,15 @@ PASSES = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Calls running",
-                "Calls an engine is at work on. Much below max_running while calls wait: memory is what they wait for.",
+                "Running calls",
+                "Calls that an engine is working on. Far below max_num_seqs while calls wait: they wait for memory.",
             ),
             Query(VIEW.gauge(metrics.ENGINE_REQUESTS_RUNNING, by=BY_REPLICA), REPLICA_LEGEND),
         ),
         time_series_panel(
             PanelOptions(
-                "Calls waiting",
-                "Calls that wait for an engine. More than a few for minutes: add replicas, or memory.",
+                "Waiting calls",
+                "Calls that wait for an engine. More than a few for minutes: add replicas or memory.",
             ),
             Query(VIEW.gauge(metrics.ENGINE_REQUESTS_WAITING, by=BY_REPLICA), REPLICA_LEGEND),
         ),
@@ -153,9 +153,9 @@ MEMORY = Row(
     [
         time_series_panel(
             PanelOptions(
-                "Pages",
-                "Pages for keys and values: used by running calls, idle (kept for those who come with the same "
-                "beginning), free. No idle and no free ones: calls wait for memory.",
+                "KV cache blocks",
+                "Blocks of the KV cache: used by running calls, idle (held only by the prefix cache), free. Without "
+                "idle and free blocks, calls wait for memory.",
                 "none",
             ),
             Query(VIEW.gauge(metrics.ENGINE_KV_CACHE_BLOCKS, by=("state",)), "{{state}}"),
@@ -163,8 +163,9 @@ MEMORY = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Pages in use by replica",
-                "Share of an engine's pages that running calls hold. At the dashed line calls are set back or wait.",
+                "KV cache usage by replica",
+                "Share of an engine's KV cache blocks that running calls use. At the dashed line, calls are "
+                "preempted or wait.",
                 SHARE,
             ),
             Query(figures.kv_block_share(VIEW, "used", by=BY_REPLICA), REPLICA_LEGEND),
@@ -174,17 +175,17 @@ MEMORY = Row(
         time_series_panel(
             PanelOptions(
                 "Evictions",
-                "Pages of the prefix cache that were given up for others, a second. Many while hits fall: too little "
-                "memory for the conversations there are.",
+                "Blocks evicted from the prefix cache per second. Many while hits fall: the KV cache is too small "
+                "for the number of conversations.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.ENGINE_EVICTIONS, by=BY_REPLICA), REPLICA_LEGEND),
         ),
         time_series_panel(
             PanelOptions(
-                "Prefix-cache hits by replica",
-                "Share of tokens looked for that an engine's prefix cache knew. A replica far below the others has "
-                "just started, or meets other conversations.",
+                "Prefix cache hits by replica",
+                "Share of the looked-up tokens that an engine's prefix cache contained. A replica far below the "
+                "others has just started, or gets other conversations.",
                 SHARE,
                 width=12,
             ),
@@ -193,35 +194,35 @@ MEMORY = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Prompts known already",
-                "Share of prompt tokens that the verifier knew when a request came. Low where clients hold long "
-                "conversations: set prompt_cache_key.",
+                "Cached prompt tokens",
+                "Share of prompt tokens that the verifier's prefix cache contained when a request arrived. If it is "
+                "low although clients have long conversations, set prompt_cache_key.",
                 SHARE,
                 width=12,
             ),
-            Query(figures.cached_prompt_share(ROUTER_VIEW), "known"),
+            Query(figures.cached_prompt_share(ROUTER_VIEW), "cached"),
             max_value=1.0,
         ),
     ],
 )
 
 PROPOSALS = Row(
-    "Token by token: what the target is offered and takes",
+    "Token-level speculation",
     [
         time_series_panel(
             PanelOptions(
-                "Tokens per pass",
-                "Tokens that the target writes in a pass, where a method proposes what may follow. At the dashed line "
-                "it might as well write one by one: the method gains nothing here.",
+                "Tokens per forward pass",
+                "Tokens that the target generates per forward pass with a token-level method. At the dashed line the"
+                " method gains nothing.",
             ),
             Query(figures.tokens_per_pass(ROUTER_VIEW, by=("method",)), "{{method}}"),
             limit=(1.0, BAD),
         ),
         time_series_panel(
             PanelOptions(
-                "Accepted share by method",
-                "Share of proposed tokens that the target would have written itself; draft is the draft of mode exact. "
-                "Low: the method does not know the target's words.",
+                "Acceptance rate by method",
+                "Share of proposed tokens that the target accepted. draft is the draft of mode exact. Low: the "
+                "method predicts the target badly.",
                 SHARE,
             ),
             Query(figures.proposals_accepted(ROUTER_VIEW, by=("method",)), "{{method}}"),
@@ -230,8 +231,8 @@ PROPOSALS = Row(
         time_series_panel(
             PanelOptions(
                 "Proposed tokens",
-                "Tokens proposed to the target, a second, by the method that proposes. None: the target's settings "
-                "name no method, and no request asks for mode exact.",
+                "Tokens proposed to the target per second, by method. None: speculative_configs of the target is "
+                "empty, and no request uses mode exact.",
                 TOKENS_PER_SECOND,
             ),
             Query(ROUTER_VIEW.rate(metrics.PROPOSED_TOKENS, by=("method",)), "{{method}}"),
@@ -239,9 +240,9 @@ PROPOSALS = Row(
         ),
         bar_gauge_panel(
             PanelOptions(
-                "Accepted share by place",
-                "Share of a method's tokens that were accepted, by their place in the proposal. It falls with the "
-                "place; where it nears zero, longer proposals are for nothing.",
+                "Acceptance rate by position",
+                "Share of a method's tokens that were accepted, by their position in the proposal. Where it nears "
+                "zero, longer proposals are useless.",
                 SHARE,
                 width=16,
             ),
@@ -252,9 +253,9 @@ PROPOSALS = Row(
         ),
         bar_gauge_panel(
             PanelOptions(
-                "Accepted share by place, drafts",
-                "The same of whole drafts in mode exact. Low from the first places on: the draft model words things "
-                "otherwise than the target, and mode full or rounds would keep more.",
+                "Acceptance rate by position, drafts",
+                "The same for drafts in mode exact. Low from the first positions on: the draft model words answers "
+                "differently, so mode full or rounds accepts more.",
                 SHARE,
             ),
             Query(figures.acceptance_by_position(ROUTER_VIEW, figures.DRAFT_PROPOSALS), "{{position}}"),
@@ -268,7 +269,7 @@ PROPOSALS = Row(
 ENGINE = Board(
     "engine",
     "PARSE / Engine",
-    "What each replica computes, how full it is, and what its cache spares it.",
+    "Throughput, batch sizes, KV cache and prefix cache of each replica, and token-level speculation.",
     ENGINE_VARIABLES,
     [NOW, PASSES, MEMORY, PROPOSALS],
 )

@@ -1,4 +1,4 @@
-"""Is it fast, is it used, does it fail?"""
+"""The overview dashboard: speed-up, traffic, latency and failures."""
 
 from cluster.grafana.boards import SERVICE_VARIABLES, SERVICE_VIEW, Board, Row, percentile_queries
 from cluster.grafana.panels import (
@@ -20,7 +20,7 @@ from cluster.prometheus import figures
 from deployments.observability import metrics
 
 VIEW = SERVICE_VIEW
-ALL_MODES_VIEW = VIEW.without("mode")  # requests are counted by what they asked for, answers by what was done
+ALL_MODES_VIEW = VIEW.without("mode")  # requests are counted by the requested mode, answers by the mode that was used
 
 NOW = Row(
     "Now",
@@ -28,8 +28,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Speed-up",
-                "How much longer the target alone would have taken for the same tokens, going by its own pace while it "
-                "writes. Under 1, drafting costs more than it gives.",
+                "The time that the target alone would have needed for the same tokens, at its measured speed, "
+                "divided by the actual time. Below 1, drafting costs more than it saves.",
                 TIMES,
             ),
             figures.speed_up(VIEW),
@@ -40,8 +40,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Accepted",
-                "Share of drafted tokens that stand in answers. Low: the draft model guesses badly or is judged too "
-                "strictly, and its work is thrown away.",
+                "Share of draft tokens that became part of answers. If it is low, the draft model is often wrong or "
+                "the verification is too strict.",
                 SHARE,
             ),
             figures.accepted_share(VIEW),
@@ -51,8 +51,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Requests",
-                "Requests that ended, a second, in whatever mode and with whatever outcome. None at all, where there "
-                "should be some: look at what is before the service.",
+                "Finished requests per second, with any mode and outcome. If there are none although you expect "
+                "some, check the load balancer and the clients.",
                 REQUESTS_PER_SECOND,
             ),
             ALL_MODES_VIEW.rate(metrics.REQUESTS),
@@ -61,8 +61,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Tokens",
-                "Tokens of answers, a second, whoever wrote them. Falling while requests do not: answers get slower "
-                "or shorter.",
+                "Answer tokens per second, from drafts and from the target. If it falls while requests do not, "
+                "answers are slower or shorter.",
                 TOKENS_PER_SECOND,
             ),
             figures.answer_tokens(VIEW, ""),
@@ -71,8 +71,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Latency p95",
-                "Of 20 answers 19 took no longer from arrival to end, waiting included. Good is what your clients "
-                "wait for; the colours begin at 10 and 30 s.",
+                "95% of the answers took no longer from arrival to end, queueing included. Which value is good "
+                "depends on your clients; the colors change at 10 and 30 s.",
                 SECONDS,
             ),
             VIEW.quantile(0.95, metrics.ANSWER_SECONDS),
@@ -82,8 +82,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Failures",
-                "Share of requests that the service failed: overloaded, unavailable, timed out, or by a fault of its "
-                "own. From 1% on, look below for which.",
+                "Share of requests that failed because of the service: overloaded, unavailable, timed out or "
+                "internal errors. Above 1%, look below for the outcome.",
                 SHARE,
             ),
             figures.failure_share(VIEW),
@@ -94,13 +94,13 @@ NOW = Row(
 )
 
 GAIN = Row(
-    "What drafting gains",
+    "Effect of drafting",
     [
         time_series_panel(
             PanelOptions(
                 "Speed-up by mode",
-                "How much longer the target alone would have taken, for each mode. The dashed line is the target "
-                "alone: a mode that stays under it should not be asked for.",
+                "The time that the target alone would have needed, divided by the actual time, for each mode. The "
+                "dashed line is the target alone. Do not use a mode that stays below it.",
                 TIMES,
                 width=12,
             ),
@@ -109,14 +109,14 @@ GAIN = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Tokens by who wrote them",
-                "Tokens a second: accepted from drafts, written by the target, and rejected, which reached nobody. "
-                "Much of the last is work for nothing.",
+                "Tokens by origin",
+                "Tokens per second: accepted from drafts, generated by the target, and rejected. Rejected tokens are"
+                " wasted work.",
                 TOKENS_PER_SECOND,
                 width=12,
             ),
             Query(VIEW.rate(metrics.ACCEPTED_TOKENS), "accepted"),
-            Query(VIEW.rate(metrics.TARGET_TOKENS), "written"),
+            Query(VIEW.rate(metrics.TARGET_TOKENS), "generated"),
             Query(VIEW.rate(metrics.REJECTED_TOKENS), "rejected"),
             stacked=True,
         ),
@@ -129,8 +129,8 @@ TRAFFIC = Row(
         time_series_panel(
             PanelOptions(
                 "Requests by outcome",
-                "Requests a second, by how they ended. All but ok, invalid, unauthorized and left are failures of the "
-                "service.",
+                "Requests per second by how they ended. All outcomes except ok, invalid, unauthorized and left are "
+                "failures of the service.",
                 REQUESTS_PER_SECOND,
             ),
             Query(ALL_MODES_VIEW.rate(metrics.REQUESTS, by=("outcome",)), "{{outcome}}"),
@@ -139,8 +139,8 @@ TRAFFIC = Row(
         time_series_panel(
             PanelOptions(
                 "Answers by mode",
-                "Answers a second, by what was done for them. Much off where clients ask for auto: drafting does not "
-                "pay, or there is no drafter.",
+                "Answers per second by the mode that was used. Many with off although clients request auto: drafting"
+                " does not pay, or there is no drafter.",
                 REQUESTS_PER_SECOND,
             ),
             Query(VIEW.rate(metrics.ANSWERS, by=("mode",)), "{{mode}}"),
@@ -148,12 +148,12 @@ TRAFFIC = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Answers cut short",
-                "Share of answers that ended at a limit of tokens, not by themselves. High: clients' limits are too "
-                "low, or a model does not find its end.",
+                "Truncated answers",
+                "Share of answers that ended at a token limit and not by themselves. If it is high, the limits of "
+                "the clients are too low or a model does not stop.",
                 SHARE,
             ),
-            Query(figures.truncated_share(VIEW), "cut short"),
+            Query(figures.truncated_share(VIEW), "truncated"),
             max_value=1.0,
         ),
     ],
@@ -165,8 +165,8 @@ LATENCY = Row(
         time_series_panel(
             PanelOptions(
                 "Answers",
-                "Time from arrival to the end of an answer, waiting included: the middle one, and the slowest 5% and "
-                "1%. A p99 far above the rest: some wait, or write alone.",
+                "Time from arrival to the end of an answer, queueing included: median, 95th and 99th percentile. If "
+                "p99 is far above the rest, some requests wait or are answered without a draft.",
                 SECONDS,
             ),
             *percentile_queries(VIEW, metrics.ANSWER_SECONDS),
@@ -174,8 +174,8 @@ LATENCY = Row(
         time_series_panel(
             PanelOptions(
                 "First token",
-                "Time from arrival to the first of an answer. Drafts that are judged whole come late and at once; "
-                "high also in mode progressive or off: requests wait.",
+                "Time from arrival to the first token. A draft that is verified as a whole arrives late and at once."
+                " If it is also high in mode progressive or off, requests wait.",
                 SECONDS,
             ),
             *percentile_queries(VIEW, metrics.TIME_TO_FIRST_TOKEN),
@@ -183,8 +183,8 @@ LATENCY = Row(
         time_series_panel(
             PanelOptions(
                 "Between tokens",
-                "Time between parts of a streamed answer, for each token of the later part. High: the verifiers have "
-                "more at once than they can do smoothly.",
+                "Time between two parts of a streamed answer, per token of the later one. If it is high, the "
+                "verifiers are working on too many requests at once.",
                 SECONDS,
             ),
             *percentile_queries(VIEW, metrics.INTER_TOKEN_LATENCY),
@@ -198,8 +198,8 @@ FAILURES = Row(
         time_series_panel(
             PanelOptions(
                 "Failures by outcome",
-                "Requests a second that the service failed. overloaded: add verifiers. unavailable: they are gone. "
-                "timeout: answers take too long. failed: see the logs.",
+                "Failed requests per second. overloaded: add verifiers. unavailable: no verifier responds. timeout: "
+                "answers take too long. failed: see the logs.",
                 REQUESTS_PER_SECOND,
                 width=12,
             ),
@@ -208,9 +208,9 @@ FAILURES = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Share of failures",
-                "Share of requests that the service failed, of those that were its to answer. Over the dashed line, "
-                "at 5%, somebody is called.",
+                "Failure rate",
+                "Share of requests that failed because of the service, without those that clients caused. Above the "
+                "dashed line at 5% an alert fires.",
                 SHARE,
                 width=12,
             ),
@@ -223,7 +223,7 @@ FAILURES = Row(
 OVERVIEW = Board(
     "overview",
     "PARSE / Overview",
-    "Whether drafting pays, how much is asked, how long it takes, and what fails.",
+    "Speed-up from drafting, traffic, latency and failures.",
     SERVICE_VARIABLES,
     [NOW, GAIN, TRAFFIC, LATENCY, FAILURES],
 )

@@ -1,4 +1,4 @@
-"""The shapes that the dashboards' panels have, and the colours of what they show."""
+"""The types of panels that the dashboards use, and the colours of their series."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -35,19 +35,19 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS
 
-DRAFT, TARGET, REJECTED = "#2fb89d", "#9c82f5", "#e0675e"  # as on the playground
+DRAFT, TARGET, REJECTED = "#2fb89d", "#9c82f5", "#e0675e"  # as in the playground
 NEUTRAL, CAUTION, MUTED = "#5aa0e6", "#e3a63a", "#8a93a6"
 GOOD, BAD = DRAFT, REJECTED
 
-# A series of that name has that colour wherever it is shown.
+# A series of this name has this colour in every panel.
 COLOURS: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("accepted", "draft", "drafter", "Drafter", "whole", "agree", "rounds", "kept", "ok"), DRAFT),
-        **dict.fromkeys(("written", "write", "verifier", "Verifier", "off", "used"), TARGET),
-        **dict.fromkeys(("rejected", "none", "disagree", "failed", "not kept", "p99", "died"), REJECTED),
-        **dict.fromkeys(("judge", "both", "partial", "full", "idle", "p50", "Router", "running", "answering"), NEUTRAL),
+        **dict.fromkeys(("accepted", "draft", "drafter", "Drafter", "whole", "agree", "rounds", "ok"), DRAFT),
+        **dict.fromkeys(("generated", "write", "verifier", "Verifier", "off", "used"), TARGET),
+        **dict.fromkeys(("rejected", "none", "disagree", "failed", "p99", "died"), REJECTED),
+        **dict.fromkeys(("judge", "both", "partial", "full", "idle", "p50", "Router", "running"), NEUTRAL),
         **dict.fromkeys(("queue", "waiting", "overloaded", "p95", "exact", "busy"), CAUTION),
-        **dict.fromkeys(("warm", "skipped", "left", "free", "auto", "dropped", "places", "does_not_pay"), MUTED),
+        **dict.fromkeys(("warm", "skipped", "left", "free", "auto", "dropped", "slots", "does_not_pay"), MUTED),
         "progressive": "#8fc46b",
         "timeout": "#d9822b",
         "unavailable": "#b5485d",
@@ -81,14 +81,14 @@ class Query:
     legend: str = ""
 
     def names(self) -> frozenset[str]:
-        """Of its series, those that have a colour of their own."""
+        """Returns the names of its series that have a colour of their own."""
         label = re.fullmatch(r"\{\{(\w+)\}\}", self.legend)
         return LABEL_VALUES.get(label[1], frozenset()) if label else frozenset((self.legend,)) & COLOURS.keys()
 
 
 @dataclass(frozen=True)
 class PanelOptions:
-    """What every panel tells of itself."""
+    """Title, description and layout of a panel."""
 
     title: str
     description: str  # what it shows, and what a bad value means
@@ -100,7 +100,7 @@ class PanelOptions:
 def stat_panel(
     options: PanelOptions, expression: str, steps: Steps = (), *, base_colour: str = MUTED, decimals: int | None = None
 ) -> Panel:
-    """One figure, large, one of six in a row; its colour says whether it is well."""
+    """Returns a panel with one large number, coloured by thresholds. Six of them fill a row."""
     panel = (
         _with_options(stat.Panel(), replace(options, width=4, height=5))
         .with_target(_target(Query(expression), "A"))
@@ -121,7 +121,7 @@ def time_series_panel(
     limit: tuple[float, str] | None = None,
     max_value: float | None = None,
 ) -> Panel:
-    """Over time. The limit is drawn as a dashed line."""
+    """Returns a panel with series over time. `limit` is drawn as a dashed line."""
     panel = (
         _with_options(series.Panel(), options)
         .min(0)
@@ -154,7 +154,7 @@ def time_series_panel(
 
 
 def heatmap_panel(options: PanelOptions, expression: str, colour: str) -> Panel:
-    """Where the values of a histogram lie, over time."""
+    """Returns a panel that shows the distribution of a histogram over time."""
     return (
         _with_options(heatmap.Panel(), options)
         .with_target(_target(Query(expression, "{{le}}"), "A").format(PromQueryFormat.HEATMAP))
@@ -177,7 +177,7 @@ def heatmap_panel(options: PanelOptions, expression: str, colour: str) -> Panel:
 def bar_gauge_panel(
     options: PanelOptions, query: Query, steps: Steps = (), *, base_colour: str = MUTED, max_value: float | None = None
 ) -> Panel:
-    """One bar for each series, as it is now."""
+    """Returns a panel with one bar for the current value of each series."""
     panel = (
         _with_options(bargauge.Panel(), options)
         .with_target(_target(query, "A").instant())
@@ -193,7 +193,7 @@ def bar_gauge_panel(
 
 
 def state_timeline_panel(options: PanelOptions, query: Query, words: Mapping[int, tuple[str, str]]) -> Panel:
-    """How long something was what: of each value, the word and the colour."""
+    """Returns a panel with states over time. `words` maps each value to its label and colour."""
     results = {str(value): ValueMappingResult(text=word, color=colour) for value, (word, colour) in words.items()}
     return (
         _with_options(statetimeline.Panel(), options)

@@ -1,4 +1,4 @@
-"""Where the time of answers goes, and what goes wrong on the way."""
+"""The pipeline dashboard: where the time of an answer goes, queues, and lost or cancelled calls."""
 
 from cluster.grafana.boards import SERVICE_VARIABLES, SERVICE_VIEW, Board, Row, percentile_queries
 from cluster.grafana.panels import (
@@ -25,8 +25,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Overlap",
-                "Of the time in which something was drafted, judged or written, the share in which both models worked. "
-                "Near zero under load: one waits for the other.",
+                "Share of the time in which both models worked, of the time in which at least one did. Near zero "
+                "under load, one waits for the other.",
                 SHARE,
             ),
             figures.overlap_share(VIEW),
@@ -34,8 +34,8 @@ NOW = Row(
         ),
         stat_panel(
             PanelOptions(
-                "Places in use",
-                "Answers that are being worked on, over max_answers of all routers. At 100% new requests have to wait.",
+                "Slots in use",
+                "Answers in progress, divided by max_answers of all routers. At 100%, new requests have to wait.",
                 SHARE,
             ),
             figures.slots_in_use(VIEW),
@@ -45,8 +45,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Waiting",
-                "Requests that wait for a place. More than a few for minutes: add verifiers, or let clients be refused "
-                "sooner (max_waiting).",
+                "Requests in the queues of the routers. More than a few for minutes: add verifiers, or lower "
+                "max_queued_requests to reject requests sooner.",
             ),
             VIEW.gauge(metrics.REQUESTS_WAITING),
             [(1.0, CAUTION), (16.0, BAD)],
@@ -55,8 +55,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Fallbacks",
-                "Share of answers that the target wrote alone because no drafter could: they are right, and slow. "
-                "What auto decides by itself is not counted.",
+                "Share of answers that the target generated alone because no drafter was available. They are correct"
+                " but slow. Decisions of auto are not counted.",
                 SHARE,
             ),
             figures.fallback_share(VIEW),
@@ -66,8 +66,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Lost calls",
-                "Calls that were lost with their verifier and made again, in the last 15 minutes. Any, without a "
-                "change of what runs: replicas of Verifier die.",
+                "Calls that were lost with their verifier and repeated, in the last 15 minutes. Any of them without "
+                "a change of the deployment: replicas of Verifier crash.",
             ),
             figures.lost_calls(VIEW.over("15m")),
             [(1.0, CAUTION), (4.0, BAD)],
@@ -77,8 +77,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Unreached replicas",
-                "Times that a replica's figures were missing from /metrics, in the last 15 minutes. Many: a replica "
-                "hangs, and what is shown here is not all.",
+                "How often the metrics of a replica were missing from /metrics, in the last 15 minutes. Many: a "
+                "replica hangs, and the figures here are incomplete.",
             ),
             figures.unreached_replicas(VIEW.over("15m")),
             [(1.0, CAUTION), (10.0, BAD)],
@@ -94,8 +94,8 @@ STAGES = Row(
         time_series_panel(
             PanelOptions(
                 "Stages of an answer",
-                "Seconds that an answer spends in each stage, on average: waiting, read ahead, drafted, judged, "
-                "written. They overlap. Much write: drafts are rejected early; much queue: too few places.",
+                "Mean time per answer in each stage: queue, warm (prefill), draft, judge (verification), write "
+                "(generation). Stages overlap. Much write: drafts are rejected early. Much queue: too few slots.",
                 SECONDS,
             ),
             Query(figures.stage_seconds_per_answer(VIEW), "{{on}}"),
@@ -104,17 +104,17 @@ STAGES = Row(
         time_series_panel(
             PanelOptions(
                 "Slow stages, p95",
-                "Of 20 times that a stage took, 19 were shorter. The stage that rises with latency is the one to look "
-                "into.",
+                "95% of the times that a stage ran were shorter. If latency rises, look into the stage that rises "
+                "with it.",
                 SECONDS,
             ),
             Query(VIEW.quantile(0.95, metrics.STAGE_SECONDS, by=("stage",)), "{{stage}}"),
         ),
         time_series_panel(
             PanelOptions(
-                "Wait for a place",
-                "Time from arrival until work begins. It should be next to nothing; seconds mean that all places are "
-                "taken.",
+                "Queueing time",
+                "Time from arrival until work on the request begins. It should be close to zero; if it is seconds, "
+                "all slots are in use.",
                 SECONDS,
             ),
             *percentile_queries(VIEW, metrics.STAGE_SECONDS, condition='stage="queue"'),
@@ -123,13 +123,13 @@ STAGES = Row(
 )
 
 CONCURRENCY = Row(
-    "Drafters and verifiers at work",
+    "Drafters and verifiers",
     [
         time_series_panel(
             PanelOptions(
-                "At work",
-                "Share of its time in which, for a router, something was drafted, something was judged or written, and "
-                "both at once. The one that nears 100% is what limits.",
+                "Busy",
+                "Share of the time in which, for a router, a drafter worked, a verifier worked, and both did. The "
+                "one that nears 100% is the bottleneck.",
                 SHARE,
             ),
             Query(figures.router_busy_share(VIEW), "{{part}}"),
@@ -138,8 +138,8 @@ CONCURRENCY = Row(
         time_series_panel(
             PanelOptions(
                 "Overlap",
-                "Of the time in which either model worked, the share in which both did. Low with many requests at "
-                "once: one model is far slower, add replicas of it.",
+                "Share of the time in which both models worked, of the time in which at least one did. Low with many"
+                " concurrent requests: one model is far slower, so add replicas of it.",
                 SHARE,
             ),
             Query(figures.overlap_share(VIEW), "both"),
@@ -147,9 +147,9 @@ CONCURRENCY = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Drafts judged",
-                "Drafts that were judged, for each answer that had one: more than one in modes rounds and progressive. "
-                "Many with little accepted: rounds that do not pay.",
+                "Drafts per answer",
+                "Verified drafts per answer with a draft: more than one in modes rounds and progressive. Many with "
+                "few accepted tokens: the additional rounds do not pay.",
             ),
             Query(figures.drafts_per_answer(VIEW), "{{mode}}"),
         ),
@@ -161,20 +161,19 @@ QUEUES = Row(
     [
         time_series_panel(
             PanelOptions(
-                "Places",
-                "Answers at work, requests that wait, and the places there are. Work at the height of the places and a "
-                "queue above them: saturated.",
+                "Slots",
+                "Answers in progress, waiting requests, and the number of slots. If all slots are in use and "
+                "requests wait, the service is saturated.",
                 width=12,
             ),
-            Query(VIEW.gauge(metrics.ANSWERS_RUNNING), "answering"),
+            Query(VIEW.gauge(metrics.ANSWERS_RUNNING), "running"),
             Query(VIEW.gauge(metrics.REQUESTS_WAITING), "waiting"),
-            Query(VIEW.gauge(metrics.ANSWER_SLOTS), "places"),
+            Query(VIEW.gauge(metrics.ANSWER_SLOTS), "slots"),
         ),
         time_series_panel(
             PanelOptions(
-                "Waiting for each place",
-                "Requests that wait, over the places there are. Over the dashed line for 5 minutes, somebody is "
-                "called.",
+                "Waiting requests per slot",
+                "Waiting requests divided by the number of slots. Above the dashed line for 5 minutes, an alert fires.",
                 width=12,
             ),
             Query(figures.waiting_ratio(VIEW), "waiting"),
@@ -184,13 +183,13 @@ QUEUES = Row(
 )
 
 FAULTS = Row(
-    "What goes wrong",
+    "Lost calls, fallbacks and cancellations",
     [
         time_series_panel(
             PanelOptions(
                 "Lost calls by cause",
-                "Calls that were lost with their verifier and made again, a second. died: a replica crashed; stopped: "
-                "it was replaced in order; unavailable: none was there.",
+                "Calls per second that were lost with their verifier and repeated. died: a replica crashed. stopped:"
+                " it was replaced. unavailable: there was none.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.RETRIES, by=("cause",)), "{{cause}}"),
@@ -199,8 +198,8 @@ FAULTS = Row(
         time_series_panel(
             PanelOptions(
                 "Fallbacks by cause",
-                "Answers a second that the target wrote alone after all. does_not_pay is the choice of auto; busy, "
-                "slow: add drafters; lost, silent, failed: see their logs.",
+                "Answers per second that the target generated without a draft. does_not_pay is a decision of auto. "
+                "busy, slow: add drafters. lost, silent, failed: see the logs of the drafters.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.FALLBACKS, by=("cause",)), "{{cause}}"),
@@ -208,9 +207,9 @@ FAULTS = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Given up by cause",
-                "Requests a second that were given up. left_waiting: clients left before anything was sent, so it "
-                "takes too long; left_reading: while they read; timeout: over request_timeout_s.",
+                "Cancellations by cause",
+                "Cancelled requests per second. left_waiting: the client disconnected before the first token, so it "
+                "takes too long. left_reading: while it received the answer. timeout: after request_timeout_s.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.CANCELLATIONS, by=("cause",)), "{{cause}}"),
@@ -224,26 +223,26 @@ REPLICAS = Row(
     [
         state_timeline_panel(
             PanelOptions(
-                "Who answers",
-                "Whether drafters and verifiers answer the routers. Without a drafter answers are slow, without a "
-                "verifier there are none.",
+                "Availability",
+                "Whether drafters and verifiers respond to the routers. Without a drafter answers are slow. Without "
+                "a verifier there are none.",
             ),
             Query(figures.trouble(VIEW), "{{part}}"),
-            {0: ("answers", GOOD), 1: ("in trouble", BAD)},
+            {0: ("responds", GOOD), 1: ("unavailable", BAD)},
         ),
         time_series_panel(
             PanelOptions(
-                "Replicas that report",
-                "Replicas whose figures arrive, of each deployment. Fewer than are configured: some have not started, "
-                "hang or died.",
+                "Reporting replicas",
+                "Replicas whose metrics arrive, for each deployment. Fewer than configured: some have not started, "
+                "hang or crashed.",
             ),
             *(Query(expression, "{{deployment}}") for expression in figures.reporting_replicas(VIEW)),
         ),
         time_series_panel(
             PanelOptions(
-                "Unreached",
-                "Replicas that did not tell their figures when /metrics was read, a second, by deployment. A few while "
-                "replicas start or stop; steadily: one hangs.",
+                "Unreached replicas by deployment",
+                "Replicas per second that did not respond when /metrics was read. A few are normal while replicas "
+                "start or stop. If it continues, a replica hangs.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.UNREACHED_REPLICAS, by=("part",)), "{{part}}"),
@@ -255,7 +254,7 @@ REPLICAS = Row(
 PIPELINE = Board(
     "pipeline",
     "PARSE / Pipeline",
-    "How draft model and target work together, what waits, and what is lost on the way.",
+    "How draft model and target work together, what waits, and which calls are lost.",
     SERVICE_VARIABLES,
     [NOW, STAGES, CONCURRENCY, QUEUES, FAULTS, REPLICAS],
 )

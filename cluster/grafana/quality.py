@@ -1,4 +1,4 @@
-"""Are drafts judged rightly? What is kept, how sure the target was, and what audits say of it."""
+"""The quality dashboard: how much of the drafts is accepted, P(correct), and what audits say about it."""
 
 from cluster.grafana.boards import SERVICE_VARIABLES, SERVICE_VIEW, Board, Row, percentile_queries
 from cluster.grafana.panels import (
@@ -20,8 +20,8 @@ from cluster.prometheus import figures
 from deployments.observability import metrics
 
 VIEW = SERVICE_VIEW
-RANGE_VIEW = VIEW.over("$__range")  # audits are few: all that the page shows
-KEPT, NOT_KEPT = 'kept="yes"', 'kept="no"'
+RANGE_VIEW = VIEW.over("$__range")  # audits are rare, so the whole time range is used
+ACCEPTED, NOT_ACCEPTED = 'kept="yes"', 'kept="no"'
 
 NOW = Row(
     "Now",
@@ -29,8 +29,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Accepted",
-                "Share of drafted tokens that stand in answers. Low: the draft model guesses badly or is judged too "
-                "strictly.",
+                "Share of draft tokens that became part of answers. If it is low, the draft model is often wrong or "
+                "the verification is too strict.",
                 SHARE,
             ),
             figures.accepted_share(VIEW),
@@ -39,9 +39,9 @@ NOW = Row(
         ),
         stat_panel(
             PanelOptions(
-                "Kept whole",
-                "Share of judged answers whose draft stands from beginning to end: the fastest there are. Low: most "
-                "drafts go wrong somewhere.",
+                "Accepted in full",
+                "Share of the answers with a verified draft whose draft was accepted in full: the fastest case. Low:"
+                " most drafts contain an error.",
                 SHARE,
             ),
             figures.draft_outcome_share(VIEW, "whole"),
@@ -50,9 +50,9 @@ NOW = Row(
         ),
         stat_panel(
             PanelOptions(
-                "Nothing kept",
-                "Share of judged answers of whose draft nothing stands: drafted and judged for nothing. High: drafts "
-                "begin wrongly, look at prompts and templates.",
+                "Rejected in full",
+                "Share of the answers with a verified draft of which nothing was accepted. High: drafts go wrong "
+                "from the start, check prompts and templates.",
                 SHARE,
             ),
             figures.draft_outcome_share(VIEW, "none"),
@@ -61,20 +61,20 @@ NOW = Row(
         ),
         stat_panel(
             PanelOptions(
-                "P(correct) of what was kept",
-                "How sure the target was of a prefix that was kept, in the middle. Near the threshold: it hardly tells "
+                "P(correct) of accepted prefixes",
+                "Median P(correct) of the accepted prefixes. Near the threshold, the target can hardly distinguish "
                 "right from wrong.",
                 SHARE,
             ),
-            VIEW.quantile(0.5, metrics.CORRECT_PROBABILITY, KEPT),
+            VIEW.quantile(0.5, metrics.CORRECT_PROBABILITY, ACCEPTED),
             [(0.8, CAUTION), (0.93, GOOD)],
             base_colour=BAD,
         ),
         stat_panel(
             PanelOptions(
                 "Audits that disagree",
-                "Share of audited answers that the target alone answered with another result, in the time shown. High: "
-                "wrong drafts pass, raise full and prefix. Of few audits, it says little.",
+                "Share of audited answers for which the target alone had a different result, in the time range "
+                "shown. High: wrong drafts pass, so raise full and prefix. With few audits it says little.",
                 SHARE,
             ),
             figures.disagreement_share(RANGE_VIEW),
@@ -84,8 +84,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Audits",
-                "Answers that were answered again by the target alone, in the time shown. Under 20, their disagreement "
-                "says little; none: audits are off, or there is never an idle moment.",
+                "Answers that the target answered again alone, in the time range shown. With fewer than 20, the "
+                "disagreement says little. None: audits are off, or the service is never idle.",
             ),
             figures.audits(RANGE_VIEW),
             [(20.0, NEUTRAL)],
@@ -95,13 +95,13 @@ NOW = Row(
 )
 
 DRAFT_OUTCOMES = Row(
-    "What becomes of drafts",
+    "Verification of drafts",
     [
         time_series_panel(
             PanelOptions(
-                "Verdicts",
-                "Answers a second by what became of their drafts: the whole kept, a part, nothing, or none was judged. "
-                "Much skipped: no drafts are made.",
+                "Drafts by result",
+                "Answers per second by how much of their drafts was accepted: whole, partial, none, or skipped if no"
+                " draft was verified. Much skipped: there are no drafts.",
                 PER_SECOND,
                 width=12,
             ),
@@ -111,7 +111,8 @@ DRAFT_OUTCOMES = Row(
         time_series_panel(
             PanelOptions(
                 "Accepted share by mode",
-                "Share of drafted tokens that stand, for each mode. One mode far below the others: do not ask for it.",
+                "Share of draft tokens that were accepted, for each mode. Do not use a mode that is far below the "
+                "others.",
                 SHARE,
                 width=12,
             ),
@@ -120,9 +121,9 @@ DRAFT_OUTCOMES = Row(
         ),
         heatmap_panel(
             PanelOptions(
-                "Accepted share of each answer",
-                "How many answers had which share of their draft accepted. Two bands, at the top and at the bottom, "
-                "mean that drafts are right or useless; all at the bottom, that drafting does not pay.",
+                "Accepted share per answer",
+                "Distribution of the accepted share over answers. Two bands, at the top and at the bottom: drafts "
+                "are either right or useless. All at the bottom: drafting does not pay.",
                 SHARE,
                 width=12,
             ),
@@ -131,9 +132,9 @@ DRAFT_OUTCOMES = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Tokens kept of a first draft",
-                "How far the first draft of an answer carries: a quarter carry less than p25, half less than p50. Few "
-                "tokens: the draft model loses the thread early.",
+                "Accepted prefix length of first drafts",
+                "Accepted tokens of the first draft of an answer: a quarter of the answers are below p25, half below"
+                " p50. Few tokens: the draft model makes errors early.",
                 width=12,
             ),
             *percentile_queries(VIEW, metrics.ACCEPTED_PREFIX_LENGTH, percents=(25, 50, 75)),
@@ -142,59 +143,59 @@ DRAFT_OUTCOMES = Row(
 )
 
 PROBABILITIES = Row(
-    "P(correct), as the target judged",
+    "P(correct) according to the target",
     [
         heatmap_panel(
             PanelOptions(
-                "Prefixes that were kept",
-                "How sure the target was at each cut that was kept. It should lie at the top; a broad band down to the "
-                "threshold means that it guesses.",
+                "Accepted prefixes",
+                "P(correct) of the prefixes that were accepted. It should be near the top; a broad band down to the "
+                "threshold means that the target guesses.",
                 SHARE,
             ),
-            VIEW.buckets(metrics.CORRECT_PROBABILITY, KEPT),
+            VIEW.buckets(metrics.CORRECT_PROBABILITY, ACCEPTED),
             DRAFT,
         ),
         heatmap_panel(
             PanelOptions(
-                "Prefixes that were not kept",
-                "How sure the target was at each cut that was not kept. It should lie at the bottom; a band right "
-                "under the threshold means that good drafts may be thrown away.",
+                "Rejected prefixes",
+                "P(correct) of the prefixes that were not accepted. It should be near the bottom; a band just below "
+                "the threshold means that good drafts may be rejected.",
                 SHARE,
             ),
-            VIEW.buckets(metrics.CORRECT_PROBABILITY, NOT_KEPT),
+            VIEW.buckets(metrics.CORRECT_PROBABILITY, NOT_ACCEPTED),
             REJECTED,
         ),
         time_series_panel(
             PanelOptions(
-                "How well they part",
-                "The least sure tenth of what was kept, and the surest tenth of what was not. The further they are "
-                "apart, the safer the threshold between them; where they meet, judging is chance.",
+                "Separation",
+                "10th percentile of P(correct) of accepted prefixes, and 90th percentile of rejected ones. The "
+                "further apart they are, the safer the threshold; where they meet, verification is chance.",
                 SHARE,
             ),
-            Query(VIEW.quantile(0.1, metrics.CORRECT_PROBABILITY, KEPT), "kept"),
-            Query(VIEW.quantile(0.9, metrics.CORRECT_PROBABILITY, NOT_KEPT), "not kept"),
+            Query(VIEW.quantile(0.1, metrics.CORRECT_PROBABILITY, ACCEPTED), "accepted"),
+            Query(VIEW.quantile(0.9, metrics.CORRECT_PROBABILITY, NOT_ACCEPTED), "rejected"),
             max_value=1.0,
         ),
     ],
 )
 
 AUDITS = Row(
-    "Audits: the target asked again, alone",
+    "Audits: the target answers again, alone",
     [
         time_series_panel(
             PanelOptions(
                 "Audits by result",
-                "Audits in each hour before: the same result, another, or dropped for want of an idle moment. Much "
-                "dropped: the verifiers are never idle, and little is known.",
+                "Audits in the past hour: the same result, a different one, or dropped because the router was never "
+                "idle. Many dropped: little is known about the quality.",
             ),
             Query(VIEW.over("1h").increase(metrics.AUDITS, by=("result",)), "{{result}}"),
             stacked=True,
         ),
         time_series_panel(
             PanelOptions(
-                "Share that disagrees",
-                "Of the audits of the hour before, those with another result. Over the dashed line, with 20 audits and "
-                "more, somebody is called: wrong drafts pass.",
+                "Disagreement",
+                "Share of the audits of the past hour with a different result. Above the dashed line, with at least "
+                "20 audits, an alert fires: wrong drafts pass.",
                 SHARE,
             ),
             Query(figures.disagreement_share(VIEW.over("1h")), "disagree"),
@@ -202,10 +203,10 @@ AUDITS = Row(
         ),
         time_series_panel(
             PanelOptions(
-                "Gap",
-                "By how much the target finds its own answer likelier than the one that was sent, in nats a token. "
-                "Near zero: it would have said much the same. Large: in other words, which is bad only where no result "
-                "is compared.",
+                "Log-probability gap",
+                "How much more likely the target finds its own answer than the one that was sent, in nats per token."
+                " Near zero: it would have said much the same. Large: it uses other words, which is bad only if no "
+                "result is compared.",
                 "suffix: nats",
             ),
             *percentile_queries(VIEW.over("1h"), metrics.AUDIT_GAP, percents=(50, 95)),
@@ -217,7 +218,7 @@ AUDITS = Row(
 QUALITY = Board(
     "quality",
     "PARSE / Quality",
-    "What is kept of drafts, how sure the target is of it, and whether it would have said the same.",
+    "How much of the drafts is accepted, how sure the target is, and whether it would have answered the same.",
     SERVICE_VARIABLES,
     [NOW, DRAFT_OUTCOMES, PROBABILITIES, AUDITS],
 )

@@ -1,4 +1,4 @@
-"""What an operator is called for, and what to do first. The rest is in docs/monitoring.md, a paragraph for each."""
+"""The alerts, each with the first steps for an operator. docs/monitoring.md has a section for each of them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from deployments.observability import metrics
 
 @dataclass(frozen=True)
 class Alert:
-    """Fires while the expression compares so, and the guard, if there is one, has a series for its labels."""
+    """Fires while the comparison holds and the guard, if there is one, has a series with the same labels."""
 
     name: str
     expression: str
@@ -40,7 +40,7 @@ class Alert:
 
 
 def recorded_series(name: str, selector: str = "") -> str:
-    """One series, though figures may come by both ways: nobody is to be called twice."""
+    """Returns one series even if the figures come from both sources, so that an alert fires once."""
     if name not in RECORDS:
         raise ValueError(f"{name} is not recorded")
     return f"max without (source) ({name}{selector})"
@@ -55,10 +55,10 @@ ALERTS = (
         comparison="< 1",
         hold_time="2m",
         severity="critical",
-        summary="No router reports any figure.",
+        summary="No router reports metrics.",
         description=(
-            "Nothing is known of the service, and most likely it does not answer. Ask /health and /ready of it, "
-            "`serve status` for its replicas, and Prometheus, under Status, Targets, why it cannot scrape."
+            "The service most likely does not respond. Check /health and /ready, the replicas in `serve status`, and "
+            "the reason why Prometheus cannot scrape, under Status, Targets."
         ),
     ),
     Alert(
@@ -69,9 +69,9 @@ ALERTS = (
         severity="critical",
         summary="{{ $value | humanizePercentage }} of the requests to {{ $labels.application }} fail.",
         description=(
-            "See on the overview with which outcome. overloaded: add verifiers, or have clients wait. unavailable: "
-            "verifiers are gone, see `serve status`. timeout: answers take longer than request_timeout_s. failed: a "
-            "fault of the service, see its logs."
+            "The overview dashboard shows the outcome. overloaded: add verifiers, or let clients retry later. "
+            "unavailable: no verifier responds, see `serve status`. timeout: answers take longer than "
+            "request_timeout_s. failed: an internal error, see the logs."
         ),
     ),
     Alert(
@@ -80,10 +80,10 @@ ALERTS = (
         comparison=">= 1",
         hold_time="2m",
         severity="critical",
-        summary="No verifier of {{ $labels.application }} answers.",
+        summary="No verifier of {{ $labels.application }} responds.",
         description=(
-            "Requests wait, and then fail. /ready says why. See `serve status` for the replicas of Verifier, and the "
-            "logs of the last that died: out of memory, or a device that is lost?"
+            "Requests wait and then fail. /ready shows the reason. Check the replicas of Verifier in `serve status`, "
+            "and the logs of the last one that crashed: is it out of memory, or is a device lost?"
         ),
     ),
     Alert(
@@ -92,10 +92,10 @@ ALERTS = (
         comparison=">= 1",
         hold_time="5m",
         severity="warning",
-        summary="No drafter of {{ $labels.application }} answers.",
+        summary="No drafter of {{ $labels.application }} responds.",
         description=(
-            "The target answers alone: right, but slower. /ready says why. See `serve status` for the replicas of "
-            "Drafter, and their logs."
+            "The target answers alone, which is correct but slower. /ready shows the reason. Check the replicas of "
+            "Drafter in `serve status`, and their logs."
         ),
     ),
     Alert(
@@ -104,10 +104,10 @@ ALERTS = (
         comparison="> 3",
         hold_time="1m",
         severity="warning",
-        summary="Verifiers of {{ $labels.application }} are being lost.",
+        summary="Verifiers of {{ $labels.application }} crash repeatedly.",
         description=(
-            "In 15 minutes {{ $value | humanize }} calls were lost with their verifier and made again; clients see "
-            "pauses. See on the pipeline's dashboard for what cause, and in the logs of Verifier why replicas end."
+            "In the last 15 minutes {{ $value | humanize }} calls were lost with their verifier and repeated. Clients "
+            "see pauses. The pipeline dashboard shows the cause, and the logs of Verifier why replicas end."
         ),
     ),
     Alert(
@@ -116,10 +116,10 @@ ALERTS = (
         comparison="> 1",
         hold_time="5m",
         severity="warning",
-        summary="Replicas of {{ $labels.application }} do not tell their figures.",
+        summary="Replicas of {{ $labels.application }} do not report metrics.",
         description=(
-            "What is shown of the service is not all of it. A replica that starts or stops is missed once; one that "
-            "is missed for minutes hangs. See `serve status`, and on the pipeline's dashboard which part it is."
+            "The figures of the service are incomplete. A replica that starts or stops is missed once; a replica that "
+            "is missed for minutes hangs. Check `serve status`; the pipeline dashboard shows the deployment."
         ),
     ),
     Alert(
@@ -128,10 +128,10 @@ ALERTS = (
         comparison="> 0.5",
         hold_time="5m",
         severity="warning",
-        summary="Requests to {{ $labels.application }} wait for a place.",
+        summary="Requests to {{ $labels.application }} wait for a slot.",
         description=(
-            "To each place there are {{ $value | humanize }} requests waiting; past max_waiting they are refused. If "
-            "the verifiers are busy (engine's dashboard), add some; if they are not, raise max_answers."
+            "There are {{ $value | humanize }} waiting requests per slot; above max_queued_requests they are rejected. "
+            "If the verifiers are busy (engine dashboard), add some; if they are not, raise max_answers."
         ),
     ),
     Alert(
@@ -140,10 +140,10 @@ ALERTS = (
         comparison="< 0.3",
         hold_time="10m",
         severity="warning",
-        summary="Only {{ $value | humanizePercentage }} of what is drafted for {{ $labels.application }} is accepted.",
+        summary="Only {{ $value | humanizePercentage }} of the draft tokens of {{ $labels.application }} are accepted.",
         description=(
-            "Drafts cost, and are thrown away. Were models, templates or thresholds changed, or do clients ask "
-            "something new? See P(correct) on the dashboard of quality. Until then mode off, or auto, saves the cost."
+            "Drafts cost time and are rejected. Did models, templates or thresholds change, or do clients ask "
+            "something new? See P(correct) on the quality dashboard. Until then, mode off or auto saves the cost."
         ),
         guard=f"{recorded_series('application:parse_judged_tokens:rate5m')} > 1",
     ),
@@ -153,11 +153,11 @@ ALERTS = (
         comparison="< 1",
         hold_time="15m",
         severity="warning",
-        summary="Drafting for {{ $labels.application }} costs more than it gives.",
+        summary="Drafting for {{ $labels.application }} costs more than it saves.",
         description=(
-            "Answers with drafts take longer than the target alone would: speed-up {{ $value | humanize }}. See "
-            "acceptance, the times of stages and the overlap. Have clients ask for auto, which pauses drafting that "
-            "does not pay, or add drafters where they are the ones that are waited for."
+            "Answers with drafts take longer than the target alone would: the speed-up is {{ $value | humanize }}. "
+            "Check the accepted share, the times of the stages and the overlap. Let clients request auto, which "
+            "pauses drafting that does not pay, or add drafters if they are the bottleneck."
         ),
     ),
     Alert(
@@ -168,8 +168,8 @@ ALERTS = (
         severity="warning",
         summary="{{ $value | humanizePercentage }} of the audits of {{ $labels.application }} disagree.",
         description=(
-            "The target alone comes to other results than what it let pass. Raise full and prefix, and compare "
-            "answers of mode full and off. Where many answers are right, a part of it is expected."
+            "The target alone has different results than the drafts it accepted. Raise full and prefix, and compare "
+            "answers of mode full and off. If a question has many right answers, some disagreement is expected."
         ),
         guard=f"{recorded_series('application:parse_audited:increase1h')} >= 20",
     ),

@@ -1,26 +1,26 @@
-"""The figures that say how the service does, each a query over a view of it."""
+"""The figures that describe the service. Each function returns a PromQL query over a `View`."""
 
 from cluster.prometheus.queries import View, or_zero, parenthesized, ratio, ratio_or_zero
 from deployments.observability import metrics
 
-VERIFIED_MODES = 'mode!~"exact|off"'  # answers whose drafts were judged
-COMPARABLE_MODES = 'mode!="exact"'  # in exact, what the target writes and what it accepts come from the same passes
+VERIFIED_MODES = 'mode!~"exact|off"'  # modes that verify drafts
+COMPARABLE_MODES = 'mode!="exact"'  # in exact, the same passes generate and accept tokens
 FAILED_OUTCOMES = 'outcome=~"overloaded|unavailable|timeout|failed"'
-SERVICE_OUTCOMES = 'outcome!~"invalid|unauthorized|left"'  # what clients do to themselves is no failure of the service
-INVOLUNTARY_CAUSES = 'cause!="does_not_pay"'  # the service's own choice
-DRAFT_PROPOSALS, METHOD_PROPOSALS = 'method="draft"', 'method!="draft"'  # who proposes tokens to the target
-UNEXPECTED_LOSSES = 'cause!="stopped"'  # replicas that are stopped end their work first, and are no trouble
+SERVICE_OUTCOMES = 'outcome!~"invalid|unauthorized|left"'  # errors of clients are no failures of the service
+INVOLUNTARY_CAUSES = 'cause!="does_not_pay"'  # a decision of the service
+DRAFT_PROPOSALS, METHOD_PROPOSALS = 'method="draft"', 'method!="draft"'  # the draft of mode exact; token-level methods
+UNEXPECTED_LOSSES = 'cause!="stopped"'  # a replica that is stopped finishes its work first
 
 
 def accepted_share(view: View, *conditions: str, by: tuple[str, ...] = ()) -> str:
-    """Share of drafted tokens that stand in answers."""
+    """Share of draft tokens that became part of answers."""
     return ratio_or_zero(
         view.rate(metrics.ACCEPTED_TOKENS, *conditions, by=by), view.rate(metrics.DRAFT_TOKENS, *conditions, by=by)
     )
 
 
 def answer_tokens(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, ...] = ()) -> str:
-    """Tokens of answers a second, whoever wrote them."""
+    """Answer tokens per second, from drafts and from the target."""
     conditions = (condition,) if condition else ()
     answers = view.count(metrics.ANSWER_SECONDS, *conditions, by=by)
     parts = (metrics.ACCEPTED_TOKENS, metrics.TARGET_TOKENS)
@@ -28,8 +28,8 @@ def answer_tokens(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, 
 
 
 def target_seconds_per_token(view: View) -> str:
-    """Seconds that the target takes to write a token itself."""
-    everywhere = view.without("mode")  # its pace is its own, whichever modes are looked at
+    """Seconds that the target needs to generate one token."""
+    everywhere = view.without("mode")  # its speed does not depend on the modes that are shown
     return ratio(
         everywhere.rate(metrics.SPENT_SECONDS, 'on="write"', COMPARABLE_MODES),
         everywhere.rate(metrics.TARGET_TOKENS, COMPARABLE_MODES),
@@ -37,29 +37,29 @@ def target_seconds_per_token(view: View) -> str:
 
 
 def speed_up(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, ...] = ()) -> str:
-    """How long the target alone would have taken for the same tokens, over the time that was taken, waiting aside."""
+    """The time that the target alone would have needed for the same tokens, over the actual time without queueing."""
     matching = f" on ({', '.join(view.by)}) group_left ()" if by else ""
     target_only = f"({answer_tokens(view, condition, by)}) *{matching} ({target_seconds_per_token(view)})"
     queued = view.rate(metrics.SPENT_SECONDS, 'on="queue"', condition, by=by)
-    answering = view.rate(metrics.SPENT_SECONDS, 'on="answer"', condition, by=by)
-    return f"{target_only} / ({answering} - {or_zero(queued, answering)} > 0)"
+    answer_s = view.rate(metrics.SPENT_SECONDS, 'on="answer"', condition, by=by)
+    return f"{target_only} / ({answer_s} - {or_zero(queued, answer_s)} > 0)"
 
 
 def failure_share(view: View) -> str:
-    """Share of requests that the service failed, of those that were its to answer."""
-    everywhere = view.without("mode")  # requests are counted by what they asked for, answers by what was done
+    """Share of requests that failed because of the service, without those that clients caused."""
+    everywhere = view.without("mode")  # requests are counted by the requested mode, answers by the mode that was used
     return ratio_or_zero(
         everywhere.rate(metrics.REQUESTS, FAILED_OUTCOMES), everywhere.rate(metrics.REQUESTS, SERVICE_OUTCOMES)
     )
 
 
 def truncated_share(view: View) -> str:
-    """Share of answers that ended at a limit."""
+    """Share of answers that ended at a token limit."""
     return ratio_or_zero(view.rate(metrics.ANSWERS, 'finish="length"'), view.rate(metrics.ANSWERS))
 
 
 def overlap_share(view: View) -> str:
-    """Of the time in which drafter or verifier worked, the share in which both did."""
+    """Share of the time in which both drafter and verifier worked, of the time in which at least one did."""
     drafter, verifier, both = (
         view.rate(metrics.BUSY_SECONDS, f'part="{part}"') for part in ("drafter", "verifier", "both")
     )
@@ -68,7 +68,7 @@ def overlap_share(view: View) -> str:
 
 
 def waiting_ratio(view: View) -> str:
-    """Requests that wait, over the places there are."""
+    """Waiting requests per slot."""
     return ratio(view.gauge(metrics.REQUESTS_WAITING), view.gauge(metrics.ANSWER_SLOTS))
 
 
@@ -77,23 +77,23 @@ def slots_in_use(view: View) -> str:
 
 
 def fallback_share(view: View) -> str:
-    """Share of answers that were to have a draft, and had none for want of a drafter that works."""
+    """Share of answers without a draft because no drafter was available."""
     everywhere = view.without("mode")  # fallbacks are counted by their cause
     return ratio_or_zero(everywhere.rate(metrics.FALLBACKS, INVOLUNTARY_CAUSES), everywhere.rate(metrics.ANSWERS))
 
 
 def audits(view: View) -> str:
-    """Answers that were answered again, over the window."""
+    """Number of audited answers in the window."""
     return view.increase(metrics.AUDITS, 'result=~"agree|disagree"')
 
 
 def disagreement_share(view: View) -> str:
-    """Of them, the share in which the target alone came to another result."""
+    """Share of audits in which the target alone had a different result."""
     return ratio_or_zero(view.increase(metrics.AUDITS, 'result="disagree"'), audits(view))
 
 
 def lost_calls(view: View) -> str:
-    """None are lost as long as routers report and count none."""
+    """Lost calls in the window; zero while routers report and have counted none."""
     return or_zero(view.increase(metrics.RETRIES, UNEXPECTED_LOSSES), view.gauge(metrics.ANSWER_SLOTS))
 
 
@@ -106,7 +106,7 @@ def trouble(view: View) -> str:
 
 
 def draft_outcome_share(view: View, outcome: str) -> str:
-    """Share of judged answers with that verdict."""
+    """Share of the answers with a verified draft that have this outcome."""
     verified = view.rate(metrics.DRAFT_OUTCOMES, 'verdict!="skipped"')
     return ratio_or_zero(view.rate(metrics.DRAFT_OUTCOMES, f'verdict="{outcome}"'), verified)
 
@@ -116,7 +116,7 @@ def batch_size(view: View, by: tuple[str, ...] = ()) -> str:
 
 
 def busy_share(view: View, by: tuple[str, ...] = ()) -> str:
-    """Share of its time that an engine spends in passes, averaged over engines."""
+    """Mean share of their time that engines spend in forward passes."""
     return view.aggregated("avg", f"rate({view.series(metrics.ENGINE_BUSY_SECONDS)}[{view.window}])", by)
 
 
@@ -127,7 +127,7 @@ def cache_hit_share(view: View, by: tuple[str, ...] = ()) -> str:
 
 
 def kv_block_share(view: View, state: str, by: tuple[str, ...] = ()) -> str:
-    """Share of an engine's pages in that state."""
+    """Share of an engine's KV cache blocks in this state."""
     return ratio(
         view.gauge(metrics.ENGINE_KV_CACHE_BLOCKS, f'state="{state}"', by=by),
         view.gauge(metrics.ENGINE_KV_CACHE_BLOCKS, by=by),
@@ -139,7 +139,7 @@ def cached_prompt_share(view: View) -> str:
 
 
 def tokens_per_pass(view: View, by: tuple[str, ...] = ()) -> str:
-    """Of passes in which the target may write several."""
+    """Mean number of tokens of a forward pass with a token-level method."""
     return ratio(view.rate(metrics.TARGET_PASS_TOKENS, by=by), view.rate(metrics.TARGET_PASSES, by=by))
 
 
@@ -149,7 +149,7 @@ def proposals_accepted(view: View, *conditions: str, by: tuple[str, ...]) -> str
 
 
 def stage_seconds_per_answer(view: View) -> str:
-    """Seconds of each stage that come to an answer."""
+    """Mean seconds of each stage per answer."""
     answers = parenthesized(view.count(metrics.ANSWER_SECONDS))
     labels = ", ".join(view.by)
     spent = view.rate(metrics.SPENT_SECONDS, 'on!="answer"', by=("on",))
@@ -157,7 +157,7 @@ def stage_seconds_per_answer(view: View) -> str:
 
 
 def acceptance_by_position(view: View, condition: str) -> str:
-    """The places as two digits, so that they stand in order."""
+    """Acceptance rate by position. Positions have two digits, so that they sort correctly."""
     accepted_by_position = proposals_accepted(view, condition, by=("method", "position"))
     return f'label_replace({accepted_by_position}, "position", "0$1", "position", "([0-9])")'
 

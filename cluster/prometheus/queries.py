@@ -1,6 +1,6 @@
-"""PromQL over the declared metrics: what dashboards, recording rules and alerts share.
+"""Builds PromQL over the declared metrics, for dashboards, recording rules and alerts.
 
-A query names no metric, label or value by hand that `deployments.observability.metrics` does not declare.
+Every metric, label and value in a query has to be declared in `deployments.observability.metrics`.
 """
 
 import re
@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 
 from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
 
-IDENTITY = ("application", "deployment", "replica")  # both ways out put them on every series
+IDENTITY = ("application", "deployment", "replica")  # every series has these labels, from either source
 CONDITION = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
 
 
 @dataclass(frozen=True)
 class View:
-    """By which way the series came, whose they are, how far a rate looks back, and what is kept apart."""
+    """The source of the series, a filter, the window of rates, and the labels to group by."""
 
     prefix: str = ""
     window: str = "5m"
-    where: Mapping[str, str] = field(default_factory=dict)  # label -> pattern; counts where a metric has the label
+    where: Mapping[str, str] = field(default_factory=dict)  # label -> pattern; applies to metrics that have the label
     by: tuple[str, ...] = ()
 
     def without(self, label: str) -> "View":
@@ -47,11 +47,11 @@ class View:
         return self.aggregated("sum", f"increase({self.series(metric, *conditions)}[{self.window}])", by)
 
     def total(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
-        """Of what was observed, a second."""
+        """The sum of the observed values, per second."""
         return self.aggregated("sum", f"rate({self.series(metric, *conditions, suffix='_sum')}[{self.window}])", by)
 
     def count(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
-        """Of observations, a second."""
+        """The number of observations, per second."""
         return self.aggregated("sum", f"rate({self.series(metric, *conditions, suffix='_count')}[{self.window}])", by)
 
     def mean(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
@@ -80,12 +80,12 @@ def _check_condition(metric: Metric, condition: str) -> None:
 
 
 def ratio(part: str, total: str) -> str:
-    """Nothing at all where there is no whole: no traffic is neither good nor bad."""
+    """Returns part / total, without a value if the total is zero: no traffic is neither good nor bad."""
     return f"{parenthesized(part)} / ({total} > 0)"
 
 
 def or_zero(part: str, total: str) -> str:
-    """Zero where the whole has a series and the part none: a way out may leave out what has never happened."""
+    """Returns the part, or zero if only the total has a series: an exporter may omit what never happened."""
     return f"({part} or 0 * {parenthesized(total)})"
 
 
@@ -94,13 +94,13 @@ def ratio_or_zero(part: str, total: str) -> str:
 
 
 def parenthesized(expression: str) -> str:
-    """In parentheses, unless it is one call."""
+    """Returns the expression in parentheses, unless it is a single call."""
     plain = re.fullmatch(r"[\w:]+( by \([\w, ]+\) )?\(.*\)", expression, re.DOTALL)
     return expression if (plain or expression.startswith("(")) and _is_one_call(expression) else f"({expression})"
 
 
 def _is_one_call(expression: str) -> bool:
-    """Whether the parenthesis that closes at the end is the only one at its depth, `by (...)` aside."""
+    """Is the expression one function call, apart from `by (...)`?"""
     call = re.sub(r"^[\w:]+ by \([\w, ]+\) ", "", expression)
     depth = 0
     for index, letter in enumerate(call):

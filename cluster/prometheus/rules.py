@@ -1,6 +1,6 @@
-"""Recording rules: the figures of an application, under one name by whichever way its series came.
+"""Recording rules: the figures of an application, under one name for both sources of its series.
 
-The label `source` tells the ways apart, `router` and `ray`; dashboards do without these rules, alerts are made of them.
+The label `source` says which source it is, `router` or `ray`. Alerts use these rules, dashboards do not.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from cluster.prometheus import figures
 from cluster.prometheus.queries import View
 from deployments.observability import metrics
 
-SOURCES: Mapping[str, str] = MappingProxyType({"router": "", "ray": "ray_"})  # and what their names begin with
+SOURCES: Mapping[str, str] = MappingProxyType({"router": "", "ray": "ray_"})  # and the prefix of their names
 APPLICATION = ("application",)
 
 RECORDS: Mapping[str, Callable[[View], str]] = MappingProxyType(

@@ -5,16 +5,16 @@ from math import isfinite
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, roofline
 
 
-@pytest.mark.parametrize("name", gpu.SHAPES)
+@pytest.mark.parametrize("name", roofline.SHAPES)
 def test_the_bounds_count_the_weights_of_the_model(name):
-    shape = gpu.SHAPES[name]
-    network = gpu.build_model(shape, torch.device("meta"), torch.bfloat16)
+    shape = roofline.SHAPES[name]
+    network = roofline.build_model(shape, torch.device("meta"), torch.bfloat16)
     weights = sum(parameter.numel() for parameter in network.parameters())
     embedding = shape.vocab_size * shape.hidden_size
-    least = gpu.roofline_costs(shape, 2)
+    least = roofline.roofline_costs(shape, 2)
     assert least.step_bytes == pytest.approx(2 * (weights - (0 if shape.tie_word_embeddings else embedding)), rel=1e-3)
     assert least.token_flops == pytest.approx(
         2 * (weights - (1 if shape.tie_word_embeddings else 2) * embedding), rel=1e-2
@@ -32,7 +32,7 @@ def test_the_program_can_be_tried_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert list(figures["recorded"]["decode_ms"]) == ["1", "3"]
     # Of so few tokens the times mean nothing: differences of them may even be negative.
     assert all(
-        isfinite(ms) for way in ("generate", "ordinary", "recorded") for ms in figures[way]["decode_ms"].values()
+        isfinite(ms) for method in ("generate", "ordinary", "recorded") for ms in figures[method]["decode_ms"].values()
     )
     assert "| 3 |" in capsys.readouterr().out
 

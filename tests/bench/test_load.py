@@ -45,7 +45,7 @@ def load(*options):
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
-def found_by(*options):
+def load_figures(*options):
     done = load(*options, "--json", "-")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -55,18 +55,18 @@ def found_by(*options):
 
 
 def test_modes_are_compared_on_the_same_problems(server, tmp_path):
-    figures_, picture = tmp_path / "load.json", tmp_path / "load.svg"
+    path, picture = tmp_path / "load.json", tmp_path / "load.svg"
     options = ("--requests", 4, "--concurrency", "1,2", "--compare", "off,full", "--rounds", 2, "--seed", 11)
-    done = load("--url", server, *options, "--json", figures_, "--plot", picture)
+    done = load("--url", server, *options, "--json", path, "--plot", picture)
     assert done.returncode == 0, done.stderr
-    found = json.loads(figures_.read_text())
-    assert [(run["mode"], run["concurrency"]) for run in found["runs"]] == [
+    figures = json.loads(path.read_text())
+    assert [(run["mode"], run["concurrency"]) for run in figures["runs"]] == [
         ("off", 1),
         ("full", 1),
         ("off", 2),
         ("full", 2),
     ]
-    for run in found["runs"]:
+    for run in figures["runs"]:
         assert run["requests"] == run["answered"] == 4 and run["errors"] == {} and len(run["rounds"]) == 2
         assert run["answered_as"] == {run["mode"]: 4} and run["rate"] is None
         assert run["requests_per_s"] == pytest.approx(4 / run["wall_s"])
@@ -76,45 +76,47 @@ def test_modes_are_compared_on_the_same_problems(server, tmp_path):
         assert run["ttft_s"]["mean"] <= run["latency_s"]["mean"] and 0 <= run["overlap_share"] <= 1
         assert set(run["stages_s"]) == {"queue", "warm", "draft", "judge", "write"}
         assert sum(run["stages_s"].values()) <= run["latency_s"]["mean"]
-    off, full = found["runs"][:2]
+    off, full = figures["runs"][:2]
     assert off["accuracy"] == 1.0 and off["accepted_share"] is None and off["stages_s"]["draft"] == 0
     assert 0 < full["accepted_share"] <= 1 and full["stages_s"]["draft"] > 0
     assert off["overlap_share"] == full["overlap_share"] == 0.0  # one at a time
-    assert found["ratios"].keys() == {"1", "2"}
-    assert found["ratios"]["1"]["full"]["tokens_per_s"] == pytest.approx(full["tokens_per_s"] / off["tokens_per_s"])
-    assert table(found) in done.stdout and "| 2 | full |" in done.stdout
+    assert figures["ratios"].keys() == {"1", "2"}
+    assert figures["ratios"]["1"]["full"]["tokens_per_s"] == pytest.approx(full["tokens_per_s"] / off["tokens_per_s"])
+    assert table(figures) in done.stdout and "| 2 | full |" in done.stdout
     assert picture.read_text().startswith("<?xml")
 
 
 def test_tokens_are_those_the_server_counts(server):
-    found = found_by("--url", f"{server}/v1/", "--requests", 3, "--mode", "off", "--warmup", 1, "--seed", 12)
+    figures = load_figures("--url", f"{server}/v1/", "--requests", 3, "--mode", "off", "--warmup", 1, "--seed", 12)
     used = []
     for task in demo_requests(4, seed=12)[1:]:
         body = {"model": "demo-target", "messages": task.messages, "temperature": 0, "parse": {"mode": "off"}}
         used.append(httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60).json()["usage"])
-    assert found["runs"][0]["completion_tokens"] == sum(usage["completion_tokens"] for usage in used)
+    assert figures["runs"][0]["completion_tokens"] == sum(usage["completion_tokens"] for usage in used)
 
 
 def test_requests_may_arrive_at_a_rate_and_come_whole(server):
-    found = found_by("--url", server, "--requests", 3, "--rate", 20, "--mode", "full", "--no-stream", "--seed", 13)
-    (run,) = found["runs"]
+    figures = load_figures(
+        "--url", server, "--requests", 3, "--rate", 20, "--mode", "full", "--no-stream", "--seed", 13
+    )
+    (run,) = figures["runs"]
     assert run["rate"] == 20 and run["concurrency"] is None and run["answered"] == 3 and run["tokens_per_s"] > 0
     assert set(run["ttft_s"].values()) == set(run["itl_s"].values()) == {None} and run["latency_s"]["p50"] > 0
-    assert found["ratios"].keys() == {"20/s"}
+    assert figures["ratios"].keys() == {"20/s"}
 
 
 def test_prompts_may_come_from_a_file(server, tmp_path):
-    given = draw_problem("bench", 14, 0)
-    right = re.findall(r"\d+", correct_answer(given))[-1]  # said in any wording
+    problem = draw_problem("bench", 14, 0)
+    right = re.findall(r"\d+", correct_answer(problem))[-1]  # said in any wording
     lines = [
-        {"prompt": given.question, "answer": right},
-        {"messages": [{"role": "user", "content": given.question}], "answer": "no such words"},
+        {"prompt": problem.question, "answer": right},
+        {"messages": [{"role": "user", "content": problem.question}], "answer": "no such words"},
         {"prompt": "Hello."},
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    found = found_by("--url", server, "--prompts", file, "--requests", 3, "--warmup", 0, "--max-tokens", 200)
-    (run,) = found["runs"]
+    figures = load_figures("--url", server, "--prompts", file, "--requests", 3, "--warmup", 0, "--max-tokens", 200)
+    (run,) = figures["runs"]
     assert run["answered"] == 3 and run["accuracy"] == 0.5 and run["mode"] == "default"
 
 
@@ -162,40 +164,40 @@ def broken_server():
     def event(body):
         return f"data: {json.dumps(body)}\n\n"
 
-    async def stream(asked: str) -> AsyncIterator[str]:
+    async def stream(command: str) -> AsyncIterator[str]:
         yield event({"choices": [{"delta": {"content": "so far"}, "finish_reason": None}]})
-        if asked == "cut":
+        if command == "cut":
             raise RuntimeError("on purpose")
-        if asked == "hang":
+        if command == "hang":
             await asyncio.sleep(3)
-        if asked == "error":
+        if command == "error":
             yield event({"error": {"message": "it failed", "type": "server_error", "code": "internal_error"}})
-        if asked == "garbage":
+        if command == "garbage":
             yield "data: {\n\n"
-        if asked not in ("end", "hang"):
+        if command not in ("end", "hang"):
             yield "data: [DONE]\n\n"
 
     @app.post("/v1/chat/completions")
     async def chat(body: dict) -> Response:
-        asked = body["messages"][0]["content"]
-        if asked.isdecimal():
-            return Response(json.dumps({"error": {"message": "no", "code": "overloaded"}}), int(asked))
-        return StreamingResponse(stream(asked), media_type="text/event-stream")
+        command = body["messages"][0]["content"]
+        if command.isdecimal():
+            return Response(json.dumps({"error": {"message": "no", "code": "overloaded"}}), int(command))
+        return StreamingResponse(stream(command), media_type="text/event-stream")
 
     return app
 
 
 def test_errors_are_counted_by_kind():
-    asked = "503 503 500 cut hang error garbage end fine".split()
+    commands = "503 503 500 cut hang error garbage end fine".split()
 
     async def outcomes(url):
         async with open_client(url, None) as client:
-            asking = partial(send_request, client, RequestParams("any", timeout_s=1.0))
-            return await closed_loop(asking, [SampleRequest([{"role": "user", "content": word}]) for word in asked], 3)
+            send = partial(send_request, client, RequestParams("any", timeout_s=1.0))
+            return await closed_loop(send, [SampleRequest([{"role": "user", "content": word}]) for word in commands], 3)
 
     with served(broken_server()) as url:
-        found = asyncio.run(outcomes(url))
-    assert summarize([Round(found, 1.0, 0.0)])["errors"] == {
+        results = asyncio.run(outcomes(url))
+    assert summarize([Round(results, 1.0, 0.0)])["errors"] == {
         "503": 2,
         "500": 1,
         "RemoteProtocolError": 1,
@@ -204,9 +206,9 @@ def test_errors_are_counted_by_kind():
         "JSONDecodeError": 1,
         "incomplete": 1,
     }
-    details = {outcome.error: outcome.detail for outcome in found}
+    details = {outcome.error: outcome.detail for outcome in results}
     assert details["503"] == "no" and details["internal_error"] == "it failed"
-    (fine,) = [outcome.response for outcome in found if outcome.response]
+    (fine,) = [outcome.response for outcome in results if outcome.response]
     assert fine.text == "so far" and fine.report is None and not fine.ended
 
 
@@ -224,11 +226,17 @@ def test_percentiles_are_those_of_numpy():
 
 def test_what_cannot_be_known_is_null():
     failed = RequestResult(SampleRequest([]), 0.0, 1.0, error="503")
-    found = summarize([Round([failed], 2.0, 0.1)])
-    assert found["requests"] == 1 and found["answered"] == 0 and found["requests_per_s"] == 0.0
+    figures = summarize([Round([failed], 2.0, 0.1)])
+    assert figures["requests"] == 1 and figures["answered"] == 0 and figures["requests_per_s"] == 0.0
     for name in SPREADS:
-        assert set(found[name].values()) == {None}
-    assert found["accuracy"] is found["accepted_share"] is found["overlap_share"] is found["stages_s"]["draft"] is None
+        assert set(figures[name].values()) == {None}
+    assert (
+        figures["accuracy"]
+        is figures["accepted_share"]
+        is figures["overlap_share"]
+        is figures["stages_s"]["draft"]
+        is None
+    )
     assert "| 1 of 503 |" in table(compare_runs([BenchmarkRun("off", OfferedLoad(1), [Round([failed], 2.0, 0.1)])]))
 
 
@@ -251,8 +259,8 @@ def test_overlap_is_that_of_a_fine_grid():
     for _ in range(20):
         reports = []
         for _ in range(rng.randint(1, 6)):
-            spans = [sorted(rng.randrange(100) for _ in range(2)) for _ in range(rng.randint(0, 6))]
-            stages = [(rng.choice(names), float(start), float(end)) for start, end in spans]
+            intervals = [sorted(rng.randrange(100) for _ in range(2)) for _ in range(rng.randint(0, 6))]
+            stages = [(rng.choice(names), float(start), float(end)) for start, end in intervals]
             reports.append(report(float(rng.randrange(100)), *stages))
         moments = [step + 0.5 for step in range(200)]  # nothing changes between whole numbers
         together = [
@@ -271,20 +279,22 @@ def test_overlap_by_hand():
 
 
 def test_figures_by_hand():
-    def outcome(due, came, tokens, right, **made):
-        reply = TimedResponse("text", True, 10, tokens, report(0.0, ("draft", 0.0, 0.5), **made), came)
-        return RequestResult(SampleRequest([], lambda text, ended: right), due, came[-1] + 1.0, reply)
+    def outcome(due, chunk_times, tokens, right, **report_fields):
+        response = TimedResponse(
+            "text", True, 10, tokens, report(0.0, ("draft", 0.0, 0.5), **report_fields), chunk_times
+        )
+        return RequestResult(SampleRequest([], lambda text, ended: right), due, chunk_times[-1] + 1.0, response)
 
     rounds = [
         Round([outcome(0.0, (1.0, 1.5, 3.0), 5, True, drafted=10, accepted=9)], 4.0, 0.4),
         Round([outcome(10.0, (12.0,), 1, False, drafted=30, accepted=1)], 6.0, 0.1),
     ]
-    found = summarize(rounds)
-    assert found["requests_per_s"] == 0.2 and found["tokens_per_s"] == 0.6
-    assert found["ttft_s"]["mean"] == 1.5 and found["latency_s"]["mean"] == 3.5
-    assert found["itl_s"]["mean"] == 0.5 and found["pause_s"]["p99"] == 1.5  # the second has nothing between tokens
-    assert found["accepted_share"] == 0.25 and found["accuracy"] == 0.5 and found["stages_s"]["draft"] == 0.5
-    assert found["client_cpu_share"] == pytest.approx(0.05)
+    figures = summarize(rounds)
+    assert figures["requests_per_s"] == 0.2 and figures["tokens_per_s"] == 0.6
+    assert figures["ttft_s"]["mean"] == 1.5 and figures["latency_s"]["mean"] == 3.5
+    assert figures["itl_s"]["mean"] == 0.5 and figures["pause_s"]["p99"] == 1.5  # the second has nothing between tokens
+    assert figures["accepted_share"] == 0.25 and figures["accuracy"] == 0.5 and figures["stages_s"]["draft"] == 0.5
+    assert figures["client_cpu_share"] == pytest.approx(0.05)
 
 
 def test_ratios_are_to_the_first_mode_with_medians_of_the_rounds():
@@ -292,10 +302,10 @@ def test_ratios_are_to_the_first_mode_with_medians_of_the_rounds():
         outcome = RequestResult(SampleRequest([]), 0.0, 2.0, TimedResponse("text", True, completion_tokens=10))
         return BenchmarkRun(mode, OfferedLoad(8), [Round([outcome], wall, 0.0) for wall in walls])
 
-    found = compare_runs([run("off", 1.0, 1.0, 1.0), run("full", 0.5, 0.25, 1.0)])["ratios"]["8"]
-    assert set(found["off"].pop("median").values()) == set(found["off"].values()) == {1.0}
-    assert found["full"]["requests_per_s"] == pytest.approx(3 / 1.75) == found["full"]["tokens_per_s"]
-    assert found["full"]["median"] == {"requests_per_s": 2.0, "tokens_per_s": 2.0, "latency_p50": 1.0}
+    figures = compare_runs([run("off", 1.0, 1.0, 1.0), run("full", 0.5, 0.25, 1.0)])["ratios"]["8"]
+    assert set(figures["off"].pop("median").values()) == set(figures["off"].values()) == {1.0}
+    assert figures["full"]["requests_per_s"] == pytest.approx(3 / 1.75) == figures["full"]["tokens_per_s"]
+    assert figures["full"]["median"] == {"requests_per_s": 2.0, "tokens_per_s": 2.0, "latency_p50": 1.0}
 
 
 # How it is asked.
@@ -305,19 +315,19 @@ class Slow:
     """Answers after a while, and remembers how many were asked at the same time."""
 
     def __init__(self) -> None:
-        self.under_way = self.most = 0
+        self.num_concurrent = self.max_concurrent = 0
 
     async def __call__(self, task: SampleRequest, due: float) -> RequestResult:
-        self.under_way += 1
-        self.most = max(self.most, self.under_way)
+        self.num_concurrent += 1
+        self.max_concurrent = max(self.max_concurrent, self.num_concurrent)
         await asyncio.sleep(0.05)
-        self.under_way -= 1
+        self.num_concurrent -= 1
         return RequestResult(task, due, time.perf_counter())
 
 
 def test_a_closed_loop_has_so_many_under_way():
     slow = Slow()
-    assert len(asyncio.run(closed_loop(slow, [SampleRequest([])] * 7, 3))) == 7 and slow.most == 3
+    assert len(asyncio.run(closed_loop(slow, [SampleRequest([])] * 7, 3))) == 7 and slow.max_concurrent == 3
 
 
 def test_an_open_loop_waits_for_nobody_and_counts_from_the_arrival():
@@ -330,7 +340,7 @@ def test_an_open_loop_waits_for_nobody_and_counts_from_the_arrival():
     together = asyncio.run(open_loop(slow, [SampleRequest([])] * 4, arrivals))
     assert [outcome.scheduled_at - together[0].scheduled_at for outcome in together] == pytest.approx(
         arrivals
-    ) and slow.most == 4
+    ) and slow.max_concurrent == 4
     assert asyncio.run(open_loop(late, [SampleRequest([])] * 4, arrivals))[-1].latency_s > 5 * 0.05 - 0.03
 
 
@@ -349,24 +359,25 @@ def test_arrivals_are_seeded_and_poisson():
 def test_the_demo_asks_the_problems_of_the_benchmarks():
     problems = measure.draw_problems(3, 6, split="bench")
     tasks = demo_requests(6, seed=3)
-    assert [task.messages[0]["content"] for task in tasks] == [given.question for given in problems]
-    for task, given, other in zip(tasks, problems, problems[1:] + problems[:1], strict=True):
-        assert task.is_correct is not None and task.is_correct(correct_answer(given), True)
-        assert not task.is_correct(correct_answer(given), False) and not task.is_correct(
-            correct_answer(given)[:-1], True
+    assert [task.messages[0]["content"] for task in tasks] == [problem.question for problem in problems]
+    for task, problem, other in zip(tasks, problems, problems[1:] + problems[:1], strict=True):
+        assert task.is_correct is not None and task.is_correct(correct_answer(problem), True)
+        assert not task.is_correct(correct_answer(problem), False) and not task.is_correct(
+            correct_answer(problem)[:-1], True
         )
         assert not task.is_correct(correct_answer(other), True)
 
 
 def test_another_cast_changes_the_names_and_nothing_else(tokenizer):
     for index in range(40):
-        given = draw_problem("bench", 3, index)
-        other = replace_names(given, 2)
+        problem = draw_problem("bench", 3, index)
+        other = replace_names(problem, 2)
         sizes = {
-            (len(tokenizer.encode(one.question)), len(tokenizer.encode(correct_answer(one)))) for one in (given, other)
+            (len(tokenizer.encode(one.question)), len(tokenizer.encode(correct_answer(one))))
+            for one in (problem, other)
         }
-        assert replace_names(given, 0) == given and len(sizes) == 1
-        assert other.question.split()[0] != given.question.split()[0]  # no common beginning to be cached
+        assert replace_names(problem, 0) == problem and len(sizes) == 1
+        assert other.question.split()[0] != problem.question.split()[0]  # no common beginning to be cached
 
 
 @pytest.mark.parametrize(

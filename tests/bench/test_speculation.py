@@ -4,10 +4,11 @@ import pytest
 
 from bench import concurrency, forward_passes, speculation
 from bench.contenders import BenchResult, PipelineContender, tokens_per_s
-from bench.speculation import METHODS, contender_name, speculation_settings, summarize
+from bench.speculation import contender_name, speculation_settings, summarize
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.local import LocalPair
 from parse.prompts import chat_prompt_token_ids
+from parse.registry import METHODS
 from parse.types import SpeculationStats
 from training import measure
 from training.evaluate import MODELS
@@ -39,8 +40,8 @@ def prompts_of(pair, count):
     return [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
 
 
-def answer(ids, *, seconds=1.0, came=None):
-    return BenchResult(tuple(ids), True, seconds, 0.1, decode_s=0.5, speculation=came)
+def answer(ids, *, seconds=1.0, speculation=None):
+    return BenchResult(tuple(ids), True, seconds, 0.1, decode_s=0.5, speculation=speculation)
 
 
 def test_every_method_of_the_engine_has_its_settings():
@@ -52,36 +53,36 @@ def test_contenders_are_told_by_mode_and_method():
 
 
 def test_speedups_are_over_the_target_alone_and_texts_are_compared(pair):
-    came = SpeculationStats("eagle3", 4, (4, 4), (3, 2))
+    speculation = SpeculationStats("eagle3", 4, (4, 4), (3, 2))
     answers = {
         "off": [answer(range(10), seconds=2.0), answer(range(20), seconds=4.0)],
-        "off + eagle3": [answer(range(10), came=came), answer(range(19), came=came)],
+        "off + eagle3": [answer(range(10), speculation=speculation), answer(range(19), speculation=speculation)],
     }
-    found = summarize(answers, measure.draw_problems(1, 2), ExampleBuilder(pair.tokenizer, own=TARGET))["contenders"]
-    assert found["off"]["speedup"] == 1.0 and found["off"]["tokens_per_pass"] is None
-    ours = found["off + eagle3"]
-    assert ours["speedup"] == pytest.approx(14.5 / 5) and tokens_per_s(answers["off"]) == 5
-    assert ours["tokens_per_pass"] == pytest.approx(18 / 8) and ours["accepted"] == (6, 4)
-    assert ours["as_plain"] == 1 and ours["accuracy"] == 0.0 and ours["writing_share"] == 0.5
+    summary = summarize(answers, measure.draw_problems(1, 2), ExampleBuilder(pair.tokenizer, own=TARGET))["contenders"]
+    assert summary["off"]["speedup"] == 1.0 and summary["off"]["tokens_per_pass"] is None
+    with_eagle3 = summary["off + eagle3"]
+    assert with_eagle3["speedup"] == pytest.approx(14.5 / 5) and tokens_per_s(answers["off"]) == 5
+    assert with_eagle3["tokens_per_pass"] == pytest.approx(18 / 8) and with_eagle3["accepted"] == (6, 4)
+    assert with_eagle3["as_plain"] == 1 and with_eagle3["accuracy"] == 0.0 and with_eagle3["writing_share"] == 0.5
 
 
-def test_what_an_engine_does_is_written_down_and_told_on(pair):
-    told = pair.target.engine.costs
-    watch = forward_passes.RecordingCostModel(pair.target)
+def test_steps_are_recorded_and_passed_on_to_the_cost_model_of_the_engine(pair):
+    cost_model = pair.target.core.cost_model
+    recorder = forward_passes.RecordingCostModel(pair.target)
     (prompt,) = prompts_of(pair, 1)
     try:
-        said = asyncio.run(PipelineContender(pair, "off", "ngram")(prompt))
-        seen = watch.pop_records()
+        result = asyncio.run(PipelineContender(pair, "off", "ngram")(prompt))
+        records = recorder.pop_records()
     finally:
-        pair.target.engine.costs = told
-    assert said.speculation is not None
-    assert len(seen.passes) == said.speculation.passes - 1  # the first reads the prompt
-    proposed = sum(said.speculation.proposed_per_position)
-    assert sum(p.entries for p in seen.passes) in range(len(seen.passes), len(seen.passes) + proposed + 1)
-    assert len(seen.proposal_times) >= said.speculation.proposed_per_position[0] and all(
-        s > 0 for _, s in seen.proposal_times
+        pair.target.core.cost_model = cost_model
+    assert result.speculation is not None
+    assert len(records.passes) == result.speculation.passes - 1  # the first reads the prompt
+    proposed = sum(result.speculation.proposed_per_position)
+    assert sum(p.entries for p in records.passes) in range(len(records.passes), len(records.passes) + proposed + 1)
+    assert len(records.proposal_times) >= result.speculation.proposed_per_position[0] and all(
+        s > 0 for _, s in records.proposal_times
     )
-    assert told.entries != 1.0 and watch.pop_records() == forward_passes.PassRecords()
+    assert cost_model.num_tokens != 1.0 and recorder.pop_records() == forward_passes.PassRecords()
 
 
 def test_bare_passes_take_time(pair, few):
@@ -90,27 +91,27 @@ def test_bare_passes_take_time(pair, few):
     assert forward_passes.measure_prefill_s(pair.target.model, 30) > 0
 
 
-def test_all_clients_take_from_one_row_of_questions(pair, few):
-    watch = forward_passes.RecordingCostModel(pair.target)
-    found = asyncio.run(
-        concurrency.run_concurrently(PipelineContender(pair, "off", "ngram"), watch, prompts_of(pair, 3), 3)
+def test_all_clients_take_from_one_list_of_prompts(pair, few):
+    recorder = forward_passes.RecordingCostModel(pair.target)
+    summary = asyncio.run(
+        concurrency.run_concurrently(PipelineContender(pair, "off", "ngram"), recorder, prompts_of(pair, 3), 3)
     )
-    assert len(found.results) == 3 and found.tokens_per_s > 0
-    assert max(p.texts for p in found.records.passes) == 3
+    assert len(summary.results) == 3 and summary.tokens_per_s > 0
+    assert max(p.texts for p in summary.records.passes) == 3
 
 
 def test_the_whole_comparison_on_a_single_problem(few, monkeypatch):
     monkeypatch.setattr(speculation, "MODES", ("off", "full"))
-    found = speculation.run(1, 5, MODELS, 1)
+    summary = speculation.run(1, 5, MODELS, 1)
     composed = {f"{mode} + {method}" for mode in ("off", "full") for method in METHODS}
-    assert set(found["contenders"]) == composed | {"off", "full", "off, none loaded", "hf_generate", "hf_assisted"}
+    assert set(summary["contenders"]) == composed | {"off", "full", "off, none loaded", "hf_generate", "hf_assisted"}
     for method in METHODS:
-        assert found["contenders"][f"off + {method}"]["as_plain"] == 1
-        explained = found["model"]["methods"][method]
+        assert summary["contenders"][f"off + {method}"]["as_plain"] == 1
+        explained = summary["model"]["methods"][method]
         assert explained["predicted"] > 0 and explained["tokens_per_pass"] >= 1
-    assert [(one["clients"], one["method"]) for one in found["crowds"]] == [
+    assert [(one["clients"], one["method"]) for one in summary["crowds"]] == [
         (clients, settings.method) for clients in (1, 2) for settings in speculation_settings(MODELS)
     ]
-    shown = speculation.table(found)
-    assert all(f"| {name} |" in shown for name in found["contenders"])
+    shown = speculation.table(summary)
+    assert all(f"| {name} |" in shown for name in summary["contenders"])
     assert all(f"| 2 | {method} |" in shown for method in METHODS)

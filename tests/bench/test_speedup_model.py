@@ -10,11 +10,18 @@ CURVE = PassTimeCurve(1, (1, 5, 9), (2.0, 4.0, 8.0))
 
 
 WRITING = DecodingStats(
-    passes=10, proposed=(8, 4), accepted=(6, 3), entries=3.0, texts=1.0, pass_s=3.0, wishes=8, proposal_s=0.5
+    passes=10,
+    proposed=(8, 4),
+    accepted=(6, 3),
+    entries=3.0,
+    texts=1.0,
+    pass_s=3.0,
+    num_proposal_requests=8,
+    proposal_s=0.5,
 )
 
 
-def came(**changes):
+def decoding_stats_with(**changes):
     return replace(WRITING, **changes)
 
 
@@ -28,73 +35,78 @@ def test_the_median_of_passes_size_by_size():
 
 
 def test_a_pass_writes_what_was_accepted_and_a_token_of_its_own():
-    assert came().tokens_per_pass == pytest.approx(1.9)
-    assert came().acceptance_rates == [0.75, 0.75]
+    assert decoding_stats_with().tokens_per_pass == pytest.approx(1.9)
+    assert decoding_stats_with().acceptance_rates == [0.75, 0.75]
 
 
 def test_what_was_seen_is_told_of_one_text_in_a_pass():
-    seen = PassRecords((ForwardPass(2, 6, 1.0), ForwardPass(1, 3, 2.0)), ((2, 0.3),)) + PassRecords((), ((1, 0.3),))
-    found = decoding_stats(SpeculationStats("parallel", 3, (3, 3), (2, 1)), seen)
-    assert (found.texts, found.entries, found.pass_s) == (1.5, 3.0, 1.5)
+    records = PassRecords((ForwardPass(2, 6, 1.0), ForwardPass(1, 3, 2.0)), ((2, 0.3),)) + PassRecords((), ((1, 0.3),))
+    stats = decoding_stats(SpeculationStats("parallel", 3, (3, 3), (2, 1)), records)
+    assert (stats.texts, stats.entries, stats.pass_s) == (1.5, 3.0, 1.5)
     assert (
-        found.wishes == 3 and found.proposal_s == pytest.approx(0.2) and found.proposal_s_per_pass == pytest.approx(0.2)
+        stats.num_proposal_requests == 3
+        and stats.proposal_s == pytest.approx(0.2)
+        and stats.proposal_s_per_pass == pytest.approx(0.2)
     )
 
 
-def test_nothing_wished_for_takes_nothing():
-    found = decoding_stats(SpeculationStats("ngram", 2, (), ()), PassRecords((ForwardPass(1, 1, 1.0),)))
-    assert found.proposal_s_per_pass == found.proposal_s == 0.0 and found.tokens_per_pass == 1.0
+def test_no_proposal_requests_take_no_time():
+    stats = decoding_stats(SpeculationStats("ngram", 2, (), ()), PassRecords((ForwardPass(1, 1, 1.0),)))
+    assert stats.proposal_s_per_pass == stats.proposal_s == 0.0 and stats.tokens_per_pass == 1.0
 
 
 def test_tokens_needed_by_hand():
-    assert break_even_tokens(came(), CURVE) == pytest.approx(
+    assert break_even_tokens(decoding_stats_with(), CURVE) == pytest.approx(
         (3.0 + 8 * 0.5 / 10) / 2.0
     )  # a pass over 3 entries, 8 proposals in 10
 
 
 def test_the_speedup_by_hand():
     # Two answers; plain: prompts and 17 more passes of a token; with the method: prompts and 8 more passes.
-    assert predict_speedup(came(), CURVE, 19, 2, 5.0) == pytest.approx((10 + 17 * 2) / (10 + 8 * 3.4))
+    assert predict_speedup(decoding_stats_with(), CURVE, 19, 2, 5.0) == pytest.approx((10 + 17 * 2) / (10 + 8 * 3.4))
 
 
 def test_without_prompts_the_speedup_is_tokens_written_over_tokens_needed():
-    found = came()
-    plain = round(found.passes * found.tokens_per_pass)
-    assert predict_speedup(found, CURVE, plain, 0, 5.0) == pytest.approx(
-        found.tokens_per_pass / break_even_tokens(found, CURVE)
+    stats = decoding_stats_with()
+    plain = round(stats.passes * stats.tokens_per_pass)
+    assert predict_speedup(stats, CURVE, plain, 0, 5.0) == pytest.approx(
+        stats.tokens_per_pass / break_even_tokens(stats, CURVE)
     )
 
 
 def test_each_depth_is_weighed_by_itself():
-    shallow, deep = speedup_by_depth(came(), CURVE, "parallel", 0.5)
+    shallow, deep = speedup_by_depth(decoding_stats_with(), CURVE, "parallel", 0.5)
     assert shallow == pytest.approx(1.75 * 2 / (2.5 + 0.5))
     assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.5))
 
 
 def test_nothing_is_accepted_behind_what_was_not():
     _, deep = speedup_by_depth(
-        came(proposed=(8, 1), accepted=(6, 1)), CURVE, "parallel", 0.5
+        decoding_stats_with(proposed=(8, 1), accepted=(6, 1)), CURVE, "parallel", 0.5
     )  # tried once, where it was sure
     assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.5))
 
 
 def test_token_by_token_each_token_takes_its_step():
-    assert came().step_s("eagle3") == pytest.approx(8 * 0.5 / 12) and came().step_s("parallel") == 0.5
-    shallow, deep = speedup_by_depth(came(), CURVE, "eagle3", 0.4)
+    assert (
+        decoding_stats_with().step_s("eagle3") == pytest.approx(8 * 0.5 / 12)
+        and decoding_stats_with().step_s("parallel") == 0.5
+    )
+    shallow, deep = speedup_by_depth(decoding_stats_with(), CURVE, "eagle3", 0.4)
     assert shallow == pytest.approx(1.75 * 2 / (2.5 + 0.4))
     assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.8))
 
 
 def test_among_many_texts_proposals_add_up_and_passes_are_fuller():
     crowd = PassTimeCurve(4, (1, 5), (4.0, 12.0))
-    shallow, _ = speedup_by_depth(came(), crowd, "parallel", 0.5)
+    shallow, _ = speedup_by_depth(decoding_stats_with(), crowd, "parallel", 0.5)
     assert shallow == pytest.approx(1.75 * 4 / (6.0 + 2.0))
 
 
-def test_wishes_without_an_answer_cost_their_time_and_no_entries():
-    shallow, _ = speedup_by_depth(came(wishes=16), CURVE, "ngram", 0.1)
+def test_requests_without_a_proposal_cost_their_time_and_no_tokens():
+    shallow, _ = speedup_by_depth(decoding_stats_with(num_proposal_requests=16), CURVE, "ngram", 0.1)
     assert shallow == pytest.approx(1.375 * 2 / (2.25 + 0.1))
 
 
 def test_a_method_that_proposed_nothing_has_no_depths():
-    assert speedup_by_depth(came(proposed=(), accepted=()), CURVE, "ngram", 0.1) == []
+    assert speedup_by_depth(decoding_stats_with(proposed=(), accepted=()), CURVE, "ngram", 0.1) == []

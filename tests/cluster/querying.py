@@ -1,4 +1,4 @@
-"""What dashboards and alerts ask, and a real Prometheus to ask it of."""
+"""The queries of dashboards and alerts, and a real Prometheus that runs them."""
 
 import json
 import math
@@ -33,10 +33,10 @@ needs_prometheus = pytest.mark.skipif(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A query, and who asks it."""
+class LabeledQuery:
+    """A query, and the panel, rule or alert that it belongs to."""
 
-    where: str
+    label: str
     expression: str
 
     def __str__(self) -> str:
@@ -68,9 +68,9 @@ def replaced(expression: str, *, prefix: str, rate_interval: str, shown: str) ->
     return expression
 
 
-def dashboard_queries(*, prefix: str = "", rate_interval: str = "1m", shown: str = "15m") -> list[Asked]:
+def dashboard_queries(*, prefix: str = "", rate_interval: str = "1m", shown: str = "15m") -> list[LabeledQuery]:
     return [
-        Asked(
+        LabeledQuery(
             f"{name}: {panel['title']} {target['refId']}",
             replaced(target["expr"], prefix=prefix, rate_interval=rate_interval, shown=shown),
         )
@@ -80,23 +80,23 @@ def dashboard_queries(*, prefix: str = "", rate_interval: str = "1m", shown: str
     ]
 
 
-def recorded_queries(*, prefix: str = "") -> list[Asked]:
+def recorded_queries(*, prefix: str = "") -> list[LabeledQuery]:
     """The recording rules, by what they are computed from."""
     (group,) = [group for group in rules()["groups"] if group["name"] == f"parse-{'ray' if prefix else 'router'}"]
-    return [Asked(rule["record"], rule["expr"]) for rule in group["rules"]]
+    return [LabeledQuery(rule["record"], rule["expr"]) for rule in group["rules"]]
 
 
-def alert_queries() -> list[Asked]:
+def alert_queries() -> list[LabeledQuery]:
     """Without what they are compared with: over recorded series, and so for both prefixes."""
-    return [Asked(alert.name, alert.expression) for alert in ALERTS]
+    return [LabeledQuery(alert.name, alert.expression) for alert in ALERTS]
 
 
-def alerts_whole() -> list[Asked]:
-    return [Asked(alert.name, alert.expr) for alert in ALERTS]
+def alert_conditions() -> list[LabeledQuery]:
+    return [LabeledQuery(alert.name, alert.expr) for alert in ALERTS]
 
 
 class QueryFailed(AssertionError):
-    """In Prometheus' words."""
+    """Prometheus rejected the query; the message is its own."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +109,20 @@ class Prometheus:
 
     def has_data(self, expression: str) -> bool:
         """A series with a number: what is divided by nothing is none."""
-        return any(not math.isnan(float(found["value"][1])) for found in self.query(expression))
+        return any(not math.isnan(float(series["value"][1])) for series in self.query(expression))
 
-    def without_data(self, asked: Sequence[Asked], *, within_s: float) -> list[Asked]:
-        """Those that have brought nothing until then, each asked until it brings something."""
+    def without_data(self, queries: Sequence[LabeledQuery], *, within_s: float) -> list[LabeledQuery]:
+        """Returns the queries that brought no data in that time; each is repeated until it does."""
         until = time.monotonic() + within_s
-        left = list(asked)
+        missing = list(queries)
         while True:
-            left = [one for one in left if not self.has_data(one.expression)]
-            if not left or time.monotonic() > until:
-                return left
+            missing = [one for one in missing if not self.has_data(one.expression)]
+            if not missing or time.monotonic() > until:
+                return missing
             time.sleep(0.5)
 
     def firing(self) -> set[str]:
-        return {found["metric"]["alertname"] for found in self.query('ALERTS{alertstate="firing"}')}
+        return {series["metric"]["alertname"] for series in self.query('ALERTS{alertstate="firing"}')}
 
     def targets(self) -> list[dict[str, Any]]:
         return list(self._get("/api/v1/targets")["activeTargets"])
@@ -130,8 +130,8 @@ class Prometheus:
     def rule_faults(self) -> list[str]:
         """What went wrong in recording rules and alerts when they were last evaluated."""
         groups = self._get("/api/v1/rules")["groups"]
-        found = [rule for group in groups for rule in group["rules"]]
-        return [f"{rule['name']}: {rule['lastError']}" for rule in found if rule.get("lastError")]
+        evaluated = [rule for group in groups for rule in group["rules"]]
+        return [f"{rule['name']}: {rule['lastError']}" for rule in evaluated if rule.get("lastError")]
 
     def _get(self, path: str, **parameters: str) -> Any:
         try:
@@ -152,26 +152,28 @@ def prometheus(
     key: str | None = None,
 ) -> Iterator[Prometheus]:
     """A real one, with our rules and alerts: it scrapes /metrics of the targets (host:port), and Ray's by its file."""
-    jobs: list[dict[str, Any]] = []
+    scrape_configs: list[dict[str, Any]] = []
     if targets:
         credentials = {"authorization": {"credentials": key}} if key else {}
-        jobs.append({"job_name": "parse", "static_configs": [{"targets": list(targets)}], **credentials})
+        scrape_configs.append({"job_name": "parse", "static_configs": [{"targets": list(targets)}], **credentials})
     if discovery:
-        jobs.append({"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "1s"}]})
+        scrape_configs.append(
+            {"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "1s"}]}
+        )
     config = {
         "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": "1s"},
         "rule_files": [str(RULES / "rules.yml"), str(RULES / "alerts.yml")],
-        "scrape_configs": jobs,
+        "scrape_configs": scrape_configs,
     }
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config))
-    found = shutil.which("prometheus")
-    assert found, "see needs_prometheus"
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
+    executable = shutil.which("prometheus")
+    assert executable, "see needs_prometheus"
+    with socket.socket() as free_socket:
+        free_socket.bind((LOOPBACK, 0))
+        port = free_socket.getsockname()[1]
     command = [
-        found,
+        executable,
         f"--config.file={path}",
         f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address={LOOPBACK}:{port}",

@@ -39,8 +39,8 @@ def config(request) -> Any:
 
 
 def application(config):
-    (found,) = config["applications"]
-    return found
+    (application_config,) = config["applications"]
+    return application_config
 
 
 def test_it_fits_both_schemas(config):
@@ -107,10 +107,10 @@ def test_the_page_on_deploying_names_what_there_is():
 def test_what_the_pages_link_to_is_there(page):
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", (PROJECT_ROOT / "docs" / page).read_text()):
         name, _, part = link.partition("#")
-        found = PROJECT_ROOT / "docs" / (name or page)
-        assert found.exists(), link
+        target = PROJECT_ROOT / "docs" / (name or page)
+        assert target.exists(), link
         if part:
-            heads = [line.lstrip("# ").lower() for line in found.read_text().splitlines() if line.startswith("#")]
+            heads = [line.lstrip("# ").lower() for line in target.read_text().splitlines() if line.startswith("#")]
             assert part in [re.sub(r"[^a-z0-9 -]", "", head).replace(" ", "-") for head in heads], link
 
 

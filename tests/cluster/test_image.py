@@ -32,15 +32,15 @@ class Instruction:
 def parsed(text: str) -> list[Instruction]:
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
-    found = []
+    parsed_instructions = []
     for line in filter(None, map(str.strip, joined.splitlines())):
         name, _, rest = line.partition(" ")
         flags = {}
         while flag := re.match(r"--([a-z-]+)=(\S+)\s+", rest):
             flags[flag[1]] = flag[2]
             rest = rest[flag.end() :]
-        found.append(Instruction(name, rest, flags))
-    return found
+        parsed_instructions.append(Instruction(name, rest, flags))
+    return parsed_instructions
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,10 @@ def test_what_is_installed_is_what_is_pinned(instructions):
     pinned = {str(canonicalize_name(line.partition("==")[0])) for line in lock}
     script = re.search(r"python -c '([^']*)'", dependencies.rest)
     assert script
-    wanted = subprocess.run(
+    requirements = subprocess.run(
         [sys.executable, "-c", script[1]], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
     )
-    names = {str(canonicalize_name(re.split(r"[^A-Za-z0-9_-]", line)[0])) for line in wanted.stdout.splitlines()}
+    names = {str(canonicalize_name(re.split(r"[^A-Za-z0-9_-]", line)[0])) for line in requirements.stdout.splitlines()}
     assert {"torch", "ray", "transformers"} <= names <= pinned
 
 
@@ -109,9 +109,9 @@ def test_it_serves_and_is_asked_for_its_health(instructions):
     assert (python, flag, module) == ("python", "-m", "deployments")
     served, _ = read_config(PROJECT_ROOT / config)
     assert served["http_options"] == {"host": "0.0.0.0", "port": int(port.rest)}
-    probe = json.loads(check.rest.removeprefix("CMD "))
-    compile(probe[2], "HEALTHCHECK", "exec")
-    assert f":{port.rest}/health" in probe[2]
+    health_check = json.loads(check.rest.removeprefix("CMD "))
+    compile(health_check[2], "HEALTHCHECK", "exec")
+    assert f":{port.rest}/health" in health_check[2]
 
 
 def test_it_says_that_nobody_has_tried_it():

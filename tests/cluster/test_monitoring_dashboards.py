@@ -17,9 +17,9 @@ PANELS = [
     pytest.param(panel, id=f"{name}: {panel['title']}") for name, board in BOARDS.items() for panel in panels(board)
 ]
 DECLARED = {
-    found.name: found
-    for found in vars(deployments.observability.metrics).values()
-    if isinstance(found, Counter | Gauge | Histogram)
+    metric.name: metric
+    for metric in vars(deployments.observability.metrics).values()
+    if isinstance(metric, Counter | Gauge | Histogram)
 }
 OF_EVERY_SERIES = {"application", "deployment", "replica"}
 SERIES = re.compile(r"(\w*?)(parse_[a-z_]+)(?:\{([^}]*)\})?")
@@ -51,15 +51,15 @@ def test_each_leads_to_the_others_and_keeps_what_was_chosen(name):
 @pytest.mark.parametrize("name", BOARDS)
 def test_the_prefix_is_nothing_or_ray_as_grafana_reads_it(name):
     (prefix,) = [variable for variable in BOARDS[name]["templating"]["list"] if variable["name"] == "prefix"]
-    found = [re.fullmatch(r"\s*(.+)\s:\s(.+)", option) for option in prefix["query"].split(",")]
-    assert [option and option[2].strip() for option in found] == list(PREFIXES)
+    choices = [re.fullmatch(r"\s*(.+)\s:\s(.+)", option) for option in prefix["query"].split(",")]
+    assert [option and option[2].strip() for option in choices] == list(PREFIXES)
 
 
 @pytest.mark.parametrize("panel", PANELS)
 def test_every_panel_says_what_it_shows_and_what_is_bad(panel):
-    said = panel["description"]
-    assert len(said) > 60 and said.endswith(".")
-    assert re.search(r"[:;,.] ", said), "one sentence on what it shows, one on what is bad"
+    description = panel["description"]
+    assert len(description) > 60 and description.endswith(".")
+    assert re.search(r"[:;,.] ", description), "one sentence on what it shows, one on what is bad"
     assert panel["fieldConfig"]["defaults"]["unit"]
     assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
     assert panel["targets"]
@@ -90,36 +90,36 @@ def test_panels_fill_rows_and_do_not_overlap(name):
 
 def named(expression: str) -> list[tuple[str, Metric, set[str]]]:
     """Of each series: what its name begins with, the metric, the labels that choose it."""
-    found = []
+    series = []
     for prefix, name, chosen in SERIES.findall(expression):
         base = name if name in DECLARED else re.sub(r"_(bucket|sum|count)$", "", name)
         assert base in DECLARED, f"{name} is not declared"
         assert base == name or isinstance(DECLARED[base], Histogram), name
         assert base != name or not isinstance(DECLARED[base], Histogram), f"{name} is a histogram"
-        found.append((prefix, DECLARED[base], set(re.findall(r"(\w+)(?:=~|!~|!=|=)", chosen))))
-    return found
+        series.append((prefix, DECLARED[base], set(re.findall(r"(\w+)(?:=~|!~|!=|=)", chosen))))
+    return series
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_no_query_names_what_is_not_declared(prefix):
-    for asked in dashboard_queries(prefix=prefix):
-        for began, metric, labels in named(asked.expression):
-            assert began == prefix, asked
-            assert labels <= OF_EVERY_SERIES | metric.labels.keys(), asked
+    for query in dashboard_queries(prefix=prefix):
+        for began, metric, labels in named(query.expression):
+            assert began == prefix, query
+            assert labels <= OF_EVERY_SERIES | metric.labels.keys(), query
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_every_declared_metric_is_shown_somewhere(prefix):
-    shown = {metric.name for asked in dashboard_queries(prefix=prefix) for _, metric, _ in named(asked.expression)}
+    shown = {metric.name for query in dashboard_queries(prefix=prefix) for _, metric, _ in named(query.expression)}
     assert shown == DECLARED.keys()
 
 
 def test_a_label_that_is_kept_is_one_that_the_series_have():
-    for asked in dashboard_queries():
-        metrics = [metric for _, metric, _ in named(asked.expression)]
+    for query in dashboard_queries():
+        metrics = [metric for _, metric, _ in named(query.expression)]
         having = OF_EVERY_SERIES | {"le"} | {label for metric in metrics for label in metric.labels}
-        for kept in re.findall(r"by \(([^)]*)\)", asked.expression):
-            assert set(kept.split(", ")) <= having, asked
+        for kept in re.findall(r"by \(([^)]*)\)", query.expression):
+            assert set(kept.split(", ")) <= having, query
 
 
 def test_legends_name_labels_that_are_kept():
@@ -135,10 +135,10 @@ def test_a_name_has_one_colour_on_all_of_them():
     for board in BOARDS.values():
         for panel in panels(board):
             for override in panel["fieldConfig"]["overrides"]:
-                (made,) = override["properties"]
-                colours.setdefault(override["matcher"]["options"], set()).add(made["value"]["fixedColor"])
-    assert all(len(found) == 1 for found in colours.values())
-    assert colours["accepted"] == colours["drafter"] != colours["written"] == colours["verifier"]
+                (colour_property,) = override["properties"]
+                colours.setdefault(override["matcher"]["options"], set()).add(colour_property["value"]["fixedColor"])
+    assert all(len(values) == 1 for values in colours.values())
+    assert colours["accepted"] == colours["drafter"] != colours["generated"] == colours["verifier"]
 
 
 def test_their_colours_are_those_of_the_playground():

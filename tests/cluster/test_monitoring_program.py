@@ -30,16 +30,16 @@ class Well(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-Path("{told}").write_text(json.dumps({{"arguments": sys.argv[1:], "pid": os.getpid()}}))
+Path("{report}").write_text(json.dumps({{"arguments": sys.argv[1:], "pid": os.getpid()}}))
 HTTPServer((os.environ["GF_SERVER_HTTP_ADDR"], int(os.environ["GF_SERVER_HTTP_PORT"])), Well).serve_forever()
 """
 
 
 def only_prometheus(folder: Path) -> str:
     """A path on which no Grafana is found."""
-    found = shutil.which("prometheus")
-    assert found, "see needs_prometheus"
-    (folder / "prometheus").symlink_to(found)
+    executable = shutil.which("prometheus")
+    assert executable, "see needs_prometheus"
+    (folder / "prometheus").symlink_to(executable)
     return str(folder)
 
 
@@ -66,7 +66,7 @@ def monitoring(data: Path, *arguments: str, path: str = os.environ["PATH"]) -> I
         process.communicate()
 
 
-def told_until(process: subprocess.Popen[str], word: str) -> str:
+def output_until(process: subprocess.Popen[str], word: str) -> str:
     assert process.stdout
     lines = []
     for line in process.stdout:
@@ -93,15 +93,15 @@ def running(pid: int) -> bool:
 
 
 @needs_prometheus
-@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, way):
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, stop_signal):
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
-        script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, told=tmp_path / "told.json"))
+        script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, report=tmp_path / "report.json"))
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
         with monitoring(tmp_path / "data", "--port", str(port), "--grafana-port", str(port), path=path) as process:
-            told = told_until(process, "Until Ctrl-C")
-            source, shown = re.findall(r"^(?:Prometheus|Grafana) +(\S+)", told, re.MULTILINE)
+            output = output_until(process, "Until Ctrl-C")
+            source, shown = re.findall(r"^(?:Prometheus|Grafana) +(\S+)", output, re.MULTILINE)
             assert not source.endswith(f":{port}"), "somebody else has that one"
             assert source != shown
             assert answers(f"{source}/-/ready") and answers(shown)
@@ -109,17 +109,17 @@ def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, way):
                 assert len(json.load(response)["data"]["groups"]) == 3
             with urlopen(f"{source}/api/v1/status/config", timeout=5) as response:
                 assert "prom_metrics_service_discovery.json" in response.read().decode()
-            process.send_signal(way)
+            process.send_signal(stop_signal)
             process.send_signal(signal.SIGINT)  # as the impatient do
             rest, faults = process.communicate(timeout=30)
             assert process.returncode == 0 and rest.endswith("Stopped.\n") and not faults
         assert not answers(f"{source}/-/ready")
-        stood_in = json.loads((tmp_path / "told.json").read_text())
+        stood_in = json.loads((tmp_path / "report.json").read_text())
         assert stood_in["arguments"][0] == "server" and not running(stood_in["pid"])
 
 
 def test_grafana_is_given_the_source_and_the_dashboards_and_may_be_looked_at_only(tmp_path, monkeypatch):
-    script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, told=tmp_path / "told.json"))
+    script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, report=tmp_path / "report.json"))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     program = grafana_program("http://127.0.0.1:9", tmp_path, 3)
     assert program
@@ -147,7 +147,7 @@ def test_a_prometheus_that_does_not_start_is_said_why(tmp_path):
 @needs_prometheus
 def test_a_prometheus_that_dies_ends_it(tmp_path):
     with monitoring(tmp_path / "data", path=only_prometheus(tmp_path)) as process:
-        told_until(process, "Until Ctrl-C")
+        output_until(process, "Until Ctrl-C")
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
         _, faults = process.communicate(timeout=30)
@@ -158,14 +158,14 @@ def test_a_prometheus_that_dies_ends_it(tmp_path):
 def test_two_do_not_record_in_one_folder(tmp_path):
     path, data = only_prometheus(tmp_path), tmp_path / "with a space"
     with monitoring(data, path=path) as first:
-        told_until(first, "Until Ctrl-C")
+        output_until(first, "Until Ctrl-C")
         with monitoring(data, path=path) as second:
-            said, faults = second.communicate(timeout=30)
-        assert (second.returncode, said) == (1, "") and f"another one records in {data}" in faults
+            stdout, faults = second.communicate(timeout=30)
+        assert (second.returncode, stdout) == (1, "") and f"another one records in {data}" in faults
         first.send_signal(signal.SIGINT)
         first.communicate(timeout=30)
     with monitoring(data, path=path) as third:
-        told_until(third, "Until Ctrl-C")
+        output_until(third, "Until Ctrl-C")
         third.send_signal(signal.SIGINT)
         third.communicate(timeout=30)
 
@@ -176,7 +176,7 @@ def test_a_proxy_is_not_asked_for_what_is_on_this_machine(tmp_path, monkeypatch)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     with monitoring(tmp_path / "data", path=only_prometheus(tmp_path)) as process:
-        told_until(process, "Until Ctrl-C")
+        output_until(process, "Until Ctrl-C")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
 
@@ -191,14 +191,14 @@ def test_a_proxy_is_not_asked_for_what_is_on_this_machine(tmp_path, monkeypatch)
 )
 def test_what_cannot_be_is_said_in_a_line(tmp_path, arguments, fault):
     with monitoring(tmp_path / "data", *arguments) as process:
-        said, faults = process.communicate(timeout=30)
-    assert (process.returncode, said, faults) == (1, "", f"{fault}\n")
+        stdout, faults = process.communicate(timeout=30)
+    assert (process.returncode, stdout, faults) == (1, "", f"{fault}\n")
 
 
 def test_without_prometheus_it_says_how_to_get_it(tmp_path):
     with monitoring(tmp_path / "data", path=str(tmp_path)) as process:
-        said, faults = process.communicate(timeout=30)
-    assert process.returncode == 1 and not said
+        stdout, faults = process.communicate(timeout=30)
+    assert process.returncode == 1 and not stdout
     assert "apt-get install --no-install-recommends prometheus" in faults
 
 
@@ -210,14 +210,16 @@ def test_a_port_that_is_taken_is_passed_over():
     assert find_free_port(0) > 0
 
 
-def tools(folder: Path, *, root: bool, there: Sequence[str] = (), fails: Sequence[str] = ()) -> tuple[str, list[str]]:
+def tools(
+    folder: Path, *, root: bool, installed: Sequence[str] = (), fails: Sequence[str] = ()
+) -> tuple[str, list[str]]:
     """What it says, and how it called apt-get, on a machine made up of scripts."""
     called = folder / "called"
     failing = "|".join(f"*{word}*" for word in fails) or "nothing"
     script(folder / "id", f"#!/bin/sh\necho {0 if root else 1000}\n")
     script(folder / "timeout", '#!/bin/sh\nshift\nexec "$@"\n')
     script(folder / "apt-get", f'#!/bin/sh\necho "$@" >> {called}\ncase "$*" in {failing}) exit 100;; esac\n')
-    for name in there:
+    for name in installed:
         script(folder / name, "#!/bin/sh\n")
     done = subprocess.run(
         ["/bin/sh", str(TOOLS)], env={"PATH": str(folder)}, capture_output=True, text=True, timeout=30, check=True
@@ -230,26 +232,26 @@ ALL_THERE = ("prometheus", "promtool", "chromium", "chromedriver")
 
 
 def test_tools_that_are_there_are_left_alone(tmp_path):
-    assert tools(tmp_path, root=True, there=ALL_THERE) == ("", [])
+    assert tools(tmp_path, root=True, installed=ALL_THERE) == ("", [])
 
 
 def test_root_gets_what_is_missing_and_nothing_more(tmp_path):
-    said, called = tools(tmp_path, root=True, there=ALL_THERE[:2])
-    assert said == "Installing chromium chromium-driver\n"
+    stdout, called = tools(tmp_path, root=True, installed=ALL_THERE[:2])
+    assert stdout == "Installing chromium chromium-driver\n"
     (call,) = called
     assert call.endswith("install --yes --no-install-recommends chromium chromium-driver") and call.startswith("-qq")
 
 
 def test_lists_of_packages_are_brought_up_to_date_where_a_package_is_not_found(tmp_path):
-    said, called = tools(tmp_path, root=True, there=ALL_THERE[2:], fails=["prometheus"])
+    stdout, called = tools(tmp_path, root=True, installed=ALL_THERE[2:], fails=["prometheus"])
     assert [call.split()[5] for call in called] == ["install", "update", "install"]
-    assert "Without prometheus some tests are skipped" in said
+    assert "Without prometheus some tests are skipped" in stdout
 
 
 def test_others_are_told_the_command(tmp_path):
-    said, called = tools(tmp_path, root=False)
+    stdout, called = tools(tmp_path, root=False)
     assert not called
-    assert re.findall(r"sudo (.*)", said) == [
+    assert re.findall(r"sudo (.*)", stdout) == [
         "apt-get install --no-install-recommends prometheus",
         "apt-get install --no-install-recommends chromium chromium-driver",
     ]

@@ -18,8 +18,8 @@ from deployments.observability.metrics import MetricsRecorder
 from tests.cluster.querying import (
     PREFIXES,
     QueryFailed,
+    alert_conditions,
     alert_queries,
-    alerts_whole,
     dashboard_queries,
     needs_prometheus,
     prometheus,
@@ -31,7 +31,7 @@ TICK_S = 0.2
 HAPPENED = re.compile(r"^(?!#)(parse_\w+)(.*) (?!0\.0$)(\S+)$", re.MULTILINE)
 
 
-class Service:
+class SimulatedService:
     """Routers and engines as they would tell of themselves: in each tick the same happens."""
 
     def __init__(self) -> None:
@@ -46,9 +46,11 @@ class Service:
         return "\n".join([text, *by_ray, ""]).encode()
 
     def tick(self) -> None:
-        self._answer("off", times=1, written=50, write_s=0.5, total_s=0.6, queue_s=0.1)
-        self._answer("rounds", times=2, written=10, write_s=0.1, total_s=0.3, queue_s=0.05, accepted=40, rejected=10)
-        self._answer("exact", times=1, written=5, write_s=7.0, total_s=9.0, queue_s=0.0, accepted=5, rejected=5)
+        self._answer("off", times=1, target_tokens=50, write_s=0.5, total_s=0.6, queue_s=0.1)
+        self._answer(
+            "rounds", times=2, target_tokens=10, write_s=0.1, total_s=0.3, queue_s=0.05, accepted=40, rejected=10
+        )
+        self._answer("exact", times=1, target_tokens=5, write_s=7.0, total_s=9.0, queue_s=0.0, accepted=5, rejected=5)
         self._happen()
         for meters in self.engines:
             self._compute(meters)
@@ -58,7 +60,7 @@ class Service:
         mode: str,
         *,
         times: int,
-        written: int,
+        target_tokens: int,
         write_s: float,
         total_s: float,
         queue_s: float,
@@ -75,7 +77,7 @@ class Service:
             tell.add(metrics.DRAFT_TOKENS, accepted + rejected, mode=mode)
             tell.add(metrics.ACCEPTED_TOKENS, accepted, mode=mode)
             tell.add(metrics.REJECTED_TOKENS, rejected, mode=mode)
-            tell.add(metrics.TARGET_TOKENS, written, mode=mode)
+            tell.add(metrics.TARGET_TOKENS, target_tokens, mode=mode)
             tell.observe(metrics.STAGE_SECONDS, queue_s, mode=mode, stage="queue")
             tell.observe(metrics.STAGE_SECONDS, write_s, mode=mode, stage="write")
             tell.observe(metrics.TIME_TO_FIRST_TOKEN, total_s / 2, mode=mode)
@@ -119,8 +121,8 @@ class Service:
     def _compute(tell: MetricsRecorder) -> None:
         tell.set(metrics.ENGINE_REQUESTS_RUNNING, 3)
         tell.set(metrics.ENGINE_REQUESTS_WAITING, 1)
-        for state, pages in (("used", 60), ("idle", 30), ("free", 10)):
-            tell.set(metrics.ENGINE_KV_CACHE_BLOCKS, pages, state=state)
+        for state, num_blocks in (("used", 60), ("idle", 30), ("free", 10)):
+            tell.set(metrics.ENGINE_KV_CACHE_BLOCKS, num_blocks, state=state)
         tell.add(metrics.ENGINE_STEPS, 10)
         tell.add(metrics.ENGINE_STEP_REQUESTS, 25)
         tell.add(metrics.ENGINE_TOKENS, 400)
@@ -131,7 +133,7 @@ class Service:
 
 
 @contextmanager
-def served(service: Service) -> Iterator[str]:
+def served(service: SimulatedService) -> Iterator[str]:
     """host:port"""
     lock, over = threading.Lock(), threading.Event()
 
@@ -166,30 +168,30 @@ def served(service: Service) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
-    service = Service()
+def server(tmp_path_factory):
+    service = SimulatedService()
     service.tick()
-    with served(service) as target, prometheus(tmp_path_factory.mktemp("prometheus"), target) as made:
+    with served(service) as target, prometheus(tmp_path_factory.mktemp("prometheus"), target) as prometheus_server:
         until = time.monotonic() + 30
-        while not made.has_data("application:parse_speed_up:ratio_rate5m"):
-            assert time.monotonic() < until, made.targets()
+        while not prometheus_server.has_data("application:parse_speed_up:ratio_rate5m"):
+            assert time.monotonic() < until, prometheus_server.targets()
             time.sleep(0.2)
-        yield made
+        yield prometheus_server
 
 
 EVERYTHING = {prefix: [*dashboard_queries(prefix=prefix), *recorded_queries(prefix=prefix)] for prefix in PREFIXES}
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_every_query_brings_data(asked, prefix):
-    assert asked.without_data(EVERYTHING[prefix], within_s=10) == []
+def test_every_query_brings_data(server, prefix):
+    assert server.without_data(EVERYTHING[prefix], within_s=10) == []
 
 
-def test_every_alert_can_be_asked(asked):
-    assert asked.without_data(alert_queries(), within_s=10) == []
-    for one in alerts_whole():
-        asked.query(one.expression)
-    assert asked.rule_faults() == []
+def test_every_alert_can_be_asked(server):
+    assert server.without_data(alert_queries(), within_s=10) == []
+    for one in alert_conditions():
+        server.query(one.expression)
+    assert server.rule_faults() == []
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -217,24 +219,24 @@ def test_every_alert_can_be_asked(asked):
         (lambda view: view.mean(metrics.AUDIT_GAP), 0.2),
     ],
 )
-def test_figures_say_what_has_happened(asked, prefix, figure, expected):
-    (found,) = asked.query(figure(View(prefix, "1m")))
-    assert float(found["value"][1]) == pytest.approx(expected, abs=1e-6)
+def test_figures_say_what_has_happened(server, prefix, figure, expected):
+    (series,) = server.query(figure(View(prefix, "1m")))
+    assert float(series["value"][1]) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_speed_up_by_mode(asked, prefix):
-    found = asked.query(figures.speed_up(View(prefix, "1m"), by=("mode",)))
-    gains = {series["metric"]["mode"]: float(series["value"][1]) for series in found}
+def test_speed_up_by_mode(server, prefix):
+    result = server.query(figures.speed_up(View(prefix, "1m"), by=("mode",)))
+    gains = {series["metric"]["mode"]: float(series["value"][1]) for series in result}
     assert {mode: gain for mode, gain in gains.items() if gain == gain} == pytest.approx({"off": 1.0, "rounds": 2.0})
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_what_is_proposed_by_who_proposes_it_and_where(asked, prefix):
+def test_what_is_proposed_by_who_proposes_it_and_where(server, prefix):
     view = View(prefix, "1m")
     shares = {
         series["metric"]["method"]: float(series["value"][1])
-        for series in asked.query(figures.proposals_accepted(view, by=("method",)))
+        for series in server.query(figures.proposals_accepted(view, by=("method",)))
     }
     assert {method: share for method, share in shares.items() if share == share} == pytest.approx(
         {"draft": 0.5, "parallel": 5 / 8}
@@ -243,18 +245,18 @@ def test_what_is_proposed_by_who_proposes_it_and_where(asked, prefix):
         (figures.DRAFT_PROPOSALS, {"01": 0.5}),
         (figures.METHOD_PROPOSALS, {"01": 1.0, "12": 0.25}),
     ):
-        found = asked.query(figures.acceptance_by_position(view, condition))
-        places = {series["metric"]["position"]: float(series["value"][1]) for series in found}
-        assert {place: share for place, share in places.items() if share == share} == pytest.approx(expected)
+        result = server.query(figures.acceptance_by_position(view, condition))
+        shares = {series["metric"]["position"]: float(series["value"][1]) for series in result}
+        assert {position: share for position, share in shares.items() if share == share} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_the_pace_is_the_target_s_whichever_mode_is_looked_at(asked, prefix):
+def test_the_pace_is_the_target_s_whichever_mode_is_looked_at(server, prefix):
     chosen = View(prefix, "1m", {"mode": "rounds"})
-    (found,) = asked.query(figures.speed_up(chosen))
-    assert float(found["value"][1]) == pytest.approx(2.0)
+    (series,) = server.query(figures.speed_up(chosen))
+    assert float(series["value"][1]) == pytest.approx(2.0)
 
 
-def test_what_is_no_query_is_refused(asked):
+def test_what_is_no_query_is_refused(server):
     with pytest.raises(QueryFailed, match="parse error"):
-        asked.query("sum(rate(")
+        server.query("sum(rate(")

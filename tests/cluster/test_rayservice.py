@@ -34,10 +34,14 @@ def strict(schema: Any) -> Any:
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {key: strict(value) for key, value in schema.items()}
-    if made.get("type") == "object" and "properties" in made and not made.get("x-kubernetes-preserve-unknown-fields"):
-        made.setdefault("additionalProperties", False)
-    return made
+    result = {key: strict(value) for key, value in schema.items()}
+    if (
+        result.get("type") == "object"
+        and "properties" in result
+        and not result.get("x-kubernetes-preserve-unknown-fields")
+    ):
+        result.setdefault("additionalProperties", False)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +96,9 @@ def places(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_an_unknown_key_is_refused_wherever_it_stands(service, check):
-    found = [path for path in places(service) if path]
-    assert len(found) > 30
-    for path in found:
+    paths = [path for path in places(service) if path]
+    assert len(paths) > 30
+    for path in paths:
         changed = copy.deepcopy(service)  # with no mapping shared, as it is after YAML's anchors
         changed = json.loads(json.dumps(changed))
         part = changed
@@ -136,17 +140,17 @@ def test_all_pods_run_one_image_whose_commands_kuberay_makes(cluster):
     assert not any(container.keys() & {"command", "args"} for container in containers)
 
 
-def test_all_replicas_find_room_and_none_on_the_head(service, cluster):
+def test_all_replicas_fit_and_none_is_on_the_head(service, cluster):
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     deployments = serve_config(service)["applications"][0]["deployments"]
     assert all(deployment["ray_actor_options"]["num_cpus"] > 0 for deployment in deployments)
     for resource, name in (("num_gpus", "nvidia.com/gpu"), ("num_cpus", "cpu")):
-        wanted = sum(d["num_replicas"] * d["ray_actor_options"].get(resource, 0) for d in deployments)
-        there = sum(
+        requested = sum(d["num_replicas"] * d["ray_actor_options"].get(resource, 0) for d in deployments)
+        available = sum(
             group["replicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"][name])
             for group in cluster["workerGroupSpecs"]
         )
-        assert wanted <= there, name
+        assert requested <= available, name
 
 
 def test_its_port_is_the_one_that_serve_listens_on(service, cluster):
@@ -172,13 +176,13 @@ def test_keys_come_from_a_secret_to_where_routers_run(service, cluster):
 
 
 def test_what_is_stopped_has_the_time_to_end_what_it_began(service, cluster):
-    longest = settings_of_the_api(service)["request_timeout_s"]
-    assert service["spec"]["rayClusterDeletionDelaySeconds"] > longest
+    request_timeout_s = settings_of_the_api(service)["request_timeout_s"]
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] > request_timeout_s
     for group in cluster["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         script, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         assert (PROJECT_ROOT / script.removeprefix("/app/")).stat().st_mode & 0o111  # may be executed
-        assert longest < int(seconds) <= pod["terminationGracePeriodSeconds"] - 30  # and be found late
+        assert request_timeout_s < int(seconds) <= pod["terminationGracePeriodSeconds"] - 30  # and be found late
 
 
 def test_every_container_is_probed_and_may_do_little(cluster):

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from parse.speculative.proposal import Proposal, Proposer, chain_proposal
-from parse.speculative.proposers.eagle_checkpoint import save_head
 from parse.speculative.proposers.ngram import NgramProposer
 from tests.training.test_head_data import target, texts
 from training import eagle3, parallel
 from training.acceptance import count_accepted, evaluate_head, measure_acceptance
 from training.head_cards import write_head_card
+from training.head_checkpoints import save_head
 from training.outputs import TargetOutput
 
 
@@ -32,64 +32,68 @@ def test_a_tree_is_followed_along_the_text():
     assert count_accepted(Proposal(), [1]) == 0
 
 
-class Knowing(Proposer[Any]):
+class OracleProposer(Proposer[Any]):
     """Proposes what will stand there, one token too few at a time, or nonsense."""
 
-    taps = (2,)
+    aux_hidden_state_layers = (2,)
 
-    def __init__(self, text, right, seen):
-        self.text, self.right, self.seen, self.length = text, right, seen, 0
+    def __init__(self, text, is_right, seen):
+        self.text, self.right, self.seen, self.length = text, is_right, seen, 0
 
     def new_state(self):
         return self
 
-    def extend(self, tokens, features, foreseen):
+    def extend(self, tokens, features, mask_prediction):
         assert self.text[self.length : self.length + len(tokens)] == list(tokens)
         assert len(features) == len(tokens) - (self.length == 0)
         self.seen += features[:, 0].tolist()
         self.length += len(tokens)
 
-    def propose(self, wishes):
-        (wish,) = wishes
-        return [chain_proposal(self.text[self.length : self.length + wish.most] if self.right else [39] * wish.most)]
+    def propose(self, requests):
+        (request,) = requests
+        return [
+            chain_proposal(
+                self.text[self.length : self.length + request.max_tokens] if self.right else [39] * request.max_tokens
+            )
+        ]
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_passes_are_counted_and_every_feature_comes_once(right):
+@pytest.mark.parametrize("is_right", [True, False])
+def test_passes_are_counted_and_every_feature_comes_once(is_right):
     network = target()
     text = TargetOutput([1, 2, 3], [4, 5, 6, 7, 8, 9, 10], 1)
     seen: list[float] = []
-    found = measure_acceptance(Knowing(text.tokens, right, seen), network, [text], max_tokens=2)
-    assert found.tokens == 6  # the first of the output was there
-    assert found.passes == (2 if right else 6)
-    assert found.mean_acceptance_length == found.tokens / found.passes
-    assert found.acceptance_rates == ((1.0, 1.0) if right else ())
+    stats = measure_acceptance(OracleProposer(text.tokens, is_right, seen), network, [text], max_tokens=2)
+    assert stats.tokens == 6  # the first of the output was there
+    assert stats.passes == (2 if is_right else 6)
+    assert stats.mean_acceptance_length == stats.tokens / stats.passes
+    assert stats.acceptance_rates == ((1.0, 1.0) if is_right else ())
     with torch.no_grad():
         states = network(torch.tensor([text.tokens]), output_hidden_states=True).hidden_states[2][0, :, 0]
     assert seen == pytest.approx(states[: len(seen)].tolist(), abs=1e-5)
 
 
 def test_methods_without_features_are_measured_alike():
-    found = measure_acceptance(
+    stats = measure_acceptance(
         NgramProposer(), target(), [TargetOutput([1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3], 0)], max_tokens=4
     )
-    assert found.tokens == 7
-    assert found.passes < 7
+    assert stats.tokens == 7
+    assert stats.passes < 7
 
 
 @pytest.mark.parametrize(("method", "recipe"), [(eagle3, eagle3.HeadRecipe), (parallel, parallel.ParallelRecipe)])
 def test_a_card_holds_the_figures(tmp_path, method, recipe):
-    network, given = target(), texts(6)
-    head = method.train_head(network, given, recipe(steps=2, ahead=3, texts=2), tmp_path / "run")
+    network, outputs = target(), texts(6)
+    head = method.train_head(network, outputs, recipe(steps=2, ahead=3, texts=2), tmp_path / "run")
     save_head(head, folder := tmp_path / "head")
-    found = evaluate_head(folder, network, given)
-    write_head_card(folder, "some-target", found, "2 steps, 6 texts")
+    stats = evaluate_head(folder, network, outputs)
+    write_head_card(folder, "some-target", stats, "2 steps, 6 texts")
     card = (folder / "README.md").read_text()
-    told = json.loads((folder / "figures.json").read_text())
+    figures = json.loads((folder / "figures.json").read_text())
     assert "for `some-target`" in card
-    for way in ("chain", "tree"):
+    for options in ("chain", "tree"):
         for kind in ("plain", "continued"):
-            length = told["ways"][way]["of"][kind]["mean_accepted_length"]
+            length = figures["ways"][options]["of"][kind]["mean_accepted_length"]
             assert length >= 1
-            assert f"| {way}, {kind} | " in card
+            assert f"| {options}, {kind} | " in card
             assert f"{length:.2f}" in card

@@ -15,36 +15,39 @@ FAMILY = draw_problem("test", 1, 0)
 HALF = Thresholds(0.5, 0.5)
 
 
-def judged(*, first_wrong=None, complete=True, correct=(1.0, 1.0, 1.0)):
+def verified_draft(*, first_wrong=None, complete=True, correct=(1.0, 1.0, 1.0)):
     return VerifiedDraft(FAMILY, tuple(range(20)), True, first_wrong, complete, (8, 16, 20), correct)
 
 
 def test_the_verifiers_figures_by_hand():
     drafts = [
-        judged(),  # right, accepted whole
-        judged(correct=(0.9, 0.2, 0.3)),  # right, kept up to 8
-        judged(first_wrong=10, complete=False, correct=(0.9, 0.1, 0.1)),  # wrong, cut right
-        judged(first_wrong=10, complete=False, correct=(0.9, 0.8, 0.1)),  # wrong, kept past its error
-        judged(first_wrong=3, complete=False, correct=(0.1, 0.1, 0.9)),  # wrong, accepted whole
+        verified_draft(),  # right, accepted whole
+        verified_draft(correct=(0.9, 0.2, 0.3)),  # right, kept up to 8
+        verified_draft(first_wrong=10, complete=False, correct=(0.9, 0.1, 0.1)),  # wrong, cut right
+        verified_draft(first_wrong=10, complete=False, correct=(0.9, 0.8, 0.1)),  # wrong, kept past its error
+        verified_draft(first_wrong=3, complete=False, correct=(0.1, 0.1, 0.9)),  # wrong, accepted whole
     ]
-    found = measure.verifier_metrics(drafts, HALF)
-    assert found["right_accepted_whole"] == 1 / 2
-    assert found["wrong_accepted_whole"] == 1 / 3
-    assert found["kept_past_error"] == 2 / 3
+    metrics = measure.verifier_metrics(drafts, HALF)
+    assert metrics["right_accepted_whole"] == 1 / 2
+    assert metrics["wrong_accepted_whole"] == 1 / 3
+    assert metrics["kept_past_error"] == 2 / 3
     # Kept cuts: 3 + 1 + 1 + 2 + 3, of which 3 + 1 + 1 + 1 + 0 are right; right cuts: 3 + 3 + 1 + 1 + 0.
-    assert found["prefix_precision"] == 6 / 10
-    assert found["prefix_recall"] == 6 / 8
-    assert found["accepted_share"] == pytest.approx((1 + 0.4 + 0.4 + 0.8 + 1) / 5)
-    assert found["oracle_share"] == pytest.approx((1 + 1 + 0.5 + 0.5 + 0.15) / 5)
+    assert metrics["prefix_precision"] == 6 / 10
+    assert metrics["prefix_recall"] == 6 / 8
+    assert metrics["accepted_share"] == pytest.approx((1 + 0.4 + 0.4 + 0.8 + 1) / 5)
+    assert metrics["oracle_share"] == pytest.approx((1 + 1 + 0.5 + 0.5 + 0.15) / 5)
 
 
 def test_an_answer_that_ends_too_early_is_right_so_far_but_no_right_answer():
-    early = judged(complete=False)
-    assert [early.is_prefix_correct(cut) for cut in early.prefix_lengths] == [True, True, False]
+    early = verified_draft(complete=False)
+    assert [early.is_prefix_correct(length) for length in early.prefix_lengths] == [True, True, False]
 
 
 def test_reliability_by_hand():
-    sure, torn = judged(correct=(0.95, 0.95, 0.95)), judged(first_wrong=0, complete=False, correct=(0.55, 0.55, 0.55))
+    sure, torn = (
+        verified_draft(correct=(0.95, 0.95, 0.95)),
+        verified_draft(first_wrong=0, complete=False, correct=(0.55, 0.55, 0.55)),
+    )
     error, curve = measure.reliability([sure, torn])
     assert curve == [pytest.approx((0.55, 0.0, 3)), pytest.approx((0.95, 1.0, 3))]
     assert error == pytest.approx((0.55 + 0.05) / 2)
@@ -55,7 +58,7 @@ def test_the_ideal_speedup_by_hand():
         draft_token=1.0, target_token=10.0, draft_prompt=5.0, target_prompt=9.0, judge_whole=30.0, judge_prefixes=20.0
     )
     # The target alone: 40 tokens, 400 ms. Draft 20 ms, judging 30 ms and half the time 20 more, a quarter left: 100 ms.
-    ideal = measure.ideal_speedup(cost, [judged()], [range(40)], accepted_share=0.75, full_answer_share=0.5)
+    ideal = measure.ideal_speedup(cost, [verified_draft()], [range(40)], accepted_share=0.75, full_answer_share=0.5)
     assert ideal == pytest.approx(400 / 160)
 
 
@@ -66,7 +69,7 @@ def evaluate(*args):
 
 def test_the_command_prints_every_figure_and_draws_the_curves(tmp_path):
     done = evaluate("--seed", "3", "--json", "-", "--plot", str(tmp_path / "verifier.svg"))
-    found = json.loads(done.stdout)
+    metrics = json.loads(done.stdout)
     for key in (
         *("draft.accuracy", "draft.ms_per_token", "target.accuracy", "target.ms_per_token"),
         *("target.continuation_accuracy", "cost_ratio", "token_agreement", "ideal_speedup"),
@@ -74,7 +77,7 @@ def test_the_command_prints_every_figure_and_draws_the_curves(tmp_path):
         *("verifier.prefix_precision", "verifier.prefix_recall", "verifier.ece", "verifier.accepted_share"),
         *("verifier.oracle_share", "verifier.sweep", "verifier.reliability"),
     ):
-        value = found
+        value = metrics
         for name in key.split("."):
             value = value[name]
     assert (tmp_path / "verifier.svg").read_text().startswith("<?xml")

@@ -34,8 +34,8 @@ def texts(count=5, seed=0):
     def tokens(low, high):
         return [draw.randrange(25) for _ in range(draw.randint(low, high))]
 
-    found = [TargetOutput(tokens(2, 4), tokens(4, 6), 0) for _ in range(count)]
-    return [TargetOutput(text.prompt, text.output, k % 2 * 2) for k, text in enumerate(found)]
+    outputs = [TargetOutput(tokens(2, 4), tokens(4, 6), 0) for _ in range(count)]
+    return [TargetOutput(text.prompt, text.output, k % 2 * 2) for k, text in enumerate(outputs)]
 
 
 @pytest.fixture(scope="module")
@@ -44,45 +44,45 @@ def network():
 
 
 def test_a_batch_lays_out_what_each_anchor_learns(network):
-    given, taps, steps = texts(), (2, 3, 3), 3
-    found = FeatureStore(network, taps, given, memory_mb=10).batch(range(5), steps)
-    for row, text in enumerate(given):
+    outputs, layers, steps = texts(), (2, 3, 3), 3
+    batch = FeatureStore(network, layers, outputs, memory_mb=10).batch(range(5), steps)
+    for index, text in enumerate(outputs):
         with torch.no_grad():
             out = network(torch.tensor([text.tokens]), output_hidden_states=True)
         size, first = len(text.tokens), len(text.prompt) + text.begun - 2
-        wanted = torch.cat([out.hidden_states[tap][0, : size - 1] for tap in taps], -1)
-        torch.testing.assert_close(found.features[row, : size - 1], wanted, atol=1e-2, rtol=1e-2)
-        assert found.tokens[row, : size - 1].tolist() == text.tokens[1:]
+        expected = torch.cat([out.hidden_states[layer][0, : size - 1] for layer in layers], -1)
+        torch.testing.assert_close(batch.features[index, : size - 1], expected, atol=1e-2, rtol=1e-2)
+        assert batch.tokens[index, : size - 1].tolist() == text.tokens[1:]
         anchors = list(range(first, size - 2))  # the last token but one is foreseen by the one before
-        assert found.anchors[row, : len(anchors)].tolist() == anchors
-        assert int(found.valid[row, :, 0].sum()) == len(anchors)
+        assert batch.anchors[index, : len(anchors)].tolist() == anchors
+        assert int(batch.valid[index, :, 0].sum()) == len(anchors)
         for place, anchor in enumerate(anchors):
             for step in range(steps):
-                assert bool(found.valid[row, place, step]) == (anchor + 2 + step < size)
-                if found.valid[row, place, step]:
-                    assert int(found.next_tokens[row, place, step]) == text.tokens[anchor + 1 + step]
-                    logits = network.lm_head(found.last_hidden_states[row, place, step])
+                assert bool(batch.valid[index, place, step]) == (anchor + 2 + step < size)
+                if batch.valid[index, place, step]:
+                    assert int(batch.next_tokens[index, place, step]) == text.tokens[anchor + 1 + step]
+                    logits = network.lm_head(batch.last_hidden_states[index, place, step])
                     torch.testing.assert_close(logits, out.logits[0, anchor + 1 + step], atol=2e-2, rtol=2e-2)
 
 
-def test_what_is_kept_is_what_is_extracted_again(network):
-    given = texts(8)
-    roomy, cramped = (FeatureStore(network, (2, 3, 3), given, memory_mb=size) for size in (10, 0))
+def test_cached_features_equal_those_extracted_again(network):
+    outputs = texts(8)
+    unlimited, uncached = (FeatureStore(network, (2, 3, 3), outputs, memory_mb=size) for size in (10, 0))
     for chosen in ([0, 1, 2], [2, 5, 0], [0, 1, 2]):
-        one, other = roomy.batch(chosen, 2), cramped.batch(chosen, 2)
-        for name in ("features", "tokens", "anchors", "valid", "next_tokens", "top"):
+        one, other = unlimited.batch(chosen, 2), uncached.batch(chosen, 2)
+        for name in ("features", "tokens", "anchors", "valid", "next_tokens", "last_hidden_states"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-3, rtol=1e-3)
 
 
 def test_some_of_the_anchors_are_the_same_ones_in_everything(network):
-    whole = FeatureStore(network, (2, 3, 3), texts(), memory_mb=10).batch(range(5), 3)
-    part = sample_anchors(whole, 0.5, seed=4)
-    wide = whole.anchors.shape[1]
+    full_batch = FeatureStore(network, (2, 3, 3), texts(), memory_mb=10).batch(range(5), 3)
+    part = sample_anchors(full_batch, 0.5, seed=4)
+    wide = full_batch.anchors.shape[1]
     assert part.anchors.shape[1] == round(wide / 2)
-    kept = [int((whole.anchors[0] == anchor).nonzero()[0, 0]) for anchor in part.anchors[0] if anchor]
-    assert torch.equal(part.valid[:, : len(kept)], whole.valid[:, kept])
-    assert torch.equal(part.last_hidden_states[:, : len(kept)], whole.last_hidden_states[:, kept])
-    assert torch.equal(sample_anchors(whole, 0.5, seed=4).anchors, part.anchors)
+    indices = [int((full_batch.anchors[0] == anchor).nonzero()[0, 0]) for anchor in part.anchors[0] if anchor]
+    assert torch.equal(part.valid[:, : len(indices)], full_batch.valid[:, indices])
+    assert torch.equal(part.last_hidden_states[:, : len(indices)], full_batch.last_hidden_states[:, indices])
+    assert torch.equal(sample_anchors(full_batch, 0.5, seed=4).anchors, part.anchors)
 
 
 def test_every_text_comes_once_in_a_round():
@@ -95,12 +95,12 @@ def test_every_text_comes_once_in_a_round():
 
 
 def test_the_tokens_written_most_are_chosen():
-    given = [TargetOutput([9, 9, 9, 9], [3, 3, 7, 5], 0), TargetOutput([9], [7, 3, 1], 0)]
-    assert most_frequent_tokens(given, 10, None).tolist() == [1, 3, 5, 7]
-    assert most_frequent_tokens(given, 10, 2).tolist() == [3, 7]
-    assert most_frequent_tokens(given, 10, 99).tolist() == list(range(10))
+    outputs = [TargetOutput([9, 9, 9, 9], [3, 3, 7, 5], 0), TargetOutput([9], [7, 3, 1], 0)]
+    assert most_frequent_tokens(outputs, 10, None).tolist() == [1, 3, 5, 7]
+    assert most_frequent_tokens(outputs, 10, 2).tolist() == [3, 7]
+    assert most_frequent_tokens(outputs, 10, 99).tolist() == list(range(10))
 
 
 def test_texts_with_nothing_of_the_target_are_left_out():
-    given = [TargetOutput([1, 2], [3, 4], 2), TargetOutput([1, 2], [3, 4], 1), TargetOutput([1], [2], 0)]
-    assert list(trainable_texts(given)) == given[1:2]
+    outputs = [TargetOutput([1, 2], [3, 4], 2), TargetOutput([1, 2], [3, 4], 1), TargetOutput([1], [2], 0)]
+    assert list(trainable_texts(outputs)) == outputs[1:2]

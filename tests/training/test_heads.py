@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from parse.local import DEMO_TARGET
-from parse.speculative.proposers.eagle_checkpoint import load_head, save_head
-from parse.speculative.proposers.eagle_head import ProposerLoadError, RotaryEmbedding, TargetModel
+from parse.speculative.proposers.base import ProposerLoadError
+from parse.speculative.proposers.eagle_checkpoint import load_head
+from parse.speculative.proposers.eagle_head import RotaryEmbedding, TargetModel
 from tests.parse.speculative import naive
 from tests.training.test_head_data import target, texts
 from training import eagle3, loop, parallel
+from training.head_checkpoints import save_head
 from training.head_data import FeatureStore, batch_indices, sample_anchors
 from training.loop import DamagedCheckpoint
 
@@ -35,46 +37,46 @@ def network():
     return target()
 
 
-def new_parallel(network, given):
-    return eagle3.new_head(network, given, PARALLEL, layers=PARALLEL.layers, parallel_tokens=PARALLEL.ahead)
+def new_parallel(network, outputs):
+    return eagle3.new_head(network, outputs, PARALLEL, layers=PARALLEL.layers, parallel_tokens=PARALLEL.ahead)
 
 
-def written_out(head, folder):
+def saved_checkpoint(head, folder):
     """Its tensors, and its config, as the naive head takes them."""
     save_head(head, folder)
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
 
 
-def soft_loss(tensors, wanted, found):
+def soft_loss(tensors, target_logits, logits):
     """None where the target would say what the head cannot."""
     chosen = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
-    if int(wanted.argmax()) not in chosen.tolist():
+    if int(target_logits.argmax()) not in chosen.tolist():
         return None
-    probabilities = wanted[chosen].softmax(-1)
-    return -sum(float(p) * float(q) for p, q in zip(probabilities, found.log_softmax(-1), strict=True))
+    probabilities = target_logits[chosen].softmax(-1)
+    return -sum(float(p) * float(q) for p, q in zip(probabilities, logits.log_softmax(-1), strict=True))
 
 
 def summed(by_step, decay):
-    return sum(decay**step * sum(found) / len(found) for step, found in enumerate(by_step) if found)
+    return sum(decay**step * sum(losses) / len(losses) for step, losses in enumerate(by_step) if losses)
 
 
-def states(network, text, taps):
+def states(network, text, layers):
     with torch.no_grad():
         out = network(torch.tensor([text.tokens]), output_hidden_states=True)
     # Features and what the target's own head reads are kept in half precision.
-    features = torch.cat([out.hidden_states[tap][0] for tap in taps], -1).half().float()
+    features = torch.cat([out.hidden_states[layer][0] for layer in layers], -1).half().float()
     return features, network.lm_head(out.hidden_states[-1][0].half().float()).detach()
 
 
 def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_path):
-    given = texts()
-    head = eagle3.new_head(network, given, RECIPE)
-    library = FeatureStore(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
-    ((loss, told),) = eagle3.head_losses(head, network, library, RECIPE)(2)
-    tensors, config = written_out(head, tmp_path)
+    outputs = texts()
+    head = eagle3.new_head(network, outputs, RECIPE)
+    library = FeatureStore(network, head.config.aux_hidden_state_layers, outputs, memory_mb=10)
+    ((loss, metrics),) = eagle3.head_losses(head, network, library, RECIPE)(2)
+    tensors, config = saved_checkpoint(head, tmp_path)
     embedding = network.get_input_embeddings().weight.detach()
     by_step: list[list[float]] = [[] for _ in range(RECIPE.ahead)]
-    for text in (given[k] for k in batch_indices(len(given), RECIPE.texts, RECIPE.seed, 2)):
+    for text in (outputs[k] for k in batch_indices(len(outputs), RECIPE.texts, RECIPE.seed, 2)):
         features, logits = states(network, text, head.config.aux_hidden_state_layers)
         for anchor in range(len(text.prompt) + text.begun - 2, len(text.tokens) - 2):
             elements = range(anchor + 1)
@@ -84,29 +86,29 @@ def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_pa
                 if anchor + 2 + step >= len(text.tokens):
                     break
                 if step:
-                    chain = chain.longer(text.tokens[anchor + 1 + step])
-                found = naive.logits(tensors, config, chain.last())
-                if (one := soft_loss(tensors, logits[anchor + 1 + step], found)) is not None:
+                    chain = chain.extended(text.tokens[anchor + 1 + step])
+                head_logits = naive.logits(tensors, config, chain.last())
+                if (one := soft_loss(tensors, logits[anchor + 1 + step], head_logits)) is not None:
                     by_step[step].append(one)
     assert loss.item() == pytest.approx(summed(by_step, 0.8), rel=1e-4)
-    assert told["loss"] == pytest.approx(loss.item())
+    assert metrics["loss"] == pytest.approx(loss.item())
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
 
 
 def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_path):
-    given = texts()
-    head = new_parallel(network, given)
-    library = FeatureStore(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
+    outputs = texts()
+    head = new_parallel(network, outputs)
+    library = FeatureStore(network, head.config.aux_hidden_state_layers, outputs, memory_mb=10)
     ((loss, _),) = parallel.head_losses(head, network, library, PARALLEL)(1)
-    tensors, config = written_out(head, tmp_path)
+    tensors, config = saved_checkpoint(head, tmp_path)
     embedding = network.get_input_embeddings().weight.detach()
-    chosen = batch_indices(len(given), PARALLEL.texts, PARALLEL.seed, 1)
-    kept = sample_anchors(library.batch(chosen, PARALLEL.ahead), PARALLEL.share, 1)
+    chosen = batch_indices(len(outputs), PARALLEL.texts, PARALLEL.seed, 1)
+    sampled = sample_anchors(library.batch(chosen, PARALLEL.ahead), PARALLEL.share, 1)
     by_step: list[list[float]] = [[] for _ in range(PARALLEL.ahead)]
-    for row, text in enumerate(given[k] for k in chosen):
+    for row, text in enumerate(outputs[k] for k in chosen):
         features, logits = states(network, text, head.config.aux_hidden_state_layers)
-        for anchor in kept.anchors[row][kept.valid[row, :, 0]].tolist():
+        for anchor in sampled.anchors[row][sampled.valid[row, :, 0]].tolist():
             tokens = torch.tensor(text.tokens[1 : anchor + 2])
             masks = [tensors[name].expand(PARALLEL.ahead - 1, -1) for name in ("mask_embedding", "mask_hidden")]
             embedded = torch.cat([embedding[tokens], masks[0]])
@@ -114,8 +116,8 @@ def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_pat
             out = naive.run(tensors, config, embedded, hidden, range(len(hidden)))[anchor:]
             for step in range(PARALLEL.ahead):
                 if anchor + 2 + step < len(text.tokens):
-                    found = naive.logits(tensors, config, out[step])
-                    if (one := soft_loss(tensors, logits[anchor + 1 + step], found)) is not None:
+                    head_logits = naive.logits(tensors, config, out[step])
+                    if (one := soft_loss(tensors, logits[anchor + 1 + step], head_logits)) is not None:
                         by_step[step].append(one)
     assert loss.item() == pytest.approx(summed(by_step, 0.8), rel=1e-4)
     loss.backward()
@@ -125,9 +127,9 @@ def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_pat
 @pytest.mark.parametrize(("method", "recipe"), [(eagle3, RECIPE), (parallel, PARALLEL)])
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(network, tmp_path, monkeypatch, method, recipe):
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    given = texts(7)
+    outputs = texts(7)
     recipe = replace(recipe, memory_mb=0)  # what is kept was extracted in other batches, and rounded a little otherwise
-    whole = method.train_head(network, given, recipe, tmp_path / "a")
+    uninterrupted = method.train_head(network, outputs, recipe, tmp_path / "a")
     batches = method.batch_indices
 
     def stopped(count, size, seed, step):
@@ -137,22 +139,22 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(network, tmp_path,
 
     monkeypatch.setattr(method, "batch_indices", stopped)
     with pytest.raises(KeyboardInterrupt):
-        method.train_head(network, given, recipe, tmp_path / "b")
+        method.train_head(network, outputs, recipe, tmp_path / "b")
     monkeypatch.setattr(method, "batch_indices", batches)
-    resumed = method.train_head(network, given, recipe, tmp_path / "b")
-    again = method.train_head(network, given, recipe, tmp_path / "c")
-    for one, other, third in zip(whole.parameters(), resumed.parameters(), again.parameters(), strict=True):
+    resumed = method.train_head(network, outputs, recipe, tmp_path / "b")
+    again = method.train_head(network, outputs, recipe, tmp_path / "c")
+    for one, other, third in zip(uninterrupted.parameters(), resumed.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, third)
     with pytest.raises(DamagedCheckpoint, match="another schedule"):
-        method.train_head(network, given, replace(recipe, steps=5), tmp_path / "b")
+        method.train_head(network, outputs, replace(recipe, steps=5), tmp_path / "b")
 
 
 def test_training_brings_the_loss_down(network, tmp_path):
     recipe = replace(RECIPE, steps=12, rate=3e-2)
-    given = texts(6)
-    head = eagle3.new_head(network, given, recipe)
-    library = FeatureStore(network, head.config.aux_hidden_state_layers, given, memory_mb=10)
+    outputs = texts(6)
+    head = eagle3.new_head(network, outputs, recipe)
+    library = FeatureStore(network, head.config.aux_hidden_state_layers, outputs, memory_mb=10)
     losses = eagle3.head_losses(head, network, library, recipe)
     before = next(losses(0))[0].item()
     loop.train(tmp_path, head, losses, recipe.schedule, build_optimizers=loop.adamw)
@@ -164,8 +166,10 @@ def test_the_command_line_makes_a_head_with_its_card(tmp_path, monkeypatch, caps
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Kim has {k} shells."}) + "\n" for k in range(6)))
     name = method.__name__.split(".")[-1]
-    said = f"{name} --target {DEMO_TARGET} --prompts {prompts} --out {tmp_path / 'head'} --runs {tmp_path / 'runs'}"
-    small = f"{said} --count 6 --longest 9 --steps 2 --texts 2 --dtype float16 --threads 1".split()
+    arguments = (
+        f"{name} --target {DEMO_TARGET} --prompts {prompts} --out {tmp_path / 'head'} --runs {tmp_path / 'runs'}"
+    )
+    small = f"{arguments} --count 6 --longest 9 --steps 2 --texts 2 --dtype float16 --threads 1".split()
     monkeypatch.setattr(sys, "argv", small)
     method.main()
     names = {"config.json", "model.safetensors", "README.md", "figures.json", "training.svg"}
@@ -184,25 +188,30 @@ def test_the_command_line_makes_a_head_with_its_card(tmp_path, monkeypatch, caps
 
 
 def test_training_may_go_on_from_a_head(network, tmp_path):
-    given = texts()
-    for name, head in (("eagle3", eagle3.new_head(network, given, RECIPE)), ("parallel", new_parallel(network, given))):
+    outputs = texts()
+    for name, head in (
+        ("eagle3", eagle3.new_head(network, outputs, RECIPE)),
+        ("parallel", new_parallel(network, outputs)),
+    ):
         save_head(head, tmp_path / name)
     recipe = replace(RECIPE, start=tmp_path / "eagle3", draft_vocabulary=7, seed=5)
-    head = eagle3.new_head(network, given, recipe)
+    head = eagle3.new_head(network, outputs, recipe)
     before, _ = load_head(tmp_path / "eagle3", TargetModel.of(network))
     assert all(torch.equal(one, other) for one, other in zip(head.parameters(), before.parameters(), strict=True))
-    eagle3.train_head(network, given, recipe, tmp_path / "run")
+    eagle3.train_head(network, outputs, recipe, tmp_path / "run")
     with pytest.raises(ProposerLoadError, match="a head of another method"):
-        eagle3.new_head(network, given, replace(recipe, start=tmp_path / "parallel"))
-    wider = eagle3.new_head(network, given, replace(PARALLEL, start=tmp_path / "parallel"), layers=2, parallel_tokens=5)
+        eagle3.new_head(network, outputs, replace(recipe, start=tmp_path / "parallel"))
+    wider = eagle3.new_head(
+        network, outputs, replace(PARALLEL, start=tmp_path / "parallel"), layers=2, parallel_tokens=5
+    )
     assert wider.config.parallel_tokens == 5
 
 
 def test_a_head_begins_with_what_its_target_reads_by(network):
-    given = texts()
-    head = eagle3.new_head(network, given, RECIPE)
+    outputs = texts()
+    head = eagle3.new_head(network, outputs, RECIPE)
     assert torch.equal(head.lm_head, network.lm_head.weight[head.to_target])
     assert head.config.aux_hidden_state_layers == TargetModel.of(network).default_aux_layers
     assert RotaryEmbedding(head.config, head.fc).cos_sin([5])[0].shape == (1, 1, 4)
-    other = eagle3.new_head(network, given, RECIPE)
+    other = eagle3.new_head(network, outputs, RECIPE)
     assert all(torch.equal(one, two) for one, two in zip(head.parameters(), other.parameters(), strict=True))

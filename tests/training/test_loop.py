@@ -33,12 +33,12 @@ def weights(learner):
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    whole, halved, resumed = model(), model(), model()
-    train(tmp_path / "a", whole, losses(whole), SCHEDULE)
+    uninterrupted, halved, resumed = model(), model(), model()
+    train(tmp_path / "a", uninterrupted, losses(uninterrupted), SCHEDULE)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "b", halved, losses(halved, until=7), SCHEDULE)
     train(tmp_path / "b", resumed, losses(resumed), SCHEDULE)
-    for one, other in zip(weights(whole), weights(resumed), strict=True):
+    for one, other in zip(weights(uninterrupted), weights(resumed), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 

@@ -20,7 +20,7 @@ from training.wording import DRAFT
 
 
 @pytest.fixture(scope="module")
-def service():
+def engine():
     opened = start_target(DEMO_TARGET, None, 1024)
     yield opened
     opened.shutdown()
@@ -30,41 +30,41 @@ def test_every_other_pair_of_problems_goes_on_from_a_drafts_beginning(tokenizer)
     begun = list(islice(demo_prompts(tokenizer, 3), 8))
     assert [bool(start) for _, start in begun] == [False, False, True, True] * 2
     for index in (2, 3, 6, 7):
-        given = draw_problem(outputs.SPLIT, 3, index)
-        assert given.question in tokenizer.decode(begun[index][0])
-        assert correct_answer(given, DRAFT).startswith(tokenizer.decode(begun[index][1]))
+        problem = draw_problem(outputs.SPLIT, 3, index)
+        assert problem.question in tokenizer.decode(begun[index][0])
+        assert correct_answer(problem, DRAFT).startswith(tokenizer.decode(begun[index][1]))
     assert begun == list(islice(demo_prompts(tokenizer, 3), 8))
 
 
-def test_the_target_goes_on_and_ends(service, tokenizer):
+def test_the_target_goes_on_and_ends(engine, tokenizer):
     begun = list(islice(demo_prompts(tokenizer, 3), 4))
-    short = asyncio.run(generate_outputs(service, begun, 5))
+    short = asyncio.run(generate_outputs(engine, begun, 5))
     for (prompt, start), output in zip(begun, short, strict=True):
         assert output.prompt == prompt
         assert output.output[: len(start)] == start
         assert output.begun == len(start)
         assert len(output.output) == len(start) + 5 or output.output[-1] == tokenizer.eos_token_id
-    (whole,) = asyncio.run(generate_outputs(service, begun[:1], 240))
-    assert whole.output[-1] == tokenizer.eos_token_id
-    assert whole.output[:5] == short[0].output
+    (complete,) = asyncio.run(generate_outputs(engine, begun[:1], 240))
+    assert complete.output[-1] == tokenizer.eos_token_id
+    assert complete.output[:5] == short[0].output
 
 
-def test_an_interrupted_run_goes_on_behind_the_last_whole_line(service, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_behind_the_last_whole_line(engine, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "MAX_NUM_SEQS", 2)
-    whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
-    write_outputs(service, demo_prompts(tokenizer, 1), 5, whole, max_tokens=4)
-    lines = whole.read_text().splitlines(keepends=True)
+    complete, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    write_outputs(engine, demo_prompts(tokenizer, 1), 5, complete, max_tokens=4)
+    lines = complete.read_text().splitlines(keepends=True)
     torn.write_text("".join(lines[:2]) + lines[2][:20])
     assert len(read_outputs(torn)) == 2
-    write_outputs(service, demo_prompts(tokenizer, 1), 5, torn, max_tokens=4)
-    assert torn.read_text() == whole.read_text()
-    assert len(read_outputs(whole)) == 5
+    write_outputs(engine, demo_prompts(tokenizer, 1), 5, torn, max_tokens=4)
+    assert torn.read_text() == complete.read_text()
+    assert len(read_outputs(complete)) == 5
 
 
 def test_prompts_are_texts_or_conversations(tokenizer, tmp_path):
     path = tmp_path / "prompts.jsonl"
-    turns = [{"role": "user", "content": "How many?"}]
-    path.write_text(json.dumps({"prompt": "How many?"}) + "\n" + json.dumps({"messages": turns}) + "\n")
+    messages = [{"role": "user", "content": "How many?"}]
+    path.write_text(json.dumps({"prompt": "How many?"}) + "\n" + json.dumps({"messages": messages}) + "\n")
     one, other = read_prompts(path, tokenizer)
     assert one == other
     assert one[1] == []

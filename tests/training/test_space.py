@@ -12,13 +12,15 @@ import torch
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.engines.loader import load_native_engine
 from parse.local import DEMO, DEMO_TARGET
-from parse.speculative.proposers.space_adapters import load_adapters, save_adapters
+from parse.requests import GenerateRequest
+from parse.speculative.proposers.space_adapters import load_adapters
 from parse.types import SamplingParams, sum_stats
 from tests.training.test_head_data import target, texts
 from training import loop, space
 from training.acceptance import generate_held_out
 from training.checkpoints import load_model
 from training.evaluate import round_floats
+from training.head_checkpoints import save_adapters
 from training.head_data import batch_indices
 from training.loop import DamagedCheckpoint
 
@@ -48,7 +50,7 @@ def grown(network, recipe=RECIPE):
     return adapters
 
 
-def written_out(adapters, network, tokens, masks):
+def forward_logits(adapters, network, tokens, masks):
     """The logits at masks behind a text, in one plain pass; without masks, behind the text's tokens."""
     ids = torch.tensor([tokens])
     embedded = network.get_input_embeddings()(ids)
@@ -62,58 +64,58 @@ def written_out(adapters, network, tokens, masks):
 
 
 def test_the_loss_is_that_of_masks_behind_every_anchor():
-    network, given = target(), texts()
+    network, outputs = target(), texts()
     adapters = grown(network)
-    ((loss, told),) = space.adapter_losses(adapters, network, given, RECIPE)(2)
+    ((loss, metrics),) = space.adapter_losses(adapters, network, outputs, RECIPE)(2)
     by_mask: list[list[float]] = [[] for _ in range(RECIPE.ahead)]
     same: list[list[bool]] = [[] for _ in range(RECIPE.ahead)]
-    for text in (given[k] for k in batch_indices(len(given), RECIPE.texts, RECIPE.seed, 2)):
-        says = written_out(adapters, network, text.tokens, 0)
+    for text in (outputs[k] for k in batch_indices(len(outputs), RECIPE.texts, RECIPE.seed, 2)):
+        says = forward_logits(adapters, network, text.tokens, 0)
         for anchor in range(len(text.prompt) + text.begun - 1, len(text.tokens)):
-            found = written_out(adapters, network, text.tokens[: anchor + 1], RECIPE.ahead)
+            logits = forward_logits(adapters, network, text.tokens[: anchor + 1], RECIPE.ahead)
             for mask in range(RECIPE.ahead):
-                wanted = anchor + 1 + mask  # what the target says behind that token, one beyond its next one
-                if wanted < len(text.tokens):
-                    chances = says[wanted].softmax(-1)
-                    by_mask[mask].append(-float((chances * found[mask].log_softmax(-1)).sum()))
-                    same[mask].append(bool(found[mask].argmax() == chances.argmax()))
+                position = anchor + 1 + mask  # what the target says behind that token, one beyond its next one
+                if position < len(text.tokens):
+                    chances = says[position].softmax(-1)
+                    by_mask[mask].append(-float((chances * logits[mask].log_softmax(-1)).sum()))
+                    same[mask].append(bool(logits[mask].argmax() == chances.argmax()))
     total = sum(space.DECAY**mask * sum(each) / len(each) for mask, each in enumerate(by_mask) if each)
     assert loss.item() == pytest.approx(total, rel=1e-3)
-    assert told["same 1"] == pytest.approx(sum(same[0]) / len(same[0]), abs=1e-6)
+    assert metrics["same 1"] == pytest.approx(sum(same[0]) / len(same[0]), abs=1e-6)
 
 
 def test_only_the_adapters_learn_and_they_do(tmp_path):
-    network, given = target(), texts()
+    network, outputs = target(), texts()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     recipe = replace(RECIPE, steps=60, rate=3e-2, texts=5)
-    adapters = space.train_adapters(network, given, recipe, tmp_path)
-    ((_, told),) = space.adapter_losses(adapters, network, given, recipe)(0)
-    assert all(told[f"same {mask}"] > 0.7 for mask in (1, 2, 3))
+    adapters = space.train_adapters(network, outputs, recipe, tmp_path)
+    ((_, metrics),) = space.adapter_losses(adapters, network, outputs, recipe)(0)
+    assert all(metrics[f"same {mask}"] > 0.7 for mask in (1, 2, 3))
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
-    whole = space.train_adapters(target(), texts(), RECIPE, tmp_path / "whole")
+    uninterrupted = space.train_adapters(target(), texts(), RECIPE, tmp_path / "whole")
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    ask, asked = space.adapter_losses, []
+    adapter_losses, steps = space.adapter_losses, []
 
-    def twice(*given):
-        of = ask(*given)
+    def twice(*outputs):
+        losses = adapter_losses(*outputs)
 
-        def counted(step):
-            asked.append(step)
-            if len(asked) == 3:
+        def interrupted_losses(step):
+            steps.append(step)
+            if len(steps) == 3:
                 raise KeyboardInterrupt
-            return of(step)
+            return losses(step)
 
-        return counted
+        return interrupted_losses
 
     monkeypatch.setattr(space, "adapter_losses", twice)
     with pytest.raises(KeyboardInterrupt):
         space.train_adapters(target(), texts(), RECIPE, tmp_path / "torn")
     torn = space.train_adapters(target(), texts(), RECIPE, tmp_path / "torn")
-    assert asked == [0, 1, 2, 2, 3]
-    for one, two in zip(whole.parameters(), torn.parameters(), strict=True):
+    assert steps == [0, 1, 2, 2, 3]
+    for one, two in zip(uninterrupted.parameters(), torn.parameters(), strict=True):
         assert torch.equal(one, two)
     with pytest.raises(DamagedCheckpoint, match="another schedule"):
         space.train_adapters(target(), texts(), replace(RECIPE, steps=9), tmp_path / "torn")
@@ -134,45 +136,46 @@ def test_the_command_writes_adapters_and_their_card(tmp_path, monkeypatch):
         "".join(json.dumps({"prompt": t.prompt, "output": t.output, "begun": t.begun}) + "\n" for t in texts(40))
     )
     target().save_pretrained(tmp_path / "target")
-    given = f"--target {tmp_path / 'target'} --outputs {outputs} --out {tmp_path / 'out'} --runs {tmp_path / 'run'}"
+    outputs = f"--target {tmp_path / 'target'} --outputs {outputs} --out {tmp_path / 'out'} --runs {tmp_path / 'run'}"
     sizes = "--steps 2 --texts 2 --ahead 3 --rank 4 --threads 1"
-    monkeypatch.setattr(sys, "argv", ["space", *given.split(), *sizes.split()])
+    monkeypatch.setattr(sys, "argv", ["space", *outputs.split(), *sizes.split()])
     space.main()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Adapters that make `target` foresee" in card and "rank 4 behind each of 6 layers" in card
     assert (tmp_path / "out" / "training.svg").is_file()
-    kept_apart = texts(40)[-2:]
-    found = round_floats(space.evaluate_adapters(tmp_path / "out", target(), kept_apart))
-    assert json.loads((tmp_path / "out" / "figures.json").read_text()) == found
+    held_out = texts(40)[-2:]
+    figures = round_floats(space.evaluate_adapters(tmp_path / "out", target(), held_out))
+    assert json.loads((tmp_path / "out" / "figures.json").read_text()) == figures
 
 
 def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
     """Passes by the card's way of counting, from one plain pass over each text, and by the engine."""
     # Nothing is known of what passes take, so that groups stand everywhere.
-    monkeypatch.setattr("parse.engines.native.engine.pass_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.loader.measure_step_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     proof = [text for text in generate_held_out(DEMO_TARGET, 8, seed=5, num_threads=1) if not text.begun][:3]
     network = load_model(DEMO / "demo-target")
     adapters = load_adapters(DEMO / "demo-space", network).attach(network)
     counted = space.measure_acceptance(adapters, network, proof)
-    way = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
-    service = load_native_engine(
+    config = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
+    engine = load_native_engine(
         EngineSettings(
             model=DEMO_TARGET,
             num_threads=1,
             max_model_len=768,
             kv_cache_memory_bytes=256 * 2**20,
-            speculative_configs=(way,),
+            speculative_configs=(config,),
         )
     )
 
     async def passes(text):
-        async with aclosing(service.generate(text.prompt, sampling=SamplingParams(temperature=0.0))) as pieces:
-            return sum_stats([tokens.speculation async for tokens in pieces])
+        request = GenerateRequest(prompt_token_ids=text.prompt, sampling_params=SamplingParams(temperature=0.0))
+        async with aclosing(engine.generate(request)) as deltas:
+            return sum_stats([delta.speculation async for delta in deltas])
 
     try:
-        came = [asyncio.run(passes(text)) for text in proof]
+        stats = [asyncio.run(passes(text)) for text in proof]
     finally:
-        service.shutdown()
-    assert sum(one.passes for one in came) == counted.passes
-    assert sum(sum(one.accepted_per_position) for one in came) == counted.tokens - counted.passes
+        engine.shutdown()
+    assert sum(one.passes for one in stats) == counted.passes
+    assert sum(sum(one.accepted_per_position) for one in stats) == counted.tokens - counted.passes

@@ -29,14 +29,14 @@ SMALL: list[Problem] = [
 PROBLEMS = [draw_problem("test", 1, index) for index in range(90)]
 
 
-def every_right_answer(given):
+def every_right_answer(problem):
     """All of them, written out whole: the checker's oracle."""
-    lines, state = [], given.start
-    for number in range(given.steps):
-        slots, state = given.step(number, state)
-        lines.append([[alternative.format_map(slots) for alternative in part] for part in LINES[given.family]])
-    slots = given.ending(state)
-    lines.append([[alternative.format_map(slots) for alternative in part] for part in ENDINGS[given.family]])
+    lines, state = [], problem.start
+    for number in range(problem.steps):
+        slots, state = problem.step(number, state)
+        lines.append([[alternative.format_map(slots) for alternative in part] for part in LINES[problem.family]])
+    slots = problem.ending(state)
+    lines.append([[alternative.format_map(slots) for alternative in part] for part in ENDINGS[problem.family]])
     return {"".join(words) for words in itertools.product(*itertools.chain(*lines))}
 
 
@@ -53,13 +53,13 @@ def final_answer(question):
 
 
 def test_the_last_line_holds_what_a_second_solution_finds():
-    for given in PROBLEMS:
-        assert final_answer(given.question) in re.findall(r"\w+", correct_answer(given).splitlines()[-1])
+    for problem in PROBLEMS:
+        assert final_answer(problem.question) in re.findall(r"\w+", correct_answer(problem).splitlines()[-1])
 
 
-@pytest.mark.parametrize("given", SMALL, ids=lambda given: given.family)
-def test_the_checker_agrees_with_the_list_of_all_right_answers(given):
-    rights = every_right_answer(given)
+@pytest.mark.parametrize("problem", SMALL, ids=lambda problem: problem.family)
+def test_the_checker_agrees_with_the_list_of_all_right_answers(problem):
+    rights = every_right_answer(problem)
     rng = random.Random(0)
     for text in rng.sample(sorted(rights), 20):
         for _ in range(10):
@@ -69,40 +69,40 @@ def test_the_checker_agrees_with_the_list_of_all_right_answers(given):
             first_wrong = next(
                 (k for k in range(len(spoilt)) if not any(r.startswith("".join(spoilt[: k + 1])) for r in rights)), None
             )
-            found = check_answer(given, spoilt)
-            assert found.first_wrong == first_wrong
-            assert found.complete == ("".join(spoilt) in rights)
+            result = check_answer(problem, spoilt)
+            assert result.first_wrong == first_wrong
+            assert result.complete == ("".join(spoilt) in rights)
 
 
-def test_the_checker_does_not_mind_how_an_answer_is_cut_into_pieces():
+def test_the_checker_does_not_mind_how_an_answer_is_split():
     rng = random.Random(0)
-    for given in PROBLEMS[:30]:
-        text = correct_answer(given, 1).replace(" 4", " 5")
-        by_character = check_answer(given, list(text))
-        pieces, at = [], 0
+    for problem in PROBLEMS[:30]:
+        text = correct_answer(problem, 1).replace(" 4", " 5")
+        by_character = check_answer(problem, list(text))
+        parts, at = [], 0
         while at < len(text):
-            pieces.append(text[at : at + rng.randint(1, 20)])
-            at += len(pieces[-1])
-        found = check_answer(given, pieces)
-        assert (found.first_wrong is None) == (by_character.first_wrong is None)
-        if found.first_wrong is not None and by_character.first_wrong is not None:
-            assert len("".join(pieces[: found.first_wrong])) <= by_character.first_wrong
-            assert by_character.first_wrong < len("".join(pieces[: found.first_wrong + 1]))
+            parts.append(text[at : at + rng.randint(1, 20)])
+            at += len(parts[-1])
+        result = check_answer(problem, parts)
+        assert (result.first_wrong is None) == (by_character.first_wrong is None)
+        if result.first_wrong is not None and by_character.first_wrong is not None:
+            assert len("".join(parts[: result.first_wrong])) <= by_character.first_wrong
+            assert by_character.first_wrong < len("".join(parts[: result.first_wrong + 1]))
 
 
 def test_every_wording_of_an_answer_is_right_and_every_beginning_right_so_far():
     rng = random.Random(0)
-    for given in PROBLEMS:
+    for problem in PROBLEMS:
         for voice in (lambda line, part: 0, lambda line, part: 1, lambda line, part: 2, lambda line, part: None):
-            words = WORD.findall("".join(phrase.text for phrase in compose_answer(given, rng, voice)))
-            assert check_answer(given, words) == (None, True)
-            assert check_answer(given, words[: rng.randrange(len(words))]) == (None, False)
+            words = WORD.findall("".join(phrase.text for phrase in compose_answer(problem, rng, voice)))
+            assert check_answer(problem, words) == (None, True)
+            assert check_answer(problem, words[: rng.randrange(len(words))]) == (None, False)
 
 
 def test_an_answer_that_goes_on_after_its_end_is_wrong_there():
-    for given in PROBLEMS:
-        words = WORD.findall(correct_answer(given))
-        assert check_answer(given, [*words, " So"]) == (len(words), False)
+    for problem in PROBLEMS:
+        words = WORD.findall(correct_answer(problem))
+        assert check_answer(problem, [*words, " So"]) == (len(words), False)
 
 
 @pytest.mark.parametrize("kind", MISTAKE_KINDS)
@@ -110,25 +110,27 @@ def test_an_answer_that_goes_on_after_its_end_is_wrong_there():
 def test_mistakes_are_mistakes(kind, family):
     rng = random.Random(0)
     problems = [family.draw(rng) for _ in range(60)]
-    answers = ["".join(p.text for p in compose_answer(given, rng, lambda line, part: None, kind)) for given in problems]
+    answers = [
+        "".join(p.text for p in compose_answer(problem, rng, lambda line, part: None, kind)) for problem in problems
+    ]
     wrong = [
-        not check_answer(given, WORD.findall(text)).complete for given, text in zip(problems, answers, strict=True)
+        not check_answer(problem, WORD.findall(text)).complete for problem, text in zip(problems, answers, strict=True)
     ]
     assert sum(wrong) >= 50  # another step's operation is now and then the same, and a 13th step has no 14th after it
 
 
 def test_answers_are_60_to_200_tokens_long():
-    for given in (draw_problem("length", 0, index) for index in range(600)):
+    for problem in (draw_problem("length", 0, index) for index in range(600)):
         for wording in (0, 1, 2):
-            assert 60 <= len(WORD.findall(correct_answer(given, wording))) <= 210 - 10 * (wording < 2)
+            assert 60 <= len(WORD.findall(correct_answer(problem, wording))) <= 210 - 10 * (wording < 2)
 
 
 def test_the_two_own_wordings_share_few_words_beyond_names_and_numbers():
-    for given in PROBLEMS:
+    for problem in PROBLEMS:
         ours, theirs = (
-            {w.strip() for w in WORD.findall(correct_answer(given, k)) if w.strip().isalpha()} for k in (0, 1)
+            {w.strip() for w in WORD.findall(correct_answer(problem, k)) if w.strip().isalpha()} for k in (0, 1)
         )
-        slots = set(WORD.findall(given.question))
+        slots = set(WORD.findall(problem.question))
         shared = {w for w in ours & theirs if f" {w}" not in slots and w not in slots}
         assert shared <= {"to", "from"}
 
@@ -149,8 +151,8 @@ def test_seeds_and_splits_give_different_problems_and_the_same_ones_again():
 
 
 def test_a_question_is_read_back_as_the_problem_it_states():
-    for given in PROBLEMS:
-        assert parse_question(given.question) == given
+    for problem in PROBLEMS:
+        assert parse_question(problem.question) == problem
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def test_saved_and_loaded_by_the_library_it_is_the_same(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.is_fast
-    turns = [{"role": role, "content": f"I am {role}."} for role in ("system", "user", "assistant", "user")]
-    rendered = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": role, "content": f"I am {role}."} for role in ("system", "user", "assistant", "user")]
+    rendered = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == (
         "<|system|>I am system.<|end|><|user|>I am user.<|end|>"
         "<|assistant|>I am assistant.<|end|><|user|>I am user.<|end|><|assistant|>"

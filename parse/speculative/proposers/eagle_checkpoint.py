@@ -6,19 +6,18 @@ layers as `layers.1` and so on.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle_head import EagleHead, EagleHeadConfig, RotaryEmbedding, TargetModel
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 
 # For each parameter of a layer: the tensors of a checkpoint whose rows it consists of.
@@ -50,7 +49,7 @@ def load_head(path: str | Path, target: TargetModel) -> tuple[EagleHead, Tensor]
     midlayer = "midlayer" if any(name.startswith("midlayer.") for name in tensors) else "layers.0"
     with torch.no_grad():
         parameters = dict(head.named_parameters())
-        for name, names in _layout(config, midlayer).items():
+        for name, names in checkpoint_layout(config, midlayer).items():
             _fill(parameters[name], names, tensors, file, config)
     head.to_target = _draft_to_target(tensors, config, file)
     if unexpected := sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq")):
@@ -59,36 +58,7 @@ def load_head(path: str | Path, target: TargetModel) -> tuple[EagleHead, Tensor]
     return head.to(like.device, like.dtype).eval().requires_grad_(False), embedding.to(like.device, like.dtype)
 
 
-def save_head(head: EagleHead, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """In the authors' layout; taps are written as indices into `hidden_states`."""
-    config = head.config
-    own = dict(head.named_parameters())
-    tensors: dict[str, Tensor] = {}
-    for name, names in _layout(config, "midlayer").items():
-        parts = own[name].detach().split(_row_counts(names, config)) if len(names) > 1 else [own[name].detach()]
-        tensors |= {part: tensor.to("cpu", dtype).clone() for part, tensor in zip(names, parts, strict=True)}
-    if config.draft_vocab_size != config.vocab_size:
-        chosen = head.to_target.cpu()
-        tensors["d2t"] = chosen - torch.arange(len(chosen))
-        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, chosen, True)
-    written = asdict(config)
-    aux_layers = written.pop("aux_hidden_state_layers")
-    if config.parallel_tokens == 1:
-        del written["parallel_tokens"]
-    written |= {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": False,
-        "eagle_aux_hidden_state_layer_ids": list(aux_layers),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
-
-
-def _layout(config: EagleHeadConfig, midlayer: str) -> dict[str, tuple[str, ...]]:
+def checkpoint_layout(config: EagleHeadConfig, midlayer: str) -> dict[str, tuple[str, ...]]:
     """The tensors of a checkpoint for each parameter of the head."""
     layout = PARTS | (MASKS if config.parallel_tokens > 1 else {})
     for number in range(config.num_hidden_layers):
@@ -99,7 +69,7 @@ def _layout(config: EagleHeadConfig, midlayer: str) -> dict[str, tuple[str, ...]
     return layout
 
 
-def _row_counts(names: tuple[str, ...], config: EagleHeadConfig) -> list[int]:
+def row_counts(names: tuple[str, ...], config: EagleHeadConfig) -> list[int]:
     """The number of rows of each of several tensors that form one parameter."""
     keys = config.num_key_value_heads * config.head_dim
     counts = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": keys, "v_proj": keys}
@@ -109,7 +79,7 @@ def _row_counts(names: tuple[str, ...], config: EagleHeadConfig) -> list[int]:
 def _fill(
     parameter: Tensor, names: tuple[str, ...], tensors: dict[str, Tensor], file: str, config: EagleHeadConfig
 ) -> None:
-    parts = parameter.split(_row_counts(names, config)) if len(names) > 1 else (parameter,)
+    parts = parameter.split(row_counts(names, config)) if len(names) > 1 else (parameter,)
     for name, part in zip(names, parts, strict=True):
         copy_tensor(part, name, tensors, file)
 

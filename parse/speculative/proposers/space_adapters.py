@@ -9,13 +9,13 @@ import json
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
@@ -23,8 +23,6 @@ from transformers import PreTrainedModel
 from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle_checkpoint import CONFIG, WEIGHTS, copy_tensor, resolve_file
 from parse.speculative.proposers.eagle_head import MAX_PARALLEL_TOKENS
-
-ARCHITECTURE = "SpaceAdapters"
 
 MaskIndices = slice | Tensor
 """The entries of a forward pass that are masks."""
@@ -139,11 +137,3 @@ def load_adapters(path: str | Path, network: PreTrainedModel) -> SpaceAdapters:
     if tensors:
         raise ProposerLoadError(f"{file} has an unexpected tensor {min(tensors)}")
     return adapters.to(embedding.device, embedding.dtype).eval().requires_grad_(False)
-
-
-def save_adapters(adapters: SpaceAdapters, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).clone() for name, tensor in adapters.named_parameters()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    written = {"architectures": [ARCHITECTURE], **asdict(adapters.config), "torch_dtype": str(dtype).split(".")[1]}
-    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n")

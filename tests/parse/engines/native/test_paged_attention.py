@@ -4,10 +4,10 @@ from copy import deepcopy
 
 import pytest
 import torch
+from parse.engines.native.service import NativeEngine
 from torch.nn.attention.varlen import varlen_attn
 
 from parse.config import EngineSettings
-from parse.engines.loader import load_native_engine
 from parse.engines.native import model, paged_attention
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
@@ -16,11 +16,11 @@ from parse.engines.native.prefix_cache import PrefixCache, SequenceState
 from parse.engines.native.programs import TreeInput, generate, prefill
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.engines.native.scheduler import Scheduler
-from parse.engines.native.service import NativeEngine
 from parse.prompts import VerificationSuffix
-from parse.tree import suffix_forest, tree_from_parents, trunk_with_suffixes
+from parse.tree import suffix_forest, tree_from_parents
 from parse.types import RequestCancelled, RequestError, SamplingParams
 from tests.parse.engines.native.tiny import VOCABULARY, WINDOW, alone, ask, build, paused, plain, serving, submit
+from training.verification_tree import trunk_with_suffixes
 
 KINDS = "llama", "qwen3", "mistral", "gemma3_text", "deepseek_v3"
 ATOL = 1e-4

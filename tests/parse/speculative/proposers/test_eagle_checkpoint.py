@@ -6,10 +6,11 @@ from safetensors.torch import load_file, save_file
 
 from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle3 import Eagle3Proposer
-from parse.speculative.proposers.eagle_checkpoint import load_head, save_head
+from parse.speculative.proposers.eagle_checkpoint import load_head
 from parse.speculative.proposers.eagle_head import TargetModel
 from tests.parse.speculative import naive
 from tests.parse.speculative.proposers.test_eagle3 import EMBEDDING, HIDDEN_STATES, TARGET, TEXT, chain
+from training.head_checkpoints import save_head
 
 CONFIG = naive.sizes()
 

@@ -25,11 +25,11 @@ from parse.speculative.proposers.space_adapters import (
     SpaceAdaptersConfig,
     decoder_layers,
     load_adapters,
-    save_adapters,
 )
 from parse.tree import MASK, tree_from_parents
 from parse.types import SamplingParams, sum_stats
 from tests.parse.engines.native.tiny import VOCABULARY, ask, build, serving
+from training.head_checkpoints import save_adapters
 from training.tokenizer import build_tokenizer
 
 DENSE = ["llama", "qwen3", "gemma3_text", "gpt2", "opt"]
