@@ -165,7 +165,7 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
 
 def test_a_file_without_keys_is_an_error_and_does_not_open_the_server(tmp_path):
     (tmp_path / "keys").write_text("\n \n")
-    with pytest.raises(ValueError, match="holds no key"):
+    with pytest.raises(ValueError, match="contains no key"):
         load_api_keys(str(tmp_path / "keys"), "NOT_SET")
     with pytest.raises(FileNotFoundError):
         load_api_keys(str(tmp_path / "none"), "NOT_SET")

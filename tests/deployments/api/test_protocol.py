@@ -139,14 +139,14 @@ def test_thresholds_are_the_operators_unless_a_request_sets_its_own():
         ({"full": 0.5, "prefix": 0.5}, Thresholds(0.5, 0.5)),
     ):
         asked = read(ChatCompletionRequest, CHAT | {"parse": parse})
-        assert asked.resolve_thresholds(usual, lowest_full=0.5, lowest_prefix=0.5) == wanted
+        assert asked.resolve_thresholds(usual, min_full=0.5, min_prefix=0.5) == wanted
 
 
 @pytest.mark.parametrize("field", ["full", "prefix"])
 def test_thresholds_below_the_operators_lowest_are_refused(field):
     asked = read(ChatCompletionRequest, CHAT | {"parse": {field: 0.49}})
     with pytest.raises(RequestError) as refused:
-        asked.resolve_thresholds(Thresholds(), lowest_full=0.5, lowest_prefix=0.5)
+        asked.resolve_thresholds(Thresholds(), min_full=0.5, min_prefix=0.5)
     assert refused.value.field == f"parse.{field}" and "0.5" in str(refused.value)
 
 

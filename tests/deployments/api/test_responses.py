@@ -80,11 +80,11 @@ def test_an_event_is_one_whatever_its_text_holds(text):
 def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, kind):
     half = TextDelta("", (200,), "draft")  # half a character
     vocabulary = TokenText(tokenizer)
-    assert kind(head(), vocabulary).part(answer(half), half) is None
-    sent = data(kind(head(trace=True), vocabulary).part(answer(half), half))
+    assert kind(head(), vocabulary).event_chunk(answer(half), half) is None
+    sent = data(kind(head(trace=True), vocabulary).event_chunk(answer(half), half))
     assert sent["parse"] == {"piece": {"text": "", "origin": "draft", "tokens": 1}}
     likely = TextDelta("", (200,), "draft", (Logprob(-0.5),))
-    assert data(kind(head(), vocabulary).part(answer(likely), likely))["choices"][0]["logprobs"]
+    assert data(kind(head(), vocabulary).event_chunk(answer(likely), likely))["choices"][0]["logprobs"]
 
 
 @pytest.mark.parametrize("kind", [ChatResponseBuilder, CompletionResponseBuilder])
@@ -92,8 +92,8 @@ def test_what_is_impossible_is_a_number_all_the_same(tokenizer, kind):
     impossible = TextDelta("x", (300,), "target", (Logprob(float("-inf"), ((301, float("-inf")),)),))
     done = Finished("stop", Usage("off", target_tokens=1))
     for sent in (
-        data(kind(head(), TokenText(tokenizer)).part(answer(impossible), impossible)),
-        json.loads(kind(head(), TokenText(tokenizer)).whole([answer(impossible, done)]).model_dump_json()),
+        data(kind(head(), TokenText(tokenizer)).event_chunk(answer(impossible), impossible)),
+        json.loads(kind(head(), TokenText(tokenizer)).build_response([answer(impossible, done)]).model_dump_json()),
     ):
         assert "-9999.0" in json.dumps(sent) and "Infinity" not in json.dumps(sent)
 

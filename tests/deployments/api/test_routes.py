@@ -211,7 +211,7 @@ def test_a_client_that_sends_too_slowly_is_told_so_and_let_go(pair, sent):
 
 
 def test_clients_that_leave_while_they_send_are_forgotten(pair):
-    with serving(pair, max_answers=1, max_waiting=0) as address:
+    with serving(pair, max_answers=1, max_queued_requests=0) as address:
         for sent in (b"", b'{"model": ', json.dumps(ASKED).encode()[:-1]):
             with connected(address, sent, length=1000):
                 pass
@@ -296,7 +296,7 @@ def test_without_keys_whoever_a_proxy_speaks_for_is_refused(raw, forwarded):
 
 def test_who_finds_the_waiting_room_full_is_told_when_to_come_again(pair):
     writer = Writer()
-    with serving(pair, writer, max_answers=2, max_waiting=2) as address, ThreadPoolExecutor(20) as clients:
+    with serving(pair, writer, max_answers=2, max_queued_requests=2) as address, ThreadPoolExecutor(20) as clients:
         asking = [clients.submit(post, address) for _ in range(20)]
         finished = as_completed(asking, timeout=PATIENCE_S)
         for _ in range(16):
@@ -311,7 +311,7 @@ def test_who_finds_the_waiting_room_full_is_told_when_to_come_again(pair):
 
 
 def test_all_are_served_in_the_end(pair):
-    with serving(pair, max_answers=2, max_waiting=2) as address, ThreadPoolExecutor(10) as clients:
+    with serving(pair, max_answers=2, max_queued_requests=2) as address, ThreadPoolExecutor(10) as clients:
 
         def ask(place: int) -> int:
             """As a patient client does."""
@@ -323,7 +323,7 @@ def test_all_are_served_in_the_end(pair):
             return response.status_code
 
         assert set(clients.map(ask, range(10))) == {200}
-    until(lambda: pair.target.load.running == pair.target.load.waiting == 0)
+    until(lambda: pair.target.stats.num_running == pair.target.stats.num_waiting == 0)
 
 
 def test_more_answers_than_are_worked_on_at_once_are_refused(pair):
@@ -400,7 +400,7 @@ def test_what_breaks_in_a_stream_is_told_in_it(pair, caplog):
 
 def test_what_breaks_outside_of_an_answer_is_told_in_the_same_shape(pair, caplog):
     class Broken(LocalBackend):
-        def troubles(self) -> dict[str, str]:
+        def unavailable_parts(self) -> dict[str, str]:
             raise RuntimeError(SECRET)
 
     with served(create_app(Broken(pair.pipeline), ApiSettings(), MODEL)) as address:
@@ -429,7 +429,7 @@ def test_one_of_several_choices_that_breaks_ends_them_all(pair):
 def test_a_client_that_leaves_is_worked_for_no_more(pair, stream, written):
     writer = Writer(written)  # would wait for ever
     body = json.dumps(ASKED | {"stream": stream, "n": 2}).encode()
-    with serving(pair, writer, max_answers=2, max_waiting=0) as address:
+    with serving(pair, writer, max_answers=2, max_queued_requests=0) as address:
         with connected(address, body) as client:
             until(lambda: writer.busy == 2)
             if stream and written:
@@ -476,7 +476,7 @@ def test_answers_end_with_their_stream_even_if_somebody_keeps_what_broke_it(pair
 def test_a_client_that_leaves_its_place_in_the_line_makes_way(pair):
     writer = Writer()
     body = json.dumps(ASKED).encode()
-    with serving(pair, writer, max_answers=1, max_waiting=1) as address, connected(address, body) as first:
+    with serving(pair, writer, max_answers=1, max_queued_requests=1) as address, connected(address, body) as first:
 
         def refused() -> bool:
             """Who is not stands in the line, and leaves it again."""
@@ -497,13 +497,13 @@ def test_a_client_that_leaves_its_place_in_the_line_makes_way(pair):
 
 
 def test_a_stream_that_nobody_reads_frees_the_engine(pair, raw):
-    before = pair.target.load.tokens
+    before = pair.target.stats.num_tokens
     endless = ASKED | {"stream": True, "max_tokens": 900, "ignore_eos": True}
     with raw.stream("POST", CHAT, json=endless) as response:
         next(response.iter_bytes())
-        assert pair.target.load.running == 1
-    until(lambda: pair.target.load.running == pair.target.load.waiting == 0)
-    assert pair.target.load.tokens - before < 800  # it did not simply come to its end
+        assert pair.target.stats.num_running == 1
+    until(lambda: pair.target.stats.num_running == pair.target.stats.num_waiting == 0)
+    assert pair.target.stats.num_tokens - before < 800  # it did not simply come to its end
 
 
 # How a request is understood.

@@ -163,7 +163,7 @@ def test_who_may_not_ask_is_counted_and_sees_no_figures(pair, monkeypatch):
 
 def test_overload_slowness_and_failure_have_names_of_their_own(pair):
     writer = Writer()
-    with serving(pair, verifier=writer, drafter=None, max_answers=1, max_choices=1, max_waiting=0) as client:
+    with serving(pair, verifier=writer, drafter=None, max_answers=1, max_n=1, max_queued_requests=0) as client:
         with ThreadPoolExecutor() as beside:
             first = beside.submit(httpx.post, f"{client.base_url}{CHAT}", json=asked(), timeout=PATIENCE_S)
             until(lambda: writer.busy == 1)
@@ -203,7 +203,7 @@ def test_who_leaves_is_counted_by_when(pair):
 
 def test_why_the_target_wrote_alone_is_told_by_name(pair):
     class Busy:
-        async def draft(self, question, output, *, piece):
+        async def draft(self, *args, **kwargs):
             raise DraftUnavailable("busy", HOSTILE)
             yield
 

@@ -127,7 +127,7 @@ def test_where_no_result_is_known_the_targets_opinion_decides(result, likelihood
 
 @pytest.mark.parametrize(
     "usage",
-    [{"mode": "off"}, {"mode": "exact"}, {"accepted": 0}],
+    [{"mode": "off"}, {"mode": "exact"}, {"accepted_tokens": 0}],
     ids=["the target's own", "exact", "nothing accepted"],
 )
 def test_only_what_may_be_lossy_is_audited(usage):
@@ -213,7 +213,7 @@ def test_an_audit_that_fails_harms_nobody():
 
 
 def test_a_faulty_expression_is_refused():
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         AuditSettings(result="(")
 
 
