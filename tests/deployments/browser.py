@@ -102,7 +102,7 @@ class Playground:
         return self.until(
             lambda: (
                 (states := self.run("return [...document.querySelectorAll('.pane')].map(p => p.dataset.state)"))
-                and not {"waiting", "asked", "writing"} & set(states)
+                and not {"waiting", "sent", "generating"} & set(states)
                 and states
             ),
             "the answers end",
@@ -111,7 +111,7 @@ class Playground:
     def runs(self, pane: int = 0) -> list[tuple[str, str]]:
         """Kind and text."""
         script = """return [...document.querySelectorAll('.pane')[arguments[0]]?.querySelectorAll('.run') ?? []]
-            .map(r => [['accepted', 'written', 'rejected'].find(k => r.classList.contains(k)), r.textContent])"""
+            .map(r => [['accepted', 'target', 'rejected'].find(k => r.classList.contains(k)), r.textContent])"""
         return [(kind, text) for kind, text in self.run(script, pane)]
 
     def report(self, name: str, pane: int = 0) -> str:

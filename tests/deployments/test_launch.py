@@ -94,7 +94,7 @@ def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
     told = [line.split("s  ")[1] for line in capsys.readouterr().out.splitlines()]
     assert told == [
         "the application is being built",
-        "Verifier waiting for a place",
+        "Verifier waiting for resources",
         "Verifier loading",
         "Verifier ready",
     ]
@@ -182,13 +182,13 @@ def test_folders_that_are_not_there_are_named(tmp_path):
         heads = (SpeculativeConfig(method="eagle3", model=there), SpeculativeConfig(method="ngram"))
         launch.check_model_folders("target", EngineSettings(model=there, speculative_configs=heads))
     for nowhere in (str(tmp_path / "none"), "./none", "~/none-of-mine", "models/none"):
-        with pytest.raises(LaunchError, match=f"draft.model: there is no folder {re.escape(nowhere)}"):
+        with pytest.raises(LaunchError, match=f"draft.model: the folder {re.escape(nowhere)} does not exist"):
             launch.check_model_folders("draft", EngineSettings(model=nowhere))
         headed = EngineSettings(
             model="gpt2", speculative_configs=(SpeculativeConfig(method="parallel", model=nowhere),)
         )
         with pytest.raises(
-            LaunchError, match=rf"target.speculative_configs\[0\].model: there is no folder {re.escape(nowhere)}"
+            LaunchError, match=rf"target.speculative_configs\[0\].model: the folder {re.escape(nowhere)} does not exist"
         ):
             launch.check_model_folders("target", headed)
 
@@ -224,7 +224,7 @@ def test_a_port_that_is_taken_is_named():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1 cannot be had"):
+        with pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1 is not available"):
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
 
