@@ -61,9 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", nargs="?", type=Path, default=DEFAULT_CONFIG, help="default: the demo pair")
     parser.add_argument("--address", help="address of a running cluster; auto finds the one on this machine")
-    parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds to wait for the service (default: 600)"
-    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for the service (default: 600)")
     return parser.parse_args(argv)
 
 

@@ -169,11 +169,11 @@ def main() -> None:
     from deployments.api.routes import create_app
     from deployments.config import ApiSettings
     from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
-    from tests.deployments.conftest import MODEL, WAYS, settings
+    from tests.deployments.conftest import MODEL, SPECULATIVE_CONFIGS, settings
     from tests.deployments.live import LocalBackend, served
 
     with (
-        LocalPair(settings(DEMO_TARGET, *WAYS), settings(DEMO_DRAFT)) as pair,
+        LocalPair(settings(DEMO_TARGET, *SPECULATIVE_CONFIGS), settings(DEMO_DRAFT)) as pair,
         served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address,
     ):
         pictures(args.folder, address)

@@ -445,14 +445,14 @@ def test_words_are_shown_as_they_come_and_told_once(page, pair):
         assert len(told) == 2 and "2 of 4 draft tokens accepted, 200 target tokens" in told[-1]
 
 
-@pytest.mark.parametrize("way", ["Escape", "button"])
-def test_an_answer_can_be_stopped_and_what_had_come_stays(page, pair, way):
+@pytest.mark.parametrize("trigger", ["Escape", "button"])
+def test_an_answer_can_be_stopped_and_what_had_come_stays(page, pair, trigger):
     slow = Slow()
     with saying(pair, slow) as address:
         page.open(address)
         page.ask("Well?", against="off")
         page.until(lambda: page.runs(), "the first words")
-        if way == "Escape":
+        if trigger == "Escape":
             page.press(Keys.ESCAPE)
         else:
             page.one("#stop").click()
