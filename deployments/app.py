@@ -1,4 +1,4 @@
-"""What serve_config.yaml imports: the application, built from its settings."""
+"""Builds the application from its settings. serve_config.yaml names `build` as its import_path."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,18 +15,18 @@ from deployments.serving.router import Router
 from deployments.serving.verifier import Verifier
 from parse.config import EngineSettings
 
-# One session, one replica, as long as it has room.
+# The calls of a session go to the same replica unless that is full.
 SESSION_AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 HEALTH_CHECK_OPTIONS: dict[str, Any] = {"health_check_period_s": 5, "health_check_timeout_s": 20}
-# A line for every request is written by the router's journal; one for every call between replicas would drown it.
+# The router writes a log line per request; Serve would add one for every call between replicas.
 LOGGING_CONFIG = {"encoding": "JSON", "enable_access_log": False}
-REJECT_MARGIN = 64  # requests beyond those answered or waiting: somebody must tell the others that there are too many
+REJECT_MARGIN = 64  # requests beyond those that run or wait, which the router accepts to reject them with a 503
 
 
 def build(args: AppSettings) -> Application:
-    """A router before verifiers and, with a draft model, drafters.
+    """Returns a router in front of verifiers and, with a draft model, drafters.
 
-    `deployments` in serve_config.yaml may change their replicas, autoscaling and resources.
+    `deployments` in serve_config.yaml can change their replicas, autoscaling and resources.
     """
     target = _resolve_model_paths(args.target)
     draft = _resolve_model_paths(args.draft) if args.draft else None
@@ -34,7 +34,7 @@ def build(args: AppSettings) -> Application:
     verifier = _model_deployment(Verifier, target, gpus_per_model).bind(target)
     drafter = None
     if draft:
-        # More in the queue would wait longer than a draft is worth.
+        # A longer queue would delay requests for longer than a draft can save.
         drafter = (
             _model_deployment(Drafter, draft, gpus_per_model)
             .options(max_queued_requests=draft.max_num_seqs)
@@ -73,7 +73,7 @@ def _resolve_model_paths(settings: EngineSettings) -> EngineSettings:
 
 
 def _gpus_per_model(models: Sequence[EngineSettings]) -> float:
-    """One of its own, a part of what there is, or none."""
+    """Returns 1 if there is a GPU for each model, else an equal share, or 0 without GPUs."""
     num_gpu_models = sum(model.device != "cpu" for model in models)
     if not num_gpu_models or not ray.is_initialized():
         return 0

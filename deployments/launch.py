@@ -1,4 +1,4 @@
-"""From a configuration to a service that answers: Ray started, the application deployed, its progress told."""
+"""Starts Ray, deploys a configuration, and reports the progress until the service is ready."""
 
 import json
 import logging
@@ -34,36 +34,36 @@ EXAMPLE_PROMPT = (
     "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
     "sixth Ben 80, seventh Sam 26. Who has the record now?"
 )
-CAPACITY_CHECK_DELAY_S = 5.0  # until the wanted replicas are known
-MAX_PLACEMENT_S = 60.0  # a replica with a place may take that long to have a process
+CAPACITY_CHECK_DELAY_S = 5.0  # before that, the target number of replicas may be unknown
+MAX_PLACEMENT_S = 60.0  # the longest that a placed replica takes to get a process
 RESOURCE_TOLERANCE = 1e-6
 STATUS_INTERVAL_S = 15.0
 LOCAL_CLUSTER_OPTIONS: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
 
 
 class LaunchError(RuntimeError):
-    """Why the wait is over."""
+    """The service cannot be started, for the reason in the message."""
 
 
 @dataclass(frozen=True)
 class DeploymentProgress:
-    """What the wait looks at."""
+    """The replicas of a deployment while the service starts."""
 
     name: str
-    target_replicas: int  # replicas
-    placed_replicas: int  # have a process
-    running_replicas: int  # and are ready
-    resources: Mapping[str, float]  # each of them
+    target_replicas: int
+    placed_replicas: int  # they have a process
+    running_replicas: int  # they are ready
+    resources: Mapping[str, float]  # per replica
 
     @property
     def status_line(self) -> str:
         if self.running_replicas == self.target_replicas:
             return f"{self.name} ready"
-        return f"{self.name} {'loading' if self.placed_replicas == self.target_replicas else 'waiting for a place'}"
+        return f"{self.name} {'loading' if self.placed_replicas == self.target_replicas else 'waiting for resources'}"
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
-    """Checked here, where its fault can be told in a line: all of it, and the settings of our application."""
+    """Returns the configuration and the settings of the application in it. Errors are reported in one line."""
     try:
         config = yaml.safe_load(path.read_text())
         ServeDeploySchema.model_validate(config)
@@ -84,7 +84,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
 def _config_sections(
     config: Mapping[str, Any], application: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any], type[BaseModel]]]:
-    """With the keys each may have: Ray Serve passes over what it does not know."""
+    """Yields the sections of Ray Serve with their schemas. Serve itself ignores unknown keys."""
     yield "", config, ServeDeploySchema
     yield "http_options.", config.get("http_options") or {}, HTTPOptionsSchema
     yield "applications.", application, ServeApplicationSchema
@@ -102,12 +102,12 @@ def check_model_folders(field: str, settings: EngineSettings) -> None:
 
 
 def check_model_folder(field: str, model: str) -> None:
-    """What is meant as a folder should be one: else it would be looked for on the hub, for minutes."""
+    """Rejects a path that does not exist. It would be looked up on the Hugging Face hub, which takes minutes."""
     looks_like_path = model.startswith((".", "/", "~")) or (
         (PROJECT_ROOT / model).parent != PROJECT_ROOT and (PROJECT_ROOT / model).parent.is_dir()
     )
     if looks_like_path and not Path(resolve_model_path(model)).is_dir():
-        raise LaunchError(f"{field}: there is no folder {model}")
+        raise LaunchError(f"{field}: the folder {model} does not exist")
 
 
 def check_port(host: str, port: int) -> None:
@@ -116,11 +116,11 @@ def check_port(host: str, port: int) -> None:
         try:
             sock.bind((host, port))
         except OSError as error:
-            raise LaunchError(f"port {port} of {host} cannot be had ({error.strerror}): see http_options") from error
+            raise LaunchError(f"port {port} of {host} is not available ({error.strerror}): see http_options") from error
 
 
 def _ray_environment_prefix() -> str:
-    """What other commands need to reach our Ray."""
+    """Returns the variable assignments that other commands need to reach this Ray cluster."""
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
     return "".join(f"{name}={os.environ[name]} " for name in names if name in os.environ)
 
@@ -145,7 +145,7 @@ def read_deployments(details: Mapping[str, Any]) -> list[DeploymentProgress]:
 def find_missing_capacity(
     deployments: Sequence[DeploymentProgress], nodes: Sequence[Mapping[str, float]]
 ) -> str | None:
-    """What no waiting will bring: of each node, its resources."""
+    """Returns what the nodes lack for all replicas, no matter how long one waits, or None."""
     for resource in sorted({resource for deployment in deployments for resource in deployment.resources}):
         available = [node.get(resource, 0.0) for node in nodes]
         for deployment in deployments:
@@ -163,7 +163,7 @@ def find_missing_capacity(
 
 
 def find_occupied_resource(unplaced: Sequence[DeploymentProgress], free: Mapping[str, float]) -> str | None:
-    """What others have to give back first."""
+    """Returns the resource that others hold and a replica waits for, or None."""
     for part in unplaced:
         for resource, amount in part.resources.items():
             if amount > free.get(resource, 0.0):
@@ -178,14 +178,14 @@ def wait_until_ready(
     timeout_s: float,
     logs: str,
 ) -> None:
-    """Tells what changes; ends with a reason if it cannot come to anything."""
+    """Prints the progress, and raises LaunchError with the reason if the service cannot become ready."""
     started = printed_at = time.monotonic()
     printed_line, unplaced_since = "", None
     while True:
         now = time.monotonic()
         details = get_details()
         for application in details["applications"].values():
-            if application["status"] == "DEPLOY_FAILED":  # from UNHEALTHY it may recover
+            if application["status"] == "DEPLOY_FAILED":  # an UNHEALTHY application can recover
                 raise LaunchError(f"the application cannot be deployed: {_failure_messages(application)}")
         deployments = read_deployments(details)
         if (
@@ -216,7 +216,7 @@ def _failure_messages(application: Mapping[str, Any]) -> str:
 def _find_shortage(
     deployments: Sequence[DeploymentProgress], unplaced: Sequence[DeploymentProgress], seconds: float
 ) -> str | None:
-    """What those that have been without a process so long may be waiting for."""
+    """Returns what replicas without a process may be waiting for, after they have waited for a while."""
     if seconds < CAPACITY_CHECK_DELAY_S:
         return None
     shortage = find_missing_capacity(deployments, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -243,9 +243,9 @@ def format_greeting(url: str, model: str, dashboard: str, logs: str, *, keys: bo
 Ready.
 
   API        {url}/v1
-  to try     {url}/
-  documents  {url}/docs
-  figures    {url}/metrics, and with dashboards: make monitoring
+  playground {url}/
+  API docs   {url}/docs
+  metrics    {url}/metrics; for dashboards run: make monitoring
   Ray        {dashboard}
   logs       {logs}
   status     {_ray_environment_prefix()}{Path(sys.executable).parent}/serve status --address {dashboard}

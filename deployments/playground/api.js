@@ -85,7 +85,7 @@ async function* happenings(stream) {
     const choice = chunk.choices?.[0];
     const parse = chunk.parse ?? {};
     if (parse.piece) yield { piece: parse.piece };
-    if (parse.acceptance) yield { verdict: parse.acceptance };
+    if (parse.verdict) yield { verdict: parse.verdict };
     if (choice?.finish_reason) yield { report: parse, finish: choice.finish_reason };
   }
   throw new Failure("cut", "the stream ended before the answer did");

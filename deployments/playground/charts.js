@@ -1,4 +1,4 @@
-// Small charts, drawn to the width they are given; each has a table beside it that says the same.
+// Small charts that fit a given width. Each has a table beside it with the same data.
 
 import { chance, element, percent, seconds, svg, table } from "./dom.js";
 
@@ -14,11 +14,11 @@ const height = (p, top, bottom) => {
 };
 const n = (x) => Math.round(x * 10) / 10;
 
-/** P(correct) at every cut of every draft; `thresholds`: {full, prefix}, null where they are not known. */
+/** P(correct) of every prefix of every draft; `thresholds`: {full, prefix}, null if unknown. */
 export function curve(drafts, thresholds, width) {
   const [top, bottom, total] = [12, 120, 152];
   const gap = 22;
-  const room = width - LEFT - RIGHT - gap * (drafts.length - 1);
+  const plotWidth = width - LEFT - RIGHT - gap * (drafts.length - 1);
   const tokens = drafts.reduce((sum, { length }) => sum + Math.max(length, 1), 0);
   const plot = svg("svg", {
     class: "curve-plot",
@@ -37,7 +37,7 @@ export function curve(drafts, thresholds, width) {
   }
   let x0 = LEFT;
   for (const [number, draft] of drafts.entries()) {
-    const wide = (room * Math.max(draft.length, 1)) / tokens;
+    const wide = (plotWidth * Math.max(draft.length, 1)) / tokens;
     const x = (token) => n(x0 + (wide * token) / Math.max(draft.length, 1));
     const edge = x(draft.kept);
     plot.append(
@@ -45,10 +45,10 @@ export function curve(drafts, thresholds, width) {
       svg("rect", { class: "zone lost", x: edge, y: top, width: n(Math.max(x0 + wide - edge, 0)), height: bottom - top }),
       svg("line", { class: "edge", x1: edge, x2: edge, y1: top - 4, y2: bottom + 4 }),
     );
-    const asked = draft.points.filter(({ p }) => p !== null);
-    const path = asked.map(({ cut, p }, at) => `${at ? "L" : "M"}${x(cut)} ${n(height(p, top, bottom))}`).join("");
+    const evaluated = draft.points.filter(({ p }) => p !== null);
+    const path = evaluated.map(({ prefixLength, p }, at) => `${at ? "L" : "M"}${x(prefixLength)} ${n(height(p, top, bottom))}`).join("");
     if (path) plot.append(svg("path", { class: "line", d: path }));
-    for (const { cut, p, stands } of draft.points) plot.append(point(x(cut), p, stands, top, bottom, cut));
+    for (const { prefixLength, p, passes } of draft.points) plot.append(point(x(prefixLength), p, passes, top, bottom, prefixLength));
     const labels = axis(draft, x, x0 + wide);
     const name = drafts.length > 1 ? `draft ${number + 1}` : "tokens of the draft";
     plot.append(...labels, svg("text", { class: "axis", x: n(x0 + wide / 2), y: total - 2, "text-anchor": "middle" }, name));
@@ -58,33 +58,33 @@ export function curve(drafts, thresholds, width) {
   return plot;
 }
 
-function point(x, p, stands, top, bottom, cut) {
+function point(x, p, passes, top, bottom, prefixLength) {
   const y = n(p === null ? bottom : height(p, top, bottom));
-  const kind = p === null ? "unasked" : stands ? "stands" : "fails";
-  const label = svg("title", {}, `after ${cut} tokens: ${chance(p)}`);
-  // Not by colour alone: a disc stands, a cross falls, a bar was not asked.
-  const shape = { stands: `M${x - 3.2} ${y}a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0 -6.4 0`, unasked: `M${x} ${y - 4}v8` };
+  const kind = p === null ? "unverified" : passes ? "passes" : "fails";
+  const label = svg("title", {}, `prefix of ${prefixLength} tokens: ${chance(p)}`);
+  // The shape tells it too: a disc passes, a cross fails, a bar was not evaluated.
+  const shape = { passes: `M${x - 3.2} ${y}a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0 -6.4 0`, unverified: `M${x} ${y - 4}v8` };
   const cross = `M${x - 3} ${y - 3}l6 6m0 -6l-6 6`;
-  return svg("path", { class: `cut ${kind}`, d: shape[kind] ?? cross, "data-p": p ?? "" }, label);
+  return svg("path", { class: `prefix-point ${kind}`, d: shape[kind] ?? cross, "data-p": p ?? "" }, label);
 }
 
 /** 0, how much was kept, and the length, where they do not run into one another. */
 function axis({ kept, length }, x, end) {
   const text = (token, anchor) => svg("text", { class: "tick", x: x(token), y: 135, "text-anchor": anchor }, String(token));
-  const found = [];
-  if (x(kept) - x(0) > 24 || kept === 0) found.push(text(0, "middle"));
-  if (kept > 0 && end - x(kept) > 26) found.push(text(kept, "middle"));
-  if (end - x(0) > 20) found.push(text(length, "end"));
-  return found;
+  const labels = [];
+  if (x(kept) - x(0) > 24 || kept === 0) labels.push(text(0, "middle"));
+  if (kept > 0 && end - x(kept) > 26) labels.push(text(kept, "middle"));
+  if (end - x(0) > 20) labels.push(text(length, "end"));
+  return labels;
 }
 
 function lines({ full, prefix }, width, top, bottom) {
-  const known = Object.entries({ full, prefix }).filter(([, p]) => p !== null);
-  const places = Object.fromEntries(known.map(([name, p]) => [name, height(p, top, bottom)]));
+  const thresholds = Object.entries({ full, prefix }).filter(([, p]) => p !== null);
+  const heights = Object.fromEntries(thresholds.map(([name, p]) => [name, height(p, top, bottom)]));
   const below = { full: "prefix", prefix: "full" };
-  return known.flatMap(([name, p]) => {
-    const y = n(places[name]);
-    const other = places[below[name]];
+  return thresholds.flatMap(([name, p]) => {
+    const y = n(heights[name]);
+    const other = heights[below[name]];
     // One label above its line and one below, where they are close together.
     const under = other !== undefined && Math.abs(other - y) < 26 && (other < y || (other === y && name === "prefix"));
     return [
@@ -96,46 +96,48 @@ function lines({ full, prefix }, width, top, bottom) {
 
 function described(drafts, { full, prefix }) {
   const parts = drafts.map(({ points, kept, length }, at) => {
-    const asked = points.filter(({ p }) => p !== null);
-    const last = asked.findLast(({ stands }) => stands);
-    const next = asked.find(({ stands }) => !stands);
-    const said = [`Draft ${at + 1}: ${points.length} cuts, ${kept} of ${length} tokens kept`];
-    if (last) said.push(`${chance(last.p)} at the last cut that stands`);
-    if (next) said.push(`${chance(next.p)} at the first that falls`);
-    return said.join(", ");
+    const evaluated = points.filter(({ p }) => p !== null);
+    const last = evaluated.findLast(({ passes }) => passes);
+    const next = evaluated.find(({ passes }) => !passes);
+    const sentences = [`Draft ${at + 1}: ${points.length} prefixes, ${kept} of ${length} tokens accepted`];
+    if (last) sentences.push(`${chance(last.p)} for the last prefix that passes`);
+    if (next) sentences.push(`${chance(next.p)} for the first that fails`);
+    return sentences.join(", ");
   });
-  const known = Object.entries({ full, prefix }).filter(([, p]) => p !== null);
-  if (known.length) parts.push(`Thresholds: ${known.map(([name, p]) => `${name} ${p}`).join(", ")}`);
-  return `P(correct) at each cut. ${parts.join(". ")}.`;
+  const thresholds = Object.entries({ full, prefix }).filter(([, p]) => p !== null);
+  if (thresholds.length) parts.push(`Thresholds: ${thresholds.map(([name, p]) => `${name} ${p}`).join(", ")}`);
+  return `P(correct) of each prefix. ${parts.join(". ")}.`;
 }
 
-export function cutsTable(drafts) {
+export function prefixTable(drafts) {
   const rows = drafts.flatMap(({ points }, at) =>
-    points.map(({ cut, p, stands }) => [`${at + 1}`, `${cut}`, chance(p), stands ? "stands" : "falls"]),
+    points.map(({ prefixLength, p, passes }) => [`${at + 1}`, `${prefixLength}`, chance(p), passes ? "passes" : "fails"]),
   );
-  return table("P(correct) at each cut", ["Draft", "Tokens", "P(correct)", "So it"], rows);
+  return table("P(correct) of each prefix", ["Draft", "Tokens", "P(correct)", "Result"], rows);
 }
 
-const STAGES = ["queue", "warm", "draft", "judge", "write"];
+/** The API's names of the stages, with the labels shown here. */
+const STAGES = { queue: "queue", warm: "prefill", draft: "draft", judge: "verify", write: "generate" };
 
-/** When each stage was at work; `most`: seconds of the axis, so that charts side by side can be held against each other. */
-export function gantt(stages, { first, total, most }, width) {
-  const [row, thick, top, left] = [19, 11, 16, 46];
-  const bottom = top + row * STAGES.length;
+/** When each stage ran. `axisSeconds` is the length of the axis, so that charts side by side are comparable. */
+export function gantt(stages, { first, total, axisSeconds }, width) {
+  const [row, thick, top, left] = [19, 11, 16, 58];
+  const bottom = top + row * Object.keys(STAGES).length;
   const high = bottom + 20;
   const end = width - 58;
-  const x = (s) => n(left + ((end - left) * s) / Math.max(most, 1e-9));
+  const x = (s) => n(left + ((end - left) * s) / Math.max(axisSeconds, 1e-9));
   const sums = sumsOf(stages);
-  const label = STAGES.filter((name) => sums[name] !== undefined).map((name) => `${name} ${seconds(sums[name])}`);
+  const used = Object.entries(STAGES).filter(([name]) => sums[name] !== undefined);
+  const label = used.map(([name, shown]) => `${shown} ${seconds(sums[name])}`);
   const plot = svg("svg", {
     class: "gantt",
     width,
     height: high,
     viewBox: `0 0 ${width} ${high}`,
     role: "img",
-    "aria-label": `Stages: ${label.join(", ")}. They overlap. First words after ${seconds(first)}, all after ${seconds(total)}.`,
+    "aria-label": `Stages: ${label.join(", ")}. They overlap. First token after ${seconds(first)}, total ${seconds(total)}.`,
   });
-  for (const tick of ticks(most)) {
+  for (const tick of ticks(axisSeconds)) {
     plot.append(
       svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: top, y2: bottom }),
       svg("text", { class: "tick", x: x(tick), y: bottom + 14, "text-anchor": "middle" }, tick ? seconds(tick) : "0"),
@@ -144,19 +146,19 @@ export function gantt(stages, { first, total, most }, width) {
   const flip = x(first) > width - 150;
   plot.append(
     svg("line", { class: "edge", x1: x(first), x2: x(first), y1: top - 5, y2: bottom }),
-    svg("text", { class: "tick", x: x(first) + (flip ? -5 : 5), y: top - 4, "text-anchor": flip ? "end" : "start" }, "first words"),
+    svg("text", { class: "tick", x: x(first) + (flip ? -5 : 5), y: top - 4, "text-anchor": flip ? "end" : "start" }, "first token"),
   );
-  for (const [place, name] of STAGES.entries()) {
-    const y = top + row * place;
-    const used = sums[name] !== undefined;
-    const style = used ? "tick stage" : "tick stage unused";
-    plot.append(svg("text", { class: style, x: left - 8, y: y + row / 2 + 3.5, "text-anchor": "end" }, name));
+  for (const [index, [name, shown]] of Object.entries(STAGES).entries()) {
+    const y = top + row * index;
+    const wasUsed = sums[name] !== undefined;
+    const style = wasUsed ? "tick stage" : "tick stage unused";
+    plot.append(svg("text", { class: style, x: left - 8, y: y + row / 2 + 3.5, "text-anchor": "end" }, shown));
     const own = stages.filter((stage) => stage.name === name);
     for (const { start, end: until } of own) {
       const bar = { class: `bar ${name}`, x: x(start), y: y + (row - thick) / 2, height: thick, rx: 2 };
       plot.append(svg("rect", { ...bar, width: n(Math.max(x(until) - x(start), 1.5)) }));
     }
-    if (used) {
+    if (wasUsed) {
       const last = Math.max(...own.map((stage) => stage.end));
       const after = x(last) + 6;
       const crossed = after < x(first) + 3 && x(first) < after + 46;
@@ -172,16 +174,16 @@ function sumsOf(stages) {
   return sums;
 }
 
-function ticks(most) {
-  const raw = most / 4;
+function ticks(axisSeconds) {
+  const raw = axisSeconds / 4;
   const power = 10 ** Math.floor(Math.log10(raw || 1));
   const step = [1, 2, 5, 10].map((k) => k * power).find((size) => size >= raw) ?? raw;
-  return Array.from({ length: Math.floor(most / step + 1e-9) + 1 }, (_, k) => k * step);
+  return Array.from({ length: Math.floor(axisSeconds / step + 1e-9) + 1 }, (_, k) => k * step);
 }
 
 export function stagesTable(stages) {
-  const rows = stages.map(({ name, start, end }) => [name, seconds(start), seconds(end), seconds(end - start)]);
-  return table("Stages in the order they began", ["Stage", "From", "Until", "Took"], rows);
+  const rows = stages.map(({ name, start, end }) => [STAGES[name] ?? name, seconds(start), seconds(end), seconds(end - start)]);
+  return table("Stages by start", ["Stage", "Start", "End", "Duration"], rows);
 }
 
 /** Acceptance of one answer after the other. */

@@ -41,4 +41,4 @@ export function table(caption, head, rows) {
 export const seconds = (s) => (s < 0.9995 ? `${Math.round(s * 1000)} ms` : `${s.toFixed(2)} s`);
 export const percent = (share) => `${Math.round(share * 100)}%`;
 export const times = (ratio) => `${ratio < 10 ? ratio.toFixed(2) : ratio.toFixed(1)}×`;
-export const chance = (p) => (p === null ? "not asked" : p.toFixed(3));
+export const chance = (p) => (p === null ? "not evaluated" : p.toFixed(3));

@@ -1,26 +1,26 @@
-// Verdicts to drafts: what was judged, cut by cut, and how far it stands.
+// From verifications to drafts: P(correct) of each prefix, and how much of each draft was accepted.
 
 /**
- * [{base, length, kept, points: [{cut, p, stands}]}], each draft in tokens from its own beginning. A draft begins behind
- * the target's last words; the windows of one draft (mode `progressive`) follow one another without any.
+ * Returns [{base, length, kept, points: [{prefixLength, p, passes}]}], with lengths in tokens from the start of each draft.
+ * A draft starts after the target's last tokens. The windows of one draft (mode `progressive`) have none between them.
  */
 export function drafts(pieces, verdicts) {
-  const found = [];
+  const drafts = [];
   for (const { start, cuts, correct, kept } of verdicts) {
-    const base = behindTheTarget(pieces, start);
-    let draft = found.at(-1);
-    if (draft?.base !== base) found.push((draft = { base, length: 0, kept: 0, points: [] }));
-    const before = start - base; // of the draft, in the windows before this one
+    const base = endOfTargetTokens(pieces, start);
+    let draft = drafts.at(-1);
+    if (draft?.base !== base) drafts.push((draft = { base, length: 0, kept: 0, points: [] }));
+    const before = start - base; // tokens of the draft in earlier windows
     draft.kept = before + kept;
-    for (const [place, cut] of cuts.entries()) {
-      draft.points.push({ cut: before + cut, p: correct[place], stands: cut <= kept });
+    for (const [index, cut] of cuts.entries()) {
+      draft.points.push({ prefixLength: before + cut, p: correct[index], passes: cut <= kept });
       draft.length = before + cut;
     }
   }
-  return found;
+  return drafts;
 }
 
-function behindTheTarget(pieces, start) {
+function endOfTargetTokens(pieces, start) {
   let tokens = 0;
   let base = 0;
   for (const { origin, tokens: count } of pieces) {

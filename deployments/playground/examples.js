@@ -1,4 +1,4 @@
-// Questions of the demo pair's task. What their names say was seen with that pair at temperature 0.
+// Questions of the demo pair's task. The names describe what that pair does at temperature 0.
 
 export const EXAMPLES = [
   {
@@ -12,7 +12,7 @@ export const EXAMPLES = [
       "Finn has the record with 92. In turn: first Pam 21, second Will 75, third Nora 11, fourth Quinn 36, fifth Ann 5, sixth Zoe 32, seventh Jack 39, eighth Ida 94, ninth Uma 24. Who has the record now?",
   },
   {
-    name: "Totals, a judge in doubt",
+    name: "Totals, an uncertain verification",
     question:
       "Ben has 86 books. In turn: first earns 4, second loses 5, third wins 3, fourth finds 5, fifth wins 6, sixth lends 6, seventh sells 9, eighth finds 7, ninth earns 5, tenth breaks 5, eleventh buys 7, twelfth lends 6. How many books now?",
   },
@@ -34,13 +34,13 @@ export const EXAMPLES = [
 ];
 
 export const MODES = {
-  auto: "What the operator chose, as long as drafting pays; else off.",
-  full: "The whole draft is judged at once; the target goes on behind what is right.",
-  rounds: "As full; after a correction the drafter goes on.",
-  progressive: "Judged in windows while it is drafted: first words early.",
-  exact: "Draft tokens stand as long as the target would have written them. Nothing is asked.",
+  auto: "The operator’s choice while drafting pays; otherwise off.",
+  full: "Verify the complete draft at once. The target generates after the accepted prefix.",
+  rounds: "As full, but the drafter continues after a correction by the target.",
+  progressive: "Verify windows of the draft while the next one is drafted. The first tokens arrive early.",
+  exact: "Accept draft tokens as long as the target would have chosen them. No prefix is verified.",
   off: "The target alone.",
 };
 
-/** Of methods whose names say too little. */
-export const WORDS = { draft_model: "draft model", ngram: "n-grams", none: "one by one" };
+/** The labels of methods whose names are not plain words. */
+export const WORDS = { draft_model: "draft model", ngram: "n-grams", none: "one at a time" };

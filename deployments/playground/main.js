@@ -1,4 +1,4 @@
-// The page: what is asked, of whom, and where the answers go.
+// The page: it sends requests and shows the answers.
 
 import { ask, Failure, models, readiness } from "./api.js";
 import { byId, element, seconds, times } from "./dom.js";
@@ -15,14 +15,14 @@ const session = new Session();
 let model = null;
 let offer = { modes: null, full: null, prefix: null, methods: null, speculation: null }; // of the server; null: not known yet
 let panes = [];
-let asking = null; // the AbortController of what is on its way
+let activeRequest = null; // the AbortController of the running request
 let last = null; // the last request, without its mode and method
 let count = 0;
 
 const announce = (text) => (byId("live").textContent = text);
 const number = (id) => (byId(id).value.trim() === "" ? null : Number(byId(id).value));
 
-// What is asked.
+// The request.
 
 function request() {
   const body = { model, messages: [{ role: "user", content: byId("question").value }] };
@@ -36,10 +36,10 @@ function request() {
   return body;
 }
 
-/** Of each answer that is asked for: {mode, method}. */
+/** Returns {mode, method} of each answer. */
 function chosen() {
-  const ways = ["", "-b"].map((which) => ({ mode: byId(`mode${which}`).value, method: byId(`method${which}`).value }));
-  return byId("compare").checked ? ways : ways.slice(0, 1);
+  const choices = ["", "-b"].map((which) => ({ mode: byId(`mode${which}`).value, method: byId(`method${which}`).value }));
+  return byId("compare").checked ? choices : choices.slice(0, 1);
 }
 
 const several = () => (offer.methods?.length ?? 0) > 1;
@@ -48,13 +48,13 @@ async function start() {
   if (!byId("form").reportValidity()) return;
   stop();
   const controller = new AbortController();
-  asking = controller;
+  activeRequest = controller;
   for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
   for (const pane of panes) pane.leave();
   panes = [];
   byId("panes").replaceChildren();
   last = request();
-  for (const way of chosen()) open(way);
+  for (const choice of chosen()) open(choice);
   const answers = byId("answers");
   if (answers.getBoundingClientRect().top > innerHeight / 2) answers.scrollIntoView(); // on a telephone, where it lies below
   await through(controller, panes);
@@ -65,7 +65,7 @@ async function measureOff() {
   if (!last) return;
   stop();
   const controller = new AbortController();
-  asking = controller;
+  activeRequest = controller;
   for (const pane of panes.slice(1)) pane.leave();
   panes = panes.slice(0, 1);
   byId("answers").focus({ preventScroll: true }); // the button is about to go
@@ -97,29 +97,29 @@ async function through(controller, waiting) {
       if (controller.signal.aborted) pane.stopped();
       else await answer(pane, controller);
     }
-    if (asking === controller) {
+    if (activeRequest === controller) {
       shareScale();
       compare({ over: true });
     }
   } finally {
-    if (asking === controller) {
-      asking = null;
+    if (activeRequest === controller) {
+      activeRequest = null;
       working(false);
     }
   }
 }
 
 async function answer(pane, controller) {
-  pane.state = "asked";
-  announce(`Asked, mode ${pane.name}.`);
+  pane.state = "sent";
+  announce(`Request sent, mode ${pane.name}.`);
   try {
     if (model === null) last.model = await whichModel();
     const body = { ...last, parse: { ...last.parse, mode: pane.mode } };
     if (several()) body.parse.speculation = pane.method || offer.speculation;
     if (pane.mode === "off") delete body.prediction; // nobody would look at it
-    for await (const happened of ask(body, { key: byId("key").value, signal: controller.signal })) {
+    for await (const event of ask(body, { key: byId("key").value, signal: controller.signal })) {
       if (controller.signal.aborted) break;
-      pane.take(happened);
+      pane.take(event);
     }
     if (controller.signal.aborted) pane.stopped();
     else finished(pane, body);
@@ -150,10 +150,10 @@ function troubled(pane, error) {
 }
 
 function stop() {
-  if (!asking) return;
-  asking.abort();
-  asking = null;
-  for (const pane of panes) if (["waiting", "asked", "writing"].includes(pane.state)) pane.stopped();
+  if (!activeRequest) return;
+  activeRequest.abort();
+  activeRequest = null;
+  for (const pane of panes) if (["waiting", "sent", "generating"].includes(pane.state)) pane.stopped();
   working(false);
   compare({ over: true });
   announce("Stopped.");
@@ -165,33 +165,33 @@ function working(is) {
   button.disabled = !is;
 }
 
-// What is seen of them together.
+// The comparison.
 
 function shareScale() {
   const totals = panes.map(({ report }) => report?.total_s ?? 0);
-  const most = Math.max(...totals);
-  for (const pane of panes) if (pane.report) pane.scaled(most);
+  const axisSeconds = Math.max(...totals);
+  for (const pane of panes) if (pane.report) pane.setScale(axisSeconds);
 }
 
 function compare({ over }) {
   const [a, b] = panes;
-  const line = byId("verdict");
+  const line = byId("comparison");
   line.hidden = !b;
   if (!b) return;
   if (!a.report || !b.report) {
-    const why = over ? "is not known: not both came to their end." : "is known when both are done; they are asked one after the other.";
+    const why = over ? "is unknown, because not both completed." : "is known when both are done. They run one after the other.";
     line.replaceChildren(element("b", {}, "–"), element("span", {}, `How ${a.name} compares with ${b.name} ${why}`));
     return;
   }
   const [fast, slow] = a.report.total_s <= b.report.total_s ? [a, b] : [b, a];
   const rate = ({ report }) => tokens(report) / Math.max(report.total_s, 1e-9);
-  const same = a.text === b.text ? "Both say the same, word for word." : "They say it in different words.";
+  const same = a.text === b.text ? "Both texts are identical." : "The texts differ.";
   line.replaceChildren(
     element("b", {}, times(slow.report.total_s / fast.report.total_s)),
     element(
       "span",
       {},
-      `${fast.name} is the faster: done in ${seconds(fast.report.total_s)}, ${slow.name} in ${seconds(slow.report.total_s)}. ` +
+      `${fast.name} is faster: done in ${seconds(fast.report.total_s)}, ${slow.name} in ${seconds(slow.report.total_s)}. ` +
         `In tokens per second: ${times(rate(fast) / rate(slow))}. ${same}`,
     ),
   );
@@ -204,14 +204,14 @@ function showSession() {
   byId("no-baseline").hidden = session.hasBaseline;
 }
 
-// Who answers.
+// The server.
 
 async function whichModel() {
-  const found = await models(byId("key").value);
-  model = found[0].id;
+  const cards = await models(byId("key").value);
+  model = cards[0].id;
   byId("model").textContent = model;
-  byId("model").title = `takes ${found[0].max_model_len} tokens of prompt and answer`;
-  offered(found[0].parse);
+  byId("model").title = `context length: ${cards[0].max_model_len} tokens`;
+  offered(cards[0].parse);
   return model;
 }
 
@@ -229,7 +229,7 @@ function offered(parse) {
   offeredMethods();
 }
 
-/** Where there is only one way to write, there is nothing to choose. */
+/** Shows the methods if there is a choice. */
 function offeredMethods() {
   byId("methods").hidden = !several();
   const methods = offer.methods ?? [];
@@ -279,7 +279,7 @@ function fill() {
   try {
     byId("key").value = sessionStorage.getItem(KEY) ?? "";
   } catch {
-    // Without a place to keep it, it is asked for again.
+    // Without storage the user enters it again.
   }
   if (/Mac|iPhone|iPad/.test(navigator.platform)) byId("ask-key").textContent = "⌘ ⏎";
 }
@@ -306,7 +306,7 @@ function keyboard(event) {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     start();
-  } else if (event.key === "Escape" && asking) {
+  } else if (event.key === "Escape" && activeRequest) {
     event.preventDefault();
     stop();
   }

@@ -1,16 +1,16 @@
-// One answer: its words as they come, and what is told of them at the end.
+// One answer: its text while it is generated, and the report at the end.
 
-import { curve, cutsTable, fitted, gantt, nothing, stagesTable } from "./charts.js";
+import { curve, prefixTable, fitted, gantt, nothing, stagesTable } from "./charts.js";
 import { byId, element, percent, seconds } from "./dom.js";
 import { drafts } from "./drafts.js";
 import { explained } from "./problems.js";
 import { tokens } from "./session.js";
-import { runs, said, Transcript } from "./transcript.js";
+import { answerText, runs, Transcript } from "./transcript.js";
 
 const STATES = {
-  waiting: "waits for the other",
-  asked: "asked",
-  writing: "writing",
+  waiting: "waiting for the other",
+  sent: "sent",
+  generating: "generating",
   done: "done",
   stopped: "stopped",
   failed: "failed",
@@ -25,8 +25,8 @@ export class Pane {
     this.pieces = [];
     this.verdicts = [];
     this.report = null;
-    this.judged = 0;
-    this.most = 0; // seconds of the stages' axis
+    this.shownVerdicts = 0;
+    this.axisSeconds = 0; // the length of the time axis
     this.root = byId("pane").content.firstElementChild.cloneNode(true);
     this.part = (selector) => this.root.querySelector(selector);
     const title = this.part("h3");
@@ -44,7 +44,7 @@ export class Pane {
 
   set state(state) {
     this.root.dataset.state = state;
-    this.root.setAttribute("aria-busy", String(state === "asked" || state === "writing"));
+    this.root.setAttribute("aria-busy", String(state === "sent" || state === "generating"));
     this.part(".state").textContent = STATES[state];
   }
 
@@ -53,15 +53,15 @@ export class Pane {
   }
 
   get text() {
-    return said(this.pieces);
+    return answerText(this.pieces);
   }
 
   take({ piece, verdict, report, finish }) {
-    if (this.state === "asked") this.state = "writing";
+    if (this.state === "sent") this.state = "generating";
     if (piece) this.pieces.push(piece);
     if (verdict) this.verdicts.push(verdict);
     if (report) this.ended(report, finish);
-    // Once for all that came since the screen was last drawn.
+    // One redraw per frame, however many events arrived.
     this.frame ??= requestAnimationFrame(() => this.show());
   }
 
@@ -70,36 +70,36 @@ export class Pane {
     this.frame = null;
     this.transcript.show(runs(this.pieces, this.verdicts));
     this.drafts = drafts(this.pieces, this.verdicts);
-    if (this.judged < this.verdicts.length) {
-      this.judged = this.verdicts.length;
+    if (this.shownVerdicts < this.verdicts.length) {
+      this.shownVerdicts = this.verdicts.length;
       this.curve.again();
-      this.told(".curve", cutsTable(this.drafts));
+      this.showTable(".curve", prefixTable(this.drafts));
     }
   }
 
-  told(chart, table) {
+  showTable(chart, table) {
     this.part(`${chart} .table`).replaceChildren(table);
     this.part(`${chart} .numbers`).hidden = false;
   }
 
   drawnCurve(width) {
     if (this.drafts?.length) return curve(this.drafts, this.thresholds, width);
-    if (this.mode === "off" || this.report?.mode === "off") return nothing("The target alone: there is nothing to judge.");
+    if (this.mode === "off" || this.report?.mode === "off") return nothing("The target alone: no draft is verified.");
     if (this.report?.mode === "exact" && this.report.drafted) {
-      return nothing("Nothing is asked in this mode: the draft’s tokens are held against the target’s own, one by one.");
+      return nothing("No prefix is verified in this mode. The draft is compared with the target’s own tokens, one by one.");
     }
-    return nothing(this.report || this.over ? "No draft was judged." : "Comes with the first verdict.");
+    return nothing(this.report || this.over ? "No draft was verified." : "Shown after the first verification.");
   }
 
   drawnStages(width) {
-    if (!this.report) return nothing(this.over ? "Is told at the end of an answer, and there was none." : "Comes with the end of the answer.");
+    if (!this.report) return nothing(this.over ? "There is no report, because the answer did not complete." : "Shown at the end of the answer.");
     const { stages, first_s: first, total_s: total } = this.report;
-    return gantt(stages, { first, total, most: Math.max(this.most, total) }, width);
+    return gantt(stages, { first, total, axisSeconds: Math.max(this.axisSeconds, total) }, width);
   }
 
-  /** Charts side by side have one scale. */
-  scaled(most) {
-    this.most = most;
+  /** Gives charts side by side the same scale. */
+  setScale(axisSeconds) {
+    this.axisSeconds = axisSeconds;
     this.stages.again();
   }
 
@@ -113,7 +113,7 @@ export class Pane {
     figure("share", report.drafted ? percent(report.accepted / report.drafted) : "no draft");
     this.part(".figures").replaceChildren(...figures(report, finish));
     this.part(".report").hidden = false;
-    this.told(".stages", stagesTable(report.stages));
+    this.showTable(".stages", stagesTable(report.stages));
     this.stages.again();
     this.curve.again();
   }
@@ -144,11 +144,11 @@ export class Pane {
     box.hidden = false;
   }
 
-  /** For those who hear the page: once, at the end. */
+  /** The text for screen readers at the end of the answer. */
   get summary() {
     const { drafted, accepted, written, total_s: total } = this.report;
-    const draft = drafted ? `${accepted} of ${drafted} drafted tokens accepted` : "no draft";
-    return `Mode ${this.name} is done after ${seconds(total)}: ${draft}, ${written} written by the target.`;
+    const draft = drafted ? `${accepted} of ${drafted} draft tokens accepted` : "no draft";
+    return `Mode ${this.name} is done after ${seconds(total)}: ${draft}, ${written} target tokens.`;
   }
 
   leave() {
@@ -159,40 +159,40 @@ export class Pane {
   }
 }
 
-/** A server that knows of no methods tells nothing of them. */
-function passed(speculation) {
+/** Rows about the token-level method, if one was used. */
+function methodRows(speculation) {
   if (!speculation) return [];
   const { method, passes, tokens_per_pass: each, proposed, accepted } = speculation;
   return [
-    ["speculation", method, "how the target wrote"],
-    ["passes", passes, "of the target, while it wrote"],
-    ["tokens_per_pass", each.toFixed(2), "that came of them"],
-    ["proposed", `${accepted} of ${proposed}`, "tokens, that were taken"],
+    ["speculation", "method", method, "token-level method of the target"],
+    ["passes", "passes", passes, "forward passes while the target generated"],
+    ["tokens_per_pass", "tokens per pass", each.toFixed(2), "generated or accepted"],
+    ["proposed", "proposed tokens", `${accepted} of ${proposed}`, "accepted"],
   ];
 }
 
 function figures(report, finish) {
   const rows = [
-    ["mode", report.mode, "what was done"],
-    ["drafted", report.drafted, "tokens"],
-    ["accepted", report.accepted, "of them"],
-    ["rejected", report.rejected, "of them"],
-    ["written", report.written, "by the target"],
-    ["rounds", report.rounds, "drafts judged"],
-    ["boundary", report.boundary ?? "none", "tokens kept of the first draft"],
-    ...passed(report.speculation),
-    ["cached", report.cached, "tokens of the prompt known before"],
-    ["retries", report.retries, "calls made again"],
-    ["fallback", report.fallback ?? "none", "why the target went alone"],
-    ["first_s", report.first_s.toFixed(4), "seconds to the first words"],
-    ["total_s", report.total_s.toFixed(4), "seconds in all"],
-    ["finish", finish, "why it ended"],
+    ["mode", "mode", report.mode, "that was used"],
+    ["drafted", "draft tokens", report.drafted, "written by the drafter"],
+    ["accepted", "accepted tokens", report.accepted, "of the draft"],
+    ["rejected", "rejected tokens", report.rejected, "of the draft"],
+    ["written", "target tokens", report.written, "generated by the target"],
+    ["rounds", "rounds", report.rounds, "drafts verified"],
+    ["boundary", "accepted prefix", report.boundary ?? "none", "tokens of the first draft"],
+    ...methodRows(report.speculation),
+    ["cached", "cached tokens", report.cached, "of the prompt"],
+    ["retries", "retries", report.retries, "repeated calls"],
+    ["fallback", "fallback", report.fallback ?? "none", "why there was no draft"],
+    ["first_s", "first token", report.first_s.toFixed(4), "seconds"],
+    ["total_s", "total", report.total_s.toFixed(4), "seconds"],
+    ["finish", "finish reason", finish, "why the answer ended"],
   ];
-  return rows.map(([name, value, meaning]) =>
+  return rows.map(([name, label, value, meaning]) =>
     element(
       "div",
       {},
-      element("dt", {}, name, element("small", {}, meaning)),
+      element("dt", {}, label, element("small", {}, meaning)),
       element("dd", { "data-report": name }, String(value)),
     ),
   );

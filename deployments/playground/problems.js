@@ -1,4 +1,4 @@
-// What went wrong, said so that one knows what to do about it.
+// Explains errors, and what to do about them.
 
 /** {title, advice}: the server's own message stands between them. */
 export function explained({ kind, status, code, param, retryAfter }) {
@@ -22,18 +22,18 @@ export function explained({ kind, status, code, param, retryAfter }) {
   }
   if (code === "no_keys") {
     return {
-      title: "This server answers its own machine only",
+      title: "This server only serves its own machine",
       advice: "It has no keys. Open this page on the server’s machine or through a tunnel to it, or have the operator set keys.",
     };
   }
   if (status === 401) {
-    return { title: "A key is needed", advice: "Enter one of the server’s keys under Key, then ask again." };
+    return { title: "A key is required", advice: "Enter one of the server’s keys under Key, then ask again." };
   }
   if (code === "context_length_exceeded") {
     return { title: "Too long for the model", advice: "Shorten the question, or ask for fewer tokens." };
   }
   if (status === 400 || status === 404) {
-    return { title: "The server does not take this", advice: param ? `Change ${param} and ask again.` : "Change it and ask again." };
+    return { title: "The server rejected the request", advice: param ? `Change ${param} and ask again.` : "Change it and ask again." };
   }
   if (status === 413) return { title: "The question is too long", advice: "Shorten the question or the draft." };
   if (status === 408 || status === 504) {

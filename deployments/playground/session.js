@@ -1,4 +1,4 @@
-// What was seen of each mode since the page was opened.
+// The statistics of each mode since the page was opened.
 
 import { percent, element, times } from "./dom.js";
 import { ratio, sparkline } from "./charts.js";
@@ -50,7 +50,7 @@ export class Session {
           "td",
           {},
           accepted === null
-            ? element("span", { class: "faint" }, "nothing was drafted")
+            ? element("span", { class: "faint" }, "no drafts")
             : element("span", { class: "with-chart" }, sparkline(shares), element("b", {}, percent(accepted))),
         ),
         element("td", { class: "number" }, speed.toFixed(0)),
@@ -58,7 +58,7 @@ export class Session {
           "td",
           { "data-figure": "speedup" },
           speedup === null
-            ? element("span", { class: "faint" }, "not known yet")
+            ? element("span", { class: "faint" }, "unknown")
             : element("span", { class: "with-chart" }, ratio(speedup, most, { baseline: name === "off" }), element("b", {}, times(speedup))),
         ),
       ),

@@ -1,53 +1,53 @@
-// An answer, marked by who wrote it, with what was rejected struck out where it would have stood.
+// An answer, marked by the origin of its text, with rejected text struck out where it would have been.
 
 import { element } from "./dom.js";
 
 /**
- * Pieces and verdicts, in any order, to [{kind, text}]: neighbours of one kind are one.
- * What a verdict rejected stands behind the `start` + `kept` tokens of the answer that stand before it.
+ * Merges text deltas and verifications, in any order, to [{kind, text}]; neighbours of the same kind are joined.
+ * Rejected text comes after the first `start` + `kept` tokens of the answer.
  */
 export function runs(pieces, verdicts) {
   const struck = verdicts
     .filter(({ rejected }) => rejected)
     .map(({ start, kept, rejected }) => ({ at: start + kept, text: rejected }))
     .sort((a, b) => a.at - b.at);
-  const found = [];
+  const runs = [];
   let tokens = 0;
   const add = (kind, text) => {
-    const last = found.at(-1);
+    const last = runs.at(-1);
     if (last?.kind === kind && kind !== "rejected") last.text += text;
-    else if (text) found.push({ kind, text });
+    else if (text) runs.push({ kind, text });
   };
   const strike = (upto) => {
     while (struck.length && struck[0].at <= upto) add("rejected", struck.shift().text);
   };
   for (const { text, origin, tokens: count } of pieces) {
-    if (count) strike(tokens); // a piece without tokens is text of those before it, held back until then
-    add(origin === "draft" ? "accepted" : "written", text);
+    if (count) strike(tokens); // a delta without tokens is text of earlier tokens that was held back
+    add(origin === "draft" ? "accepted" : "target", text);
     tokens += count;
   }
   strike(tokens);
-  return found;
+  return runs;
 }
 
-const NAMES = { accepted: "draft, accepted", written: "the target’s own", rejected: "draft, rejected" };
+const NAMES = { accepted: "draft tokens, accepted", target: "target tokens", rejected: "draft tokens, rejected" };
 
-/** Shows runs; what has not changed since the last time is left alone. */
+/** Shows runs, and leaves unchanged ones alone. */
 export class Transcript {
   constructor(root) {
     this.root = root;
     this.shown = [];
   }
 
-  show(found) {
-    for (const [place, run] of found.entries()) {
-      const old = this.shown[place];
+  show(runs) {
+    for (const [index, run] of runs.entries()) {
+      const old = this.shown[index];
       if (old?.run.kind !== run.kind) {
-        for (const { node } of this.shown.splice(place)) node.remove();
+        for (const { node } of this.shown.splice(index)) node.remove();
         const name = run.kind === "rejected" ? "del" : "span";
         const node = element(name, { class: `run ${run.kind}`, title: NAMES[run.kind] }, run.text);
-        // A draft that goes wrong at the end of a line is a paragraph of its own.
-        const before = found[place - 1];
+        // Text that is rejected at the start of a line gets a paragraph of its own.
+        const before = runs[index - 1];
         if (run.kind === "rejected" && (!before || before.text.endsWith("\n"))) node.classList.add("block");
         this.root.append(node);
         this.shown.push({ run: { ...run }, node });
@@ -55,9 +55,9 @@ export class Transcript {
         old.node.firstChild.data = old.run.text = run.text;
       }
     }
-    for (const { node } of this.shown.splice(found.length)) node.remove();
+    for (const { node } of this.shown.splice(runs.length)) node.remove();
   }
 }
 
-/** The answer alone. */
-export const said = (pieces) => pieces.map(({ text }) => text).join("");
+/** The text of the answer. */
+export const answerText = (pieces) => pieces.map(({ text }) => text).join("");

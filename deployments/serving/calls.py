@@ -1,4 +1,4 @@
-"""Calls over Ray Serve's handles: each stands alone, ends with its caller, and raises what was raised there."""
+"""Calls over Ray Serve's handles. A call is cancelled with its caller, and raises the replica's exception."""
 
 import asyncio
 import contextvars
@@ -24,9 +24,9 @@ SERVE_REQUEST_CONTEXT: contextvars.ContextVar[Any] = serve.context._serve_reques
 
 @dataclass(frozen=True)
 class CallContext:
-    """What a call is a part of."""
+    """The request and the trace that a call belongs to."""
 
-    request_id: str = ""  # for the log of the replica
+    request_id: str = ""  # appears in the log of the replica
     trace_context: Context | None = None
 
     def activate(self) -> None:
@@ -40,7 +40,7 @@ NO_REQUEST = CallContext()
 
 @contextmanager
 def trace_stage(name: StageName, session: Session) -> Iterator[CallContext]:
-    """A span in the trace of an answer. It is handed on by hand: what runs here changes from task to task."""
+    """Opens a span in the trace of an answer. It is passed explicitly, because stages run in different tasks."""
     span = tracer.start_span(name, session.trace_context)
     try:
         yield CallContext(session.request_id, trace.set_span_in_context(span, session.trace_context))
@@ -56,11 +56,11 @@ def call_replica(handle: DeploymentHandle, context: CallContext, *args: Any) -> 
 
 
 def run_in_fresh_context(context: CallContext, function: Callable[..., Any], *args: Any) -> Any:
-    """Outside of the request's context.
+    """Runs a function outside of the context of the current request.
 
-    There Ray Serve gives every call the request's own inner id, by which it finds the caller who waits for a replica:
-    of two who wait at once, one would wait for ever. It would also end calls with the request in whose context they
-    were made; ours are ended by whoever made them.
+    Inside, Ray Serve gives every call the internal id of the request and uses it to find the caller that waits for a
+    replica: if two calls of a request wait at the same time, one of them is never woken. Serve would also cancel the
+    calls with the request, but here their callers do that.
     """
     fresh = contextvars.Context()
     fresh.run(context.activate)
@@ -68,7 +68,7 @@ def run_in_fresh_context(context: CallContext, function: Callable[..., Any], *ar
 
 
 async def await_result(response: Any) -> Any:
-    """Of a call, which is cancelled with the caller."""
+    """Returns the result of a call, and cancels the call if the caller is cancelled."""
     try:
         return await _unwrap_errors(response)
     except BaseException:
@@ -77,7 +77,7 @@ async def await_result(response: Any) -> Any:
 
 
 async def stream_items(responses: Any) -> AsyncGenerator[TokenDelta]:
-    """Of a stream, which is cancelled with its reader."""
+    """Yields the items of a stream, and cancels it when the reader stops."""
     try:
         with suppress(StopAsyncIteration):
             while True:
@@ -87,13 +87,13 @@ async def stream_items(responses: Any) -> AsyncGenerator[TokenDelta]:
 
 
 async def _unwrap_errors(call: Awaitable[Any]) -> Any:
-    """Errors of the replica as they were raised there."""
+    """Raises the exceptions of a replica as they were raised there."""
     try:
         return await call
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except asyncio.CancelledError:
         task = asyncio.current_task()
-        if task is not None and not task.cancelling():  # by Ray, not by our caller
+        if task is not None and not task.cancelling():  # cancelled by Ray, not by the caller
             raise TaskCancelledError from None
         raise

@@ -1,4 +1,4 @@
-"""Whether drafters and verifiers answer, and how long they were at work."""
+"""Circuit breakers: whether drafters and verifiers respond, so that requests do not wait for those that do not."""
 
 import asyncio
 import logging
@@ -14,11 +14,11 @@ from parse.errors import DraftUnavailable
 logger = logging.getLogger(__name__)
 
 HEALTH_CHECK_INTERVAL_S = 1.0
-HEALTH_CHECK_TIMEOUT_S = 5.0  # with a replica that is asked whether it is alive
+HEALTH_CHECK_TIMEOUT_S = 5.0
 
 
 class CircuitBreaker:
-    """Whether a deployment answers: it is asked every second, so that no request has to find out by waiting."""
+    """Checks every second whether a deployment responds, so that no request finds out by waiting."""
 
     def __init__(self, name: ServicePart, handle: DeploymentHandle, busy_time: BusyTime) -> None:
         self.failure: str | None = None
@@ -30,7 +30,7 @@ class CircuitBreaker:
 
     @asynccontextmanager
     async def fail_fast(self) -> AsyncIterator[None]:
-        """Raises NoDraft as soon as it does not."""
+        """Runs calls of the block, and raises DraftUnavailable as soon as the deployment does not respond."""
         if self.failure:
             raise DraftUnavailable("silent", f"the {self._name} {self.failure}")
         try:
@@ -47,17 +47,17 @@ class CircuitBreaker:
             raise DraftUnavailable("silent", f"the {self._name} {self.failure}") from None
 
     def track_busy_time(self) -> AbstractContextManager[None]:
-        """For a request of ours."""
+        """Counts the time in the block as busy time of the deployment."""
         return self._busy_time.track(self._name)
 
     def record_success(self) -> None:
-        """It answered somebody. Where it has so much to do that our question waits in line, that says enough."""
+        """Notes that a call succeeded, which is enough if a busy deployment delays the health check."""
         self._last_success_at = asyncio.get_running_loop().time()
 
     def record_failure(self, failure: str) -> None:
-        """Until it answers again."""
+        """Opens the circuit until the next successful health check."""
         if self.failure is None:
-            logger.warning("the %s has trouble: %s", self._name, failure)
+            logger.warning("the %s is unavailable: %s", self._name, failure)
         self.failure = failure
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class CircuitBreaker:
                 self._open(f"fails: {error}")
             else:
                 if self.failure is not None:
-                    logger.info("the %s answers again", self._name)
+                    logger.info("the %s responds again", self._name)
                 self.failure = None
             await asyncio.sleep(HEALTH_CHECK_INTERVAL_S)
 

@@ -1,4 +1,4 @@
-"""How much of the time drafters and verifiers work side by side."""
+"""For how long drafters and verifiers work at the same time."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ ServicePart = Literal["drafter", "verifier"]
 
 
 class BusyTime:
-    """For how long one router had something drafted, something judged or written, and both at once."""
+    """The time during which drafters, verifiers, and both worked for one router."""
 
     def __init__(self) -> None:
         self.drafter_s = self.verifier_s = self.both_s = 0.0
@@ -27,7 +27,7 @@ class BusyTime:
             self._active_calls[part] -= 1
 
     def update(self) -> None:
-        """Brings the times up to now."""
+        """Adds the time since the last update."""
         now = time.perf_counter()
         elapsed, self._updated_at = now - self._updated_at, now
         drafting, verifying = self._active_calls["drafter"] > 0, self._active_calls["verifier"] > 0

@@ -1,4 +1,4 @@
-"""A model in a replica of its own: on the devices it was given, warmed up, and watched."""
+"""The base of the replicas that run a model: device assignment, warm-up, health and metrics."""
 
 import asyncio
 import os
@@ -17,22 +17,22 @@ from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.types import SamplingParams
 
-MAX_STEP_DURATION_S = 30.0  # a step takes no longer than that
+MAX_STEP_DURATION_S = 30.0  # an engine that needs longer for a step counts as hung
 
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """What a replica serves, and on what."""
+    """The model of a replica and its device."""
 
     model: str
     device: str
-    visible_gpus: str  # as CUDA_VISIBLE_DEVICES says it
+    visible_gpus: str  # CUDA_VISIBLE_DEVICES
     max_model_len: int
     pid: int
 
 
 class ModelReplica:
-    """What drafters and verifiers have in common."""
+    """A replica with an engine. Drafters and verifiers are such replicas."""
 
     def __init__(self, settings: EngineSettings) -> None:
         logs.attach_to_serve_logger()
@@ -43,7 +43,7 @@ class ModelReplica:
         self._export_task: asyncio.Task[None] | None = None
 
     async def warm_up(self) -> None:
-        """What is done only once, before anybody waits for it: kernels compiled, memory touched."""
+        """Runs every kind of request once, so that kernels are compiled and memory is allocated before clients wait."""
         num_tokens = min(64, self.engine.max_model_len // 4)
         prompt = [token % self.engine.model.vocab_size for token in range(num_tokens)]
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
@@ -65,19 +65,19 @@ class ModelReplica:
         self._export_task = asyncio.create_task(self._export_metrics_loop())
 
     def check_health(self) -> None:
-        """Raises where only a new replica helps; Ray Serve asks, and replaces this one."""
+        """Raises if the engine cannot recover. Ray Serve calls this and then replaces the replica."""
         if not self.engine.core.alive:
             raise RuntimeError("the engine has died")
-        load, now = self.engine.stats, time.monotonic()
-        if load.num_steps != self._last_step_count or not load.num_running:
-            self._last_step_count, self._last_progress_at = load.num_steps, now
+        stats, now = self.engine.stats, time.monotonic()
+        if stats.num_steps != self._last_step_count or not stats.num_running:
+            self._last_step_count, self._last_progress_at = stats.num_steps, now
         elif now - self._last_progress_at > MAX_STEP_DURATION_S:
             raise RuntimeError(f"the engine has made no step for {MAX_STEP_DURATION_S:g} s")
 
     async def alive(self) -> None:
         self.check_health()
 
-    async def load(self) -> EngineStats:
+    async def stats(self) -> EngineStats:
         return self.engine.stats
 
     async def collect_metrics(self) -> ReplicaMetrics:
@@ -91,19 +91,19 @@ class ModelReplica:
             await asyncio.sleep(EXPORT_INTERVAL_S)
 
     def _update_metrics(self) -> None:
-        load, recorder = self.engine.stats, self._recorder
-        recorder.set(metrics.ENGINE_REQUESTS_RUNNING, load.num_running)
-        recorder.set(metrics.ENGINE_REQUESTS_WAITING, load.num_waiting)
-        recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, load.blocks_used - load.blocks_cached, state="used")
-        recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, load.blocks_cached, state="idle")
-        recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, load.blocks_total - load.blocks_used, state="free")
-        recorder.update_total(metrics.ENGINE_STEPS, load.num_steps)
-        recorder.update_total(metrics.ENGINE_STEP_REQUESTS, load.num_step_requests)
-        recorder.update_total(metrics.ENGINE_TOKENS, load.num_tokens)
-        recorder.update_total(metrics.ENGINE_BUSY_SECONDS, load.busy_s)
-        recorder.update_total(metrics.ENGINE_PREFIX_CACHE_QUERIES, load.prefix_queries)
-        recorder.update_total(metrics.ENGINE_PREFIX_CACHE_HITS, load.prefix_hits)
-        recorder.update_total(metrics.ENGINE_EVICTIONS, load.evictions)
+        stats, recorder = self.engine.stats, self._recorder
+        recorder.set(metrics.ENGINE_REQUESTS_RUNNING, stats.num_running)
+        recorder.set(metrics.ENGINE_REQUESTS_WAITING, stats.num_waiting)
+        recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, stats.blocks_used - stats.blocks_cached, state="used")
+        recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, stats.blocks_cached, state="idle")
+        recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, stats.blocks_total - stats.blocks_used, state="free")
+        recorder.update_total(metrics.ENGINE_STEPS, stats.num_steps)
+        recorder.update_total(metrics.ENGINE_STEP_REQUESTS, stats.num_step_requests)
+        recorder.update_total(metrics.ENGINE_TOKENS, stats.num_tokens)
+        recorder.update_total(metrics.ENGINE_BUSY_SECONDS, stats.busy_s)
+        recorder.update_total(metrics.ENGINE_PREFIX_CACHE_QUERIES, stats.prefix_queries)
+        recorder.update_total(metrics.ENGINE_PREFIX_CACHE_HITS, stats.prefix_hits)
+        recorder.update_total(metrics.ENGINE_EVICTIONS, stats.evictions)
 
     async def describe(self) -> ReplicaInfo:
         model = self.engine.model
@@ -112,6 +112,6 @@ class ModelReplica:
 
 
 def hide_unassigned_gpus() -> None:
-    """A replica that asked for no GPU would see them all."""
+    """Hides the GPUs from a replica that has none: Ray would leave all of them visible to it."""
     if not (ray.is_initialized() and ray.get_gpu_ids()):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

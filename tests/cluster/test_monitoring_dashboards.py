@@ -143,7 +143,7 @@ def test_a_name_has_one_colour_on_all_of_them():
 
 def test_their_colours_are_those_of_the_playground():
     style = (PROJECT_ROOT / "deployments" / "playground" / "playground.css").read_text()
-    for name, colour in (("accepted", "#2fb89d"), ("written", "#9c82f5"), ("rejected", "#e0675e")):
+    for name, colour in (("accepted", "#2fb89d"), ("target", "#9c82f5"), ("rejected", "#e0675e")):
         assert re.search(rf"--{name}-line: light-dark\(#\w+, {colour}\)", style), name
 
 

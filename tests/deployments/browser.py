@@ -102,7 +102,7 @@ class Playground:
         return self.until(
             lambda: (
                 (states := self.run("return [...document.querySelectorAll('.pane')].map(p => p.dataset.state)"))
-                and not {"waiting", "asked", "writing"} & set(states)
+                and not {"waiting", "sent", "generating"} & set(states)
                 and states
             ),
             "the answers end",
@@ -111,7 +111,7 @@ class Playground:
     def runs(self, pane: int = 0) -> list[tuple[str, str]]:
         """Kind and text."""
         script = """return [...document.querySelectorAll('.pane')[arguments[0]]?.querySelectorAll('.run') ?? []]
-            .map(r => [['accepted', 'written', 'rejected'].find(k => r.classList.contains(k)), r.textContent])"""
+            .map(r => [['accepted', 'target', 'rejected'].find(k => r.classList.contains(k)), r.textContent])"""
         return [(kind, text) for kind, text in self.run(script, pane)]
 
     def report(self, name: str, pane: int = 0) -> str:
@@ -169,11 +169,11 @@ def main() -> None:
     from deployments.api.routes import create_app
     from deployments.config import ApiSettings
     from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
-    from tests.deployments.conftest import MODEL, WAYS, settings
+    from tests.deployments.conftest import MODEL, SPECULATIVE_CONFIGS, settings
     from tests.deployments.live import LocalBackend, served
 
     with (
-        LocalPair(settings(DEMO_TARGET, *WAYS), settings(DEMO_DRAFT)) as pair,
+        LocalPair(settings(DEMO_TARGET, *SPECULATIVE_CONFIGS), settings(DEMO_DRAFT)) as pair,
         served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address,
     ):
         pictures(args.folder, address)

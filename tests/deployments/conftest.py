@@ -15,21 +15,21 @@ from tests.deployments.live import LocalBackend, served
 MODEL = "demo-target"
 
 
-WAYS = (
+SPECULATIVE_CONFIGS = (
     SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel")),
     SpeculativeConfig(method="ngram"),
 )
 
 
-def settings(path: str, *ways: SpeculativeConfig) -> EngineSettings:
+def settings(path: str, *configs: SpeculativeConfig) -> EngineSettings:
     return EngineSettings(
-        model=path, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=512 * 2**20, speculative_configs=ways
+        model=path, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=512 * 2**20, speculative_configs=configs
     )
 
 
 @pytest.fixture(scope="session")
 def pair() -> Iterator[LocalPair]:
-    with LocalPair(settings(DEMO_TARGET, *WAYS), settings(DEMO_DRAFT)) as pair:
+    with LocalPair(settings(DEMO_TARGET, *SPECULATIVE_CONFIGS), settings(DEMO_DRAFT)) as pair:
         yield pair
 
 

@@ -26,50 +26,52 @@ OPEN: Any = [{"role": "user", "content": "Hello."}]  # the pair has much to say 
 REPEATABLE = ["off", "full", "progressive", "exact"]  # the others weigh what drafts cost at the time
 
 
-def turns(place: int = 0) -> Any:
-    return [{"role": "user", "content": PROBLEMS[place].question}]
+def question_messages(index: int = 0) -> Any:
+    return [{"role": "user", "content": PROBLEMS[index].question}]
 
 
-def chat(client: OpenAI, messages: Any = None, mode: str = "off", trace: bool = False, **asked: Any) -> ChatCompletion:
-    asked = {"temperature": 0} | asked
+def chat(client: OpenAI, messages: Any = None, mode: str = "off", trace: bool = False, **params: Any) -> ChatCompletion:
+    params = {"temperature": 0} | params
     body = {"parse": {"mode": mode, "trace": trace}}
-    return client.chat.completions.create(model=MODEL, messages=messages or turns(), extra_body=body, **asked)
+    return client.chat.completions.create(
+        model=MODEL, messages=messages or question_messages(), extra_body=body, **params
+    )
 
 
 def chunks(
-    client: OpenAI, messages: Any = None, mode: str = "off", trace: bool = False, **asked: Any
+    client: OpenAI, messages: Any = None, mode: str = "off", trace: bool = False, **params: Any
 ) -> list[ChatCompletionChunk]:
-    asked = {"temperature": 0} | asked
+    params = {"temperature": 0} | params
     body = {"parse": {"mode": mode, "trace": trace}}
     stream = client.chat.completions.create(
-        model=MODEL, messages=messages or turns(), extra_body=body, stream=True, **asked
+        model=MODEL, messages=messages or question_messages(), extra_body=body, stream=True, **params
     )
     return list(stream)
 
 
-def complete(client: OpenAI, prompt: Any, **asked: Any) -> Completion:
-    return client.completions.create(model=MODEL, prompt=prompt, **({"temperature": 0} | asked))
+def complete(client: OpenAI, prompt: Any, **params: Any) -> Completion:
+    return client.completions.create(model=MODEL, prompt=prompt, **({"temperature": 0} | params))
 
 
 def text_of(answer: ChatCompletion, choice: int = 0) -> str:
     return answer.choices[choice].message.content or ""
 
 
-def joined(received: Iterable[ChatCompletionChunk], index: int = 0) -> str:
-    return "".join(choice.delta.content or "" for c in received for choice in c.choices if choice.index == index)
+def joined_text(chunk_list: Iterable[ChatCompletionChunk], index: int = 0) -> str:
+    return "".join(choice.delta.content or "" for c in chunk_list for choice in c.choices if choice.index == index)
 
 
-def extra(answer: Any) -> Any:
+def parse_extension(answer: Any) -> Any:
     assert answer.model_extra is not None
     return answer.model_extra["parse"]
 
 
 def report(answer: Any) -> ParseReport:
-    return ParseReport.model_validate(extra(answer))
+    return ParseReport.model_validate(parse_extension(answer))
 
 
-def last_report(received: list[ChatCompletionChunk]) -> ParseReport:
-    (ending,) = [chunk for chunk in received if chunk.choices and chunk.choices[0].finish_reason]
+def last_report(chunk_list: list[ChatCompletionChunk]) -> ParseReport:
+    (ending,) = [chunk for chunk in chunk_list if chunk.choices and chunk.choices[0].finish_reason]
     return report(ending)
 
 
@@ -79,9 +81,9 @@ def peer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def begun(pair: LocalPair) -> list[list[int]]:
+def prompts(pair: LocalPair) -> list[list[int]]:
     """Texts that are gone on from at length."""
-    return [chat_prompt_token_ids(pair.tokenizer, turns(place)) for place in range(2)]
+    return [chat_prompt_token_ids(pair.tokenizer, question_messages(index)) for index in range(2)]
 
 
 def logits_of(peer: Any, ids: list[int]) -> torch.Tensor:
@@ -92,11 +94,11 @@ def logits_of(peer: Any, ids: list[int]) -> torch.Tensor:
 
 @cache
 def _generated(peer: Any, *prompt: int) -> list[int]:
-    whole: list[int] = peer.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=240)[0].tolist()
-    return whole[len(prompt) :]
+    complete_answer: list[int] = peer.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=240)[0].tolist()
+    return complete_answer[len(prompt) :]
 
 
-def written(peer: Any, pair: LocalPair, messages: Any) -> list[int]:
+def target_token_ids(peer: Any, pair: LocalPair, messages: Any) -> list[int]:
     """What the target writes by itself, its end token left out."""
     *ids, end = _generated(peer, *chat_prompt_token_ids(pair.tokenizer, messages))
     assert end == pair.tokenizer.eos_token_id
@@ -107,13 +109,13 @@ def written(peer: Any, pair: LocalPair, messages: Any) -> list[int]:
 
 
 def test_a_greedy_answer_is_what_the_library_writes(client, pair, peer):
-    for place in range(2):
-        answer = chat(client, turns(place))
-        ids = written(peer, pair, turns(place))
+    for index in range(2):
+        answer = chat(client, question_messages(index))
+        ids = target_token_ids(peer, pair, question_messages(index))
         assert text_of(answer) == pair.tokenizer.decode(ids)
         assert answer.choices[0].finish_reason == "stop"
         assert answer.usage is not None
-        assert answer.usage.prompt_tokens == len(chat_prompt_token_ids(pair.tokenizer, turns(place)))
+        assert answer.usage.prompt_tokens == len(chat_prompt_token_ids(pair.tokenizer, question_messages(index)))
         assert answer.usage.completion_tokens == len(ids)
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(ids)
 
@@ -131,15 +133,15 @@ def test_an_answer_is_addressed_as_the_api_does(client):
     "sampling", [{}, {"temperature": 1.0, "seed": 5, "max_tokens": 40}, {"stop": ["Third", "move"]}]
 )
 def test_a_stream_is_the_answer_in_parts(client, mode, sampling):
-    whole = chat(client, mode=mode, **sampling)
-    received = chunks(client, mode=mode, **sampling)
-    assert joined(received) == text_of(whole) and text_of(whole)
-    assert received[0].choices[0].delta.role == "assistant"
-    assert all(chunk.object == "chat.completion.chunk" and chunk.model == MODEL for chunk in received)
-    assert len({chunk.id for chunk in received}) == 1
-    finishes = [choice.finish_reason for chunk in received for choice in chunk.choices]
-    assert finishes[-1] == whole.choices[0].finish_reason and set(finishes[:-1]) == {None}
-    assert all(chunk.usage is None for chunk in received)
+    complete_answer = chat(client, mode=mode, **sampling)
+    chunk_list = chunks(client, mode=mode, **sampling)
+    assert joined_text(chunk_list) == text_of(complete_answer) and text_of(complete_answer)
+    assert chunk_list[0].choices[0].delta.role == "assistant"
+    assert all(chunk.object == "chat.completion.chunk" and chunk.model == MODEL for chunk in chunk_list)
+    assert len({chunk.id for chunk in chunk_list}) == 1
+    finishes = [choice.finish_reason for chunk in chunk_list for choice in chunk.choices]
+    assert finishes[-1] == complete_answer.choices[0].finish_reason and set(finishes[:-1]) == {None}
+    assert all(chunk.usage is None for chunk in chunk_list)
 
 
 def test_the_first_words_come_before_the_last_are_written(client):
@@ -147,32 +149,32 @@ def test_the_first_words_come_before_the_last_are_written(client):
 
 
 def test_usage_comes_at_a_streams_end_where_it_is_asked_for(client):
-    whole = chat(client)
-    *received, totals = chunks(client, stream_options={"include_usage": True})
-    assert totals.choices == [] and totals.usage is not None and whole.usage is not None
-    assert totals.usage.completion_tokens == whole.usage.completion_tokens
-    assert totals.usage.prompt_tokens == whole.usage.prompt_tokens
-    assert all(chunk.choices and chunk.usage is None for chunk in received)
+    complete_answer = chat(client)
+    *chunk_list, totals = chunks(client, stream_options={"include_usage": True})
+    assert totals.choices == [] and totals.usage is not None and complete_answer.usage is not None
+    assert totals.usage.completion_tokens == complete_answer.usage.completion_tokens
+    assert totals.usage.prompt_tokens == complete_answer.usage.prompt_tokens
+    assert all(chunk.choices and chunk.usage is None for chunk in chunk_list)
 
 
 @pytest.mark.parametrize("mode", ["off", "full", "exact"])
 def test_the_same_seed_gives_the_same_answer_and_choices_have_seeds_of_their_own(client, mode):
-    asked: Any = {"messages": OPEN, "mode": mode, "temperature": 1.5, "max_tokens": 16}
-    both = chat(client, n=2, seed=41, **asked)
-    one, other = chat(client, seed=41, **asked), chat(client, seed=42, **asked)
+    params: Any = {"messages": OPEN, "mode": mode, "temperature": 1.5, "max_tokens": 16}
+    both = chat(client, n=2, seed=41, **params)
+    one, other = chat(client, seed=41, **params), chat(client, seed=42, **params)
     assert [choice.index for choice in both.choices] == [0, 1]
     assert [text_of(both, 0), text_of(both, 1)] == [text_of(one), text_of(other)]
     assert text_of(one) != text_of(other)
     assert both.usage is not None and one.usage is not None and other.usage is not None
     assert both.usage.prompt_tokens == one.usage.prompt_tokens
     assert both.usage.completion_tokens == one.usage.completion_tokens + other.usage.completion_tokens
-    received = chunks(client, n=2, seed=41, **asked)
-    assert [joined(received, 0), joined(received, 1)] == [text_of(one), text_of(other)]
+    chunk_list = chunks(client, n=2, seed=41, **params)
+    assert [joined_text(chunk_list, 0), joined_text(chunk_list, 1)] == [text_of(one), text_of(other)]
 
 
 def test_without_a_seed_answers_differ(client):
-    asked: Any = {"messages": OPEN, "temperature": 2.0, "max_tokens": 24}
-    answers = [text_of(chat(client, n=2, **asked), choice) for _ in range(2) for choice in range(2)]
+    params: Any = {"messages": OPEN, "temperature": 2.0, "max_tokens": 24}
+    answers = [text_of(chat(client, n=2, **params), choice) for _ in range(2) for choice in range(2)]
     assert len(set(answers)) == 4
 
 
@@ -186,14 +188,14 @@ def test_log_probabilities_are_the_targets_own(client, pair, peer, mode):
     assert b"".join(bytes(entry.bytes or []) for entry in entries).decode() == text_of(answer)
     names = {pair.tokenizer.decode([token]): token for token in range(len(pair.tokenizer))}
     ids = [names[entry.token] for entry in entries]
-    prompt = chat_prompt_token_ids(pair.tokenizer, turns())
-    wanted = logits_of(peer, [*prompt, *ids])[len(prompt) - 1 : -1].log_softmax(-1)
-    for row, token, entry in zip(wanted, ids, entries, strict=True):
+    prompt = chat_prompt_token_ids(pair.tokenizer, question_messages())
+    expected = logits_of(peer, [*prompt, *ids])[len(prompt) - 1 : -1].log_softmax(-1)
+    for row, token, entry in zip(expected, ids, entries, strict=True):
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-3)
         assert [top.logprob for top in entry.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
     streamed = chunks(client, mode=mode, logprobs=True, top_logprobs=3, max_tokens=40)
     parts = [choice.logprobs.content or [] for c in streamed for choice in c.choices if choice.logprobs is not None]
-    assert [entry.token for part in parts for entry in part] == [entry.token for entry in entries]
+    assert [entry.token for delta in parts for entry in delta] == [entry.token for entry in entries]
 
 
 def test_log_probabilities_alone_name_no_others(client):
@@ -204,22 +206,25 @@ def test_log_probabilities_alone_name_no_others(client):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_answer_ends_before_a_stop_string(client, pair, peer, mode):
-    whole = pair.tokenizer.decode(written(peer, pair, turns()))
-    for stop in (whole[20:24], [whole[-5:], "no such thing"], whole[:3]):
+    complete_answer = pair.tokenizer.decode(target_token_ids(peer, pair, question_messages()))
+    for stop in (complete_answer[20:24], [complete_answer[-5:], "no such thing"], complete_answer[:3]):
         answer = chat(client, mode=mode, stop=stop)
         strings = [stop] if isinstance(stop, str) else stop
         assert not any(string in text_of(answer) for string in strings)
         assert answer.choices[0].finish_reason == "stop"
         if mode in ("off", "exact"):
-            assert text_of(answer) == whole[: min(whole.find(s) for s in strings if s in whole)]
+            assert (
+                text_of(answer)
+                == complete_answer[: min(complete_answer.find(s) for s in strings if s in complete_answer)]
+            )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_an_answer_ends_at_its_limit(client, mode, name):
     for limit in (1, 7, 16):
-        asked: Any = {name: limit}
-        answer = chat(client, mode=mode, **asked)
+        params: Any = {name: limit}
+        answer = chat(client, mode=mode, **params)
         assert answer.usage is not None and answer.usage.completion_tokens == limit
         assert answer.choices[0].finish_reason == "length"
 
@@ -246,9 +251,9 @@ def test_what_is_said_in_parts_or_by_a_developer_is_the_same_to_the_model(client
 
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact", "auto"])
 def test_a_right_prediction_is_taken_whole(client, pair, peer, mode):
-    own = written(peer, pair, turns())
+    own = target_token_ids(peer, pair, question_messages())
     text = pair.tokenizer.decode(own)
-    for content in (text, [{"type": "text", "text": part} for part in (text[:30], text[30:])]):
+    for content in (text, [{"type": "text", "text": delta} for delta in (text[:30], text[30:])]):
         answer = chat(client, mode=mode, prediction={"type": "content", "content": content})
         assert text_of(answer) == text
         assert answer.usage is not None and answer.usage.completion_tokens_details is not None
@@ -261,7 +266,7 @@ def test_a_right_prediction_is_taken_whole(client, pair, peer, mode):
 def test_a_wrong_prediction_is_rejected(client, pair, peer, mode):
     wrong = "So nobody has anything now. The answer is 3."
     answer = chat(client, mode=mode, prediction={"type": "content", "content": wrong})
-    assert text_of(answer) == pair.tokenizer.decode(written(peer, pair, turns()))
+    assert text_of(answer) == pair.tokenizer.decode(target_token_ids(peer, pair, question_messages()))
     assert answer.usage is not None and answer.usage.completion_tokens_details is not None
     details = answer.usage.completion_tokens_details
     assert details.rejected_prediction_tokens is not None and details.accepted_prediction_tokens is not None
@@ -301,8 +306,8 @@ def test_penalties_are_as_the_api_defines_them(client, pair, peer, presence, fre
 # Completions.
 
 
-def test_a_prompt_may_be_text_or_tokens_one_or_several(client, pair, begun):
-    texts, ids = [pair.tokenizer.decode(tokens) for tokens in begun], begun
+def test_a_prompt_may_be_text_or_tokens_one_or_several(client, pair, prompts):
+    texts, ids = [pair.tokenizer.decode(tokens) for tokens in prompts], prompts
     alone = [complete(client, text, max_tokens=6) for text in texts]
     assert [answer.choices[0].text for answer in alone] == [
         complete(client, tokens, max_tokens=6).choices[0].text for tokens in ids
@@ -315,10 +320,10 @@ def test_a_prompt_may_be_text_or_tokens_one_or_several(client, pair, begun):
         assert answer.usage.completion_tokens == 12
 
 
-def test_text_is_gone_on_from_as_the_library_does(client, pair, peer, begun):
-    wanted = peer.generate(torch.tensor([begun[0]]), do_sample=False, max_new_tokens=16)[0, len(begun[0]) :]
-    answer = complete(client, pair.tokenizer.decode(begun[0]))
-    assert answer.choices[0].text == pair.tokenizer.decode(wanted)  # 16 tokens are the API's default
+def test_text_is_gone_on_from_as_the_library_does(client, pair, peer, prompts):
+    expected = peer.generate(torch.tensor([prompts[0]]), do_sample=False, max_new_tokens=16)[0, len(prompts[0]) :]
+    answer = complete(client, pair.tokenizer.decode(prompts[0]))
+    assert answer.choices[0].text == pair.tokenizer.decode(expected)  # 16 tokens are the API's default
     assert answer.object == "text_completion" and answer.choices[0].finish_reason == "length"
     assert report(answer).mode == "off"
 
@@ -327,46 +332,50 @@ def test_choices_of_several_prompts_stand_in_order_with_seeds_of_their_own(clien
     prompts = [
         chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": text}]) for text in ("Hello.", "What?")
     ]
-    asked: Any = {"temperature": 2.0, "max_tokens": 24}
-    answer = complete(client, prompts, n=2, seed=8, **asked)
-    wanted = [complete(client, prompt, seed=seed, **asked).choices[0].text for prompt in prompts for seed in (8, 9)]
-    assert [choice.text for choice in answer.choices] == wanted and len(set(wanted)) == 4
-    assert len(extra(answer)) == 4
+    params: Any = {"temperature": 2.0, "max_tokens": 24}
+    answer = complete(client, prompts, n=2, seed=8, **params)
+    expected = [complete(client, prompt, seed=seed, **params).choices[0].text for prompt in prompts for seed in (8, 9)]
+    assert [choice.text for choice in answer.choices] == expected and len(set(expected)) == 4
+    assert len(parse_extension(answer)) == 4
 
 
-def test_a_completions_log_probabilities_stand_beside_its_text(client, pair, peer, begun):
-    ids = begun[0]
+def test_a_completions_log_probabilities_stand_beside_its_text(client, pair, peer, prompts):
+    ids = prompts[0]
     (choice,) = complete(client, ids, max_tokens=8, logprobs=2).choices
-    found = choice.logprobs
-    assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
-    assert "".join(found.tokens) == choice.text
-    assert [choice.text[o : o + len(t)] for o, t in zip(found.text_offset, found.tokens, strict=True)] == found.tokens
+    tokens = choice.logprobs
+    assert tokens is not None and tokens.tokens and tokens.token_logprobs and tokens.top_logprobs and tokens.text_offset
+    assert "".join(tokens.tokens) == choice.text
+    assert [
+        choice.text[o : o + len(t)] for o, t in zip(tokens.text_offset, tokens.tokens, strict=True)
+    ] == tokens.tokens
     names = {pair.tokenizer.decode([token]): token for token in range(len(pair.tokenizer))}
-    said = [names[token] for token in found.tokens]
-    rows = logits_of(peer, [*ids, *said])[len(ids) - 1 : -1].log_softmax(-1)
-    wanted = [float(row[token]) for row, token in zip(rows, said, strict=True)]
-    assert found.token_logprobs == pytest.approx(wanted, abs=1e-3)
-    for row, top in zip(rows, found.top_logprobs, strict=True):
+    text = [names[token] for token in tokens.tokens]
+    rows = logits_of(peer, [*ids, *text])[len(ids) - 1 : -1].log_softmax(-1)
+    expected = [float(row[token]) for row, token in zip(rows, text, strict=True)]
+    assert tokens.token_logprobs == pytest.approx(expected, abs=1e-3)
+    for row, top in zip(rows, tokens.top_logprobs, strict=True):
         assert sorted(top.values(), reverse=True) == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
 
 
-def test_a_completion_is_streamed_too(client, begun):
-    asked: Any = {"model": MODEL, "prompt": begun[0], "max_tokens": 12, "logprobs": 1, "temperature": 0}
-    (whole,) = client.completions.create(**asked).choices
-    stream = client.completions.create(stream=True, stream_options={"include_usage": True}, **asked)
-    *received, totals = list(stream)
-    parts = [chunk.choices[0] for chunk in received]
-    assert "".join(part.text for part in parts) == whole.text
-    assert parts[-1].finish_reason == whole.finish_reason and {part.finish_reason for part in parts[:-1]} == {None}
+def test_a_completion_is_streamed_too(client, prompts):
+    params: Any = {"model": MODEL, "prompt": prompts[0], "max_tokens": 12, "logprobs": 1, "temperature": 0}
+    (complete_answer,) = client.completions.create(**params).choices
+    stream = client.completions.create(stream=True, stream_options={"include_usage": True}, **params)
+    *chunk_list, totals = list(stream)
+    parts = [chunk.choices[0] for chunk in chunk_list]
+    assert "".join(delta.text for delta in parts) == complete_answer.text
+    assert parts[-1].finish_reason == complete_answer.finish_reason and {
+        delta.finish_reason for delta in parts[:-1]
+    } == {None}
     assert totals.usage is not None and totals.usage.completion_tokens == 12 and totals.choices == []
-    assert whole.logprobs is not None
+    assert complete_answer.logprobs is not None
     for name in ("tokens", "text_offset"):
-        streamed = [value for part in parts if part.logprobs for value in getattr(part.logprobs, name)]
-        assert streamed == getattr(whole.logprobs, name)
+        streamed = [value for delta in parts if delta.logprobs for value in getattr(delta.logprobs, name)]
+        assert streamed == getattr(complete_answer.logprobs, name)
 
 
 def test_text_may_be_gone_on_from_with_drafts(client, pair):
-    prompt = chat_prompt_token_ids(pair.tokenizer, turns())
+    prompt = chat_prompt_token_ids(pair.tokenizer, question_messages())
     answer = complete(client, prompt, max_tokens=200, extra_body={"parse": {"mode": "full"}})
     assert report(answer).accepted > 0
     assert answer.choices[0].text == text_of(chat(client, mode="full", max_tokens=200))
@@ -388,7 +397,7 @@ def test_the_client_understands_what_is_refused(client):
         chat(client, temperature=3)
     assert (refused.value.param, refused.value.code) == ("temperature", "invalid_value")
     with pytest.raises(openai.NotFoundError) as missing:
-        client.chat.completions.create(model="gpt", messages=turns())
+        client.chat.completions.create(model="gpt", messages=question_messages())
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     with pytest.raises(openai.BadRequestError) as wide:
         chat(client, n=17)
@@ -401,8 +410,8 @@ def test_the_client_understands_what_is_refused(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_does_not_fit_the_context_is_refused(client, stream):
     long: Any = [{"role": "user", "content": "53 " * 2000}]
-    asked: list[Any] = [{"messages": long}, {"messages": turns(), "max_tokens": 1000}]
-    for body in asked:
+    params: list[Any] = [{"messages": long}, {"messages": question_messages(), "max_tokens": 1000}]
+    for body in params:
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model=MODEL, stream=stream, **body)
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
@@ -425,93 +434,93 @@ def test_what_just_fits_the_context_is_served_and_a_token_more_is_not(client):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_request_chooses_its_mode_and_is_told_what_came_of_it(client, mode):
     answer = chat(client, mode=mode, trace=True)
-    told, usage = report(answer), answer.usage
+    response, usage = report(answer), answer.usage
     assert usage is not None and usage.completion_tokens_details is not None and usage.prompt_tokens_details is not None
     if mode != "auto":
-        assert told.mode == mode
-        assert (told.drafted > 0) == (told.rounds > 0) == (mode != "off")
-    assert told.accepted + told.written == usage.completion_tokens
-    assert told.accepted + told.rejected == told.drafted
-    assert usage.completion_tokens_details.accepted_prediction_tokens == told.accepted
-    assert usage.completion_tokens_details.rejected_prediction_tokens == told.rejected
-    assert usage.prompt_tokens_details.cached_tokens == told.cached <= usage.prompt_tokens
-    assert told.retries == 0 and (told.fallback is None or mode == "auto")
-    check_trace(told, text_of(answer), mode)
-    assert abs(told.arrived - time.time()) < 60
+        assert response.mode == mode
+        assert (response.drafted > 0) == (response.rounds > 0) == (mode != "off")
+    assert response.accepted + response.written == usage.completion_tokens
+    assert response.accepted + response.rejected == response.drafted
+    assert usage.completion_tokens_details.accepted_prediction_tokens == response.accepted
+    assert usage.completion_tokens_details.rejected_prediction_tokens == response.rejected
+    assert usage.prompt_tokens_details.cached_tokens == response.cached <= usage.prompt_tokens
+    assert response.retries == 0 and (response.fallback is None or mode == "auto")
+    check_trace(response, text_of(answer), mode)
+    assert abs(response.arrived - time.time()) < 60
 
 
-def check_trace(told: ParseReport, text: str, mode: str) -> None:
-    assert told.pieces is not None and told.verdicts is not None
-    assert "".join(piece.text for piece in told.pieces) == text
+def check_trace(response: ParseReport, text: str, mode: str) -> None:
+    assert response.pieces is not None and response.verdicts is not None
+    assert "".join(piece.text for piece in response.pieces) == text
     counts: Counter[str] = Counter()
-    for piece in told.pieces:
+    for piece in response.pieces:
         counts[piece.origin] += piece.tokens
-    assert (counts["draft"], counts["target"]) == (told.accepted, told.written)
-    assert bool(told.verdicts) == (told.drafted > 0 and mode != "exact")
-    for verdict in told.verdicts:
+    assert (counts["draft"], counts["target"]) == (response.accepted, response.written)
+    assert bool(response.verdicts) == (response.drafted > 0 and mode != "exact")
+    for verdict in response.verdicts:
         assert len(verdict.cuts) == len(verdict.correct) and verdict.cuts == sorted(set(verdict.cuts))
         assert all(chance is None or 0 <= chance <= 1 for chance in verdict.correct)
-    check_times(told)
+    check_times(response)
 
 
-def check_times(told: ParseReport) -> None:
-    assert 0 <= told.first_s <= told.total_s
-    assert told.stages[0].name == "queue" and told.stages[0].start == 0
-    for stage in told.stages:
-        assert 0 <= stage.start <= stage.end <= told.total_s
-        assert stage.name == "queue" or stage.start >= told.stages[0].end
-    ends = [stage.end for stage in told.stages]
+def check_times(response: ParseReport) -> None:
+    assert 0 <= response.first_s <= response.total_s
+    assert response.stages[0].name == "queue" and response.stages[0].start == 0
+    for stage in response.stages:
+        assert 0 <= stage.start <= stage.end <= response.total_s
+        assert stage.name == "queue" or stage.start >= response.stages[0].end
+    ends = [stage.end for stage in response.stages]
     assert ends == sorted(ends)
-    assert {stage.name for stage in told.stages} >= ({"draft"} if told.drafted else {"write"})
+    assert {stage.name for stage in response.stages} >= ({"draft"} if response.drafted else {"write"})
 
 
 @pytest.mark.parametrize("mode", REPEATABLE)
-@pytest.mark.parametrize("asked", [{"stop": ["Third", "has"]}, {"max_tokens": 30, "logprobs": True}])
-def test_a_stream_tells_the_same(client, mode, asked):
-    told = report(chat(client, mode=mode, trace=True, **asked))
-    received = chunks(client, mode=mode, trace=True, **asked)
-    streamed = last_report(received)
+@pytest.mark.parametrize("params", [{"stop": ["Third", "has"]}, {"max_tokens": 30, "logprobs": True}])
+def test_a_stream_tells_the_same(client, mode, params):
+    response = report(chat(client, mode=mode, trace=True, **params))
+    chunk_list = chunks(client, mode=mode, trace=True, **params)
+    streamed = last_report(chunk_list)
     names = ["mode", "accepted", "written", "rounds", "boundary", "fallback", "retries"]
     if mode != "progressive":  # how far the drafter comes until it is stopped is a matter of time
         names += ["drafted", "rejected"]
-    assert [getattr(told, name) for name in names] == [getattr(streamed, name) for name in names]
+    assert [getattr(response, name) for name in names] == [getattr(streamed, name) for name in names]
     check_times(streamed)
-    shown = [extra(chunk) for chunk in received if "parse" in (chunk.model_extra or {})]
-    pieces = [part["piece"] for part in shown if "piece" in part]
-    verdicts = [part["verdict"] for part in shown if "verdict" in part]
-    assert told.pieces is not None and told.verdicts is not None
-    for origin, tokens in (("draft", told.accepted), ("target", told.written)):
+    shown = [parse_extension(chunk) for chunk in chunk_list if "parse" in (chunk.model_extra or {})]
+    pieces = [delta["piece"] for delta in shown if "piece" in delta]
+    verdicts = [delta["verdict"] for delta in shown if "verdict" in delta]
+    assert response.pieces is not None and response.verdicts is not None
+    for origin, tokens in (("draft", response.accepted), ("target", response.written)):
         assert sum(piece["tokens"] for piece in pieces if piece["origin"] == origin) == tokens
-        said = "".join(piece.text for piece in told.pieces if piece.origin == origin)
-        assert "".join(piece["text"] for piece in pieces if piece["origin"] == origin) == said
+        text = "".join(piece.text for piece in response.pieces if piece.origin == origin)
+        assert "".join(piece["text"] for piece in pieces if piece["origin"] == origin) == text
     assert [(v["start"], v["cuts"], v["kept"], v["rejected"]) for v in verdicts] == [
-        (v.start, v.cuts, v.kept, v.rejected) for v in told.verdicts
+        (v.start, v.cuts, v.kept, v.rejected) for v in response.verdicts
     ]
 
 
 def test_what_happened_is_told_in_full_only_where_it_is_asked_for(client):
-    told = report(chat(client, mode="full"))
-    assert told.pieces is None and told.verdicts is None and told.accepted > 0
-    received = chunks(client, mode="full")
-    assert [chunk for chunk in received if "parse" in (chunk.model_extra or {})] == received[-1:]
-    assert last_report(received).accepted == told.accepted
+    response = report(chat(client, mode="full"))
+    assert response.pieces is None and response.verdicts is None and response.accepted > 0
+    chunk_list = chunks(client, mode="full")
+    assert [chunk for chunk in chunk_list if "parse" in (chunk.model_extra or {})] == chunk_list[-1:]
+    assert last_report(chunk_list).accepted == response.accepted
 
 
 def test_every_choice_has_a_report_of_its_own(client):
     answer = chat(client, n=3, mode="full", seed=3, temperature=1.0, trace=True)
-    reports = [ParseReport.model_validate(given) for given in extra(answer)]
+    reports = [ParseReport.model_validate(messages) for messages in parse_extension(answer)]
     assert len(reports) == 3
-    for place, told in enumerate(reports):
-        check_trace(told, text_of(answer, place), "full")
+    for index, response in enumerate(reports):
+        check_trace(response, text_of(answer, index), "full")
     assert answer.usage is not None
-    assert answer.usage.completion_tokens == sum(told.accepted + told.written for told in reports)
+    assert answer.usage.completion_tokens == sum(response.accepted + response.written for response in reports)
 
 
 def test_exact_is_the_target_alone(client):
-    for place in range(2):
-        samplings: list[Any] = [{}, {"temperature": 1.0, "seed": place, "max_tokens": 60}]
+    for index in range(2):
+        samplings: list[Any] = [{}, {"temperature": 1.0, "seed": index, "max_tokens": 60}]
         for sampling in samplings:
-            exact, off = (chat(client, turns(place), mode=mode, **sampling) for mode in ("exact", "off"))
+            exact, off = (chat(client, question_messages(index), mode=mode, **sampling) for mode in ("exact", "off"))
             assert text_of(exact) == text_of(off) and exact.choices[0].finish_reason == off.choices[0].finish_reason
 
 
@@ -519,7 +528,9 @@ def test_thresholds_are_obeyed_and_may_only_be_raised(client):
     def answer(**options: float) -> ParseReport:
         body = {"parse": {"mode": "full"} | options}
         return report(
-            client.chat.completions.create(model=MODEL, messages=turns(), temperature=0, extra_body=body, seed=1)
+            client.chat.completions.create(
+                model=MODEL, messages=question_messages(), temperature=0, extra_body=body, seed=1
+            )
         )
 
     assert answer(full=1.0, prefix=1.0).accepted == 0  # nothing is ever certain

@@ -18,7 +18,7 @@ from parse.local import LocalPair
 from parse.pipeline import Pipeline
 from parse.prompts import VerificationSuffix
 from parse.registry import MODES
-from tests.deployments.conftest import MODEL, WAYS
+from tests.deployments.conftest import MODEL, SPECULATIVE_CONFIGS
 from tests.deployments.live import LocalBackend, served
 from training.tokenizer import build_tokenizer
 
@@ -55,7 +55,9 @@ def narrowed() -> dict[str, Any]:
     schemas["ChatCompletionRequest"]["properties"]["messages"]["maxItems"] = 3
     for threshold in ("full", "prefix"):
         schemas["ParseOptions"]["properties"][threshold] = {"type": "number", "minimum": 0.5, "maximum": 1}
-    schemas["ParseOptions"]["properties"]["speculation"] = {"enum": [None, "none", *(way.method for way in WAYS)]}
+    schemas["ParseOptions"]["properties"]["speculation"] = {
+        "enum": [None, "none", *(config.method for config in SPECULATIVE_CONFIGS)]
+    }
     *_, several, tokens, lists = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
     tokens["items"] = lists["items"]["items"] = {"type": "integer", "minimum": 0, "maximum": 509}
     several["maxItems"] = lists["maxItems"] = 2

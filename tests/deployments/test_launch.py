@@ -80,7 +80,7 @@ def cluster(monkeypatch):
 
 
 def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
-    seen = [
+    responses = [
         {"applications": {}},
         details(),
         details(),
@@ -90,15 +90,15 @@ def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
         details("RUNNING", pid=1, state="RUNNING"),
     ]
     answers = iter([False, True])
-    wait_until_ready(lambda: seen.pop(0), lambda: next(answers), timeout_s=60, logs="/logs")
-    told = [line.split("s  ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert told == [
+    wait_until_ready(lambda: responses.pop(0), lambda: next(answers), timeout_s=60, logs="/logs")
+    printed = [line.split("s  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [
         "the application is being built",
-        "Verifier waiting for a place",
+        "Verifier waiting for resources",
         "Verifier loading",
         "Verifier ready",
     ]
-    assert not seen
+    assert not responses
 
 
 @pytest.mark.usefixtures("cluster")
@@ -119,8 +119,8 @@ def test_the_wait_ends_when_it_took_too_long():
 
 def test_what_is_unhealthy_may_recover_and_is_told_if_it_does_not():
     sick, well = details("UNHEALTHY", "a replica died", pid=1), details("RUNNING", pid=1, state="RUNNING")
-    seen = [sick, sick, well]
-    wait_until_ready(lambda: seen.pop(0), lambda: True, timeout_s=60, logs="/logs")
+    responses = [sick, sick, well]
+    wait_until_ready(lambda: responses.pop(0), lambda: True, timeout_s=60, logs="/logs")
     with pytest.raises(LaunchError, match=r"not ready after 0 s: .*; the logs are in /logs; a replica died"):
         wait_until_ready(lambda: sick, lambda: True, timeout_s=0, logs="/logs")
 
@@ -160,9 +160,9 @@ def test_what_is_unhealthy_may_recover_and_is_told_if_it_does_not():
 def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, message):
     path = tmp_path / "serve_config.yaml"
     path.write_text(text)
-    with pytest.raises(LaunchError, match=str(path)) as refused:
+    with pytest.raises(LaunchError, match=str(path)) as rejected:
         read_config(path)
-    assert message in str(refused.value)
+    assert message in str(rejected.value)
     with pytest.raises(LaunchError, match="No such file"):
         read_config(tmp_path / "nowhere.yaml")
 
@@ -172,35 +172,37 @@ def test_serve_deploy_names_the_key_to_write_instead():
     args = {"target": {"model": "m", "memory_mb": 512}, "api": {"max_answer": 4}}
     with pytest.raises(ValidationError) as rejected:
         call_user_app_builder_with_args_if_necessary(build, args)  # type: ignore[arg-type]
-    told = str(rejected.value)
-    assert "target.memory_mb was renamed to target.kv_cache_memory_bytes; multiply by 1048576 (MiB to bytes)" in told
-    assert "api.max_answer is not known; did you mean max_answers?" in told
+    printed = str(rejected.value)
+    assert "target.memory_mb was renamed to target.kv_cache_memory_bytes; multiply by 1048576 (MiB to bytes)" in printed
+    assert "api.max_answer is not known; did you mean max_answers?" in printed
 
 
 def test_folders_that_are_not_there_are_named(tmp_path):
-    for there in (DEMO_TARGET, "models/demo-target", "Qwen/Qwen3-8B", "gpt2"):
-        heads = (SpeculativeConfig(method="eagle3", model=there), SpeculativeConfig(method="ngram"))
-        launch.check_model_folders("target", EngineSettings(model=there, speculative_configs=heads))
-    for nowhere in (str(tmp_path / "none"), "./none", "~/none-of-mine", "models/none"):
-        with pytest.raises(LaunchError, match=f"draft.model: there is no folder {re.escape(nowhere)}"):
-            launch.check_model_folders("draft", EngineSettings(model=nowhere))
-        headed = EngineSettings(
-            model="gpt2", speculative_configs=(SpeculativeConfig(method="parallel", model=nowhere),)
+    for model in (DEMO_TARGET, "models/demo-target", "Qwen/Qwen3-8B", "gpt2"):
+        configs = (SpeculativeConfig(method="eagle3", model=model), SpeculativeConfig(method="ngram"))
+        launch.check_model_folders("target", EngineSettings(model=model, speculative_configs=configs))
+    for missing in (str(tmp_path / "none"), "./none", "~/none-of-mine", "models/none"):
+        with pytest.raises(LaunchError, match=f"draft.model: the folder {re.escape(missing)} does not exist"):
+            launch.check_model_folders("draft", EngineSettings(model=missing))
+        with_configs = EngineSettings(
+            model="gpt2", speculative_configs=(SpeculativeConfig(method="parallel", model=missing),)
         )
         with pytest.raises(
-            LaunchError, match=rf"target.speculative_configs\[0\].model: there is no folder {re.escape(nowhere)}"
+            LaunchError, match=rf"target.speculative_configs\[0\].model: the folder {re.escape(missing)} does not exist"
         ):
-            launch.check_model_folders("target", headed)
+            launch.check_model_folders("target", with_configs)
 
 
 def test_models_and_heads_of_the_house_are_found_wherever_a_replica_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    ways = [{"method": "eagle3", "model": "models/demo-eagle3"}, {"method": "draft_model", "model": "some/model"}]
-    target = {"model": "models/demo-target", "speculative_configs": [*ways, {"method": "ngram"}]}
+    configs = [{"method": "eagle3", "model": "models/demo-eagle3"}, {"method": "draft_model", "model": "some/model"}]
+    target = {"model": "models/demo-target", "speculative_configs": [*configs, {"method": "ngram"}]}
     application = build(AppSettings.model_validate({"target": target}))
-    (given,) = [found.init_args[0] for found in list_deployments(application) if found.name == "Verifier"]
-    assert given.model == DEMO_TARGET
-    assert [way.model for way in given.speculative_configs] == [
+    (settings,) = [
+        deployment.init_args[0] for deployment in list_deployments(application) if deployment.name == "Verifier"
+    ]
+    assert settings.model == DEMO_TARGET
+    assert [config.model for config in settings.speculative_configs] == [
         str(PROJECT_ROOT / "models" / "demo-eagle3"),
         "some/model",
         None,
@@ -224,7 +226,7 @@ def test_a_port_that_is_taken_is_named():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1 cannot be had"):
+        with pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1 is not available"):
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
 

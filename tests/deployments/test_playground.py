@@ -202,13 +202,13 @@ def said(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
 class Hopeful(DraftingController):
     """Whether another round pays is measured otherwise, and so not the same each time."""
 
-    def another_round_pays(self, missing: int) -> bool:
-        return missing > 0
+    def another_round_pays(self, remaining_tokens: int) -> bool:
+        return remaining_tokens > 0
 
 
 @pytest.fixture(scope="module")
 def steady(pair):
-    pipeline = replace(pair.pipeline, control=Hopeful())
+    pipeline = replace(pair.pipeline, controller=Hopeful())
     with served(create_app(LocalBackend(pipeline), ApiSettings(), MODEL)) as address:
         yield address
 
@@ -236,11 +236,11 @@ def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, m
     assert page.ended() == ["done"]
 
     runs = page.runs()
-    assert said(runs, "accepted", "written") == told["choices"][0]["message"]["content"]
-    for kind, origin in (("accepted", "draft"), ("written", "target")):
+    assert said(runs, "accepted", "target") == told["choices"][0]["message"]["content"]
+    for kind, origin in (("accepted", "draft"), ("target", "target")):
         assert said(runs, kind) == "".join(part["text"] for part in report["pieces"] if part["origin"] == origin)
     shown = [
-        (said(runs[:place], "accepted", "written"), text)
+        (said(runs[:place], "accepted", "target"), text)
         for place, (kind, text) in enumerate(runs)
         if kind == "rejected"
     ]
@@ -256,7 +256,7 @@ def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, m
     assert float(page.report("total_s")) >= float(page.report("first_s")) > 0
 
     correct = [p for verdict in report["verdicts"] for p in verdict["correct"]]
-    points = page.run("return [...document.querySelectorAll('.cut')].map(c => c.dataset.p)")
+    points = page.run("return [...document.querySelectorAll('.prefix-point')].map(c => c.dataset.p)")
     assert len(points) == len(correct) == len(page.all(".curve tbody tr"))
     expected = [p if p is None else pytest.approx(p, abs=1e-3) for p in correct]
     assert [float(p) if p else None for p in points] == expected
@@ -273,7 +273,7 @@ def test_each_cut_lies_where_the_draft_was_cut(page, address):
     cuts = [int(row.split()[1]) for row in page.run(TABLE)]
     kept = sum(verdict["kept"] for verdict in told["verdicts"])
     assert cuts == sorted(set(cuts)) and len(told["verdicts"]) > 1
-    assert [int(row.split()[1]) for row in page.run(TABLE) if row.endswith("stands")][-1] == kept
+    assert [int(row.split()[1]) for row in page.run(TABLE) if row.endswith("passes")][-1] == kept
     told = asked(address, "rounds")["parse"]
     page.ask(KIM, mode="rounds")
     page.ended()
@@ -359,9 +359,9 @@ def test_two_modes_stand_side_by_side_and_the_speed_up_is_told(page, address):
     assert page.ended() == ["done", "done"]
     left, right = page.all(".pane")
     assert left.rect["y"] == right.rect["y"] and left.rect["x"] < right.rect["x"]
-    assert said(page.runs(1), "written") == asked(address, "off")["choices"][0]["message"]["content"]
+    assert said(page.runs(1), "target") == asked(address, "off")["choices"][0]["message"]["content"]
     seconds = [float(page.report("total_s", pane)) for pane in (0, 1)]
-    ratio = float(page.one("#verdict b").text.removesuffix(TIMES))
+    ratio = float(page.one("#comparison b").text.removesuffix(TIMES))
     assert ratio == pytest.approx(max(seconds) / min(seconds), rel=0.05)
     rate = {
         row.get_attribute("data-mode"): row.find_element("css selector", "td:nth-child(4)").text
@@ -379,7 +379,7 @@ def test_there_is_no_speed_up_before_the_target_alone_was_measured(page, address
     page.open(address)
     page.ask(KIM)
     page.ended()
-    assert "not known yet" in page.one("#session-rows").text and page.one("#no-baseline").is_displayed()
+    assert "unknown" in page.one("#session-rows").text and page.one("#no-baseline").is_displayed()
     page.one("#measure-off").click()
     page.until(lambda: len(page.all(".pane")) == 2, "the target is asked")
     assert page.ended() == ["done", "done"]
@@ -391,13 +391,13 @@ def test_there_is_no_speed_up_before_the_target_alone_was_measured(page, address
 def test_the_examples_are_what_their_names_say(page, address):
     page.open(address)
     examples = page.run("return [...document.querySelectorAll('.example')].map(b => [b.textContent, b.title])")
-    kept = {"half-way": (0.3, 0.7), "near": (0.6, 0.95), "doubt": (0.6, 0.99), "early": (0.1, 0.5), "wrong": (0, 0)}
+    kept = {"half-way": (0.3, 0.7), "near": (0.6, 0.95), "uncertain": (0.6, 0.99), "early": (0.1, 0.5), "wrong": (0, 0)}
     assert len(examples) == 6
     for name, question in examples:
         told = asked(address, "full", messages=[{"role": "user", "content": question}])["parse"]
         low, high = next((share for word, share in kept.items() if word in name), (1, 1))
         assert low <= told["accepted"] / told["drafted"] <= high, name
-        assert ("doubt" in name) == any(p and 0.1 < p < 0.9 for p in told["verdicts"][0]["correct"]), name
+        assert ("uncertain" in name) == any(p and 0.1 < p < 0.9 for p in told["verdicts"][0]["correct"]), name
 
 
 # As it comes.
@@ -418,7 +418,7 @@ class Slow:
                 await asyncio.sleep(0.005)
             for word in range(200):
                 yield piece(f"{word} ")
-            yield done(drafted=4, accepted=2, written=200)
+            yield done(draft_tokens=4, accepted_tokens=2, target_tokens=200)
         finally:
             self.left.set()
 
@@ -436,23 +436,23 @@ def test_words_are_shown_as_they_come_and_told_once(page, pair):
         page.until(lambda: len(page.runs()) == 2, "the first words are shown before the last are written")
         assert page.runs() == [("accepted", "A beginning "), ("rejected", "that was wrong")]
         pane = page.one(".pane")
-        assert (pane.get_attribute("data-state"), pane.get_attribute("aria-busy")) == ("writing", "true")
-        assert len(page.all(".cut")) == 2  # so is what the judge thought of them
+        assert (pane.get_attribute("data-state"), pane.get_attribute("aria-busy")) == ("generating", "true")
+        assert len(page.all(".prefix-point")) == 2  # so is what the judge thought of them
         slow.may_go_on.set()
         assert page.ended() == ["done"] and pane.get_attribute("aria-busy") == "false"
-        assert page.runs()[2] == ("written", "".join(f"{word} " for word in range(200)))
+        assert page.runs()[2] == ("target", "".join(f"{word} " for word in range(200)))
         told = page.run("return told")
-        assert len(told) == 2 and "2 of 4 drafted tokens accepted, 200 written by the target" in told[-1]
+        assert len(told) == 2 and "2 of 4 draft tokens accepted, 200 target tokens" in told[-1]
 
 
-@pytest.mark.parametrize("way", ["Escape", "button"])
-def test_an_answer_can_be_stopped_and_what_had_come_stays(page, pair, way):
+@pytest.mark.parametrize("trigger", ["Escape", "button"])
+def test_an_answer_can_be_stopped_and_what_had_come_stays(page, pair, trigger):
     slow = Slow()
     with saying(pair, slow) as address:
         page.open(address)
         page.ask("Well?", against="off")
         page.until(lambda: page.runs(), "the first words")
-        if way == "Escape":
+        if trigger == "Escape":
             page.press(Keys.ESCAPE)
         else:
             page.one("#stop").click()
@@ -502,7 +502,7 @@ def test_what_was_rejected_finds_its_place_even_before_the_words_do(page, addres
     expected = [
         ["accepted", "a b "],
         ["rejected", "x"],
-        ["written", "c"],
+        ["target", "c"],
         ["accepted", " d!"],
         ["rejected", "y"],
     ]
@@ -547,7 +547,7 @@ def test_a_failure_says_what_to_do_and_leaves_what_had_come(page, pair, script, 
         text = problem(page)
         assert re.search(told, text, re.DOTALL) and "secret" not in text
         assert re.search(r"Request [0-9a-f-]{8,} in the server", text)
-        assert said(page.runs(), "written") == shown
+        assert said(page.runs(), "target") == shown
         assert not page.one("#stop").is_enabled()
 
 
@@ -580,8 +580,8 @@ def refusing(status: int, message: str, code: str | None = None, **more: Any) ->
         (breaking, "stream was cut off.*What had arrived stays", "Half of"),
         (lambda: Response("Internal Server Error", 500), "The server failed", ""),
         (lambda: Response("Bad gateway", 502, media_type="text/html"), "The server failed", ""),
-        (lambda: refusing(401, "no", "no_keys"), "its own machine only.*through a tunnel", ""),
-        (lambda: refusing(404, "no", "model_not_found"), "does not take this", ""),
+        (lambda: refusing(401, "no", "no_keys"), "only serves its own machine.*through a tunnel", ""),
+        (lambda: refusing(404, "no", "model_not_found"), "rejected the request", ""),
         (lambda: refusing(413, "no", "too_long"), "too long.*Shorten", ""),
         (lambda: refusing(504, "no", "timeout"), "too long", ""),
         (lambda: refusing(400, HOSTILE, param="a']\"b"), "Change a'", ""),
@@ -595,7 +595,7 @@ def test_a_server_that_does_not_behave_is_survived(page, chat, told, shown):
         page.open(address)
         page.ask("Well?")
         assert re.search(told, problem(page), re.DOTALL)
-        assert said(page.runs(), "written") == shown
+        assert said(page.runs(), "target") == shown
         assert page.run("return window.hacked") is None
 
 
@@ -607,7 +607,7 @@ def test_a_connection_that_is_lost_is_told_of_and_what_had_come_stays(page):
         page.until(page.runs, "the first words")
         now.set()
         assert re.search("connection was lost.*What had arrived stays", problem(page), re.DOTALL)
-        assert page.runs() == [("written", "Half of")]
+        assert page.runs() == [("target", "Half of")]
 
 
 def test_a_server_that_is_gone_is_told_of(page, pair):
@@ -640,19 +640,19 @@ def test_a_mode_that_the_operator_does_not_allow_cannot_be_chosen(page, pair):
         assert page.ended() == ["failed", "done"]
         assert "parse.mode" in page.one(".problem").text and "full, off" in page.one(".problem").text
         assert page.one("#mode").get_attribute("aria-invalid") == "true"
-        assert "not both came to their end" in page.one("#verdict").text
+        assert "not both completed" in page.one("#comparison").text
 
 
 def test_a_key_is_asked_for_sent_and_kept_in_this_tab_only(page, pair, monkeypatch):
     monkeypatch.setenv("PARSE_API_KEYS", "open-sesame")
     with served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address:
         page.open(address)
-        assert page.one("#model").text == "A key is needed" and page.one("#key").is_displayed()
+        assert page.one("#model").text == "A key is required" and page.one("#key").is_displayed()
         page.ask(KIM)
         assert "Enter one of the server" in problem(page)
         page.write("#key", "wrong")
         page.ask()
-        assert "A key is needed" in problem(page)
+        assert "A key is required" in problem(page)
         page.write("#key", "open-sesame")
         page.ask()
         assert page.ended() == ["done"]
@@ -673,14 +673,14 @@ def test_what_a_model_writes_never_becomes_markup(page, pair):
         yield piece(HOSTILE, "draft", 3)
         yield Verification(0, (0,) * 6, (3, 6), (0.99, 0.01), 3, HOSTILE)
         yield piece(HOSTILE)
-        yield done(drafted=6, accepted=3, written=1, fallback=Fallback("failed", HOSTILE))
+        yield done(draft_tokens=6, accepted_tokens=3, target_tokens=1, fallback=Fallback("failed", HOSTILE))
 
     with saying(pair, script, model=HOSTILE.strip()) as address:
         page.open(address)
         before = page.run("return document.querySelectorAll('img, script, svg *, iframe').length")
         page.ask(HOSTILE, mode="full")
         assert page.ended() == ["done"]
-        assert page.runs() == [("accepted", HOSTILE), ("rejected", HOSTILE), ("written", HOSTILE)]
+        assert page.runs() == [("accepted", HOSTILE), ("rejected", HOSTILE), ("target", HOSTILE)]
         assert page.report("fallback") == HOSTILE
         assert page.run("return document.getElementById('model').textContent") == HOSTILE.strip()
         assert page.run("return window.hacked") is None
@@ -843,7 +843,7 @@ def test_it_fits_from_a_telephone_to_a_wall(page, pair, width):
     async def script(_: GenerationRequest) -> AsyncIterator[Event]:
         yield piece("long" * 200 + "\n", "draft", 3)
         yield Verification(0, (0,) * 40, tuple(range(1, 41)), (0.99,) * 3 + (0.01,) * 37, 3, "wrong " * 100)
-        yield done(drafted=40, accepted=3)
+        yield done(draft_tokens=40, accepted_tokens=3)
 
     with saying(pair, script) as address:
         page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -55,7 +55,7 @@ def test_every_setting_says_what_it_is_for_and_stands_on_the_page(model):
 def test_values_are_named_as_one_writes_them():
     class Example(BaseModel):
         plain: str
-        whole: int = Field(ge=1)
+        complete: int = Field(ge=1)
         share: float = Field(ge=0, le=1)
         above: float | None = Field(gt=0)
         choice: Literal["on", "off"]
@@ -63,10 +63,10 @@ def test_values_are_named_as_one_writes_them():
         sections: tuple[SpeculativeConfig, ...]
         odd: int = Field(multiple_of=2)
 
-    said = {name: describe_type(field) for name, field in Example.model_fields.items() if name != "odd"}
-    assert said == {
+    descriptions = {name: describe_type(field) for name, field in Example.model_fields.items() if name != "odd"}
+    assert descriptions == {
         "plain": "text",
-        "whole": "whole number, at least 1",
+        "complete": "whole number, at least 1",
         "share": "number, 0 to 1",
         "above": "number, above 0, or null",
         "choice": 'one of `"on"`, `"off"`',
@@ -78,10 +78,10 @@ def test_values_are_named_as_one_writes_them():
 
 
 def test_its_examples_can_be_deployed():
-    whole, autoscaling = (yaml.safe_load(example) for example in examples())
-    ServeDeploySchema.model_validate(whole)
-    AppSettings.model_validate(whole["applications"][0]["args"])
-    for deployment in (*whole["applications"][0]["deployments"], *autoscaling["deployments"]):
+    complete, autoscaling = (yaml.safe_load(example) for example in examples())
+    ServeDeploySchema.model_validate(complete)
+    AppSettings.model_validate(complete["applications"][0]["args"])
+    for deployment in (*complete["applications"][0]["deployments"], *autoscaling["deployments"]):
         DeploymentSchema.model_validate(deployment)
         assert deployment["name"] in ("Router", "Verifier", "Drafter")
 
@@ -90,12 +90,14 @@ def test_limits_on_requests_follow_the_settings_that_the_page_names():
     def limits(**api):
         model = {"model": "m", "max_num_seqs": api.pop("max_num_seqs", 32)}
         settings = AppSettings.model_validate({"target": model, "draft": model, "api": api})
-        return {found.name: found.max_ongoing_requests for found in list_deployments(build(settings))}
+        return {deployment.name: deployment.max_ongoing_requests for deployment in list_deployments(build(settings))}
 
-    usual = limits()
-    assert limits(max_answers=65)["Router"] == limits(max_queued_requests=257)["Router"] == usual["Router"] + 1
-    more = limits(max_num_seqs=33)
-    assert more["Verifier"] > usual["Verifier"] and more["Drafter"] > usual["Drafter"]
+    default_limits = limits()
+    assert limits(max_answers=65)["Router"] == limits(max_queued_requests=257)["Router"] == default_limits["Router"] + 1
+    raised_limits = limits(max_num_seqs=33)
+    assert (
+        raised_limits["Verifier"] > default_limits["Verifier"] and raised_limits["Drafter"] > default_limits["Drafter"]
+    )
 
 
 # docs/api.md is written by hand.

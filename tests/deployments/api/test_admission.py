@@ -11,8 +11,8 @@ from deployments.api.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Overloa
 class Visitor:
     """Enters, stays until told to leave, and notes where it got."""
 
-    def __init__(self, gate: AdmissionQueue, count: int) -> None:
-        self.gate, self.count = gate, count
+    def __init__(self, admission_queue: AdmissionQueue, count: int) -> None:
+        self.gate, self.count = admission_queue, count
         self.state = "waiting"
         self._may_leave = asyncio.Event()
         self.task = asyncio.ensure_future(self._visit())
@@ -50,14 +50,14 @@ async def gone(visitors: list[Visitor]) -> None:
             await asyncio.wait_for(visitor.task, 10)
 
 
-def whole(gate: AdmissionQueue) -> bool:
-    return gate.num_free_slots == gate.num_slots and gate.num_waiting == 0
+def is_unused(admission_queue: AdmissionQueue) -> bool:
+    return admission_queue.num_free_slots == admission_queue.num_slots and admission_queue.num_waiting == 0
 
 
 def test_who_came_first_is_served_first_even_if_a_later_one_would_fit():
     async def check() -> None:
-        gate = AdmissionQueue(3, 10)
-        first, large, small = (Visitor(gate, count) for count in (2, 3, 1))
+        admission_queue = AdmissionQueue(3, 10)
+        first, large, small = (Visitor(admission_queue, count) for count in (2, 3, 1))
         await settled()
         assert [v.state for v in (first, large, small)] == ["inside", "waiting", "waiting"]
         first.leave()
@@ -67,21 +67,21 @@ def test_who_came_first_is_served_first_even_if_a_later_one_would_fit():
         await settled()
         assert small.state == "inside"
         await gone([small])
-        assert whole(gate)
+        assert is_unused(admission_queue)
 
     asyncio.run(check())
 
 
 def test_who_gives_up_makes_way_for_those_behind():
     async def check() -> None:
-        gate = AdmissionQueue(2, 10)
-        inside, large, small = Visitor(gate, 1), Visitor(gate, 2), Visitor(gate, 1)
+        admission_queue = AdmissionQueue(2, 10)
+        inside, large, small = Visitor(admission_queue, 1), Visitor(admission_queue, 2), Visitor(admission_queue, 1)
         await settled()
         large.give_up()
         await settled()
-        assert small.state == "inside" and gate.num_waiting == 0
+        assert small.state == "inside" and admission_queue.num_waiting == 0
         await gone([inside, large, small])
-        assert whole(gate)
+        assert is_unused(admission_queue)
 
     asyncio.run(check())
 
@@ -89,64 +89,64 @@ def test_who_gives_up_makes_way_for_those_behind():
 @pytest.mark.parametrize("given_up_first", [False, True])
 def test_nothing_is_lost_when_a_place_becomes_free_and_its_heir_gives_up_in_the_same_moment(given_up_first):
     async def check() -> None:
-        gate = AdmissionQueue(1, 10)
-        inside, heir, next_one = (Visitor(gate, 1) for _ in range(3))
+        admission_queue = AdmissionQueue(1, 10)
+        inside, successor, next_one = (Visitor(admission_queue, 1) for _ in range(3))
         await settled()
-        steps = [inside.leave, heir.give_up]
+        steps = [inside.leave, successor.give_up]
         for step in reversed(steps) if given_up_first else steps:
             step()
         await settled()
-        assert inside.task.exception() is None and heir.task.cancelled()
+        assert inside.task.exception() is None and successor.task.cancelled()
         assert next_one.state == "inside"
         await gone([next_one])
-        assert whole(gate)
+        assert is_unused(admission_queue)
 
     asyncio.run(check())
 
 
 def test_nothing_is_lost_when_who_was_let_in_gives_up_before_noticing():
     async def check() -> None:
-        gate = AdmissionQueue(1, 10)
-        inside, heir, next_one = (Visitor(gate, 1) for _ in range(3))
+        admission_queue = AdmissionQueue(1, 10)
+        inside, successor, next_one = (Visitor(admission_queue, 1) for _ in range(3))
         await settled()
         inside.leave()
-        while gate.num_waiting > 1:  # until the heir is let in, which its own task has not seen
+        while admission_queue.num_waiting > 1:  # until the heir is let in, which its own task has not seen
             await asyncio.sleep(0)
-        assert heir.state == "waiting"
-        heir.give_up()
+        assert successor.state == "waiting"
+        successor.give_up()
         await settled()
-        assert heir.task.cancelled() and next_one.state == "inside"
+        assert successor.task.cancelled() and next_one.state == "inside"
         await gone([next_one])
-        assert whole(gate)
+        assert is_unused(admission_queue)
 
     asyncio.run(check())
 
 
 def test_too_many_waiting_are_told_when_to_come_again():
     async def check() -> None:
-        gate = AdmissionQueue(1, 1)
-        inside, waiting = Visitor(gate, 1), Visitor(gate, 1)
+        admission_queue = AdmissionQueue(1, 1)
+        inside, waiting = Visitor(admission_queue, 1), Visitor(admission_queue, 1)
         await settled()
         with pytest.raises(Overloaded) as refused:
-            async with gate.hold_slots(1):
+            async with admission_queue.hold_slots(1):
                 raise AssertionError("let in")
         assert 1 <= refused.value.retry_after_s <= MAX_RETRY_AFTER_S
         assert str(refused.value.retry_after_s) in str(refused.value)
         await gone([inside, waiting])
-        assert whole(gate)
+        assert is_unused(admission_queue)
 
     asyncio.run(check())
 
 
 def test_a_gate_without_a_waiting_room_serves_whom_it_has_a_place_for():
     async def check() -> None:
-        gate = AdmissionQueue(1, 0)
+        admission_queue = AdmissionQueue(1, 0)
         for _ in range(3):
-            async with gate.hold_slots(1):
+            async with admission_queue.hold_slots(1):
                 with pytest.raises(Overloaded):
-                    async with gate.hold_slots(1):
+                    async with admission_queue.hold_slots(1):
                         raise AssertionError("let in")
-        assert whole(gate)
+        assert is_unused(admission_queue)
 
     asyncio.run(check())
 
@@ -156,13 +156,13 @@ def test_the_longer_visits_take_the_later_one_is_to_come_again(visit_s, least, m
     async def check() -> None:
         now = [0.0]
         monkeypatch.setattr("deployments.api.admission.time.monotonic", lambda: now[0])
-        gate = AdmissionQueue(1, 0)
+        admission_queue = AdmissionQueue(1, 0)
         for _ in range(5):
-            async with gate.hold_slots(1):
+            async with admission_queue.hold_slots(1):
                 now[0] += visit_s
-        async with gate.hold_slots(1):
+        async with admission_queue.hold_slots(1):
             with pytest.raises(Overloaded) as refused:
-                async with gate.hold_slots(1):
+                async with admission_queue.hold_slots(1):
                     raise AssertionError("let in")
         assert least <= refused.value.retry_after_s <= most
 
@@ -171,39 +171,39 @@ def test_the_longer_visits_take_the_later_one_is_to_come_again(visit_s, least, m
 
 def test_a_visit_that_fails_gives_its_places_back():
     async def check() -> None:
-        gate = AdmissionQueue(2, 0)
+        admission_queue = AdmissionQueue(2, 0)
         with pytest.raises(ZeroDivisionError):
-            async with gate.hold_slots(2):
+            async with admission_queue.hold_slots(2):
                 raise ZeroDivisionError
-        assert whole(gate)
+        assert is_unused(admission_queue)
 
     asyncio.run(check())
 
 
-class Queue:
+class ReferenceQueue:
     """What a gate should do, in plain lists."""
 
-    def __init__(self, places: int, most_waiting: int) -> None:
-        self.places, self.most_waiting = places, most_waiting
+    def __init__(self, slots: int, max_waiting: int) -> None:
+        self.places, self.most_waiting = slots, max_waiting
         self.inside: dict[int, int] = {}
         self.line: list[tuple[int, int]] = []
 
-    def come(self, who: int, count: int) -> bool:
+    def come(self, visitor_id: int, count: int) -> bool:
         if (self.line or count > self.free) and len(self.line) >= self.most_waiting:
             return False
-        self.line.append((who, count))
+        self.line.append((visitor_id, count))
         self.move_up()
         return True
 
-    def go(self, who: int) -> None:
-        self.inside.pop(who, None)
-        self.line = [entry for entry in self.line if entry[0] != who]
+    def go(self, visitor_id: int) -> None:
+        self.inside.pop(visitor_id, None)
+        self.line = [entry for entry in self.line if entry[0] != visitor_id]
         self.move_up()
 
     def move_up(self) -> None:
         while self.line and self.line[0][1] <= self.free:
-            who, count = self.line.pop(0)
-            self.inside[who] = count
+            visitor_id, count = self.line.pop(0)
+            self.inside[visitor_id] = count
 
     @property
     def free(self) -> int:
@@ -214,51 +214,54 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["come", "leave", "give up"]), st.i
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
-@given(places=st.integers(1, 4), most_waiting=st.integers(0, 4), actions=ACTIONS)
-def test_a_gate_is_a_queue(places, most_waiting, actions):
+@given(slots=st.integers(1, 4), max_waiting=st.integers(0, 4), actions=ACTIONS)
+def test_a_gate_is_a_queue(slots, max_waiting, actions):
     async def check() -> None:
-        gate, queue = AdmissionQueue(places, most_waiting), Queue(places, most_waiting)
+        admission_queue, reference_queue = AdmissionQueue(slots, max_waiting), ReferenceQueue(slots, max_waiting)
         visitors: list[Visitor] = []
         for action, number in actions:
             if action == "come":
-                visitors.append(Visitor(gate, 1 + number % places))
-                came = queue.come(len(visitors) - 1, 1 + number % places)
+                visitors.append(Visitor(admission_queue, 1 + number % slots))
+                accepted = reference_queue.come(len(visitors) - 1, 1 + number % slots)
                 await settled()
-                assert (visitors[-1].state != "turned away") == came
+                assert (visitors[-1].state != "turned away") == accepted
             elif visitors:
-                who = number % len(visitors)
-                if action == "leave" and visitors[who].state != "inside":
+                visitor_id = number % len(visitors)
+                if action == "leave" and visitors[visitor_id].state != "inside":
                     continue
-                visitors[who].leave() if action == "leave" else visitors[who].give_up()
-                queue.go(who)
+                visitors[visitor_id].leave() if action == "leave" else visitors[visitor_id].give_up()
+                reference_queue.go(visitor_id)
                 await settled()
-            inside = {who for who, visitor in enumerate(visitors) if visitor.state == "inside"}
-            assert inside == queue.inside.keys()
-            assert (gate.num_free_slots, gate.num_waiting) == (queue.free, len(queue.line))
+            inside = {visitor_id for visitor_id, visitor in enumerate(visitors) if visitor.state == "inside"}
+            assert inside == reference_queue.inside.keys()
+            assert (admission_queue.num_free_slots, admission_queue.num_waiting) == (
+                reference_queue.free,
+                len(reference_queue.line),
+            )
         await gone(visitors)
-        assert whole(gate)
+        assert is_unused(admission_queue)
 
     asyncio.run(check())
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
-@given(places=st.integers(1, 3), actions=ACTIONS, pauses=st.lists(st.integers(0, 2), min_size=40, max_size=40))
-def test_nothing_leaks_however_comings_and_goings_meet(places, actions, pauses):
+@given(slots=st.integers(1, 3), actions=ACTIONS, pauses=st.lists(st.integers(0, 2), min_size=40, max_size=40))
+def test_nothing_leaks_however_comings_and_goings_meet(slots, actions, pauses):
     async def check() -> None:
-        gate = AdmissionQueue(places, 3)
+        admission_queue = AdmissionQueue(slots, 3)
         visitors: list[Visitor] = []
         for (action, number), pause in zip(actions, pauses, strict=False):
             if action == "come":
-                visitors.append(Visitor(gate, 1 + number % places))
+                visitors.append(Visitor(admission_queue, 1 + number % slots))
             elif visitors:
                 visitor = visitors[number % len(visitors)]
                 visitor.leave() if action == "leave" else visitor.give_up()
             for _ in range(pause):
                 await asyncio.sleep(0)
-            assert 0 <= gate.num_free_slots <= places and gate.num_waiting <= 3
-            assert sum(v.count for v in visitors if v.state == "inside") <= places
+            assert 0 <= admission_queue.num_free_slots <= slots and admission_queue.num_waiting <= 3
+            assert sum(v.count for v in visitors if v.state == "inside") <= slots
         await gone(visitors)
-        assert whole(gate)
+        assert is_unused(admission_queue)
         assert all(v.task.cancelled() or v.task.exception() is None for v in visitors)
 
     asyncio.run(check())
@@ -267,11 +270,11 @@ def test_nothing_leaks_however_comings_and_goings_meet(places, actions, pauses):
 @pytest.mark.parametrize("count", [1, 2])
 def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
     async def seen():
-        gate = AdmissionQueue(2, 5)
-        resting = asyncio.ensure_future(gate.wait_until_idle(0.05))
-        visitors = [Visitor(gate, count) for _ in range(3)]  # some of them wait
+        admission_queue = AdmissionQueue(2, 5)
+        resting = asyncio.ensure_future(admission_queue.wait_until_idle(0.05))
+        visitors = [Visitor(admission_queue, count) for _ in range(3)]  # some of them wait
         await settled()
-        wanted = asyncio.ensure_future(gate.wait_until_busy())
+        wanted = asyncio.ensure_future(admission_queue.wait_until_busy())
         await asyncio.wait_for(wanted, 1)
         for visitor in visitors:
             await asyncio.sleep(0.06)
@@ -279,8 +282,8 @@ def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
             visitor.leave()
             await settled()
         await asyncio.wait_for(resting, 5)
-        assert gate.num_free_slots == 2
-        later = asyncio.ensure_future(gate.wait_until_busy())
+        assert admission_queue.num_free_slots == 2
+        later = asyncio.ensure_future(admission_queue.wait_until_busy())
         await settled()
         assert not later.done()
         later.cancel()
@@ -290,27 +293,27 @@ def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
 
 def test_it_rests_when_who_was_let_in_leaves_in_the_same_moment():
     async def seen():
-        gate = AdmissionQueue(1, 5)
-        first, heir = Visitor(gate, 1), Visitor(gate, 1)
+        admission_queue = AdmissionQueue(1, 5)
+        first, successor = Visitor(admission_queue, 1), Visitor(admission_queue, 1)
         await settled()
         first.leave()
-        while gate.num_waiting:  # until the heir is let in, which it does not know yet
+        while admission_queue.num_waiting:  # until the heir is let in, which it does not know yet
             await asyncio.sleep(0)
-        heir.give_up()
+        successor.give_up()
         await settled()
-        assert gate.num_free_slots == 1
-        await asyncio.wait_for(gate.wait_until_idle(0.01), 5)
+        assert admission_queue.num_free_slots == 1
+        await asyncio.wait_for(admission_queue.wait_until_idle(0.01), 5)
 
     asyncio.run(seen())
 
 
 def test_who_comes_meanwhile_keeps_it_from_resting():
     async def seen():
-        gate = AdmissionQueue(1, 5)
-        resting = asyncio.ensure_future(gate.wait_until_idle(0.1))
+        admission_queue = AdmissionQueue(1, 5)
+        resting = asyncio.ensure_future(admission_queue.wait_until_idle(0.1))
         for _ in range(10):
             await asyncio.sleep(0.02)
-            async with gate.hold_slots(1):
+            async with admission_queue.hold_slots(1):
                 pass
             assert not resting.done()
         await asyncio.wait_for(resting, 5)

@@ -43,24 +43,24 @@ def asked(
     client: tuple[str, int] | None = HERE,
     headers: Sequence[tuple[bytes, bytes]] = (),
     keys: Sequence[str] = (),
-    most: int = 100,
+    max_bytes: int = 100,
     patience: float = 10.0,
     root_path: str = "",
 ) -> Reply:
     """What comes of a request whose client sends these messages and nothing more."""
-    coming, sent = list(messages or [part(b"")]), []
-    if coming[-1] != LEFT and not coming[-1]["more_body"]:
-        coming.append(LEFT)
+    incoming, sent = list(messages or [part(b"")]), []
+    if incoming[-1] != LEFT and not incoming[-1]["more_body"]:
+        incoming.append(LEFT)
 
     async def receive() -> Message:
-        if not coming:
+        if not incoming:
             await asyncio.Event().wait()
-        return coming.pop(0)
+        return incoming.pop(0)
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    app = RequestLimitsMiddleware(echo, keys=keys, max_body_bytes=most, body_timeout_s=patience)
+    app = RequestLimitsMiddleware(echo, keys=keys, max_body_bytes=max_bytes, body_timeout_s=patience)
     scope = dict(type="http", path=path, client=client, headers=list(headers), root_path=root_path, method="POST")
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
     start, *bodies = sent
@@ -125,19 +125,19 @@ def test_with_keys_clients_anywhere_are_served_and_those_here_need_one_too():
 
 
 @pytest.mark.parametrize(
-    "given",
+    "sent",
     [
         *(b"", b"one", b"Bearer", b"Bearer ", b"Basic one", b"Bearer on", b"Bearer onee", b"Bearer one two"),
         *(b"Bearer ONE", b"Bearer \xff\xfe", b"\xff\xfe one", b"Bearer \xc3\xa9", b"Bearer one\x00", b" " * 10_000),
     ],
 )
-def test_what_is_no_key_is_refused(given):
-    assert asked(keys=["one", "zwei"], headers=[(b"authorization", given)]).status == 401
+def test_what_is_no_key_is_refused(sent):
+    assert asked(keys=["one", "zwei"], headers=[(b"authorization", sent)]).status == 401
 
 
-@pytest.mark.parametrize("given", [b"Bearer one", b"bearer one", b"BEARER  one "])
-def test_a_key_may_be_written_as_http_allows(given):
-    assert asked(keys=["one"], headers=[(b"authorization", given)]).status == 200
+@pytest.mark.parametrize("sent", [b"Bearer one", b"bearer one", b"BEARER  one "])
+def test_a_key_may_be_written_as_http_allows(sent):
+    assert asked(keys=["one"], headers=[(b"authorization", sent)]).status == 200
 
 
 def test_a_key_may_hold_letters_beyond_ascii():
@@ -165,7 +165,7 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
 
 def test_a_file_without_keys_is_an_error_and_does_not_open_the_server(tmp_path):
     (tmp_path / "keys").write_text("\n \n")
-    with pytest.raises(ValueError, match="holds no key"):
+    with pytest.raises(ValueError, match="contains no key"):
         load_api_keys(str(tmp_path / "keys"), "NOT_SET")
     with pytest.raises(FileNotFoundError):
         load_api_keys(str(tmp_path / "none"), "NOT_SET")
@@ -175,15 +175,15 @@ def test_a_file_without_keys_is_an_error_and_does_not_open_the_server(tmp_path):
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(parts=st.lists(st.binary(max_size=40), min_size=1, max_size=6), most=st.integers(0, 120))
-def test_a_body_arrives_whole_or_is_refused_for_its_length(parts, most):
+@given(parts=st.lists(st.binary(max_size=40), min_size=1, max_size=6), max_bytes=st.integers(0, 120))
+def test_a_body_arrives_whole_or_is_refused_for_its_length(parts, max_bytes):
     messages = [part(body, more=place < len(parts) - 1) for place, body in enumerate(parts)]
-    reply = asked(*messages, LEFT, most=most)
-    whole = b"".join(parts)
-    if len(whole) > most:
+    reply = asked(*messages, LEFT, max_bytes=max_bytes)
+    body = b"".join(parts)
+    if len(body) > max_bytes:
         assert reply.status == 413 and reply.error["code"] == "too_long" and reply.error["param"] == "body"
     else:
-        assert (reply.status, reply.body) == (200, whole)
+        assert (reply.status, reply.body) == (200, body)
         assert reply.headers[b"then"] == b"http.disconnect"  # what comes after it is the client's own
 
 

@@ -28,21 +28,21 @@ def message(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Hello"} | fields]}
 
 
-def read(model: type[BaseCompletionRequest], body: Any) -> Any:
+def parse_body(model: type[BaseCompletionRequest], body: Any) -> Any:
     """As it comes over the wire."""
     return model.model_validate(json.loads(json.dumps(body)))
 
 
-def fault(model: type[BaseCompletionRequest], body: Any) -> ErrorInfo:
+def rejected_error(model: type[BaseCompletionRequest], body: Any) -> ErrorInfo:
     """What a client is told."""
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(ValidationError) as rejected:
         model.model_validate(body)
-    errors = [error | {"loc": ("body", *error["loc"])} for error in refused.value.errors()]
+    errors = [error | {"loc": ("body", *error["loc"])} for error in rejected.value.errors()]
     assert len(errors) < 20, "a long list of faults takes long to make"
-    told = to_validation_error(errors)
-    assert told.status == 400
-    told.to_response()  # can be written
-    return told.body.error
+    error = to_validation_error(errors)
+    assert error.status == 400
+    error.to_response()  # can be written
+    return error.body.error
 
 
 # What is asked, understood.
@@ -51,9 +51,9 @@ def fault(model: type[BaseCompletionRequest], body: Any) -> ErrorInfo:
 def test_what_is_not_said_or_null_is_plain_sampling():
     nothing = dict.fromkeys(ChatCompletionRequest.model_fields.keys() - {"model", "messages", "ignore_eos"})
     for body in (CHAT, CHAT | nothing):
-        asked = read(ChatCompletionRequest, body)
-        assert asked.to_sampling_params(7, max_tokens=None, logprobs=None) == SamplingParams(seed=7)
-        assert (asked.num_choices, asked.effective_max_tokens, asked.num_logprobs, asked.includes_usage) == (
+        request = parse_body(ChatCompletionRequest, body)
+        assert request.to_sampling_params(7, max_tokens=None, logprobs=None) == SamplingParams(seed=7)
+        assert (request.num_choices, request.effective_max_tokens, request.num_logprobs, request.includes_usage) == (
             1,
             None,
             None,
@@ -62,7 +62,7 @@ def test_what_is_not_said_or_null_is_plain_sampling():
 
 
 def test_what_is_said_reaches_the_sampling():
-    said: dict[str, Any] = dict(
+    fields: dict[str, Any] = dict(
         temperature=0.5,
         top_p=0.25,
         top_k=9,
@@ -72,82 +72,90 @@ def test_what_is_said_reaches_the_sampling():
         repetition_penalty=1.25,
         ignore_eos=True,
     )
-    asked = read(ChatCompletionRequest, CHAT | said | dict(stop=["a", "b"], logit_bias={"5": -100, "6": 0.5}))
-    wanted = SamplingParams(**said, stop=("a", "b"), logit_bias={5: -100.0, 6: 0.5}, seed=3, max_tokens=4, logprobs=2)
-    assert asked.to_sampling_params(3, max_tokens=4, logprobs=2) == wanted
+    request = parse_body(ChatCompletionRequest, CHAT | fields | dict(stop=["a", "b"], logit_bias={"5": -100, "6": 0.5}))
+    expected = SamplingParams(
+        **fields, stop=("a", "b"), logit_bias={5: -100.0, 6: 0.5}, seed=3, max_tokens=4, logprobs=2
+    )
+    assert request.to_sampling_params(3, max_tokens=4, logprobs=2) == expected
 
 
-@pytest.mark.parametrize(("stop", "wanted"), [(None, ()), ("a", ("a",)), ([], ()), (["a", "bc"], ("a", "bc"))])
-def test_a_stop_string_may_stand_alone(stop, wanted):
+@pytest.mark.parametrize(("stop", "expected"), [(None, ()), ("a", ("a",)), ([], ()), (["a", "bc"], ("a", "bc"))])
+def test_a_stop_string_may_stand_alone(stop, expected):
     assert (
-        read(ChatCompletionRequest, CHAT | {"stop": stop}).to_sampling_params(0, max_tokens=None, logprobs=None).stop
-        == wanted
+        parse_body(ChatCompletionRequest, CHAT | {"stop": stop})
+        .to_sampling_params(0, max_tokens=None, logprobs=None)
+        .stop
+        == expected
     )
 
 
 def test_whole_numbers_are_numbers():
-    assert read(ChatCompletionRequest, CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
+    assert parse_body(ChatCompletionRequest, CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
 
 
 @pytest.mark.parametrize(
-    ("said", "limit"),
+    ("fields", "limit"),
     [({}, None), ({"max_tokens": 3}, 3), ({"max_completion_tokens": 4}, 4), (dict.fromkeys(LIMITS, 5), 5)],
 )
-def test_the_limit_has_two_names(said, limit):
-    assert read(ChatCompletionRequest, CHAT | said).effective_max_tokens == limit
+def test_the_limit_has_two_names(fields, limit):
+    assert parse_body(ChatCompletionRequest, CHAT | fields).effective_max_tokens == limit
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"),
+    ("fields", "expected"),
     [({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 3}, 3), ({"logprobs": False}, None)],
 )
-def test_log_probabilities_are_asked_for_in_two_fields(said, wanted):
-    assert read(ChatCompletionRequest, CHAT | said).num_logprobs == wanted
+def test_log_probabilities_are_asked_for_in_two_fields(fields, expected):
+    assert parse_body(ChatCompletionRequest, CHAT | fields).num_logprobs == expected
 
 
 def test_turns_are_text_and_developers_speak_for_the_system():
     parts = [{"type": "text", "text": "One"}, {"type": "text", "text": ", two"}]
     roles = ["system", "developer", "user", "assistant"]
-    asked = read(ChatCompletionRequest, CHAT | {"messages": [{"role": role, "content": parts} for role in roles]})
-    assert [turn["role"] for turn in asked.to_template_messages()] == ["system", "system", "user", "assistant"]
-    assert {turn["content"] for turn in asked.to_template_messages()} == {"One, two"}
+    request = parse_body(
+        ChatCompletionRequest, CHAT | {"messages": [{"role": role, "content": parts} for role in roles]}
+    )
+    assert [message["role"] for message in request.to_template_messages()] == ["system", "system", "user", "assistant"]
+    assert {message["content"] for message in request.to_template_messages()} == {"One, two"}
 
 
 def test_an_answer_of_ours_may_be_sent_back():
     ours = {"role": "assistant", "content": "57.", "refusal": None, "annotations": None, "audio": None}
     ours |= {"function_call": None, "tool_calls": None}
     assert (
-        read(ChatCompletionRequest, CHAT | {"messages": [*CHAT["messages"], ours]}).to_template_messages()[1]["content"]
+        parse_body(ChatCompletionRequest, CHAT | {"messages": [*CHAT["messages"], ours]}).to_template_messages()[1][
+            "content"
+        ]
         == "57."
     )
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("prompt", "expected"),
     [("a b", ["a b"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])],
 )
-def test_prompts_are_texts_or_tokens_one_or_several(given, wanted):
-    assert read(CompletionRequest, COMPLETION | {"prompt": given}).split_prompts() == wanted
+def test_prompts_are_texts_or_tokens_one_or_several(prompt, expected):
+    assert parse_body(CompletionRequest, COMPLETION | {"prompt": prompt}).split_prompts() == expected
 
 
 def test_thresholds_are_the_operators_unless_a_request_sets_its_own():
-    usual = Thresholds(0.9, 0.8)
-    for parse, wanted in (
-        ({}, usual),
+    defaults = Thresholds(0.9, 0.8)
+    for parse, expected in (
+        ({}, defaults),
         ({"full": 0.6}, Thresholds(0.6, 0.8)),
         ({"prefix": 0.7}, Thresholds(0.9, 0.7)),
         ({"full": 0.5, "prefix": 0.5}, Thresholds(0.5, 0.5)),
     ):
-        asked = read(ChatCompletionRequest, CHAT | {"parse": parse})
-        assert asked.resolve_thresholds(usual, lowest_full=0.5, lowest_prefix=0.5) == wanted
+        request = parse_body(ChatCompletionRequest, CHAT | {"parse": parse})
+        assert request.resolve_thresholds(defaults, min_full=0.5, min_prefix=0.5) == expected
 
 
 @pytest.mark.parametrize("field", ["full", "prefix"])
 def test_thresholds_below_the_operators_lowest_are_refused(field):
-    asked = read(ChatCompletionRequest, CHAT | {"parse": {field: 0.49}})
-    with pytest.raises(RequestError) as refused:
-        asked.resolve_thresholds(Thresholds(), lowest_full=0.5, lowest_prefix=0.5)
-    assert refused.value.field == f"parse.{field}" and "0.5" in str(refused.value)
+    request = parse_body(ChatCompletionRequest, CHAT | {"parse": {field: 0.49}})
+    with pytest.raises(RequestError) as rejected:
+        request.resolve_thresholds(Thresholds(), min_full=0.5, min_prefix=0.5)
+    assert rejected.value.field == f"parse.{field}" and "0.5" in str(rejected.value)
 
 
 # What is refused, and by which name.
@@ -162,13 +170,13 @@ def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
         assert len(theirs & ours.model_fields.keys()) > 10
         for name in theirs - ours.model_fields.keys():
             for value in WRONG:
-                told = fault(ours, body | {name: value})
-                assert (told.param, told.code) == (name, "unsupported_field")
-                assert told.message == f"{name}: is not supported"
+                error = rejected_error(ours, body | {name: value})
+                assert (error.param, error.code) == (name, "unsupported_field")
+                assert error.message == f"{name}: is not supported"
 
 
 @pytest.mark.parametrize(
-    ("said", "param"),
+    ("fields", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -256,14 +264,14 @@ def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
         ({"no.such": 1}, "no.such"),
     ],
 )
-def test_a_chat_that_cannot_be_served_is_refused_by_the_fields_name(said, param):
-    told = fault(ChatCompletionRequest, CHAT | said)
-    assert told.param == param and told.type == "invalid_request_error"
-    assert told.message.startswith(f"{param}: ")
+def test_a_chat_that_cannot_be_served_is_refused_by_the_fields_name(fields, param):
+    error = rejected_error(ChatCompletionRequest, CHAT | fields)
+    assert error.param == param and error.type == "invalid_request_error"
+    assert error.message.startswith(f"{param}: ")
 
 
 @pytest.mark.parametrize(
-    ("said", "param"),
+    ("fields", "param"),
     [
         ({"echo": True}, "echo"),
         ({"best_of": 2}, "best_of"),
@@ -290,28 +298,28 @@ def test_a_chat_that_cannot_be_served_is_refused_by_the_fields_name(said, param)
         ({"prompt": {"text": "x"}}, "prompt"),
     ],
 )
-def test_a_completion_that_cannot_be_served_is_refused_by_the_fields_name(said, param):
-    told = fault(CompletionRequest, COMPLETION | said)
-    assert told.param == param and told.type == "invalid_request_error"
-    assert told.message.startswith(f"{param}: ")
+def test_a_completion_that_cannot_be_served_is_refused_by_the_fields_name(fields, param):
+    error = rejected_error(CompletionRequest, COMPLETION | fields)
+    assert error.param == param and error.type == "invalid_request_error"
+    assert error.message.startswith(f"{param}: ")
 
 
 @pytest.mark.parametrize("name", ["model", "messages"])
 def test_what_is_missing_is_named(name):
-    told = fault(ChatCompletionRequest, {key: value for key, value in CHAT.items() if key != name})
-    assert told.param == name and "required" in told.message
+    error = rejected_error(ChatCompletionRequest, {key: value for key, value in CHAT.items() if key != name})
+    assert error.param == name and "required" in error.message
 
 
 def test_what_is_said_of_a_token_id_regards_token_ids():
-    assert "greater than or equal to 0" in fault(CompletionRequest, COMPLETION | {"prompt": [-1]}).message
+    assert "greater than or equal to 0" in rejected_error(CompletionRequest, COMPLETION | {"prompt": [-1]}).message
 
 
 @pytest.mark.parametrize(
     "token", ["", "x", "-1", "1.5", " 5", "5 ", "5\n", "05", "+5", "٣", "1e3", "0x5", "9" * 10, "9" * 5000, "[key]"]
 )
 def test_a_bias_is_for_a_token_id(token):
-    told = fault(ChatCompletionRequest, CHAT | {"logit_bias": {token: 1}})
-    assert told.param is not None and told.param.startswith(f"logit_bias.{token}"[:90]) and len(told.message) < 200
+    error = rejected_error(ChatCompletionRequest, CHAT | {"logit_bias": {token: 1}})
+    assert error.param is not None and error.param.startswith(f"logit_bias.{token}"[:90]) and len(error.message) < 200
 
 
 MANY = 50_000
@@ -320,9 +328,9 @@ MANY = 50_000
 @pytest.mark.parametrize(
     ("model", "body"),
     [
-        (ChatCompletionRequest, CHAT | {f"field {place}": 1 for place in range(MANY)}),
+        (ChatCompletionRequest, CHAT | {f"field {index}": 1 for index in range(MANY)}),
         (ChatCompletionRequest, CHAT | {"messages": [1] * MANY}),
-        (ChatCompletionRequest, CHAT | {"messages": [{f"field {place}": 1 for place in range(40)}] * 4000}),
+        (ChatCompletionRequest, CHAT | {"messages": [{f"field {index}": 1 for index in range(40)}] * 4000}),
         (ChatCompletionRequest, CHAT | message(content=[1] * MANY)),
         (ChatCompletionRequest, CHAT | message(content=[{"a": 1}] * MANY)),
         (ChatCompletionRequest, CHAT | {"logit_bias": {str(token): "x" for token in range(MANY)}}),
@@ -338,11 +346,11 @@ MANY = 50_000
     ],
 )
 def test_of_a_body_full_of_faults_only_a_few_are_looked_for(model, body):
-    fault(model, body)  # asks how many were found
+    rejected_error(model, body)  # asks how many were found
 
 
 @pytest.mark.parametrize(
-    "said",
+    "fields",
     [
         {"model": HALF},
         {HALF: 1},
@@ -363,10 +371,10 @@ def test_of_a_body_full_of_faults_only_a_few_are_looked_for(model, body):
         message(**{HALF: 1}),
     ],
 )
-def test_half_a_surrogate_pair_is_no_text_wherever_it_stands(said):
-    told = fault(ChatCompletionRequest, CHAT | said)
-    place = next(iter(said))
-    assert told.param is not None and told.param.startswith(place.encode(errors="replace").decode())
+def test_half_a_surrogate_pair_is_no_text_wherever_it_stands(fields):
+    error = rejected_error(ChatCompletionRequest, CHAT | fields)
+    index = next(iter(fields))
+    assert error.param is not None and error.param.startswith(index.encode(errors="replace").decode())
 
 
 JSON = st.recursive(
@@ -387,8 +395,8 @@ def test_whatever_a_field_holds_it_is_taken_or_named(model, field, value):
     try:
         model.model_validate(body)
     except ValidationError:
-        told = fault(model, body)
-        assert told.param is not None and told.param.startswith(field)
+        error = rejected_error(model, body)
+        assert error.param is not None and error.param.startswith(field)
 
 
 # What is counted.

@@ -14,21 +14,21 @@ from parse.events import Event, Finished, TextDelta, Usage
 from parse.types import Logprob, SpeculationStats
 
 
-def head(*, trace: bool = False, usage: bool = False) -> ResponseContext:
+def response_context(*, trace: bool = False, usage: bool = False) -> ResponseContext:
     return ResponseContext(model="m", prompt_lengths=[3], trace=trace, include_usage=usage, id="x")
 
 
-def answer(*events: Event) -> ChoiceState:
-    taken = ChoiceState(0, 3, Session("k"), arrival_time=0.0)
+def choice_state(*events: Event) -> ChoiceState:
+    choice = ChoiceState(0, 3, Session("k"), arrival_time=0.0)
     for event in events:
-        taken.add_event(event)
-    return taken
+        choice.add_event(event)
+    return choice
 
 
 def data(sent: str | None) -> dict:
     assert sent is not None and sent.startswith("data: ") and sent.endswith("\n\n") and sent.count("\n") == 2
-    found: dict = json.loads(sent.removeprefix("data: "))
-    return found
+    body: dict = json.loads(sent.removeprefix("data: "))
+    return body
 
 
 # Tokens, shown one by one.
@@ -55,9 +55,9 @@ def test_tokens_shown_one_by_one_are_the_text(tokenizer):
     text = "First, Uma 73 — naïve.\nStep 2:"
     ids = tokenizer.encode(text, add_special_tokens=False)
     vocabulary = TokenText(tokenizer)
-    whole = [token for token in ids if vocabulary.decode_bytes(token) is not None]
-    assert len(whole) < len(ids)  # some hold half a character only
-    assert all(bytes(vocabulary.decode_bytes(token) or []).decode() == vocabulary.decode(token) for token in whole)
+    response = [token for token in ids if vocabulary.decode_bytes(token) is not None]
+    assert len(response) < len(ids)  # some hold half a character only
+    assert all(bytes(vocabulary.decode_bytes(token) or []).decode() == vocabulary.decode(token) for token in response)
     plain = tokenizer.encode("First, Uma 73.\nStep 2:", add_special_tokens=False)
     assert "".join(map(vocabulary.decode, plain)) == "First, Uma 73.\nStep 2:"
 
@@ -76,36 +76,48 @@ def test_an_event_is_one_whatever_its_text_holds(text):
     assert json.loads(line.removeprefix("data: ")) == {"text": text} == data(sent)
 
 
-@pytest.mark.parametrize("kind", [ChatResponseBuilder, CompletionResponseBuilder])
-def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, kind):
-    half = TextDelta("", (200,), "draft")  # half a character
+@pytest.mark.parametrize("builder_class", [ChatResponseBuilder, CompletionResponseBuilder])
+def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, builder_class):
+    half_character = TextDelta("", (200,), "draft")  # half a character
     vocabulary = TokenText(tokenizer)
-    assert kind(head(), vocabulary).part(answer(half), half) is None
-    sent = data(kind(head(trace=True), vocabulary).part(answer(half), half))
+    assert (
+        builder_class(response_context(), vocabulary).event_chunk(choice_state(half_character), half_character) is None
+    )
+    sent = data(
+        builder_class(response_context(trace=True), vocabulary).event_chunk(
+            choice_state(half_character), half_character
+        )
+    )
     assert sent["parse"] == {"piece": {"text": "", "origin": "draft", "tokens": 1}}
     likely = TextDelta("", (200,), "draft", (Logprob(-0.5),))
-    assert data(kind(head(), vocabulary).part(answer(likely), likely))["choices"][0]["logprobs"]
+    assert data(builder_class(response_context(), vocabulary).event_chunk(choice_state(likely), likely))["choices"][0][
+        "logprobs"
+    ]
 
 
-@pytest.mark.parametrize("kind", [ChatResponseBuilder, CompletionResponseBuilder])
-def test_what_is_impossible_is_a_number_all_the_same(tokenizer, kind):
+@pytest.mark.parametrize("builder_class", [ChatResponseBuilder, CompletionResponseBuilder])
+def test_what_is_impossible_is_a_number_all_the_same(tokenizer, builder_class):
     impossible = TextDelta("x", (300,), "target", (Logprob(float("-inf"), ((301, float("-inf")),)),))
     done = Finished("stop", Usage("off", target_tokens=1))
     for sent in (
-        data(kind(head(), TokenText(tokenizer)).part(answer(impossible), impossible)),
-        json.loads(kind(head(), TokenText(tokenizer)).whole([answer(impossible, done)]).model_dump_json()),
+        data(builder_class(response_context(), TokenText(tokenizer)).event_chunk(choice_state(impossible), impossible)),
+        json.loads(
+            builder_class(response_context(), TokenText(tokenizer))
+            .build_response([choice_state(impossible, done)])
+            .model_dump_json()
+        ),
     ):
         assert "-9999.0" in json.dumps(sent) and "Infinity" not in json.dumps(sent)
 
 
 def test_waiting_for_a_place_counts_among_the_times():
-    waited = answer(
+    choice = choice_state(
         TextDelta("x", (300,), "target"), Finished("stop", Usage("off", target_tokens=1, ttft_s=0.5, total_s=1.0))
     )
-    waited.queue_s = 2.0
-    told = build_report(waited, trace=False)
-    assert (told.first_s, told.total_s) == (2.5, 3.0)
-    assert [(stage.name, stage.start, stage.end) for stage in told.stages] == [("queue", 0.0, 2.0)]
+    choice.queue_s = 2.0
+    report = build_report(choice, trace=False)
+    assert (report.first_s, report.total_s) == (2.5, 3.0)
+    assert [(stage.name, stage.start, stage.end) for stage in report.stages] == [("queue", 0.0, 2.0)]
 
 
 def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
@@ -116,23 +128,28 @@ def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
         target_tokens=10,
         speculation=SpeculationStats("eagle3", 4, (4, 2), (3, 2)),
     )
-    told = build_report(answer(Finished("stop", usage)), trace=False).speculation
-    assert told is not None
-    places = [{"proposed": 4, "accepted": 3, "share": 0.75}, {"proposed": 2, "accepted": 2, "share": 1.0}]
-    counted = {"method": "eagle3", "passes": 4, "tokens": 10, "proposed": 6, "accepted": 5, "places": places}
-    assert told.model_dump() == counted | {"tokens_per_pass": 2.5}
+    report = build_report(choice_state(Finished("stop", usage)), trace=False).speculation
+    assert report is not None
+    positions = [{"proposed": 4, "accepted": 3, "share": 0.75}, {"proposed": 2, "accepted": 2, "share": 1.0}]
+    counted = {"method": "eagle3", "passes": 4, "tokens": 10, "proposed": 6, "accepted": 5, "places": positions}
+    assert report.model_dump() == counted | {"tokens_per_pass": 2.5}
 
 
 def test_a_method_that_proposed_nothing_wrote_all_the_same():
     usage = Usage("off", target_tokens=3, speculation=SpeculationStats("ngram", 3))
-    told = build_report(answer(Finished("stop", usage)), trace=False)
-    assert told.speculation is not None and (told.speculation.tokens_per_pass, told.speculation.places) == (1.0, [])
+    report = build_report(choice_state(Finished("stop", usage)), trace=False)
+    assert report.speculation is not None and (report.speculation.tokens_per_pass, report.speculation.places) == (
+        1.0,
+        [],
+    )
 
 
 def test_where_no_method_was_at_work_the_report_says_so():
-    assert build_report(answer(Finished("stop", Usage("off", target_tokens=3))), trace=False).speculation is None
+    assert build_report(choice_state(Finished("stop", Usage("off", target_tokens=3))), trace=False).speculation is None
 
 
 def test_an_answer_of_nothing_is_an_answer(tokenizer):
-    whole = ChatResponseBuilder(head(), TokenText(tokenizer)).build_response([answer(Finished("stop", Usage("off")))])
-    assert whole.choices[0].message.content == "" and whole.usage.completion_tokens == 0
+    response = ChatResponseBuilder(response_context(), TokenText(tokenizer)).build_response(
+        [choice_state(Finished("stop", Usage("off")))]
+    )
+    assert response.choices[0].message.content == "" and response.usage.completion_tokens == 0

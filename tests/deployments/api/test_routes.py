@@ -32,7 +32,7 @@ from training.measure import draw_problems
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
-ASKED: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 2, "parse": {"mode": "off"}}
+BODY: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 2, "parse": {"mode": "off"}}
 JSON = {"content-type": "application/json"}
 CLIENTS = {"openai", "httpx", "httpx2", "httpcore", "httpcore2"}  # their logs show what they send
 
@@ -54,7 +54,7 @@ def connected(address: str, body: bytes, *, length: int | None = None) -> Iterat
         yield client
 
 
-def told(response: httpx.Response, status: int) -> dict[str, Any]:
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     """The error, in the OpenAI API's shape and no other."""
     assert response.status_code == status, response.text
     body = response.json()
@@ -65,14 +65,14 @@ def told(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 def post(address: str, body: Any = None, path: str = CHAT, **headers: str) -> httpx.Response:
-    return httpx.post(f"{address}{path}", json=ASKED if body is None else body, headers=headers, timeout=PATIENCE_S)
+    return httpx.post(f"{address}{path}", json=BODY if body is None else body, headers=headers, timeout=PATIENCE_S)
 
 
 @pytest.fixture(autouse=True)
 def it_serves_on(raw):
     """Whatever was done to it."""
     yield
-    response = raw.post(CHAT, json=ASKED)
+    response = raw.post(CHAT, json=BODY)
     assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 2
 
 
@@ -103,28 +103,28 @@ def it_serves_on(raw):
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_what_is_no_request_is_refused(raw, path, body, code):
-    error = told(raw.post(path, content=body, headers=JSON), 400)
+    error = error_of(raw.post(path, content=body, headers=JSON), 400)
     assert (error["param"], error["code"]) == ("body", code)
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x", ""])
 def test_a_body_of_another_type_is_refused(raw, kind):
-    error = told(raw.post(CHAT, content=json.dumps(ASKED), headers={"content-type": kind}), 400)
+    error = error_of(raw.post(CHAT, content=json.dumps(BODY), headers={"content-type": kind}), 400)
     assert error["param"] == "body" and "application/json" in error["message"]
 
 
 def test_half_a_surrogate_pair_in_bytes_is_no_text(raw):
-    error = told(raw.post(CHAT, content=b'{"model": "\xed\xa0\x80", "messages": []}', headers=JSON), 400)
+    error = error_of(raw.post(CHAT, content=b'{"model": "\xed\xa0\x80", "messages": []}', headers=JSON), 400)
     assert error["code"] == "invalid_value"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_body_may_be_encoded_as_json_allows(raw, encoding):
-    assert raw.post(CHAT, content=json.dumps(ASKED).encode(encoding), headers=JSON).status_code == 200
+    assert raw.post(CHAT, content=json.dumps(BODY).encode(encoding), headers=JSON).status_code == 200
 
 
 def test_of_two_fields_of_a_name_the_last_counts(raw):
-    body = json.dumps(ASKED)[:-1] + ', "max_tokens": 1}'
+    body = json.dumps(BODY)[:-1] + ', "max_tokens": 1}'
     assert raw.post(CHAT, content=body, headers=JSON).json()["usage"]["completion_tokens"] == 1
 
 
@@ -133,22 +133,22 @@ def test_of_two_fields_of_a_name_the_last_counts(raw):
 )
 def test_a_wrong_value_is_refused_by_the_fields_name(raw, value):
     for path, usual, fields in (
-        (CHAT, ASKED, ChatCompletionRequest.model_fields),
+        (CHAT, BODY, ChatCompletionRequest.model_fields),
         (COMPLETIONS, {"model": MODEL, "prompt": "Hello"}, CompletionRequest.model_fields),
     ):
         for name in fields:
             body = f"{json.dumps(usual)[:-1]}, {json.dumps(name)}: {value}}}"
-            error = told(raw.post(path, content=body, headers=JSON), 400)
+            error = error_of(raw.post(path, content=body, headers=JSON), 400)
             assert error["param"].startswith(name) and error["message"].startswith(name)
 
 
 def test_an_empty_list_of_them_is_none(raw):
-    assert raw.post(CHAT, json=ASKED | {"tools": [], "stop": []}).status_code == 200
+    assert raw.post(CHAT, json=BODY | {"tools": [], "stop": []}).status_code == 200
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "\x00", "\x01\x1b[31m\x7f", "\r\n", "\u2028\ufeff", "\U0001f600" * 20, ""])
 def test_any_text_is_served(raw, text):
-    body = ASKED | {"messages": [{"role": "user", "content": text}], "stop": ["\x00", "\u2028"], "user": text}
+    body = BODY | {"messages": [{"role": "user", "content": text}], "stop": ["\x00", "\u2028"], "user": text}
     response = raw.post(CHAT, json=body | {"prediction": {"type": "content", "content": text}})
     assert response.status_code == 200
     assert raw.post(COMPLETIONS, json={"model": MODEL, "prompt": f"x{text}", "max_tokens": 1}).status_code == 200
@@ -156,13 +156,13 @@ def test_any_text_is_served(raw, text):
 
 @pytest.mark.parametrize("name", ["", "a\x00b", "\ud800", "x" * 5000, "model ", "a.b[0]", "__class__"])
 def test_an_unknown_field_is_refused_whatever_it_is_called(raw, name):
-    error = told(raw.post(CHAT, content=json.dumps(ASKED | {name: 1}), headers=JSON), 400)
+    error = error_of(raw.post(CHAT, content=json.dumps(BODY | {name: 1}), headers=JSON), 400)
     assert error["code"] == "unsupported_field" or not name
     assert len(error["message"]) < 200
 
 
 def test_what_is_refused_is_refused_the_same_in_a_stream(raw):
-    assert told(raw.post(CHAT, json=ASKED | {"stream": True, "n": 0}), 400)["param"] == "n"
+    assert error_of(raw.post(CHAT, json=BODY | {"stream": True, "n": 0}), 400)["param"] == "n"
 
 
 @pytest.mark.parametrize(
@@ -182,22 +182,22 @@ def test_what_is_refused_is_refused_the_same_in_a_stream(raw):
 )
 def test_what_this_model_or_operator_does_not_allow_is_refused(raw, path, body, param):
     usual = {"model": MODEL} | ({"messages": HELLO} if path == CHAT else {})
-    assert told(raw.post(path, json=usual | body), 400)["param"] == param
+    assert error_of(raw.post(path, json=usual | body), 400)["param"] == param
 
 
 def test_long_bodies_are_refused_however_they_come(raw):
     long = b"x" * 10_000_000
     pieces = (long[:100_000] for _ in range(100))
     for content in (long, pieces):
-        error = told(raw.post(CHAT, content=content, headers=JSON), 413)
+        error = error_of(raw.post(CHAT, content=content, headers=JSON), 413)
         assert (error["param"], error["code"]) == ("body", "too_long")
 
 
 def test_a_body_as_long_as_allowed_is_read(raw):
     most = ApiSettings().max_body_bytes
-    body = json.dumps(ASKED)
+    body = json.dumps(BODY)
     assert raw.post(CHAT, content=body + " " * (most - len(body)), headers=JSON).status_code == 200
-    told(raw.post(CHAT, content=body + " " * (most - len(body) + 1), headers=JSON), 413)
+    error_of(raw.post(CHAT, content=body + " " * (most - len(body) + 1), headers=JSON), 413)
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"model": '])
@@ -211,8 +211,8 @@ def test_a_client_that_sends_too_slowly_is_told_so_and_let_go(pair, sent):
 
 
 def test_clients_that_leave_while_they_send_are_forgotten(pair):
-    with serving(pair, max_answers=1, max_waiting=0) as address:
-        for sent in (b"", b'{"model": ', json.dumps(ASKED).encode()[:-1]):
+    with serving(pair, max_answers=1, max_queued_requests=0) as address:
+        for sent in (b"", b'{"model": ', json.dumps(BODY).encode()[:-1]):
             with connected(address, sent, length=1000):
                 pass
         assert post(address).status_code == 200
@@ -234,12 +234,12 @@ def test_clients_that_leave_while_they_send_are_forgotten(pair):
     ],
 )
 def test_what_is_not_there_is_told_in_the_same_shape(raw, method, path, status):
-    told(raw.request(method, path), status)
+    error_of(raw.request(method, path), status)
 
 
 @pytest.mark.parametrize("name", ["other", "", MODEL.upper(), f"{MODEL} ", "\x00", "x" * 100_000])
 def test_another_model_is_not_served(raw, name):
-    error = told(raw.post(CHAT, json=ASKED | {"model": name}), 404)
+    error = error_of(raw.post(CHAT, json=BODY | {"model": name}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found") and MODEL in error["message"]
 
 
@@ -275,9 +275,9 @@ def test_with_keys_only_who_has_one_is_served_and_they_are_told_to_nobody(pair, 
             for ask in (client.models.list, lambda: client.chat.completions.create(model=MODEL, messages=HELLO)):
                 with pytest.raises(openai.AuthenticationError):
                     ask()
-        assert "sesame" not in told(post(address), 401)["message"]
+        assert "sesame" not in error_of(post(address), 401)["message"]
         odd = {b"authorization": b"Bearer \xff\xfe"}
-        told(httpx.post(f"{address}{CHAT}", content=b"{", headers=odd), 401)
+        error_of(httpx.post(f"{address}{CHAT}", content=b"{", headers=odd), 401)
         for path in ("/health", "/ready", "/docs", "/openapi.json"):
             assert httpx.get(f"{address}{path}").status_code == 200
     logs = [record.getMessage() for record in caplog.records if record.name.partition(".")[0] not in CLIENTS]
@@ -287,7 +287,7 @@ def test_with_keys_only_who_has_one_is_served_and_they_are_told_to_nobody(pair, 
 
 @pytest.mark.parametrize("forwarded", ["192.0.2.1", "unknown", "127.0.0.1.example.org"])
 def test_without_keys_whoever_a_proxy_speaks_for_is_refused(raw, forwarded):
-    error = told(raw.post(CHAT, json=ASKED, headers={"x-forwarded-for": forwarded}), 401)
+    error = error_of(raw.post(CHAT, json=BODY, headers={"x-forwarded-for": forwarded}), 401)
     assert error["code"] == "no_keys"
 
 
@@ -296,40 +296,40 @@ def test_without_keys_whoever_a_proxy_speaks_for_is_refused(raw, forwarded):
 
 def test_who_finds_the_waiting_room_full_is_told_when_to_come_again(pair):
     writer = Writer()
-    with serving(pair, writer, max_answers=2, max_waiting=2) as address, ThreadPoolExecutor(20) as clients:
-        asking = [clients.submit(post, address) for _ in range(20)]
-        finished = as_completed(asking, timeout=PATIENCE_S)
+    with serving(pair, writer, max_answers=2, max_queued_requests=2) as address, ThreadPoolExecutor(20) as clients:
+        futures = [clients.submit(post, address) for _ in range(20)]
+        finished = as_completed(futures, timeout=PATIENCE_S)
         for _ in range(16):
             response = next(finished).result()
-            assert told(response, 503)["code"] == "overloaded"
+            assert error_of(response, 503)["code"] == "overloaded"
             assert 1 <= int(response.headers["retry-after"]) <= 60
         assert writer.busy == 2
         writer.may_go_on.set()
         assert [future.result().status_code for future in finished] == [200] * 4
         for _ in range(3):
-            assert post(address, ASKED | {"n": 2}).status_code == 200
+            assert post(address, BODY | {"n": 2}).status_code == 200
 
 
 def test_all_are_served_in_the_end(pair):
-    with serving(pair, max_answers=2, max_waiting=2) as address, ThreadPoolExecutor(10) as clients:
+    with serving(pair, max_answers=2, max_queued_requests=2) as address, ThreadPoolExecutor(10) as clients:
 
         def ask(place: int) -> int:
             """As a patient client does."""
             for _ in range(1000):
-                response = post(address, ASKED | {"stream": place % 2 == 0, "n": 1 + place % 2})
+                response = post(address, BODY | {"stream": place % 2 == 0, "n": 1 + place % 2})
                 if response.status_code != 503:
                     break
                 time.sleep(0.05)
             return response.status_code
 
         assert set(clients.map(ask, range(10))) == {200}
-    until(lambda: pair.target.load.running == pair.target.load.waiting == 0)
+    until(lambda: pair.target.stats.num_running == pair.target.stats.num_waiting == 0)
 
 
 def test_more_answers_than_are_worked_on_at_once_are_refused(pair):
     with serving(pair, max_answers=3) as address:
-        assert post(address, ASKED | {"n": 3}).status_code == 200
-        assert told(post(address, ASKED | {"n": 4}), 400)["param"] == "n"
+        assert post(address, BODY | {"n": 3}).status_code == 200
+        assert error_of(post(address, BODY | {"n": 4}), 400)["param"] == "n"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -337,7 +337,7 @@ def test_what_takes_too_long_fails_with_the_status_for_that(pair, stream):
     writer = Writer()
     with serving(pair, writer, request_timeout_s=0.1, max_answers=1) as address:
         for _ in range(2):
-            assert told(post(address, ASKED | {"stream": stream}), 504)["code"] == "timeout"
+            assert error_of(post(address, BODY | {"stream": stream}), 504)["code"] == "timeout"
         until(lambda: writer.busy == 0)
 
 
@@ -345,7 +345,7 @@ def test_who_waits_too_long_for_a_place_is_told_the_same(pair):
     writer = Writer()
     with serving(pair, writer, request_timeout_s=0.3, max_answers=1) as address, ThreadPoolExecutor(3) as clients:
         for response in clients.map(lambda _: post(address), range(3)):
-            told(response, 504)
+            error_of(response, 504)
 
 
 def events(response: httpx.Response) -> list[Any]:
@@ -358,8 +358,8 @@ def events(response: httpx.Response) -> list[Any]:
 
 def test_a_stream_that_takes_too_long_says_so_and_ends(pair):
     with serving(pair, Writer([300, 301]), request_timeout_s=0.3) as address:
-        *begun, failed = events(post(address, ASKED | {"stream": True}))
-        assert "".join(event["choices"][0]["delta"].get("content", "") for event in begun)
+        *chunks, failed = events(post(address, BODY | {"stream": True}))
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in chunks)
         assert failed["error"]["code"] == "timeout"
 
 
@@ -371,10 +371,10 @@ SECRET = "the verifier at 10.1.2.3 burns"
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_what_breaks_is_an_error_without_its_inside(pair, caplog, path, stream):
-    body = {"model": MODEL, "prompt": "x"} if path == COMPLETIONS else ASKED
+    body = {"model": MODEL, "prompt": "x"} if path == COMPLETIONS else BODY
     with serving(pair, Writer(error=RuntimeError(SECRET)), max_answers=1) as address:
         for _ in range(2):
-            error = told(post(address, body | {"stream": stream}, path), 500)
+            error = error_of(post(address, body | {"stream": stream}, path), 500)
             assert (error["type"], error["code"]) == ("server_error", "internal_error")
             assert SECRET not in json.dumps(error)
     assert SECRET in caplog.text  # for the operator
@@ -382,15 +382,15 @@ def test_what_breaks_is_an_error_without_its_inside(pair, caplog, path, stream):
 
 def test_a_call_that_takes_too_long_inside_is_told_without_its_inside_too(pair):
     with serving(pair, Writer(error=TimeoutError(SECRET))) as address:
-        assert SECRET not in told(post(address), 504)["message"]
+        assert SECRET not in error_of(post(address), 504)["message"]
 
 
 def test_what_breaks_in_a_stream_is_told_in_it(pair, caplog):
     with serving(pair, Writer([300, 301], error=RuntimeError(SECRET)), max_answers=1) as address:
         for _ in range(2):
-            response = post(address, ASKED | {"stream": True})
-            *begun, failed = events(response)
-            assert begun and failed["error"]["code"] == "internal_error" and SECRET not in response.text
+            response = post(address, BODY | {"stream": True})
+            *chunks, failed = events(response)
+            assert chunks and failed["error"]["code"] == "internal_error" and SECRET not in response.text
         with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
             stream = client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
             with pytest.raises(openai.APIError, match="failed on this request"):
@@ -400,12 +400,12 @@ def test_what_breaks_in_a_stream_is_told_in_it(pair, caplog):
 
 def test_what_breaks_outside_of_an_answer_is_told_in_the_same_shape(pair, caplog):
     class Broken(LocalBackend):
-        def troubles(self) -> dict[str, str]:
+        def unavailable_parts(self) -> dict[str, str]:
             raise RuntimeError(SECRET)
 
     with served(create_app(Broken(pair.pipeline), ApiSettings(), MODEL)) as address:
         response = httpx.get(f"{address}/ready")
-        assert told(response, 500)["code"] == "internal_error" and SECRET not in response.text
+        assert error_of(response, 500)["code"] == "internal_error" and SECRET not in response.text
         assert post(address).status_code == 200
 
 
@@ -417,7 +417,7 @@ def test_one_of_several_choices_that_breaks_ends_them_all(pair):
 
     writer = Half()
     with serving(pair, writer, max_answers=3) as address:
-        told(post(address, ASKED | {"n": 3}), 500)
+        error_of(post(address, BODY | {"n": 3}), 500)
         until(lambda: writer.busy == 0)
 
 
@@ -425,19 +425,19 @@ def test_one_of_several_choices_that_breaks_ends_them_all(pair):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("written", [[], [300, 301]])
-def test_a_client_that_leaves_is_worked_for_no_more(pair, stream, written):
-    writer = Writer(written)  # would wait for ever
-    body = json.dumps(ASKED | {"stream": stream, "n": 2}).encode()
-    with serving(pair, writer, max_answers=2, max_waiting=0) as address:
+@pytest.mark.parametrize("target_tokens", [[], [300, 301]])
+def test_a_client_that_leaves_is_worked_for_no_more(pair, stream, target_tokens):
+    writer = Writer(target_tokens)  # would wait for ever
+    body = json.dumps(BODY | {"stream": stream, "n": 2}).encode()
+    with serving(pair, writer, max_answers=2, max_queued_requests=0) as address:
         with connected(address, body) as client:
             until(lambda: writer.busy == 2)
-            if stream and written:
+            if stream and target_tokens:
                 assert client.recv(1)
-            assert told(post(address), 503)
+            assert error_of(post(address), 503)
         until(lambda: writer.busy == 0)
         writer.may_go_on.set()
-        assert post(address, ASKED | {"n": 2}).status_code == 200  # both places are free again
+        assert post(address, BODY | {"n": 2}).status_code == 200  # both places are free again
 
 
 def test_answers_end_with_their_stream_even_if_somebody_keeps_what_broke_it(pair):
@@ -452,10 +452,10 @@ def test_answers_end_with_their_stream_even_if_somebody_keeps_what_broke_it(pair
         "path": CHAT,
     }
     scope |= {"headers": [(b"content-type", b"application/json")], "client": ("::1", 1), "query_string": b""}
-    coming = [{"type": "http.request", "body": json.dumps(ASKED | {"stream": True}).encode()}]
+    messages = [{"type": "http.request", "body": json.dumps(BODY | {"stream": True}).encode()}]
 
     async def receive() -> Any:
-        return coming.pop() if coming else await asyncio.Event().wait()
+        return messages.pop() if messages else await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         if message.get("body"):
@@ -475,8 +475,8 @@ def test_answers_end_with_their_stream_even_if_somebody_keeps_what_broke_it(pair
 
 def test_a_client_that_leaves_its_place_in_the_line_makes_way(pair):
     writer = Writer()
-    body = json.dumps(ASKED).encode()
-    with serving(pair, writer, max_answers=1, max_waiting=1) as address, connected(address, body) as first:
+    body = json.dumps(BODY).encode()
+    with serving(pair, writer, max_answers=1, max_queued_requests=1) as address, connected(address, body) as first:
 
         def refused() -> bool:
             """Who is not stands in the line, and leaves it again."""
@@ -497,31 +497,31 @@ def test_a_client_that_leaves_its_place_in_the_line_makes_way(pair):
 
 
 def test_a_stream_that_nobody_reads_frees_the_engine(pair, raw):
-    before = pair.target.load.tokens
-    endless = ASKED | {"stream": True, "max_tokens": 900, "ignore_eos": True}
+    before = pair.target.stats.num_tokens
+    endless = BODY | {"stream": True, "max_tokens": 900, "ignore_eos": True}
     with raw.stream("POST", CHAT, json=endless) as response:
         next(response.iter_bytes())
-        assert pair.target.load.running == 1
-    until(lambda: pair.target.load.running == pair.target.load.waiting == 0)
-    assert pair.target.load.tokens - before < 800  # it did not simply come to its end
+        assert pair.target.stats.num_running == 1
+    until(lambda: pair.target.stats.num_running == pair.target.stats.num_waiting == 0)
+    assert pair.target.stats.num_tokens - before < 800  # it did not simply come to its end
 
 
 # How a request is understood.
 
 
-def understood(pair: LocalPair, body: dict[str, Any], **settings: Any) -> ParsedRequest:
-    reader = RequestParser(pair.pipeline, ApiSettings(**settings), MODEL)
+def parse(pair: LocalPair, body: dict[str, Any], **settings: Any) -> ParsedRequest:
+    parser = RequestParser(pair.pipeline, ApiSettings(**settings), MODEL)
     if "prompt" in body:
-        return asyncio.run(reader.parse_completion(CompletionRequest.model_validate({"model": MODEL} | body)))
+        return asyncio.run(parser.parse_completion(CompletionRequest.model_validate({"model": MODEL} | body)))
     return asyncio.run(
-        reader.parse_chat(ChatCompletionRequest.model_validate({"model": MODEL, "messages": HELLO} | body))
+        parser.parse_chat(ChatCompletionRequest.model_validate({"model": MODEL, "messages": HELLO} | body))
     )
 
 
 def test_a_prediction_beyond_the_context_is_not_looked_at(pair):
     body = {"prediction": {"type": "content", "content": "x" * 100_000}, "stop": ["no such thing"]}
-    (question,) = understood(pair, body).generation_requests
-    assert question.prediction is not None and len(question.prediction) <= pair.pipeline.longest
+    (request,) = parse(pair, body).generation_requests
+    assert request.prediction is not None and len(request.prediction) <= pair.pipeline.longest
 
 
 @pytest.mark.parametrize(
@@ -529,67 +529,67 @@ def test_a_prediction_beyond_the_context_is_not_looked_at(pair):
     [(("auto", "off", "full"), "auto", "off"), (("off",), "off", "off"), (("full", "exact"), "full", "full")],
 )
 def test_who_names_no_mode_gets_one_that_the_operator_allows(pair, modes, chat, completion):
-    assert understood(pair, {}, modes=modes).generation_requests[0].mode == chat
-    assert understood(pair, {"prompt": "x"}, modes=modes).generation_requests[0].mode == completion
+    assert parse(pair, {}, modes=modes).generation_requests[0].mode == chat
+    assert parse(pair, {"prompt": "x"}, modes=modes).generation_requests[0].mode == completion
 
 
 def test_modes_the_operator_does_not_allow_are_refused(pair):
     with serving(pair, modes=("full", "off")) as address:
         for mode in ("full", "off"):
-            assert post(address, ASKED | {"parse": {"mode": mode}}).json()["parse"]["mode"] == mode
+            assert post(address, BODY | {"parse": {"mode": mode}}).json()["parse"]["mode"] == mode
         for mode in ("auto", "rounds", "exact", "progressive"):
-            error = told(post(address, ASKED | {"parse": {"mode": mode}}), 400)
+            error = error_of(post(address, BODY | {"parse": {"mode": mode}}), 400)
             assert error["param"] == "parse.mode" and "full, off" in error["message"]
 
 
 def test_a_request_chooses_its_method_the_text_stays_and_the_report_tells_what_came_of_it(address):
     (card,) = httpx.get(f"{address}/v1/models").json()["data"]
     assert (card["parse"]["methods"], card["parse"]["speculation"]) == (["parallel", "ngram", "none"], "parallel")
-    question: list[Any] = [{"role": "user", "content": draw_problems(3, 1, split="service")[0].question}]
-    body = ASKED | {"messages": question, "temperature": 0, "max_tokens": 60}
+    request: list[Any] = [{"role": "user", "content": draw_problems(3, 1, split="service")[0].question}]
+    body = BODY | {"messages": request, "temperature": 0, "max_tokens": 60}
     texts = set()
     for choice in (None, "parallel", "ngram", "none"):
         answer = post(address, body | {"parse": {"mode": "off", "speculation": choice}}).json()
         texts.add(answer["choices"][0]["message"]["content"])
-        came, written = answer["parse"]["speculation"], answer["parse"]["written"]
+        speculation, target_tokens = answer["parse"]["speculation"], answer["parse"]["written"]
         if choice == "none":
-            assert came is None
+            assert speculation is None
             continue
-        assert came["method"] == (choice or "parallel") and came["tokens"] == written
-        assert came["tokens_per_pass"] == came["tokens"] / came["passes"]
+        assert speculation["method"] == (choice or "parallel") and speculation["tokens"] == target_tokens
+        assert speculation["tokens_per_pass"] == speculation["tokens"] / speculation["passes"]
         # A pass writes what it accepts and one token more; only the last may come to an end before.
-        assert came["tokens"] <= came["passes"] + came["accepted"] <= came["tokens"] + 1
-        assert came["proposed"] == sum(place["proposed"] for place in came["places"])
-        assert came["accepted"] == sum(place["accepted"] for place in came["places"])
-        assert choice == "ngram" or came["tokens_per_pass"] > 2
+        assert speculation["tokens"] <= speculation["passes"] + speculation["accepted"] <= speculation["tokens"] + 1
+        assert speculation["proposed"] == sum(place["proposed"] for place in speculation["places"])
+        assert speculation["accepted"] == sum(place["accepted"] for place in speculation["places"])
+        assert choice == "ngram" or speculation["tokens_per_pass"] > 2
     assert len(texts) == 1
 
 
 def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(address, pair):
-    error = told(post(address, ASKED | {"parse": {"speculation": "eagle3"}}), 400)
+    error = error_of(post(address, BODY | {"parse": {"speculation": "eagle3"}}), 400)
     assert (error["param"], error["code"]) == ("parse.speculation", "invalid_value")
     assert "parallel, ngram, none here, got eagle3" in error["message"]
     with served(create_app(LocalBackend(replace(pair.pipeline, methods=())), ApiSettings(), MODEL)) as bare:
-        offer = httpx.get(f"{bare}/v1/models").json()["data"][0]["parse"]
-        assert (offer["methods"], offer["speculation"]) == (["none"], "none")
-        assert told(post(bare, ASKED | {"parse": {"speculation": "ngram"}}), 400)["param"] == "parse.speculation"
-        answer = post(bare, ASKED | {"parse": {"mode": "off", "speculation": "none"}})
+        card = httpx.get(f"{bare}/v1/models").json()["data"][0]["parse"]
+        assert (card["methods"], card["speculation"]) == (["none"], "none")
+        assert error_of(post(bare, BODY | {"parse": {"speculation": "ngram"}}), 400)["param"] == "parse.speculation"
+        answer = post(bare, BODY | {"parse": {"mode": "off", "speculation": "none"}})
         assert answer.json()["parse"]["speculation"] is None
 
 
 def test_completions_choose_a_method_too(pair):
-    asked = understood(pair, {"prompt": "x", "n": 2, "parse": {"speculation": "ngram"}})
-    assert [question.speculative_method for question in asked.generation_requests] == ["ngram"] * 2
-    assert understood(pair, {"prompt": "x"}).generation_requests[0].speculative_method is None
+    parsed = parse(pair, {"prompt": "x", "n": 2, "parse": {"speculation": "ngram"}})
+    assert [request.speculative_method for request in parsed.generation_requests] == ["ngram"] * 2
+    assert parse(pair, {"prompt": "x"}).generation_requests[0].speculative_method is None
 
 
 def test_what_belongs_together_meets_the_same_replica(pair):
     def key(body: dict[str, Any]) -> str:
-        return understood(pair, body).choices[0].session.id
+        return parse(pair, body).choices[0].session.id
 
-    def talk(*said: str) -> dict[str, Any]:
-        roles = ["user", "assistant"] * len(said)
-        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]}
+    def talk(*texts: str) -> dict[str, Any]:
+        roles = ["user", "assistant"] * len(texts)
+        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
 
     assert key(talk("Hello", "Hi", "What?")) == key(talk("Hello")) != key(talk("Good day"))
     assert key({"prompt_cache_key": "k", "user": "a"}) == key({"prompt_cache_key": "k", "user": "b"}) == "k"
@@ -600,5 +600,5 @@ def test_what_belongs_together_meets_the_same_replica(pair):
 
 
 def test_a_pipeline_is_asked_in_small_pieces_only_where_somebody_reads_along(pair):
-    assert understood(pair, {"stream": True}).generation_requests[0].stream_interval == 1
-    assert understood(pair, {}).generation_requests[0].stream_interval > 1
+    assert parse(pair, {"stream": True}).generation_requests[0].stream_interval == 1
+    assert parse(pair, {}).generation_requests[0].stream_interval > 1

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections import Counter as Tallies
+from collections import Counter as Counts
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,74 +48,78 @@ def serving(pair: LocalPair, **changes: Any) -> Iterator[httpx.Client]:
         yield client
 
 
-def asked(content: str = "Hello.", mode: str = "off", **more: Any) -> dict[str, Any]:
-    turns = [{"role": "user", "content": content}]
-    return {"model": MODEL, "messages": turns, "parse": {"mode": mode}} | more
+def chat_body(content: str = "Hello.", mode: str = "off", **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}]
+    return {"model": MODEL, "messages": messages, "parse": {"mode": mode}} | more
 
 
-def figures(client: httpx.Client, **headers: str) -> dict[tuple[str, tuple[str, ...]], float]:
+def read_metrics(client: httpx.Client, **headers: str) -> dict[tuple[str, tuple[str, ...]], float]:
     """By name and the values of labels, in the order of their names; those that are not zero."""
-    found = {}
+    metrics_found = {}
     for family in text_string_to_metric_families(client.get("/metrics", headers=headers).text):
         for sample in family.samples:
             labels = {
                 k: v for k, v in sorted(sample.labels.items()) if k not in ("application", "deployment", "replica")
             }
             if sample.value:
-                found[sample.name, tuple(labels.values())] = sample.value
-    return found
+                metrics_found[sample.name, tuple(labels.values())] = sample.value
+    return metrics_found
 
 
-def outcomes(client: httpx.Client, **headers: str) -> dict[tuple[str, ...], float]:
+def read_outcomes(client: httpx.Client, **headers: str) -> dict[tuple[str, ...], float]:
     """Of requests, by mode and outcome: once the server has come to know them."""
-    return {labels: n for (name, labels), n in figures(client, **headers).items() if name == "parse_requests_total"}
+    return {
+        labels: count
+        for (name, labels), count in read_metrics(client, **headers).items()
+        if name == "parse_requests_total"
+    }
 
 
-def streamed(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+def stream_report(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
     """The report in the last chunks, and the usage."""
-    whole: dict[str, Any] = {}
+    chunks: dict[str, Any] = {}
     options = {"stream": True, "stream_options": {"include_usage": True}}
     with client.stream("POST", CHAT, json=body | options) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
-                whole |= {name: chunk[name] for name in ("parse", "usage") if chunk.get(name)}
+                chunks |= {name: chunk[name] for name in ("parse", "usage") if chunk.get(name)}
                 for choice in chunk.get("choices", ()):
-                    whole["finish"] = choice["finish_reason"] or whole.get("finish")
-    return whole
+                    chunks["finish"] = choice["finish_reason"] or chunks.get("finish")
+    return chunks
 
 
 def test_figures_add_up_to_exactly_what_clients_were_told(pair):
-    expected: Tallies = Tallies()
+    expected: Counts = Counts()
     with serving(pair) as client:
         for number, problem in enumerate(draw_problems(8, 18, split="service")):
             mode = MODES[number % len(MODES)]
-            body = asked(problem.question, mode, temperature=0, max_tokens=40 if number > 12 else None)
+            body = chat_body(problem.question, mode, temperature=0, max_tokens=40 if number > 12 else None)
             body["parse"]["speculation"] = CHOICES[number % len(CHOICES)]
             if number % 12 > 5:
-                told = streamed(client, body)
-                finish = told["finish"]
+                response = stream_report(client, body)
+                finish = response["finish"]
             else:
-                told = client.post(CHAT, json=body).json()
-                finish = told["choices"][0]["finish_reason"]
-            report, usage = told["parse"], told["usage"]
-            done = report["mode"]
+                response = client.post(CHAT, json=body).json()
+                finish = response["choices"][0]["finish_reason"]
+            report, usage = response["parse"], response["usage"]
+            used_mode = report["mode"]
             expected["parse_requests_total", (mode, "ok")] += 1
-            expected["parse_answers_total", (finish, done)] += 1
+            expected["parse_answers_total", (finish, used_mode)] += 1
             expected["parse_prompt_tokens_total", ()] += usage["prompt_tokens"]
             expected["parse_cached_prompt_tokens_total", ()] += usage["prompt_tokens_details"]["cached_tokens"]
             for name in ("drafted", "accepted", "rejected", "written"):
-                expected[f"parse_{name}_tokens_total", (done,)] += report[name]
+                expected[f"parse_{name}_tokens_total", (used_mode,)] += report[name]
             assert report["accepted"] + report["written"] == usage["completion_tokens"]
-            expected["parse_rounds_total", (done,)] += report["rounds"]
+            expected["parse_rounds_total", (used_mode,)] += report["rounds"]
             kind = "skipped" if not report["drafted"] else "none" if not report["accepted"] else "partial"
-            whole = report["drafted"] and not report["rejected"]
-            expected["parse_verdicts_total", (done, "whole" if whole else kind)] += 1
-            expected["parse_first_token_seconds_count", (done,)] += 1
-            expected["parse_answer_seconds_count", (done,)] += 1
-            expected["parse_boundary_tokens_count", (done,)] += report["boundary"] is not None
-            expected["parse_boundary_tokens_sum", (done,)] += report["boundary"] or 0
-            if done == "exact":
+            chunks = report["drafted"] and not report["rejected"]
+            expected["parse_verdicts_total", (used_mode, "whole" if chunks else kind)] += 1
+            expected["parse_first_token_seconds_count", (used_mode,)] += 1
+            expected["parse_answer_seconds_count", (used_mode,)] += 1
+            expected["parse_boundary_tokens_count", (used_mode,)] += report["boundary"] is not None
+            expected["parse_boundary_tokens_sum", (used_mode,)] += report["boundary"] or 0
+            if used_mode == "exact":
                 expected["parse_proposed_tokens_total", ("draft",)] += report["drafted"]
                 expected["parse_proposed_accepted_tokens_total", ("draft",)] += report["accepted"]
             if speculation := report["speculation"]:
@@ -125,146 +129,150 @@ def test_figures_add_up_to_exactly_what_clients_were_told(pair):
                 expected["parse_proposed_tokens_total", (method,)] += speculation["proposed"]
                 expected["parse_proposed_accepted_tokens_total", (method,)] += speculation["accepted"]
             for stage in report["stages"]:
-                expected["parse_stage_seconds_count", (done, stage["name"])] += 1
-        until(lambda: sum(outcomes(client).values()) == 18)
-        found: dict[tuple[str, tuple[str, ...]], float] = {}
-        for (name, labels), n in figures(client).items():
+                expected["parse_stage_seconds_count", (used_mode, stage["name"])] += 1
+        until(lambda: sum(read_outcomes(client).values()) == 18)
+        metrics_found: dict[tuple[str, tuple[str, ...]], float] = {}
+        for (name, labels), count in read_metrics(client).items():
             key = name, labels[:1] if name.startswith("parse_proposed_") else labels  # of all places together
-            found[key] = found.get(key, 0.0) + n
-    exact = {key: value for key, value in found.items() if key[0] in {name for name, _ in expected}}
+            metrics_found[key] = metrics_found.get(key, 0.0) + count
+    exact = {key: value for key, value in metrics_found.items() if key[0] in {name for name, _ in expected}}
     assert exact == {key: value for key, value in expected.items() if value}
-    assert found["parse_inter_token_seconds_count", ("off",)] > 0
-    drafted = sum(n for (name, _), n in expected.items() if name == "parse_drafted_tokens_total")
+    assert metrics_found["parse_inter_token_seconds_count", ("off",)] > 0
+    drafted = sum(count for (name, _), count in expected.items() if name == "parse_drafted_tokens_total")
     assert all(expected["parse_target_passes_total", (method,)] for method in ("parallel", "ngram"))
-    assert drafted > 500 and any(labels[1:] == ("partial",) for name, labels in found if name == "parse_verdicts_total")
+    assert drafted > 500 and any(
+        labels[1:] == ("partial",) for name, labels in metrics_found if name == "parse_verdicts_total"
+    )
 
 
 def test_requests_that_come_to_nothing_are_counted_by_what_became_of_them(pair):
     with serving(pair, api_keys_env="OUR_TEST_KEYS", max_body_bytes=2000) as client:
         client.post(CHAT, content=b"{")
-        client.post(CHAT, json=asked(surprise=1))
-        client.post(CHAT, json=asked() | {"model": HOSTILE})
-        client.post(CHAT, json=asked(HOSTILE * 100))
-        client.post(CHAT, json=asked(mode=HOSTILE))
+        client.post(CHAT, json=chat_body(surprise=1))
+        client.post(CHAT, json=chat_body() | {"model": HOSTILE})
+        client.post(CHAT, json=chat_body(HOSTILE * 100))
+        client.post(CHAT, json=chat_body(mode=HOSTILE))
         client.get(CHAT)
         client.post("/v1/nothing")
-        assert outcomes(client) == {("unknown", "invalid"): 6}
+        assert read_outcomes(client) == {("unknown", "invalid"): 6}
 
 
 def test_who_may_not_ask_is_counted_and_sees_no_figures(pair, monkeypatch):
     monkeypatch.setenv("OUR_TEST_KEYS", "right")
     with serving(pair, api_keys_env="OUR_TEST_KEYS") as client:
-        assert client.post(CHAT, json=asked(), headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert client.post(CHAT, json=chat_body(), headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert client.get("/metrics").status_code == 401
         key = {"Authorization": "Bearer right"}
-        assert client.post(CHAT, json=asked(max_tokens=2), headers=key).status_code == 200
-        assert outcomes(client, **key) == {("unknown", "unauthorized"): 1, ("off", "ok"): 1}
+        assert client.post(CHAT, json=chat_body(max_tokens=2), headers=key).status_code == 200
+        assert read_outcomes(client, **key) == {("unknown", "unauthorized"): 1, ("off", "ok"): 1}
 
 
 def test_overload_slowness_and_failure_have_names_of_their_own(pair):
     writer = Writer()
-    with serving(pair, verifier=writer, drafter=None, max_answers=1, max_choices=1, max_waiting=0) as client:
+    with serving(pair, verifier=writer, drafter=None, max_answers=1, max_n=1, max_queued_requests=0) as client:
         with ThreadPoolExecutor() as beside:
-            first = beside.submit(httpx.post, f"{client.base_url}{CHAT}", json=asked(), timeout=PATIENCE_S)
+            first = beside.submit(httpx.post, f"{client.base_url}{CHAT}", json=chat_body(), timeout=PATIENCE_S)
             until(lambda: writer.busy == 1)
-            assert client.post(CHAT, json=asked()).status_code == 503
-            assert outcomes(client) == {("off", "overloaded"): 1}
-            assert figures(client)["parse_answering", ()] == figures(client)["parse_places", ()] == 1
+            assert client.post(CHAT, json=chat_body()).status_code == 503
+            assert read_outcomes(client) == {("off", "overloaded"): 1}
+            assert read_metrics(client)["parse_answering", ()] == read_metrics(client)["parse_places", ()] == 1
             writer.may_go_on.set()
             assert first.result().status_code == 200
-        until(lambda: outcomes(client).get(("off", "ok")) == 1)
+        until(lambda: read_outcomes(client).get(("off", "ok")) == 1)
     with serving(pair, verifier=Writer(), drafter=None, request_timeout_s=0.05) as client:
-        assert client.post(CHAT, json=asked()).status_code == 504
-        assert outcomes(client) == {("off", "timeout"): 1}
-        assert figures(client)["parse_cancellations_total", ("timeout",)] == 1
+        assert client.post(CHAT, json=chat_body()).status_code == 504
+        assert read_outcomes(client) == {("off", "timeout"): 1}
+        assert read_metrics(client)["parse_cancellations_total", ("timeout",)] == 1
     with serving(pair, verifier=Writer(error=RuntimeError("broken")), drafter=None) as client:
-        assert client.post(CHAT, json=asked()).status_code == 500
-        assert outcomes(client) == {("off", "failed"): 1}
+        assert client.post(CHAT, json=chat_body()).status_code == 500
+        assert read_outcomes(client) == {("off", "failed"): 1}
     with serving(pair, verifier=Writer((300,), error=RuntimeError("broken")), drafter=None) as client:
-        assert "parse" not in streamed(client, asked())
-        until(lambda: outcomes(client) == {("off", "failed"): 1})
+        assert "parse" not in stream_report(client, chat_body())
+        until(lambda: read_outcomes(client) == {("off", "failed"): 1})
 
 
 def test_who_leaves_is_counted_by_when(pair):
     writer = Writer()
     with serving(pair, verifier=writer, drafter=None) as client:
         with pytest.raises(httpx.ReadTimeout):
-            client.post(CHAT, json=asked(), timeout=0.2)
-        until(lambda: outcomes(client) == {("off", "left"): 1})
-        assert figures(client)["parse_cancellations_total", ("left_waiting",)] == 1
+            client.post(CHAT, json=chat_body(), timeout=0.2)
+        until(lambda: read_outcomes(client) == {("off", "left"): 1})
+        assert read_metrics(client)["parse_cancellations_total", ("left_waiting",)] == 1
     writer = Writer((300, 301))
     with serving(pair, verifier=writer, drafter=None) as client:
-        with client.stream("POST", CHAT, json=asked(stream=True)) as response:
+        with client.stream("POST", CHAT, json=chat_body(stream=True)) as response:
             next(response.iter_lines())
-        until(lambda: outcomes(client) == {("off", "left"): 1})
-        assert figures(client)["parse_cancellations_total", ("left_reading",)] == 1
-        assert not any(name.startswith("parse_written") for name, _ in figures(client))
+        until(lambda: read_outcomes(client) == {("off", "left"): 1})
+        assert read_metrics(client)["parse_cancellations_total", ("left_reading",)] == 1
+        assert not any(name.startswith("parse_written") for name, _ in read_metrics(client))
 
 
 def test_why_the_target_wrote_alone_is_told_by_name(pair):
     class Busy:
-        async def draft(self, question, output, *, piece):
+        async def draft(self, *args, **kwargs):
             raise DraftUnavailable("busy", HOSTILE)
             yield
 
     with serving(pair, drafter=Busy()) as client:
-        report = client.post(CHAT, json=asked(mode="full", max_tokens=2)).json()["parse"]
+        report = client.post(CHAT, json=chat_body(mode="full", max_tokens=2)).json()["parse"]
         assert HOSTILE in report["fallback"]
-        assert figures(client)["parse_fallbacks_total", ("busy",)] == 1
-        assert figures(client)["parse_verdicts_total", ("full", "skipped")] == 1
+        assert read_metrics(client)["parse_fallbacks_total", ("busy",)] == 1
+        assert read_metrics(client)["parse_verdicts_total", ("full", "skipped")] == 1
     with serving(pair, drafter=None) as client:
-        client.post(CHAT, json=asked(mode="full", max_tokens=2))
-        assert figures(client)["parse_fallbacks_total", ("none_there",)] == 1
+        client.post(CHAT, json=chat_body(mode="full", max_tokens=2))
+        assert read_metrics(client)["parse_fallbacks_total", ("none_there",)] == 1
 
 
 def test_lost_calls_are_counted_even_if_the_answer_was_not_given():
-    meters = MetricsRecorder(ROUTER_METRICS, deployment="Router")
-    account = RequestRecord(
+    recorder = MetricsRecorder(ROUTER_METRICS, deployment="Router")
+    record = RequestRecord(
         "id",
         "/v1/completions",
         choices=[ChoiceState(0, 5, Session("s", retry_causes=["died", "died", "stopped"]), 0.0)],
     )
-    AccessLogMiddleware(cast(Any, None), recorder=meters)._record_metrics(account)
-    lost = {sample.labels["cause"]: sample.value for sample in _samples(meters, "parse_retries_total")}
+    AccessLogMiddleware(cast(Any, None), recorder=recorder)._record_metrics(record)
+    lost = {sample.labels["cause"]: sample.value for sample in _samples(recorder, "parse_retries_total")}
     assert lost == {"died": 2.0, "cancelled": 0.0, "stopped": 1.0, "unavailable": 0.0}
 
 
 def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
-    meters = MetricsRecorder(ROUTER_METRICS, deployment="Router")
+    recorder = MetricsRecorder(ROUTER_METRICS, deployment="Router")
     answer = ChoiceState(0, 5, Session("s"), 0.0)
     answer.add_event(TextDelta("a", (1, 2, 3), "draft"))
     answer.add_event(Finished("stop", Usage("exact", draft_tokens=20, accepted_tokens=3, target_tokens=4)))
-    record_choice_metrics(meters, answer)
+    record_choice_metrics(recorder, answer)
     proposed, accepted = (
-        {s.labels["position"]: s.value for s in _samples(meters, name) if s.labels["method"] == "draft"}
+        {s.labels["position"]: s.value for s in _samples(recorder, name) if s.labels["method"] == "draft"}
         for name in ("parse_proposed_tokens_total", "parse_proposed_accepted_tokens_total")
     )
-    assert proposed == {**{str(place): 1.0 for place in range(1, 17)}, "17+": 4.0}
-    assert {place for place, n in accepted.items() if n} == {"1", "2", "3"} and sum(accepted.values()) == 3
+    assert proposed == {**{str(position): 1.0 for position in range(1, 17)}, "17+": 4.0}
+    assert {position for position, count in accepted.items() if count} == {"1", "2", "3"} and sum(
+        accepted.values()
+    ) == 3
 
 
 def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_with_what_came_of_them():
-    meters = MetricsRecorder(ROUTER_METRICS, deployment="Router")
+    recorder = MetricsRecorder(ROUTER_METRICS, deployment="Router")
     proposed, accepted = (9,) * 18, (8, 5, *[0] * 15, 2)
     speculated = SpeculationStats("eagle3", 9, proposed, accepted)
     alone = Usage("off", target_tokens=20, speculation=speculated)
     for usage in (alone, replace(alone, mode="exact", draft_tokens=4, accepted_tokens=3)):
         answer = ChoiceState(0, 5, Session("s"), 0.0)
         answer.add_event(Finished("stop", usage))
-        record_choice_metrics(meters, answer)
+        record_choice_metrics(recorder, answer)
 
-    def told(name: str, method: str) -> dict[str, float]:
-        samples = [s for s in _samples(meters, name) if s.labels["method"] == method and s.value]
+    def response(name: str, method: str) -> dict[str, float]:
+        samples = [s for s in _samples(recorder, name) if s.labels["method"] == method and s.value]
         return {s.labels.get("position", ""): s.value for s in samples}
 
-    assert told("parse_target_passes_total", "eagle3") == {"": 18.0}
-    assert told("parse_target_pass_tokens_total", "eagle3") == {"": 20.0 + 20.0 + 3.0}
-    places = {**{str(place): 18.0 for place in range(1, 17)}, "17+": 36.0}
-    assert told("parse_proposed_tokens_total", "eagle3") == places
-    assert told("parse_proposed_accepted_tokens_total", "eagle3") == {"1": 16.0, "2": 10.0, "17+": 4.0}
-    assert told("parse_proposed_tokens_total", "draft") == dict.fromkeys("1234", 1.0)
-    assert told("parse_proposed_accepted_tokens_total", "draft") == dict.fromkeys("123", 1.0)
-    assert not told("parse_proposed_tokens_total", "parallel")
+    assert response("parse_target_passes_total", "eagle3") == {"": 18.0}
+    assert response("parse_target_pass_tokens_total", "eagle3") == {"": 20.0 + 20.0 + 3.0}
+    positions = {**{str(position): 18.0 for position in range(1, 17)}, "17+": 36.0}
+    assert response("parse_proposed_tokens_total", "eagle3") == positions
+    assert response("parse_proposed_accepted_tokens_total", "eagle3") == {"1": 16.0, "2": 10.0, "17+": 4.0}
+    assert response("parse_proposed_tokens_total", "draft") == dict.fromkeys("1234", 1.0)
+    assert response("parse_proposed_accepted_tokens_total", "draft") == dict.fromkeys("123", 1.0)
+    assert not response("parse_proposed_tokens_total", "parallel")
 
 
 def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, caplog):
@@ -275,7 +283,7 @@ def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, ca
     alone.may_go_on.set()
     for verifier in (writer, alone):
         with serving(pair, verifier=verifier, drafter=None) as client:
-            assert client.post(CHAT, json=asked(n=2)).status_code == 200
+            assert client.post(CHAT, json=chat_body(n=2)).status_code == 200
     until(lambda: len([r for r in caplog.records if r.name == "deployments.observability.access_log"]) == 2)
     first, second = (vars(record) for record in caplog.records if record.name == "deployments.observability.access_log")
     assert (first["speculation"], first["tokens_per_pass"]) == ("ngram", 3.0)  # six in two passes, twice
@@ -283,24 +291,24 @@ def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, ca
 
 
 def test_chances_are_told_by_whether_the_prefix_was_kept():
-    meters = MetricsRecorder(ROUTER_METRICS, deployment="Router")
+    recorder = MetricsRecorder(ROUTER_METRICS, deployment="Router")
     answer = ChoiceState(0, 5, Session("s"), 0.0)
     answer.add_event(Verification(0, tuple(range(12)), (4, 8, 12), (0.99, 0.2, None), 4, "x"))
     answer.add_event(Verification(4, tuple(range(8)), (4, 8), (0.95, 0.97), 8, ""))
     answer.add_event(
         Finished("stop", Usage("rounds", draft_tokens=20, accepted_tokens=12, stages=(Stage("judge", 0.0, 0.5),)))
     )
-    record_choice_metrics(meters, answer)
-    counts = {s.labels["kept"]: s.value for s in _samples(meters, "parse_correct_probability_count")}
-    sums = {s.labels["kept"]: s.value for s in _samples(meters, "parse_correct_probability_sum")}
+    record_choice_metrics(recorder, answer)
+    counts = {s.labels["kept"]: s.value for s in _samples(recorder, "parse_correct_probability_count")}
+    sums = {s.labels["kept"]: s.value for s in _samples(recorder, "parse_correct_probability_sum")}
     assert counts == {"yes": 3.0, "no": 1.0}
     assert sums == {"yes": pytest.approx(0.99 + 0.95 + 0.97), "no": pytest.approx(0.2)}
 
 
 def test_nothing_a_client_sends_becomes_a_label(pair):
     with serving(pair) as client:
-        client.post(CHAT, json=asked(HOSTILE, max_tokens=2), headers={"X-Request-Id": "<script>"})
-        client.post(CHAT, json=asked(HOSTILE, max_tokens=2, user="<script>", prompt_cache_key="<script>"))
+        client.post(CHAT, json=chat_body(HOSTILE, max_tokens=2), headers={"X-Request-Id": "<script>"})
+        client.post(CHAT, json=chat_body(HOSTILE, max_tokens=2, user="<script>", prompt_cache_key="<script>"))
         text = client.get("/metrics").text
     assert "<" not in text and text.count('mode="off",outcome="ok"') == 1
     declared = {
@@ -315,9 +323,9 @@ def test_every_request_has_an_id_and_a_line_without_a_word_of_it(pair, caplog):
     caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
     with serving(pair) as client:
         secret = "Xylophone"
-        first = client.post(CHAT, json=asked(secret, max_tokens=3, user=secret))
+        first = client.post(CHAT, json=chat_body(secret, max_tokens=3, user=secret))
         second = client.post(CHAT, json={"bad": secret})
-        third = client.post(CHAT, json=asked(max_tokens=2), headers={"X-Request-Id": "mine"})
+        third = client.post(CHAT, json=chat_body(max_tokens=2), headers={"X-Request-Id": "mine"})
         until(lambda: len([r for r in caplog.records if r.name == "deployments.observability.access_log"]) == 3)
     lines = [vars(record) for record in caplog.records if record.name == "deployments.observability.access_log"]
     ids = [first.headers["x-request-id"], second.headers["x-request-id"], "mine"]
@@ -350,8 +358,8 @@ def test_who_is_refused_elsewhere_finds_his_request_in_the_log_too(pair, caplog,
         (line,) = [vars(record) for record in caplog.records if record.name == "deployments.observability.access_log"]
         assert line["request_id"] == refused.headers["x-request-id"]
         assert (line["path"], line["outcome"], line["status"]) == ("/v1/models", "unauthorized", 401)
-        assert outcomes(client, Authorization="Bearer right") == {}
+        assert read_outcomes(client, Authorization="Bearer right") == {}
 
 
-def _samples(meters: MetricsRecorder, name: str) -> list[Any]:
-    return [sample for family in meters.collect().families for sample in family.samples if sample.name == name]
+def _samples(recorder: MetricsRecorder, name: str) -> list[Any]:
+    return [sample for family in recorder.collect().families for sample in family.samples if sample.name == name]

@@ -19,7 +19,7 @@ from parse.requests import GenerationRequest
 from parse.types import Logprob, SamplingParams, VerifyResult
 
 NUMBER = r"\d+"
-QUESTION = GenerationRequest(
+REQUEST = GenerationRequest(
     (1, 2), sampling_params=SamplingParams(temperature=0.0, max_tokens=9), mode="full", prediction=(7,)
 )
 
@@ -58,8 +58,8 @@ class Audited:
     def __init__(self, target: Target, **settings: Any) -> None:
         self.gate, self.meters = AdmissionQueue(2, 2), MetricsRecorder(ROUTER_METRICS, deployment="Router")
         self.target = target
-        given = AuditSettings(**{"share": 1.0} | settings)
-        self.auditor = Auditor(given, self.gate, self.meters, lambda: target)  # type: ignore[arg-type, return-value]
+        audit_settings = AuditSettings(**{"share": 1.0} | settings)
+        self.auditor = Auditor(audit_settings, self.gate, self.meters, lambda: target)  # type: ignore[arg-type, return-value]
 
     def results(self) -> dict[str, float]:
         return {sample.labels["result"]: sample.value for sample in self._samples("parse_audits_total") if sample.value}
@@ -71,11 +71,11 @@ class Audited:
     def _samples(self, name: str) -> list[Any]:
         return [s for family in self.meters.collect().families for s in family.samples if s.name == name]
 
-    async def until(self, holds) -> None:
+    async def until(self, condition) -> None:
         working = asyncio.create_task(self.auditor.run())
         try:
             async with asyncio.timeout(20):
-                while not holds():
+                while not condition():
                     await asyncio.sleep(0.005)
         finally:
             working.cancel()
@@ -88,7 +88,7 @@ def _hurried(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("own", "said", "result"),
+    ("own", "sent_text", "result"),
     [
         ("It is 12.", "So 12 in all", "agree"),
         ("It is 12.", "So 13 in all", "disagree"),
@@ -96,69 +96,71 @@ def _hurried(monkeypatch):
         ("It is 12.", "No idea", "disagree"),
     ],
 )
-def test_the_same_result_agrees_in_whatever_words(own, said, result):
-    async def seen():
+def test_the_same_result_agrees_in_whatever_words(own, sent_text, result):
+    async def check():
         audited = Audited(Target(own, {(30, 31): -9.0}), result=NUMBER)
-        audited.auditor.submit("id", QUESTION, sent(said))
+        audited.auditor.submit("id", REQUEST, sent(sent_text))
         await audited.until(audited.results)
         assert audited.results() == {result: 1.0}
         count, total = audited.gaps()
         assert count == 1.0 and total == pytest.approx(8.0)
-        (asked,) = audited.target.asked
-        assert asked.mode == "off" and asked.prediction is None and asked.sampling_params == QUESTION.sampling_params
+        (request,) = audited.target.asked
+        assert (
+            request.mode == "off" and request.prediction is None and request.sampling_params == REQUEST.sampling_params
+        )
 
-    asyncio.run(seen())
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("result", [None, NUMBER])
 @pytest.mark.parametrize(
-    ("likelihood", "expected", "gap"), [(-1.3, "agree", 0.3), (-2.0, "disagree", 1.0), (-0.2, "agree", 0)]
+    ("logprob", "expected", "gap"), [(-1.3, "agree", 0.3), (-2.0, "disagree", 1.0), (-0.2, "agree", 0)]
 )
-def test_where_no_result_is_known_the_targets_opinion_decides(result, likelihood, expected, gap):
-    async def seen():
-        audited = Audited(Target("none", {(30, 31): likelihood}), result=result, gap=0.5)
-        audited.auditor.submit("id", QUESTION, sent("12"))
+def test_where_no_result_is_known_the_targets_opinion_decides(result, logprob, expected, gap):
+    async def check():
+        audited = Audited(Target("none", {(30, 31): logprob}), result=result, gap=0.5)
+        audited.auditor.submit("id", REQUEST, sent("12"))
         await audited.until(audited.results)
         assert audited.results() == {expected: 1.0}
         assert audited.gaps()[1] == pytest.approx(gap)
 
-    asyncio.run(seen())
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize(
     "usage",
-    [{"mode": "off"}, {"mode": "exact"}, {"accepted": 0}],
+    [{"mode": "off"}, {"mode": "exact"}, {"accepted_tokens": 0}],
     ids=["the target's own", "exact", "nothing accepted"],
 )
 def test_only_what_may_be_lossy_is_audited(usage):
-    async def seen():
+    async def check():
         audited = Audited(Target("12"), result=NUMBER)
-        audited.auditor.submit("id", QUESTION, sent("13", **usage))
-        audited.auditor.submit("id", QUESTION, sent("12"))
+        audited.auditor.submit("id", REQUEST, sent("13", **usage))
+        audited.auditor.submit("id", REQUEST, sent("12"))
         await audited.until(audited.results)
         assert audited.results() == {"agree": 1.0} and len(audited.target.asked) == 1
 
-    asyncio.run(seen())
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_a_share_is_audited(share):
-    async def seen():
+    async def check():
         random.seed(1)
         audited = Audited(Target("12"), share=share, result=NUMBER)
         for _ in range(200):
-            audited.auditor.submit("id", QUESTION, sent("12"))
+            audited.auditor.submit("id", REQUEST, sent("12"))
         chosen = len(audited.auditor._cases)
         assert (chosen == 0) if share == 0 else (30 < chosen < 70)
         await audited.until(lambda: not audited.auditor._cases)
 
-    asyncio.run(seen())
+    asyncio.run(check())
 
 
 def test_who_comes_has_the_service_to_himself_and_the_audit_begins_again_later():
-    async def seen():
+    async def check():
         audited = Audited(Target("12", wait_s=0.1), result=NUMBER)
-        audited.auditor.submit("id", QUESTION, sent("12"))
+        audited.auditor.submit("id", REQUEST, sent("12"))
         interrupted = False
 
         async def client():
@@ -169,18 +171,18 @@ def test_who_comes_has_the_service_to_himself_and_the_audit_begins_again_later()
                 await asyncio.sleep(0.2)
                 interrupted = not audited.results() and len(audited.target.asked) == 1
 
-        coming = asyncio.create_task(client())
+        next_event = asyncio.create_task(client())
         await audited.until(audited.results)
-        await coming
+        await next_event
         assert interrupted and len(audited.target.asked) == 2 and audited.results() == {"agree": 1.0}
 
-    asyncio.run(seen())
+    asyncio.run(check())
 
 
 def test_what_never_finds_its_moment_is_dropped_and_counted():
-    async def seen():
+    async def check():
         audited = Audited(Target("12", wait_s=5), result=NUMBER)
-        audited.auditor.submit("id", QUESTION, sent("12"))
+        audited.auditor.submit("id", REQUEST, sent("12"))
 
         async def clients():
             while not audited.results():
@@ -190,12 +192,12 @@ def test_what_never_finds_its_moment_is_dropped_and_counted():
                 async with audited.gate.hold_slots(1):
                     await asyncio.sleep(0.005)
 
-        coming = asyncio.create_task(clients())
+        next_event = asyncio.create_task(clients())
         await audited.until(audited.results)
-        coming.cancel()
+        next_event.cancel()
         assert audited.results() == {"dropped": 1.0} and len(audited.target.asked) == MAX_ATTEMPTS
 
-    asyncio.run(seen())
+    asyncio.run(check())
 
 
 def test_an_audit_that_fails_harms_nobody():
@@ -203,17 +205,17 @@ def test_an_audit_that_fails_harms_nobody():
         async def verify(self, request):
             raise ConnectionError("gone")
 
-    async def seen():
+    async def check():
         audited = Audited(Broken("12"), result=NUMBER)
         for _ in range(2):
-            audited.auditor.submit("id", QUESTION, sent("12"))
+            audited.auditor.submit("id", REQUEST, sent("12"))
         await audited.until(lambda: audited.results() == {"dropped": 2.0})
 
-    asyncio.run(seen())
+    asyncio.run(check())
 
 
 def test_a_faulty_expression_is_refused():
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         AuditSettings(result="(")
 
 
@@ -221,25 +223,25 @@ def test_against_the_demo_pair_a_wrong_answer_is_found_out(pair):
     """The sum that the draft got wrong on purpose; the very service that runs in production."""
     pipeline = pair.pipeline
     text = "First, Uma scores 73, above 27, so Uma leads with 73.\nSo Uma has the record now, with 73."
-    question = "Kim has the record with 27. In turn: first Uma 73, second Max 52. Who has the record now?"
+    request = "Kim has the record with 27. In turn: first Uma 73, second Max 52. Who has the record now?"
     ids = pipeline.tokenizer(text, add_special_tokens=False)["input_ids"]
     prompt = pipeline.tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        [{"role": "user", "content": request}], add_generation_prompt=True, return_dict=False
     )
 
-    async def seen():
+    async def check():
         audited = Audited(SimpleNamespace(), result=NUMBER)  # type: ignore[arg-type]
         audited.auditor = Auditor(
             AuditSettings(share=1.0, result=NUMBER), audited.gate, audited.meters, lambda: pipeline
         )
-        for said, number in ((text, 73), (text.replace("73.", "74."), 74)):
+        for sent_text, number in ((text, 73), (text.replace("73.", "74."), 74)):
             answer = ChoiceState(0, len(prompt), Session("s"), 0.0)
-            answer.add_event(TextDelta(said, tuple(ids), "draft"))
+            answer.add_event(TextDelta(sent_text, tuple(ids), "draft"))
             answer.add_event(Finished("stop", Usage("full", draft_tokens=len(ids), accepted_tokens=len(ids))))
-            asked = GenerationRequest(prompt, sampling_params=SamplingParams(temperature=0.0, max_tokens=120))
-            audited.auditor.submit(str(number), asked, answer)
+            request = GenerationRequest(prompt, sampling_params=SamplingParams(temperature=0.0, max_tokens=120))
+            audited.auditor.submit(str(number), request, answer)
         await audited.until(lambda: sum(audited.results().values()) == 2)
         assert audited.results() == {"agree": 1.0, "disagree": 1.0}
         assert audited.gaps()[0] == 2.0
 
-    asyncio.run(seen())
+    asyncio.run(check())

@@ -29,11 +29,11 @@ def values(families: Iterable) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
-def told(meters: MetricsRecorder) -> dict[tuple[str, tuple[str, ...]], float]:
+def told(recorder: MetricsRecorder) -> dict[tuple[str, tuple[str, ...]], float]:
     """Without the labels of a replica."""
-    text, _ = encode_metrics([meters.collect()], "")
+    text, _ = encode_metrics([recorder.collect()], "")
     found = values(plain_families(text.decode()))
-    own = {f"{name}={value}" for name, value in vars(meters.replica_labels).items()}
+    own = {f"{name}={value}" for name, value in vars(recorder.replica_labels).items()}
     return {
         (name, tuple(label for label in labels if label not in own)): value for (name, labels), value in found.items()
     }
@@ -59,22 +59,22 @@ def test_names_are_given_once():
 
 
 def test_a_label_takes_no_value_but_those_declared():
-    meters = MetricsRecorder((COUNTER,), deployment="Coop")
+    recorder = MetricsRecorder((COUNTER,), deployment="Coop")
     with pytest.raises(ValueError, match="'<b>' is not declared for colour"):
-        meters.add(COUNTER, colour="<b>")
-    assert {labels for _, labels in told(meters)} == {("colour=white",), ("colour=brown",)}
+        recorder.add(COUNTER, colour="<b>")
+    assert {labels for _, labels in told(recorder)} == {("colour=white",), ("colour=brown",)}
 
 
 def test_what_is_told_is_shown_and_counters_begin_at_zero():
-    meters = MetricsRecorder((COUNTER, GAUGE, HISTOGRAM), deployment="Coop")
-    assert told(meters)["parse_eggs_total", ("colour=brown",)] == 0.0
-    meters.add(COUNTER, 3, colour="white")
-    meters.add(COUNTER, 0, colour="brown")
-    meters.add(COUNTER, colour="white")
-    meters.set(GAUGE, 7)
-    meters.observe(HISTOGRAM, 50.0)
-    meters.observe(HISTOGRAM, 70.0)
-    found = told(meters)
+    recorder = MetricsRecorder((COUNTER, GAUGE, HISTOGRAM), deployment="Coop")
+    assert told(recorder)["parse_eggs_total", ("colour=brown",)] == 0.0
+    recorder.add(COUNTER, 3, colour="white")
+    recorder.add(COUNTER, 0, colour="brown")
+    recorder.add(COUNTER, colour="white")
+    recorder.set(GAUGE, 7)
+    recorder.observe(HISTOGRAM, 50.0)
+    recorder.observe(HISTOGRAM, 70.0)
+    found = told(recorder)
     assert found["parse_eggs_total", ("colour=white",)] == 4.0 and found["parse_eggs_total", ("colour=brown",)] == 0.0
     assert found["parse_hens", ()] == 7.0
     assert [found["parse_weight_grams_bucket", (f"le={le}",)] for le in ("40.0", "60.0", "+Inf")] == [0.0, 1.0, 2.0]
@@ -82,11 +82,11 @@ def test_what_is_told_is_shown_and_counters_begin_at_zero():
 
 
 def test_what_somebody_else_counts_is_brought_up_to_his_count():
-    meters = MetricsRecorder((COUNTER,), deployment="Coop")
+    recorder = MetricsRecorder((COUNTER,), deployment="Coop")
     for total in (5, 5, 12):
-        meters.update_total(COUNTER, total, colour="white")
-    meters.update_total(COUNTER, 2, colour="brown")
-    found = told(meters)
+        recorder.update_total(COUNTER, total, colour="white")
+    recorder.update_total(COUNTER, 2, colour="brown")
+    found = told(recorder)
     assert (found["parse_eggs_total", ("colour=white",)], found["parse_eggs_total", ("colour=brown",)]) == (12.0, 2.0)
 
 
@@ -96,9 +96,9 @@ def test_what_somebody_else_counts_is_brought_up_to_his_count():
 def test_replicas_stand_side_by_side_on_one_page(accept, read):
     figures = []
     for replica, eggs in (("a", 1), ("b", 20)):
-        meters = MetricsRecorder((COUNTER, HISTOGRAM), deployment="Coop")
-        meters.add(COUNTER, eggs, colour="white")
-        figures.append(ReplicaMetrics(ReplicaLabels("farm", "Coop", replica), meters.collect().families))
+        recorder = MetricsRecorder((COUNTER, HISTOGRAM), deployment="Coop")
+        recorder.add(COUNTER, eggs, colour="white")
+        figures.append(ReplicaMetrics(ReplicaLabels("farm", "Coop", replica), recorder.collect().families))
     text, kind = encode_metrics(figures, accept)
     assert kind.startswith(accept.partition(";")[0] or "text/plain")
     families = list(read(text.decode()))
@@ -112,8 +112,8 @@ def test_replicas_stand_side_by_side_on_one_page(accept, read):
 @pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
 @pytest.mark.parametrize("version", ["x", "1.x", "", "2.0.0", "9" * 5000, "\xb2"])
 def test_a_version_that_nobody_knows_is_no_reason_to_tell_nothing(kind, version):
-    meters = MetricsRecorder((COUNTER,), deployment="Coop")
-    text, _ = encode_metrics([meters.collect()], f"{kind}; version={version}")
+    recorder = MetricsRecorder((COUNTER,), deployment="Coop")
+    text, _ = encode_metrics([recorder.collect()], f"{kind}; version={version}")
     assert b"\nparse_eggs_total{" in text
 
 

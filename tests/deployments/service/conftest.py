@@ -15,7 +15,7 @@ import yaml
 from ray import serve
 
 from parse.local import DEMO_DRAFT, DEMO_TARGET
-from tests.deployments.service.asking import Service, free_port
+from tests.deployments.service.service_client import Service, free_port
 from tests.deployments.service.spans import Spans
 
 RAYS_PORTS = range(10002, 20000)  # of its workers
@@ -93,11 +93,11 @@ class Deployed:
         self._config = {}
 
     def service(self, deployments: Sequence[dict[str, Any]] = (), **args: Any) -> Service:
-        wanted = {"deployments": deployments, **args}
-        if wanted != self._config:
-            told = self.deploy(deployments, **args)
-            assert told.returncode == 0, told.stdout + told.stderr
-            self._config = wanted
+        config = {"deployments": deployments, **args}
+        if config != self._config:
+            result = self.deploy(deployments, **args)
+            assert result.returncode == 0, result.stdout + result.stderr
+            self._config = config
         return Service(f"http://127.0.0.1:{self._port}")
 
 
@@ -111,4 +111,4 @@ def service(deployed: Deployed) -> Iterator[Service]:
     """One replica of each, at rest."""
     service = deployed.service()
     yield service
-    asyncio.run(service.comes_to_rest())
+    asyncio.run(service.wait_until_idle())

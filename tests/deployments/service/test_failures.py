@@ -8,13 +8,13 @@ import signal
 import httpx
 import pytest
 
-from tests.deployments.service.asking import chat, events, problems, until
+from tests.deployments.service.service_client import chat, events, problems, until
 from training.task import check_answer
 
 COUNT = problems(1)[0].question
 
 
-async def killed(service, name):
+async def kill_replica(service, name):
     (replica,) = await service.describe(name)
     os.kill(replica.pid, signal.SIGKILL)
 
@@ -38,23 +38,23 @@ def test_a_verifier_killed_amid_a_stream_is_not_noticed_but_by_the_report(servic
                 report = event.get("parse", report)
                 chunks += 1
                 if kill and chunks == 4:
-                    await killed(service, "Verifier")
+                    await kill_replica(service, "Verifier")
                 finish = choice["finish_reason"]
         return text, finish, report
 
     async def compared():
         for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 11, "max_tokens": 200, "ignore_eos": True}):
             body = chat(COUNT, mode="off", stream=True) | sampling
-            *whole, _ = await streamed(body, kill=False)
-            *mended, report = await streamed(body, kill=True)
-            assert mended == whole and report["retries"] >= 1
+            *undisturbed, _ = await streamed(body, kill=False)
+            *repaired, report = await streamed(body, kill=True)
+            assert repaired == undisturbed and report["retries"] >= 1
 
     asyncio.run(compared())
 
 
 def test_a_killed_drafter_costs_only_speed_and_comes_back(service):
     async def ask():
-        await killed(service, "Drafter")
+        await kill_replica(service, "Drafter")
         answers = [await service.answer(chat(problem.question)) for problem in problems(6)]
         assert all(answer["choices"][0]["finish_reason"] == "stop" for answer in answers)
         # A new drafter may come so soon that nobody has to do without.
@@ -74,8 +74,8 @@ def test_a_drafter_that_hangs_costs_only_speed_and_comes_back(service):
             assert all(answer["choices"][0]["finish_reason"] == "stop" for answer in answers)
             assert all("does not answer" in answer["parse"]["fallback"] for answer in answers)
             async with service.client() as client:
-                told = (await client.get("/ready")).json()
-            assert told["status"] == "degraded" and list(told["troubles"]) == ["drafter"]
+                readiness = (await client.get("/ready")).json()
+            assert readiness["status"] == "degraded" and list(readiness["troubles"]) == ["drafter"]
         finally:
             os.kill(drafter.pid, signal.SIGCONT)
         await drafts_again(service)
@@ -92,10 +92,10 @@ def test_a_client_that_leaves_frees_its_work_everywhere(service):
                     break
             with pytest.raises(httpx.ReadTimeout):
                 await client.post("/v1/chat/completions", json=body | {"stream": False}, timeout=0.3)
-        (before,) = await service.loads("Verifier")
-        await service.comes_to_rest()
-        (after,) = await service.loads("Verifier")
-        assert after.tokens - before.tokens < 2 * 800  # they did not write to the end
+        (before,) = await service.stats("Verifier")
+        await service.wait_until_idle()
+        (after,) = await service.stats("Verifier")
+        assert after.num_tokens - before.num_tokens < 2 * 800  # they did not write to the end
 
     asyncio.run(leave())
 
@@ -103,12 +103,12 @@ def test_a_client_that_leaves_frees_its_work_everywhere(service):
 def test_of_200_requests_every_client_that_stays_gets_its_answer_whoever_dies(service):
     rng = random.Random(5)
     modes = ["full", "rounds", "progressive", "auto", "off"]
-    asked = [(p, rng.random() < 0.25, rng.choice(modes), rng.random() < 0.5) for p in problems(200)]
-    done = 0
+    cases = [(p, rng.random() < 0.25, rng.choice(modes), rng.random() < 0.5) for p in problems(200)]
+    num_done = 0
 
-    async def one(client, places, problem, leaves, mode, stream):
-        nonlocal done
-        async with places:
+    async def run_case(client, semaphore, problem, leaves, mode, stream):
+        nonlocal num_done
+        async with semaphore:
             body = chat(problem.question, mode=mode, stream=stream)
             try:
                 if leaves:
@@ -131,30 +131,32 @@ def test_of_200_requests_every_client_that_stays_gets_its_answer_whoever_dies(se
                 assert leaves
                 return None
             finally:
-                done += 1
+                num_done += 1
 
-    async def reached(count):
-        async def there():
-            return done >= count
+    async def wait_for_count(count):
+        async def is_reached():
+            return num_done >= count
 
-        await until(there)
+        await until(is_reached)
 
     async def storm():
-        places = asyncio.Semaphore(12)
+        semaphore = asyncio.Semaphore(12)
         async with service.client() as client:
-            asking = [asyncio.create_task(one(client, places, *given)) for given in asked]
-            await reached(50)
-            await killed(service, "Drafter")
-            await reached(100)
-            await killed(service, "Verifier")
-            answers = await asyncio.gather(*asking)
-        await service.comes_to_rest()
+            tasks = [asyncio.create_task(run_case(client, semaphore, *case)) for case in cases]
+            await wait_for_count(50)
+            await kill_replica(service, "Drafter")
+            await wait_for_count(100)
+            await kill_replica(service, "Verifier")
+            answers = await asyncio.gather(*tasks)
+        await service.wait_until_idle()
         return answers
 
     answers = asyncio.run(storm())
-    stayed = [answer for answer, (_, leaves, *_) in zip(answers, asked, strict=True) if not leaves]
+    stayed = [answer for answer, (_, leaves, *_) in zip(answers, cases, strict=True) if not leaves]
     assert len(stayed) > 120
     assert all(finish == "stop" and text for text, finish in stayed)
-    theirs = [problem for problem, leaves, *_ in asked if not leaves]
-    right = [check_answer(problem, [text]).complete for (text, _), problem in zip(stayed, theirs, strict=True)]
-    assert sum(right) >= 0.95 * len(right)
+    their_problems = [problem for problem, leaves, *_ in cases if not leaves]
+    correct = [
+        check_answer(problem, [text]).complete for (text, _), problem in zip(stayed, their_problems, strict=True)
+    ]
+    assert sum(correct) >= 0.95 * len(correct)

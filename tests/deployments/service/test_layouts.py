@@ -4,10 +4,10 @@ import asyncio
 from itertools import count
 
 from parse.local import DEMO_DRAFT, DEMO_TARGET
-from tests.deployments.service.asking import chat, problems
 from tests.deployments.service.conftest import SMALL
+from tests.deployments.service.service_client import chat, problems
 
-TIGHT = {"api": {"max_answers": 4, "max_waiting": 8}}
+TIGHT = {"api": {"max_answers": 4, "max_queued_requests": 8}}
 TWO_OF_EACH = [
     {"name": name, "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1, "num_gpus": 0.5}}
     for name in ("Verifier", "Drafter")
@@ -30,7 +30,7 @@ def test_under_tight_limits_many_clients_get_answers_or_are_told_to_come_again(d
     for refused in (answer for answer in answers if answer.status_code == 503):
         assert refused.json()["error"]["code"] == "overloaded" and int(refused.headers["Retry-After"]) >= 1
     assert {answer.status_code for answer in afterwards} == {200}
-    asyncio.run(service.comes_to_rest())
+    asyncio.run(service.wait_until_idle())
 
 
 def test_of_several_verifiers_a_conversation_meets_the_one_that_knows_it(deployed):
@@ -38,22 +38,29 @@ def test_of_several_verifiers_a_conversation_meets_the_one_that_knows_it(deploye
     service = deployed.service(TWO_OF_EACH)
 
     async def conversations():
-        known, (one, other) = [], [load.tokens for load in await service.loads("Verifier")]
+        token_counts, (first_tokens, second_tokens) = (
+            [],
+            [stats.num_tokens for stats in await service.stats("Verifier")],
+        )
         for problem in problems(60, seed=17):
             body = chat(problem.question, mode="rounds")
             first = await service.answer(body)
-            said = {"role": "assistant", "content": first["choices"][0]["message"]["content"]}
-            again = body["messages"] + [said, {"role": "user", "content": problem.question}]
+            answer_message = {"role": "assistant", "content": first["choices"][0]["message"]["content"]}
+            again = body["messages"] + [answer_message, {"role": "user", "content": problem.question}]
             second = await service.answer(body | {"messages": again, "max_tokens": 20})
-            known.append((first["usage"]["prompt_tokens"], second["usage"]["prompt_tokens_details"]["cached_tokens"]))
-            now = [load.tokens for load in await service.loads("Verifier")]
-            if len(known) >= 8 and min(now) > max(one, other):  # both had conversations of their own
-                return known
+            token_counts.append(
+                (first["usage"]["prompt_tokens"], second["usage"]["prompt_tokens_details"]["cached_tokens"])
+            )
+            num_tokens = [stats.num_tokens for stats in await service.stats("Verifier")]
+            if len(token_counts) >= 8 and min(num_tokens) > max(
+                first_tokens, second_tokens
+            ):  # both had conversations of their own
+                return token_counts
         raise AssertionError("one of the two had nothing to do")
 
-    known = asyncio.run(conversations())
-    assert all(cached >= prompt - 1 for prompt, cached in known)
-    asyncio.run(service.comes_to_rest())
+    token_counts = asyncio.run(conversations())
+    assert all(cached >= prompt - 1 for prompt, cached in token_counts)
+    asyncio.run(service.wait_until_idle())
 
 
 def test_a_change_under_load_loses_no_request(deployed):
@@ -89,7 +96,7 @@ def test_a_change_under_load_loses_no_request(deployed):
     after = {pid for name in ("Verifier", "Drafter", "Router") for pid in asyncio.run(pids(service, name))}
     assert not before & after  # all of it is new
     assert len(answers) > 20 and {answer.status_code for answer in answers} == {200}
-    asyncio.run(service.comes_to_rest())
+    asyncio.run(service.wait_until_idle())
 
 
 async def pids(service, name):
@@ -97,11 +104,15 @@ async def pids(service, name):
 
 
 def test_what_cannot_be_placed_or_is_not_known_is_said(deployed):
-    greedy = [{"name": "Verifier", "ray_actor_options": {"num_cpus": 0.1, "num_gpus": 3}}]
-    told = deployed.deploy(greedy)
-    assert told.returncode == 1
-    assert "a replica of Verifier needs 3 GPU, and no node has more than 2" in told.stderr
-    wrong = deployed.deploy(method={"strude": 3})
-    assert wrong.returncode == 1 and "method.strude: Extra inputs are not permitted" in wrong.stderr
-    nowhere = deployed.deploy(target={"model": "/no/such/folder"})
-    assert nowhere.returncode == 1 and "/no/such/folder" in nowhere.stderr
+    too_many_gpus = [{"name": "Verifier", "ray_actor_options": {"num_cpus": 0.1, "num_gpus": 3}}]
+    result = deployed.deploy(too_many_gpus)
+    assert result.returncode == 1
+    assert "a replica of Verifier needs 3 GPU, and no node has more than 2" in result.stderr
+    misspelled = deployed.deploy(verification={"strude": 3})
+    assert misspelled.returncode == 1
+    assert "verification.strude is not known; did you mean stride?" in misspelled.stderr
+    renamed = deployed.deploy(target={"model": DEMO_TARGET, "memory_mb": 512})
+    assert renamed.returncode == 1
+    assert "target.memory_mb was renamed to target.kv_cache_memory_bytes; multiply by 1048576" in renamed.stderr
+    missing_model = deployed.deploy(target={"model": "/no/such/folder"})
+    assert missing_model.returncode == 1 and "/no/such/folder" in missing_model.stderr

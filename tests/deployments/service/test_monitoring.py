@@ -21,15 +21,15 @@ from tests.cluster.querying import (
     prometheus,
     recorded_queries,
 )
-from tests.deployments.service.asking import Service, chat, events, problems, until
 from tests.deployments.service.conftest import SMALL
+from tests.deployments.service.service_client import Service, chat, events, problems, until
 
 IN_TIME_S = 5.0  # half of what Prometheus allows by default
 QUICKLY_S = 30.0
 MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
 CHOICES = (None, "ngram", "none", None)
-WAYS = [{"method": "parallel", "model": "models/demo-parallel"}, {"method": "ngram"}]
-TARGET = {"model": DEMO_TARGET, **SMALL, "speculative_configs": WAYS}
+SPECULATIVE_CONFIGS = [{"method": "parallel", "model": "models/demo-parallel"}, {"method": "ngram"}]
+TARGET = {"model": DEMO_TARGET, **SMALL, "speculative_configs": SPECULATIVE_CONFIGS}
 SETTINGS = {
     "target": TARGET,
     "audit": {"share": 1.0, "result": r"\d+"},
@@ -37,7 +37,7 @@ SETTINGS = {
 }
 
 
-class Seen:
+class ClientTotals:
     """What clients were told, added up."""
 
     def __init__(self) -> None:
@@ -51,17 +51,19 @@ class Seen:
             self.tokens[f"parse_{name}_tokens_total"] += report[name]
         self.tokens["parse_prompt_tokens_total"] += usage["prompt_tokens"]
         self.tokens["parse_cached_prompt_tokens_total"] += usage["prompt_tokens_details"]["cached_tokens"]
-        if came := report["speculation"]:
+        if speculation := report["speculation"]:
             for metric, name in (
                 ("target_passes", "passes"),
                 ("target_pass_tokens", "tokens"),
                 ("proposed_tokens", "proposed"),
                 ("proposed_accepted_tokens", "accepted"),
             ):
-                self.by_method[f"parse_{metric}_total", came["method"]] += came[name]
+                self.by_method[f"parse_{metric}_total", speculation["method"]] += speculation[name]
 
 
-async def one(client: httpx.AsyncClient, seen: Seen, question: str, mode: str, number: int) -> None:
+async def send_request(
+    client: httpx.AsyncClient, client_totals: ClientTotals, question: str, mode: str, number: int
+) -> None:
     body = chat(question, mode=mode)
     body["parse"]["speculation"] = CHOICES[number % len(CHOICES)]
     if number % 9 == 8:  # leaves
@@ -72,42 +74,47 @@ async def one(client: httpx.AsyncClient, seen: Seen, question: str, mode: str, n
     if number % 2:
         response = await client.post("/v1/chat/completions", json=body)
         if response.status_code == 200:
-            seen.answer(response.json()["parse"], response.json()["usage"])
+            client_totals.answer(response.json()["parse"], response.json()["usage"])
         else:
             assert response.status_code == 503, response.text
         return
-    whole: dict = {}
+    final_chunks: dict = {}
     stream = body | {"stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", "/v1/chat/completions", json=stream) as response:
         if response.status_code != 200:
             assert response.status_code == 503
             return
         async for event in events(response):
-            whole |= {name: event[name] for name in ("parse", "usage") if event.get(name)}
-    seen.answer(whole["parse"], whole["usage"])
+            final_chunks |= {name: event[name] for name in ("parse", "usage") if event.get(name)}
+    client_totals.answer(final_chunks["parse"], final_chunks["usage"])
 
 
-async def load(service: Service, seen: Seen) -> None:
+async def load(service: Service, client_totals: ClientTotals) -> None:
     """Bursts with more than there is room for, pauses in which audits find their moment, and some faults."""
     rng = random.Random(7)
-    asked = problems(72, seed=9)
+    load_problems = problems(72, seed=9)
     async with service.client() as client:
         for burst in range(6):
-            some = asked[12 * burst : 12 * burst + 12]
+            batch = load_problems[12 * burst : 12 * burst + 12]
             await asyncio.gather(
-                *(one(client, seen, problem.question, rng.choice(MODES), n) for n, problem in enumerate(some))
+                *(
+                    send_request(client, client_totals, problem.question, rng.choice(MODES), n)
+                    for n, problem in enumerate(batch)
+                )
             )
             await client.post("/v1/chat/completions", json={"surprise": 1})
             if burst == 2:
                 (drafter,) = await service.describe("Drafter")
                 os.kill(drafter.pid, signal.SIGKILL)
-                await asyncio.gather(*(one(client, seen, problem.question, "full", 1) for problem in some[:3]))
+                await asyncio.gather(
+                    *(send_request(client, client_totals, problem.question, "full", 1) for problem in batch[:3])
+                )
             if burst == 3:
                 (verifier,) = await service.describe("Verifier")
-                asking = asyncio.create_task(one(client, seen, some[0].question, "off", 1))
+                task = asyncio.create_task(send_request(client, client_totals, batch[0].question, "off", 1))
                 await asyncio.sleep(0.1)
                 os.kill(verifier.pid, signal.SIGKILL)
-                await asking
+                await task
             await asyncio.sleep(2.0)
 
 
@@ -118,26 +125,26 @@ def total(watching: Prometheus, query: str) -> float:
 @needs_prometheus
 def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cluster, tmp_path):
     service = deployed.service(**SETTINGS)
-    seen = Seen()
+    client_totals = ClientTotals()
     before = httpx.get(f"{service.url}/metrics").text
     assert 'outcome="ok"' in before
     port = service.url.removeprefix("http://")
     with prometheus(tmp_path, port, cluster.metrics) as watching:
-        asyncio.run(load(service, seen))
+        asyncio.run(load(service, client_totals))
         for prefix in ("", "ray_"):
-            asked = [*dashboard_queries(prefix=prefix), *recorded_queries(prefix=prefix)]
-            assert len(asked) > 60
-            left = watching.without_data(asked, within_s=QUICKLY_S)
-            assert not left, [(one.where, one.expression) for one in left]
+            load_problems = [*dashboard_queries(prefix=prefix), *recorded_queries(prefix=prefix)]
+            assert len(load_problems) > 60
+            left = watching.without_data(load_problems, within_s=QUICKLY_S)
+            assert not left, [(send_request.where, send_request.expression) for send_request in left]
         left = watching.without_data(alert_queries(), within_s=QUICKLY_S)
-        assert not left, [(one.where, one.expression) for one in left]
+        assert not left, [(send_request.where, send_request.expression) for send_request in left]
         assert watching.rule_faults() == []
 
         # Clients and Prometheus have counted the same, on both ways. Ray still tells of routers that are gone.
         (router,) = {found["metric"]["replica"] for found in watching.query("parse_places")}
-        counts = [(name, "", n) for name, n in seen.tokens.items()]
-        counts += [(name, f'method="{method}",', n) for (name, method), n in seen.by_method.items()]
-        counts += [("parse_requests_total", 'outcome="ok",', seen.requests["ok"])]
+        counts = [(name, "", n) for name, n in client_totals.tokens.items()]
+        counts += [(name, f'method="{method}",', n) for (name, method), n in client_totals.by_method.items()]
+        counts += [("parse_requests_total", 'outcome="ok",', client_totals.requests["ok"])]
         expected = {
             f'{prefix}{name}{{{condition}replica="{router}"}}': float(n)
             for name, condition, n in counts
@@ -155,8 +162,8 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
             asyncio.run(until(equal))
         except AssertionError:
             raise AssertionError(differences()) from None
-    assert {method for _, method in seen.by_method} == {"parallel", "ngram"}
-    assert seen.requests["ok"] > 40 and seen.tokens["parse_rejected_tokens_total"] > 100
+    assert {method for _, method in client_totals.by_method} == {"parallel", "ngram"}
+    assert client_totals.requests["ok"] > 40 and client_totals.tokens["parse_rejected_tokens_total"] > 100
 
 
 def reports(text: str) -> Counter[str]:
@@ -178,11 +185,13 @@ def unreached(text: str) -> float:
 def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_up_nobody(deployed):
     service = deployed.service(deployments=[{"name": "Router", "num_replicas": 2}], target=TARGET)
 
-    async def asked():
-        seen = Seen()
+    async def load_problems():
+        client_totals = ClientTotals()
         async with service.client() as client:
-            await asyncio.gather(*(one(client, seen, problem.question, "full", 1) for problem in problems(8)))
-            assert seen.requests["ok"] == 8
+            await asyncio.gather(
+                *(send_request(client, client_totals, problem.question, "full", 1) for problem in problems(8))
+            )
+            assert client_totals.requests["ok"] == 8
 
             async def all_told(counts: dict[str, int]) -> bool:
                 return reports((await client.get("/metrics")).text) == counts
@@ -192,7 +201,7 @@ def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_
                 text = (await client.get("/metrics")).text
                 samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
                 drafted = sum(s.value for s in samples if s.name == "parse_drafted_tokens_total")
-                assert drafted == seen.tokens["parse_drafted_tokens_total"]
+                assert drafted == client_totals.tokens["parse_drafted_tokens_total"]
             (drafter,) = await service.describe("Drafter")
             os.kill(drafter.pid, signal.SIGSTOP)
             try:
@@ -209,13 +218,13 @@ def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_
         return unreached((await client.get("/metrics", timeout=IN_TIME_S)).text) > 0
 
     assert SCRAPE_TIMEOUT_S < IN_TIME_S
-    asyncio.run(asked())
+    asyncio.run(load_problems())
 
 
 def test_the_log_tells_of_each_request_by_its_id(deployed, cluster):
     service = deployed.service()
 
-    async def asked() -> str:
+    async def load_problems() -> str:
         async with service.client() as client:
             response = await client.post("/v1/chat/completions", json=chat("Xylophone?", mode="off", max_tokens=4))
             request_id = response.headers["x-request-id"]
@@ -227,7 +236,7 @@ def test_the_log_tells_of_each_request_by_its_id(deployed, cluster):
             await until(told)
             return str(request_id)
 
-    request_id = asyncio.run(asked())
+    request_id = asyncio.run(load_problems())
     (line,) = [line for line in lines(cluster.logs) if line.get("request_id") == request_id and "outcome" in line]
     assert line["outcome"] == "ok" and line["status"] == 200 and line["written"] == 4 and line["mode"] == "off"
     assert not any("Xylophone" in path.read_text() for path in cluster.logs.glob("replica_*"))

@@ -8,56 +8,58 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parse.local import DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
-from tests.deployments.service.asking import MODEL, chat, problems
+from tests.deployments.service.service_client import MODEL, chat, problems
 
 
 def client(service):
     return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
 
 
-def turns(problem):
+def messages_of(problem):
     return [{"role": "user", "content": problem.question}]
 
 
-def alone(problem):
+def library_answer(problem):
     """What transformers lets the target write."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_TARGET)
     model = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
-    prompt = torch.tensor([chat_prompt_token_ids(tokenizer, turns(problem))])
-    written = model.generate(prompt, do_sample=False, max_new_tokens=300)[0, prompt.shape[1] :]
-    return tokenizer.decode(written, skip_special_tokens=True)
+    prompt = torch.tensor([chat_prompt_token_ids(tokenizer, messages_of(problem))])
+    token_ids = model.generate(prompt, do_sample=False, max_new_tokens=300)[0, prompt.shape[1] :]
+    return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def test_the_official_client_is_answered_in_every_way_it_asks(service):
     api, (problem, *_) = client(service), problems(1)
-    ask = dict(model=MODEL, messages=turns(problem), temperature=0, extra_body={"parse": {"mode": "off"}})
-    whole = api.chat.completions.create(**ask)
-    text = whole.choices[0].message.content
-    assert text == alone(problem) and whole.choices[0].finish_reason == "stop"
+    request = dict(model=MODEL, messages=messages_of(problem), temperature=0, extra_body={"parse": {"mode": "off"}})
+    completion = api.chat.completions.create(**request)
+    text = completion.choices[0].message.content
+    assert text == library_answer(problem) and completion.choices[0].finish_reason == "stop"
 
-    *chunks, totals = api.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    *chunks, totals = api.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
-    assert totals.usage.completion_tokens == whole.usage.completion_tokens
+    assert totals.usage.completion_tokens == completion.usage.completion_tokens
 
-    sampled = dict(ask, temperature=2, seed=7, n=4)
+    sampled = dict(request, temperature=2, seed=7, n=4)
     one, again = (api.chat.completions.create(**sampled) for _ in range(2))
     assert [c.message.content for c in one.choices] == [c.message.content for c in again.choices]
     assert len(one.choices) == 4 and len({c.message.content for c in one.choices}) > 1
 
-    scored = api.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
+    scored = api.chat.completions.create(**request, logprobs=True, top_logprobs=2)
     tokens = scored.choices[0].logprobs.content
     assert "".join(token.token for token in tokens) == text and all(len(t.top_logprobs) == 2 for t in tokens)
 
     word = text.split()[5]
-    stopped = api.chat.completions.create(**ask, stop=[word])
+    stopped = api.chat.completions.create(**request, stop=[word])
     assert stopped.choices[0].message.content == text[: text.index(word)]
 
-    given = dict(ask, extra_body={"parse": {"mode": "full"}}, prediction={"type": "content", "content": text})
-    predicted = api.chat.completions.create(**given)
+    prediction_request = dict(
+        request, extra_body={"parse": {"mode": "full"}}, prediction={"type": "content", "content": text}
+    )
+    predicted = api.chat.completions.create(**prediction_request)
     details = predicted.usage.completion_tokens_details
     assert predicted.choices[0].message.content == text
     assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (
-        whole.usage.completion_tokens,
+        completion.usage.completion_tokens,
         0,
     )
 
@@ -65,10 +67,10 @@ def test_the_official_client_is_answered_in_every_way_it_asks(service):
 
 
 def test_drafts_are_accepted_and_what_happened_adds_up(service):
-    async def ask():
+    async def request():
         return [await service.answer(chat(p.question, mode=mode)) for p in problems(4) for mode in ("full", "rounds")]
 
-    answers = asyncio.run(ask())
+    answers = asyncio.run(request())
     for answer in answers:
         report, usage = answer["parse"], answer["usage"]
         assert report["accepted"] + report["written"] == usage["completion_tokens"]
@@ -90,7 +92,7 @@ def test_drafter_and_verifier_have_a_device_each_and_the_router_none(service):
 
 
 def test_one_request_is_drafted_while_another_is_judged(service):
-    async def ask():
+    async def request():
         bodies = [chat(problem.question, mode="full") for problem in problems(16)]
         return await asyncio.gather(*(service.answer(body) for body in bodies))
 
@@ -102,7 +104,7 @@ def test_one_request_is_drafted_while_another_is_judged(service):
             if stage["name"] in names
         ]
 
-    answers = asyncio.run(ask())
+    answers = asyncio.run(request())
     overlapping = [
         (one["id"], other["id"])
         for one in answers

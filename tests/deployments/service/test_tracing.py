@@ -3,9 +3,9 @@
 import asyncio
 from collections import Counter
 
-from tests.deployments.service.asking import chat, problems, until
+from tests.deployments.service.service_client import chat, problems, until
 
-WANTED = Counter(
+EXPECTED_SPANS = Counter(
     {
         "answer": 4,
         "replica_handle_request Router __call__": 4,
@@ -20,19 +20,19 @@ def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans
     deployed.clear()  # replicas that run already would go on without
     service = deployed.service(traced=True)
 
-    async def asked():
+    async def send_requests():
         for problem, mode in zip(problems(4), ("full", "exact", "full", "exact"), strict=True):
             await service.answer(chat(problem.question, mode=mode))
             async with service.client() as client:
                 await client.get("/metrics")
 
-        async def told():  # each process sends its own, now and then
+        async def all_exported():  # each process sends its own, now and then
             names = Counter(span.name for span in spans.found)
-            return names >= WANTED
+            return names >= EXPECTED_SPANS
 
-        await until(told)
+        await until(all_exported)
 
-    asyncio.run(asked())
+    asyncio.run(send_requests())
     by_id = {span.id: span for span in spans.found}
 
     def within(span):

@@ -52,39 +52,39 @@ async def failing() -> ReplicaMetrics:
     raise ConnectionError("gone")
 
 
-def unreached(meters: MetricsRecorder) -> dict[str, float]:
+def unreached(recorder: MetricsRecorder) -> dict[str, float]:
     return {
         sample.labels["part"]: sample.value
-        for family in meters.collect().families
+        for family in recorder.collect().families
         for sample in family.samples
         if sample.name == "parse_unreached_replicas_total" and sample.value
     }
 
 
 @pytest.fixture
-def meters() -> MetricsRecorder:
+def recorder() -> MetricsRecorder:
     return MetricsRecorder(ROUTER_METRICS, deployment="Router")
 
 
-def test_who_does_not_answer_is_counted_and_given_up(meters, monkeypatch):
+def test_who_does_not_answer_is_counted_and_given_up(recorder, monkeypatch):
     monkeypatch.setattr("deployments.serving.metrics_collection.SCRAPE_TIMEOUT_S", 0.02)
     hanging = Replica(never)
     handles: Any = {"Verifier": Handle(Replica(at_once), hanging, Replica(failing)), "Drafter": Handle()}
 
     async def seen() -> None:
-        assert await collect_replica_metrics(handles, meters) == [HERE]
+        assert await collect_replica_metrics(handles, recorder) == [HERE]
         await asyncio.sleep(0)
 
     asyncio.run(seen())
-    assert hanging.given_up and unreached(meters) == {"Verifier": 2.0, "Drafter": 1.0}
+    assert hanging.given_up and unreached(recorder) == {"Verifier": 2.0, "Drafter": 1.0}
 
 
-def test_a_reader_who_leaves_takes_his_questions_along(meters):
+def test_a_reader_who_leaves_takes_his_questions_along(recorder):
     hanging = Replica(never)
     handles: Any = {"Verifier": Handle(hanging)}
 
     async def seen() -> None:
-        scrape = asyncio.create_task(collect_replica_metrics(handles, meters))
+        scrape = asyncio.create_task(collect_replica_metrics(handles, recorder))
         await asyncio.sleep(0.01)
         scrape.cancel()
         await asyncio.gather(scrape, return_exceptions=True)
@@ -92,4 +92,4 @@ def test_a_reader_who_leaves_takes_his_questions_along(meters):
         assert hanging.given_up
 
     asyncio.run(seen())
-    assert unreached(meters) == {}
+    assert unreached(recorder) == {}

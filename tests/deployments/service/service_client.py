@@ -1,4 +1,4 @@
-"""What the tests ask of a deployed service, and how they look behind it."""
+"""A client of a deployed service, which can also call its replicas directly."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from training import measure
 from training.task import Problem
 
 MODEL = "demo-target"
-LONG_ENOUGH_S = 90.0  # for whatever is waited for; nothing is said about how fast it comes
+TIMEOUT_S = 90.0  # generous: these tests do not measure speed
 
 
 def problems(count: int, seed: int = 3) -> list[Problem]:
@@ -36,8 +36,8 @@ def free_port(outside: Container[int] = ()) -> int:
 
 
 def chat(question: str, *, mode: str = "full", **more: Any) -> dict[str, Any]:
-    turns = [{"role": "user", "content": question}]
-    return {"model": MODEL, "messages": turns, "temperature": 0, "parse": {"mode": mode}} | more
+    messages = [{"role": "user", "content": question}]
+    return {"model": MODEL, "messages": messages, "temperature": 0, "parse": {"mode": mode}} | more
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Service:
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self.url, timeout=LONG_ENOUGH_S, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT_S, limits=limits) as client:
             yield client
 
     async def ask(self, body: dict[str, Any]) -> httpx.Response:
@@ -59,46 +59,46 @@ class Service:
         assert response.status_code == 200, response.text
         return dict(response.json())
 
-    async def loads(self, name: str) -> list[EngineStats]:
-        """Of all replicas."""
-        return list(await replicas(name).broadcast("load").results_async())
+    async def stats(self, name: str) -> list[EngineStats]:
+        """Returns the statistics of all replicas of a deployment."""
+        return list(await replicas(name).broadcast("stats").results_async())
 
     async def describe(self, name: str) -> list[ReplicaInfo]:
         return list(await replicas(name).broadcast("describe").results_async())
 
-    async def comes_to_rest(self) -> None:
-        """Nobody is at work any more, and holds no memory."""
+    async def wait_until_idle(self) -> None:
+        """Returns once no engine runs a request or holds blocks for one."""
 
-        async def resting() -> bool:
-            loads = [load for name in ("Verifier", "Drafter") for load in await self.loads(name)]
-            return bool(loads) and all(
-                not load.num_running and not load.num_waiting and load.blocks_used == load.blocks_cached
-                for load in loads
+        async def is_idle() -> bool:
+            all_stats = [stats for name in ("Verifier", "Drafter") for stats in await self.stats(name)]
+            return bool(all_stats) and all(
+                not stats.num_running and not stats.num_waiting and stats.blocks_used == stats.blocks_cached
+                for stats in all_stats
             )
 
-        await until(resting)
-        await until(resting)  # seen twice: between queue and engine a call is nowhere for a moment
+        await until(is_idle)
+        await until(is_idle)  # twice, because a call between queue and engine is in neither for a moment
 
 
 def replicas(name: str) -> DeploymentHandle:
-    """Of one deployment; the handle outlives the event loop of any test."""
+    """Returns a handle to a deployment that outlives the event loop of a test."""
     handle = serve.get_deployment_handle(name, "parse")
     if not handle.is_initialized:
         handle._init(_run_router_in_separate_loop=True)
     return handle
 
 
-async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     last: Exception | None = None
-    end = time.monotonic() + LONG_ENOUGH_S
+    end = time.monotonic() + TIMEOUT_S
     while time.monotonic() < end:
         try:
-            if await holds():
+            if await condition():
                 return
-        except Exception as error:  # what is asked may be dead for a moment
+        except Exception as error:  # a replica may be dead for a moment
             last = error
         await asyncio.sleep(0.2)
-    raise AssertionError(f"it never came: {last!r}")
+    raise AssertionError(f"the condition never held: {last!r}")
 
 
 async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
