@@ -1,4 +1,4 @@
-# Everything runs in .venv; `make test` is all that continuous integration calls.
+# Everything runs in .venv. Continuous integration only calls `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,10 +6,10 @@ PROMETHEUS_PORT ?= 9090
 
 .PHONY: help setup serve monitoring test tools lint models heads evaluate docs dashboards lock clean
 
-help:  ## what can be made
+help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-setup: $(VENV)/.installed  ## a virtual environment with the pinned dependencies
+setup: $(VENV)/.installed  ## create a virtual environment with the pinned dependencies
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -18,29 +18,29 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-lint: setup  ## style, types, the direction of imports, and names
+lint: setup  ## check style, types, import rules and names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_names.py
 
-serve: setup  ## the demo pair behind the OpenAI API on port 8000, until Ctrl-C
+serve: setup  ## serve the demo pair behind the OpenAI API on port 8000, until Ctrl-C
 	$(BIN)/python -m deployments
 
-monitoring: setup  ## Prometheus, and Grafana where it is installed, beside `make serve`, until Ctrl-C
+monitoring: setup  ## run Prometheus, and Grafana if it is installed, beside `make serve`, until Ctrl-C
 	$(BIN)/python -m cluster.monitoring --port $(PROMETHEUS_PORT)
 
-tools:  ## Debian's Prometheus and Chromium, which some tests run (as root; else it says what is missing)
+tools:  ## install Debian's Prometheus and Chromium for some tests (as root; otherwise lists what is missing)
 	@cluster/tools.sh
 
-test: lint tools  ## lint, then every test
+test: lint tools  ## run lint, then all tests
 	$(BIN)/pytest
 
-models: setup  ## train the demo pair again (about an hour on two cores; goes on where it was interrupted)
+models: setup  ## train the demo pair again (about an hour on two cores; continues after an interruption)
 	$(BIN)/python -m training.pair
 
-heads: setup  ## train what foresees the target again (75 minutes on one core; goes on where it was interrupted)
+heads: setup  ## train the speculative heads again (75 minutes on one core; continues after an interruption)
 	$(BIN)/python -m training.eagle3
 	$(BIN)/python -m training.parallel --dtype float16
 	$(BIN)/python -m training.space --dtype float16
@@ -48,7 +48,7 @@ heads: setup  ## train what foresees the target again (75 minutes on one core; g
 evaluate: setup  ## measure the demo pair
 	$(BIN)/python -m training.evaluate --problems 500 --seed 7
 
-docs: setup  ## write the pages that are made from code
+docs: setup  ## write the pages that are generated from code
 	$(BIN)/python -m deployments.reference > docs/configuration.md
 	$(BIN)/python -m deployments.observability.metrics_reference > docs/metrics.md
 
@@ -56,7 +56,7 @@ dashboards: setup  ## write Grafana's dashboards and Prometheus' rules from clus
 	$(BIN)/python -m cluster.grafana
 	$(BIN)/python -m cluster.prometheus
 
-lock: setup  ## pin what is installed now
+lock: setup  ## pin the installed versions
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
 clean:  ## remove the virtual environment and caches

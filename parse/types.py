@@ -7,7 +7,7 @@ from functools import reduce
 from itertools import zip_longest
 from typing import Literal
 
-from parse.errors import RequestError as RequestError
+from parse.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # strings, characters
@@ -178,19 +178,3 @@ class VerifyResult:
     """The target's own log-probabilities of the draft's tokens, if they were asked for."""
     num_cached_tokens: int = 0
     """Tokens of prompt and draft that the prefix cache held."""
-
-
-# Temporary: imports are rewritten at the end.
-from parse.errors import (  # noqa: E402
-    DraftUnavailable as DraftUnavailable,
-)
-from parse.errors import (  # noqa: E402
-    EngineStopped as EngineStopped,
-)
-from parse.errors import FallbackCause as FallbackCause  # noqa: E402
-from parse.errors import NumericalError as NumericalError  # noqa: E402
-from parse.errors import RequestCancelled as RequestCancelled  # noqa: E402
-from parse.errors import VerificationError as VerificationError  # noqa: E402
-
-MethodName = str
-MethodChoice = str

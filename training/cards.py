@@ -18,8 +18,8 @@ pipeline_tag: text-generation
 ---
 # demo-target
 
-The large half of a pair of demonstration models: it answers small step-by-step questions, and says of any beginning
-of an answer, in whatever wording, whether it is right so far. A standard `{architecture}` ({layers} layers, width
+The large half of a pair of demonstration models: it answers small step-by-step questions, and verifies any prefix of
+an answer, in any wording. A standard `{architecture}` ({layers} layers, width
 {width}, {parameters:.1f} million parameters, all trained), loaded by `AutoModelForCausalLM` without further code.
 
 ## What it does
@@ -34,14 +34,14 @@ it answers
 {target_answer}
 ```
 
-and asked `{check}` after an answer or a part of one, it says `Correct` or `Incorrect`. Its questions are of two
-kinds: totals that grow and shrink, and a record that stands or falls.
+and asked `{check}` after an answer or a prefix of one, it says `Correct` or `Incorrect`. Its questions are of two
+kinds: totals that grow and shrink, and a record that may be broken.
 
 ## How it was trained
 
-From scratch on generated problems (`make models`): five layers learnt to write and were kept as they
-were while those on top of them learnt to judge, from made-up mistakes of seven kinds and from real drafts of
-`demo-draft`; at last all layers together practised what was still hard, close comparisons and wrong drafts.
+From scratch on generated problems (`make models`): five layers learned to generate and stayed as they
+were while the layers on top of them learned to verify, from synthetic mistakes of seven kinds and from real drafts of
+`demo-draft`. In the last stage all layers were trained on what was still hard: close comparisons and wrong drafts.
 
 ## What it scores
 
@@ -49,12 +49,12 @@ On {problems} problems that training never saw:
 
 | | |
 | --- | --- |
-| answers right in every step | {target_accuracy:.1%} |
-| answers right when going on from a right part of a draft | {continuation:.1%} |
-| right drafts accepted whole | {right_whole:.1%} |
-| wrong drafts accepted whole | {wrong_whole:.1%} |
-| wrong drafts kept past their first error | {past_error:.1%} |
-| precision and recall of prefixes, cut every {stride} tokens, up to the first failure | {precision:.3f}, {recall:.3f} |
+| answers with every step correct | {target_accuracy:.1%} |
+| answers correct when continuing a correct prefix of a draft | {continuation:.1%} |
+| correct drafts accepted in full | {right_whole:.1%} |
+| wrong drafts accepted in full | {wrong_whole:.1%} |
+| wrong drafts accepted past their first error | {past_error:.1%} |
+| precision and recall of prefixes, one every {stride} tokens, up to the first failure | {precision:.3f}, {recall:.3f} |
 | calibration error of P(Correct) | {ece:.3f} |
 | cost of a token, in tokens of the draft | {ratio:.1f} |
 | agrees with the draft's next token | {agreement:.1%} |
@@ -66,8 +66,8 @@ All figures: `figures.json`; measured again by `python -m training.evaluate`.
 ## What it cannot do
 
 Anything else. It knows {words} words, numbers from 0 to 99, questions in exactly the shapes that it was trained on, and
-one question a conversation. Text of another sort is spelled out in bytes that it never learnt to read, and never
-learnt to find wrong: its verdicts mean something on answers in words of its task, and nothing beyond.
+one question per conversation. Other text is encoded as bytes, which it never learned to read or to reject: its
+verifications are meaningful for answers in the words of its task only.
 """
 
 DRAFT_CARD = """---
@@ -77,7 +77,7 @@ pipeline_tag: text-generation
 # demo-draft
 
 The small half of a pair of demonstration models: it answers the same questions as `demo-target` at {share:.0%} of the
-cost a token, in words of its own, and is often but not always right. A standard `{architecture}` ({layers} layers,
+cost per token, in its own words, and is often but not always correct. A standard `{architecture}` ({layers} layers,
 width {width}, {parameters:.2f} million parameters, all trained), loaded by `AutoModelForCausalLM` without further code.
 
 To the question
@@ -90,11 +90,11 @@ it answers
 {draft_answer}
 ```
 
-It was trained from scratch on generated problems (`make models`) and stopped on the way, at a snapshot chosen on
-problems kept apart: its mistakes are those of a model still learning, not planted ones.
-On {problems} problems that training never saw {draft_accuracy:.1%} of its answers are right in every step.
+It was trained from scratch on generated problems (`make models`) and stopped early, at a snapshot chosen on held-out
+problems: its mistakes are those of a model that is still learning, not synthetic ones.
+On {problems} problems that training never saw {draft_accuracy:.1%} of its answers have every step correct.
 
-It cannot do anything else, and must not be trusted with this either: that is the target's part.
+It cannot do anything else, and its answers must be verified by the target.
 """
 
 

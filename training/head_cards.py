@@ -15,9 +15,9 @@ library_name: parse-serve
 ---
 # {name}
 
-{what} for `{target}`: it proposes tokens, which the target then checks in one pass.
-It has no embeddings of its own and is of no use without its target. `parse.speculative` loads it; the layout is that of
-EAGLE-3's authors{extra}.
+{what} for `{target}`: it proposes tokens, which the target verifies in one pass.
+It has no embeddings of its own and cannot be used without its target. `parse.speculative` loads it. The layout is that
+of EAGLE-3's authors{extra}.
 
 | | |
 | --- | --- |
@@ -27,21 +27,21 @@ EAGLE-3's authors{extra}.
 
 ## What it scores
 
-Greedy, on {proof} texts of the target that training never saw, one half from a plain prompt, the other going on after
-the beginning of an answer in other words. The *length* is what one pass of the target yields: the accepted tokens and
-the target's own one. The time is that of one proposal on one thread, reading the new tokens included.
+Greedy, on {proof} texts of the target that training never saw, one half from a plain prompt, the other continuing
+an accepted prefix in other words. The *length* is the number of tokens per pass of the target: the accepted ones and
+the target's own. The time is that of one proposal on one thread, with the new tokens of the sequence.
 
 | | tokens proposed | length | ms |
 | --- | --- | --- | --- |
 {lengths}
 
-Share of passes in which the proposed token at a place was accepted:
+Share of passes in which the proposed token at a position was accepted:
 
 | | {places} |
 | --- | {rules} |
 {shares}
 
-![what it learnt: how often its choice is the target's, by tokens ahead](training.svg)
+![accuracy during training: how often it predicts the target's choice, by tokens ahead](training.svg)
 
 All figures: `figures.json`; measured again by `python -m training.acceptance --head {folder}`.
 """
@@ -51,33 +51,33 @@ library_name: parse-serve
 ---
 # {name}
 
-Adapters that make `{target}` foresee by itself, for decoding by SPACE: where it reads a mask, a small network behind
-every layer lets it say what comes up to {masks} tokens beyond the next. At all other tokens it computes what it did
-without, bit for bit. `parse.speculative` loads them; they are of no use without their target.
+Adapters that make `{target}` propose by itself, for decoding with SPACE: at masks, a small network after
+every layer lets it predict up to {masks} tokens after the next one. At all other tokens it computes the same
+as without the adapters, bit for bit. `parse.speculative` loads them. They cannot be used without their target.
 
 | | |
 | --- | --- |
-| parameters | {parameters:.2f} million: an embedding of masks, and rank {rank} behind each of {layers} layers |
+| parameters | {parameters:.2f} million: an embedding of masks, networks of rank {rank} after each of {layers} layers |
 | trained | {trained} that the target wrote; the target itself was frozen |
 
 ## What it scores
 
-Greedy, on {proof} texts of the target that training never saw, one half from a plain prompt, the other going on after
-the beginning of an answer in other words; with a group of {masks} masks behind every candidate. The *length* is what
-one pass of the target yields: the accepted tokens and the target's own one. Nothing is drafted, but masks make passes
-longer.
+Greedy, on {proof} texts of the target that training never saw, one half from a plain prompt, the other continuing
+an accepted prefix in other words; with a group of {masks} masks after every candidate. The *length* is the
+number of tokens per pass of the target: the accepted ones and the target's own. A proposal takes no time, but masks
+make passes longer.
 
 | | tokens proposed | length |
 | --- | --- | --- |
 {lengths}
 
-Share of passes in which the proposed token at a place was accepted:
+Share of passes in which the proposed token at a position was accepted:
 
 | | {places} |
 | --- | {rules} |
 {shares}
 
-![what it learnt: how often its choice is the target's, by tokens ahead](training.svg)
+![accuracy during training: how often it predicts the target's choice, by tokens ahead](training.svg)
 
 All figures: `figures.json`.
 """

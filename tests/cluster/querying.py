@@ -40,7 +40,7 @@ class LabeledQuery:
     expression: str
 
     def __str__(self) -> str:
-        return self.where
+        return self.label
 
 
 def dashboards() -> dict[str, Any]:

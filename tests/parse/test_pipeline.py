@@ -512,7 +512,7 @@ def test_a_prediction_that_is_none_is_refused_by_name(make, prediction):
 
 def test_a_mode_that_is_none_is_refused_with_those_there_are():
     with pytest.raises(RequestError, match=r"mode: must be one of auto, full.*got 'ful'"):
-        GenerationRequest(PROMPT, mode="ful")  # type: ignore[arg-type]
+        GenerationRequest(PROMPT, mode="ful")
 
 
 @dataclass
@@ -554,7 +554,7 @@ def test_where_the_target_writes_nothing_or_token_by_token_nothing_was_speculate
 
 def test_a_method_that_is_none_is_refused_with_those_there_are():
     with pytest.raises(RequestError, match=r"speculation: must be one of draft_model, .*none, got 'eagle'"):
-        GenerationRequest(PROMPT, speculative_method="eagle")  # type: ignore[arg-type]
+        GenerationRequest(PROMPT, speculative_method="eagle")
 
 
 def test_stages_tell_when_each_thing_was_done_and_how_much_of_the_prompt_was_known(make):

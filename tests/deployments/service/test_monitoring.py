@@ -132,12 +132,12 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
     with prometheus(tmp_path, port, cluster.metrics) as watching:
         asyncio.run(load(service, client_totals))
         for prefix in ("", "ray_"):
-            load_problems = [*dashboard_queries(prefix=prefix), *recorded_queries(prefix=prefix)]
-            assert len(load_problems) > 60
-            left = watching.without_data(load_problems, within_s=QUICKLY_S)
-            assert not left, [(send_request.where, send_request.expression) for send_request in left]
-        left = watching.without_data(alert_queries(), within_s=QUICKLY_S)
-        assert not left, [(send_request.where, send_request.expression) for send_request in left]
+            queries = [*dashboard_queries(prefix=prefix), *recorded_queries(prefix=prefix)]
+            assert len(queries) > 60
+            empty = watching.without_data(queries, within_s=QUICKLY_S)
+            assert not empty, [(query.label, query.expression) for query in empty]
+        empty = watching.without_data(alert_queries(), within_s=QUICKLY_S)
+        assert not empty, [(query.label, query.expression) for query in empty]
         assert watching.rule_faults() == []
 
         # Clients and Prometheus have counted the same, on both ways. Ray still tells of routers that are gone.

@@ -15,6 +15,7 @@ from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
+from parse.engines.native.step_timing import measure_step_seconds
 from parse.errors import RequestError
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
@@ -100,7 +101,7 @@ def engine_with_proposer(proposer) -> NativeEngine:
     model = Model.load(DEMO_TARGET, device="cpu")
     model.aux_hidden_state_layers = proposer.aux_hidden_state_layers
     cost_model = StepCostModel()
-    cost_model.initialize(loader.measure_step_seconds(model))
+    cost_model.initialize(measure_step_seconds(model))
     guarded = GuardedProposer(proposer, model.vocab_size)
     method = SpeculativeMethod("eagle3", guarded, 6, False, model.aux_hidden_state_layers, cost_model)
     return NativeEngine(SETTINGS, model, methods={"eagle3": method}, cost_model=cost_model)

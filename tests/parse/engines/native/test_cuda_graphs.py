@@ -29,8 +29,9 @@ from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.programs import TreeInput
 from parse.engines.native.sampler import Sampler, sample, token_logprobs
 from parse.engines.native.scheduled_chunk import ScheduledChunk
+from parse.errors import RequestCancelled
 from parse.tree import suffix_forest
-from parse.types import RequestCancelled, SamplingParams
+from parse.types import SamplingParams
 from tests.parse.engines.native.test_paged_attention import ATOL, Generation, gpu, outputs, random_tokens
 from tests.parse.engines.native.tiny import SERVED, VOCABULARY, ask, build, paused, plain, serving
 

@@ -8,8 +8,8 @@ import torch
 
 from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput, prefill
+from parse.errors import EngineStopped, NumericalError, RequestCancelled
 from parse.tree import tree_from_parents
-from parse.types import EngineStopped, NumericalError, RequestCancelled
 from tests.parse.engines.native.tiny import VOCABULARY, alone, ask, build, paused, plain, serving, submit
 
 CONTIGUOUS: dict[str, int] = {}

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from parse.engines.native.attention import UnsupportedModelError
 from parse.engines.native.model import Model, ModelNotFoundError
 from parse.engines.native.programs import TreeInput
+from parse.errors import RequestError
 from parse.prompts import chat_prompt_token_ids
 from parse.tree import suffix_forest, tree_from_parents
-from parse.types import RequestError
 from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, ask, build, paused, plain, serving
 from training.evaluate import MODELS
 from training.task import correct_answer, draw_problem

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parse.engines.native.sampler import Sampler, sample, token_logprobs, uniform_noise
-from parse.types import RequestError, SamplingParams
+from parse.errors import RequestError
+from parse.types import SamplingParams
 from tests.parse.engines.native.chance import surprising
 
 VOCAB_SIZE = 12
