@@ -106,8 +106,8 @@ class Model:
     ) -> tuple[Tensor, Tensor | None]:
         """Computes one step; returns logits [entries, vocabulary] in float32.
 
-        The logits are those at `logits_entries`, or at all entries if it is None. With `aux_hidden_state_layers` set, it
-        also returns these hidden states of all entries, [T, layers * hidden size].
+        The logits are those at `logits_entries`, or at all entries if it is None. If `aux_hidden_state_layers` is set,
+        it also returns these hidden states of all entries, [T, layers * hidden size].
         """
         inputs = torch.tensor([tokens, positions], device=self.device)
         entries: Tensor | int = 0
