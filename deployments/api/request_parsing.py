@@ -27,6 +27,7 @@ from deployments.api.token_text import TokenText
 from deployments.config import ApiSettings
 from deployments.observability.choice_state import ChoiceState
 from deployments.session import Session
+from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.pipeline import Pipeline
 from parse.prompts import chat_prompt_token_ids
@@ -72,9 +73,10 @@ class RequestParser:
     def __init__(self, pipeline: Pipeline, settings: ApiSettings, model_name: str) -> None:
         self._pipeline, self._settings = pipeline, settings
         self._token_text = TokenText(pipeline.tokenizer)
+        self._modes = offered_modes(settings, pipeline.capabilities)
         default_thresholds = pipeline.settings.thresholds()
         capabilities = ParseCapabilities(
-            modes=list(settings.modes),
+            modes=list(self._modes),
             full=default_thresholds.full,
             prefix=default_thresholds.prefix,
             lowest_full=settings.min_full,
@@ -192,7 +194,7 @@ class RequestParser:
         thresholds = request.resolve_thresholds(
             pipeline.settings.thresholds(), min_full=settings.min_full, min_prefix=settings.min_prefix
         )
-        return GenerationRequest(
+        generation_request = GenerationRequest(
             prompt_token_ids=prompt,
             messages=request_input.messages,
             sampling_params=sampling_params,
@@ -202,9 +204,11 @@ class RequestParser:
             stream_interval=1 if request.stream else NON_STREAM_INTERVAL,
             speculative_method=request.parse.speculation,
         )
+        pipeline.capabilities.check(generation_request)
+        return generation_request
 
     def _check_parse_options(self, request: BaseCompletionRequest, mode: str) -> None:
-        modes, methods = self._settings.modes, self.model_card.parse.methods
+        modes, methods = self._modes, self.model_card.parse.methods
         if mode not in modes:
             raise RequestError("parse.mode", f"must be one of {', '.join(modes)} here, got {mode}")
         method = request.parse.speculation
@@ -213,8 +217,6 @@ class RequestParser:
 
     def _check_prompt_lengths(self, request_input: RequestInput) -> None:
         max_model_len, max_tokens = self._pipeline.capabilities.max_model_len, request_input.max_tokens
-        if max_model_len is None:
-            return
         for prompt in request_input.prompts:
             if len(prompt) + (max_tokens or 1) > max_model_len:
                 requested_length = f"{len(prompt)} tokens" + (f" and max_tokens {max_tokens}" if max_tokens else "")
@@ -223,12 +225,24 @@ class RequestParser:
                 raise ApiError(400, message, param=field, code="context_length_exceeded")
 
     def _allowed_mode(self, preferred: str) -> str:
-        return preferred if preferred in self._settings.modes else self._settings.modes[0]
+        return preferred if preferred in self._modes else self._modes[0]
 
     def _check_num_choices(self, count: int, field: str = "n") -> None:
         max_choices = min(self._settings.max_n, self._settings.max_answers)
         if count > max_choices:
             raise RequestError(field, f"answers to one request are limited to {max_choices}, got {count}")
+
+
+def offered_modes(settings: ApiSettings, capabilities: Capabilities) -> tuple[str, ...]:
+    """The modes that a request may choose: those of the settings that the engine supports.
+
+    Raises ValueError if the settings name a mode explicitly that the engine does not support.
+    """
+    supported = tuple(mode for mode in settings.modes if mode == "auto" or mode in capabilities.modes)
+    missing = [mode for mode in settings.modes if mode not in supported]
+    if missing and "modes" in settings.model_fields_set:
+        raise ValueError(f"api.modes: the engine does not support {', '.join(missing)}")
+    return supported
 
 
 async def _run_in_thread_if_long(num_chars: int, function: Any, *args: Any) -> Any:
