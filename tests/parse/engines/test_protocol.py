@@ -42,7 +42,13 @@ def test_what_is_beyond_the_capabilities_is_refused_by_name(fields, params, fiel
 
 
 def test_what_is_within_the_capabilities_and_every_default_is_served():
-    for fields in ({}, {"mode": "full"}, {"speculative_method": "eagle3"}, {"speculative_method": "none"}):
+    variants: list[dict[str, Any]] = [
+        {},
+        {"mode": "full"},
+        {"speculative_method": "eagle3"},
+        {"speculative_method": "none"},
+    ]
+    for fields in variants:
         params = SamplingParams(temperature=0.5, top_p=0.9, seed=3, max_tokens=5, logprobs=5)
         LIMITED.check(GenerationRequest((1, 2), sampling_params=params, **fields))
         LIMITED.check(GenerationRequest((1, 2), **fields))
@@ -64,7 +70,7 @@ def test_a_pipeline_refuses_a_request_before_it_calls_the_engine(tokenizer):
     async def first_event():
         return await anext(pipeline.generate(GenerationRequest((1, 2), mode="rounds")))
 
-    with pytest.raises(RequestError, match="^mode: rounds is not supported"):
+    with pytest.raises(RequestError, match=r"^mode: rounds is not supported"):
         asyncio.run(first_event())
 
 
