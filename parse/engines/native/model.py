@@ -106,7 +106,8 @@ class Model:
     ) -> tuple[Tensor, Tensor | None]:
         """Computes one step; returns logits [entries, vocabulary] in float32.
 
-        The logits are those at `logits_entries`, or (None) at all entries. With `aux_hidden_state_layers`, also returns these hidden states of all entries, [T, layers * hidden size].
+        The logits are those at `logits_entries`, or (None) at all entries. With `aux_hidden_state_layers`, also returns
+        these hidden states of all entries, [T, layers * hidden size].
         """
         inputs = torch.tensor([tokens, positions], device=self.device)
         entries: Tensor | int = 0
