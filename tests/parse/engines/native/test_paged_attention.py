@@ -4,10 +4,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from parse.engines.native.service import NativeEngine
 from torch.nn.attention.varlen import varlen_attn
 
 from parse.config import EngineSettings
+from parse.engines.loader import load_native_engine
 from parse.engines.native import model, paged_attention
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
@@ -17,6 +17,7 @@ from parse.engines.native.programs import TreeInput, generate, prefill
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.engines.native.scheduler import Scheduler
 from parse.prompts import VerificationSuffix
+from parse.requests import GenerateRequest, VerifyRequest
 from parse.tree import suffix_forest, tree_from_parents
 from parse.types import RequestCancelled, RequestError, SamplingParams
 from tests.parse.engines.native.tiny import VOCABULARY, WINDOW, alone, ask, build, paused, plain, serving, submit
@@ -254,9 +255,9 @@ class Generation:
             engine,
             prompt[:-1],
             generate(
-                prompt,
-                (),
-                SamplingParams(**dict(temperature=0.0) | sampling_params),
+                GenerateRequest(
+                    prompt_token_ids=prompt, sampling_params=SamplingParams(**dict(temperature=0.0) | sampling_params)
+                ),
                 stop_token_ids=(),
                 max_new_tokens=max_tokens,
                 emit=lambda delta: self.token_ids.extend(delta.token_ids),
@@ -352,13 +353,16 @@ def test_a_request_that_could_never_fit_is_refused_with_the_limit(tokenizer):
 def test_an_engine_refuses_what_could_never_fit(tokenizer, tmp_path):
     build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    engine = NativeEngine(EngineSettings(model=str(tmp_path), device="cpu", max_context=64, memory_mb=1))
+    settings = EngineSettings(model=str(tmp_path), device="cpu", max_model_len=64, kv_cache_memory_bytes=2**20)
+    engine = load_native_engine(settings)
     try:
-        suffix = VerificationSuffix(
-            tuple(range(5, 405)) * 4, (1,), (2,)
-        )  # longer than the memory that is reserved for suffixes
+        # The suffix is longer than the memory that is reserved for suffixes.
+        suffix = VerificationSuffix(tuple(range(5, 405)) * 4, (1,), (2,))
+        request = VerifyRequest(
+            prompt_token_ids=[5, 6], draft_token_ids=[7, 8], draft_complete=True, prefix_lengths=[2], suffix=suffix
+        )
         with pytest.raises(RequestError, match=f"the limit is {engine.core.max_sequence_length}"):
-            asyncio.run(engine.judge([5, 6], [7, 8], [2], suffix))
+            asyncio.run(engine.verify(request))
     finally:
         engine.shutdown()
 
