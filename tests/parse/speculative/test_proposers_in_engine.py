@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.engines import loader
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.engine import NativeEngine
@@ -110,7 +109,7 @@ def engine_with_proposer(proposer) -> NativeEngine:
 @pytest.fixture
 def untimed(monkeypatch):
     """Without measurements nothing seems to cost time, so that every step gets proposals."""
-    monkeypatch.setattr(loader, "measure_step_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.loader.measure_step_seconds", lambda model: [])
     monkeypatch.setattr(StepCostModel, "record", lambda *_: None)
 
 
