@@ -207,7 +207,7 @@ def test_proposers_receive_the_models_hidden_states_of_the_token_before_each(pla
     assert len(proposer.states) == 8
     for state in proposer.states:
         tokens = [token for new_tokens, _ in state.received for token in new_tokens]
-        hidden_states = torch.cat([rows for _, rows in state.received])
+        hidden_states = torch.cat([new_states for _, new_states in state.received])
         assert len(hidden_states) == len(tokens) - 1
         expected = hidden_states_of_transformers(plain_engine, tokens[:-1])
         torch.testing.assert_close(hidden_states, expected, atol=2e-4, rtol=1e-3)
