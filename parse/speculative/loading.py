@@ -14,11 +14,11 @@ def load_methods(settings: EngineSettings, model: Model, cost_model: StepCostMod
 
     Sets the hidden states that the target returns, and what it reads at masks.
     """
-    context = LoadContext(model, settings.device, settings.dtype)
+    load_context = LoadContext(model, settings.device, settings.dtype)
     loaded: dict[str, LoadedProposer] = {}
     for config in settings.speculative_configs:
         try:
-            loaded[config.method] = resolve(METHODS[config.method].loader)(config, context)
+            loaded[config.method] = resolve(METHODS[config.method].loader)(config, load_context)
         except ProposerLoadError as error:
             raise ProposerLoadError(f"speculative method {config.method}, model {config.model}: {error}") from error
     layers = {layer for method in loaded.values() for layer in method.proposer.aux_hidden_state_layers}

@@ -34,10 +34,12 @@ MAX_PREFILL_TOKENS = 512  # tokens in one call, so that a long prompt does not d
 MAX_TOKENS_WITH_FIRST_STEP = 32  # so many pending tokens are computed in the first drafting step, not before it
 
 
-def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
     """Loads the small model onto the target's device."""
     assert config.model is not None, "the settings require a model"
-    proposer = DraftModelProposer.load(config.model, context.target, device=context.device, dtype=context.dtype)
+    proposer = DraftModelProposer.load(
+        config.model, load_context.target, device=load_context.device, dtype=load_context.dtype
+    )
     return LoadedProposer(proposer, config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH)
 
 

@@ -24,7 +24,7 @@ DEFAULT_TREE_DEPTH = 8  # tokens on one path
 STEPS_PER_SYNC = 4  # drafting steps between two checks of whether to continue, each of which waits for the device
 
 
-def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
     """Loads a head. With `topk` 1 it proposes chains, else trees."""
     assert config.model is not None, "the settings require a model"
     if config.topk == 1:
@@ -32,7 +32,7 @@ def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
     else:
         max_tokens = config.num_speculative_tokens or 2 * DEFAULT_TREE_DEPTH
         depth = min(max_tokens, DEFAULT_TREE_DEPTH)
-    proposer = Eagle3Proposer.load(config.model, context.target.network, depth=depth - 1, topk=config.topk)
+    proposer = Eagle3Proposer.load(config.model, load_context.target.network, depth=depth - 1, topk=config.topk)
     return LoadedProposer(proposer, max_tokens)
 
 
@@ -133,16 +133,16 @@ class Eagle3Proposer(HeadProposer):
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             outputs = []
             for index, state in enumerate(states):
-                rows = slice(index * topk, (index + 1) * topk)
+                nodes = slice(index * topk, (index + 1) * topk)
                 start, end = state.num_elements + level * topk, state.num_elements + (level + 1) * topk
-                state.keys[layer, :, start:end] = key[rows].transpose(0, 1)
-                state.values[layer, :, start:end] = value[rows].transpose(0, 1)
+                state.keys[layer, :, start:end] = key[nodes].transpose(0, 1)
+                state.values[layer, :, start:end] = value[nodes].transpose(0, 1)
                 full_mask = None
                 if mask is not None:
                     full_mask = mask.new_zeros(topk, end)
                     full_mask[:, state.num_elements :] = mask[index, :, : end - state.num_elements]
                 keys, values = state.keys[layer, :, :end], state.values[layer, :, :end]
-                outputs.append(attention(query[rows], keys, values, full_mask))
+                outputs.append(attention(query[nodes], keys, values, full_mask))
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return attend
@@ -162,7 +162,7 @@ def _select_nodes(
     )
     scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= num_allowed, -math.inf)
     ranked = scores.sort(descending=True, stable=True)
-    rows = zip(
+    results = zip(
         requests,
         ranked.indices[:, :max_tokens].tolist(),
         ranked.values[:, :max_tokens].tolist(),
@@ -171,7 +171,7 @@ def _select_nodes(
         strict=True,
     )
     proposals = []
-    for request, ranked_nodes, logprobs, node_tokens, node_parents in rows:
+    for request, ranked_nodes, logprobs, node_tokens, node_parents in results:
         min_logprob = _log(request.min_probability)
         num_selected = sum(
             1 for logprob in logprobs[: request.max_tokens] if logprob >= min_logprob and logprob > -math.inf

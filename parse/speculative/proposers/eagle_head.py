@@ -201,8 +201,8 @@ class EagleLayer(nn.Module):
         if keep is not None:
             query, hidden = query[keep], hidden[keep]
         hidden = hidden + linear(attend(number, query, key, qkv[..., -self.key_heads :, :]), self.o)
-        gate, up = linear(self._normed(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, -1)
-        return hidden + linear(silu(gate) * up, self.down)
+        gate_proj, up_proj = linear(self._normed(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, -1)
+        return hidden + linear(silu(gate_proj) * up_proj, self.down)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight.shape, weight, self.epsilon)
@@ -253,5 +253,5 @@ def apply_rotary(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def _init_weight(rows: int, columns: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(rows, columns) / math.sqrt(columns))
+def _init_weight(out_features: int, in_features: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(out_features, in_features) / math.sqrt(in_features))

@@ -143,7 +143,7 @@ def run_head(
     Computes all pending elements of all sequences, packed into one pass. Nothing is kept of the masks.
     """
     counts = [len(state.pending_token_ids) for state in states]
-    hidden_states = [rows for state in states for rows in state.pending_hidden_states]
+    hidden_states = [part for state in states for part in state.pending_hidden_states]
     tokens = torch.tensor([token for state in states for token in state.pending_token_ids], device=embedding.device)
     positions = [
         position
@@ -158,8 +158,8 @@ def run_head(
     if len(states) == 1:
         keep: Index = slice(len(positions) - 1 - num_masks, None)
     else:
-        ends = list(accumulate(count + num_masks for count in counts))
-        keep = torch.cat([torch.arange(end - 1 - num_masks, end, device=tokens.device) for end in ends])
+        chunk_ends = list(accumulate(count + num_masks for count in counts))
+        keep = torch.cat([torch.arange(end - 1 - num_masks, end, device=tokens.device) for end in chunk_ends])
     rotation = rotary.cos_sin(positions)
     sizes = [count + num_masks for count in counts]
     attend = _pending_attention(states, sizes, 1 + num_masks, len(head.layers) - 1)
@@ -171,9 +171,9 @@ def run_head(
     return output.view(len(states), 1 + num_masks, -1)
 
 
-def _insert_after_each(rows: Tensor, counts: Sequence[int], inserted: Tensor) -> Tensor:
-    """Inserts the same rows after each group of `rows`; the groups have the given sizes."""
-    return torch.cat([part for group in rows.split(list(counts)) for part in (group, inserted)])
+def _insert_after_each(elements: Tensor, counts: Sequence[int], inserted: Tensor) -> Tensor:
+    """Inserts the same elements after each group of `elements`; `counts` are the sizes of the groups."""
+    return torch.cat([part for group in elements.split(list(counts)) for part in (group, inserted)])
 
 
 def _pending_attention(states: Sequence[HeadState], sizes: Sequence[int], num_outputs: int, last_layer: int) -> Attend:
@@ -185,8 +185,8 @@ def _pending_attention(states: Sequence[HeadState], sizes: Sequence[int], num_ou
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         outputs = []
         queries_by_state = query.split([num_outputs] * len(states) if layer == last_layer else list(sizes))
-        rows = zip(states, queries_by_state, key.split(list(sizes)), value.split(list(sizes)), strict=True)
-        for state, queries, keys, values in rows:
+        chunks = zip(states, queries_by_state, key.split(list(sizes)), value.split(list(sizes)), strict=True)
+        for state, queries, keys, values in chunks:
             end = state.num_computed + len(keys)
             state.keys[layer, :, state.num_computed : end] = keys.transpose(0, 1)
             state.values[layer, :, state.num_computed : end] = values.transpose(0, 1)

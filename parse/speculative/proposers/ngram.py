@@ -12,7 +12,7 @@ from parse.speculative.proposers.base import DEFAULT_CHAIN_LENGTH, LoadContext, 
 MAX_NGRAM, MIN_NGRAM = 4, 2  # tokens that must match; matches of fewer tokens are rarely right
 
 
-def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
     return LoadedProposer(NgramProposer(), config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH)
 
 

@@ -17,10 +17,10 @@ from parse.speculative.proposers.eagle_head import EagleHead, TargetModel
 from parse.speculative.proposers.head_proposer import HeadProposer, HeadState, run_head
 
 
-def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
     """Loads a head. By default a chain is as long as the head was trained for, and a tree has twice as many tokens."""
     assert config.model is not None, "the settings require a model"
-    proposer = ParallelSpecProposer.load(config.model, context.target.network, topk=config.topk)
+    proposer = ParallelSpecProposer.load(config.model, load_context.target.network, topk=config.topk)
     parallel_tokens = proposer.head.config.parallel_tokens
     default_tokens = 2 * parallel_tokens if config.topk > 1 else parallel_tokens
     return LoadedProposer(proposer, config.num_speculative_tokens or default_tokens)
@@ -56,10 +56,12 @@ class ParallelSpecProposer(HeadProposer):
             state.reserve(self.head, num_tokens - 1)
         hidden = run_head(self.head, self.embedding, self._rotary, states, num_tokens - 1)  # [R, positions, H]
         logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.topk)  # [R, positions, topk]
-        rows = zip(logprobs.tolist(), self.head.to_target[tokens].tolist(), requests, strict=True)
+        results = zip(logprobs.tolist(), self.head.to_target[tokens].tolist(), requests, strict=True)
         return [
-            _best_first_tree(row_logprobs[: request.max_depth], token_ids, request.max_tokens, request.min_probability)
-            for row_logprobs, token_ids, request in rows
+            _best_first_tree(
+                token_logprobs[: request.max_depth], token_ids, request.max_tokens, request.min_probability
+            )
+            for token_logprobs, token_ids, request in results
         ]
 
 

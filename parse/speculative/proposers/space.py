@@ -26,16 +26,16 @@ from parse.tree import MASK
 DEFAULT_NUM_MASKS = 5  # as in the SPACE paper, for a tuned model that does not say how many masks it was tuned with
 
 
-def load(config: SpeculativeConfig, context: LoadContext) -> LoadedProposer:
+def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
     """Loads adapters, or without a model uses the mask token that the target itself was tuned to read."""
-    network = context.target.network
+    network = load_context.target.network
     if config.model:
         proposer = SpaceProposer.load(config.model, network)
         if config.num_speculative_tokens:  # adapters predict no further than they were trained for
             proposer.num_masks = min(proposer.num_masks, config.num_speculative_tokens)
     else:
         proposer = SpaceProposer.from_tuned_model(
-            network, context.target.tokenizer, config.num_speculative_tokens or DEFAULT_NUM_MASKS
+            network, load_context.target.tokenizer, config.num_speculative_tokens or DEFAULT_NUM_MASKS
         )
     # There are at most `num_masks` candidates, and a group of masks after each of them and after the sequence.
     max_tokens = proposer.num_masks + (proposer.num_masks + 1) * proposer.num_masks

@@ -121,8 +121,8 @@ def layer(tensors, config, prefix, embedded, hidden, positions):
             mixed[row, query_columns] = (scores / math.sqrt(width)).softmax(0) @ value[: row + 1, key_columns]
     hidden = hidden + mixed @ weight("self_attn.o_proj").T
     normed = norm(hidden, weight("post_attention_layernorm"), config)
-    gate, up = normed @ weight("mlp.gate_proj").T, normed @ weight("mlp.up_proj").T
-    return hidden + (gate * torch.sigmoid(gate) * up) @ weight("mlp.down_proj").T
+    gate_proj, up_proj = normed @ weight("mlp.gate_proj").T, normed @ weight("mlp.up_proj").T
+    return hidden + (gate_proj * torch.sigmoid(gate_proj) * up_proj) @ weight("mlp.down_proj").T
 
 
 def run(tensors, config, embedded, hidden, positions):

@@ -10,7 +10,7 @@ from parse.speculative.cost_model import StepCostModel
 CPU = ((1, 4.5e-3), (16, 5.6e-3), (64, 8.4e-3))
 tables = st.lists(
     st.tuples(st.integers(0, 9), st.floats(1e-4, 1.0)), min_size=1, max_size=8, unique_by=lambda row: row[0]
-).map(lambda rows: [(2**order, seconds) for order, seconds in sorted(rows)])
+).map(lambda table: [(2**order, seconds) for order, seconds in sorted(table)])
 
 
 def initialized(table):

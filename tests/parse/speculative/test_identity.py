@@ -206,8 +206,8 @@ def output_probabilities(reference):
     outputs = list(product(range(VOCAB_SIZE), repeat=OUTPUT_TOKENS))
     probabilities = np.ones(len(outputs))
     for number, output in enumerate(outputs):
-        rows = plain(reference, [*PROMPT, *output])[len(PROMPT) - 1 : -1].double().softmax(-1)
-        probabilities[number] = float(rows[range(OUTPUT_TOKENS), output].prod())
+        distributions = plain(reference, [*PROMPT, *output])[len(PROMPT) - 1 : -1].double().softmax(-1)
+        probabilities[number] = float(distributions[range(OUTPUT_TOKENS), output].prod())
     assert probabilities.sum() == pytest.approx(1)
     return probabilities.tolist()
 
@@ -228,7 +228,7 @@ def test_sampled_outputs_have_the_targets_distribution_with_every_method(
     samples: list[list] = [[] for _ in range(NUM_SAMPLES)]
     limits = dict(max_sequences=40, sequence_capacity=32, max_num_seqs=32, max_num_batched_tokens=256)
     with serving(model, **limits) as engine:
-        replies = []
+        submitted = []
         for seed, deltas in enumerate(samples):
             params = SamplingParams(seed=seed, ignore_eos=True)
             program = generate(
@@ -238,9 +238,9 @@ def test_sampled_outputs_have_the_targets_distribution_with_every_method(
                 emit=deltas.append,
                 speculation=method.start_sequence() if method else None,
             )
-            replies.append(submit(engine, PROMPT[:-1], program, OUTPUT_TOKENS + 1))
-        for reply in replies:
-            reply.result()
+            submitted.append(submit(engine, PROMPT[:-1], program, OUTPUT_TOKENS + 1))
+        for submission in submitted:
+            submission.result()
     counts = np.zeros((VOCAB_SIZE,) * OUTPUT_TOKENS, int)
     for deltas in samples:
         counts[tuple(token for delta in deltas for token in delta.token_ids)] += 1

@@ -69,7 +69,7 @@ def test_a_method_proposes_as_many_tokens_as_its_settings_or_its_default_allow(m
     assert methods[method].is_sequential == METHODS[method].is_sequential
 
 
-def test_the_memory_that_methods_keep_for_a_token_is_counted(model):
+def test_the_memory_that_methods_keep_for_a_token_is_counted(monkeypatch):
     """Compares it with the tensors that are there after a generation."""
     engine = load_native_engine(settings(*map(config, ("eagle3", "parallel", "draft_model", "ngram"))))
     methods = engine._methods
@@ -89,10 +89,9 @@ def test_the_memory_that_methods_keep_for_a_token_is_counted(model):
         return speculation
 
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SpeculativeMethod, "start_sequence", start_and_keep_state)
-            for method in ("eagle3", "parallel", "draft_model"):
-                asyncio.run(generate(method))
+        monkeypatch.setattr(SpeculativeMethod, "start_sequence", start_and_keep_state)
+        for method in ("eagle3", "parallel", "draft_model"):
+            asyncio.run(generate(method))
         kv_cache = engine.core.model_runner.kv_cache
         assert kv_cache.aux_hidden_states is not None
         bytes_per_token = engine.model.bytes_per_token + kv_cache.aux_hidden_states[0].nbytes

@@ -421,7 +421,7 @@ class MaskProposer(FakeProposer):
         return proposals
 
 
-def test_proposals_of_masks_only_are_judged_by_the_acceptance_of_their_predictions(clock):
+def test_proposals_of_masks_only_count_by_the_acceptance_of_their_predictions(clock):
     for probability, continues in ((0.95, True), (0.0, False)):
         batch = Batch(cpu, MaskProposer(clock, 0.1 * MS))
         batch.begin(FakeSequence(always(probability), 0))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.engines import loader
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.engine import NativeEngine
@@ -110,7 +109,7 @@ def engine_with_proposer(proposer) -> NativeEngine:
 @pytest.fixture
 def untimed(monkeypatch):
     """Without measurements nothing seems to cost time, so that every step gets proposals."""
-    monkeypatch.setattr(loader, "measure_step_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.loader.measure_step_seconds", lambda model: [])
     monkeypatch.setattr(StepCostModel, "record", lambda *_: None)
 
 
@@ -208,7 +207,7 @@ def test_proposers_receive_the_models_hidden_states_of_the_token_before_each(pla
     assert len(proposer.states) == 8
     for state in proposer.states:
         tokens = [token for new_tokens, _ in state.received for token in new_tokens]
-        hidden_states = torch.cat([rows for _, rows in state.received])
+        hidden_states = torch.cat([new_states for _, new_states in state.received])
         assert len(hidden_states) == len(tokens) - 1
         expected = hidden_states_of_transformers(plain_engine, tokens[:-1])
         torch.testing.assert_close(hidden_states, expected, atol=2e-4, rtol=1e-3)

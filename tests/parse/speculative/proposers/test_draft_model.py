@@ -167,18 +167,18 @@ def test_while_long_sequences_are_prefilled_the_others_keep_their_proposals_and_
     requests = [
         ProposalRequest(one, MAX_TOKENS) for one in (*(state_of(proposer, token_ids) for token_ids in long), state)
     ]
-    for turn in range(5):
+    for step in range(5):
         passes.pop()
         short.append(rng.randrange(VOCABULARY))
         state.extend(short[-1:], None, None)
         *others, chain = proposer.propose(requests)
         assert is_greedy_chain(chain, short)
         assert sum(passes.pop()) <= 16 + 3 * (MAX_TOKENS + 1)
-        if turn < 2:
+        if step < 2:
             assert others == [NOT_READY, NOT_READY]
-        if turn == 2:
+        if step == 2:
             assert is_greedy_chain(others[0], long[0]) and others[1] == NOT_READY
-        if turn == 4:
+        if step == 4:
             assert is_greedy_chain(others[1], long[1])
 
 
@@ -187,8 +187,8 @@ def test_sequences_together_have_the_proposals_of_each_alone(tokenizer):
     proposer, passes = draft_proposer(tokenizer, max_sequences=12)
     rng = random.Random(6)
     running: list = []
-    for turn in range(12):
-        for _ in range(2 if turn < 4 else 0):
+    for step in range(12):
+        for _ in range(2 if step < 4 else 0):
             token_ids = random_tokens(rng, rng.choice((1, 5, 18, 40)))
             running.append((state_of(proposer, token_ids), token_ids))
         chosen = rng.sample(running, rng.randint(1, len(running)))
@@ -201,7 +201,7 @@ def test_sequences_together_have_the_proposals_of_each_alone(tokenizer):
             new = [*proposal.token_ids[: rng.randint(0, request.max_tokens)], rng.randrange(VOCABULARY)]
             token_ids += new
             state.extend(new, None, None)
-        if turn > 6:
+        if step > 6:
             running.pop(0)
 
 

@@ -75,14 +75,14 @@ def test_a_request_for_less_depth_gets_the_same_tree_cut_off(tmp_path, topk, dep
     for state in states:
         state.extend(TEXT, HIDDEN_STATES[: len(TEXT) - 1])
     for max_depth in range(1, depth + 2):
-        whole, cut = (
+        full_tree, shallow_tree = (
             path_probabilities(proposal)
             for proposal in proposer.propose(
                 [ProposalRequest(states[0], 99), ProposalRequest(states[1], 99, 0.0, max_depth)]
             )
         )
-        assert cut == pytest.approx(
-            {path: probability for path, probability in whole.items() if len(path) <= max_depth}, rel=1e-4
+        assert shallow_tree == pytest.approx(
+            {path: probability for path, probability in full_tree.items() if len(path) <= max_depth}, rel=1e-4
         )
 
 
@@ -184,14 +184,14 @@ def test_more_hidden_states_than_tokens_are_refused(tmp_path):
 def test_a_long_sequence_outgrows_its_first_memory(tmp_path):
     _, head, embedding = head_of(tmp_path)
     proposer = Eagle3Proposer(head, embedding, topk=1, depth=3)
-    grown, whole = proposer.new_state(), proposer.new_state()
+    grown, at_once = proposer.new_state(), proposer.new_state()
     tokens, hidden_states = random_tensor(700, seed=5).argsort().remainder(40).tolist(), random_tensor(699, 48, seed=6)
     grown.extend(tokens[:100], hidden_states[:99])
     for end in range(150, 701, 50):
         propose_tree(proposer, grown, 4)
         grown.extend(tokens[end - 50 : end], hidden_states[end - 51 : end - 1])
-    whole.extend(tokens, hidden_states)
-    assert propose_tree(proposer, grown, 4) == propose_tree(proposer, whole, 4)
+    at_once.extend(tokens, hidden_states)
+    assert propose_tree(proposer, grown, 4) == propose_tree(proposer, at_once, 4)
 
 
 @pytest.mark.parametrize("options", [{"topk": 0}, {"topk": 26}, {"depth": -1}])
