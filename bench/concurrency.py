@@ -82,7 +82,7 @@ async def _answer_prompts(
     results: list[BenchResult] = []
 
     async def client() -> None:
-        for prompt in prompts:  # all clients take from one row
+        for prompt in prompts:  # all clients take from one list
             results.append(await contender.answer_prompt(prompt))  # noqa: PERF401
 
     await asyncio.gather(*(client() for _ in range(clients)))

@@ -1,4 +1,4 @@
-"""What passes of a target take: bare ones by their size, and those that an engine makes while it writes."""
+"""The time of forward passes: bare ones by their size, and those of an engine while it generates."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ from parse.tree import MASK
 Propose = Callable[[Sequence[ProposalRequest[GuardedState]]], list[Proposal]]
 
 ENTRY_COUNTS = 1, 2, 3, 5, 9, 13, 20, 32, 48  # of each text
-CONTEXT_TOKENS = 200  # tokens behind which they stand: a question and half of its answer
+CONTEXT_TOKENS = 200  # a question and half of its answer
 NUM_TRIALS = 3
 
 
@@ -44,12 +44,12 @@ class PassTimeCurve:
 
 
 def measure_passes(model: Model, texts: int, *, masked: bool = False) -> PassTimeCurve:
-    """Of the model alone, with nobody else in its process at work; `masked`: all entries but the first are masks."""
+    """Measures passes of the model alone. With `masked`, all tokens but the first are masks."""
     return PassTimeCurve(texts, ENTRY_COUNTS, tuple(_pass_s(model, texts, entries, masked) for entries in ENTRY_COUNTS))
 
 
 def measure_prefill_s(model: Model, tokens: int) -> float:
-    """A pass over a text that is not known yet."""
+    """Measures a pass over a prompt that is not cached."""
     return _measure_s(model, [_scheduled_chunk(0, 0, [1] * tokens)])
 
 
@@ -79,7 +79,7 @@ def _measure_s(model: Model, chunks: Sequence[ScheduledChunk]) -> float:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Of an engine, in which texts were written and nothing else was done."""
+    """A pass of an engine that only generated tokens."""
 
     texts: int
     entries: int
@@ -88,7 +88,7 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class PassRecords:
-    """What an engine did for some answers: its passes, and the seconds that proposals took, for so many texts each."""
+    """The passes of an engine, and for each proposal step the number of sequences and its seconds."""
 
     passes: tuple[ForwardPass, ...] = ()
     proposal_times: tuple[tuple[int, float], ...] = ()
@@ -98,7 +98,7 @@ class PassRecords:
 
 
 class RecordingCostModel(StepCostModel):
-    """Writes down what an engine tells its costs, on the way there, and what its methods take."""
+    """Records what an engine passes to its cost model, and the time of its methods."""
 
     def __init__(self, engine: NativeEngine) -> None:
         assert engine.core.cost_model is not None, "an engine without methods counts no costs"
@@ -115,7 +115,7 @@ class RecordingCostModel(StepCostModel):
         self._passes.append(ForwardPass(num_seqs, num_tokens, seconds))
 
     def pop_records(self) -> PassRecords:
-        """All since the last time."""
+        """Returns all records since the last call."""
         records = PassRecords(tuple(self._passes), tuple(self._proposal_times))
         self._passes, self._proposal_times = [], []
         return records

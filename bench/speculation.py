@@ -1,5 +1,4 @@
-"""Several tokens in a pass, by every method, alone and within PARSE; what it should bring, and what is left of it when
-many ask at once."""
+"""Measures every token-level method, alone and within PARSE, against what it should gain, and with many clients."""
 
 import asyncio
 import statistics
@@ -38,7 +37,7 @@ PLAIN, NO_METHODS_LOADED = "off", "off, none loaded"
 
 
 def speculation_settings(models: Path) -> tuple[SpeculativeConfig, ...]:
-    """All there are, chains, as deep as each was made for."""
+    """Returns settings for all methods: chains, as long as each was trained for."""
     return (
         SpeculativeConfig(method="parallel", model=str(models / "demo-parallel")),
         SpeculativeConfig(method="eagle3", model=str(models / "demo-eagle3"), num_speculative_tokens=12),
@@ -49,7 +48,7 @@ def speculation_settings(models: Path) -> tuple[SpeculativeConfig, ...]:
 
 
 class RecordedContender:
-    """A contender, and the passes that its answers took."""
+    """A contender that records the passes of its answers."""
 
     def __init__(self, contender: PipelineContender, recorder: RecordingCostModel) -> None:
         self.contender, self.recorder = contender, recorder
@@ -63,7 +62,7 @@ class RecordedContender:
 
 
 def isolated_contender(pair: LocalPair, mode: str, method: str) -> PipelineContender:
-    """What it learns of drafting it learns from its own answers."""
+    """Returns a contender with a drafting controller of its own."""
     return PipelineContender(pair, mode, method, pipeline=replace(pair.pipeline, controller=DraftingController()))
 
 

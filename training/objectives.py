@@ -1,4 +1,4 @@
-"""What the models are taught, as losses over a batch of rows.
+"""Training objectives: losses over a batch of examples.
 
 The draft only writes. So does the base of the target, which then learns to keep every token readable at its top. The
 layers on top of that base notice and judge, and are led there step by step, by small heads thrown away afterwards:
@@ -52,7 +52,7 @@ class NextTokenObjective(nn.Module):
 
 
 class RecallObjective(NextTokenObjective):
-    """Next tokens, while the token just read stays readable at the top: what is to be judged must not be forgotten."""
+    """Next tokens, while the last token stays readable at the top layer, because verification needs it there."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -68,7 +68,7 @@ class RecallObjective(NextTokenObjective):
 
 
 class VerificationObjective(NextTokenObjective):
-    """Next tokens and verdicts."""
+    """Next tokens and verification answers."""
 
     def __init__(self, model: PreTrainedModel, check: VerificationSuffix) -> None:
         super().__init__(model)
@@ -98,7 +98,7 @@ class VerificationObjective(NextTokenObjective):
 
 
 class ErrorDetectionObjective(VerificationObjective):
-    """Next tokens, slips, and verdicts."""
+    """Next tokens, first wrong tokens, and verification answers."""
 
     def __init__(self, model: PreTrainedModel, check: VerificationSuffix, base_layers: int) -> None:
         super().__init__(model, check)
@@ -128,7 +128,7 @@ class ErrorDetectionObjective(VerificationObjective):
         return next_token_loss + FLAG_WEIGHT * (odd + slip + astray) + VERIFICATION_WEIGHT * verification_loss, metrics
 
     def _odd(self, hidden: tuple[Tensor, ...], batch: TrainingBatch) -> LossAndMetrics:
-        """Is the token another than the base foresaw? Its foresight stands in the stream, one place back."""
+        """Does the token differ from the base model's prediction, which is in the stream one position before?"""
         with torch.no_grad():
             predicted = _logits(self.model, self.base_norm(hidden[self.base_layers][:, :-1])).argmax(-1)
         in_answer = batch.astray[:, 1:] != IGNORE_INDEX
