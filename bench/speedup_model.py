@@ -5,6 +5,7 @@ than the time of a pass with its proposal, in units of passes of a single token:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from bench.forward_passes import PassRecords, PassTimeCurve
 from parse.registry import METHODS
@@ -18,11 +19,24 @@ class DecodingStats:
     passes: int  # of single sequences
     proposed: tuple[int, ...]  # at each position
     accepted: tuple[int, ...]
-    entries: float  # of a text in a pass
-    texts: float  # in a pass
+    num_tokens: float  # of a sequence in a pass
+    num_seqs: float  # in a pass
     pass_s: float
     num_proposal_requests: int  # for a proposal
     proposal_s: float  # one of them
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields under the keys of the published results."""
+        return {
+            "passes": self.passes,
+            "proposed": self.proposed,
+            "accepted": self.accepted,
+            "entries": self.num_tokens,
+            "texts": self.num_seqs,
+            "pass_s": self.pass_s,
+            "wishes": self.num_proposal_requests,
+            "proposal_s": self.proposal_s,
+        }
 
     @property
     def tokens_per_pass(self) -> float:
@@ -46,14 +60,14 @@ class DecodingStats:
 
 def decoding_stats(speculation: SpeculationStats, records: PassRecords) -> DecodingStats:
     """Returns the statistics of a run. Passes that computed prompts are not recorded."""
-    passes, texts = len(records.passes), sum(p.texts for p in records.passes)
+    passes, num_seqs = len(records.passes), sum(p.num_seqs for p in records.passes)
     num_proposals = sum(count for count, _ in records.proposal_times)
     return DecodingStats(
         speculation.passes,
         speculation.proposed_per_position,
         speculation.accepted_per_position,
-        sum(p.entries for p in records.passes) / texts,
-        texts / passes,
+        sum(p.num_tokens for p in records.passes) / num_seqs,
+        num_seqs / passes,
         sum(p.seconds for p in records.passes) / passes,
         num_proposals,
         sum(seconds for _, seconds in records.proposal_times) / num_proposals if num_proposals else 0.0,
@@ -62,7 +76,7 @@ def decoding_stats(speculation: SpeculationStats, records: PassRecords) -> Decod
 
 def break_even_tokens(stats: DecodingStats, curve: PassTimeCurve) -> float:
     """Returns the tokens per pass at which a single sequence is as fast as without the method."""
-    return (curve.seconds_at(stats.entries) + stats.proposal_s_per_pass) / curve.seconds_at(1)
+    return (curve.seconds_at(stats.num_tokens) + stats.proposal_s_per_pass) / curve.seconds_at(1)
 
 
 def predict_speedup(
@@ -72,7 +86,7 @@ def predict_speedup(
     prefill_s = answers * prompt_s
     plain_s = prefill_s + (plain_passes - answers) * curve.seconds_at(1)
     return plain_s / (
-        prefill_s + (stats.passes - answers) * (curve.seconds_at(stats.entries) + stats.proposal_s_per_pass)
+        prefill_s + (stats.passes - answers) * (curve.seconds_at(stats.num_tokens) + stats.proposal_s_per_pass)
     )
 
 
@@ -92,6 +106,6 @@ def speedup_by_depth(stats: DecodingStats, curve: PassTimeCurve, method: str, st
         )  # nothing is accepted after a rejected token
         tokens += reach_probability
         steps = depth if METHODS[method].is_sequential else 1
-        seconds = curve.seconds_at(1 + depth * share) + curve.texts * step_s * steps
+        seconds = curve.seconds_at(1 + depth * share) + curve.num_seqs * step_s * steps
         speedups.append(tokens * curve.seconds_at(1) / seconds)
     return speedups
