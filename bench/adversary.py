@@ -1,4 +1,4 @@
-"""What drafting costs where no draft is ever right: mode auto against the target alone, warm-up included."""
+"""Measures the cost of drafting if every draft is wrong: mode auto against the target alone, warm-up included."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping

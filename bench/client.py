@@ -41,7 +41,7 @@ class RequestParams:
 
 @dataclass(frozen=True)
 class ServerReport:
-    """What our servers say of how an answer was made."""
+    """What parse-serve reports about an answer."""
 
     mode: str
     draft_tokens: int  # tokens
@@ -62,7 +62,7 @@ class TimedResponse:
     """An answer as it came."""
 
     text: str
-    ended: bool  # by itself
+    ended: bool  # complete: it did not end at a limit
     prompt_tokens: int = 0
     completion_tokens: int = 0
     report: ServerReport | None = None
@@ -74,7 +74,7 @@ class RequestResult:
     """What became of a question. Times are those of one clock, in seconds."""
 
     request: SampleRequest
-    scheduled_at: float  # when it was to be asked
+    scheduled_at: float  # when it was due
     finished_at: float
     response: TimedResponse | None = None
     error: str | None = None  # its kind: an HTTP status, the server's own code, or an exception's class
@@ -92,7 +92,7 @@ SendRequest = Callable[[SampleRequest, float], Awaitable[RequestResult]]
 
 
 class RequestFailed(Exception):
-    """The server says so itself."""
+    """The server returned an error."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(detail)
@@ -100,7 +100,7 @@ class RequestFailed(Exception):
 
 
 class ServerUnreachable(Exception):
-    """There is nobody to ask."""
+    """The server cannot be reached."""
 
 
 def open_client(url: str, api_key: str | None) -> httpx.AsyncClient:
@@ -120,7 +120,7 @@ def open_client(url: str, api_key: str | None) -> httpx.AsyncClient:
 
 
 async def get_first_model(client: httpx.AsyncClient) -> str:
-    """Its name; or why there is no use in asking on."""
+    """Returns the name of the served model, or raises an error that explains why there is none."""
     try:
         response = await client.get("/v1/models", timeout=CONNECT_S)
         if response.status_code != 200:
@@ -143,7 +143,7 @@ async def send_request(
     except RequestFailed as failure:
         return RequestResult(request, scheduled_at, time.perf_counter(), error=failure.kind, detail=str(failure))
     except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # The last four: of a reply in another shape than the API's.
+        # The last four come from a response in another shape than the API's.
         return RequestResult(request, scheduled_at, time.perf_counter(), error=type(error).__name__, detail=str(error))
     return RequestResult(request, scheduled_at, time.perf_counter(), response)
 
@@ -217,7 +217,7 @@ async def iter_event_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _http_failure(response: httpx.Response) -> RequestFailed:
-    """Its kind is the status, whatever the body says."""
+    """Returns the error of a response. Its kind is the HTTP status, whatever the body says."""
     try:
         error = response.json()["error"]
     except (ValueError, LookupError, TypeError):

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -82,7 +82,7 @@ async def _answer_prompts(
     results: list[BenchResult] = []
 
     async def client() -> None:
-        for prompt in prompts:  # all clients take from one row
+        for prompt in prompts:  # all clients take from one list
             results.append(await contender.answer_prompt(prompt))  # noqa: PERF401
 
     await asyncio.gather(*(client() for _ in range(clients)))
@@ -118,8 +118,8 @@ def summarize(
         "ratios": [b.tokens_per_s / p.tokens_per_s for b, p in zip(method_runs, plain_runs, strict=True)],
         "tokens_per_pass": stats.tokens_per_pass,
         "depth": sum(stats.proposed) / stats.passes,
-        **asdict(stats),
-        "bare": asdict(curve),
+        **stats.to_json(),
+        "bare": curve.to_json(),
         "by_depth": depths,
         "best_depth": None if best is None else best + 1,
     }
@@ -139,6 +139,6 @@ def table(crowds: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"| {row['clients']} | {row['method']} | {row['tokens_per_s']:.0f} | {row['plain_tokens_per_s']:.0f} "
             f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
-            f"| {row['tokens_per_pass']:.2f} | {row['depth']:.1f} | {row['entries']:.1f} | {' | '.join(model)} |"
+            f"| {row['tokens_per_pass']:.2f} | {row['depth']:.1f} | {row['num_tokens']:.1f} | {' | '.join(model)} |"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Who competes: the pipeline in each mode, and its peers, all asked the same way."""
+"""The contenders: the pipeline in each mode and its peers, all called in the same way."""
 
 import sys
 import time
@@ -36,7 +36,7 @@ class BenchResult:
 
 
 Contender = Callable[[Sequence[int]], Awaitable[BenchResult]]
-"""From a prompt's ids to an answer."""
+"""Answers a prompt, given as token ids."""
 
 ResultsByContender = dict[str, list[BenchResult]]
 
@@ -44,10 +44,10 @@ ResultsByContender = dict[str, list[BenchResult]]
 async def run_contenders(
     contenders: Mapping[str, Contender], prompts: Sequence[Sequence[int]], after_prompt: Callable[[int], None]
 ) -> ResultsByContender:
-    """Everyone answers every prompt; who begins changes from prompt to prompt. `meanwhile` is called after each."""
+    """Runs all contenders on every prompt, in rotating order. `after_prompt` is called after each prompt."""
     results: ResultsByContender = {name: [] for name in contenders}
     names = list(contenders)
-    for name in names:  # a first answer, not counted, for whatever is done once
+    for name in names:  # a warm-up answer, which does not count
         await contenders[name](prompts[0])
     for index, prompt in enumerate(tqdm(prompts, desc="problems", unit="problem", file=sys.stderr)):
         for name in names[index % len(names) :] + names[: index % len(names)]:
@@ -61,7 +61,7 @@ def tokens_per_s(results: Sequence[BenchResult]) -> float:
 
 
 def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict[str, Contender]]:
-    """All of them on models of their own, for the engine changes how its models attend."""
+    """Returns all contenders. The baselines have models of their own, because the engine replaces attention."""
     target, draft = models / "demo-target", models / "demo-draft"
     pair = LocalPair(
         EngineSettings(model=str(target), num_threads=num_threads),
@@ -78,7 +78,7 @@ def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict
 
 
 class PipelineContender:
-    """In one mode; what the target writes itself it writes by one method."""
+    """The pipeline in one mode, with one token-level method for what the target generates."""
 
     def __init__(self, pair: LocalPair, mode: str, method: str = "none", *, pipeline: Pipeline | None = None) -> None:
         self.pair, self.mode, self.method = pair, mode, method
@@ -89,7 +89,7 @@ class PipelineContender:
         return await self.answer_prompt(prompt)
 
     async def answer_prompt(self, prompt: Sequence[int]) -> BenchResult:
-        """With whatever is known of the prompt."""
+        """Answers with whatever the caches hold of the prompt."""
         request = GenerationRequest(prompt, sampling_params=GREEDY, mode=self.mode, speculative_method=self.method)
         ids: list[int] = []
         async for event in self.pipeline.generate(request):
@@ -113,14 +113,14 @@ class PipelineContender:
 
 
 def clear_caches(pair: LocalPair) -> None:
-    """Every answer starts from nothing: what one contender computed must not serve the next."""
+    """Clears the prefix caches, so that no contender profits from the one before."""
     for engine in (pair.target, pair.draft):
         if engine is not None:
             engine.reset_prefix_cache()
 
 
 class Baselines:
-    """The library's own generation, and the step by step verification of SpecReason over our engine."""
+    """Generation by Hugging Face, and the stepwise verification of SpecReason on the native engine."""
 
     def __init__(self, pair: LocalPair, target: PreTrainedModel, draft: PreTrainedModel) -> None:
         self.pair, self.target, self.draft = pair, target, draft
@@ -133,7 +133,7 @@ class Baselines:
         return self._run_generate(prompt, self.draft)
 
     async def sequential(self, prompt: Sequence[int]) -> BenchResult:
-        """A step, here a line, is drafted, judged, and taken or written again by the target, before the next one."""
+        """Drafts and verifies one step (a line) at a time. The target generates a rejected step itself."""
         clear_caches(self.pair)
         pipeline, draft, target = self.pair.pipeline, self.pair.draft, self.pair.target
         assert draft is not None
@@ -214,7 +214,7 @@ class Baselines:
 
 
 class _FirstTokenTimer:
-    """A streamer that only looks at the clock."""
+    """A streamer that records the time of the first token."""
 
     def __init__(self) -> None:
         self.calls, self.first_token_at = 0, 0.0

@@ -1,9 +1,10 @@
-"""What passes of a target take: bare ones by their size, and those that an engine makes while it writes."""
+"""The time of forward passes: bare ones by their size, and those of an engine while it generates."""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,42 +21,48 @@ from parse.tree import MASK
 
 Propose = Callable[[Sequence[ProposalRequest[GuardedState]]], list[Proposal]]
 
-ENTRY_COUNTS = 1, 2, 3, 5, 9, 13, 20, 32, 48  # of each text
-CONTEXT_TOKENS = 200  # tokens behind which they stand: a question and half of its answer
+TOKEN_COUNTS = 1, 2, 3, 5, 9, 13, 20, 32, 48  # of each sequence
+CONTEXT_TOKENS = 200  # a question and half of its answer
 NUM_TRIALS = 3
 
 
 @dataclass(frozen=True)
 class PassTimeCurve:
-    """Seconds of a pass over so many texts, by the entries of each."""
+    """Seconds of a pass over a number of sequences, by the number of tokens of each."""
 
-    texts: int
-    entries: tuple[int, ...]
+    num_seqs: int
+    num_tokens: tuple[int, ...]
     seconds: tuple[float, ...]
 
-    def seconds_at(self, entries: float) -> float:
-        """Between two sizes a straight line."""
-        return float(np.interp(entries, self.entries, self.seconds))
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields under the keys of the published results."""
+        return {"texts": self.num_seqs, "entries": self.num_tokens, "seconds": self.seconds}
+
+    def seconds_at(self, num_tokens: float) -> float:
+        """Returns the seconds, by linear interpolation between the measured sizes."""
+        return float(np.interp(num_tokens, self.num_tokens, self.seconds))
 
     @classmethod
     def median(cls, curves: Sequence["PassTimeCurve"]) -> "PassTimeCurve":
         seconds = zip(*(curve.seconds for curve in curves), strict=True)
-        return cls(curves[0].texts, curves[0].entries, tuple(map(statistics.median, seconds)))
+        return cls(curves[0].num_seqs, curves[0].num_tokens, tuple(map(statistics.median, seconds)))
 
 
-def measure_passes(model: Model, texts: int, *, masked: bool = False) -> PassTimeCurve:
-    """Of the model alone, with nobody else in its process at work; `masked`: all entries but the first are masks."""
-    return PassTimeCurve(texts, ENTRY_COUNTS, tuple(_pass_s(model, texts, entries, masked) for entries in ENTRY_COUNTS))
+def measure_passes(model: Model, num_seqs: int, *, masked: bool = False) -> PassTimeCurve:
+    """Measures passes of the model alone. With `masked`, all tokens but the first are masks."""
+    return PassTimeCurve(
+        num_seqs, TOKEN_COUNTS, tuple(_pass_s(model, num_seqs, num_tokens, masked) for num_tokens in TOKEN_COUNTS)
+    )
 
 
 def measure_prefill_s(model: Model, tokens: int) -> float:
-    """A pass over a text that is not known yet."""
+    """Measures a pass over a prompt that is not cached."""
     return _measure_s(model, [_scheduled_chunk(0, 0, [1] * tokens)])
 
 
-def _pass_s(model: Model, texts: int, entries: int, masked: bool) -> float:
-    nodes = [1, *[MASK if masked else 1] * (entries - 1)]
-    return _measure_s(model, [_scheduled_chunk(block, CONTEXT_TOKENS, nodes) for block in range(texts)])
+def _pass_s(model: Model, num_seqs: int, num_tokens: int, masked: bool) -> float:
+    nodes = [1, *[MASK if masked else 1] * (num_tokens - 1)]
+    return _measure_s(model, [_scheduled_chunk(block, CONTEXT_TOKENS, nodes) for block in range(num_seqs)])
 
 
 def _scheduled_chunk(block: int, num_computed_tokens: int, nodes: Sequence[int]) -> ScheduledChunk:
@@ -79,16 +86,16 @@ def _measure_s(model: Model, chunks: Sequence[ScheduledChunk]) -> float:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Of an engine, in which texts were written and nothing else was done."""
+    """A pass of an engine that only generated tokens."""
 
-    texts: int
-    entries: int
+    num_seqs: int
+    num_tokens: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class PassRecords:
-    """What an engine did for some answers: its passes, and the seconds that proposals took, for so many texts each."""
+    """The passes of an engine, and for each proposal step the number of sequences and its seconds."""
 
     passes: tuple[ForwardPass, ...] = ()
     proposal_times: tuple[tuple[int, float], ...] = ()
@@ -98,7 +105,7 @@ class PassRecords:
 
 
 class RecordingCostModel(StepCostModel):
-    """Writes down what an engine tells its costs, on the way there, and what its methods take."""
+    """Records what an engine passes to its cost model, and the time of its methods."""
 
     def __init__(self, engine: NativeEngine) -> None:
         assert engine.core.cost_model is not None, "an engine without methods counts no costs"
@@ -115,7 +122,7 @@ class RecordingCostModel(StepCostModel):
         self._passes.append(ForwardPass(num_seqs, num_tokens, seconds))
 
     def pop_records(self) -> PassRecords:
-        """All since the last time."""
+        """Returns all records since the last call."""
         records = PassRecords(tuple(self._passes), tuple(self._proposal_times))
         self._passes, self._proposal_times = [], []
         return records

@@ -52,7 +52,7 @@ class BenchmarkPlan:
 
 
 def measure_generate(network: PreTrainedModel, plan: BenchmarkPlan) -> dict[str, Any]:
-    """Milliseconds, before the engine has touched the model; its attention is the library's own choice."""
+    """Measures `generate()`, in milliseconds, with the attention that the library chooses."""
     device = network.device
     decode: dict[str, float] = {}
     for batch in tqdm(plan.batch_sizes, desc="generate()", file=sys.stderr):
@@ -146,7 +146,7 @@ def measure_engine(model: Model, plan: BenchmarkPlan, graphs: bool) -> dict[str,
 
 
 def median_ms(work: Callable[[], Any]) -> float:
-    """Of what takes that many seconds by its own account; the first time does not count."""
+    """Returns the median of the seconds that `work` reports, in milliseconds, without the first run."""
     asyncio.run(work())
     return statistics.median(asyncio.run(work()) for _ in range(ROUNDS)) * 1e3
 
@@ -190,7 +190,7 @@ async def verify_while_decoding_s(engine: NativeEngine, plan: BenchmarkPlan, num
 
 
 def profile_decode(model: Model, plan: BenchmarkPlan, graphs: bool, batch: int) -> dict[str, Any]:
-    """How much of the time the device computes while it decodes, and what."""
+    """Returns the share of the time in which the device computes while it decodes, and the longest kernels."""
     with start_engine(model, plan, graphs) as engine:
         asyncio.run(decode_s(engine, plan, batch, temperature=0.0))
         activity = ProfilerActivity.CUDA if model.device.type == "cuda" else ProfilerActivity.CPU
@@ -258,7 +258,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"| {batch} | {' | '.join(f'{ms:.2f}' for ms in cells)} | {share:.0%} | {sampled:.2f} |")
     lines.append("")
     share = recorded["replayed_share"]
-    lines.append(f"Recorded: {share:.0%} of all steps were replayed, prompts and judging among them.")
+    lines.append(f"Recorded: {share:.0%} of all steps were replayed, prompts and verification among them.")
     speed, max_speed = ordinary["prompt_tokens_per_s"], bound["prompt_tokens_per_s"]
     lines.append(
         f"Prompts: {speed:.0f} tokens/s, {speed / max_speed:.0%} of what multiplying allows; generate() "
@@ -289,9 +289,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
     parser.add_argument("--batches", default="1,8,32,64", help="requests that decode at the same time")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each prompt")
-    parser.add_argument("--step-tokens", type=int, default=2048, help="most tokens computed in one pass")
+    parser.add_argument("--step-tokens", type=int, default=2048, help="maximum tokens computed in one pass")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--profile", action="store_true", help="say what the device does while it decodes")
+    parser.add_argument("--profile", action="store_true", help="profile the device while it decodes")
     parser.add_argument("--json", type=Path, help="where the figures go")
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The figures of many timed answers: rates, percentiles, and how far drafting and judging overlapped."""
+"""The figures of many timed answers: rates, percentiles, and the overlap of drafting and verification."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ class OfferedLoad:
 
 @dataclass(frozen=True)
 class Round:
-    """What was asked without a break."""
+    """Requests that were sent without a break."""
 
     results: Sequence[RequestResult]
     wall_s: float
@@ -48,7 +48,7 @@ class BenchmarkRun:
 
 
 def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Of all rounds together. What cannot be known is null."""
+    """Returns the figures of all rounds together. A figure that cannot be known is null."""
     results = [result for part in rounds for result in part.results]
     answered = [(outcome, outcome.response) for outcome in results if outcome.response]
     responses = [response for _, response in answered]
@@ -105,7 +105,7 @@ def mean_inter_token_s(response: TimedResponse) -> float | None:
 
 
 def overlap_s(reports: Sequence[ServerReport]) -> float:
-    """Seconds in which one request was drafted while another one was judged or written."""
+    """Returns the seconds in which one request was drafted while another one was verified or generated."""
     changes: list[tuple[float, int, int, int]] = []  # when, whose side, of which request, one more or one less
     for number, report in enumerate(reports):
         for name, start, end in report.stages:

@@ -48,7 +48,7 @@ Number = TypeVar("Number", int, float)
 
 
 async def closed_loop(send: SendRequest, requests: Sequence[SampleRequest], clients: int) -> list[RequestResult]:
-    """So many clients, each of which asks again when it was answered."""
+    """Runs a number of clients, each of which sends its next request when it has an answer."""
     pending, results = iter(requests), list[RequestResult]()
 
     async def client() -> None:
@@ -62,7 +62,7 @@ async def closed_loop(send: SendRequest, requests: Sequence[SampleRequest], clie
 async def open_loop(
     send: SendRequest, requests: Sequence[SampleRequest], arrivals: Sequence[float]
 ) -> list[RequestResult]:
-    """Every task at its time, however many are still unanswered; also what is asked late counts from its time."""
+    """Sends every request at its time, however many are unanswered. Latency counts from that time."""
     started = time.perf_counter()
 
     async def send_at(arrival: float, request: SampleRequest) -> RequestResult:
@@ -93,7 +93,7 @@ async def run_round(load: OfferedLoad, send: SendRequest, requests: Sequence[Sam
 
 @dataclass(frozen=True)
 class Workload:
-    """A mode to ask in, and what is asked."""
+    """The requests of one mode, and how to send them."""
 
     send: SendRequest
     requests: Sequence[SampleRequest]
@@ -102,7 +102,7 @@ class Workload:
 async def run_interleaved(
     workloads: Mapping[str, Workload], load: OfferedLoad, problem_range: range, rounds: int, seed: int
 ) -> list[BenchmarkRun]:
-    """All of them under the load, each on that span of its tasks."""
+    """Runs all workloads under the load, each on the same range of its requests, in rotating order."""
     names = list(workloads)
     rounds_by_name: dict[str, list[Round]] = {name: [] for name in names}
     for round_index in range(rounds):
@@ -119,7 +119,7 @@ async def run_interleaved(
 async def run_load(
     args: argparse.Namespace, requests_by_mode: Mapping[str, Sequence[SampleRequest]]
 ) -> tuple[str, list[BenchmarkRun]]:
-    """The model that was asked, and what came of the tasks of each mode; the first of them are for warming up."""
+    """Returns the model and the runs of each mode. The first requests only warm up the server."""
     runs: list[BenchmarkRun] = []
     async with open_client(args.url, args.api_key) as client:
         first_model = await get_first_model(client)

@@ -1,4 +1,4 @@
-"""What it costs that the service tells of itself: the same requests with all metrics, and with none.
+"""Measures the cost of metrics: the same requests with all metrics and with none.
 
     python -m bench.metering --requests 60 --concurrency 8 --rounds 6
 
@@ -39,7 +39,7 @@ WARMUP = 4
 
 
 class TimedRecorder(MetricsRecorder):
-    """On both ways, as in a replica; and it looks at the clock."""
+    """Records metrics to both exporters, as in a replica, and measures the time."""
 
     def __init__(self) -> None:
         super().__init__(ROUTER_METRICS, deployment="Router")

@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a picture of the speed-ups")
     parser.add_argument("--engine", action="store_true", help="measure decoding, prompts and verification alone")
     parser.add_argument("--adversary", action="store_true", help="measure mode auto where every draft is wrong")
-    parser.add_argument("--speculation", action="store_true", help="measure all ways to write several tokens in a pass")
+    parser.add_argument("--speculation", action="store_true", help="measure all token-level methods")
     args = parser.parse_args()
     if args.problems < 1:
         parser.error("--problems: at least 1")

@@ -1,10 +1,9 @@
-"""Several tokens in a pass, by every method, alone and within PARSE; what it should bring, and what is left of it when
-many ask at once."""
+"""Measures every token-level method, alone and within PARSE, against what it should gain, and with many clients."""
 
 import asyncio
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ PLAIN, NO_METHODS_LOADED = "off", "off, none loaded"
 
 
 def speculation_settings(models: Path) -> tuple[SpeculativeConfig, ...]:
-    """All there are, chains, as deep as each was made for."""
+    """Returns settings for all methods: chains, as long as each was trained for."""
     return (
         SpeculativeConfig(method="parallel", model=str(models / "demo-parallel")),
         SpeculativeConfig(method="eagle3", model=str(models / "demo-eagle3"), num_speculative_tokens=12),
@@ -49,7 +48,7 @@ def speculation_settings(models: Path) -> tuple[SpeculativeConfig, ...]:
 
 
 class RecordedContender:
-    """A contender, and the passes that its answers took."""
+    """A contender that records the passes of its answers."""
 
     def __init__(self, contender: PipelineContender, recorder: RecordingCostModel) -> None:
         self.contender, self.recorder = contender, recorder
@@ -63,7 +62,7 @@ class RecordedContender:
 
 
 def isolated_contender(pair: LocalPair, mode: str, method: str) -> PipelineContender:
-    """What it learns of drafting it learns from its own answers."""
+    """Returns a contender with a drafting controller of its own."""
     return PipelineContender(pair, mode, method, pipeline=replace(pair.pipeline, controller=DraftingController()))
 
 
@@ -160,16 +159,16 @@ def explain_speedups(
     for method, stats in stats_by_method.items():
         method_curve = masked if method == "space" else curve
         explanations[method] = {
-            **asdict(stats),
+            **stats.to_json(),
             "tokens_per_pass": stats.tokens_per_pass,
             "accepted_by_place": stats.acceptance_rates,
             "proposing_s": stats.proposal_s_per_pass,
-            "bare_pass_s": method_curve.seconds_at(stats.entries),
+            "bare_pass_s": method_curve.seconds_at(stats.num_tokens),
             "needed": break_even_tokens(stats, method_curve),
             "predicted": predict_speedup(stats, method_curve, passes, len(plain), prefill_s),
             "measured": tokens_per_s(results[contender_name("off", method)]) / tokens_per_s(plain),
         }
-    return {"prompt_s": prefill_s, "passes": asdict(curve), "masked": asdict(masked), "methods": explanations}
+    return {"prompt_s": prefill_s, "passes": curve.to_json(), "masked": masked.to_json(), "methods": explanations}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -196,7 +195,7 @@ def _explanation_table(model: Mapping[str, Any]) -> str:
     for method, entry in model["methods"].items():
         bare_s, engine, proposing = (f"{entry[n] * 1e3:.2f} ms" for n in ("bare_pass_s", "pass_s", "proposing_s"))
         lines.append(
-            f"| {method} | {entry['entries']:.1f} | {bare_s} | {engine} | {proposing} | {entry['needed']:.2f} "
+            f"| {method} | {entry['num_tokens']:.1f} | {bare_s} | {engine} | {proposing} | {entry['needed']:.2f} "
             f"| {entry['tokens_per_pass']:.2f} | {entry['predicted']:.2f} | {entry['measured']:.2f} |"
         )
     for title, curve in (("Bare passes", model["passes"]), ("all but one masks", model["masked"])):

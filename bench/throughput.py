@@ -31,7 +31,7 @@ PROMPT_TOKENS, DRAFT_TOKENS, ANSWER_TOKENS = 256, 256, 128  # tokens
 NUM_PREFIXES, SUFFIX_TOKENS = 16, 16
 BATCHES = (1, 4, 8, 16)
 HOST_BATCHES = (1, 8, 32)
-ROUNDS = 5  # everything is measured that often, in turns; the medians count
+ROUNDS = 5  # everything is measured alternately; the medians count
 GREEDY = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
@@ -143,7 +143,7 @@ def measure_verification(engine: NativeEngine, hf_model: PreTrainedModel) -> dic
 
     @torch.inference_mode()
     def dense() -> float:
-        """As a library user would: one text, the copies behind it, and a mask."""
+        """Verifies as a user of the library would: one sequence with all suffixes, and a dense mask."""
         started = time.perf_counter()
         num_computed_tokens = PROMPT_TOKENS + DRAFT_TOKENS
         tree = suffix_forest([PROMPT_TOKENS + length for length in prefix_lengths], suffix)
@@ -191,7 +191,7 @@ def measure_verification(engine: NativeEngine, hf_model: PreTrainedModel) -> dic
 
 
 def measure_host_overhead() -> dict[str, dict[str, float]]:
-    """Milliseconds of a decode step that are no model's: what it costs on whatever device."""
+    """Measures the milliseconds of a decode step without the model: the overhead on the host."""
     model, logits = small_model(), torch.randn(max(HOST_BATCHES), 512, generator=torch.Generator().manual_seed(0))
 
     def idle_forward(
@@ -276,7 +276,7 @@ def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
 
 
 async def _decode_s(engine: NativeEngine, prompts: list[list[int]]) -> float:
-    """Seconds from the moment all have their first token to the end of the last."""
+    """Returns the seconds of decoding, without the first token of each request."""
     for prompt in prompts:
         await engine.prefill(prompt)
     started = time.perf_counter()

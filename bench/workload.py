@@ -1,4 +1,4 @@
-"""What a server is asked under load: the demo task, or a file of prompts; each with its check where there is one."""
+"""The requests of a load test: problems of the demo task, or a file of prompts, with a check of the answer if known."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from training.task import NAMES, Problem, check_answer, draw_problem, parse_ques
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A question, and whether a text, which ended by itself or did not, is its answer."""
+    """Messages, and a check of an answer: its text, and whether it is complete."""
 
     messages: Sequence[Mapping[str, Any]]
     is_correct: Callable[[str, bool], bool] | None = None

@@ -1,9 +1,9 @@
-"""How much of what a head proposes its target would have written: the figures of a head, and its card.
+"""Measures how many of a head's proposed tokens its target accepts, for the head's card.
 
     python -m training.acceptance --head models/demo-eagle3 --problems 200
 
-Greedy, on texts that the target wrote by itself: a proposal is followed as long as it says what stands there, and the
-target adds one token. The first pass of an answer counts too, though it only ends the prompt.
+Decoding is greedy, on texts that the target generated itself: proposed tokens are accepted as long as they equal the
+text, and the target adds one token. The first pass of an answer counts too, though it only ends the prompt.
 """
 
 import argparse
@@ -36,13 +36,13 @@ HELD_OUT_SPLIT = "speculation proof"  # problems that no head has seen
 
 @dataclass(frozen=True)
 class AcceptanceStats:
-    """Of a number of passes of the target."""
+    """The result of a number of passes of the target."""
 
     passes: int
-    tokens: int  # written in them
+    tokens: int  # generated in them
     acceptance_rates: tuple[float, ...]  # share of passes in which the first, second, ... proposed token was accepted
     mean_proposed: float  # nodes of a proposal, on average
-    propose_ms: float  # median, reading what is new included
+    propose_ms: float  # median, with the time to read the new tokens
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -51,7 +51,7 @@ class AcceptanceStats:
 
 
 def count_accepted(proposal: Proposal, text: Sequence[int]) -> int:
-    """How far the tree goes along with the text."""
+    """Returns how many tokens of the text are on one path of the tree, from its root."""
     parent_node = -1
     for count, token in enumerate(text):
         children = (
@@ -78,7 +78,9 @@ def measure_acceptance(
             input_ids=input_ids, output_hidden_states=True, use_cache=False, logits_to_keep=1
         ).hidden_states
         layers = method.aux_hidden_state_layers
-        features = torch.cat([hidden_states[layer][0] for layer in layers], -1) if layers else None  # [T, taps * H]
+        features = (
+            torch.cat([hidden_states[layer][0] for layer in layers], -1) if layers else None
+        )  # [T, aux layers * H]
         proposer, num_read, position = method.new_state(), 0, len(text.prompt) + text.begun
         while position < len(text.tokens):
             started = time.perf_counter()
@@ -97,7 +99,7 @@ def measure_acceptance(
 
 
 def generate_held_out(target: str, count: int, seed: int, num_threads: int | None = None) -> list[TargetOutput]:
-    """Answers of the target to problems of the demo task, every other one going on from a draft's beginning."""
+    """Returns answers of the target to problems of the demo task. Every other one continues a draft."""
     engine = start_target(target, num_threads, 1024)
     outputs: list[TargetOutput] = []
     try:
@@ -111,14 +113,14 @@ def generate_held_out(target: str, count: int, seed: int, num_threads: int | Non
 
 @dataclass(frozen=True)
 class ProposalOptions:
-    """How a head is asked."""
+    """How many tokens a head proposes, and with which options."""
 
     max_tokens: int
     method_options: Mapping[str, int]  # of the method
 
 
 def proposal_options(parallel_tokens: int) -> dict[str, ProposalOptions]:
-    """Chains, and a tree of twice the size."""
+    """Returns the options to measure: chains, and a tree of twice the size."""
     if parallel_tokens > 1:
         return {
             "chain": ProposalOptions(parallel_tokens, {"beam": 1}),
@@ -142,7 +144,7 @@ def load_method(
 
 
 def evaluate_head(path: Path, network: PreTrainedModel, texts: Sequence[TargetOutput]) -> dict[str, Any]:
-    """Of a head in a folder, apart for plain answers and for those that others began."""
+    """Measures a head, separately for plain answers and for answers that continue a draft."""
     kinds = group_by_kind(texts)
     head, _ = load_head(path, TargetModel.of(network))
     metrics: dict[str, Any] = {"texts": len(texts), "ways": {}}
@@ -160,7 +162,7 @@ def evaluate_head(path: Path, network: PreTrainedModel, texts: Sequence[TargetOu
 
 
 def group_by_kind(texts: Sequence[TargetOutput]) -> dict[str, list[TargetOutput]]:
-    """Those that there are."""
+    """Returns the kinds that occur, with their texts."""
     plain, continued = (
         [text for text in texts if bool(text.begun) == continued_only] for continued_only in (False, True)
     )
@@ -184,7 +186,9 @@ def main() -> None:
     )
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target", help="folder of the target")
     parser.add_argument("--head", type=Path, required=True, help="folder of the head")
-    parser.add_argument("--outputs", type=Path, metavar="JSONL", help="what the target wrote; else of the demo task")
+    parser.add_argument(
+        "--outputs", type=Path, metavar="JSONL", help="outputs of the target; the default is the demo task"
+    )
     parser.add_argument("--problems", type=int, default=200, help="of the demo task, none that training saw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")

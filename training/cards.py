@@ -1,4 +1,4 @@
-"""The model cards, written from the figures of the pair they describe."""
+"""Writes the model cards of the pair from its figures."""
 
 import json
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ It cannot do anything else, and its answers must be verified by the target.
 
 
 def write_cards(metrics: Mapping[str, Any], target: Path, draft: Path) -> None:
-    """Into the two folders, beside the models."""
+    """Writes the cards into the folders of the two models."""
     metrics_json = json.dumps(metrics, indent=2)
     for folder, card in ((target, TARGET_CARD), (draft, DRAFT_CARD)):
         config = json.loads((folder / "config.json").read_text())

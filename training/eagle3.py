@@ -1,12 +1,12 @@
-"""Trains an EAGLE-3 head for a target: it drafts several steps on from every anchor, and learns from each.
+"""Trains an EAGLE-3 head for a target: it drafts several steps from every anchor and learns from each of them.
 
     python -m training.eagle3 --target models/demo-target                 # the demo pair's head
     python -m training.eagle3 --target some/model --outputs outputs.jsonl --out heads/some
     python -m training.eagle3 --target some/model --prompts prompts.jsonl --out heads/some
 
-Each step feeds back the head's own guess of the feature in place of the true one, with the true next token
+Each step uses the head's own prediction of the feature instead of the true one, with the true next token
 ("training-time test"). Its loss is the cross-entropy with the target's distribution over the head's vocabulary, times
-0.8 to the power of the step; nothing is asked of features. An interrupted run goes on where it was.
+0.8 to the power of the step. Features have no loss of their own. An interrupted run continues where it was.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ from training.loop import CosineSchedule, Losses, adamw, train
 from training.outputs import TargetOutput
 from training.rollouts import rollout_attention, visible_up_to
 
-DECAY = 0.8  # of a step's loss against the one before
+DECAY = 0.8  # weight of a step's loss relative to the step before
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class HeadRecipe:
     warmup: int = 50
     texts: int = 8  # in a batch
     ahead: int = 7  # steps of drafting
-    draft_vocabulary: int | None = None  # None: all tokens that the target ever wrote
+    draft_vocabulary: int | None = None  # None: all tokens in the target's outputs
     intermediate: int | None = None  # None: the target's
     seed: int = 0
-    start: Path | None = None  # a head to go on from; its sizes and vocabulary stay
-    memory_mb: int = 4096  # features are kept as far as that goes, and extracted again beyond
+    start: Path | None = None  # a head to continue from, with its sizes and vocabulary
+    memory_mb: int = 4096  # memory for features; those beyond it are extracted again
 
     @property
     def schedule(self) -> CosineSchedule:
@@ -61,7 +61,7 @@ def new_head(
     layers: int = 1,
     parallel_tokens: int = 1,
 ) -> EagleHead:
-    """Sizes are the target's, and so is `lm_head` to begin with; unless there is a head to start from."""
+    """Returns a head with the sizes and the `lm_head` of the target, or the head that the recipe starts from."""
     target, config = TargetModel.of(network), network.config.get_text_config()
     if recipe.start:
         head, embedding_weight = load_head(recipe.start, target)
@@ -102,7 +102,7 @@ def new_head(
 
 
 class Distillation:
-    """What the target would say, over those of its tokens that are chosen."""
+    """Distillation of the target's distribution over the draft vocabulary."""
 
     def __init__(self, draft_token_ids: Tensor, network: PreTrainedModel) -> None:
         self._lm_head = network.get_output_embeddings()
@@ -114,12 +114,12 @@ class Distillation:
 
     @torch.no_grad()
     def target_distribution(self, last_hidden_states: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's distribution, [.., draft vocabulary], and where it counts: its own choice is in there."""
+        """Returns the target's distribution [.., draft vocabulary], and where it counts: where it holds its choice."""
         logits: Tensor = self._lm_head(last_hidden_states).float()
         return logits[..., self._draft_token_ids].softmax(-1), valid & self._in_draft_vocab[logits.argmax(-1)]
 
     def loss(self, logits: Tensor, last_hidden_states: Tensor, valid: Tensor) -> tuple[Tensor, float]:
-        """The mean over what counts, and how often the head's choice is the target's."""
+        """Returns the mean loss where it counts, and how often the head's choice is the target's."""
         target_probs, counted = self.target_distribution(last_hidden_states, valid)
         weight = counted / counted.sum().clamp(min=1)
         loss = -((target_probs * logits.log_softmax(-1)).sum(-1) * weight).sum()
@@ -130,7 +130,7 @@ class Distillation:
 def rollout_logits(
     head: EagleHead, embeddings: Tensor, rotation: RotaryEmbedding, batch: HeadBatch
 ) -> Iterator[Tensor]:
-    """The head's logits of every step on from all anchors, [B, A, draft vocabulary] each."""
+    """Yields the head's logits of each step after all anchors, [B, A, draft vocabulary]."""
     size, width = batch.tokens.shape
     anchors, visible = batch.anchors, visible_up_to(batch.anchors, width)
     keys: list[Tensor] = []  # the text's, then those of each step, [B, A, 1, key heads, d]

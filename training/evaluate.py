@@ -2,7 +2,7 @@
 
     python -m training.evaluate --problems 500 --seed 7 --json -
 
-Every wrong answer counts, also one whose last line is right by luck. See the model cards for what each figure means.
+An answer with an error counts as wrong even if its last line is right. The model cards explain the figures.
 """
 
 import argparse
@@ -111,8 +111,8 @@ def main() -> None:
     parser.add_argument("--problems", type=_positive, default=300, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--models", type=Path, default=MODELS, help="folder with demo-target and demo-draft")
-    parser.add_argument("--stride", type=_positive, default=DEFAULT_STRIDE, help="tokens between cuts")
-    parser.add_argument("--full", type=_share, default=Thresholds.full, help="P(correct) that accepts a whole answer")
+    parser.add_argument("--stride", type=_positive, default=DEFAULT_STRIDE, help="tokens between prefix lengths")
+    parser.add_argument("--full", type=_share, default=Thresholds.full, help="P(correct) that accepts a complete draft")
     parser.add_argument("--prefix", type=_share, default=Thresholds.prefix, help="P(correct) that keeps a prefix")
     parser.add_argument("--json", default="-", metavar="PATH", help="where the figures go; - is stdout")
     parser.add_argument("--plot", type=Path, metavar="SVG", help="draw the threshold sweep and the reliability curve")

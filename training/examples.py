@@ -1,4 +1,4 @@
-"""What a training step sees: a question, an answer, and probes that ask about its prefixes, under the tree's mask.
+"""Training examples: a question, an answer, and verification suffixes for its prefixes, under the tree's mask.
 
 Three things are learnt from one row: the next token (where the answer is right and the wording the learner's own),
 which token is wrong given the text before it, and whether the text up to a place is right, the last both from the
@@ -28,8 +28,8 @@ IGNORE_INDEX = -100  # cross_entropy's own mark
 @dataclass(frozen=True)
 class TrainingExample:
     prompt: Sequence[int]
-    answer: Sequence[int]  # with the end token when the answer ends by itself
-    trainable: Sequence[bool]  # per answer token: is it a lesson in writing?
+    answer: Sequence[int]  # with the end token if the answer is complete
+    trainable: Sequence[bool]  # per answer token: does the model learn to generate it?
     first_wrong: int | None  # index into the answer
     prefix_lengths: Sequence[int]
 
@@ -48,15 +48,15 @@ class TrainingBatch:
     next_token: Tensor  # [B, T], IGNORED where nothing is to be learnt
     slip: Tensor  # [B, T], 1 at the first wrong token, 0 before it, IGNORED elsewhere
     astray: Tensor  # [B, T], 1 from the first wrong token on, 0 before it, IGNORED outside answers
-    verification_nodes: Tensor  # [V, 2], (row, node) of each probe's end
-    verification_labels: Tensor  # [V], the token that is the right verdict
+    verification_nodes: Tensor  # [V, 2], (example, node) of the end of each suffix
+    verification_labels: Tensor  # [V], the correct answer token
 
     def to(self, device: torch.device) -> "TrainingBatch":
         return TrainingBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 class ExampleBuilder:
-    """Turns problems into rows, with one tokenizer. `own` is the wording that the learner is to write in."""
+    """Turns problems into examples. `own` is the wording that the trained model uses."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, own: int) -> None:
         self.tokenizer, self.wording = tokenizer, own
@@ -77,7 +77,7 @@ class ExampleBuilder:
     def build_synthetic(
         self, problem: Problem, rng: random.Random, *, foreign: float, mistaken: float, num_prefixes: int
     ) -> TrainingExample:
-        """A made-up answer: `foreign` is the share that does not keep to the learner's own wording throughout."""
+        """Returns a synthetic answer. `foreign` is the share of answers not entirely in the model's own wording."""
         kind = rng.choice(MISTAKE_KINDS) if rng.random() < mistaken else None
         phrases = compose_answer(problem, rng, self._draw_voice(problem, rng, foreign), kind)
         answer: list[int] = []
@@ -85,14 +85,14 @@ class ExampleBuilder:
         for phrase in phrases:
             phrase_ids = self.token_ids(phrase.text)
             answer += phrase_ids
-            # Where another wording sets in, the learner would have gone its own way; from there on it must cope.
+            # Where another wording begins, the model would have used its own. After that it has to continue it.
             trainable += [phrase.wording in (None, self.wording)] + [True] * (len(phrase_ids) - 1)
-        if kind and rng.random() < 0.06:  # and now and then a word that has no business there at all
+        if kind and rng.random() < 0.06:  # and sometimes a word that does not fit at all
             answer[rng.randrange(len(answer))] = rng.choice(answer + list(self.token_ids(problem.question)))
         return self._build(problem, rng, [*answer, self.eos_token_id], [*trainable, True], num_prefixes)
 
     def build_scrambled(self, problem: Problem, rng: random.Random, *, foreign: float, share: float) -> TrainingExample:
-        """An answer with many words replaced: nothing to write or to judge, but every word a lesson in what is odd."""
+        """Returns an answer with many words replaced, which only trains the detection of wrong tokens."""
         text = "".join(phrase.text for phrase in compose_answer(problem, rng, self._draw_voice(problem, rng, foreign)))
         words = scramble_words(problem, WORD.findall(text), rng, share)
         answer = [token for word in words for token in self.token_ids(word)]
@@ -101,7 +101,7 @@ class ExampleBuilder:
     def build_from_draft(
         self, problem: Problem, answer: Sequence[int], rng: random.Random, num_prefixes: int
     ) -> TrainingExample:
-        """What a draft model wrote: judged, not learnt from."""
+        """Returns a draft of the draft model, which is verified but not learned from."""
         return self._build(problem, rng, answer, [False] * len(answer), num_prefixes)
 
     def _build(
@@ -112,7 +112,7 @@ class ExampleBuilder:
         result = check_answer(problem, [self.token_text(token) for token in text])
         first_wrong = result.first_wrong
         if first_wrong is None and ended and not result.complete:
-            first_wrong = len(text)  # right as far as it goes, but the end came too early
+            first_wrong = len(text)  # correct so far, but it ends too early
         prefix_lengths = {len(text)} if num_prefixes else set()
         if num_prefixes and first_wrong is not None and first_wrong < len(text):
             prefix_lengths |= {first_wrong + 1, max(first_wrong, 1)}  # the hardest two
@@ -131,7 +131,7 @@ class ExampleBuilder:
         return str(self.tokenizer.decode([token]))
 
     def _draw_voice(self, problem: Problem, rng: random.Random, foreign: float) -> Voice:
-        """One's own wording; or the other model's up to somewhere, also amid a line; or anybody's, part by part."""
+        """Draws the own wording, the other model's wording up to some part, or a wording for each part."""
         if rng.random() >= foreign:
             return lambda line, part: self.wording
         if rng.random() < 0.3:

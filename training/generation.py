@@ -17,7 +17,7 @@ def generate_batch(
     temperature: float = 0.0,
     batch_size: int = 128,
 ) -> list[list[int]]:
-    """What the model writes after each prompt, with the end token where it ended by itself."""
+    """Returns what the model generates after each prompt, with the end token if it generated one."""
     assert isinstance(tokenizer.eos_token_id, int) and isinstance(tokenizer.pad_token_id, int)
     implementation = model.config._attn_implementation
     model.set_attn_implementation("sdpa")

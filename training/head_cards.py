@@ -1,4 +1,4 @@
-"""The cards of heads and adapters, written from their figures."""
+"""Writes the model cards of heads and adapters from their figures."""
 
 import json
 import math
@@ -87,7 +87,7 @@ EXTRA = ", with further layers, `mask_embedding` and `mask_hidden` beside it"
 
 
 def write_head_card(folder: Path, target: str, metrics: Mapping[str, Any], trained: str) -> None:
-    """Of a head, into its folder."""
+    """Writes the card of a head into its folder."""
     config = json.loads((folder / "config.json").read_text())
     parallel = "parallel_tokens" in config
     layers = config["num_hidden_layers"]
@@ -110,7 +110,7 @@ def write_head_card(folder: Path, target: str, metrics: Mapping[str, Any], train
 
 
 def write_space_card(folder: Path, target: str, metrics: Mapping[str, Any], trained: str) -> None:
-    """Of adapters, into their folder."""
+    """Writes the card of SPACE adapters into their folder."""
     config = json.loads((folder / "config.json").read_text())
     text = SPACE_CARD.format(
         **_common_fields(folder, target, metrics, trained),
@@ -131,7 +131,7 @@ def _write(folder: Path, text: str, metrics: Mapping[str, Any]) -> None:
 
 
 def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """By way and kind of text."""
+    """Returns the figures by options and kind of text."""
     return [
         (f"{options_name}, {kind}", stats)
         for options_name, options in metrics["ways"].items()

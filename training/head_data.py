@@ -1,4 +1,4 @@
-"""What heads that foresee a target learn from: its features and next tokens, on texts that it wrote itself.
+"""The training data of heads: the target's features and next tokens, on texts that it generated itself.
 
 Element i joins the feature of token i with token i + 1, and is asked for token i + 2. The elements to learn from are
 the *anchors*, those whose answer the target wrote; the others are only seen.
@@ -19,23 +19,23 @@ from training.outputs import TargetOutput
 class HeadFeatures:
     """Of one text of T tokens, T - 1 elements."""
 
-    aux_hidden_states: Tensor  # [T - 1, taps * H], in half precision: of tokens 0..T-2
+    aux_hidden_states: Tensor  # [T - 1, aux layers * H], in half precision, of tokens 0..T-2
     last_hidden_states: Tensor  # [W, H], what the target's own head reads at the tokens that anchors learn from
     first_anchor: int  # the first anchor
 
 
 @dataclass(frozen=True)
 class HeadBatch:
-    features: Tensor  # [B, T, taps * H]
-    tokens: Tensor  # [B, T], of each element: the one after its feature's
+    features: Tensor  # [B, T, aux layers * H]
+    tokens: Tensor  # [B, T], the token after the one of each feature
     anchors: Tensor  # [B, A], elements
-    valid: Tensor  # [B, A, S]: is there something to learn s tokens on?
-    next_tokens: Tensor  # [B, A, S], the token of the element s places behind each anchor
-    last_hidden_states: Tensor  # [B, A, S, H], of the target where it foresees what the element s places on does
+    valid: Tensor  # [B, A, S], is there a target s tokens later?
+    next_tokens: Tensor  # [B, A, S], the token of the element s positions after each anchor
+    last_hidden_states: Tensor  # [B, A, S, H], of the target, where it predicts the same token as the head in step s
 
 
 class FeatureStore:
-    """Features of texts, extracted when first asked for, and kept as far as `memory_mb` goes."""
+    """Features of texts, extracted on first use and cached in up to `memory_mb` of memory."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class FeatureStore:
     def _extract(self, texts: Sequence[TargetOutput]) -> list[HeadFeatures]:
         width = max(len(text.tokens) for text in texts)
         input_ids = torch.tensor([text.tokens + [0] * (width - len(text.tokens)) for text in texts])
-        # What stands behind a text is never seen by it, so padding needs no mask.
+        # A text never sees the padding after it, so no mask is needed.
         out = self.network(
             input_ids=input_ids.to(self.network.device), output_hidden_states=True, use_cache=False, logits_to_keep=1
         )
@@ -85,7 +85,7 @@ class FeatureStore:
 
 
 def collate_features(texts: Sequence[TargetOutput], features: Sequence[HeadFeatures], steps: int) -> HeadBatch:
-    """Anchor i learns in step s from what the target says at token i + 1 + s; the last token foresees nothing."""
+    """Lays out a batch. In step s, anchor i learns the target's distribution after token i + 1 + s."""
     sizes = [len(text.tokens) for text in texts]
     num_anchors = [len(text_features.last_hidden_states) for text_features in features]  # anchors of each
     width, max_anchors = max(sizes) - 1, max(num_anchors)
@@ -117,7 +117,7 @@ def collate_features(texts: Sequence[TargetOutput], features: Sequence[HeadFeatu
 
 
 def sample_anchors(batch: HeadBatch, share: float, seed: int) -> HeadBatch:
-    """With that share of the anchors, drawn by chance."""
+    """Returns the batch with a random share of the anchors."""
     max_anchors = batch.anchors.shape[1]
     generator = torch.Generator().manual_seed(seed)
     chosen = (
@@ -135,7 +135,7 @@ def sample_anchors(batch: HeadBatch, share: float, seed: int) -> HeadBatch:
 
 
 def batch_indices(count: int, size: int, seed: int, step: int) -> list[int]:
-    """Batch `step` of an endless run through all of them, in an order of its own every time."""
+    """Returns the indices of batch `step` in endless rounds over all texts, each in a new order."""
     rounds, start = divmod(step * size, count)
     indices: list[int] = []
     while len(indices) < size:
@@ -146,7 +146,7 @@ def batch_indices(count: int, size: int, seed: int, step: int) -> list[int]:
 
 
 def most_frequent_tokens(texts: Sequence[TargetOutput], vocab_size: int, count: int | None) -> Tensor:
-    """The `count` tokens that were written most, by id (None: all that were written at all)."""
+    """Returns the `count` most frequent output tokens, sorted by id. None: all that occur."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for text in texts:
         counts += torch.bincount(torch.tensor(text.output), minlength=vocab_size)
@@ -155,5 +155,5 @@ def most_frequent_tokens(texts: Sequence[TargetOutput], vocab_size: int, count: 
 
 
 def trainable_texts(texts: Sequence[TargetOutput]) -> Iterator[TargetOutput]:
-    """Those that hold anything to learn from."""
+    """Yields the texts that contain anything to learn from."""
     return (text for text in texts if len(text.output) > text.begun and len(text.tokens) > 2)

@@ -1,4 +1,4 @@
-"""The command lines of teaching foresight: outputs, training, figures, card; each goes on where it was interrupted."""
+"""The command line that trains a head or adapters: outputs, training, figures and card. Each step can be resumed."""
 
 import argparse
 import json
@@ -26,17 +26,17 @@ from training.plots import draw_log
 
 DEMO = MODELS / "demo-target"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-EVAL_SHARE, MAX_EVAL = 0.05, 200  # of a target's outputs, kept for the figures where they are not of the demo task
+EVAL_SHARE, MAX_EVAL = 0.05, 200  # share of the given outputs that is held out for the figures
 
 M = TypeVar("M")
 
 Train = Callable[[PreTrainedModel, Sequence[TargetOutput], Path], M]
-"""For a network, on these texts, with checkpoints and log in that folder."""
+"""Trains on texts for a network, with checkpoints and log in a folder."""
 
 
 @dataclass(frozen=True)
 class Publisher(Generic[M]):
-    """What becomes of something trained: its files, how well they foresee these texts, and its card."""
+    """How a trained head is saved, evaluated and described."""
 
     save: Callable[[M, Path, torch.dtype], None]
     evaluate: Callable[[Path, PreTrainedModel, Sequence[TargetOutput]], dict[str, Any]]
@@ -55,20 +55,22 @@ def build_parser(
         prog=f"python -m training.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--outputs", type=Path, metavar="JSONL", help="what the target wrote, by training.outputs")
-    source.add_argument("--prompts", type=Path, metavar="JSONL", help="what it is to answer; else the demo task")
+    source.add_argument("--outputs", type=Path, metavar="JSONL", help="outputs of the target, from training.outputs")
+    source.add_argument(
+        "--prompts", type=Path, metavar="JSONL", help="prompts for the target; the default is the demo task"
+    )
     parser.add_argument("--target", type=Path, default=DEMO, help="folder of the target")
-    parser.add_argument("--out", type=Path, default=MODELS / f"demo-{name}", help="folder of what is trained")
+    parser.add_argument("--out", type=Path, default=MODELS / f"demo-{name}", help="folder for the result")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="checkpoints, log, outputs")
-    parser.add_argument("--count", type=int, default=4000, help="outputs written if none are given")
-    parser.add_argument("--longest", type=int, default=512, help="tokens of such an output")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of its prompt and itself")
+    parser.add_argument("--count", type=int, default=4000, help="outputs to generate if none are given")
+    parser.add_argument("--longest", type=int, default=512, help="maximum tokens of an output")
+    parser.add_argument("--context", type=int, default=4096, help="maximum tokens of a prompt with its output")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--rate", type=float, default=rate, help="the highest learning rate")
     parser.add_argument("--texts", type=int, default=texts, help="outputs in a batch")
-    parser.add_argument("--ahead", type=int, default=ahead, help="tokens foreseen from each anchor")
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="what to go on from, instead of beginning anew")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights written")
+    parser.add_argument("--ahead", type=int, default=ahead, help="tokens predicted from each anchor")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a trained head to continue from")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the saved weights")
     parser.add_argument("--held-out", type=int, default=200, help="answers the figures are measured on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
@@ -76,14 +78,16 @@ def build_parser(
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--draft-vocabulary", type=int, metavar="N", help="the N tokens written most; else all")
-    parser.add_argument("--intermediate", type=int, help="width of the MLP; else the target's")
-    parser.add_argument("--memory-mb", type=int, default=4096, help="features kept instead of computed again")
+    parser.add_argument(
+        "--draft-vocabulary", type=int, metavar="N", help="use the N most frequent tokens; the default is all"
+    )
+    parser.add_argument("--intermediate", type=int, help="width of the MLP; the default is the target's")
+    parser.add_argument("--memory-mb", type=int, default=4096, help="memory for cached features")
     return parser
 
 
 def recipe_arguments(args: argparse.Namespace, *extra: str) -> dict[str, Any]:
-    """What of the arguments is the recipe's."""
+    """Returns the arguments that belong to the recipe."""
     names = "steps", "rate", "texts", "ahead", "start", "seed", *extra
     return {name: getattr(args, name) for name in names}
 
@@ -93,7 +97,7 @@ def head_recipe_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace, train: Train[M], publisher: Publisher[M]) -> None:
-    """Trains, and puts what came of it into its folder, with its figures."""
+    """Trains, and writes the result with its figures into its folder."""
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

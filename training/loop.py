@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-SAVE_EVERY_S = 90.0  # the most that an interruption can cost
+SAVE_EVERY_S = 90.0  # at most this much work is lost by an interruption
 LOG_EVERY = 25
 
 Losses = Callable[[int], Iterator[tuple[Tensor, dict[str, float]]]]
@@ -27,7 +27,7 @@ Losses = Callable[[int], Iterator[tuple[Tensor, dict[str, float]]]]
 
 
 class DamagedCheckpoint(RuntimeError):
-    """A file that should hold a checkpoint does not, or holds one of something else."""
+    """A file is damaged, or is the checkpoint of another model or schedule."""
 
 
 class LearningRateSchedule(Protocol):
@@ -45,13 +45,13 @@ class LearningRateSchedule(Protocol):
 
 @dataclass(frozen=True)
 class WarmupStableDecaySchedule:
-    """Linear warm-up, a plateau, and a linear way down to nothing."""
+    """Linear warm-up, a plateau, and a linear decay to zero."""
 
     steps: int
     rate: float  # of the layers' matrices
-    embeddings: float = 1.5e-3  # rate of everything else
+    embeddings: float = 1.5e-3  # rate of the other parameters
     warmup: int = 50
-    decay: float = 0.4  # share of the steps on the way down
+    decay: float = 0.4  # share of the steps in which the rate decays
 
     def rates_at(self, step: int) -> tuple[float, float]:
         up = min(1.0, (step + 1) / self.warmup)
@@ -61,7 +61,7 @@ class WarmupStableDecaySchedule:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up and half a cosine down to nothing, for a single optimizer."""
+    """Linear warm-up and cosine decay to zero, for a single optimizer."""
 
     steps: int
     rate: float
@@ -168,7 +168,7 @@ def _save(
     step: int,
     seconds: float,
 ) -> None:
-    """Written beside and moved into place, so that a half-written file never bears the checkpoint's name."""
+    """Writes to a temporary file and renames it, so that a checkpoint is never half-written."""
     temporary = path.with_suffix(".tmp")
     torch.save(
         {

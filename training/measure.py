@@ -1,4 +1,4 @@
-"""The figures of a pair: how often each model is right, what each token costs, and how well the target judges."""
+"""The figures of a pair: the accuracy of each model, the cost of a token, and the quality of the verification."""
 
 import random
 import statistics
@@ -33,7 +33,7 @@ class ModelPair:
 
 @dataclass(frozen=True)
 class VerifiedDraft:
-    """A real draft, the checker's word on it, and the verifier's."""
+    """A real draft with the results of the checker and of the verifier."""
 
     problem: Problem
     tokens: tuple[int, ...]  # without the end token
@@ -41,14 +41,14 @@ class VerifiedDraft:
     first_wrong: int | None
     complete: bool
     prefix_lengths: tuple[int, ...]
-    correct: tuple[float, ...]  # P at each cut
+    correct: tuple[float, ...]  # P(correct) of each prefix
 
     @property
     def is_correct(self) -> bool:
         return self.complete and self.ended
 
     def is_prefix_correct(self, prefix_length: int) -> bool:
-        """The cut at the end asks about the full answer."""
+        """Is the prefix correct? The last prefix of a complete draft is the complete answer."""
         if prefix_length == len(self.tokens) and self.ended:
             return self.is_correct
         return self.first_wrong is None or prefix_length <= self.first_wrong
@@ -63,7 +63,7 @@ def draw_problems(seed: int, count: int, split: str = "evaluation") -> list[Prob
 
 
 def is_correct(builder: ExampleBuilder, problem: Problem, answer: Sequence[int]) -> bool:
-    """The answer ended by itself and every step of it is right."""
+    """Is the answer complete and every step of it right?"""
     if not answer or answer[-1] != builder.eos_token_id:
         return False
     return check_answer(problem, [builder.token_text(token) for token in answer[:-1]]).complete
@@ -97,7 +97,7 @@ def verify_drafts(
 
 
 def verifier_metrics(drafts: Sequence[VerifiedDraft], thresholds: Thresholds) -> dict[str, float]:
-    """The verifier's figures on real drafts, under the rule that decides what is kept."""
+    """Returns the verifier's figures on real drafts, with the acceptance rule of the service."""
     accepted = [draft.accepted_prefix_length(thresholds) for draft in drafts]
     correct_accepted_whole = [k == len(d.tokens) for d, k in zip(drafts, accepted, strict=True) if d.is_correct]
     incorrect = [(d, k) for d, k in zip(drafts, accepted, strict=True) if not d.is_correct]
@@ -119,7 +119,7 @@ def verifier_metrics(drafts: Sequence[VerifiedDraft], thresholds: Thresholds) ->
 
 
 def _oracle_prefix_length(draft: VerifiedDraft) -> int:
-    """What a checker that is never wrong would keep, at any token."""
+    """Returns the length that a perfect verifier would accept, at any token."""
     return len(draft.tokens) if draft.first_wrong is None else draft.first_wrong
 
 
@@ -141,7 +141,7 @@ def reliability(drafts: Sequence[VerifiedDraft], bins: int = 10) -> tuple[float,
 
 
 def continuation_accuracy(pair: ModelPair, drafts: Sequence[VerifiedDraft], seed: int) -> float:
-    """The target going on from a right prefix of a real draft, cut at random."""
+    """Returns the target's accuracy when it continues a random correct prefix of a real draft."""
     builder, rng = pair.example_builder, random.Random(seed)
     prefixes = []
     for draft in drafts:
@@ -162,7 +162,7 @@ def continuation_accuracy(pair: ModelPair, drafts: Sequence[VerifiedDraft], seed
 
 @torch.inference_mode()
 def token_agreement(pair: ModelPair, drafts: Sequence[VerifiedDraft]) -> float:
-    """How often the target's own next token is the draft's, the draft's text given."""
+    """Returns how often the target would choose the next token of the draft."""
     builder = pair.example_builder
     num_equal = total = 0
     for draft in drafts:
@@ -182,8 +182,8 @@ class ForwardCosts:
     target_token: float
     draft_prompt: float
     target_prompt: float
-    judge_whole: float  # of one draft, the question cached: the full answer alone
-    judge_prefixes: float  # and all its prefixes, when that did not pass
+    judge_whole: float  # verification of a complete draft with a cached prompt: the last prefix alone
+    judge_prefixes: float  # and all other prefixes, if that one did not pass
 
 
 def measure_costs(pair: ModelPair, drafts: Sequence[VerifiedDraft], repeats: int = 25) -> ForwardCosts:
@@ -191,7 +191,7 @@ def measure_costs(pair: ModelPair, drafts: Sequence[VerifiedDraft], repeats: int
 
 
 def measure_draft_costs(pair: ModelPair, draft: VerifiedDraft) -> ForwardCosts:
-    """Models take turns, so that a change of the machine's pace falls on both."""
+    """Measures both models alternately, so that changes of the machine's speed affect both."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -229,7 +229,7 @@ def _prompt_ms(model: PreTrainedModel, pair: ModelPair, draft: VerifiedDraft) ->
 
 
 def _verify_ms(pair: ModelPair, draft: VerifiedDraft) -> tuple[float, float]:
-    """The draft with a probe at its end; then, on what is cached by now, the probes at all cuts before it."""
+    """Returns the time to verify the complete draft, and then, with the draft cached, all shorter prefixes."""
     builder = pair.example_builder
     suffix, size, prompt_length = (
         builder.verification_suffix.token_ids,
@@ -263,7 +263,7 @@ def ideal_speedup(
     accepted_share: float,
     full_answer_share: float,
 ) -> float:
-    """The target's own time for its answers over draft, verification and the rest, from bare forward costs."""
+    """Returns the target's time alone over the time with drafts, computed from the costs of forward passes."""
     target_only = _mean([len(answer) for answer in target_answers]) * cost.target_token
     drafting = _mean([len(draft.tokens) for draft in drafts]) * cost.draft_token
     verification = cost.judge_whole + (1 - full_answer_share) * cost.judge_prefixes

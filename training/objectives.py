@@ -1,13 +1,14 @@
-"""What the models are taught, as losses over a batch of rows.
+"""Training objectives: losses over a batch of examples.
 
-The draft only writes. So does the base of the target, which then learns to keep every token readable at its top. The
-layers on top of that base notice and judge, and are led there step by step, by small heads thrown away afterwards:
+The draft model learns next tokens only. So does the base of the target, which then learns to keep every token readable
+at its top layer. The layers on top of the base learn to detect errors and to verify, with the help of small heads that
+are dropped afterwards:
 
-- *odd*, of every token: is it another than the base foresaw, one place back? To hold two tokens against each other is
-  what is hardest to find by chance, so it is asked densely, with many words replaced (rows.build_scrambled);
-- *slip*, of every token: is it the first wrong one?  Most odd tokens are only worded otherwise;
-- *astray*, of every token: is the text up to here right?
-- the probes' one word, at the top.
+- *odd*, for every token: does it differ from the base's prediction one position before? To compare two tokens is the
+  hardest to learn, so it is trained densely, with many words replaced (`ExampleBuilder.build_scrambled`);
+- *slip*, for every token: is it the first wrong one? Most odd tokens are only worded differently;
+- *astray*, for every token: is the text up to here correct?
+- at the top layer, the answer word after each verification suffix.
 """
 
 import time
@@ -52,7 +53,7 @@ class NextTokenObjective(nn.Module):
 
 
 class RecallObjective(NextTokenObjective):
-    """Next tokens, while the token just read stays readable at the top: what is to be judged must not be forgotten."""
+    """Next tokens, while the last token stays readable at the top layer, because verification needs it there."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -68,11 +69,11 @@ class RecallObjective(NextTokenObjective):
 
 
 class VerificationObjective(NextTokenObjective):
-    """Next tokens and verdicts."""
+    """Next tokens and verification answers."""
 
-    def __init__(self, model: PreTrainedModel, check: VerificationSuffix) -> None:
+    def __init__(self, model: PreTrainedModel, suffix: VerificationSuffix) -> None:
         super().__init__(model)
-        self.verification_suffix = check
+        self.verification_suffix = suffix
 
     def forward(self, batch: TrainingBatch) -> LossAndMetrics:
         top = _hidden_states(self.model, batch)[-1]
@@ -98,10 +99,10 @@ class VerificationObjective(NextTokenObjective):
 
 
 class ErrorDetectionObjective(VerificationObjective):
-    """Next tokens, slips, and verdicts."""
+    """Next tokens, first wrong tokens, and verification answers."""
 
-    def __init__(self, model: PreTrainedModel, check: VerificationSuffix, base_layers: int) -> None:
-        super().__init__(model, check)
+    def __init__(self, model: PreTrainedModel, suffix: VerificationSuffix, base_layers: int) -> None:
+        super().__init__(model, suffix)
         self.base_layers = base_layers
         self.base_norm = deepcopy(cast(nn.Module, model.base_model.norm)).requires_grad_(False)
         layers, width = model.config.num_hidden_layers, model.config.hidden_size
@@ -128,7 +129,7 @@ class ErrorDetectionObjective(VerificationObjective):
         return next_token_loss + FLAG_WEIGHT * (odd + slip + astray) + VERIFICATION_WEIGHT * verification_loss, metrics
 
     def _odd(self, hidden: tuple[Tensor, ...], batch: TrainingBatch) -> LossAndMetrics:
-        """Is the token another than the base foresaw? Its foresight stands in the stream, one place back."""
+        """Does the token differ from the base model's prediction, which is in the stream one position before?"""
         with torch.no_grad():
             predicted = _logits(self.model, self.base_norm(hidden[self.base_layers][:, :-1])).argmax(-1)
         in_answer = batch.astray[:, 1:] != IGNORE_INDEX

@@ -1,11 +1,11 @@
-"""What a target writes by itself: the lessons of heads that are to foresee it.
+"""Generates outputs of a target, from which heads learn to predict it.
 
     python -m training.outputs --target models/demo-target --count 4000 --out runs/outputs.jsonl
     python -m training.outputs --target some/model --prompts prompts.jsonl --out runs/outputs.jsonl
 
-Without `--prompts` it answers the demo task's questions: every other time from the start, else going on after the
-beginning of a right answer in the draft's wording, as happens behind an accepted prefix. A line of prompts holds
-`messages`, or `prompt`, a text asked as a user's question. An interrupted run goes on behind the last whole line.
+Without `--prompts` the target answers questions of the demo task. Half of the answers continue the beginning of a
+correct answer in the draft's wording, as after an accepted prefix. A line of prompts has `messages`, or `prompt`, which
+becomes a user message. An interrupted run continues after the last complete line.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from training.task import correct_answer, draw_problem
 from training.wording import DRAFT
 
 SPLIT = "speculation"  # of the task's problems; the proof has one of its own
-MAX_NUM_SEQS = 64  # written together, and lost together by an interruption
+MAX_NUM_SEQS = 64  # generated together, and lost together by an interruption
 
 
 @dataclass(frozen=True)
 class TargetOutput:
     prompt: list[int]
-    output: list[int]  # with the end token, if it ended by itself
-    begun: int  # of its tokens, how many others wrote
+    output: list[int]  # with the end token, if it is complete
+    begun: int  # number of its first tokens that were given
 
     @property
     def tokens(self) -> list[int]:
@@ -47,11 +47,11 @@ class TargetOutput:
 
 
 PromptAndPrefix = tuple[list[int], list[int]]
-"""A prompt, and the tokens of an answer that are there already."""
+"""A prompt, and the first tokens of its answer, which are given."""
 
 
 def demo_prompts(tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT) -> Iterator[PromptAndPrefix]:
-    """Of the demo task, without end: plain prompts and begun answers in turn, both of either family."""
+    """Yields endless prompts of the demo task: alternately plain ones and ones with the beginning of an answer."""
     index = 0
     while True:
         problem = draw_problem(split, seed, index)
@@ -76,7 +76,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Pro
 
 
 def read_outputs(path: Path) -> list[TargetOutput]:
-    """All whole lines; a torn last one is what an interruption left."""
+    """Reads all complete lines. An incomplete last line is left from an interruption and ignored."""
     outputs = []
     with path.open() as lines:
         for number, line in enumerate(lines, 1):
@@ -92,7 +92,7 @@ def read_outputs(path: Path) -> list[TargetOutput]:
 async def generate_outputs(
     engine: NativeEngine, prompts: Sequence[PromptAndPrefix], max_tokens: int, *, temperature: float = 0.0
 ) -> list[TargetOutput]:
-    """What the target makes of each, all of them at once."""
+    """Returns the target's output for each prompt. All of them are generated at once."""
 
     async def generate_one(prompt: list[int], prefix: list[int]) -> TargetOutput:
         request = GenerateRequest(
@@ -135,7 +135,7 @@ def write_outputs(
 
 
 def _eos_token_id(engine: NativeEngine) -> int:
-    """The end token; where there are several, the one of the tokenizer."""
+    """Returns the end token; if there are several, the one of the tokenizer."""
     eos_token_id = engine.model.tokenizer.eos_token_id
     return (
         eos_token_id
@@ -159,8 +159,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/outputs.jsonl"))
     parser.add_argument("--count", type=int, default=4000, help="outputs in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=int, default=512, help="tokens written at most for one output")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of the longest prompt and output together")
+    parser.add_argument("--longest", type=int, default=512, help="maximum tokens to generate for one output")
+    parser.add_argument("--context", type=int, default=4096, help="maximum tokens of a prompt with its output")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
     args = parser.parse_args()

@@ -1,14 +1,14 @@
 """The recipe of the demo pair, stage by stage: the draft, its drafts, the target, the proof.
 
-    python -m training.pair            # about an hour on two CPU cores; goes on where it was interrupted
+    python -m training.pair            # about an hour on two CPU cores; resumes an interrupted run
     python -m training.pair --smoke    # the same in a minute, with models that know nothing
 
-1. *draft*: two layers learn to write in a wording of their own, up to a snapshot that is right about as often as
-   wanted; its mistakes are those of a model still on its way.
-2. *drafts*: it answers problems of its own; the checker marks them. They are the target's lessons in real mistakes.
-3. *base*: five layers learn to write. A shallow model gets there in a quarter of the time of a deep one.
-4. *recall*: the base learns to keep each token readable at its top, for the layers to come.
-5. *target*: nine more layers on top of them learn to notice and to judge (training/objectives.py).
+1. *draft*: two layers learn to answer in a wording of their own. The snapshot with the right accuracy is used; its
+   mistakes are those of a model that is not fully trained.
+2. *drafts*: the draft model answers problems of its own split. The target learns to recognize real mistakes from them.
+3. *base*: five layers learn to answer. A shallow model needs a quarter of the time of a deep one.
+4. *recall*: the base learns to keep each token readable at its top layer, for the layers to come.
+5. *target*: nine more layers on top learn to detect errors and to verify (training/objectives.py).
 6. *polish*: all layers together practise what is still hard.
 7. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
 """
@@ -67,7 +67,7 @@ def stage_losses(
     recipe: PairRecipe,
     name: str,
 ) -> Losses:
-    """The endless, seeded lessons of a stage, a batch of about `batch_tokens` a step."""
+    """Returns the losses of a stage: endless seeded examples, in batches of about `batch_tokens` per step."""
 
     def losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
         rng = random.Random(f"{name}/{recipe.seed}/{step}")
@@ -88,7 +88,7 @@ def stage_losses(
 
 
 def train_draft(recipe: PairRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
-    """The snapshot that is right about as often as wanted, of a run that ends once one is."""
+    """Returns the snapshot whose accuracy is closest to the recipe's. Training ends once one reaches it."""
     chosen, snapshot_log = folder / "chosen", folder / "snapshots.jsonl"
     if chosen.exists():
         return load_model(chosen)
@@ -121,7 +121,7 @@ def train_draft(recipe: PairRecipe, tokenizer: PreTrainedTokenizerBase, folder: 
 
 
 def collect_drafts(recipe: PairRecipe, draft: PreTrainedModel, builder: ExampleBuilder, path: Path) -> list[Draft]:
-    """Drafts of problems kept apart for this, half of them sampled, half greedy."""
+    """Returns drafts for problems of their own split, half of them greedy and half sampled."""
     if not path.exists():
         indices = range(recipe.drafted_problems)
         prompts = [builder.prompt(draw_problem("drafts", recipe.seed, index)) for index in indices]
@@ -200,7 +200,7 @@ def polish(
     drafts: Sequence[Draft],
     folder: Path,
 ) -> PreTrainedModel:
-    """All layers together practise what is still hard: close records, and wrong drafts as often as right ones."""
+    """Trains all layers on hard cases: close records, and as many wrong drafts as correct ones."""
     builder = ExampleBuilder(tokenizer, own=TARGET)
     target.set_attn_implementation(TREE_ATTENTION)
     objective = VerificationObjective(target, builder.verification_suffix)
@@ -226,7 +226,7 @@ def polish(
 
     def practise() -> None:
         train(folder, objective, losses, recipe.polish)
-        # Practice alone costs the target some of its own answers; halfway, it writes and judges best.
+        # After practice alone the target answers worse. Halfway between before and after it does both best.
         for name, weight in target.named_parameters():
             weight.data.lerp_(before[name], 0.5)
 
@@ -234,10 +234,10 @@ def polish(
 
 
 def add_layers(base: PreTrainedModel, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """A deeper model that starts out saying what `base` says: its layers below, new ones on top that say little yet.
+    """Returns a deeper model that at first behaves like `base`: its layers, with new layers on top.
 
     The base's weights stay as they are from here on: what the new layers hold a token against must stand still while
-    they learn to, and judging must not cost the target its own answers.
+    they learn to, and verification must not make the target's own answers worse.
     """
     model = new_model(config, seed)
     missing = model.load_state_dict(base.state_dict(), strict=False)
@@ -253,7 +253,7 @@ def add_layers(base: PreTrainedModel, config: PreTrainedConfig, seed: int) -> Pr
 def load_or_train(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, training: Callable[[], None]
 ) -> PreTrainedModel:
-    """The model of a stage: trained now, or as an earlier run left it."""
+    """Returns the model of a stage: trained now, or loaded if an earlier run finished it."""
     finished = folder / "finished"
     if not finished.exists():
         training()
@@ -269,7 +269,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def publish_if_better(recipe: PairRecipe, candidate: Path, models: Path, *, force: bool) -> bool:
-    """Puts the candidate pair into `models`, with its cards, unless the pair there is the better one."""
+    """Copies the candidate pair into `models`, with its cards, unless the pair there is better."""
     new, _ = evaluate_folder(recipe, candidate)
     if not force and any((models / name).exists() for name in MODEL_NAMES):
         try:
@@ -297,7 +297,7 @@ def evaluate_folder(recipe: PairRecipe, folder: Path) -> tuple[dict[str, Any], l
 
 
 def quality(metrics: Mapping[str, Any]) -> float:
-    """One number to hold two pairs against each other: the share of cases, of every kind, that come out right."""
+    """Returns one number to compare pairs by: the mean share of correct results over all kinds of cases."""
     target, verifier = metrics["target"], metrics["verifier"]
     shares = [target["accuracy"], target["continuation_accuracy"], verifier["right_accepted_whole"]]
     shares += [1 - verifier["wrong_accepted_whole"], 1 - verifier["kept_past_error"]]

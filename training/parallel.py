@@ -1,10 +1,10 @@
-"""Trains a parallel head for a target: from every anchor, several masks foresee as many tokens at once.
+"""Trains a ParallelSpec head for a target: from every anchor, several masks predict as many tokens at once.
 
     python -m training.parallel --target models/demo-target                 # the demo pair's head
     python -m training.parallel --target some/model --outputs outputs.jsonl --out heads/some
 
-The masks of an anchor see the text up to it and the masks before them, and nobody else sees them: so all anchors of a
-text are learnt from in one pass. Each place learns the target's distribution over the head's vocabulary.
+The masks of an anchor see the text up to it and the masks before them, and nothing else sees them. So all anchors of a
+text are trained in one pass. Each position learns the target's distribution over the head's vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from training.loop import Losses, adamw, train
 from training.outputs import TargetOutput
 from training.rollouts import rollout_attention, visible_up_to
 
-DECAY = 0.8  # of a place's loss against the one before
+DECAY = 0.8  # weight of a position's loss relative to the one before
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class ParallelRecipe(HeadRecipe):
     texts: int = 8
     ahead: int = 8  # tokens proposed in a pass
     layers: int = 2
-    share: float = 0.5  # of the anchors that a batch learns from: masks cost the most, and every text comes again
+    share: float = (
+        0.5  # of the anchors are used in a batch, because masks take the most time and every text is used again
+    )
 
 
 def parallel_logits(head: EagleHead, embeddings: Tensor, rotation: RotaryEmbedding, batch: HeadBatch) -> Tensor:
-    """The head's logits at all places ahead of all anchors, [B, A, S, draft vocabulary]."""
+    """Returns the head's logits at all positions after all anchors, [B, A, S, draft vocabulary]."""
     size, width = batch.tokens.shape
     anchors, last_layer = batch.anchors, len(head.layers) - 1
     masks = batch.valid.shape[2] - 1

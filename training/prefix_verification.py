@@ -1,4 +1,4 @@
-"""The target's verdict on every prefix of a draft, in one plain forward under the tree's mask."""
+"""Verification of every prefix of a draft in one plain forward pass under the tree's mask."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def prefix_probabilities(
     prefix_lengths: Sequence[int],
     verification_suffix: VerificationSuffix,
 ) -> list[float]:
-    """P(correct) at each cut of the draft."""
+    """Returns P(correct) of each prefix of the draft."""
     if not prefix_lengths:
         return []
     tree = trunk_with_suffixes(
@@ -39,10 +39,10 @@ def prefix_probabilities(
 def tree_logits(
     model: PreTrainedModel, tree: TokenTree, nodes: torch.Tensor, past_key_values: Cache | None = None
 ) -> torch.Tensor:
-    """Logits at the chosen nodes of a tree that hangs on `context`; [len(at), vocabulary]."""
+    """Returns the logits [nodes, vocabulary] at some nodes of a tree after the cached context."""
     past_length = past_key_values.get_seq_length() if past_key_values else 0
     lowest = torch.finfo(model.dtype).min
-    # 0 and the lowest number, never booleans: eager attention adds the mask and would be wrong without a word.
+    # The mask holds 0 and the lowest number, never booleans: eager attention adds it and would silently be wrong.
     hidden = torch.from_numpy(~tree.visible()).to(model.device)
     mask = torch.zeros(len(tree), past_length + len(tree), dtype=model.dtype, device=model.device)
     mask[:, past_length:].masked_fill_(hidden, lowest)

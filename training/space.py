@@ -1,4 +1,4 @@
-"""Teaches a target to foresee at masks: adapters that act there and nowhere else, for decoding by SPACE.
+"""Trains SPACE adapters, with which a target predicts further tokens at masks. They act at masks only.
 
     python -m training.space --target models/demo-target                 # the demo pair's adapters
     python -m training.space --target some/model --outputs outputs.jsonl --out adapters/some
@@ -43,9 +43,11 @@ class SpaceRecipe:
     rate: float = 4e-3
     warmup: int = 50
     texts: int = 8  # in a batch
-    ahead: int = 8  # masks behind an anchor
+    ahead: int = 8  # masks after an anchor
     rank: int = 64
-    share: float = 0.35  # of the anchors that a batch learns from: masks are most of the work, and texts come again
+    share: float = (
+        0.35  # of the anchors are used in a batch, because masks are most of the work and texts are used again
+    )
     seed: int = 0
     start: Path | None = None  # adapters to go on from; their sizes stay
 
@@ -87,7 +89,7 @@ def group_attention(
     groups: MaskGroups | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    if groups is None:  # the text: what stands behind it is never seen by it, so padding needs no mask
+    if groups is None:  # the text never sees the padding after it, so no mask is needed
         out = scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -103,7 +105,7 @@ AttentionInterface.register(GROUP_ATTENTION, group_attention)
 def mask_batch(
     network: PreTrainedModel, texts: Sequence[TargetOutput], num_masks: int, *, share: float = 1.0, seed: int = 0
 ) -> tuple[HeadBatch, MaskGroups]:
-    """Of anchors i, whose next token is known: mask s learns from what the target says s tokens beyond that."""
+    """Mask s of an anchor learns the target's distribution s tokens after the anchor's next token."""
     network.set_attn_implementation(GROUP_ATTENTION)
     width = max(len(text.tokens) for text in texts)
     input_ids = torch.tensor([text.tokens + [0] * (width - len(text.tokens)) for text in texts], device=network.device)
@@ -171,14 +173,14 @@ def adapter_losses(
 def measure_acceptance(
     adapters: SpaceAdapters, network: PreTrainedModel, texts: Sequence[TargetOutput]
 ) -> AcceptanceStats:
-    """Of candidates that the masks behind the last accepted one foresaw, a group being there wherever that was."""
+    """Measures how many candidates are accepted, with a group of masks after every candidate."""
     lengths: list[int] = []
     passes = tokens = proposed = 0
     with torch.inference_mode():
         for text in texts:
             mask_anchors, groups = mask_batch(network, [text], adapters.config.masks)
             guesses = mask_logits(adapters, network, mask_anchors, groups).argmax(-1)[0].tolist()
-            # Those of the masks behind token t say what stands from t + 2 on.
+            # The masks after token t predict the tokens from t + 2 on.
             candidates_after = dict(zip((mask_anchors.anchors[0] + 1).tolist(), guesses, strict=True))
             position = len(text.prompt) + text.begun
             candidates: list[int] = []
@@ -235,7 +237,7 @@ def train_adapters(
 def main() -> None:
     defaults = SpaceRecipe()
     parser = heads.build_parser("space", __doc__, defaults.steps, defaults.rate, defaults.texts, defaults.ahead)
-    parser.add_argument("--rank", type=int, default=defaults.rank, help="of the networks behind the layers")
+    parser.add_argument("--rank", type=int, default=defaults.rank, help="rank of the adapters")
     args = parser.parse_args()
     recipe = SpaceRecipe(**heads.recipe_arguments(args), rank=args.rank)
     publisher = heads.Publisher[SpaceAdapters](

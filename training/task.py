@@ -238,13 +238,13 @@ def correct_answer(problem: Problem, wording: int = TARGET) -> str:
 
 class CheckResult(NamedTuple):
     first_wrong: int | None
-    """Index of the first piece that no right answer could have at its place; None if there is none."""
+    """Index of the first token that no correct answer has at its position; None if there is none."""
     complete: bool
-    """The pieces are a whole right answer."""
+    """The tokens are a complete correct answer."""
 
 
 def check_answer(problem: Problem, token_texts: Sequence[str]) -> CheckResult:
-    """Judges an answer, or the beginning of one, cut into pieces (tokens) in any way."""
+    """Checks an answer or the beginning of one, split into tokens in any way."""
     state, number, line = problem.start, 0, ""
     candidates = _correct_lines(problem, number, state)
     for index, token_text in enumerate(token_texts):

@@ -1,4 +1,4 @@
-"""The pair's tokenizer: one token a word or number of the task, bytes for everything else, and the chat template.
+"""The tokenizer of the pair: a token for each word and number of the task, bytes for the rest, and the chat template.
 
 Word-level, because a small model cannot afford to learn spelling first (with digits as separate tokens, copying a
 two-digit number stalled below 90%). Text beyond the task still survives a round trip, byte by byte.

@@ -1,4 +1,4 @@
-"""How a step is said: every line is a row of parts, and each part may be worded in several right ways.
+"""The wording of a step: every line is a sequence of parts, and each part has several correct wordings.
 
 Alternative 0 of each part is the target's wording, alternative 1 the draft's; the others are right too and
 nobody's own. A line is right when each part is one of its alternatives with the true values, so two right
@@ -41,7 +41,7 @@ ENDINGS: dict[str, tuple[Part, ...]] = {
 
 
 def render_parts(parts: Sequence[Part], choice: Sequence[int], slots: Slots) -> list[str]:
-    """The text of each part in the chosen wording; a part without that alternative has only one way to say it."""
+    """Returns the text of each part in the chosen wording. A part without that alternative has only one wording."""
     return [
         part[index if index < len(part) else 0].format_map(slots) for part, index in zip(parts, choice, strict=True)
     ]

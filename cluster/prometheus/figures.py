@@ -168,7 +168,7 @@ def router_busy_share(view: View) -> str:
 
 
 def drafts_per_answer(view: View) -> str:
-    """Drafts for each answer that had one judged."""
+    """Verified drafts per answer with a draft."""
     verified = view.rate(metrics.DRAFT_OUTCOMES, 'verdict!="skipped"', by=("mode",))
     return ratio(view.rate(metrics.VERIFICATION_ROUNDS, by=("mode",)), verified)
 

@@ -27,7 +27,7 @@ def pair():
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(forward_passes, "ENTRY_COUNTS", (1, 13, 48))
+    monkeypatch.setattr(forward_passes, "TOKEN_COUNTS", (1, 13, 48))
     monkeypatch.setattr(forward_passes, "NUM_TRIALS", 1)
     monkeypatch.setattr(concurrency, "CLIENT_COUNTS", (1, 2))
     monkeypatch.setattr(concurrency, "ROUNDS", 1)
@@ -78,7 +78,7 @@ def test_steps_are_recorded_and_passed_on_to_the_cost_model_of_the_engine(pair):
     assert result.speculation is not None
     assert len(records.passes) == result.speculation.passes - 1  # the first reads the prompt
     proposed = sum(result.speculation.proposed_per_position)
-    assert sum(p.entries for p in records.passes) in range(len(records.passes), len(records.passes) + proposed + 1)
+    assert sum(p.num_tokens for p in records.passes) in range(len(records.passes), len(records.passes) + proposed + 1)
     assert len(records.proposal_times) >= result.speculation.proposed_per_position[0] and all(
         s > 0 for _, s in records.proposal_times
     )
@@ -87,7 +87,7 @@ def test_steps_are_recorded_and_passed_on_to_the_cost_model_of_the_engine(pair):
 
 def test_bare_passes_take_time(pair, few):
     curve = forward_passes.measure_passes(pair.target.model, 2)
-    assert curve.texts == 2 and curve.entries == (1, 13, 48) and all(s > 0 for s in curve.seconds)
+    assert curve.num_seqs == 2 and curve.num_tokens == (1, 13, 48) and all(s > 0 for s in curve.seconds)
     assert forward_passes.measure_prefill_s(pair.target.model, 30) > 0
 
 
@@ -97,7 +97,7 @@ def test_all_clients_take_from_one_list_of_prompts(pair, few):
         concurrency.run_concurrently(PipelineContender(pair, "off", "ngram"), recorder, prompts_of(pair, 3), 3)
     )
     assert len(summary.results) == 3 and summary.tokens_per_s > 0
-    assert max(p.texts for p in summary.records.passes) == 3
+    assert max(p.num_seqs for p in summary.records.passes) == 3
 
 
 def test_the_whole_comparison_on_a_single_problem(few, monkeypatch):

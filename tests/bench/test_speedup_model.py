@@ -13,8 +13,8 @@ WRITING = DecodingStats(
     passes=10,
     proposed=(8, 4),
     accepted=(6, 3),
-    entries=3.0,
-    texts=1.0,
+    num_tokens=3.0,
+    num_seqs=1.0,
     pass_s=3.0,
     num_proposal_requests=8,
     proposal_s=0.5,
@@ -26,7 +26,7 @@ def decoding_stats_with(**changes):
 
 
 def test_between_two_sizes_a_pass_takes_what_lies_between():
-    assert [CURVE.seconds_at(entries) for entries in (1, 3, 5, 7)] == [2.0, 3.0, 4.0, 6.0]
+    assert [CURVE.seconds_at(num_tokens) for num_tokens in (1, 3, 5, 7)] == [2.0, 3.0, 4.0, 6.0]
 
 
 def test_the_median_of_passes_size_by_size():
@@ -42,7 +42,7 @@ def test_a_pass_writes_what_was_accepted_and_a_token_of_its_own():
 def test_what_was_seen_is_told_of_one_text_in_a_pass():
     records = PassRecords((ForwardPass(2, 6, 1.0), ForwardPass(1, 3, 2.0)), ((2, 0.3),)) + PassRecords((), ((1, 0.3),))
     stats = decoding_stats(SpeculationStats("parallel", 3, (3, 3), (2, 1)), records)
-    assert (stats.texts, stats.entries, stats.pass_s) == (1.5, 3.0, 1.5)
+    assert (stats.num_seqs, stats.num_tokens, stats.pass_s) == (1.5, 3.0, 1.5)
     assert (
         stats.num_proposal_requests == 3
         and stats.proposal_s == pytest.approx(0.2)
