@@ -1,4 +1,7 @@
-"""The page at `/`: ask, and see what was drafted, kept and struck out. A few files that use the public API only."""
+"""The playground, a page at `/`: it shows which parts of an answer were drafted, accepted and rejected.
+
+It consists of static files that use only the public API.
+"""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -10,17 +13,17 @@ from starlette.responses import Response
 INDEX_FILE = "index.html"
 SCRIPTS = "api charts dom drafts examples main pane problems session theme transcript".split()
 ASSETS = {"icon.svg": "image/svg+xml", "playground.css": "text/css"} | {f"{n}.js": "text/javascript" for n in SCRIPTS}
-# To everybody, as the documents of the API are: they are the same for all servers and hold no answer. Whoever may
-# not ask is told so by the API itself, and the page shows it. The empty path is `/` under a route prefix.
+# These paths need no key, like the API documentation: the files are public and contain no answers. A client without a
+# key gets an error from the API, which the page shows. The empty path is `/` under a route prefix.
 PATHS = frozenset({"", "/", *(f"/playground/{name}" for name in ASSETS)})
-# Nothing from elsewhere, nothing inline, and no text that becomes markup: what models write is not to be trusted.
+# Nothing from other servers, nothing inline, and no text that becomes markup: the output of models is not trusted.
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, and asked after each time: a new version is seen at once
+    "Cache-Control": "no-cache",  # cached, but revalidated each time, so that a new version is seen at once
 }
 
 
@@ -37,7 +40,7 @@ def _add_file_route(router: APIRouter, path: str, name: str, media_type: str) ->
     headers = SECURITY_HEADERS | {"ETag": f'"{blake2b(content, digest_size=12).hexdigest()}"'}
 
     async def send_file(request: Request) -> Response:
-        if headers["ETag"] in request.headers.get("if-none-match", ""):  # a proxy that compresses adds W/ to it
+        if headers["ETag"] in request.headers.get("if-none-match", ""):  # a compressing proxy adds W/ to the tag
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers, media_type=media_type)
 

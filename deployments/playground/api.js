@@ -1,6 +1,6 @@
-// The public API: models, readiness, and an answer as a stream of what happens on its way.
+// The public API: models, readiness, and an answer as a stream of events.
 
-/** What went wrong, in the API's own words where there are any. */
+/** An error, with the message of the API if there is one. */
 export class Failure extends Error {
   /** kind: "refused" (a status), "broken" (an error within the stream), "cut" (no end), "lost" (no connection). */
   constructor(kind, message, { status = null, code = null, param = null, retryAfter = null, request = null } = {}) {
@@ -9,8 +9,8 @@ export class Failure extends Error {
   }
 }
 
-/** Addresses are relative to the page, so that the service may lie under any prefix. */
-async function called(path, { key = "", ...options } = {}) {
+/** Addresses are relative to the page, so that the service can be under any prefix. */
+async function callApi(path, { key = "", ...options } = {}) {
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   let response;
   try {
@@ -18,20 +18,20 @@ async function called(path, { key = "", ...options } = {}) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     if (error instanceof TypeError && /header|ByteString|ISO-8859/i.test(error.message)) {
-      throw new Failure("refused", "the key holds signs that cannot be sent", { status: 401, code: "invalid_api_key" });
+      throw new Failure("refused", "the key contains characters that cannot be sent", { status: 401, code: "invalid_api_key" });
     }
     throw new Failure("lost", error.message);
   }
   return response;
 }
 
-/** Its name in the server's log. */
-const named = (response) => response.headers.get("X-Request-Id");
+/** The id of the request in the server's log. */
+const requestId = (response) => response.headers.get("X-Request-Id");
 
 async function refusal(response) {
-  const given = Number(response.headers.get("Retry-After") ?? NaN);
-  const retryAfter = Number.isFinite(given) ? given : null;
-  const about = { status: response.status, retryAfter, request: named(response) };
+  const seconds = Number(response.headers.get("Retry-After") ?? NaN);
+  const retryAfter = Number.isFinite(seconds) ? seconds : null;
+  const about = { status: response.status, retryAfter, request: requestId(response) };
   try {
     const { error } = await response.json();
     return new Failure("refused", String(error.message), { ...about, code: error.code, param: error.param });
@@ -41,7 +41,7 @@ async function refusal(response) {
 }
 
 export async function models(key) {
-  const response = await called("v1/models", { key });
+  const response = await callApi("v1/models", { key });
   if (!response.ok) throw await refusal(response);
   return (await response.json()).data;
 }
@@ -49,7 +49,7 @@ export async function models(key) {
 /** {status, troubles}; a 503 is an answer too. */
 export async function readiness() {
   try {
-    const response = await called("ready");
+    const response = await callApi("ready");
     return await response.json();
   } catch {
     return { status: "unreachable", troubles: {} };
@@ -58,7 +58,7 @@ export async function readiness() {
 
 /** Yields {piece}, {verdict} and at last {report, finish}. */
 export async function* ask(body, { key, signal }) {
-  const response = await called("v1/chat/completions", {
+  const response = await callApi("v1/chat/completions", {
     key,
     signal,
     method: "POST",
@@ -67,14 +67,14 @@ export async function* ask(body, { key, signal }) {
   });
   if (!response.ok) throw await refusal(response);
   try {
-    yield* happenings(response.body);
+    yield* eventsOf(response.body);
   } catch (error) {
-    if (error instanceof Failure) error.request = named(response);
+    if (error instanceof Failure) error.request = requestId(response);
     throw error;
   }
 }
 
-async function* happenings(stream) {
+async function* eventsOf(stream) {
   for await (const data of events(stream)) {
     if (data === "[DONE]") return;
     const chunk = parsed(data);
@@ -95,11 +95,11 @@ function parsed(data) {
   try {
     return JSON.parse(data);
   } catch {
-    throw new Failure("cut", "the stream holds what is no JSON");
+    throw new Failure("cut", "the stream contains invalid JSON");
   }
 }
 
-/** The `data` of server-sent events, however the bytes are cut. */
+/** Yields the `data` of server-sent events, whatever the chunk boundaries. */
 export async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

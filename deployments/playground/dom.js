@@ -1,4 +1,4 @@
-// Elements from data. Text goes in as text: nothing here, or anywhere on the page, reads markup.
+// Creates elements from data. Text is inserted as text: nothing on the page parses markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -21,7 +21,7 @@ function filled(node, attributes, children) {
   return node;
 }
 
-/** Rows of texts under a head, the first cell of each as its name. */
+/** A table of texts. The first cell of each row is its header. */
 export function table(caption, head, rows) {
   return element(
     "table",

@@ -8,7 +8,7 @@ import { explained } from "./problems.js";
 import { Session, tokens } from "./session.js";
 import { themes } from "./theme.js";
 
-const READY_EVERY_MS = 15_000;
+const READINESS_INTERVAL_MS = 15_000;
 const KEY = "parse-key"; // in sessionStorage: this tab's own, and gone with it
 
 const session = new Session();
@@ -57,7 +57,7 @@ async function start() {
   for (const choice of chosen()) open(choice);
   const answers = byId("answers");
   if (answers.getBoundingClientRect().top > innerHeight / 2) answers.scrollIntoView(); // on a telephone, where it lies below
-  await through(controller, panes);
+  await runPanes(controller, panes);
 }
 
 /** `off` beside the last answer, with the same question. */
@@ -70,7 +70,7 @@ async function measureOff() {
   panes = panes.slice(0, 1);
   byId("answers").focus({ preventScroll: true }); // the button is about to go
   byId("panes").scrollIntoView({ block: "nearest" });
-  await through(controller, [open({ mode: "off", method: offer.speculation })]);
+  await runPanes(controller, [open({ mode: "off", method: offer.speculation })]);
 }
 
 function open({ mode, method }) {
@@ -89,7 +89,7 @@ function open({ mode, method }) {
 }
 
 /** One after the other: at the same time they would slow each other down. */
-async function through(controller, waiting) {
+async function runPanes(controller, waiting) {
   working(true);
   compare({ over: false });
   try {
@@ -125,7 +125,7 @@ async function answer(pane, controller) {
     else finished(pane, body);
   } catch (error) {
     if (controller.signal.aborted) pane.stopped();
-    else troubled(pane, error);
+    else showFailure(pane, error);
   }
 }
 
@@ -137,7 +137,7 @@ function finished(pane, body) {
   showSession();
 }
 
-function troubled(pane, error) {
+function showFailure(pane, error) {
   const failure = error instanceof Failure ? error : new Failure("lost", String(error));
   pane.failed(failure); // its box announces itself
   const field = failure.param && document.querySelector(`[data-param="${CSS.escape(failure.param)}"]`);
@@ -240,7 +240,7 @@ function offeredMethods() {
   }
 }
 
-async function meet() {
+async function loadModel() {
   try {
     await whichModel();
   } catch (error) {
@@ -249,7 +249,7 @@ async function meet() {
   }
 }
 
-async function lookAfter() {
+async function updateReadiness() {
   if (document.hidden) return;
   const { status, troubles } = await readiness();
   const text = Object.entries(troubles ?? {}).map(([name, trouble]) => `${name}: ${trouble}`);
@@ -299,7 +299,7 @@ function keep() {
   } catch {
     // It holds until the page is left.
   }
-  meet();
+  loadModel();
 }
 
 function keyboard(event) {
@@ -327,7 +327,7 @@ byId("show-rejected").addEventListener("change", (event) =>
   byId("answers").classList.toggle("without-rejected", !event.target.checked),
 );
 document.addEventListener("keydown", keyboard);
-document.addEventListener("visibilitychange", lookAfter);
-meet();
-lookAfter();
-setInterval(lookAfter, READY_EVERY_MS);
+document.addEventListener("visibilitychange", updateReadiness);
+loadModel();
+updateReadiness();
+setInterval(updateReadiness, READINESS_INTERVAL_MS);

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import uvicorn
 from fastapi import FastAPI
@@ -38,6 +38,11 @@ class LocalBackend:
 
     async def collect_peer_metrics(self) -> list[ReplicaMetrics]:
         return []
+
+
+def without_methods(pipeline: Pipeline) -> Pipeline:
+    """The pipeline of a target for which no token-level method is loaded."""
+    return replace(pipeline, capabilities=replace(pipeline.capabilities, speculative_methods=()))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from parse.local import LocalPair
 from parse.pipeline import Pipeline
 from parse.requests import GenerationRequest
 from tests.deployments.conftest import MODEL
-from tests.deployments.live import LocalBackend, served
+from tests.deployments.live import LocalBackend, served, without_methods
 
 try:
     from selenium.webdriver.common.keys import Keys
@@ -336,7 +336,7 @@ def test_a_method_is_chosen_beside_the_mode_and_the_report_shows_what_came_of_a_
 
 
 def test_where_the_target_writes_in_one_way_there_is_no_method_to_choose(page, pair):
-    with served(create_app(LocalBackend(replace(pair.pipeline, methods=())), ApiSettings(), MODEL)) as address:
+    with served(create_app(LocalBackend(without_methods(pair.pipeline)), ApiSettings(), MODEL)) as address:
         page.open(address)
         page.until(lambda: page.one("#model").text == MODEL, "the model is known")
         assert not page.one("#methods").is_displayed()

@@ -27,7 +27,7 @@ from parse.local import LocalPair
 from parse.requests import GenerateRequest
 from parse.types import TokenDelta
 from tests.deployments.conftest import MODEL
-from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
+from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until, without_methods
 from training.measure import draw_problems
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -521,7 +521,7 @@ def parse(pair: LocalPair, body: dict[str, Any], **settings: Any) -> ParsedReque
 def test_a_prediction_beyond_the_context_is_not_looked_at(pair):
     body = {"prediction": {"type": "content", "content": "x" * 100_000}, "stop": ["no such thing"]}
     (request,) = parse(pair, body).generation_requests
-    assert request.prediction is not None and len(request.prediction) <= pair.pipeline.longest
+    assert request.prediction is not None and len(request.prediction) <= pair.pipeline.capabilities.max_model_len
 
 
 @pytest.mark.parametrize(
@@ -569,7 +569,7 @@ def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(ad
     error = error_of(post(address, BODY | {"parse": {"speculation": "eagle3"}}), 400)
     assert (error["param"], error["code"]) == ("parse.speculation", "invalid_value")
     assert "parallel, ngram, none here, got eagle3" in error["message"]
-    with served(create_app(LocalBackend(replace(pair.pipeline, methods=())), ApiSettings(), MODEL)) as bare:
+    with served(create_app(LocalBackend(without_methods(pair.pipeline)), ApiSettings(), MODEL)) as bare:
         card = httpx.get(f"{bare}/v1/models").json()["data"][0]["parse"]
         assert (card["methods"], card["speculation"]) == (["none"], "none")
         assert error_of(post(bare, BODY | {"parse": {"speculation": "ngram"}}), 400)["param"] == "parse.speculation"
