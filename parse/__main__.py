@@ -119,9 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    question = sys.stdin.read() if args.question == "-" else args.question
+    text = sys.stdin.read() if args.question == "-" else args.question
     try:
-        if not question.strip():
+        if not text.strip():
             raise RequestError("question", "must not be empty")
         params = SamplingParams(
             temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens, stop=tuple(args.stop)
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         with LocalPair(target, draft) as pair:
             messages = [{"role": "system", "content": args.system}] if args.system else []
-            messages.append({"role": "user", "content": question})
+            messages.append({"role": "user", "content": text})
             prompt = chat_prompt_token_ids(pair.tokenizer, messages)
             request = GenerationRequest(prompt, messages, params, args.mode)
             asyncio.run(print_answer(pair, request, AnswerPrinter(sys.stdout)))

@@ -115,14 +115,14 @@ def _explain_contents(
 
 def _repeat(details: ErrorDetails, old_name: str | None = None) -> InitErrorDetails:
     """Returns the error of a nested section with the location that it has now; `old_name` replaces its first step."""
-    location, context = details["loc"], details.get("ctx", {})
+    location, error_context = details["loc"], details.get("ctx", {})
     old_location = location if old_name is None else (old_name, *location[1:])
     if details["type"] == RENAMED_KEY:
-        new_location = (*location[: len(location) - context["depth"]], *context["new_location"])
-        return _renamed_key(details, old_location, new_location, context["conversion"])
+        new_location = (*location[: len(location) - error_context["depth"]], *error_context["new_location"])
+        return _renamed_key(details, old_location, new_location, error_context["conversion"])
     if details["type"] == UNKNOWN_KEY:
-        return _unknown_key(details | {"loc": old_location}, context["suggestion"])
-    return InitErrorDetails(type=details["type"], loc=location, input=details["input"], ctx=context)
+        return _unknown_key(details | {"loc": old_location}, error_context["suggestion"])
+    return InitErrorDetails(type=details["type"], loc=location, input=details["input"], ctx=error_context)
 
 
 def _renamed_key(

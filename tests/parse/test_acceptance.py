@@ -6,7 +6,7 @@ from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_lengt
 from parse.errors import RequestError
 
 HALF = AcceptancePolicy(Thresholds(0.5, 0.5))
-HALF_LONGEST_PASSING = AcceptancePolicy(Thresholds(0.5, 0.5), "longest_passing")
+KEEP_ANY_PASSING = AcceptancePolicy(Thresholds(0.5, 0.5), "longest_passing")
 
 
 def test_a_full_answer_that_passes_is_kept_whatever_its_prefixes_say():
@@ -42,7 +42,7 @@ def test_a_prefix_that_was_not_evaluated_does_not_pass():
 
 
 def test_the_longest_passing_prefix_is_kept_under_the_other_rule():
-    assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], HALF_LONGEST_PASSING, complete=True) == 12
+    assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], KEEP_ANY_PASSING, complete=True) == 12
 
 
 def test_a_threshold_that_is_no_probability_is_refused():

@@ -49,8 +49,8 @@ def test_a_renamed_key_in_a_list_is_located():
 
 def test_all_renamed_keys_are_told_at_once_those_inside_a_renamed_section_among_them():
     configs = [{"method": "ngram", "tokens": 3, "xxx": 1}]
-    told = error(target={"model": "m", "threads": 1, "speculation": configs}, method={"auto": "full", "strid": 1})
-    assert sorted(told.split("; ")) == sorted(
+    message = error(target={"model": "m", "threads": 1, "speculation": configs}, method={"auto": "full", "strid": 1})
+    assert sorted(message.split("; ")) == sorted(
         [
             "target.threads was renamed to target.num_threads",
             "target.speculation was renamed to target.speculative_configs",
@@ -74,10 +74,10 @@ def test_a_misspelled_key_is_rejected_with_the_closest_one():
 
 
 def test_other_errors_stay_as_they_are():
-    told = error(target={"model": "m", "memory_mb": 1, "max_num_seqs": 0}, verification={"full": 2, "auto_mode": "off"})
-    assert "target.max_num_seqs: Input should be greater than or equal to 1" in told
-    assert "verification.full: Input should be less than or equal to 1" in told
-    assert "verification.auto_mode: Input should be 'full', 'progressive', 'rounds' or 'exact'" in told
+    message = error(target={"model": "m", "memory_mb": 1, "max_num_seqs": 0}, verification={"full": 2, "auto_mode": "off"})
+    assert "target.max_num_seqs: Input should be greater than or equal to 1" in message
+    assert "verification.full: Input should be less than or equal to 1" in message
+    assert "verification.auto_mode: Input should be 'full', 'progressive', 'rounds' or 'exact'" in message
     configs = [{"method": "eagle3"}, {"method": "ngram", "head": "h"}]
     assert "target.speculative_configs[0]: Value error, eagle3 needs a model" in error(
         target={"model": "m", "speculative_configs": configs}

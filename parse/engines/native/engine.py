@@ -116,8 +116,7 @@ class NativeEngine:
         program = verify_only(request, self._verify_options(), trunk, emit=stream.put)
         running = Request(tokens, program, len(trunk) + self._suffix_tokens(request), stream)
         async with aclosing(self._run(running, stream)) as results:
-            found = [result async for result in results]
-        (result,) = found
+            (result,) = [result async for result in results]
         assert isinstance(result, VerifyResult)
         return result
 
@@ -131,8 +130,8 @@ class NativeEngine:
         # A caller that asked for larger deltas waits for each of them, so it is woken at once.
         stream = OutputStream(self._waker, patient=request.stream_interval == 1)
         program = self._generation(request, stream)
-        context = [*request.prompt_token_ids, *request.output_token_ids][:-1]
-        running = Request(context, program, self._max_new_tokens(request) + 1, stream)
+        token_ids = [*request.prompt_token_ids, *request.output_token_ids][:-1]
+        running = Request(token_ids, program, self._max_new_tokens(request) + 1, stream)
         async with aclosing(self._run(running, stream)) as results:
             async for result in results:
                 assert isinstance(result, TokenDelta)
@@ -157,8 +156,8 @@ class NativeEngine:
             emit=stream.put,
             start_generation=lambda continuation: self._generation(continuation, stream, truncate_context=True),
         )
-        room = max(len(trunk) + self._suffix_tokens(request.verify), self.max_model_len + 1 - len(tokens))
-        running = Request(tokens, program, room, stream)
+        max_new_tokens = max(len(trunk) + self._suffix_tokens(request.verify), self.max_model_len + 1 - len(tokens))
+        running = Request(tokens, program, max_new_tokens, stream)
         async with aclosing(self._run(running, stream)) as results:
             async for result in results:
                 yield result

@@ -52,7 +52,7 @@ class ModelRunner:
             num_logits.append(len(offsets))
             num_tokens += len(chunk)
             first = len(request.sampled_token_ids)
-            sampling_states += request.tree_input.sampling[first : first + len(offsets)] or [None] * len(offsets)
+            sampling_states += request.tree_input.sampling_states[first : first + len(offsets)] or [None] * len(offsets)
         chunks = [each.chunk for each in scheduled]
         logits = self._logits(chunks, None if len(logits_entries) == num_tokens else logits_entries)
         self.num_steps += 1

@@ -30,7 +30,7 @@ class TreeInput:
     """The nodes whose logits are wanted; None: all."""
     accepted_path: Sequence[int] = ()
     """Of the nodes run before, the path from a root that now belongs to the context."""
-    sampling: Sequence[SamplingState] = ()
+    sampling_states: Sequence[SamplingState] = ()
     """How a token is chosen at each of `logits_nodes`; if empty, the likeliest one."""
     context_length: int | None = None
     """Cut the context to so many tokens before running the nodes."""
@@ -95,7 +95,7 @@ def generate(
     while True:
         nodes = _attach(last, proposal)
         tree_output: TreeOutput = yield TreeInput(
-            nodes, accepted_path=accepted_path, sampling=sampler.states(nodes), context_length=truncated_length
+            nodes, accepted_path=accepted_path, sampling_states=sampler.states(nodes), context_length=truncated_length
         )
         truncated_length = None
         finish: FinishReason | None = None

@@ -77,7 +77,7 @@ def write(
             nodes = tokens(step)
             logits = table[nodes]
             runs += bool(nodes)
-            step = program.send(TreeOutput(logits, sample(logits, step.sampling)))
+            step = program.send(TreeOutput(logits, sample(logits, step.sampling_states)))
     except StopIteration:
         return deltas, final_context, runs
 
@@ -365,7 +365,7 @@ def verified(probabilities, prefix_lengths, *, max_nodes=100, in_one_pass=False,
             else:
                 assert tokens(step) == list(trunk)
                 logits = TABLE[tokens(step)]
-            step = program.send(TreeOutput(logits, sample(logits, step.sampling)))
+            step = program.send(TreeOutput(logits, sample(logits, step.sampling_states)))
     except StopIteration as finished:
         assert committed == len(trunk)
         return finished.value, runs
