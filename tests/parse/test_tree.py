@@ -63,6 +63,6 @@ def test_a_proposal_below_itself_or_a_later_one_is_refused(above):
 
 
 @given(st.lists(st.integers(0, 50), max_size=6), st.integers(0, 100))
-def test_by_default_a_tree_is_attached_at_the_end_of_its_context(tokens, context):
+def test_by_default_a_tree_is_attached_at_the_end_of_its_context(tokens, context_length):
     for tree in (chain(tokens), tree_from_parents(tokens, list(range(-1, len(tokens) - 1)))[0]):
-        assert tree.visible_context(context).tolist() == [context] * len(tree)
+        assert tree.visible_context(context_length).tolist() == [context_length] * len(tree)
