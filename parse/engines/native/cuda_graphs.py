@@ -118,12 +118,12 @@ class CudaGraphs:
         The previous copy from that memory has ended, because the engine has read the tokens of that step since.
         """
         host = self._host[: len(table)]
-        table_rows = host.numpy()
-        for row, chunk in zip(table_rows, chunks, strict=False):
+        host_table = host.numpy()
+        for row, chunk in zip(host_table, chunks, strict=False):
             block_ids = chunk.sequence.block_ids
             row[TOKEN_COLUMN], row[LENGTH_COLUMN] = chunk.token_ids()[0], chunk.end
             row[FIRST_BLOCK_COLUMN : FIRST_BLOCK_COLUMN + len(block_ids)] = block_ids
-        table_rows[len(chunks) :, : FIRST_BLOCK_COLUMN + 1] = 0, 1, self._spare_block
+        host_table[len(chunks) :, : FIRST_BLOCK_COLUMN + 1] = 0, 1, self._spare_block
         table.copy_(host, non_blocking=True)
 
 

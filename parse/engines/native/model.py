@@ -42,7 +42,7 @@ class MaskEmbedder(Protocol):
         """[hidden size]"""
         ...
 
-    def at(self, entries: Tensor) -> AbstractContextManager[None]:
+    def at(self, indices: Tensor) -> AbstractContextManager[None]:
         """Applies the change during a forward pass in which these entries are masks."""
         ...
 
@@ -173,8 +173,8 @@ class Model:
         """Logits at all nodes of a few suffixes on a random sequence, from packed and from separate forward passes."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.vocab_size, (14,), generator=generator).tolist()
-        token_ids, suffix, prefix_lengths = tokens[:11], tokens[11:], [4, 9, 11]
-        sequence = SequenceState(token_ids)
+        prompt, suffix, prefix_lengths = tokens[:11], tokens[11:], [4, 9, 11]
+        sequence = SequenceState(prompt)
         sequence.block_ids = [1]
         chunks = [
             ScheduledChunk(sequence, suffix_forest(prefix_lengths, suffix), start, end)
@@ -188,13 +188,11 @@ class Model:
         ]
         self._set_attention("sdpa" if self.network._supports_sdpa else "eager")
         separate = [
-            self.network(input_ids=torch.tensor([token_ids[:length] + suffix], device=self.device), use_cache=False)
+            self.network(input_ids=torch.tensor([prompt[:length] + suffix], device=self.device), use_cache=False)
             for length in prefix_lengths
         ]
         self._set_attention(STEP_ATTENTION)
-        return torch.cat(packed)[len(token_ids) :], torch.cat(
-            [out.logits[0, -len(suffix) :].float() for out in separate]
-        )
+        return torch.cat(packed)[len(prompt) :], torch.cat([out.logits[0, -len(suffix) :].float() for out in separate])
 
     def _set_attention(self, implementation: str) -> None:
         self.network.set_attn_implementation(implementation)

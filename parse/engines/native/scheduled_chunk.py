@@ -66,12 +66,12 @@ class ScheduledChunk:
                 ]
             )
             start = max(self.start - context_length, 0)
-            node_entries = slice(max(context_length - self.start, 0), None)
+            node_rows = slice(max(context_length - self.start, 0), None)
             nodes = np.arange(start, self.end - context_length)
-            visible[node_entries, :context_length] &= (
+            visible[node_rows, :context_length] &= (
                 np.arange(context_length) < tree.visible_context(context_length)[nodes, None]
             )
-            visible[node_entries, context_length:] &= nodes[:, None] < tree.end[: self.end - context_length]
+            visible[node_rows, context_length:] &= nodes[:, None] < tree.end[: self.end - context_length]
         if window is not None:
             visible &= key_positions[self.start :, None] - key_positions < window
         return visible

@@ -18,7 +18,7 @@ def reference_attention(query, keys, values, visible, scale):
     groups = query.shape[0] // keys.shape[1]
     out = []
     for head in range(query.shape[0]):
-        key, value = (rows[visible, head // groups].double() for rows in (keys, values))
+        key, value = (tensor[visible, head // groups].double() for tensor in (keys, values))
         weights = (key @ query[head].double() * scale).softmax(0)
         out.append(weights @ value)
     return torch.stack(out).float()
@@ -26,8 +26,8 @@ def reference_attention(query, keys, values, visible, scale):
 
 @st.composite
 def requests(draw):
-    """A context, the nodes attached to it, and the ends of the chunks that compute both."""
-    context = list(range(draw(st.integers(0, 18))))
+    """A prompt, the nodes attached to it, and the ends of the chunks that compute both."""
+    prompt = list(range(draw(st.integers(0, 18))))
     nodes = list(range(draw(st.integers(1, 6))))
     prefix_lengths = draw(st.sets(st.integers(1, len(nodes)), max_size=3))
     tree = draw(
@@ -36,14 +36,14 @@ def requests(draw):
                 nodes,
                 chain(nodes),
                 trunk_with_suffixes(nodes, list(prefix_lengths), [1, 2]),
-                suffix_forest([0, len(context)], nodes),
+                suffix_forest([0, len(prompt)], nodes),
             ]
         )
     )
-    size = len(context) + len(tree)
+    size = len(prompt) + len(tree)
     chunk_ends = draw(st.sets(st.integers(1, size), max_size=3)) | {size}
     single_tokens = draw(st.booleans())  # the last entries one by one, as in decoding
-    return context, tree, sorted(chunk_ends | set(range(max(1, size - 3), size)) if single_tokens else chunk_ends)
+    return prompt, tree, sorted(chunk_ends | set(range(max(1, size - 3), size)) if single_tokens else chunk_ends)
 
 
 @given(
@@ -58,16 +58,16 @@ def test_packed_requests_get_the_output_of_separate_ones(requests, shape, window
     heads, key_heads, width, value_width = shape
     draw = torch.Generator().manual_seed(seed)
     kv_cache = KVCache(num_blocks=5, block_size=50)
-    rows: list[tuple] = []
+    requests_in_progress: list[tuple] = []
     for (tokens, tree, chunk_ends), block_id in zip(requests, block_ids, strict=False):
         sequence = SequenceState(tokens)
         sequence.block_ids = [block_id]
         size = chunk_ends[-1]
         tensors = [torch.randn(size, *s, generator=draw) for s in ((heads, width), (key_heads, width))]
         values = torch.randn(size, key_heads, value_width, generator=draw)
-        rows.append((sequence, tree, list(chunk_ends), [*tensors, values], []))
-    while any(chunk_ends for _, _, chunk_ends, *_ in rows):
-        due = [row for row in rows if row[2]]
+        requests_in_progress.append((sequence, tree, list(chunk_ends), [*tensors, values], []))
+    while any(chunk_ends for _, _, chunk_ends, *_ in requests_in_progress):
+        due = [row for row in requests_in_progress if row[2]]
         starts = [sum(map(len, row[4])) for row in due]
         chunks = [ScheduledChunk(row[0], row[1], start, row[2].pop(0)) for row, start in zip(due, starts, strict=True)]
         both = sorted(zip(due, chunks, strict=True), key=lambda pair: (len(pair[1]) > 1, pair[1].sequence.block_ids[0]))
@@ -87,7 +87,7 @@ def test_packed_requests_get_the_output_of_separate_ones(requests, shape, window
         if before is not None:
             others = torch.ones(len(before), dtype=torch.bool).index_fill(0, slots, False)
             assert torch.equal(kv_cache.keys[LAYER][others], before[others])
-    for sequence, tree, _, (query, key, value), parts in rows:
+    for sequence, tree, _, (query, key, value), parts in requests_in_progress:
         visible = torch.from_numpy(ScheduledChunk(sequence, tree, 0, len(query)).visibility(window))
         expected = [
             reference_attention(query[i], key, value, visible[i], scale or width**-0.5) for i in range(len(query))
@@ -109,8 +109,10 @@ def test_layers_of_a_model_may_differ_in_their_heads():
         out, _ = step_attention(module, query, key, value, None, step=attention, sliding_window=window)
         assert out.is_contiguous()
         visible = torch.from_numpy(chunk.visibility(window))
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        expected = [reference_attention(rows[0][i], rows[1], rows[2], visible[i], 8**-0.5) for i in range(size)]
+        by_token = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        expected = [
+            reference_attention(by_token[0][i], by_token[1], by_token[2], visible[i], 8**-0.5) for i in range(size)
+        ]
         torch.testing.assert_close(out[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 

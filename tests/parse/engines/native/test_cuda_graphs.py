@@ -33,7 +33,7 @@ from parse.errors import RequestCancelled
 from parse.tree import suffix_forest
 from parse.types import SamplingParams
 from tests.parse.engines.native.test_paged_attention import ATOL, Generation, gpu, outputs, random_tokens
-from tests.parse.engines.native.tiny import SERVED, VOCABULARY, ask, build, paused, plain, serving
+from tests.parse.engines.native.tiny import SERVED, VOCABULARY, build, paused, plain, run_trees, serving
 
 KERNEL_MODELS = "llama", "qwen3", "mistral", "gemma3_text"  # the kernel supports their attention
 PAGED = dict(max_sequences=14, block_size=8)
@@ -169,7 +169,7 @@ def test_few_batch_sizes_are_recorded_and_each_once(tokenizer, recorder):
             with paused(engine):
                 generations = [Generation(engine, random_tokens(random.Random(i), 9), 6) for i in range(count)]
             for each in generations:
-                each.reply.result()
+                each.response.result()
     assert sorted(recorder.batch_sizes) == sorted(set(recorder.batch_sizes))
     assert [padded_batch_size(n) for n in (1, 2, 3, 4, 5, 8, 9, 33, 64)] == [1, 2, 4, 4, 8, 8, 16, 64, 64]
 
@@ -181,15 +181,15 @@ def test_a_request_that_leaves_a_replayed_step_does_not_change_the_others(tokeni
     with serving(Model(network, tokenizer), **PAGED, cuda_graphs=True) as engine, counted(engine) as replayed:
         with paused(engine):
             generations = [Generation(engine, random_tokens(random.Random(seed), 20), 90) for seed in range(3)]
-            reply = ask(
+            response = run_trees(
                 engine, [3, 4, 5], *[TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(tokens)]
             )
         for number, each in enumerate(generations):
             while len(each.token_ids) < 5 * number + 5:
                 time.sleep(0.001)
-            engine.abort(each.reply.request)
-            assert isinstance(each.reply.wait().error, RequestCancelled)
-        logits = torch.cat(reply.result())
+            engine.abort(each.response.request)
+            assert isinstance(each.response.wait().error, RequestCancelled)
+        logits = torch.cat(response.result())
         torch.testing.assert_close(logits, plain(reference, [3, 4, 5, *tokens])[3:], atol=ATOL, rtol=0)
         assert max(replayed) == 4 and min(replayed) == 1
         assert engine.stats.num_replayed_steps == len(replayed)
@@ -204,7 +204,7 @@ def test_logits_of_several_steps_outlive_the_steps_that_are_replayed_in_between(
         counted(engine) as replayed,
     ):
         logits = torch.cat(
-            ask(engine, [3, 4, 5], TreeInput(tokens[:3]), TreeInput(tokens[3:], accepted_path=range(3))).result()
+            run_trees(engine, [3, 4, 5], TreeInput(tokens[:3]), TreeInput(tokens[3:], accepted_path=range(3))).result()
         )
     torch.testing.assert_close(logits, plain(reference, [3, 4, 5, *tokens])[3:], atol=ATOL, rtol=0)
     assert replayed == [1] * 5
@@ -218,12 +218,12 @@ def test_padding_rows_write_only_to_the_spare_block(tokenizer, recorder):
             with paused(engine):
                 generations = [Generation(engine, [seed], 6) for seed in range(3)]
             for each in generations:
-                each.reply.result()
+                each.response.result()
         assert engine.stats.blocks_total == 4
         kv_cache = engine.model_runner.kv_cache
         assert 4 in recorder.batch_sizes
-        written = [bool(kv_cache.keys[0][8 * block : 8 * block + 8].any()) for block in range(kv_cache.num_blocks)]
-        assert written == [True, True, True, False, True]  # the spare block is the last
+        in_use = [bool(kv_cache.keys[0][8 * block : 8 * block + 8].any()) for block in range(kv_cache.num_blocks)]
+        assert in_use == [True, True, True, False, True]  # the spare block is the last
         assert not bool(kv_cache.keys[0][33:].any())  # only its first slot
 
 
@@ -269,7 +269,7 @@ def generate(engine, count):
     with paused(engine):
         generations = [Generation(engine, random_tokens(random.Random(seed), 12), 10) for seed in range(count)]
     for each in generations:
-        each.reply.result()
+        each.response.result()
     return [each.token_ids for each in generations]
 
 
@@ -282,9 +282,9 @@ def test_no_supported_model_reads_a_value_from_its_device_while_it_decodes(kind,
             return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
 
     tiny = Model(build(kind), tokenizer)
-    rows = torch.tensor([[1, 2, 3], [5, 6, 2]])
+    inputs = torch.tensor([[1, 2, 3], [5, 6, 2]])
     with torch.inference_mode(), ForbidHostSync():
-        tiny.forward_tensors(rows[:1], rows[1:], ZeroAttention(), 0)
+        tiny.forward_tensors(inputs[:1], inputs[1:], ZeroAttention(), 0)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_on_a_cpu_nothing_is_recorded(tokenizer):
 def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokenizer, caplog):
     network = build(kind, max_position_embeddings=1024, initializer_range=0.1)
     tiny = Model(network.bfloat16().to(device), tokenizer)
-    contexts = [random_tokens(random.Random(seed), size) for seed, size in enumerate((700, 300, 20, 255, 256))]
+    prompts = [random_tokens(random.Random(seed), size) for seed, size in enumerate((700, 300, 20, 255, 256))]
     tokens = random_tokens(random.Random(9), 40)
     tree_inputs = [TreeInput([token], accepted_path=range(i > 0)) for i, token in enumerate(tokens)]
     config = dict(max_sequences=8, sequence_capacity=1024, max_num_batched_tokens=2048)
@@ -386,8 +386,10 @@ def test_on_a_gpu_replayed_steps_give_what_ordinary_ones_do(device, kind, tokeni
         with caplog.at_level(logging.WARNING), serving(tiny, **config, cuda_graphs=cuda_graphs) as engine:
             for _ in range(2):
                 with paused(engine):
-                    replies = [ask(engine, context, *tree_inputs[: 40 - 5 * i]) for i, context in enumerate(contexts)]
-                outputs_by_run.append([torch.cat(reply.result()) for reply in replies])
+                    responses = [
+                        run_trees(engine, prompt, *tree_inputs[: 40 - 5 * i]) for i, prompt in enumerate(prompts)
+                    ]
+                outputs_by_run.append([torch.cat(response.result()) for response in responses])
             if graphs := engine.model_runner.cuda_graphs:
                 assert sum(recording is not None for recording in graphs._recordings.values()) >= 3
     assert not caplog.records

@@ -10,7 +10,7 @@ from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput, prefill
 from parse.errors import EngineStopped, NumericalError, RequestCancelled
 from parse.tree import tree_from_parents
-from tests.parse.engines.native.tiny import VOCABULARY, alone, ask, build, paused, plain, serving, submit
+from tests.parse.engines.native.tiny import VOCABULARY, alone, build, paused, plain, run_trees, serving, submit
 
 CONTIGUOUS: dict[str, int] = {}
 PAGED = dict(block_size=8)
@@ -41,9 +41,9 @@ def single_tokens(tokens):
     return [TreeInput([token], accepted_path=range(bool(place))) for place, token in enumerate(tokens)]
 
 
-def match(reference, context, tokens, logits):
+def match(reference, prompt, tokens, logits):
     """Are these the logits at tokens that follow the context?"""
-    expected = plain(reference, [*context, *tokens])[len(context) :]
+    expected = plain(reference, [*prompt, *tokens])[len(prompt) :]
     torch.testing.assert_close(torch.cat(logits), expected, atol=1e-4, rtol=0)
     return True
 
@@ -62,10 +62,10 @@ def idle_stats(engine):
 class Stream:
     """A request that runs until it is aborted, and the number of its steps."""
 
-    def __init__(self, engine, context, max_new_tokens=90):
+    def __init__(self, engine, prompt, max_new_tokens=90):
         self.steps = 0
         self._stepped = threading.Condition()
-        self.reply = submit(engine, context, self._program(), max_new_tokens)
+        self.response = submit(engine, prompt, self._program(), max_new_tokens)
 
     def _program(self):
         for step in range(10**6):
@@ -89,10 +89,10 @@ def test_a_long_prompt_does_not_hold_up_requests_that_decode(model, layout):
     with serving(model, max_num_batched_tokens=9, **layout) as engine:
         stream = Stream(engine, random_tokens(1, 5)).started()
         before = stream.steps
-        ask(engine, random_tokens(2, 80), TreeInput([1])).result()
+        run_trees(engine, random_tokens(2, 80), TreeInput([1])).result()
         # 81 tokens in steps of 9, of which the stream takes one
         assert stream.steps - before >= 10
-        engine.abort(stream.reply.request)
+        engine.abort(stream.response.request)
 
 
 def test_no_step_computes_more_than_it_may(model, layout):
@@ -106,23 +106,25 @@ def test_no_step_computes_more_than_it_may(model, layout):
     model.forward = recording
     with serving(model, max_num_batched_tokens=9, **layout) as engine:
         with paused(engine):
-            replies = [
-                ask(engine, random_tokens(seed, 10 * seed), TreeInput(random_tokens(0, 12)), *single_tokens([1, 2]))
+            responses = [
+                run_trees(
+                    engine, random_tokens(seed, 10 * seed), TreeInput(random_tokens(0, 12)), *single_tokens([1, 2])
+                )
                 for seed in range(1, 5)
             ]
-        for reply in replies:
-            reply.result()
+        for response in responses:
+            response.result()
     assert max(sizes) == 9
     assert sum(sizes) == engine.stats.num_tokens
     assert len(sizes) == engine.stats.num_steps
 
 
 def test_logits_may_be_read_anywhere_in_a_tree_that_takes_many_steps(model, reference, layout):
-    context, nodes = random_tokens(1, 13), random_tokens(2, 20)
-    expected = plain(reference, [*context, *nodes])[len(context) :]
+    prompt, nodes = random_tokens(1, 13), random_tokens(2, 20)
+    expected = plain(reference, [*prompt, *nodes])[len(prompt) :]
     logits_nodes = [[0], [19], [3, 4, 5], [0, 7, 19], [], None]
     with serving(model, max_num_batched_tokens=5, **layout) as engine:
-        outputs = ask(engine, context, *(TreeInput(nodes, logits_nodes=each) for each in logits_nodes)).result()
+        outputs = run_trees(engine, prompt, *(TreeInput(nodes, logits_nodes=each) for each in logits_nodes)).result()
     for each, logits in zip(logits_nodes, outputs, strict=True):
         torch.testing.assert_close(logits, expected[range(20) if each is None else each], atol=1e-4, rtol=0)
 
@@ -136,35 +138,35 @@ def test_later_requests_wait_for_their_turn(model, layout):
 
     with serving(model, max_num_seqs=2, **layout) as engine:
         streams = [Stream(engine, random_tokens(seed, 5)).started() for seed in range(2)]
-        reply = submit(engine, random_tokens(3, 5), late(), 1)
+        response = submit(engine, random_tokens(3, 5), late(), 1)
         for stream in streams:
             stream.wait_for_steps(5)
         assert not begun
         assert (engine.stats.num_running, engine.stats.num_waiting) == (2, 1)
-        engine.abort(streams[0].reply.request)
-        reply.result()
-        engine.abort(streams[1].reply.request)
+        engine.abort(streams[0].response.request)
+        response.result()
+        engine.abort(streams[1].response.request)
 
 
 def test_a_request_whose_logits_are_not_finite_fails_alone(model, reference, layout):
     with torch.no_grad():
         model.network.get_input_embeddings().weight[POISON] = torch.nan
-    contexts = [random_tokens(seed, 12 + 7 * seed) for seed in range(5)]
+    prompts = [random_tokens(seed, 12 + 7 * seed) for seed in range(5)]
     tokens = random_tokens(9, 8)
     with serving(model, max_sequences=8, **layout) as engine:
         for _ in range(2):  # the second time in blocks that the first requests have used
             with paused(engine):
-                good = [ask(engine, context, *single_tokens(tokens)) for context in contexts]
+                good = [run_trees(engine, prompt, *single_tokens(tokens)) for prompt in prompts]
                 bad = [
-                    ask(engine, [*random_tokens(7, 30), POISON, *random_tokens(8, 9)], TreeInput([1])),
-                    ask(engine, random_tokens(6, 11), *single_tokens([1, 2, POISON, 3])),
-                    ask(engine, random_tokens(5, 20), TreeInput([1, POISON, 2])),
+                    run_trees(engine, [*random_tokens(7, 30), POISON, *random_tokens(8, 9)], TreeInput([1])),
+                    run_trees(engine, random_tokens(6, 11), *single_tokens([1, 2, POISON, 3])),
+                    run_trees(engine, random_tokens(5, 20), TreeInput([1, POISON, 2])),
                 ]
-            for context, reply in zip(contexts, good, strict=True):
-                assert match(reference, context, tokens, reply.result())
-            for reply in bad:
-                assert isinstance(reply.wait().error, NumericalError)
-            contexts = [random_tokens(seed, 12 + 7 * seed) for seed in range(10, 15)]
+            for prompt, response in zip(prompts, good, strict=True):
+                assert match(reference, prompt, tokens, response.result())
+            for response in bad:
+                assert isinstance(response.wait().error, NumericalError)
+            prompts = [random_tokens(seed, 12 + 7 * seed) for seed in range(10, 15)]
         assert idle_stats(engine).num_running == 0
 
 
@@ -176,21 +178,23 @@ def test_a_request_whose_program_fails_fails_alone(model, reference, layout, cap
 
     with serving(model, **layout) as engine:
         with paused(engine):
-            good = [ask(engine, random_tokens(seed, 20), *single_tokens(random_tokens(seed, 5))) for seed in range(3)]
+            good = [
+                run_trees(engine, random_tokens(seed, 20), *single_tokens(random_tokens(seed, 5))) for seed in range(3)
+            ]
             bad = [submit(engine, random_tokens(4, 20), failing(steps), 5) for steps in range(3)]
-        for seed, reply in enumerate(good):
-            assert match(reference, random_tokens(seed, 20), random_tokens(seed, 5), reply.result())
-        for reply in bad:
-            assert isinstance(reply.wait().error, ZeroDivisionError)
+        for seed, response in enumerate(good):
+            assert match(reference, random_tokens(seed, 20), random_tokens(seed, 5), response.result())
+        for response in bad:
+            assert isinstance(response.wait().error, ZeroDivisionError)
         assert idle_stats(engine).num_running == 0
-        assert ask(engine, random_tokens(4, 20), TreeInput([1])).result()
+        assert run_trees(engine, random_tokens(4, 20), TreeInput([1])).result()
 
 
 def test_a_request_that_the_model_rejects_fails_alone(model, reference, layout, caplog):
     with serving(model, **layout) as engine:
         with paused(engine):
-            good = ask(engine, random_tokens(1, 20), *single_tokens(random_tokens(1, 5)))
-            bad = ask(engine, random_tokens(2, 20), TreeInput([1, VOCABULARY, 2]))
+            good = run_trees(engine, random_tokens(1, 20), *single_tokens(random_tokens(1, 5)))
+            bad = run_trees(engine, random_tokens(2, 20), TreeInput([1, VOCABULARY, 2]))
         assert match(reference, random_tokens(1, 20), random_tokens(1, 5), good.result())
         assert isinstance(bad.wait().error, IndexError)
 
@@ -200,21 +204,21 @@ def test_a_cancelled_request_ends_and_frees_its_blocks(model, layout):
         streams = [Stream(engine, random_tokens(seed, 20)).started() for seed in range(2)]
         late = submit(engine, random_tokens(2, 20), prefill())
         for request in (*streams, late):
-            assert not (request.reply if isinstance(request, Stream) else request).ended
+            assert not (request.response if isinstance(request, Stream) else request).ended
         engine.abort(late.request)
         assert isinstance(late.wait().error, RequestCancelled)
         for stream in streams:
-            engine.abort(stream.reply.request)
-            assert isinstance(stream.reply.wait().error, RequestCancelled)
+            engine.abort(stream.response.request)
+            assert isinstance(stream.response.wait().error, RequestCancelled)
         idle = idle_stats(engine)
         assert idle.blocks_used == idle.blocks_cached <= idle.blocks_total
         # All the blocks are there for others.
         again = [Stream(engine, random_tokens(seed, 30)).started() for seed in range(5, 7)]
         for stream in again:
-            engine.abort(stream.reply.request)
-            stream.reply.wait()
+            engine.abort(stream.response.request)
+            stream.response.wait()
         engine.reset_prefix_cache()
-        ask(engine, random_tokens(0, 20), TreeInput([1])).result()
+        run_trees(engine, random_tokens(0, 20), TreeInput([1])).result()
         assert idle_stats(engine).prefix_hits == 0
 
 
@@ -227,19 +231,19 @@ def test_a_request_cancelled_before_it_is_seen_never_runs(model):
 
     with serving(model) as engine:
         with paused(engine):
-            reply = submit(engine, random_tokens(1, 20), program(), 1)
-            engine.abort(reply.request)
-        assert isinstance(reply.wait().error, RequestCancelled)
+            response = submit(engine, random_tokens(1, 20), program(), 1)
+            engine.abort(response.request)
+        assert isinstance(response.wait().error, RequestCancelled)
     assert not ran
 
 
 def test_aborting_a_finished_request_changes_nothing(model):
     with serving(model) as engine:
-        reply = ask(engine, random_tokens(1, 20), TreeInput([1]))
-        reply.result()
-        engine.abort(reply.request)
-        assert ask(engine, random_tokens(1, 20), TreeInput([1])).result()
-        assert reply.error is None
+        response = run_trees(engine, random_tokens(1, 20), TreeInput([1]))
+        response.result()
+        engine.abort(response.request)
+        assert run_trees(engine, random_tokens(1, 20), TreeInput([1])).result()
+        assert response.error is None
 
 
 def test_shutdown_ends_all_running_waiting_and_later_requests(model, layout):
@@ -249,9 +253,9 @@ def test_shutdown_ends_all_running_waiting_and_later_requests(model, layout):
         streams[0].wait_for_steps(2)  # so that the engine has received them
         waiting += [submit(engine, random_tokens(seed, 20), prefill()) for seed in range(5)]
         engine.shutdown()
-        for reply in (*(stream.reply for stream in streams), *waiting):
-            assert reply.ended
-            assert isinstance(reply.error, EngineStopped)
+        for response in (*(stream.response for stream in streams), *waiting):
+            assert response.ended
+            assert isinstance(response.error, EngineStopped)
         with pytest.raises(EngineStopped):
             submit(engine, [1], prefill())
         engine.shutdown()
@@ -280,11 +284,11 @@ def test_if_the_engine_thread_fails_all_requests_end_with_its_error(model, monke
     with serving(model) as engine:
         stream = Stream(engine, random_tokens(1, 20)).started()
         with paused(engine):
-            waiting = ask(engine, random_tokens(2, 20), TreeInput([1]))
+            waiting = run_trees(engine, random_tokens(2, 20), TreeInput([1]))
             monkeypatch.setattr(engine.scheduler, "schedule", lambda: 1 // 0)
-        for reply in (stream.reply, waiting):
-            assert isinstance(reply.wait().error, EngineStopped)
-        assert "ZeroDivisionError" in str(stream.reply.error)
+        for response in (stream.response, waiting):
+            assert isinstance(response.wait().error, EngineStopped)
+        assert "ZeroDivisionError" in str(stream.response.error)
         engine._thread.join()
         with pytest.raises(EngineStopped):
             submit(engine, [1], prefill())
@@ -294,9 +298,9 @@ def test_a_prompt_that_many_requests_share_is_computed_once(model, reference, la
     prompt = random_tokens(1, 70)
     with serving(model, max_sequences=8, **layout) as engine:
         with paused(engine):
-            replies = [ask(engine, prompt, *single_tokens(random_tokens(seed, 3))) for seed in range(6)]
-        for seed, reply in enumerate(replies):
-            assert match(reference, prompt, random_tokens(seed, 3), reply.result())
+            responses = [run_trees(engine, prompt, *single_tokens(random_tokens(seed, 3))) for seed in range(6)]
+        for seed, response in enumerate(responses):
+            assert match(reference, prompt, random_tokens(seed, 3), response.result())
         # Each request may compute the last tokens of the prompt: fewer than a hash block of 16.
         assert engine.stats.num_tokens - 6 * 3 <= 70 + 5 * 16
 
@@ -311,45 +315,47 @@ def test_requests_that_wait_for_a_shared_prompt_do_not_hold_up_others(model):
 
     with serving(model, max_num_batched_tokens=4) as engine:
         with paused(engine):
-            replies = [submit(engine, prompt, program(name), 1) for name in ("first", "second")]
-            replies.append(submit(engine, [], program("other"), 1))
-        for reply in replies:
-            reply.result()
+            responses = [submit(engine, prompt, program(name), 1) for name in ("first", "second")]
+            responses.append(submit(engine, [], program("other"), 1))
+        for response in responses:
+            response.result()
     assert order == ["other", "first", "second"]
 
 
 def test_when_no_block_is_free_the_least_recently_used_sequence_is_evicted(model, reference):
     with serving(model, max_sequences=3) as engine:
         for seed in (1, 2, 3, 1, 4):  # the fourth hits the cache, the fifth evicts the second
-            ask(engine, random_tokens(seed, 40), TreeInput([1])).result()
+            run_trees(engine, random_tokens(seed, 40), TreeInput([1])).result()
         stats = idle_stats(engine)
         assert (stats.blocks_used, stats.evictions, stats.prefix_hits) == (3, 1, 40)
         for seed in (1, 3, 4):
-            ask(engine, random_tokens(seed, 40), TreeInput([1])).result()
+            run_trees(engine, random_tokens(seed, 40), TreeInput([1])).result()
         assert idle_stats(engine).prefix_hits - stats.prefix_hits == 120
-        assert match(reference, random_tokens(2, 40), [1], ask(engine, random_tokens(2, 40), TreeInput([1])).result())
+        assert match(
+            reference, random_tokens(2, 40), [1], run_trees(engine, random_tokens(2, 40), TreeInput([1])).result()
+        )
         assert idle_stats(engine).prefix_hits - stats.prefix_hits == 120
 
 
 def test_many_requests_leave_no_block_in_use(model, reference, layout):
     with serving(model, max_sequences=4, sequence_capacity=48, max_num_seqs=6, **layout) as engine:
-        replies = []
+        responses = []
         for number in range(300):
             rng = random.Random(number)
-            context, tokens = (
+            prompt, tokens = (
                 random_tokens(rng.randrange(20), rng.randrange(40)),
                 random_tokens(number, rng.randrange(1, 6)),
             )
-            context = context or [3]
-            reply = ask(engine, context, *single_tokens(tokens))
+            prompt = prompt or [3]
+            response = run_trees(engine, prompt, *single_tokens(tokens))
             if rng.random() < 0.2:
-                engine.abort(reply.request)
-            replies.append((context, tokens, reply))
-        for context, tokens, reply in replies[::15]:
-            if reply.wait().error is None:
-                assert match(reference, context, tokens, reply.result())
-        for *_, reply in replies:
-            assert reply.wait().error is None or isinstance(reply.error, RequestCancelled)
+                engine.abort(response.request)
+            responses.append((prompt, tokens, response))
+        for prompt, tokens, response in responses[::15]:
+            if response.wait().error is None:
+                assert match(reference, prompt, tokens, response.result())
+        for *_, response in responses:
+            assert response.wait().error is None or isinstance(response.error, RequestCancelled)
         stats = idle_stats(engine)
         assert stats.blocks_used == stats.blocks_cached <= stats.blocks_total
         engine.reset_prefix_cache()
@@ -366,9 +372,11 @@ def test_rejected_proposals_leave_no_trace(model, reference, layout):
             TreeInput([token, *random_tokens(100 + place, 5)], logits_nodes=[0], accepted_path=range(bool(place)))
         )
     with serving(model, **layout) as engine:
-        assert match(reference, random_tokens(2, 20), tokens, ask(engine, random_tokens(2, 20), *tree_inputs).result())
+        assert match(
+            reference, random_tokens(2, 20), tokens, run_trees(engine, random_tokens(2, 20), *tree_inputs).result()
+        )
         stats = idle_stats(engine)
-        ask(engine, [*random_tokens(2, 20), *tokens], TreeInput([1])).result()
+        run_trees(engine, [*random_tokens(2, 20), *tokens], TreeInput([1])).result()
         assert engine.stats.prefix_hits - stats.prefix_hits == 20 + len(tokens) - 1
 
 
@@ -378,7 +386,7 @@ def test_a_path_through_a_tree_becomes_part_of_the_context_wherever_its_nodes_st
     rng = random.Random(seed)
     requests = []
     for number in range(3):
-        context, tree_inputs, trees = random_tokens(seed + 10 * number, 9 + number), [], []
+        prompt, tree_inputs, trees = random_tokens(seed + 10 * number, 9 + number), [], []
         accepted_path: tuple[int, ...] = ()
         for _ in range(4):
             tokens = random_tokens(rng.random(), 9)
@@ -389,17 +397,17 @@ def test_a_path_through_a_tree_becomes_part_of_the_context_wherever_its_nodes_st
             while parents[path[0]] >= 0:
                 path.insert(0, parents[path[0]])
             accepted_path = tuple(int(preorder[node]) for node in path)
-            trees.append((context, tree))
-            context = [*context, *(tokens[node] for node in path)]
-        requests.append((trees, context, [*tree_inputs, TreeInput(random_tokens(99, 3), accepted_path=accepted_path)]))
+            trees.append((prompt, tree))
+            prompt = [*prompt, *(tokens[node] for node in path)]
+        requests.append((trees, prompt, [*tree_inputs, TreeInput(random_tokens(99, 3), accepted_path=accepted_path)]))
     with serving(model, **layout) as engine:
         with paused(engine):
-            replies = [ask(engine, trees[0][0], *tree_inputs) for trees, _, tree_inputs in requests]
-        outputs = [reply.result() for reply in replies]
-    for (trees, context, _), (*tree_logits, last) in zip(requests, outputs, strict=True):
+            responses = [run_trees(engine, trees[0][0], *tree_inputs) for trees, _, tree_inputs in requests]
+        outputs = [response.result() for response in responses]
+    for (trees, prompt, _), (*tree_logits, last) in zip(requests, outputs, strict=True):
         for (before, tree), logits in zip(trees, tree_logits, strict=True):
             torch.testing.assert_close(logits, alone(reference, before, tree), atol=1e-4, rtol=0)
-        assert match(reference, context, random_tokens(99, 3), [last])
+        assert match(reference, prompt, random_tokens(99, 3), [last])
 
 
 @pytest.mark.parametrize("accepted", [0, 2])
@@ -411,27 +419,29 @@ def test_a_context_cut_within_a_shared_prefix_continues_as_if_it_had_never_been_
     prompt, tokens, rejected, rest = (random_tokens(seed, size) for seed, size in enumerate((40, 12, 5, 9)))
     with serving(model, **layout) as engine:
         with paused(engine):
-            whole = ask(engine, prompt, *single_tokens(tokens))
-            cut = ask(
+            uncut_response = run_trees(engine, prompt, *single_tokens(tokens))
+            cut_response = run_trees(
                 engine,
                 prompt,
                 TreeInput(rejected),
                 TreeInput(rest[:4], accepted_path=range(accepted), context_length=length),
                 *(TreeInput([token], accepted_path=range(1 if i else 4)) for i, token in enumerate(rest[4:])),
             )
-        assert match(reference, prompt, tokens, whole.result())
-        first, *others = cut.result()
+        assert match(reference, prompt, tokens, uncut_response.result())
+        first, *others = cut_response.result()
         assert match(reference, prompt, rejected, [first])
         assert match(reference, prompt[:length], rest, others)
         hits = idle_stats(engine).prefix_hits
-        assert match(reference, prompt, tokens[:1], ask(engine, prompt, TreeInput(tokens[:1])).result())
+        assert match(reference, prompt, tokens[:1], run_trees(engine, prompt, TreeInput(tokens[:1])).result())
         assert engine.stats.prefix_hits - hits == len(prompt)
 
 
 def test_a_context_may_be_cut_before_its_first_tree(model, reference, layout):
     prompt, tokens = random_tokens(1, 40), random_tokens(2, 6)
     with serving(model, **layout) as engine:
-        assert match(reference, prompt[:21], tokens, ask(engine, prompt, TreeInput(tokens, context_length=21)).result())
+        assert match(
+            reference, prompt[:21], tokens, run_trees(engine, prompt, TreeInput(tokens, context_length=21)).result()
+        )
 
 
 def test_contexts_are_cut_and_continue_where_blocks_are_scarce_and_requests_are_preempted(model, reference):
@@ -445,9 +455,9 @@ def test_contexts_are_cut_and_continue_where_blocks_are_scarce_and_requests_are_
         requests.append((length, rest, inputs))
     with serving(model, max_sequences=1, sequence_capacity=64, block_size=8) as engine:
         with paused(engine):
-            replies = [ask(engine, prompt, *inputs) for *_, inputs in requests]
-        for seed, ((length, rest, _), reply) in enumerate(zip(requests, replies, strict=True), 1):
-            logits = reply.result()
+            responses = [run_trees(engine, prompt, *inputs) for *_, inputs in requests]
+        for seed, ((length, rest, _), response) in enumerate(zip(requests, responses, strict=True), 1):
+            logits = response.result()
             assert match(reference, prompt, random_tokens(seed, 8), logits[:8])
             assert match(reference, prompt[:length], rest, logits[8:])
         stats = idle_stats(engine)

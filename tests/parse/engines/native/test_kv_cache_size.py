@@ -30,12 +30,12 @@ class Network:
 @pytest.fixture
 def gpus(monkeypatch):
     """Free, total and allocated GiB of each GPU."""
-    memory: dict[int, tuple[int, int, int]] = {}
+    gib_by_gpu: dict[int, tuple[int, int, int]] = {}
     monkeypatch.setattr(
-        torch.cuda, "mem_get_info", lambda device: tuple(gib * GIB for gib in memory[device.index or 0][:2])
+        torch.cuda, "mem_get_info", lambda device: tuple(gib * GIB for gib in gib_by_gpu[device.index or 0][:2])
     )
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory[device.index or 0][2] * GIB)
-    return memory
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: gib_by_gpu[device.index or 0][2] * GIB)
+    return gib_by_gpu
 
 
 def size(network, **settings):
@@ -65,7 +65,7 @@ def test_it_is_never_more_than_what_is_free_nor_less_than_nothing(gpus):
     assert size(Network(cuda_0=20), gpu_memory_utilization=0.2) == 0
 
 
-def test_of_several_gpus_the_one_with_the_least_room_for_its_layers_limits_it(gpus):
+def test_of_several_gpus_the_one_with_the_least_memory_for_its_layers_limits_it(gpus):
     gpus[0], gpus[1] = (70, 80, 10), (50, 80, 30)
     # A quarter of the layers is on the first GPU, which has 62 GiB left; three quarters on the second with 42 GiB.
     assert size(Network(cuda_0=10, cuda_1=30)) == pytest.approx(42 / 0.75)

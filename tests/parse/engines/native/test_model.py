@@ -14,7 +14,7 @@ from parse.engines.native.programs import TreeInput
 from parse.errors import RequestError
 from parse.prompts import chat_prompt_token_ids
 from parse.tree import suffix_forest, tree_from_parents
-from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, ask, build, paused, plain, serving
+from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, build, paused, plain, run_trees, serving
 from training.evaluate import MODELS
 from training.task import correct_answer, draw_problem
 
@@ -30,7 +30,7 @@ def test_a_forest_in_packed_and_chunked_steps_gives_the_logits_of_separate_seque
     network = build(kind)
     reference = deepcopy(network)
     rng = random.Random(0)
-    context, suffix, short, other = (
+    prompt, suffix, short, other = (
         random_tokens(rng, 57),
         random_tokens(rng, 4),
         random_tokens(rng, 9),
@@ -42,27 +42,27 @@ def test_a_forest_in_packed_and_chunked_steps_gives_the_logits_of_separate_seque
     proposals = [random_tokens(rng, 5) for _ in range(3)]
     with serving(Model(network, tokenizer), max_num_batched_tokens=19) as engine:
         with paused(engine):
-            verifying = ask(engine, context, TreeInput(forest))
-            decoding = ask(
+            verifying = run_trees(engine, prompt, TreeInput(forest))
+            decoding = run_trees(
                 engine, short, *(TreeInput([token], accepted_path=range(bool(i))) for i, token in enumerate(tokens))
             )
-            proposing = ask(
+            proposing = run_trees(
                 engine,
                 other,
                 *(TreeInput(proposal, accepted_path=range(2 * bool(i))) for i, proposal in enumerate(proposals)),
             )
-            running_tree = ask(engine, other[:20], TreeInput(tree))
+            running_tree = run_trees(engine, other[:20], TreeInput(tree))
         verified, decoded, proposed, tree_logits = (
-            reply.result() for reply in (verifying, decoding, proposing, running_tree)
+            response.result() for response in (verifying, decoding, proposing, running_tree)
         )
         before = engine.stats
-        again = ask(engine, context[:50], TreeInput(tree), TreeInput(tree, logits_nodes=[4])).result()
+        again = run_trees(engine, prompt[:50], TreeInput(tree), TreeInput(tree, logits_nodes=[4])).result()
         assert engine.stats.prefix_hits - before.prefix_hits == 50
 
     def close(logits, expected):
         torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0)
 
-    expected = alone(reference, context, forest)
+    expected = alone(reference, prompt, forest)
     assert expected[3::4].std(0).max() > 100 * ATOL, "the prefix lengths make no difference to this model"
     close(verified[0], expected)
     close(torch.cat(decoded), plain(reference, short + tokens)[len(short) :])
@@ -70,7 +70,7 @@ def test_a_forest_in_packed_and_chunked_steps_gives_the_logits_of_separate_seque
         sequence = [*other, *proposals[0][:2], *proposals[1][:2]][: len(other) + 2 * place]
         close(proposed[place], plain(reference, sequence + proposal)[len(sequence) :])
     close(tree_logits[0], alone(reference, other[:20], tree))
-    close(again[0], alone(reference, context[:50], tree))
+    close(again[0], alone(reference, prompt[:50], tree))
     close(again[1], again[0][4:5])
 
 
@@ -169,7 +169,7 @@ def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
     token_ids = chat_prompt_token_ids(model.tokenizer, [{"role": "user", "content": problem.question}])
     token_ids += model.tokenizer.encode(correct_answer(problem))
     with serving(model, sequence_capacity=len(token_ids)) as engine:
-        (logits,) = ask(engine, [], TreeInput(token_ids)).result()
+        (logits,) = run_trees(engine, [], TreeInput(token_ids)).result()
     same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), token_ids).argmax(-1)
     assert same.float().mean() > 0.95
 

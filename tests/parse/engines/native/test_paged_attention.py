@@ -21,7 +21,7 @@ from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.tree import suffix_forest, tree_from_parents
 from parse.types import SamplingParams
-from tests.parse.engines.native.tiny import VOCABULARY, WINDOW, alone, ask, build, paused, plain, serving, submit
+from tests.parse.engines.native.tiny import VOCABULARY, WINDOW, alone, build, paused, plain, run_trees, serving, submit
 from training.verification_tree import trunk_with_suffixes
 
 KINDS = "llama", "qwen3", "mistral", "gemma3_text", "deepseek_v3"
@@ -96,10 +96,10 @@ def mixed_steps(bench, scale=1):
     ]
 
 
-def expected_logits(network, context, nodes):
+def expected_logits(network, prompt, nodes):
     if isinstance(nodes, list):
-        return plain(network, [*context, *nodes])[len(context) :]
-    return alone(network, context, nodes)
+        return plain(network, [*prompt, *nodes])[len(prompt) :]
+    return alone(network, prompt, nodes)
 
 
 def kernel_by_its_contract(log):
@@ -170,16 +170,16 @@ def kernel(monkeypatch):
 def test_mixed_steps_on_scattered_blocks_give_the_logits_of_separate_sequences(kind, block_size, tokenizer):
     network = build(kind)
     reference = deepcopy(network)
-    for context, nodes, logits in mixed_steps(Bench(network, tokenizer, block_size)):
-        torch.testing.assert_close(logits, expected_logits(reference, context, nodes), atol=ATOL, rtol=0)
+    for prompt, nodes, logits in mixed_steps(Bench(network, tokenizer, block_size)):
+        torch.testing.assert_close(logits, expected_logits(reference, prompt, nodes), atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernel_is_called_as_it_is_documented(kind, tokenizer, kernel):
     network = build(kind)
     reference = deepcopy(network)
-    for context, nodes, logits in mixed_steps(Bench(network, tokenizer, 16)):
-        torch.testing.assert_close(logits, expected_logits(reference, context, nodes), atol=ATOL, rtol=0)
+    for prompt, nodes, logits in mixed_steps(Bench(network, tokenizer, 16)):
+        torch.testing.assert_close(logits, expected_logits(reference, prompt, nodes), atol=ATOL, rtol=0)
     windows = {window for _, window, _ in kernel}
     if kind == "deepseek_v3":  # its values are narrower than its keys
         assert not kernel
@@ -252,7 +252,7 @@ class Generation:
 
     def __init__(self, engine, prompt, max_tokens, **sampling_params):
         self.token_ids: list[int] = []
-        self.reply = submit(
+        self.response = submit(
             engine,
             prompt[:-1],
             generate(
@@ -280,12 +280,12 @@ def outputs(engine):
     with paused(engine):
         generations = [Generation(engine, prompt, 30) for prompt in prompts]
         verifications = [
-            ask(engine, common, TreeInput(tree)),
-            ask(engine, prompts[3], TreeInput(tokens := random_tokens(rng, 9)), TreeInput(tokens)),
+            run_trees(engine, common, TreeInput(tree)),
+            run_trees(engine, prompts[3], TreeInput(tokens := random_tokens(rng, 9)), TreeInput(tokens)),
         ]
         generations += [Generation(engine, prompt, 30, temperature=1.0, seed=7) for prompt in prompts]
     for each in generations:
-        each.reply.result()
+        each.response.result()
     return [each.token_ids for each in generations], [logits for each in verifications for logits in each.result()]
 
 
@@ -317,7 +317,7 @@ def test_blocks_change_no_output_even_where_requests_are_preempted(kind, tokeniz
                 torch.testing.assert_close(paged_row, row, atol=ATOL, rtol=0)
             # A request for all blocks gets them: none was lost.
             prompt = random_tokens(random.Random(3), engine.max_sequence_length - 1)
-            assert len(ask(engine, prompt, TreeInput([1])).result()) == 1
+            assert len(run_trees(engine, prompt, TreeInput([1])).result()) == 1
         assert bool(preempted) == (layout["max_sequences"] == 2)
 
 
@@ -327,13 +327,15 @@ def test_more_requests_fit_in_blocks_than_in_contiguous_rows(tokenizer):
     for layout in ({}, dict(block_size=8)):
         with serving(tiny_model, max_sequences=2, **layout) as engine:
             with paused(engine):
-                replies = [
-                    ask(engine, random_tokens(random.Random(i), 20), TreeInput([1]), TreeInput([2], accepted_path=(0,)))
+                responses = [
+                    run_trees(
+                        engine, random_tokens(random.Random(i), 20), TreeInput([1]), TreeInput([2], accepted_path=(0,))
+                    )
                     for i in range(8)
                 ]
                 submit(engine, [5], count_running(engine, running))
-            for reply in replies:
-                reply.result()
+            for response in responses:
+                response.result()
     assert running[0] <= 2 < running[1]
 
 
@@ -348,8 +350,8 @@ def test_a_request_that_could_never_fit_is_refused_with_the_limit(tokenizer):
     with serving(Model(build("llama"), tokenizer), max_sequences=1, sequence_capacity=100, block_size=8) as engine:
         assert engine.max_sequence_length == 96
         with pytest.raises(RequestError, match=r"97 tokens.* the limit is 96"):
-            ask(engine, random_tokens(random.Random(0), 96), TreeInput([1]))
-        ask(engine, random_tokens(random.Random(0), 95), TreeInput([1])).result()
+            run_trees(engine, random_tokens(random.Random(0), 96), TreeInput([1]))
+        run_trees(engine, random_tokens(random.Random(0), 95), TreeInput([1])).result()
 
 
 def test_an_engine_refuses_what_could_never_fit(tokenizer, tmp_path):
@@ -382,7 +384,7 @@ def test_a_request_that_outgrows_its_announced_length_fails_alone(layout, tokeni
     with serving(Model(network, tokenizer), max_sequences=2, sequence_capacity=64, **layout) as engine:
         with paused(engine):
             outgrowing = submit(engine, random_tokens(random.Random(0), 40), greedy(), 4)
-            other = ask(engine, [3, 4, 5], *[TreeInput([6], accepted_path=range(i > 0)) for i in range(50)])
+            other = run_trees(engine, [3, 4, 5], *[TreeInput([6], accepted_path=range(i > 0)) for i in range(50)])
         with pytest.raises(RequestError, match="64"):
             outgrowing.result()
         logits = torch.cat(other.result())
@@ -400,9 +402,9 @@ def test_a_request_can_be_cancelled_while_it_is_preempted(tokenizer, monkeypatch
     with serving(Model(build("llama"), tokenizer), max_sequences=1, sequence_capacity=64, block_size=8) as engine:
         with paused(engine):
             generations = [Generation(engine, random_tokens(random.Random(i), 20), 30) for i in range(2)]
-        generations[0].reply.result()
+        generations[0].response.result()
         with pytest.raises(RequestCancelled):
-            generations[1].reply.result()
+            generations[1].response.result()
 
 
 def test_a_preempted_request_ends_when_others_have_computed_all_it_waits_for(tokenizer, monkeypatch):
@@ -444,10 +446,10 @@ def test_an_evicted_sequence_leaves_the_blocks_it_shares():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_computes_in_single_precision_what_a_cpu_does(device, kind, tokenizer):
     reference = build(kind, max_position_embeddings=1024)
-    for context, nodes, logits in mixed_steps(
+    for prompt, nodes, logits in mixed_steps(
         Bench(deepcopy(reference), tokenizer, paged_attention.BLOCK_SIZE, device), scale=9
     ):
-        torch.testing.assert_close(logits, expected_logits(reference, context, nodes), atol=1e-3, rtol=0)
+        torch.testing.assert_close(logits, expected_logits(reference, prompt, nodes), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("device", [gpu])
@@ -462,8 +464,8 @@ def test_the_kernel_computes_on_a_gpu_nearly_what_a_cpu_does(device, kind, token
     monkeypatch.setattr(paged_attention, "varlen_attn", counted)
     reference = build(kind, max_position_embeddings=1024, initializer_range=0.1)
     bench = Bench(deepcopy(reference).bfloat16(), tokenizer, paged_attention.BLOCK_SIZE, device)
-    for context, nodes, logits in mixed_steps(bench, scale=9):
-        exact = expected_logits(reference, context, nodes)
+    for prompt, nodes, logits in mixed_steps(bench, scale=9):
+        exact = expected_logits(reference, prompt, nodes)
         assert float((logits - exact).abs().mean()) < 0.05 * float(exact.abs().mean())
     assert bool(calls) == (kind != "deepseek_v3")
 

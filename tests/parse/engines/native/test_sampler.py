@@ -14,9 +14,9 @@ from tests.parse.engines.native.chance import surprising
 VOCAB_SIZE = 12
 
 
-def probabilities(logits, sampling, prompt, output):
+def probabilities(logits, params, prompt, output):
     """The probabilities by the definitions, one token after another in double precision."""
-    s, scores = sampling, [float(score) for score in logits]
+    s, scores = params, [float(score) for score in logits]
     for token in {*prompt, *output}:
         scores[token] = (
             scores[token] / s.repetition_penalty if scores[token] > 0 else scores[token] * s.repetition_penalty
@@ -41,7 +41,7 @@ def probabilities(logits, sampling, prompt, output):
     return [share / sum(kept) for share in kept]
 
 
-samplings = st.builds(
+all_sampling_params = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.01, 0.3, 1.0, 1.7]),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
@@ -61,27 +61,27 @@ def next_token(sampler, logits):
     return token
 
 
-@given(samplings, tokens, tokens, st.integers(0, 10**6))
-def test_tokens_are_sampled_by_the_definitions(sampling, prompt, output, seed):
-    sampler = Sampler(sampling, prompt, output[:2])
+@given(all_sampling_params, tokens, tokens, st.integers(0, 10**6))
+def test_tokens_are_sampled_by_the_definitions(params, prompt, output, seed):
+    sampler = Sampler(params, prompt, output[:2])
     for token in output[2:]:
         sampler.append(token)
     for logits in 2 * torch.randn(5, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)):
         before = logits.clone()
         token = next_token(sampler, logits)
         assert torch.equal(logits, before)
-        cumulative = np.cumsum(probabilities(logits, sampling, prompt, output))
-        noise = uniform_noise(sampling.seed, len(output))
+        cumulative = np.cumsum(probabilities(logits, params, prompt, output))
+        noise = uniform_noise(params.seed, len(output))
         if abs(cumulative - noise).min() > 1e-6:
             assert token == np.searchsorted(cumulative, noise, side="right")
         sampler.append(token)
         output = [*output, token]
 
 
-@given(samplings, tokens, tokens, st.integers(0, 10**6))
-def test_a_sampled_token_depends_on_nothing_but_the_tokens_so_far(sampling, prompt, output, seed):
+@given(all_sampling_params, tokens, tokens, st.integers(0, 10**6))
+def test_a_sampled_token_depends_on_nothing_but_the_tokens_so_far(params, prompt, output, seed):
     logits = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
-    at_once, one_by_one = Sampler(sampling, prompt, output), Sampler(sampling, prompt, [])
+    at_once, one_by_one = Sampler(params, prompt, output), Sampler(params, prompt, [])
     for token in output:
         next_token(one_by_one, logits)
         one_by_one.append(token)
@@ -89,7 +89,7 @@ def test_a_sampled_token_depends_on_nothing_but_the_tokens_so_far(sampling, prom
 
 
 @given(
-    st.lists(st.tuples(samplings, tokens, tokens), min_size=1, max_size=9),
+    st.lists(st.tuples(all_sampling_params, tokens, tokens), min_size=1, max_size=9),
     st.integers(0, 10**6),
     st.sampled_from([3, 99]),
 )
@@ -102,12 +102,12 @@ def test_a_sampled_token_is_the_same_whatever_else_is_in_the_batch(requests, see
     assert sampled == [next_token(sampler, row) for sampler, row in zip(samplers, logits, strict=True)]
 
 
-@given(samplings, tokens, tokens, tokens, st.integers(0, 10**6))
-def test_tokens_after_a_proposal_are_sampled_as_they_would_be_one_by_one(sampling, prompt, output, proposal, seed):
+@given(all_sampling_params, tokens, tokens, tokens, st.integers(0, 10**6))
+def test_tokens_after_a_proposal_are_sampled_as_they_would_be_one_by_one(params, prompt, output, proposal, seed):
     logits = 2 * torch.randn(len(proposal) + 1, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed))
-    sampler = Sampler(sampling, prompt, output)
-    tokens_ahead = sample(logits, sampler.states([0, *proposal]))
-    for token, row, place in zip(tokens_ahead, logits, range(len(logits)), strict=True):
+    sampler = Sampler(params, prompt, output)
+    sampled = sample(logits, sampler.states([0, *proposal]))
+    for token, row, place in zip(sampled, logits, range(len(logits)), strict=True):
         assert token == next_token(sampler, row)
         sampler.append(*proposal[place : place + 1] or [0])
 
@@ -128,15 +128,15 @@ def test_logits_that_are_not_finite_give_no_token_and_change_no_other():
 
 def test_tokens_come_as_often_as_they_should():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -20.0])
-    for sampling in (
+    for params in (
         SamplingParams(),
         SamplingParams(temperature=0.7, top_k=4),
         SamplingParams(temperature=1.5, top_p=0.8),
     ):
-        expected = probabilities(logits, sampling, [], [])
+        expected = probabilities(logits, params, [], [])
         counts = np.zeros(len(logits), int)
         for position in range(4000):
-            sampler = Sampler(sampling, [], [0] * position)
+            sampler = Sampler(params, [], [0] * position)
             counts[next_token(sampler, logits)] += 1
         assert not surprising(counts, expected)
         assert surprising(counts, probabilities(logits, SamplingParams(temperature=1.3), [], []))

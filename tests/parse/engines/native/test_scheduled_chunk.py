@@ -20,32 +20,32 @@ class Entry:
     ancestors: list[int]  # all entries that it sees, including itself
 
 
-def row(context, tokens, parents, at):
-    """The context is a chain; the parent of node j is node `parents[j]`, or (-1) the first `at[j]` context tokens."""
-    entries = [Entry(token, place, list(range(place + 1))) for place, token in enumerate(context)]
+def row(prompt, tokens, parents, at):
+    """The prompt is a chain; the parent of node j is node `parents[j]`, or (-1) the first `at[j]` tokens of the prompt."""
+    entries = [Entry(token, place, list(range(place + 1))) for place, token in enumerate(prompt)]
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        visible = list(range(at[node])) if parent < 0 else entries[len(context) + parent].ancestors
-        entries.append(Entry(token, len(visible), [*visible, len(context) + node]))
+        visible = list(range(at[node])) if parent < 0 else entries[len(prompt) + parent].ancestors
+        entries.append(Entry(token, len(visible), [*visible, len(prompt) + node]))
     return entries
 
 
 @st.composite
 def forests(draw):
-    """A context, a forest attached to it, and the row of both by its definition."""
-    context = draw(st.lists(st.integers(0, 9), max_size=20))
-    length = len(context)
+    """A prompt, a forest attached to it, and the row of both by its definition."""
+    prompt = draw(st.lists(st.integers(0, 9), max_size=20))
+    length = len(prompt)
     trunk = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
     suffix = draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))
     width, size = len(suffix), len(trunk)
     kind = draw(st.sampled_from(["tokens", "chain", "suffixes", "proposals", "trunk with suffixes", "forest"]))
     if kind in ("tokens", "chain"):
         tree = trunk if kind == "tokens" else chain(trunk)
-        return context, tree, row(context, trunk, range(-1, size - 1), [length] * size)
+        return prompt, tree, row(prompt, trunk, range(-1, size - 1), [length] * size)
     if kind == "suffixes":
         prefix_lengths = draw(st.lists(st.integers(0, length), min_size=1, max_size=4))
         parents = [-1 if j % width == 0 else j - 1 for j in range(width * len(prefix_lengths))]
         at = [prefix_length for prefix_length in prefix_lengths for _ in suffix]
-        return context, suffix_forest(prefix_lengths, suffix), row(context, suffix * len(prefix_lengths), parents, at)
+        return prompt, suffix_forest(prefix_lengths, suffix), row(prompt, suffix * len(prefix_lengths), parents, at)
     if kind == "trunk with suffixes":
         prefix_lengths = sorted(draw(st.sets(st.integers(1, size), max_size=4)), reverse=True)
         parents = list(range(-1, size - 1))
@@ -53,9 +53,9 @@ def forests(draw):
             parents += [prefix_length - 1, *range(len(parents), len(parents) + width - 1)]
         tokens = trunk + suffix * len(prefix_lengths)
         return (
-            context,
+            prompt,
             trunk_with_suffixes(trunk, prefix_lengths, suffix),
-            row(context, tokens, parents, [length] * len(tokens)),
+            row(prompt, tokens, parents, [length] * len(tokens)),
         )
     # Trees side by side, each attached at a position of its own.
     parts, tokens, parents, at = [], [], [], []
@@ -74,7 +74,7 @@ def forests(draw):
         np.concatenate([part.depth for part in parts]),
         np.asarray(at) if kind == "forest" else None,
     )
-    return context, tree, row(context, tokens, parents, at)
+    return prompt, tree, row(prompt, tokens, parents, at)
 
 
 @given(forests(), st.one_of(st.none(), st.integers(1, 12)), st.data())

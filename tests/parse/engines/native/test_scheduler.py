@@ -5,7 +5,7 @@ from parse.engines.native.programs import TreeInput, prefill
 from parse.engines.native.request import Request
 from parse.engines.native.scheduler import Scheduler
 from parse.tree import suffix_forest
-from tests.parse.engines.native.tiny import Reply
+from tests.parse.engines.native.tiny import Response
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def scheduler():
 
 
 def add(scheduler, tokens, nodes=()):
-    request = Request(tokens, prefill(), 0, Reply())
+    request = Request(tokens, prefill(), 0, Response())
     request.tree_input = TreeInput(nodes)
     scheduler.add(request)
     return request

@@ -6,7 +6,7 @@ import torch
 from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput
 from parse.engines.native.step_timing import SIZES, measure_step_seconds
-from tests.parse.engines.native.tiny import VOCABULARY, ask, build, plain, serving
+from tests.parse.engines.native.tiny import VOCABULARY, build, plain, run_trees, serving
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_model_that_was_timed_computes_what_it_did_before(reference, tokenizer
     assert (torch.get_num_threads(), model.aux_hidden_state_layers, model.mask_embedder) == (num_threads, layers, None)
     for name, tensor in model.network.state_dict().items():
         assert torch.equal(tensor, before[name])
-    context, tokens = [5, 3, 99], [7, 7, 40, 2]
+    prompt, tokens = [5, 3, 99], [7, 7, 40, 2]
     with serving(model) as engine:
-        (logits,) = ask(engine, context, TreeInput(tokens)).result()
-    torch.testing.assert_close(logits, plain(reference, [*context, *tokens])[3:], atol=1e-4, rtol=0)
+        (logits,) = run_trees(engine, prompt, TreeInput(tokens)).result()
+    torch.testing.assert_close(logits, plain(reference, [*prompt, *tokens])[3:], atol=1e-4, rtol=0)

@@ -108,14 +108,14 @@ def plain(network: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     return network(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
 
 
-def alone(network: PreTrainedModel, context: Sequence[int], tree: TokenTree) -> Tensor:
+def alone(network: PreTrainedModel, prompt: Sequence[int], tree: TokenTree) -> Tensor:
     """[nodes, vocabulary], each node at the end of a sequence of its own: what its root sees, and the path to it."""
-    lengths, visible = tree.visible_context(len(context)), tree.visible()
-    sequences = [[*context[: lengths[node]], *tree.tokens[visible[node]]] for node in range(len(tree))]
+    lengths, visible = tree.visible_context(len(prompt)), tree.visible()
+    sequences = [[*prompt[: lengths[node]], *tree.tokens[visible[node]]] for node in range(len(tree))]
     return torch.stack([plain(network, sequence)[-1] for sequence in sequences])
 
 
-class Reply:
+class Response:
     """Collects the logits of a request, and how it ends."""
 
     request: Request
@@ -133,7 +133,7 @@ class Reply:
     def ended(self) -> bool:
         return self._ended.is_set()
 
-    def wait(self) -> "Reply":
+    def wait(self) -> "Response":
         assert self._ended.wait(60), "the request does not end"
         return self
 
@@ -143,25 +143,25 @@ class Reply:
         return self.logits
 
 
-def submit(engine: EngineCore, tokens: Sequence[int], program: Program, max_new_tokens: int = 0) -> Reply:
-    reply = Reply()
-    reply.request = engine.add_request(Request(list(tokens), program, max_new_tokens, reply))
-    return reply
+def submit(engine: EngineCore, tokens: Sequence[int], program: Program, max_new_tokens: int = 0) -> Response:
+    response = Response()
+    response.request = engine.add_request(Request(list(tokens), program, max_new_tokens, response))
+    return response
 
 
-def ask(engine: EngineCore, tokens: Sequence[int], *tree_inputs: TreeInput) -> Reply:
+def run_trees(engine: EngineCore, tokens: Sequence[int], *tree_inputs: TreeInput) -> Response:
     """Runs one tree after another on a context, and collects the logits."""
-    reply = Reply()
+    response = Response()
 
     def program() -> Program:
         for tree_input in tree_inputs:
             output = yield tree_input
             assert output.token_ids == output.logits.argmax(-1).tolist()
-            reply.logits.append(output.logits.clone())
+            response.logits.append(output.logits.clone())
 
     max_new_tokens = sum(len(each.accepted_path) for each in tree_inputs) + max(len(each.nodes) for each in tree_inputs)
-    reply.request = engine.add_request(Request(list(tokens), program(), max_new_tokens, reply))
-    return reply
+    response.request = engine.add_request(Request(list(tokens), program(), max_new_tokens, response))
+    return response
 
 
 @contextmanager
@@ -174,13 +174,13 @@ def paused(engine: EngineCore) -> Iterator[None]:
         go.wait(60)
         yield TreeInput((), logits_nodes=())
 
-    reply = submit(engine, [], hold())
+    response = submit(engine, [], hold())
     assert reached.wait(60)
     try:
         yield
     finally:
         go.set()
-        reply.result()
+        response.result()
 
 
 @contextmanager

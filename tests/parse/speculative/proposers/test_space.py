@@ -28,7 +28,7 @@ from parse.speculative.proposers.space_adapters import (
 )
 from parse.tree import MASK, tree_from_parents
 from parse.types import SamplingParams, sum_stats
-from tests.parse.engines.native.tiny import VOCABULARY, ask, build, serving
+from tests.parse.engines.native.tiny import VOCABULARY, build, run_trees, serving
 from training.head_checkpoints import save_adapters
 from training.tokenizer import build_tokenizer
 
@@ -81,7 +81,7 @@ def test_a_mask_sees_its_sequence_and_the_masks_before_it_and_only_later_masks_s
     model = model_with(kind)
     tree, positions = tree_from_parents(*TREE)
     with serving(model) as engine:
-        (logits,) = ask(engine, TOKENS[:8], TreeInput(tree)).result()
+        (logits,) = run_trees(engine, TOKENS[:8], TreeInput(tree)).result()
     tokens, parents = TREE
     for node in range(len(tokens)):
         path = [node]
@@ -101,7 +101,7 @@ def test_tokens_beside_masks_have_the_same_logits_bit_for_bit_whatever_the_adapt
         lambda network: MaskTokenEmbedder(torch.zeros(32)),  # no adapters
     ):
         with serving(model_with(kind, make_mask_embedder)) as engine:
-            logits.append(ask(engine, TOKENS[:8], TreeInput(tree)).result()[0])
+            logits.append(run_trees(engine, TOKENS[:8], TreeInput(tree)).result()[0])
     tokens = [positions[node] for node, token in enumerate(TREE[0]) if token != MASK]
     masks = [positions[node] for node, token in enumerate(TREE[0]) if token == MASK]
     for other in logits[1:]:
@@ -254,7 +254,7 @@ def test_a_model_that_was_tuned_as_a_whole_reads_its_mask_token():
     model.mask_embedder = proposer.mask_embedder
     tree, positions = tree_from_parents([3, MASK, MASK], [-1, 0, 1])
     with serving(model) as engine:
-        (logits,) = ask(engine, TOKENS[:8], TreeInput(tree)).result()
+        (logits,) = run_trees(engine, TOKENS[:8], TreeInput(tree)).result()
     expected = logits_of_transformers(model, [*TOKENS[:8], 3, MASK, MASK])
     with torch.inference_mode():
         network.set_attn_implementation("sdpa")
