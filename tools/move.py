@@ -40,9 +40,9 @@ def rewrite(text: str, moves: dict[str, str]) -> str:
         new_package, new_name = new.rsplit(".", 1)
 
         def split(
-            found: re.Match[str], name: str = name, new_name: str = new_name, new_package: str = new_package
+            match: re.Match[str], name: str = name, new_name: str = new_name, new_package: str = new_package
         ) -> str:
-            indent, package, names = found[1], found[2], [part.strip() for part in found[3].split(",")]
+            indent, package, names = match[1], match[2], [part.strip() for part in match[3].split(",")]
             mine = [part for part in names if part.split(" as ")[0] == name]
             rest = [part for part in names if part not in mine]
             lines = [f"{indent}from {package} import {', '.join(rest)}"] if rest else []

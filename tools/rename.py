@@ -55,8 +55,8 @@ class Server:
         while line := out.readline().strip():
             if line.lower().startswith(b"content-length:"):
                 length = int(line.split(b":")[1])
-        found: dict[str, Any] = json.loads(out.read(length))
-        return found
+        message: dict[str, Any] = json.loads(out.read(length))
+        return message
 
     def notify(self, method: str, params: Any) -> None:
         self.send({"method": method, "params": params})
@@ -106,10 +106,10 @@ def locate(file: Path, symbol: str) -> tuple[int, int] | None:
     scope: ast.AST = ast.parse(text)
     *outer, last = symbol.split(".")
     for name in outer:
-        found = next((n for n in ast.walk(scope) if getattr(n, "name", None) == name), None)
-        if found is None:
+        definition = next((n for n in ast.walk(scope) if getattr(n, "name", None) == name), None)
+        if definition is None:
             return None
-        scope = found
+        scope = definition
     if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
         nodes: Iterator[ast.AST] = ast.walk(scope)
     else:  # the names of a module or class, not those inside its functions
