@@ -74,7 +74,9 @@ def test_a_misspelled_key_is_rejected_with_the_closest_one():
 
 
 def test_other_errors_stay_as_they_are():
-    message = error(target={"model": "m", "memory_mb": 1, "max_num_seqs": 0}, verification={"full": 2, "auto_mode": "off"})
+    message = error(
+        target={"model": "m", "memory_mb": 1, "max_num_seqs": 0}, verification={"full": 2, "auto_mode": "off"}
+    )
     assert "target.max_num_seqs: Input should be greater than or equal to 1" in message
     assert "verification.full: Input should be less than or equal to 1" in message
     assert "verification.auto_mode: Input should be 'full', 'progressive', 'rounds' or 'exact'" in message
