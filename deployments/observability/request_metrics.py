@@ -58,8 +58,8 @@ def _record_proposals(recorder: MetricsRecorder, method: str, proposed: Sequence
 def _record_correct_probabilities(recorder: MetricsRecorder, verification: Verification) -> None:
     for prefix_length, probability in zip(verification.prefix_lengths, verification.p_correct, strict=True):
         if probability is not None:
-            kept = prefix_length <= verification.accepted_prefix_length
-            recorder.observe(metrics.CORRECT_PROBABILITY, probability, kept="yes" if kept else "no")
+            is_accepted = prefix_length <= verification.accepted_prefix_length
+            recorder.observe(metrics.CORRECT_PROBABILITY, probability, kept="yes" if is_accepted else "no")
 
 
 def _record_times(recorder: MetricsRecorder, choice: ChoiceState) -> None:

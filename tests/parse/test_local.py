@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parse.__main__ import EXAMPLE as QUESTION
-from parse.__main__ import main
+from parse.__main__ import EXAMPLE, main
 from parse.config import VERIFICATION_FILE, EngineSettings, VerificationSettings
 from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
 from parse.events import Finished, TextDelta
@@ -175,7 +174,7 @@ def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):
 
 
 def test_the_command_answers_and_tells_what_happened(capsys):
-    main([QUESTION, "--mode", "full"])
+    main([EXAMPLE, "--mode", "full"])
     answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     assert "Ben" in answer.splitlines()[-1] and "80" in answer.splitlines()[-1]
     assert re.match(
@@ -186,7 +185,7 @@ def test_the_command_answers_and_tells_what_happened(capsys):
 def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
     answers = []
     for how in ([], ["--speculation", "parallel", "--head", str(DEMO / "demo-parallel")]):
-        main([QUESTION, "--mode", "off", *how])
+        main([EXAMPLE, "--mode", "off", *how])
         answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
         answers.append(answer)
     assert answers[0] == answers[1]
@@ -198,12 +197,12 @@ def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
     ("arguments", "message"),
     [
         ([""], "question: must not be empty"),
-        ([QUESTION, "--max-tokens", "0"], "max_tokens: must be at least 1"),
-        ([QUESTION, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
-        ([QUESTION, "--target", "/nowhere"], "/nowhere is no directory"),
-        ([QUESTION * 200], "prompt: is"),
-        ([QUESTION, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a model"),
-        ([QUESTION, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
+        ([EXAMPLE, "--max-tokens", "0"], "max_tokens: must be at least 1"),
+        ([EXAMPLE, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
+        ([EXAMPLE, "--target", "/nowhere"], "/nowhere is no directory"),
+        ([EXAMPLE * 200], "prompt: is"),
+        ([EXAMPLE, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a model"),
+        ([EXAMPLE, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(arguments, message, capsys, monkeypatch):

@@ -21,7 +21,7 @@ class Entry:
 
 
 def row(prompt, tokens, parents, at):
-    """The prompt is a chain; the parent of node j is node `parents[j]`, or (-1) the first `at[j]` tokens of the prompt."""
+    """The prompt is a chain; the parent of node j is node `parents[j]`, or (-1) the prompt up to `at[j]`."""
     entries = [Entry(token, place, list(range(place + 1))) for place, token in enumerate(prompt)]
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
         visible = list(range(at[node])) if parent < 0 else entries[len(prompt) + parent].ancestors
