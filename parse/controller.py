@@ -1,27 +1,28 @@
-"""Whether to draft at all: measured, explained by figures, and taken back when the figures change.
+"""Mode `auto`: decides for each request whether to draft, from measured gains, and revises that as they change.
 
-What a draft saves is the target's time for the tokens it kept; what it costs is the time before the target could
-write. Both are weighed as shares of what the target alone would have taken. When drafting has lost for a while it
-pauses, and one request in ever longer intervals tries it again.
+A draft saves the time that the target alone would have needed for the accepted tokens. It costs the time of drafting
+and verifying. Both are weighed as shares of the time that the target alone would have taken for the answer. When
+drafting has cost more than it saved for a while, it pauses, and one request at growing intervals tries it again.
+`Pipeline._choose_mode` asks this controller; a client's own prediction or explicit mode does not.
 """
 
 from dataclasses import dataclass
 
 EMA_WEIGHT = 0.2  # of the newest request in the running means
-MIN_OBSERVATIONS = 3  # drafts before the figures count
-MIN_GAIN_TO_RESUME = 0.1  # more than the 0 that stops it: no flutter around the border
+MIN_OBSERVATIONS = 3  # drafts before the gain decides
+MIN_GAIN_TO_RESUME = 0.1  # above the 0 at which drafting pauses, so that it does not flip back and forth
 INITIAL_PAUSE, MAX_PAUSE = 8, 256  # requests answered without a draft before the next trial
 
 
 @dataclass(frozen=True)
 class DraftingOutcome:
-    """Of one answer that was drafted for."""
+    """What one answer with a draft took."""
 
     draft_tokens: int
     accepted_tokens: int
-    target_tokens: int  # tokens by the target
+    target_tokens: int
     total_s: float
-    target_s: float  # of it, the target writing
+    target_s: float  # the part of it in which the target generated
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,20 @@ class DraftingDecision:
 
 
 class DraftingController:
-    """Of one deployment. Not thread-safe: it belongs to one event loop."""
+    """The state of one deployment. It is not thread-safe and belongs to one event loop."""
 
     def __init__(self) -> None:
         self.gain: float | None = None  # mean of (time alone - time taken) / time alone
-        self.acceptance: float | None = None  # mean share of the drafted tokens
+        self.acceptance: float | None = None  # mean accepted share of the draft tokens
         self.token_s: float | None = None  # the target's time for a token
-        self.overhead_s: float | None = None  # mean time to draft and judge, per drafted token
+        self.overhead_s: float | None = None  # mean time to draft and verify, per draft token
         self._num_drafts = 0
         self._paused = False
         self._pause = INITIAL_PAUSE
         self._requests_until_trial = 0
 
     def decide(self) -> DraftingDecision:
-        """Asked once for every request that leaves the choice to us."""
+        """Decides for one request in mode `auto`."""
         if not self._paused:
             return DraftingDecision(True, "drafting pays" if self._num_drafts else "nothing is known yet")
         if self._requests_until_trial > 0:

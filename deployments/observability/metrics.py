@@ -300,7 +300,9 @@ ENGINE_PREFIX_CACHE_QUERIES = ENGINE_METRICS.counter(
     "parse_engine_prefix_tokens_total", "Tokens looked up in the prefix cache."
 )
 ENGINE_PREFIX_CACHE_HITS = ENGINE_METRICS.counter("parse_engine_prefix_hits_total", "Tokens found in the prefix cache.")
-ENGINE_EVICTIONS = ENGINE_METRICS.counter("parse_engine_evictions_total", "Blocks evicted from the prefix cache.")
+ENGINE_EVICTIONS = ENGINE_METRICS.counter(
+    "parse_engine_evictions_total", "Finished sequences evicted from the prefix cache."
+)
 
 
 class MetricsRecorder:

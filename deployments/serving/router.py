@@ -15,10 +15,10 @@ from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import MetricsRecorder
 from deployments.serving.circuit_breaker import CircuitBreaker
-from deployments.serving.clients import DrafterClient, VerifierClient
 from deployments.serving.metrics_collection import collect_replica_metrics
 from deployments.serving.overlap import BusyTime
 from deployments.serving.replica import ReplicaInfo
+from deployments.serving.replica_clients import DrafterClient, VerifierClient
 from deployments.session import Session
 from parse.config import VerificationSettings
 from parse.pipeline import Pipeline

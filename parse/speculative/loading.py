@@ -5,7 +5,7 @@ from parse.engines.native.model import Model
 from parse.registry import METHODS, resolve
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
-from parse.speculative.policy import SpeculativeMethod
+from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.speculative.proposers.base import LoadContext, LoadedProposer, ProposerLoadError
 
 

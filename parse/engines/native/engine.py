@@ -24,7 +24,7 @@ from parse.errors import RequestError
 from parse.registry import MODES
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.speculative.cost_model import StepCostModel
-from parse.speculative.policy import SpeculativeMethod
+from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.types import MAX_LOGPROBS, SamplingParams, TokenDelta, VerifyResult, validate_token_ids
 
 MAX_SUFFIX_TOKENS = 1024  # in one pass; a sequence has memory for them beyond the longest context

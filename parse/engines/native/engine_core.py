@@ -23,8 +23,8 @@ from parse.engines.native.request import Request
 from parse.engines.native.scheduler import ScheduledRequest, Scheduler
 from parse.errors import EngineStopped, RequestCancelled, RequestError
 from parse.speculative.cost_model import StepCostModel
-from parse.speculative.policy import ProposalCall
 from parse.speculative.proposal import Proposal
+from parse.speculative.proposal_policy import ProposalCall
 from parse.tree import TokenTree
 
 logger = logging.getLogger(__name__)

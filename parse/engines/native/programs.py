@@ -15,8 +15,8 @@ from parse.acceptance import next_batch
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.native.sampler import Sampler, SamplingState, token_logprobs
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
-from parse.speculative.policy import ProposalCall, SequenceSpeculation
 from parse.speculative.proposal import NO_PROPOSAL, MaskPrediction, Proposal, chain_proposal
+from parse.speculative.proposal_policy import ProposalCall, SequenceSpeculation
 from parse.tree import MASK, TokenTree, child, suffix_forest, tree_from_parents
 from parse.types import FinishReason, Logprob, SpeculationStats, TokenDelta, VerifyResult
 

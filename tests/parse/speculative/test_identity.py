@@ -20,7 +20,7 @@ from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
-from parse.speculative.policy import SpeculativeMethod
+from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.speculative.proposers.draft_model import DraftModelProposer
 from parse.speculative.proposers.eagle3 import Eagle3Proposer
 from parse.speculative.proposers.eagle_checkpoint import load_head

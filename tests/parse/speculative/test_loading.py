@@ -15,7 +15,7 @@ from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.loading import load_methods
-from parse.speculative.policy import SpeculativeMethod
+from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.ngram import NgramProposer
 from parse.types import SamplingParams

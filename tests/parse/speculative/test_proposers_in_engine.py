@@ -21,8 +21,8 @@ from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
-from parse.speculative.policy import SpeculativeMethod
 from parse.speculative.proposal import Proposal, Proposer
+from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.types import SamplingParams, sum_stats
 from training.measure import draw_problems
 

@@ -19,8 +19,8 @@ from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
-from parse.speculative.policy import ProposalCall, SpeculativeMethod
 from parse.speculative.proposal import Proposal, Proposer
+from parse.speculative.proposal_policy import ProposalCall, SpeculativeMethod
 from parse.tree import TokenTree
 from parse.types import SamplingParams, SpeculationStats, sum_stats
 from tests.parse.engines.native.chance import surprising

@@ -10,10 +10,10 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from deployments.serving import circuit_breaker, clients
+from deployments.serving import circuit_breaker, replica_clients
 from deployments.serving.circuit_breaker import CircuitBreaker
-from deployments.serving.clients import DrafterClient, RetriesExhausted, VerifierClient
 from deployments.serving.overlap import BusyTime
+from deployments.serving.replica_clients import DrafterClient, RetriesExhausted, VerifierClient
 from deployments.session import Session
 from parse.errors import DraftUnavailable, EngineStopped, RequestError
 from parse.prompts import VerificationSuffix
@@ -94,7 +94,7 @@ def scripted(script: list) -> Any:
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
-    monkeypatch.setattr(clients, "RETRY_BACKOFF_S", 0.001)
+    monkeypatch.setattr(replica_clients, "RETRY_BACKOFF_S", 0.001)
     monkeypatch.setattr(circuit_breaker, "HEALTH_CHECK_INTERVAL_S", 0.01)
     monkeypatch.setattr(circuit_breaker, "HEALTH_CHECK_TIMEOUT_S", 0.05)
 
@@ -195,7 +195,7 @@ def test_verifiers_that_die_one_after_the_other_end_the_request():
     handle, session = scripted([[ActorDiedError()]]), Session("s")
     with pytest.raises(RetriesExhausted):
         asyncio.run(VerifierClient(handle, session, DEAF).prefill((1,)))
-    assert len(handle.calls) == clients.MAX_RETRIES + 1
+    assert len(handle.calls) == replica_clients.MAX_RETRIES + 1
 
 
 def test_whoever_gives_up_cancels_the_call():

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from parse.speculative import policy
+from parse.speculative import proposal_policy
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
-from parse.speculative.policy import MIN_TRIALS, SpeculativeMethod
 from parse.speculative.proposal import NO_PROPOSAL, NOT_READY, Proposal, Proposer, chain_proposal
+from parse.speculative.proposal_policy import MIN_TRIALS, SpeculativeMethod
 from parse.speculative.records import MAX_PAUSE
 from parse.tree import MASK
 
@@ -50,7 +50,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(policy, "time", clock)
+    monkeypatch.setattr(proposal_policy, "time", clock)
     return clock
 
 
@@ -123,8 +123,8 @@ class Outcome:
 @dataclass
 class Generation:
     sequence: FakeSequence
-    speculation: policy.SequenceSpeculation
-    call: policy.ProposalCall | None
+    speculation: proposal_policy.SequenceSpeculation
+    call: proposal_policy.ProposalCall | None
 
 
 class Batch:
