@@ -58,8 +58,8 @@ class Playground:
     def all(self, selector: str) -> Sequence[WebElement]:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
-    def run(self, script: str, *given: Any) -> Any:
-        return self.browser.execute_script(script, *given)
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.browser.execute_script(script, *arguments)
 
     def until(self, true: Callable[[], Any], what: str) -> Any:
         return WebDriverWait(self.browser, PATIENCE_S, poll_frequency=0.05).until(lambda _: true(), what)
@@ -80,14 +80,14 @@ class Playground:
 
     def ask(
         self,
-        question: str | None = None,
+        prompt: str | None = None,
         *,
         mode: str = "full",
         against: str | None = None,
         methods: tuple[str, str] | None = None,
     ) -> None:
-        if question is not None:
-            self.put("#question", question)
+        if prompt is not None:
+            self.put("#question", prompt)
         self.choose("#mode", mode)
         if self.one("#compare").is_selected() != (against is not None):
             self.one("#compare").click()
@@ -151,8 +151,8 @@ def pictures(folder: Path, address: str) -> None:
             page.ask(mode="full", against="off")
             page.ended()
             page.run("document.activeElement.blur(); scrollTo(0, 0)")
-            there, wanted = page.run("return [innerHeight, document.documentElement.scrollHeight]")
-            browser.set_window_size(1440, browser.get_window_size()["height"] + max(0, wanted - there))
+            inner_height, scroll_height = page.run("return [innerHeight, document.documentElement.scrollHeight]")
+            browser.set_window_size(1440, browser.get_window_size()["height"] + max(0, scroll_height - inner_height))
             picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
             few = picture.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
             few.save(folder / f"playground-{theme}.png", optimize=True)

@@ -26,7 +26,7 @@ OPEN: Any = [{"role": "user", "content": "Hello."}]  # the pair has much to say 
 REPEATABLE = ["off", "full", "progressive", "exact"]  # the others weigh what drafts cost at the time
 
 
-def question_messages(index: int = 0) -> Any:
+def problem_messages(index: int = 0) -> Any:
     return [{"role": "user", "content": PROBLEMS[index].question}]
 
 
@@ -34,7 +34,7 @@ def chat(client: OpenAI, messages: Any = None, mode: str = "off", trace: bool = 
     params = {"temperature": 0} | params
     body = {"parse": {"mode": mode, "trace": trace}}
     return client.chat.completions.create(
-        model=MODEL, messages=messages or question_messages(), extra_body=body, **params
+        model=MODEL, messages=messages or problem_messages(), extra_body=body, **params
     )
 
 
@@ -44,7 +44,7 @@ def chunks(
     params = {"temperature": 0} | params
     body = {"parse": {"mode": mode, "trace": trace}}
     stream = client.chat.completions.create(
-        model=MODEL, messages=messages or question_messages(), extra_body=body, stream=True, **params
+        model=MODEL, messages=messages or problem_messages(), extra_body=body, stream=True, **params
     )
     return list(stream)
 
@@ -83,7 +83,7 @@ def peer() -> Any:
 @pytest.fixture(scope="module")
 def prompts(pair: LocalPair) -> list[list[int]]:
     """Texts that are gone on from at length."""
-    return [chat_prompt_token_ids(pair.tokenizer, question_messages(index)) for index in range(2)]
+    return [chat_prompt_token_ids(pair.tokenizer, problem_messages(index)) for index in range(2)]
 
 
 def logits_of(peer: Any, ids: list[int]) -> torch.Tensor:
@@ -110,12 +110,12 @@ def target_token_ids(peer: Any, pair: LocalPair, messages: Any) -> list[int]:
 
 def test_a_greedy_answer_is_what_the_library_writes(client, pair, peer):
     for index in range(2):
-        answer = chat(client, question_messages(index))
-        ids = target_token_ids(peer, pair, question_messages(index))
+        answer = chat(client, problem_messages(index))
+        ids = target_token_ids(peer, pair, problem_messages(index))
         assert text_of(answer) == pair.tokenizer.decode(ids)
         assert answer.choices[0].finish_reason == "stop"
         assert answer.usage is not None
-        assert answer.usage.prompt_tokens == len(chat_prompt_token_ids(pair.tokenizer, question_messages(index)))
+        assert answer.usage.prompt_tokens == len(chat_prompt_token_ids(pair.tokenizer, problem_messages(index)))
         assert answer.usage.completion_tokens == len(ids)
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(ids)
 
@@ -130,11 +130,11 @@ def test_an_answer_is_addressed_as_the_api_does(client):
 
 @pytest.mark.parametrize("mode", REPEATABLE)
 @pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 1.0, "seed": 5, "max_tokens": 40}, {"stop": ["Third", "move"]}]
+    "sampling_params", [{}, {"temperature": 1.0, "seed": 5, "max_tokens": 40}, {"stop": ["Third", "move"]}]
 )
-def test_a_stream_is_the_answer_in_parts(client, mode, sampling):
-    complete_answer = chat(client, mode=mode, **sampling)
-    chunk_list = chunks(client, mode=mode, **sampling)
+def test_a_stream_is_the_answer_in_parts(client, mode, sampling_params):
+    complete_answer = chat(client, mode=mode, **sampling_params)
+    chunk_list = chunks(client, mode=mode, **sampling_params)
     assert joined_text(chunk_list) == text_of(complete_answer) and text_of(complete_answer)
     assert chunk_list[0].choices[0].delta.role == "assistant"
     assert all(chunk.object == "chat.completion.chunk" and chunk.model == MODEL for chunk in chunk_list)
@@ -188,7 +188,7 @@ def test_log_probabilities_are_the_targets_own(client, pair, peer, mode):
     assert b"".join(bytes(entry.bytes or []) for entry in entries).decode() == text_of(answer)
     names = {pair.tokenizer.decode([token]): token for token in range(len(pair.tokenizer))}
     ids = [names[entry.token] for entry in entries]
-    prompt = chat_prompt_token_ids(pair.tokenizer, question_messages())
+    prompt = chat_prompt_token_ids(pair.tokenizer, problem_messages())
     expected = logits_of(peer, [*prompt, *ids])[len(prompt) - 1 : -1].log_softmax(-1)
     for row, token, entry in zip(expected, ids, entries, strict=True):
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-3)
@@ -206,7 +206,7 @@ def test_log_probabilities_alone_name_no_others(client):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_answer_ends_before_a_stop_string(client, pair, peer, mode):
-    complete_answer = pair.tokenizer.decode(target_token_ids(peer, pair, question_messages()))
+    complete_answer = pair.tokenizer.decode(target_token_ids(peer, pair, problem_messages()))
     for stop in (complete_answer[20:24], [complete_answer[-5:], "no such thing"], complete_answer[:3]):
         answer = chat(client, mode=mode, stop=stop)
         strings = [stop] if isinstance(stop, str) else stop
@@ -237,9 +237,9 @@ def test_an_answer_ends_where_the_context_does(client, pair):
 
 
 def test_what_is_said_in_parts_or_by_a_developer_is_the_same_to_the_model(client):
-    question = PROBLEMS[0].question
-    plain: Any = [{"role": "system", "content": "Answer step by step."}, {"role": "user", "content": question}]
-    halves = [{"type": "text", "text": text} for text in (question[:20], question[20:])]
+    content = PROBLEMS[0].question
+    plain: Any = [{"role": "system", "content": "Answer step by step."}, {"role": "user", "content": content}]
+    halves = [{"type": "text", "text": text} for text in (content[:20], content[20:])]
     parts: Any = [
         {"role": "developer", "content": [{"type": "text", "text": "Answer step by step."}]},
         {"role": "user", "content": halves},
@@ -251,7 +251,7 @@ def test_what_is_said_in_parts_or_by_a_developer_is_the_same_to_the_model(client
 
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact", "auto"])
 def test_a_right_prediction_is_taken_whole(client, pair, peer, mode):
-    own = target_token_ids(peer, pair, question_messages())
+    own = target_token_ids(peer, pair, problem_messages())
     text = pair.tokenizer.decode(own)
     for content in (text, [{"type": "text", "text": delta} for delta in (text[:30], text[30:])]):
         answer = chat(client, mode=mode, prediction={"type": "content", "content": content})
@@ -266,7 +266,7 @@ def test_a_right_prediction_is_taken_whole(client, pair, peer, mode):
 def test_a_wrong_prediction_is_rejected(client, pair, peer, mode):
     wrong = "So nobody has anything now. The answer is 3."
     answer = chat(client, mode=mode, prediction={"type": "content", "content": wrong})
-    assert text_of(answer) == pair.tokenizer.decode(target_token_ids(peer, pair, question_messages()))
+    assert text_of(answer) == pair.tokenizer.decode(target_token_ids(peer, pair, problem_messages()))
     assert answer.usage is not None and answer.usage.completion_tokens_details is not None
     details = answer.usage.completion_tokens_details
     assert details.rejected_prediction_tokens is not None and details.accepted_prediction_tokens is not None
@@ -375,7 +375,7 @@ def test_a_completion_is_streamed_too(client, prompts):
 
 
 def test_text_may_be_gone_on_from_with_drafts(client, pair):
-    prompt = chat_prompt_token_ids(pair.tokenizer, question_messages())
+    prompt = chat_prompt_token_ids(pair.tokenizer, problem_messages())
     answer = complete(client, prompt, max_tokens=200, extra_body={"parse": {"mode": "full"}})
     assert report(answer).accepted > 0
     assert answer.choices[0].text == text_of(chat(client, mode="full", max_tokens=200))
@@ -397,7 +397,7 @@ def test_the_client_understands_what_is_refused(client):
         chat(client, temperature=3)
     assert (refused.value.param, refused.value.code) == ("temperature", "invalid_value")
     with pytest.raises(openai.NotFoundError) as missing:
-        client.chat.completions.create(model="gpt", messages=question_messages())
+        client.chat.completions.create(model="gpt", messages=problem_messages())
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     with pytest.raises(openai.BadRequestError) as wide:
         chat(client, n=17)
@@ -410,7 +410,7 @@ def test_the_client_understands_what_is_refused(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_does_not_fit_the_context_is_refused(client, stream):
     long: Any = [{"role": "user", "content": "53 " * 2000}]
-    params: list[Any] = [{"messages": long}, {"messages": question_messages(), "max_tokens": 1000}]
+    params: list[Any] = [{"messages": long}, {"messages": problem_messages(), "max_tokens": 1000}]
     for body in params:
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model=MODEL, stream=stream, **body)
@@ -451,15 +451,17 @@ def test_a_request_chooses_its_mode_and_is_told_what_came_of_it(client, mode):
 
 def check_trace(response: ParseReport, text: str, mode: str) -> None:
     assert response.pieces is not None and response.verdicts is not None
-    assert "".join(piece.text for piece in response.pieces) == text
+    assert "".join(delta.text for delta in response.pieces) == text
     counts: Counter[str] = Counter()
-    for piece in response.pieces:
-        counts[piece.origin] += piece.tokens
+    for delta in response.pieces:
+        counts[delta.origin] += delta.tokens
     assert (counts["draft"], counts["target"]) == (response.accepted, response.written)
     assert bool(response.verdicts) == (response.drafted > 0 and mode != "exact")
-    for verdict in response.verdicts:
-        assert len(verdict.cuts) == len(verdict.correct) and verdict.cuts == sorted(set(verdict.cuts))
-        assert all(chance is None or 0 <= chance <= 1 for chance in verdict.correct)
+    for verification in response.verdicts:
+        assert len(verification.cuts) == len(verification.correct) and verification.cuts == sorted(
+            set(verification.cuts)
+        )
+        assert all(chance is None or 0 <= chance <= 1 for chance in verification.correct)
     check_times(response)
 
 
@@ -469,8 +471,8 @@ def check_times(response: ParseReport) -> None:
     for stage in response.stages:
         assert 0 <= stage.start <= stage.end <= response.total_s
         assert stage.name == "queue" or stage.start >= response.stages[0].end
-    ends = [stage.end for stage in response.stages]
-    assert ends == sorted(ends)
+    end_times = [stage.end for stage in response.stages]
+    assert end_times == sorted(end_times)
     assert {stage.name for stage in response.stages} >= ({"draft"} if response.drafted else {"write"})
 
 
@@ -490,9 +492,9 @@ def test_a_stream_tells_the_same(client, mode, params):
     verdicts = [delta["verdict"] for delta in shown if "verdict" in delta]
     assert response.pieces is not None and response.verdicts is not None
     for origin, tokens in (("draft", response.accepted), ("target", response.written)):
-        assert sum(piece["tokens"] for piece in pieces if piece["origin"] == origin) == tokens
-        text = "".join(piece.text for piece in response.pieces if piece.origin == origin)
-        assert "".join(piece["text"] for piece in pieces if piece["origin"] == origin) == text
+        assert sum(delta["tokens"] for delta in pieces if delta["origin"] == origin) == tokens
+        text = "".join(delta.text for delta in response.pieces if delta.origin == origin)
+        assert "".join(delta["text"] for delta in pieces if delta["origin"] == origin) == text
     assert [(v["start"], v["cuts"], v["kept"], v["rejected"]) for v in verdicts] == [
         (v.start, v.cuts, v.kept, v.rejected) for v in response.verdicts
     ]
@@ -518,9 +520,11 @@ def test_every_choice_has_a_report_of_its_own(client):
 
 def test_exact_is_the_target_alone(client):
     for index in range(2):
-        samplings: list[Any] = [{}, {"temperature": 1.0, "seed": index, "max_tokens": 60}]
-        for sampling in samplings:
-            exact, off = (chat(client, question_messages(index), mode=mode, **sampling) for mode in ("exact", "off"))
+        cases: list[Any] = [{}, {"temperature": 1.0, "seed": index, "max_tokens": 60}]
+        for sampling_params in cases:
+            exact, off = (
+                chat(client, problem_messages(index), mode=mode, **sampling_params) for mode in ("exact", "off")
+            )
             assert text_of(exact) == text_of(off) and exact.choices[0].finish_reason == off.choices[0].finish_reason
 
 
@@ -529,7 +533,7 @@ def test_thresholds_are_obeyed_and_may_only_be_raised(client):
         body = {"parse": {"mode": "full"} | options}
         return report(
             client.chat.completions.create(
-                model=MODEL, messages=question_messages(), temperature=0, extra_body=body, seed=1
+                model=MODEL, messages=problem_messages(), temperature=0, extra_body=body, seed=1
             )
         )
 

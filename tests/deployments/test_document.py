@@ -25,7 +25,7 @@ from training.tokenizer import build_tokenizer
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 # What the document says does not depend on who answers.
-NOBODY = Pipeline(
+PIPELINE = Pipeline(
     verifier=cast(Verifier, None),
     tokenizer=build_tokenizer(),
     capabilities=Capabilities(tuple(MODES), (), frozenset(), max_logprobs=20, max_model_len=1, block_size=16),
@@ -34,20 +34,20 @@ NOBODY = Pipeline(
 )
 
 
-WRITTEN = create_app(LocalBackend(NOBODY), ApiSettings(), MODEL).openapi()
+OPENAPI_DOCUMENT = create_app(LocalBackend(PIPELINE), ApiSettings(), MODEL).openapi()
 SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def narrowed() -> dict[str, Any]:
     """What this server serves of it: its model, its limits, and nothing that needs another field."""
-    written = deepcopy(WRITTEN)
-    schemas = written["components"]["schemas"]
-    most = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2}
+    openapi_document = deepcopy(OPENAPI_DOCUMENT)
+    schemas = openapi_document["components"]["schemas"]
+    max_values = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2}
     for name in ("ChatCompletionRequest", "CompletionRequest"):
         fields = schemas[name]["properties"]
         fields["model"] = {"const": MODEL}
-        for field in fields.keys() & most.keys():
-            fields[field] = {"type": "integer", "minimum": 1, "maximum": most[field]}
+        for field in fields.keys() & max_values.keys():
+            fields[field] = {"type": "integer", "minimum": 1, "maximum": max_values[field]}
         fields["logit_bias"]["anyOf"][0]["patternProperties"] = {"^[1-4]?[0-9]$": {"enum": [-100, 0.5, 100]}}
         for field in fields.keys() & {"top_logprobs", "stream_options", "best_of", "max_completion_tokens"}:
             del fields[field]
@@ -61,10 +61,10 @@ def narrowed() -> dict[str, Any]:
     *_, several, tokens, lists = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
     tokens["items"] = lists["items"]["items"] = {"type": "integer", "minimum": 0, "maximum": 509}
     several["maxItems"] = lists["maxItems"] = 2
-    return written
+    return openapi_document
 
 
-document, served_here = schemathesis.openapi.from_dict(WRITTEN), schemathesis.openapi.from_dict(narrowed())
+document, served_here = schemathesis.openapi.from_dict(OPENAPI_DOCUMENT), schemathesis.openapi.from_dict(narrowed())
 document.config.generation.update(deterministic=True)
 served_here.config.generation.update(deterministic=True, modes=[schemathesis.GenerationMode.POSITIVE])
 

@@ -99,7 +99,7 @@ def saying(pair: LocalPair, script: Script, model: str = MODEL, **settings: Any)
 
 
 @contextmanager
-def answering(chat: Callable[[], Response]) -> Iterator[str]:
+def serving_chat(chat: Callable[[], Response]) -> Iterator[str]:
     """The page over a server of which nothing but the answer to a chat is to be expected."""
     app = FastAPI()
     app.include_router(playground.create_router())
@@ -120,7 +120,7 @@ def answering(chat: Callable[[], Response]) -> Iterator[str]:
         yield address
 
 
-def piece(text: str, origin: Any = "target", tokens: int = 1) -> TextDelta:
+def text_delta(text: str, origin: Any = "target", tokens: int = 1) -> TextDelta:
     return TextDelta(text, (0,) * tokens, origin)
 
 
@@ -136,16 +136,18 @@ def test_the_page_and_its_parts_are_there_for_everybody_and_for_nothing_but_them
     monkeypatch.setenv("PARSE_API_KEYS", "a-key")
     with served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address:
         for path in ("/", *(f"/playground/{name}" for name in playground.ASSETS)):
-            reply = httpx.get(f"{address}{path}")
-            assert reply.status_code == 200, path
-            policy = {part.split()[0]: part.split()[1:] for part in reply.headers["content-security-policy"].split(";")}
+            response = httpx.get(f"{address}{path}")
+            assert response.status_code == 200, path
+            policy = {
+                part.split()[0]: part.split()[1:] for part in response.headers["content-security-policy"].split(";")
+            }
             assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == ["'none'"]
             assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == ["'self'"]
             assert policy["frame-ancestors"] == ["'none'"]
-            assert reply.headers["x-content-type-options"] == "nosniff"
-            tag = reply.headers["etag"]
-            for known in (tag, f"W/{tag}", f'"another", {tag}'):
-                again = httpx.get(f"{address}{path}", headers={"If-None-Match": known})
+            assert response.headers["x-content-type-options"] == "nosniff"
+            tag = response.headers["etag"]
+            for if_none_match in (tag, f"W/{tag}", f'"another", {tag}'):
+                again = httpx.get(f"{address}{path}", headers={"If-None-Match": if_none_match})
                 assert (again.status_code, again.content) == (304, b"")
             assert httpx.get(f"{address}{path}", headers={"If-None-Match": '"another"'}).status_code == 200
             assert httpx.head(f"{address}{path}").status_code == 200
@@ -175,27 +177,27 @@ def test_no_file_reads_markup_or_comes_from_elsewhere(path):
 # What it shows.
 
 
-def asked(address: str, mode: str, **fields: Any) -> dict[str, Any]:
+def send_request(address: str, mode: str, **fields: Any) -> dict[str, Any]:
     body = {"model": MODEL, "messages": [{"role": "user", "content": KIM}], "temperature": 0, **fields}
-    reply = httpx.post(f"{address}{CHAT}", json=body | {"parse": {"mode": mode, "trace": True}}, timeout=60)
-    return dict(reply.raise_for_status().json())
+    response = httpx.post(f"{address}{CHAT}", json=body | {"parse": {"mode": mode, "trace": True}}, timeout=60)
+    return dict(response.raise_for_status().json())
 
 
 def struck(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Each rejected part, and what of the answer stands before it."""
-    found = []
-    for verdict in report["verdicts"]:
+    rejected_parts = []
+    for verification in report["verdicts"]:
         tokens, before = 0, ""
         for part in report["pieces"]:
-            if tokens < verdict["start"] + verdict["kept"]:
+            if tokens < verification["start"] + verification["kept"]:
                 before += part["text"]
             tokens += part["tokens"]
-        if verdict["rejected"]:
-            found.append((before, verdict["rejected"]))
-    return found
+        if verification["rejected"]:
+            rejected_parts.append((before, verification["rejected"]))
+    return rejected_parts
 
 
-def said(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
+def joined_text(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
     return "".join(text for kind, text in runs if kind in kinds)
 
 
@@ -226,9 +228,9 @@ def steady(pair):
 )
 def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, mode, fields):
     address = steady
-    asked(address, mode, **fields)  # both read the question before
-    told = asked(address, mode, **fields)
-    report = told["parse"]
+    send_request(address, mode, **fields)  # both have read the prompt before
+    response = send_request(address, mode, **fields)
+    report = response["parse"]
     page.open(address)
     for name, value in fields.items():
         page.write(f"#{name.replace('_', '-')}", str(value))
@@ -236,16 +238,16 @@ def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, m
     assert page.ended() == ["done"]
 
     runs = page.runs()
-    assert said(runs, "accepted", "target") == told["choices"][0]["message"]["content"]
+    assert joined_text(runs, "accepted", "target") == response["choices"][0]["message"]["content"]
     for kind, origin in (("accepted", "draft"), ("target", "target")):
-        assert said(runs, kind) == "".join(part["text"] for part in report["pieces"] if part["origin"] == origin)
+        assert joined_text(runs, kind) == "".join(part["text"] for part in report["pieces"] if part["origin"] == origin)
     shown = [
-        (said(runs[:place], "accepted", "target"), text)
+        (joined_text(runs[:place], "accepted", "target"), text)
         for place, (kind, text) in enumerate(runs)
         if kind == "rejected"
     ]
     assert shown == struck(report)
-    assert mode not in ("full", "rounds", "progressive") or (shown and said(runs, "accepted"))
+    assert mode not in ("full", "rounds", "progressive") or (shown and joined_text(runs, "accepted"))
 
     for name in ("mode", "accepted", "written", "rounds", "retries"):
         assert page.report(name) == str(report[name]), name
@@ -255,7 +257,7 @@ def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, m
     assert page.report("boundary") == str(report["boundary"] if report["boundary"] is not None else "none")
     assert float(page.report("total_s")) >= float(page.report("first_s")) > 0
 
-    correct = [p for verdict in report["verdicts"] for p in verdict["correct"]]
+    correct = [p for verification in report["verdicts"] for p in verification["correct"]]
     points = page.run("return [...document.querySelectorAll('.prefix-point')].map(c => c.dataset.p)")
     assert len(points) == len(correct) == len(page.all(".curve tbody tr"))
     expected = [p if p is None else pytest.approx(p, abs=1e-3) for p in correct]
@@ -267,19 +269,21 @@ def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, m
 def test_each_cut_lies_where_the_draft_was_cut(page, address):
     """Of the windows of one draft, one after the other; of drafts of their own, each from its own beginning."""
     page.open(address)
-    told = asked(address, "progressive")["parse"]
+    report = send_request(address, "progressive")["parse"]
     page.ask(KIM, mode="progressive")
     page.ended()
     cuts = [int(row.split()[1]) for row in page.run(TABLE)]
-    kept = sum(verdict["kept"] for verdict in told["verdicts"])
-    assert cuts == sorted(set(cuts)) and len(told["verdicts"]) > 1
+    kept = sum(verification["kept"] for verification in report["verdicts"])
+    assert cuts == sorted(set(cuts)) and len(report["verdicts"]) > 1
     assert [int(row.split()[1]) for row in page.run(TABLE) if row.endswith("passes")][-1] == kept
-    told = asked(address, "rounds")["parse"]
+    report = send_request(address, "rounds")["parse"]
     page.ask(KIM, mode="rounds")
     page.ended()
     rows = [row.split() for row in page.run(TABLE)]
     assert [(int(row[0]), int(row[1])) for row in rows] == [
-        (number + 1, cut) for number, verdict in enumerate(told["verdicts"]) for cut in verdict["cuts"]
+        (number + 1, prefix_length)
+        for number, verification in enumerate(report["verdicts"])
+        for prefix_length in verification["cuts"]
     ]
 
 
@@ -359,7 +363,7 @@ def test_two_modes_stand_side_by_side_and_the_speed_up_is_told(page, address):
     assert page.ended() == ["done", "done"]
     left, right = page.all(".pane")
     assert left.rect["y"] == right.rect["y"] and left.rect["x"] < right.rect["x"]
-    assert said(page.runs(1), "target") == asked(address, "off")["choices"][0]["message"]["content"]
+    assert joined_text(page.runs(1), "target") == send_request(address, "off")["choices"][0]["message"]["content"]
     seconds = [float(page.report("total_s", pane)) for pane in (0, 1)]
     ratio = float(page.one("#comparison b").text.removesuffix(TIMES))
     assert ratio == pytest.approx(max(seconds) / min(seconds), rel=0.05)
@@ -393,11 +397,11 @@ def test_the_examples_are_what_their_names_say(page, address):
     examples = page.run("return [...document.querySelectorAll('.example')].map(b => [b.textContent, b.title])")
     kept = {"half-way": (0.3, 0.7), "near": (0.6, 0.95), "uncertain": (0.6, 0.99), "early": (0.1, 0.5), "wrong": (0, 0)}
     assert len(examples) == 6
-    for name, question in examples:
-        told = asked(address, "full", messages=[{"role": "user", "content": question}])["parse"]
+    for name, prompt in examples:
+        report = send_request(address, "full", messages=[{"role": "user", "content": prompt}])["parse"]
         low, high = next((share for word, share in kept.items() if word in name), (1, 1))
-        assert low <= told["accepted"] / told["drafted"] <= high, name
-        assert ("uncertain" in name) == any(p and 0.1 < p < 0.9 for p in told["verdicts"][0]["correct"]), name
+        assert low <= report["accepted"] / report["drafted"] <= high, name
+        assert ("uncertain" in name) == any(p and 0.1 < p < 0.9 for p in report["verdicts"][0]["correct"]), name
 
 
 # As it comes.
@@ -412,12 +416,12 @@ class Slow:
 
     async def __call__(self, _: GenerationRequest) -> AsyncIterator[Event]:
         try:
-            yield piece("A beginning ", "draft", 2)
+            yield text_delta("A beginning ", "draft", 2)
             yield Verification(0, (0,) * 4, (2, 4), (0.99, 0.02), 2, "that was wrong")
             while not self.may_go_on.is_set():
                 await asyncio.sleep(0.005)
             for word in range(200):
-                yield piece(f"{word} ")
+                yield text_delta(f"{word} ")
             yield done(draft_tokens=4, accepted_tokens=2, target_tokens=200)
         finally:
             self.left.set()
@@ -428,8 +432,8 @@ def test_words_are_shown_as_they_come_and_told_once(page, pair):
     with saying(pair, slow) as address:
         page.open(address)
         page.run(
-            """window.told = [];
-            new MutationObserver(() => told.push(document.getElementById('live').textContent))
+            """window.announcements = [];
+            new MutationObserver(() => announcements.push(document.getElementById('live').textContent))
                 .observe(document.getElementById('live'), {childList: true, characterData: true, subtree: true});"""
         )
         page.ask("Well?")
@@ -441,8 +445,8 @@ def test_words_are_shown_as_they_come_and_told_once(page, pair):
         slow.may_go_on.set()
         assert page.ended() == ["done"] and pane.get_attribute("aria-busy") == "false"
         assert page.runs()[2] == ("target", "".join(f"{word} " for word in range(200)))
-        told = page.run("return told")
-        assert len(told) == 2 and "2 of 4 draft tokens accepted, 200 target tokens" in told[-1]
+        announcements = page.run("return announcements")
+        assert len(announcements) == 2 and "2 of 4 draft tokens accepted, 200 target tokens" in announcements[-1]
 
 
 @pytest.mark.parametrize("trigger", ["Escape", "button"])
@@ -458,7 +462,7 @@ def test_an_answer_can_be_stopped_and_what_had_come_stays(page, pair, trigger):
             page.one("#stop").click()
         assert page.ended() == ["stopped", "stopped"]
         assert slow.left.wait(20), "the server goes on for nobody"
-        assert said(page.runs(), "accepted") == "A beginning "
+        assert joined_text(page.runs(), "accepted") == "A beginning "
         assert not page.one("#stop").is_enabled() and page.run("return document.activeElement.id") != "stop"
         assert "Stopped" in str(page.one("#live").get_attribute("textContent"))
         assert page.console() == []
@@ -532,22 +536,26 @@ def problem(page: "Playground") -> str:
 
 
 @pytest.mark.parametrize(
-    ("script", "told", "shown"),
+    ("script", "message", "shown"),
     [
         (failing(Overloaded(7)), "The server is busy.*Ask again in 7 seconds", ""),
         (failing(RuntimeError("secret")), "The server failed.*Ask again", ""),
-        (failing(RuntimeError("secret"), piece("Half of")), "The answer broke off.*What had arrived stays", "Half of"),
+        (
+            failing(RuntimeError("secret"), text_delta("Half of")),
+            "The answer broke off.*What had arrived stays",
+            "Half of",
+        ),
     ],
     ids=["503", "500", "an error in the stream"],
 )
-def test_a_failure_says_what_to_do_and_leaves_what_had_come(page, pair, script, told, shown):
+def test_a_failure_says_what_to_do_and_leaves_what_had_come(page, pair, script, message, shown):
     with saying(pair, script) as address:
         page.open(address)
         page.ask("Well?")
         text = problem(page)
-        assert re.search(told, text, re.DOTALL) and "secret" not in text
+        assert re.search(message, text, re.DOTALL) and "secret" not in text
         assert re.search(r"Request [0-9a-f-]{8,} in the server", text)
-        assert said(page.runs(), "target") == shown
+        assert joined_text(page.runs(), "target") == shown
         assert not page.one("#stop").is_enabled()
 
 
@@ -575,7 +583,7 @@ def refusing(status: int, message: str, code: str | None = None, **more: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("chat", "told", "shown"),
+    ("chat", "message", "shown"),
     [
         (breaking, "stream was cut off.*What had arrived stays", "Half of"),
         (lambda: Response("Internal Server Error", 500), "The server failed", ""),
@@ -590,18 +598,18 @@ def refusing(status: int, message: str, code: str | None = None, **more: Any) ->
     ],
     ids="cut 500 502 no-keys 404 413 504 400 no-json empty".split(),
 )
-def test_a_server_that_does_not_behave_is_survived(page, chat, told, shown):
-    with answering(chat) as address:
+def test_a_server_that_does_not_behave_is_survived(page, chat, message, shown):
+    with serving_chat(chat) as address:
         page.open(address)
         page.ask("Well?")
-        assert re.search(told, problem(page), re.DOTALL)
-        assert said(page.runs(), "target") == shown
+        assert re.search(message, problem(page), re.DOTALL)
+        assert joined_text(page.runs(), "target") == shown
         assert page.run("return window.hacked") is None
 
 
 def test_a_connection_that_is_lost_is_told_of_and_what_had_come_stays(page):
     now = threading.Event()
-    with answering(lambda: breaking(now)) as address:
+    with serving_chat(lambda: breaking(now)) as address:
         page.open(address)
         page.ask("Well?")
         page.until(page.runs, "the first words")
@@ -670,9 +678,9 @@ def test_a_key_is_asked_for_sent_and_kept_in_this_tab_only(page, pair, monkeypat
 
 def test_what_a_model_writes_never_becomes_markup(page, pair):
     async def script(_: GenerationRequest) -> AsyncIterator[Event]:
-        yield piece(HOSTILE, "draft", 3)
+        yield text_delta(HOSTILE, "draft", 3)
         yield Verification(0, (0,) * 6, (3, 6), (0.99, 0.01), 3, HOSTILE)
-        yield piece(HOSTILE)
+        yield text_delta(HOSTILE)
         yield done(draft_tokens=6, accepted_tokens=3, target_tokens=1, fallback=Fallback("failed", HOSTILE))
 
     with saying(pair, script, model=HOSTILE.strip()) as address:
@@ -721,8 +729,8 @@ def test_everything_can_be_done_from_the_keyboard(page, pair):
             reached.append(name)
             if name == "ask":
                 break
-        wanted = "skip theme question example mode compare temperature seed max-tokens ask".split()
-        assert [name for name in wanted if name in reached] == wanted
+        tab_order = "skip theme question example mode compare temperature seed max-tokens ask".split()
+        assert [name for name in tab_order if name in reached] == tab_order
         page.run("document.getElementById('question').focus()")
         page.press(Keys.CONTROL + "a" + Keys.NULL, "Anybody there?", ASK)
         page.until(lambda: page.runs(), "it is asked")
@@ -841,7 +849,7 @@ def test_it_fits_from_a_telephone_to_a_wall(page, pair, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
 
     async def script(_: GenerationRequest) -> AsyncIterator[Event]:
-        yield piece("long" * 200 + "\n", "draft", 3)
+        yield text_delta("long" * 200 + "\n", "draft", 3)
         yield Verification(0, (0,) * 40, tuple(range(1, 41)), (0.99,) * 3 + (0.01,) * 37, 3, "wrong " * 100)
         yield done(draft_tokens=40, accepted_tokens=3)
 
@@ -851,8 +859,8 @@ def test_it_fits_from_a_telephone_to_a_wall(page, pair, width):
         page.ask("Well?", against="rounds")
         assert page.ended() == ["done", "done"]
         page.until(lambda: len(page.all(".curve svg")) == 2, "the charts are drawn")
-        there, needed = page.run("return [innerWidth, document.documentElement.scrollWidth]")
-        assert needed <= there == width
+        inner_width, scroll_width = page.run("return [innerWidth, document.documentElement.scrollWidth]")
+        assert scroll_width <= inner_width == width
         assert page.run("return document.querySelector('.pane').getBoundingClientRect().top < innerHeight")
         beyond = """return [...document.querySelectorAll('.plot svg')].map(s => s.getBoundingClientRect())
             .filter(r => r.right > innerWidth || r.left < 0).length"""
@@ -877,15 +885,15 @@ def test_without_the_last_slash_of_a_prefix_one_is_led_there(pair, monkeypatch):
     monkeypatch.setenv("PARSE_API_KEYS", "a-key")
     app = create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)
 
-    async def asked(path: str) -> httpx.Response:
+    async def get(path: str) -> httpx.Response:
         transport = httpx.ASGITransport(app, root_path="/parse")
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.get(path)
 
-    led = asyncio.run(asked("/parse"))
+    led = asyncio.run(get("/parse"))
     assert (led.status_code, led.headers["location"]) == (307, "http://here/parse/")
-    assert asyncio.run(asked("/parse/")).status_code == 200
-    assert asyncio.run(asked("/parse/v1/models")).status_code == 401
+    assert asyncio.run(get("/parse/")).status_code == 200
+    assert asyncio.run(get("/parse/v1/models")).status_code == 401
 
 
 def test_how_the_server_is_doing_is_told(page, pair):

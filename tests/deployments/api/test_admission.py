@@ -12,14 +12,14 @@ class Visitor:
     """Enters, stays until told to leave, and notes where it got."""
 
     def __init__(self, admission_queue: AdmissionQueue, count: int) -> None:
-        self.gate, self.count = admission_queue, count
+        self.admission_queue, self.count = admission_queue, count
         self.state = "waiting"
         self._may_leave = asyncio.Event()
         self.task = asyncio.ensure_future(self._visit())
 
     async def _visit(self) -> None:
         try:
-            async with self.gate.hold_slots(self.count):
+            async with self.admission_queue.hold_slots(self.count):
                 self.state = "inside"
                 await self._may_leave.wait()
             self.state = "left"
@@ -86,14 +86,14 @@ def test_who_gives_up_makes_way_for_those_behind():
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("given_up_first", [False, True])
-def test_nothing_is_lost_when_a_place_becomes_free_and_its_heir_gives_up_in_the_same_moment(given_up_first):
+@pytest.mark.parametrize("give_up_first", [False, True])
+def test_nothing_is_lost_when_a_place_becomes_free_and_its_heir_gives_up_in_the_same_moment(give_up_first):
     async def check() -> None:
         admission_queue = AdmissionQueue(1, 10)
         inside, successor, next_one = (Visitor(admission_queue, 1) for _ in range(3))
         await settled()
         steps = [inside.leave, successor.give_up]
-        for step in reversed(steps) if given_up_first else steps:
+        for step in reversed(steps) if give_up_first else steps:
             step()
         await settled()
         assert inside.task.exception() is None and successor.task.cancelled()
@@ -138,7 +138,7 @@ def test_too_many_waiting_are_told_when_to_come_again():
     asyncio.run(check())
 
 
-def test_a_gate_without_a_waiting_room_serves_whom_it_has_a_place_for():
+def test_where_nobody_may_wait_those_are_served_for_whom_there_is_a_place():
     async def check() -> None:
         admission_queue = AdmissionQueue(1, 0)
         for _ in range(3):
@@ -151,8 +151,12 @@ def test_a_gate_without_a_waiting_room_serves_whom_it_has_a_place_for():
     asyncio.run(check())
 
 
-@pytest.mark.parametrize(("visit_s", "least", "most"), [(0.0, 1, 1), (30.0, 2, 30), (1e6, 60, 60)])
-def test_the_longer_visits_take_the_later_one_is_to_come_again(visit_s, least, most, monkeypatch):
+@pytest.mark.parametrize(
+    ("visit_s", "min_retry_after_s", "max_retry_after_s"), [(0.0, 1, 1), (30.0, 2, 30), (1e6, 60, 60)]
+)
+def test_the_longer_visits_take_the_later_one_is_to_come_again(
+    visit_s, min_retry_after_s, max_retry_after_s, monkeypatch
+):
     async def check() -> None:
         now = [0.0]
         monkeypatch.setattr("deployments.api.admission.time.monotonic", lambda: now[0])
@@ -164,7 +168,7 @@ def test_the_longer_visits_take_the_later_one_is_to_come_again(visit_s, least, m
             with pytest.raises(Overloaded) as refused:
                 async with admission_queue.hold_slots(1):
                     raise AssertionError("let in")
-        assert least <= refused.value.retry_after_s <= most
+        assert min_retry_after_s <= refused.value.retry_after_s <= max_retry_after_s
 
     asyncio.run(check())
 
@@ -181,15 +185,15 @@ def test_a_visit_that_fails_gives_its_places_back():
 
 
 class ReferenceQueue:
-    """What a gate should do, in plain lists."""
+    """What the admission queue should do, in plain lists."""
 
     def __init__(self, slots: int, max_waiting: int) -> None:
-        self.places, self.most_waiting = slots, max_waiting
+        self.places, self.max_waiting = slots, max_waiting
         self.inside: dict[int, int] = {}
         self.line: list[tuple[int, int]] = []
 
     def come(self, visitor_id: int, count: int) -> bool:
-        if (self.line or count > self.free) and len(self.line) >= self.most_waiting:
+        if (self.line or count > self.free) and len(self.line) >= self.max_waiting:
             return False
         self.line.append((visitor_id, count))
         self.move_up()
@@ -215,7 +219,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["come", "leave", "give up"]), st.i
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(slots=st.integers(1, 4), max_waiting=st.integers(0, 4), actions=ACTIONS)
-def test_a_gate_is_a_queue(slots, max_waiting, actions):
+def test_it_admits_as_a_plain_queue_does(slots, max_waiting, actions):
     async def check() -> None:
         admission_queue, reference_queue = AdmissionQueue(slots, max_waiting), ReferenceQueue(slots, max_waiting)
         visitors: list[Visitor] = []
@@ -274,8 +278,8 @@ def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
         resting = asyncio.ensure_future(admission_queue.wait_until_idle(0.05))
         visitors = [Visitor(admission_queue, count) for _ in range(3)]  # some of them wait
         await settled()
-        wanted = asyncio.ensure_future(admission_queue.wait_until_busy())
-        await asyncio.wait_for(wanted, 1)
+        busy = asyncio.ensure_future(admission_queue.wait_until_busy())
+        await asyncio.wait_for(busy, 1)
         for visitor in visitors:
             await asyncio.sleep(0.06)
             assert not resting.done()

@@ -19,7 +19,7 @@ LEFT: Message = {"type": "http.disconnect"}
 
 
 @dataclass
-class Reply:
+class CapturedResponse:
     status: int
     headers: dict[bytes, bytes]
     body: bytes
@@ -37,7 +37,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": first["body"]})
 
 
-def asked(
+def send_request(
     *messages: Message,
     path: str = CHAT,
     client: tuple[str, int] | None = HERE,
@@ -46,7 +46,7 @@ def asked(
     max_bytes: int = 100,
     patience: float = 10.0,
     root_path: str = "",
-) -> Reply:
+) -> CapturedResponse:
     """What comes of a request whose client sends these messages and nothing more."""
     incoming, sent = list(messages or [part(b"")]), []
     if incoming[-1] != LEFT and not incoming[-1]["more_body"]:
@@ -64,7 +64,9 @@ def asked(
     scope = dict(type="http", path=path, client=client, headers=list(headers), root_path=root_path, method="POST")
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
     start, *bodies = sent
-    return Reply(start["status"], dict(start["headers"]), b"".join(message.get("body", b"") for message in bodies))
+    return CapturedResponse(
+        start["status"], dict(start["headers"]), b"".join(message.get("body", b"") for message in bodies)
+    )
 
 
 def part(body: bytes, *, more: bool = False) -> Message:
@@ -82,7 +84,7 @@ def bearer(key: str | bytes) -> list[tuple[bytes, bytes]]:
     "client", [HERE, ("127.8.8.8", 1), ("::1", 1), ("::ffff:127.0.0.1", 1), ("0:0:0:0:0:0:0:1", 1), None]
 )
 def test_without_keys_clients_on_this_machine_are_served(client):
-    assert asked(client=client).status == 200
+    assert send_request(client=client).status == 200
 
 
 @pytest.mark.parametrize(
@@ -90,15 +92,15 @@ def test_without_keys_clients_on_this_machine_are_served(client):
     ["192.0.2.7", "10.0.0.1", "0.0.0.0", "2001:db8::1", "::ffff:10.0.0.1", "fe80::1%eth0", "unknown", "localhost", ""],
 )
 def test_without_keys_nobody_else_is(client):
-    reply = asked(client=(client, 1))
-    assert reply.status == 401 and reply.error["code"] == "no_keys"
+    response = send_request(client=(client, 1))
+    assert response.status == 401 and response.error["code"] == "no_keys"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/x", "/v1", "/x"])
 @pytest.mark.parametrize("root_path", ["", "/parse", "/a/b"])
 def test_with_keys_one_of_them_is_needed_wherever_the_server_is_mounted(path, root_path):
     def status(headers: list[tuple[bytes, bytes]]) -> int:
-        return asked(path=root_path + path, root_path=root_path, headers=headers, keys=["one", "two"]).status
+        return send_request(path=root_path + path, root_path=root_path, headers=headers, keys=["one", "two"]).status
 
     assert status([]) == 401
     assert status(bearer("three")) == 401
@@ -109,19 +111,19 @@ def test_with_keys_one_of_them_is_needed_wherever_the_server_is_mounted(path, ro
 @pytest.mark.parametrize("root_path", ["", "/parse"])
 def test_how_the_server_is_doing_and_what_it_takes_is_for_everybody(path, root_path):
     for keys in ([], ["one"]):
-        assert asked(path=root_path + path, root_path=root_path, client=ELSEWHERE, keys=keys).status == 200
+        assert send_request(path=root_path + path, root_path=root_path, client=ELSEWHERE, keys=keys).status == 200
 
 
 @pytest.mark.parametrize("path", ["//v1/models", "/health/../v1/models", "/docs/v1/models", "/healthx", "/HEALTH"])
 def test_what_only_looks_like_an_open_path_is_none(path):
-    assert asked(path=path, keys=["one"]).status == 401
+    assert send_request(path=path, keys=["one"]).status == 401
 
 
 def test_with_keys_clients_anywhere_are_served_and_those_here_need_one_too():
-    assert asked(client=ELSEWHERE, keys=["one"], headers=bearer("one")).status == 200
-    reply = asked(client=HERE, keys=["one"])
-    assert reply.status == 401 and reply.error["type"] == "authentication_error"
-    assert reply.headers[b"www-authenticate"] == b"Bearer"
+    assert send_request(client=ELSEWHERE, keys=["one"], headers=bearer("one")).status == 200
+    response = send_request(client=HERE, keys=["one"])
+    assert response.status == 401 and response.error["type"] == "authentication_error"
+    assert response.headers[b"www-authenticate"] == b"Bearer"
 
 
 @pytest.mark.parametrize(
@@ -132,24 +134,24 @@ def test_with_keys_clients_anywhere_are_served_and_those_here_need_one_too():
     ],
 )
 def test_what_is_no_key_is_refused(sent):
-    assert asked(keys=["one", "zwei"], headers=[(b"authorization", sent)]).status == 401
+    assert send_request(keys=["one", "zwei"], headers=[(b"authorization", sent)]).status == 401
 
 
 @pytest.mark.parametrize("sent", [b"Bearer one", b"bearer one", b"BEARER  one "])
 def test_a_key_may_be_written_as_http_allows(sent):
-    assert asked(keys=["one"], headers=[(b"authorization", sent)]).status == 200
+    assert send_request(keys=["one"], headers=[(b"authorization", sent)]).status == 200
 
 
 def test_a_key_may_hold_letters_beyond_ascii():
-    assert asked(keys=["schlüssel"], headers=bearer("schlüssel")).status == 200
-    assert asked(keys=["schlüssel"], headers=bearer("schlussel")).status == 401
+    assert send_request(keys=["schlüssel"], headers=bearer("schlüssel")).status == 200
+    assert send_request(keys=["schlüssel"], headers=bearer("schlussel")).status == 401
 
 
 def test_keys_are_told_to_nobody(caplog):
     caplog.set_level(logging.DEBUG)
     for key in ("sesame-open", "sesame-closed"):
-        reply = asked(keys=["sesame-open"], headers=bearer(key))
-        assert b"sesame" not in (b"" if reply.status == 200 else reply.body)
+        response = send_request(keys=["sesame-open"], headers=bearer(key))
+        assert b"sesame" not in (b"" if response.status == 200 else response.body)
     assert "sesame" not in caplog.text
 
 
@@ -178,51 +180,51 @@ def test_a_file_without_keys_is_an_error_and_does_not_open_the_server(tmp_path):
 @given(parts=st.lists(st.binary(max_size=40), min_size=1, max_size=6), max_bytes=st.integers(0, 120))
 def test_a_body_arrives_whole_or_is_refused_for_its_length(parts, max_bytes):
     messages = [part(body, more=place < len(parts) - 1) for place, body in enumerate(parts)]
-    reply = asked(*messages, LEFT, max_bytes=max_bytes)
+    response = send_request(*messages, LEFT, max_bytes=max_bytes)
     body = b"".join(parts)
     if len(body) > max_bytes:
-        assert reply.status == 413 and reply.error["code"] == "too_long" and reply.error["param"] == "body"
+        assert response.status == 413 and response.error["code"] == "too_long" and response.error["param"] == "body"
     else:
-        assert (reply.status, reply.body) == (200, body)
-        assert reply.headers[b"then"] == b"http.disconnect"  # what comes after it is the client's own
+        assert (response.status, response.body) == (200, body)
+        assert response.headers[b"then"] == b"http.disconnect"  # what comes after it is the client's own
 
 
 @pytest.mark.parametrize("declared", [b"101", b"10000000", b"9" * 30])
 def test_a_body_that_is_declared_too_long_is_refused_before_it_comes(declared):
-    reply = asked(part(b"", more=True), headers=[(b"content-length", declared)])
-    assert reply.status == 413 and "100" in reply.error["message"]
+    response = send_request(part(b"", more=True), headers=[(b"content-length", declared)])
+    assert response.status == 413 and "100" in response.error["message"]
 
 
 @pytest.mark.parametrize("declared", [b"", b"-1", b"1e9", b"many", b"\xb2", b"0x10"])
 def test_a_length_that_is_no_number_is_not_believed(declared):
-    assert asked(part(b"short"), headers=[(b"content-length", declared)]).body == b"short"
+    assert send_request(part(b"short"), headers=[(b"content-length", declared)]).body == b"short"
 
 
 def test_a_client_that_does_not_go_on_is_told_so_and_let_go():
-    reply = asked(part(b"{", more=True), patience=0.01)
-    assert reply.status == 408 and reply.error["param"] == "body"
-    assert reply.headers[b"connection"] == b"close"
+    response = send_request(part(b"{", more=True), patience=0.01)
+    assert response.status == 408 and response.error["param"] == "body"
+    assert response.headers[b"connection"] == b"close"
 
 
 def test_a_client_that_leaves_is_not_waited_for():
-    assert asked(part(b"{", more=True), LEFT).status == 499
+    assert send_request(part(b"{", more=True), LEFT).status == 499
 
 
 @pytest.mark.parametrize("path", ["/health", CHAT])
 def test_the_limits_of_a_body_hold_everywhere(path):
-    assert asked(part(b"x" * 101), path=path).status == 413
+    assert send_request(part(b"x" * 101), path=path).status == 413
 
 
 def test_what_is_refused_is_told_as_the_openai_api_tells_it():
-    reply = asked(part(b"x" * 101))
-    assert json.loads(reply.body).keys() == {"error"}
-    assert reply.error == {
+    response = send_request(part(b"x" * 101))
+    assert json.loads(response.body).keys() == {"error"}
+    assert response.error == {
         "message": "body: is longer than 100 bytes",
         "type": "invalid_request_error",
         "param": "body",
         "code": "too_long",
     }
-    assert reply.headers[b"content-type"] == b"application/json"
+    assert response.headers[b"content-type"] == b"application/json"
 
 
 def test_what_is_no_request_passes_untouched():

@@ -89,10 +89,10 @@ def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, bu
         )
     )
     assert sent["parse"] == {"piece": {"text": "", "origin": "draft", "tokens": 1}}
-    likely = TextDelta("", (200,), "draft", (Logprob(-0.5),))
-    assert data(builder_class(response_context(), vocabulary).event_chunk(choice_state(likely), likely))["choices"][0][
-        "logprobs"
-    ]
+    with_logprobs = TextDelta("", (200,), "draft", (Logprob(-0.5),))
+    assert data(builder_class(response_context(), vocabulary).event_chunk(choice_state(with_logprobs), with_logprobs))[
+        "choices"
+    ][0]["logprobs"]
 
 
 @pytest.mark.parametrize("builder_class", [ChatResponseBuilder, CompletionResponseBuilder])

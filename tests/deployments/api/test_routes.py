@@ -187,25 +187,25 @@ def test_what_this_model_or_operator_does_not_allow_is_refused(raw, path, body, 
 
 def test_long_bodies_are_refused_however_they_come(raw):
     long = b"x" * 10_000_000
-    pieces = (long[:100_000] for _ in range(100))
-    for content in (long, pieces):
+    chunks = (long[:100_000] for _ in range(100))
+    for content in (long, chunks):
         error = error_of(raw.post(CHAT, content=content, headers=JSON), 413)
         assert (error["param"], error["code"]) == ("body", "too_long")
 
 
 def test_a_body_as_long_as_allowed_is_read(raw):
-    most = ApiSettings().max_body_bytes
+    max_bytes = ApiSettings().max_body_bytes
     body = json.dumps(BODY)
-    assert raw.post(CHAT, content=body + " " * (most - len(body)), headers=JSON).status_code == 200
-    error_of(raw.post(CHAT, content=body + " " * (most - len(body) + 1), headers=JSON), 413)
+    assert raw.post(CHAT, content=body + " " * (max_bytes - len(body)), headers=JSON).status_code == 200
+    error_of(raw.post(CHAT, content=body + " " * (max_bytes - len(body) + 1), headers=JSON), 413)
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"model": '])
 def test_a_client_that_sends_too_slowly_is_told_so_and_let_go(pair, sent):
     with serving(pair, body_timeout_s=0.1) as address:
         with connected(address, sent, length=100) as client:
-            reply = b"".join(iter(lambda: client.recv(10_000), b""))  # until the server hangs up
-        head, _, body = reply.partition(b"\r\n\r\n")
+            raw_response = b"".join(iter(lambda: client.recv(10_000), b""))  # until the server hangs up
+        head, _, body = raw_response.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 ") and json.loads(body)["error"]["param"] == "body"
         assert post(address).status_code == 200
 
@@ -294,7 +294,7 @@ def test_without_keys_whoever_a_proxy_speaks_for_is_refused(raw, forwarded):
 # Many at once, and too long.
 
 
-def test_who_finds_the_waiting_room_full_is_told_when_to_come_again(pair):
+def test_who_finds_the_queue_full_is_told_when_to_come_again(pair):
     writer = Writer()
     with serving(pair, writer, max_answers=2, max_queued_requests=2) as address, ThreadPoolExecutor(20) as clients:
         futures = [clients.submit(post, address) for _ in range(20)]
@@ -599,6 +599,6 @@ def test_what_belongs_together_meets_the_same_replica(pair):
     assert key(system) != key({})
 
 
-def test_a_pipeline_is_asked_in_small_pieces_only_where_somebody_reads_along(pair):
+def test_a_pipeline_is_asked_for_small_deltas_only_where_somebody_reads_along(pair):
     assert parse(pair, {"stream": True}).generation_requests[0].stream_interval == 1
     assert parse(pair, {}).generation_requests[0].stream_interval > 1

@@ -55,15 +55,15 @@ def chat_body(content: str = "Hello.", mode: str = "off", **more: Any) -> dict[s
 
 def read_metrics(client: httpx.Client, **headers: str) -> dict[tuple[str, tuple[str, ...]], float]:
     """By name and the values of labels, in the order of their names; those that are not zero."""
-    metrics_found = {}
+    samples = {}
     for family in text_string_to_metric_families(client.get("/metrics", headers=headers).text):
         for sample in family.samples:
             labels = {
                 k: v for k, v in sorted(sample.labels.items()) if k not in ("application", "deployment", "replica")
             }
             if sample.value:
-                metrics_found[sample.name, tuple(labels.values())] = sample.value
-    return metrics_found
+                samples[sample.name, tuple(labels.values())] = sample.value
+    return samples
 
 
 def read_outcomes(client: httpx.Client, **headers: str) -> dict[tuple[str, ...], float]:
@@ -131,17 +131,17 @@ def test_figures_add_up_to_exactly_what_clients_were_told(pair):
             for stage in report["stages"]:
                 expected["parse_stage_seconds_count", (used_mode, stage["name"])] += 1
         until(lambda: sum(read_outcomes(client).values()) == 18)
-        metrics_found: dict[tuple[str, tuple[str, ...]], float] = {}
+        samples: dict[tuple[str, tuple[str, ...]], float] = {}
         for (name, labels), count in read_metrics(client).items():
             key = name, labels[:1] if name.startswith("parse_proposed_") else labels  # of all places together
-            metrics_found[key] = metrics_found.get(key, 0.0) + count
-    exact = {key: value for key, value in metrics_found.items() if key[0] in {name for name, _ in expected}}
+            samples[key] = samples.get(key, 0.0) + count
+    exact = {key: value for key, value in samples.items() if key[0] in {name for name, _ in expected}}
     assert exact == {key: value for key, value in expected.items() if value}
-    assert metrics_found["parse_inter_token_seconds_count", ("off",)] > 0
+    assert samples["parse_inter_token_seconds_count", ("off",)] > 0
     drafted = sum(count for (name, _), count in expected.items() if name == "parse_drafted_tokens_total")
     assert all(expected["parse_target_passes_total", (method,)] for method in ("parallel", "ngram"))
     assert drafted > 500 and any(
-        labels[1:] == ("partial",) for name, labels in metrics_found if name == "parse_verdicts_total"
+        labels[1:] == ("partial",) for name, labels in samples if name == "parse_verdicts_total"
     )
 
 
@@ -343,9 +343,9 @@ def test_an_id_is_one_word_of_the_line(pair, caplog):
         client.post(CHAT, json={}, headers={b"X-Request-Id": forged.encode("latin-1")})
         until(lambda: any(r.name == "deployments.observability.access_log" for r in caplog.records))
     (line,) = (record for record in caplog.records if record.name == "deployments.observability.access_log")
-    known = vars(line)["request_id"]
-    assert known.startswith("a?outcome=failed???bc") and len(known) == 128
-    assert line.getMessage().split()[:3] == [f"request_id={known}", f"path={CHAT}", "outcome=invalid"]
+    request_id = vars(line)["request_id"]
+    assert request_id.startswith("a?outcome=failed???bc") and len(request_id) == 128
+    assert line.getMessage().split()[:3] == [f"request_id={request_id}", f"path={CHAT}", "outcome=invalid"]
 
 
 def test_who_is_refused_elsewhere_finds_his_request_in_the_log_too(pair, caplog, monkeypatch):

@@ -31,11 +31,11 @@ class Target:
 
     def __init__(self, text: str, likelihoods: dict[tuple[int, ...], float] | None = None, wait_s: float = 0.0) -> None:
         self.text, self.likelihoods, self.wait_s = text, likelihoods or {}, wait_s
-        self.asked: list[GenerationRequest] = []
+        self.requests: list[GenerationRequest] = []
         self.verifier = self
 
     async def generate(self, request: GenerationRequest):
-        self.asked.append(request)
+        self.requests.append(request)
         await asyncio.sleep(self.wait_s)
         yield TextDelta(self.text, (50, 51), "target")
         yield Finished("stop", Usage("off", target_tokens=2))
@@ -56,10 +56,10 @@ def sent(text: str, **usage: Any) -> ChoiceState:
 
 class Audited:
     def __init__(self, target: Target, **settings: Any) -> None:
-        self.gate, self.meters = AdmissionQueue(2, 2), MetricsRecorder(ROUTER_METRICS, deployment="Router")
+        self.admission_queue, self.meters = AdmissionQueue(2, 2), MetricsRecorder(ROUTER_METRICS, deployment="Router")
         self.target = target
         audit_settings = AuditSettings(**{"share": 1.0} | settings)
-        self.auditor = Auditor(audit_settings, self.gate, self.meters, lambda: target)  # type: ignore[arg-type, return-value]
+        self.auditor = Auditor(audit_settings, self.admission_queue, self.meters, lambda: target)  # type: ignore[arg-type, return-value]
 
     def results(self) -> dict[str, float]:
         return {sample.labels["result"]: sample.value for sample in self._samples("parse_audits_total") if sample.value}
@@ -104,7 +104,7 @@ def test_the_same_result_agrees_in_whatever_words(own, sent_text, result):
         assert audited.results() == {result: 1.0}
         count, total = audited.gaps()
         assert count == 1.0 and total == pytest.approx(8.0)
-        (request,) = audited.target.asked
+        (request,) = audited.target.requests
         assert (
             request.mode == "off" and request.prediction is None and request.sampling_params == REQUEST.sampling_params
         )
@@ -138,7 +138,7 @@ def test_only_what_may_be_lossy_is_audited(usage):
         audited.auditor.submit("id", REQUEST, sent("13", **usage))
         audited.auditor.submit("id", REQUEST, sent("12"))
         await audited.until(audited.results)
-        assert audited.results() == {"agree": 1.0} and len(audited.target.asked) == 1
+        assert audited.results() == {"agree": 1.0} and len(audited.target.requests) == 1
 
     asyncio.run(check())
 
@@ -165,16 +165,16 @@ def test_who_comes_has_the_service_to_himself_and_the_audit_begins_again_later()
 
         async def client():
             nonlocal interrupted
-            while not audited.target.asked:
+            while not audited.target.requests:
                 await asyncio.sleep(0.002)
-            async with audited.gate.hold_slots(1):
+            async with audited.admission_queue.hold_slots(1):
                 await asyncio.sleep(0.2)
-                interrupted = not audited.results() and len(audited.target.asked) == 1
+                interrupted = not audited.results() and len(audited.target.requests) == 1
 
         next_event = asyncio.create_task(client())
         await audited.until(audited.results)
         await next_event
-        assert interrupted and len(audited.target.asked) == 2 and audited.results() == {"agree": 1.0}
+        assert interrupted and len(audited.target.requests) == 2 and audited.results() == {"agree": 1.0}
 
     asyncio.run(check())
 
@@ -186,16 +186,16 @@ def test_what_never_finds_its_moment_is_dropped_and_counted():
 
         async def clients():
             while not audited.results():
-                tries = len(audited.target.asked)
-                while len(audited.target.asked) == tries and not audited.results():
+                tries = len(audited.target.requests)
+                while len(audited.target.requests) == tries and not audited.results():
                     await asyncio.sleep(0.002)
-                async with audited.gate.hold_slots(1):
+                async with audited.admission_queue.hold_slots(1):
                     await asyncio.sleep(0.005)
 
         next_event = asyncio.create_task(clients())
         await audited.until(audited.results)
         next_event.cancel()
-        assert audited.results() == {"dropped": 1.0} and len(audited.target.asked) == MAX_ATTEMPTS
+        assert audited.results() == {"dropped": 1.0} and len(audited.target.requests) == MAX_ATTEMPTS
 
     asyncio.run(check())
 
@@ -232,7 +232,7 @@ def test_against_the_demo_pair_a_wrong_answer_is_found_out(pair):
     async def check():
         audited = Audited(SimpleNamespace(), result=NUMBER)  # type: ignore[arg-type]
         audited.auditor = Auditor(
-            AuditSettings(share=1.0, result=NUMBER), audited.gate, audited.meters, lambda: pipeline
+            AuditSettings(share=1.0, result=NUMBER), audited.admission_queue, audited.meters, lambda: pipeline
         )
         for sent_text, number in ((text, 73), (text.replace("73.", "74."), 74)):
             answer = ChoiceState(0, len(prompt), Session("s"), 0.0)

@@ -29,13 +29,13 @@ def values(families: Iterable) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
-def told(recorder: MetricsRecorder) -> dict[tuple[str, tuple[str, ...]], float]:
+def read_samples(recorder: MetricsRecorder) -> dict[tuple[str, tuple[str, ...]], float]:
     """Without the labels of a replica."""
     text, _ = encode_metrics([recorder.collect()], "")
-    found = values(plain_families(text.decode()))
+    samples = values(plain_families(text.decode()))
     own = {f"{name}={value}" for name, value in vars(recorder.replica_labels).items()}
     return {
-        (name, tuple(label for label in labels if label not in own)): value for (name, labels), value in found.items()
+        (name, tuple(label for label in labels if label not in own)): value for (name, labels), value in samples.items()
     }
 
 
@@ -62,23 +62,25 @@ def test_a_label_takes_no_value_but_those_declared():
     recorder = MetricsRecorder((COUNTER,), deployment="Coop")
     with pytest.raises(ValueError, match="'<b>' is not declared for colour"):
         recorder.add(COUNTER, colour="<b>")
-    assert {labels for _, labels in told(recorder)} == {("colour=white",), ("colour=brown",)}
+    assert {labels for _, labels in read_samples(recorder)} == {("colour=white",), ("colour=brown",)}
 
 
 def test_what_is_told_is_shown_and_counters_begin_at_zero():
     recorder = MetricsRecorder((COUNTER, GAUGE, HISTOGRAM), deployment="Coop")
-    assert told(recorder)["parse_eggs_total", ("colour=brown",)] == 0.0
+    assert read_samples(recorder)["parse_eggs_total", ("colour=brown",)] == 0.0
     recorder.add(COUNTER, 3, colour="white")
     recorder.add(COUNTER, 0, colour="brown")
     recorder.add(COUNTER, colour="white")
     recorder.set(GAUGE, 7)
     recorder.observe(HISTOGRAM, 50.0)
     recorder.observe(HISTOGRAM, 70.0)
-    found = told(recorder)
-    assert found["parse_eggs_total", ("colour=white",)] == 4.0 and found["parse_eggs_total", ("colour=brown",)] == 0.0
-    assert found["parse_hens", ()] == 7.0
-    assert [found["parse_weight_grams_bucket", (f"le={le}",)] for le in ("40.0", "60.0", "+Inf")] == [0.0, 1.0, 2.0]
-    assert found["parse_weight_grams_sum", ()] == 120.0
+    samples = read_samples(recorder)
+    assert (
+        samples["parse_eggs_total", ("colour=white",)] == 4.0 and samples["parse_eggs_total", ("colour=brown",)] == 0.0
+    )
+    assert samples["parse_hens", ()] == 7.0
+    assert [samples["parse_weight_grams_bucket", (f"le={le}",)] for le in ("40.0", "60.0", "+Inf")] == [0.0, 1.0, 2.0]
+    assert samples["parse_weight_grams_sum", ()] == 120.0
 
 
 def test_what_somebody_else_counts_is_brought_up_to_his_count():
@@ -86,8 +88,11 @@ def test_what_somebody_else_counts_is_brought_up_to_his_count():
     for total in (5, 5, 12):
         recorder.update_total(COUNTER, total, colour="white")
     recorder.update_total(COUNTER, 2, colour="brown")
-    found = told(recorder)
-    assert (found["parse_eggs_total", ("colour=white",)], found["parse_eggs_total", ("colour=brown",)]) == (12.0, 2.0)
+    samples = read_samples(recorder)
+    assert (samples["parse_eggs_total", ("colour=white",)], samples["parse_eggs_total", ("colour=brown",)]) == (
+        12.0,
+        2.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,10 +108,10 @@ def test_replicas_stand_side_by_side_on_one_page(accept, read):
     assert kind.startswith(accept.partition(";")[0] or "text/plain")
     families = list(read(text.decode()))
     assert sorted(family.name for family in families) == ["parse_eggs", "parse_weight_grams"]
-    found = values(families)
+    samples = values(families)
     for replica, eggs in (("a", 1), ("b", 20)):
         labels = tuple(sorted(["application=farm", "colour=white", "deployment=Coop", f"replica={replica}"]))
-        assert found["parse_eggs_total", labels] == eggs
+        assert samples["parse_eggs_total", labels] == eggs
 
 
 @pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
@@ -118,6 +123,6 @@ def test_a_version_that_nobody_knows_is_no_reason_to_tell_nothing(kind, version)
 
 
 def test_the_page_on_metrics_is_what_the_declarations_make_of_it():
-    there = (PROJECT_ROOT / "docs" / "metrics.md").read_text()
-    assert there == reference_page(), "python -m deployments.observability.metrics_reference > docs/metrics.md"
-    assert [metric.name for metric in ALL if f"| `{metric.name}` |" not in there] == []
+    page = (PROJECT_ROOT / "docs" / "metrics.md").read_text()
+    assert page == reference_page(), "python -m deployments.observability.metrics_reference > docs/metrics.md"
+    assert [metric.name for metric in ALL if f"| `{metric.name}` |" not in page] == []

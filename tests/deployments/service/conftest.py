@@ -15,7 +15,7 @@ import yaml
 from ray import serve
 
 from parse.local import DEMO_DRAFT, DEMO_TARGET
-from tests.deployments.service.service_client import Service, free_port
+from tests.deployments.service.service_client import ServiceClient, free_port
 from tests.deployments.service.spans import Spans
 
 RAYS_PORTS = range(10002, 20000)  # of its workers
@@ -92,13 +92,13 @@ class Deployed:
             serve.delete("parse")
         self._config = {}
 
-    def service(self, deployments: Sequence[dict[str, Any]] = (), **args: Any) -> Service:
+    def service(self, deployments: Sequence[dict[str, Any]] = (), **args: Any) -> ServiceClient:
         config = {"deployments": deployments, **args}
         if config != self._config:
             result = self.deploy(deployments, **args)
             assert result.returncode == 0, result.stdout + result.stderr
             self._config = config
-        return Service(f"http://127.0.0.1:{self._port}")
+        return ServiceClient(f"http://127.0.0.1:{self._port}")
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +107,7 @@ def deployed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Depl
 
 
 @pytest.fixture
-def service(deployed: Deployed) -> Iterator[Service]:
+def service(deployed: Deployed) -> Iterator[ServiceClient]:
     """One replica of each, at rest."""
     service = deployed.service()
     yield service

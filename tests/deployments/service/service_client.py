@@ -28,20 +28,20 @@ def problems(count: int, seed: int = 3) -> list[Problem]:
 
 def free_port(outside: Container[int] = ()) -> int:
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
         if port not in outside:
             return port
 
 
-def chat(question: str, *, mode: str = "full", **more: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": question}]
+def chat(prompt: str, *, mode: str = "full", **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}]
     return {"model": MODEL, "messages": messages, "temperature": 0, "parse": {"mode": mode}} | more
 
 
 @dataclass(frozen=True)
-class Service:
+class ServiceClient:
     url: str
 
     @asynccontextmanager

@@ -21,7 +21,7 @@ class Span:
 @dataclass
 class Spans:
     url: str
-    found: list[Span] = field(default_factory=list)
+    exported: list[Span] = field(default_factory=list)
 
     @classmethod
     @contextmanager
@@ -34,7 +34,7 @@ class Spans:
                 for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                     for scope in resource.scope_spans:
                         for span in scope.spans:
-                            spans.found.append(Span(span.name, span.trace_id, span.span_id, span.parent_span_id))
+                            spans.exported.append(Span(span.name, span.trace_id, span.span_id, span.parent_span_id))
                 self.send_response(200)
                 self.end_headers()
 

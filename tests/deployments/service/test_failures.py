@@ -43,8 +43,11 @@ def test_a_verifier_killed_amid_a_stream_is_not_noticed_but_by_the_report(servic
         return text, finish, report
 
     async def compared():
-        for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 11, "max_tokens": 200, "ignore_eos": True}):
-            body = chat(COUNT, mode="off", stream=True) | sampling
+        for sampling_params in (
+            {"temperature": 0},
+            {"temperature": 1.0, "seed": 11, "max_tokens": 200, "ignore_eos": True},
+        ):
+            body = chat(COUNT, mode="off", stream=True) | sampling_params
             *undisturbed, _ = await streamed(body, kill=False)
             *repaired, report = await streamed(body, kill=True)
             assert repaired == undisturbed and report["retries"] >= 1

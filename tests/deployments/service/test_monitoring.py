@@ -22,7 +22,7 @@ from tests.cluster.querying import (
     recorded_queries,
 )
 from tests.deployments.service.conftest import SMALL
-from tests.deployments.service.service_client import Service, chat, events, problems, until
+from tests.deployments.service.service_client import ServiceClient, chat, events, problems, until
 
 IN_TIME_S = 5.0  # half of what Prometheus allows by default
 QUICKLY_S = 30.0
@@ -62,9 +62,9 @@ class ClientTotals:
 
 
 async def send_request(
-    client: httpx.AsyncClient, client_totals: ClientTotals, question: str, mode: str, number: int
+    client: httpx.AsyncClient, client_totals: ClientTotals, prompt: str, mode: str, number: int
 ) -> None:
-    body = chat(question, mode=mode)
+    body = chat(prompt, mode=mode)
     body["parse"]["speculation"] = CHOICES[number % len(CHOICES)]
     if number % 9 == 8:  # leaves
         try:
@@ -89,7 +89,7 @@ async def send_request(
     client_totals.answer(final_chunks["parse"], final_chunks["usage"])
 
 
-async def load(service: Service, client_totals: ClientTotals) -> None:
+async def load(service: ServiceClient, client_totals: ClientTotals) -> None:
     """Bursts with more than there is room for, pauses in which audits find their moment, and some faults."""
     rng = random.Random(7)
     load_problems = problems(72, seed=9)
@@ -119,7 +119,7 @@ async def load(service: Service, client_totals: ClientTotals) -> None:
 
 
 def total(watching: Prometheus, query: str) -> float:
-    return sum(float(found["value"][1]) for found in watching.query(query))
+    return sum(float(sample["value"][1]) for sample in watching.query(query))
 
 
 @needs_prometheus
@@ -141,7 +141,7 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
         assert watching.rule_faults() == []
 
         # Clients and Prometheus have counted the same, on both ways. Ray still tells of routers that are gone.
-        (router,) = {found["metric"]["replica"] for found in watching.query("parse_places")}
+        (router,) = {sample["metric"]["replica"] for sample in watching.query("parse_places")}
         counts = [(name, "", n) for name, n in client_totals.tokens.items()]
         counts += [(name, f'method="{method}",', n) for (name, method), n in client_totals.by_method.items()]
         counts += [("parse_requests_total", 'outcome="ok",', client_totals.requests["ok"])]
@@ -152,8 +152,8 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
         }
 
         def differences() -> dict[str, tuple[float, float]]:
-            found = {query: total(watching, query) for query in expected}
-            return {query: (found[query], n) for query, n in expected.items() if found[query] != n}
+            totals = {query: total(watching, query) for query in expected}
+            return {query: (totals[query], n) for query, n in expected.items() if totals[query] != n}
 
         async def equal() -> bool:
             return not differences()
@@ -168,12 +168,12 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
 
 def reports(text: str) -> Counter[str]:
     """Of how many replicas each deployment's figures are."""
-    found = {
+    replicas = {
         (sample.labels["deployment"], sample.labels["replica"])
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    return Counter(deployment for deployment, _ in found)
+    return Counter(deployment for deployment, _ in replicas)
 
 
 def unreached(text: str) -> float:
@@ -193,10 +193,10 @@ def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_
             )
             assert client_totals.requests["ok"] == 8
 
-            async def all_told(counts: dict[str, int]) -> bool:
+            async def all_reported(counts: dict[str, int]) -> bool:
                 return reports((await client.get("/metrics")).text) == counts
 
-            await until(lambda: all_told({"Router": 2, "Verifier": 1, "Drafter": 1}))
+            await until(lambda: all_reported({"Router": 2, "Verifier": 1, "Drafter": 1}))
             for _ in range(6):  # whichever router answers
                 text = (await client.get("/metrics")).text
                 samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
@@ -212,7 +212,7 @@ def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_
                 os.kill(drafter.pid, signal.SIGKILL)  # a stopped one as well
             response = await client.get("/metrics", timeout=IN_TIME_S)
             assert response.status_code == 200 and reports(response.text)["Verifier"] == 1
-            await until(lambda: all_told({"Router": 2, "Verifier": 1, "Drafter": 1}))
+            await until(lambda: all_reported({"Router": 2, "Verifier": 1, "Drafter": 1}))
 
     async def counted(client: httpx.AsyncClient) -> bool:
         return unreached((await client.get("/metrics", timeout=IN_TIME_S)).text) > 0
@@ -230,10 +230,10 @@ def test_the_log_tells_of_each_request_by_its_id(deployed, cluster):
             request_id = response.headers["x-request-id"]
             assert "," not in request_id  # told once
 
-            async def told() -> bool:
+            async def is_logged() -> bool:
                 return any(line.get("request_id") == request_id and "outcome" in line for line in lines(cluster.logs))
 
-            await until(told)
+            await until(is_logged)
             return str(request_id)
 
     request_id = asyncio.run(load_problems())

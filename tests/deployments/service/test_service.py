@@ -91,7 +91,7 @@ def test_drafter_and_verifier_have_a_device_each_and_the_router_none(service):
     assert len({verifier.pid, drafter.pid, router.pid}) == 3
 
 
-def test_one_request_is_drafted_while_another_is_judged(service):
+def test_one_request_is_drafted_while_another_is_verified(service):
     async def request():
         bodies = [chat(problem.question, mode="full") for problem in problems(16)]
         return await asyncio.gather(*(service.answer(body) for body in bodies))

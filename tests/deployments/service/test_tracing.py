@@ -27,13 +27,13 @@ def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans
                 await client.get("/metrics")
 
         async def all_exported():  # each process sends its own, now and then
-            names = Counter(span.name for span in spans.found)
+            names = Counter(span.name for span in spans.exported)
             return names >= EXPECTED_SPANS
 
         await until(all_exported)
 
     asyncio.run(send_requests())
-    by_id = {span.id: span for span in spans.found}
+    by_id = {span.id: span for span in spans.exported}
 
     def within(span):
         """The names of all it is a part of."""
@@ -47,17 +47,17 @@ def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans
         ("Verifier", "verify_and_generate", "judge"),
         ("Verifier", "generate", "write"),
     ):
-        inner = [span for span in spans.found if span.name == f"replica_handle_request {deployment} {method}"]
-        assert inner, sorted({span.name for span in spans.found})
+        inner = [span for span in spans.exported if span.name == f"replica_handle_request {deployment} {method}"]
+        assert inner, sorted({span.name for span in spans.exported})
         for span in inner:
             assert within(span)[:3] == [f"route_to_replica {deployment} {method}", stage, "answer"]
             assert "replica_handle_request Router __call__" in within(span)
-    traces = {span.trace for span in spans.found if span.name == "answer"}
+    traces = {span.trace for span in spans.exported if span.name == "answer"}
     assert len(traces) == 4
     # What is asked every second by the service itself, or by those who watch it, leaves no trace.
-    assert sum(span.name == "replica_handle_request Router __call__" for span in spans.found) == 4
+    assert sum(span.name == "replica_handle_request Router __call__" for span in spans.exported) == 4
     assert not [
         span.name
-        for span in spans.found
+        for span in spans.exported
         if span.name.endswith((" alive", " collect_metrics", " describe", " capabilities"))
     ]

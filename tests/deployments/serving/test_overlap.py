@@ -9,7 +9,7 @@ def test_times_are_those_of_a_count_moment_by_moment(monkeypatch):
     now = 0.0
     monkeypatch.setattr("deployments.serving.overlap.time.perf_counter", lambda: now)
     rng = random.Random(4)
-    found = BusyTime()
+    busy_time = BusyTime()
     expected = {"drafter": 0.0, "verifier": 0.0, "both": 0.0}
     at_work: list[tuple[ServicePart, Any]] = []
     parts: list[ServicePart] = ["drafter", "verifier"]
@@ -25,10 +25,10 @@ def test_times_are_those_of_a_count_moment_by_moment(monkeypatch):
             work.__exit__(None, None, None)
         else:
             part = rng.choice(parts)
-            work = found.track(part)
+            work = busy_time.track(part)
             work.__enter__()
             at_work.append((part, work))
-    found.update()
+    busy_time.update()
     for name, seconds in expected.items():
-        assert abs(getattr(found, f"{name}_s") - seconds) < 1e-9
-    assert 0 < found.both_s < min(found.drafter_s, found.verifier_s)
+        assert abs(getattr(busy_time, f"{name}_s") - seconds) < 1e-9
+    assert 0 < busy_time.both_s < min(busy_time.drafter_s, busy_time.verifier_s)

@@ -23,7 +23,7 @@ def hosted(monkeypatch):
     hosted.engine.shutdown()
 
 
-def test_it_warms_up_and_forgets_what_it_warmed_up_with(hosted):
+def test_it_warms_up_and_keeps_nothing_of_it(hosted):
     asyncio.run(hosted.warm_up())
     stats = hosted.engine.stats
     assert stats.num_steps > 10 and not stats.num_running

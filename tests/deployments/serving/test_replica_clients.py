@@ -53,10 +53,10 @@ class Handle:
 @dataclass
 class Bound:
     handle: Handle
-    options_given: dict
+    options: dict
 
-    def remote(self, *given):
-        self.handle.calls.append((self.options_given, given))
+    def remote(self, *args):
+        self.handle.calls.append((self.options, args))
         script = self.handle.script
         return Response(self.handle, list(script.pop(0) if len(script) > 1 else script[0]))
 
@@ -233,9 +233,9 @@ async def drafted(handle, alive, *, stream_interval=NO_STREAMING, session=None):
 
 
 def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
-    whole = scripted([[TokenDelta((7, 8), finish_reason="stop")]])
-    assert asyncio.run(drafted(whole, scripted([[None]]))) == [TokenDelta((7, 8), finish_reason="stop")]
-    assert whole.calls[0][0] == {"method_name": "draft_complete", "session_id": "s"}
+    complete_drafts = scripted([[TokenDelta((7, 8), finish_reason="stop")]])
+    assert asyncio.run(drafted(complete_drafts, scripted([[None]]))) == [TokenDelta((7, 8), finish_reason="stop")]
+    assert complete_drafts.calls[0][0] == {"method_name": "draft_complete", "session_id": "s"}
     windows = scripted([[TokenDelta((7,)), TokenDelta((8,), finish_reason="stop")]])
     assert len(asyncio.run(drafted(windows, scripted([[None]]), stream_interval=4))) == 2
     assert windows.calls[0][0] == {"method_name": "draft", "session_id": "s", "stream": True}
