@@ -139,6 +139,6 @@ def table(crowds: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"| {row['clients']} | {row['method']} | {row['tokens_per_s']:.0f} | {row['plain_tokens_per_s']:.0f} "
             f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
-            f"| {row['tokens_per_pass']:.2f} | {row['depth']:.1f} | {row['num_tokens']:.1f} | {' | '.join(model)} |"
+            f"| {row['tokens_per_pass']:.2f} | {row['depth']:.1f} | {row['entries']:.1f} | {' | '.join(model)} |"
         )
     return "\n".join(lines)

@@ -195,7 +195,7 @@ def _explanation_table(model: Mapping[str, Any]) -> str:
     for method, entry in model["methods"].items():
         bare_s, engine, proposing = (f"{entry[n] * 1e3:.2f} ms" for n in ("bare_pass_s", "pass_s", "proposing_s"))
         lines.append(
-            f"| {method} | {entry['num_tokens']:.1f} | {bare_s} | {engine} | {proposing} | {entry['needed']:.2f} "
+            f"| {method} | {entry['entries']:.1f} | {bare_s} | {engine} | {proposing} | {entry['needed']:.2f} "
             f"| {entry['tokens_per_pass']:.2f} | {entry['predicted']:.2f} | {entry['measured']:.2f} |"
         )
     for title, curve in (("Bare passes", model["passes"]), ("all but one masks", model["masked"])):
