@@ -145,7 +145,7 @@ def read_deployments(details: Mapping[str, Any]) -> list[DeploymentProgress]:
 def find_missing_capacity(
     deployments: Sequence[DeploymentProgress], nodes: Sequence[Mapping[str, float]]
 ) -> str | None:
-    """Returns what the nodes lack for all replicas, no matter how long one waits, or None."""
+    """Returns which resource the nodes cannot provide for all replicas, or None."""
     for resource in sorted({resource for deployment in deployments for resource in deployment.resources}):
         available = [node.get(resource, 0.0) for node in nodes]
         for deployment in deployments:

@@ -1,7 +1,7 @@
 """Answers a question in the terminal and shows which model wrote what.
 
 Accepted words of the draft are green, those of the target are plain, and the rejected draft is red and struck through.
-Without colours the target's words stand in [brackets] and the rejected ones in {-braces-}.
+Without colours the target's words are in [brackets] and the rejected ones in {-braces-}.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prompt = chat_prompt_token_ids(pair.tokenizer, messages)
             request = GenerationRequest(prompt, messages, params, args.mode)
             asyncio.run(print_answer(pair, request, AnswerPrinter(sys.stdout)))
-    except ValueError as error:  # the reason why something is refused
+    except ValueError as error:  # its message names the invalid input
         sys.exit(f"python -m parse: {error}")
 
 

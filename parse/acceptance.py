@@ -1,4 +1,4 @@
-"""The acceptance rule: how much of a draft is kept, given P(correct) of its prefixes, and when this is decided.
+"""The acceptance rule: how much of a draft is kept, and which prefixes must be evaluated to decide that.
 
 To change the rule, edit this file only. Engines call `next_batch` to learn which prefixes to evaluate next and
 `accepted_prefix_length` to learn where to continue; the pipeline calls the latter again to check their result.
@@ -15,10 +15,10 @@ AcceptanceRule = Literal["first_failure", "longest_passing"]
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The least P(correct) at which a complete draft is accepted, and at which a prefix passes.
+    """The minimum P(correct) at which a complete draft is accepted, and at which a prefix passes.
 
     With the defaults the demo pair accepts 98% of the correct drafts in full and 1% of the wrong ones. An error in a
-    prefix is caught by the longer prefixes, an error in the complete answer by nothing, so the latter needs more.
+    prefix is caught by longer prefixes. Nothing catches an error in the complete answer, so its threshold is higher.
     """
 
     full: float = 0.97
@@ -35,7 +35,7 @@ class AcceptancePolicy:
     """Thresholds and the rule that applies them.
 
     `first_failure` keeps the last prefix before the first one that fails. `longest_passing` keeps the longest prefix
-    that passes: it keeps more, and every further prefix adds a chance to trust a single false positive.
+    that passes. It keeps more, but each further prefix adds a chance that a single false positive is trusted.
     """
 
     thresholds: Thresholds = Thresholds()
@@ -49,10 +49,11 @@ def accepted_prefix_length(
     *,
     complete: bool,
 ) -> int:
-    """The number of draft tokens to keep.
+    """Returns the number of draft tokens to keep.
 
-    `prefix_lengths` ascend. If the draft is `complete`, the last one is the complete answer, which is kept if it passes
-    its own, higher threshold and is not a prefix otherwise. A prefix that was not evaluated (None) does not pass.
+    `prefix_lengths` are in ascending order. If the draft is `complete`, the last one is the complete answer. It is kept
+    if it passes its own, higher threshold; otherwise it does not count as a prefix. A prefix that was not evaluated
+    (None) does not pass.
     """
     if complete and prefix_lengths and _passes(p_correct[-1], policy.thresholds.full):
         return prefix_lengths[-1]
@@ -74,11 +75,11 @@ def next_batch(
     max_batch: int,
     answer_first: bool,
 ) -> list[int]:
-    """The indices of the prefixes to evaluate next, at most `max_batch`; an empty list once the result is decided.
+    """Returns the indices of the prefixes to evaluate next, at most `max_batch`, or [] once the result is decided.
 
-    `p_correct` holds what is known so far. A complete answer that passes decides everything, so it is always in the
-    first batch, and with `answer_first` alone in it: that saves computing the prefixes where a further forward pass
-    costs little more than its tokens. Without a policy every prefix is evaluated.
+    `p_correct` holds the results so far, by index. A complete answer that passes decides everything, so it is always in
+    the first batch. With `answer_first` it is the only one there. This saves evaluating prefixes on devices where a
+    further forward pass costs little more than its tokens. Without a policy, every prefix is evaluated.
     """
     last = num_prefixes - 1
     if policy is not None and complete and num_prefixes:

@@ -16,7 +16,7 @@ INITIAL_PAUSE, MAX_PAUSE = 8, 256  # requests answered without a draft before th
 
 @dataclass(frozen=True)
 class DraftingOutcome:
-    """What one answer with a draft took."""
+    """The token counts and times of one answer with a draft."""
 
     draft_tokens: int
     accepted_tokens: int
@@ -61,12 +61,12 @@ class DraftingController:
         if not outcome.draft_tokens:
             return
         self._num_drafts += 1
-        if self._num_drafts == 1:  # its time holds much that is done only once
+        if self._num_drafts == 1:  # the first draft includes work that is done only once
             return
         self.acceptance = _running_mean(self.acceptance, outcome.accepted_tokens / outcome.draft_tokens)
         spent_s = outcome.total_s - outcome.target_s
         self.overhead_s = _running_mean(self.overhead_s, spent_s / outcome.draft_tokens)
-        if self.token_s is None:  # every draft was accepted whole: the target has yet to write a token
+        if self.token_s is None:  # every draft was accepted in full, so the target has not generated a token yet
             return
         target_alone_s = self.token_s * (outcome.accepted_tokens + outcome.target_tokens)
         gain = (self.token_s * outcome.accepted_tokens - spent_s) / target_alone_s if target_alone_s else -1.0
@@ -78,7 +78,7 @@ class DraftingController:
             self._paused, self._requests_until_trial, self._pause = True, INITIAL_PAUSE, INITIAL_PAUSE
 
     def another_round_pays(self, remaining_tokens: int) -> bool:
-        """Is a further draft of about that many tokens expected to save more than it takes?"""
+        """Whether a further draft of about that many tokens is expected to save more time than it costs."""
         if remaining_tokens <= 0:
             return False
         if self.token_s is None or self.acceptance is None or self.overhead_s is None:

@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece: no half character, no lost space, nothing of a stop string."""
+"""Converts token ids to text incrementally, without broken characters, lost spaces or parts of stop strings."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,22 +8,22 @@ REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class IncrementalDetokenizer:
-    """Pieces of text that together are what the tokenizer makes of all tokens at once, up to a stop string.
+    """Returns pieces of text that together equal the decoded text of all tokens, up to a stop string.
 
-    A tokenizer may write a token otherwise at the beginning than after another one, so each is decoded together with
-    those before it, back to the last that ended a piece.
+    A tokenizer may decode a token differently at the start of a text than after another token. Each token is therefore
+    decoded together with the tokens of the previous piece.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._token_ids: list[int] = []
-        self._decode_start = self._emitted = 0  # tokens: where decoding sets in, and what has become text
-        self._held_back = ""  # might be the beginning of a stop string
+        self._decode_start = self._emitted = 0  # in tokens: the start of decoding, and the end of the released text
+        self._held_back = ""  # text that may be the beginning of a stop string
         self.matched_stop: str | None = None
-        """The stop string that was met."""
+        """The stop string that was found."""
 
     def add(self, token_ids: Iterable[int]) -> str:
-        """The text that is certain now."""
+        """Adds tokens and returns the text that can no longer change."""
         text = ""
         for token in token_ids:
             if self.matched_stop is not None:
@@ -33,7 +33,7 @@ class IncrementalDetokenizer:
         return text
 
     def finish(self) -> str:
-        """What was held back: no more tokens will come."""
+        """Returns the text that was held back. Call it after the last token."""
         if self.matched_stop is not None:
             return ""
         rest = self._decode(self._decode_start, len(self._token_ids))[
@@ -62,7 +62,7 @@ class IncrementalDetokenizer:
         if not self._stop:
             return text
         text = self._held_back + text
-        # The first to be complete, wherever the tokens' borders lie, and of those the first to begin.
+        # Take the match that ends first, independent of token boundaries, and of those the one that starts first.
         matches = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if matches:
             _, at, self.matched_stop = min(matches)

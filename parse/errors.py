@@ -1,10 +1,10 @@
-"""The errors that callers meet. They may come from another process, so those with arguments can be pickled."""
+"""Errors that callers may receive. They can come from another process, so all of them can be pickled."""
 
 from typing import Literal
 
 
 class RequestError(ValueError):
-    """A request that cannot be served as it stands. Names the field at fault and its limit."""
+    """A request that cannot be served. The error names the invalid field and its limit."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
@@ -24,7 +24,7 @@ class RequestCancelled(RuntimeError):
 
 
 class EngineStopped(RuntimeError):
-    """The engine was shut down, or died, before the request was done."""
+    """The engine was shut down or died before the request was finished."""
 
 
 FallbackCause = Literal["none_there", "does_not_pay", "busy", "lost", "silent", "slow", "refused", "failed"]
@@ -32,7 +32,7 @@ FallbackCause = Literal["none_there", "does_not_pay", "busy", "lost", "silent", 
 
 
 class DraftUnavailable(RuntimeError):
-    """No draft can be had at the moment."""
+    """No draft is available at the moment."""
 
     def __init__(self, cause: FallbackCause, message: str) -> None:
         super().__init__(message)
@@ -43,4 +43,4 @@ class DraftUnavailable(RuntimeError):
 
 
 class VerificationError(RuntimeError):
-    """The result of a verification does not fit its request."""
+    """The result of a verification does not match its request."""

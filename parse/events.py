@@ -1,4 +1,4 @@
-"""What the pipeline reports while it answers: text, verifications of drafts, and at the end what the answer took."""
+"""The events that the pipeline reports: text, verifications of drafts, and finally the usage of the answer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ Origin = Literal["draft", "target"]
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A part of the answer. It is final."""
+    """A part of the answer, which does not change any more."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -21,10 +21,10 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result for a draft, or for a window of one: its first `accepted_prefix_length` tokens are kept."""
+    """The result of verifying a draft, or a window of one. The first `accepted_prefix_length` tokens are kept."""
 
     start: int
-    """Tokens of the answer before the draft or window."""
+    """The number of answer tokens before the draft or window."""
     draft_token_ids: tuple[int, ...]
     prefix_lengths: tuple[int, ...]
     p_correct: tuple[float | None, ...]
@@ -33,12 +33,12 @@ class Verification:
 
 
 StageName = Literal["warm", "draft", "judge", "write"]
-"""What the HTTP API and the metrics call prefilling, drafting, verifying and generating."""
+"""The names in the HTTP API and the metrics for prefilling, drafting, verifying and generating."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """When something was done for an answer, in seconds since its start."""
+    """A stage of an answer. Its times are in seconds since the start of the answer."""
 
     name: StageName
     start: float
@@ -47,7 +47,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Fallback:
-    """Why the target answers without a draft although one was asked for."""
+    """Why the target answers without a draft although one was requested."""
 
     cause: FallbackCause
     message: str
@@ -55,7 +55,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer took."""
+    """The token counts and times of one answer."""
 
     mode: str
     draft_tokens: int = 0
@@ -64,9 +64,9 @@ class Usage:
     """Tokens the target generated."""
     rounds: int = 0
     accepted_prefix_length: int | None = None
-    """Tokens of the first draft that were kept."""
+    """The number of tokens of the first draft that were kept."""
     cached_tokens: int = 0
-    """Tokens of the prompt that the target's prefix cache held."""
+    """The number of prompt tokens that were found in the target's prefix cache."""
     stages: tuple[Stage, ...] = ()
     ttft_s: float = 0.0
     total_s: float = 0.0

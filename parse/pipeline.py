@@ -1,7 +1,7 @@
 """PARSE: a draft is written, all its prefixes are verified, the longest valid one is kept, the target writes the rest.
 
-The pipeline knows a drafter and a verifier by two small protocols, so the same code runs in one process and across
-machines. Its calls do not depend on one another. Whatever happens to the drafter costs only speed.
+The pipeline uses a drafter and a verifier through two small protocols, so the same code runs in one process and across
+machines. Each call is independent of earlier ones. A failing drafter costs only speed.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ class Pipeline:
 
     verifier: Verifier
     capabilities: Capabilities
-    """Of the verifier."""
+    """The capabilities of the verifier."""
     tokenizer: PreTrainedTokenizerBase
-    """The target's."""
+    """The tokenizer of the target."""
     suffix: VerificationSuffix
     settings: VerificationSettings
     drafter: Drafter | None = None
     prefill_while_drafting: bool = True
-    """The target reads the prompt while the drafter writes. Where both share a processor it is faster to read prompt
-    and draft in one pass."""
+    """Prefill the prompt on the target while the drafter writes. If both share a processor, it is faster to compute the
+    prompt and the draft in one pass."""
     controller: DraftingController = field(default_factory=DraftingController)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Pipeline:
             raise ValueError(f"verification.auto_mode: this engine supports {offered}, not {self.settings.auto_mode}")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
-        """Yields the answer as it is written, the verification of each draft, and at the end what the answer took."""
+        """Yields the text as it is generated, the verification of each draft, and finally the usage of the answer."""
         self.capabilities.check(request)
         if request.prediction is not None:
             prediction = validate_token_ids("prediction", request.prediction, len(self.tokenizer))
@@ -57,7 +57,7 @@ class Pipeline:
         try:
             while (event := await run.state.events.get()) is not None:
                 yield event
-            await working  # raises what went wrong
+            await working  # raises the exception of the mode
         finally:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
@@ -109,7 +109,7 @@ class Pipeline:
 
 
 async def _work(run: Run) -> None:
-    """Runs the mode. None follows the last event, also when the mode raises."""
+    """Runs the mode and puts None after the last event, also if the mode raises."""
     function = MODES[run.state.mode].function
     assert function is not None
     try:

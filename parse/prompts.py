@@ -1,4 +1,4 @@
-"""The words around a draft, in the model's own chat template: the prompt before it, the check question behind it."""
+"""Renders the prompt before a draft and the verification prompt after it, in the model's own chat template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ VERIFICATION_PROMPT = (
 
 
 class TemplateError(ValueError):
-    """The chat template or the tokenizer cannot carry the check question."""
+    """The chat template or the tokenizer does not support the verification prompt."""
 
 
 @dataclass(frozen=True)
 class VerificationSuffix:
-    """The question hung behind each prefix, and the tokens that begin its two answers."""
+    """The verification prompt that follows each prefix, and the tokens that begin its two answers."""
 
-    token_ids: tuple[int, ...]  # [end of assistant turn][user: the question][assistant header]
+    token_ids: tuple[int, ...]  # [end of assistant turn][user: verification prompt][assistant header]
     correct_token_ids: tuple[int, ...]  # variants of one word, with and without a leading space; the likeliest first
     incorrect_token_ids: tuple[int, ...]
 
 
 def chat_prompt_token_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """The conversation up to and including the assistant header."""
+    """Returns the tokens of the conversation, up to and including the assistant header."""
     if not messages:
         raise RequestError("messages", "must not be empty")
     for place, message in enumerate(messages):
@@ -52,7 +52,7 @@ def build_verification_suffix(
     correct: str = "Correct",
     incorrect: str = "Incorrect",
 ) -> VerificationSuffix:
-    """The suffix's ids, read off a rendered conversation whose answer is a sentinel."""
+    """Returns the verification suffix, taken from a rendered conversation whose answer is a sentinel."""
     user_message = {"role": "user", "content": "Hello."}
     prompt = _render(tokenizer, [user_message])
     conversation = [
@@ -67,14 +67,14 @@ def build_verification_suffix(
             f"{prompt!r} against {before!r}"
         )
     if verification_prompt.strip() not in suffix or SENTINEL in suffix:
-        raise TemplateError(f"the chat template does not put the check question once behind the answer: {suffix!r}")
+        raise TemplateError(f"the chat template does not put the verification prompt once after the answer: {suffix!r}")
     return _distinguishing_tokens(tokenizer, suffix, correct, incorrect)
 
 
 def _distinguishing_tokens(
     tokenizer: PreTrainedTokenizerBase, suffix: str, correct: str, incorrect: str
 ) -> VerificationSuffix:
-    """The words may be of several tokens: the first by which they differ decides, what they share joins the suffix."""
+    """Adds the tokens that both words begin with to the suffix; the first tokens that differ are the answers."""
     suffix_ids = _encode(tokenizer, suffix)
     words = [_continuation_ids(tokenizer, suffix, suffix_ids, word) for word in (correct, incorrect)]
     shared = 0
@@ -94,7 +94,7 @@ def _distinguishing_tokens(
 
 
 def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], word: str) -> list[int]:
-    """The word's ids where it follows the text, or its ids alone if the tokenizer would merge the two."""
+    """Returns the ids of a word after the text, or its ids alone if the tokenizer would merge the two."""
     both = _encode(tokenizer, text + word)
     word_ids = both[len(ids) :] if both[: len(ids)] == ids else _encode(tokenizer, word)
     if not word_ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in word_ids):

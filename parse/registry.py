@@ -1,7 +1,8 @@
-"""Everything that is chosen by name, each defined in one place: the modes and the token-level speculative methods.
+"""The registry of everything that is chosen by name: the modes and the token-level speculative methods.
 
-Settings, HTTP API, metrics and documentation take their choices from here. To add one, write its module and add a
-line. Modules are named by path and imported when they are first used, so that this table depends on none of them.
+Settings, HTTP API, metrics and documentation read their choices from this module. To add a mode or a method, write
+its module and add an entry here. An entry names its function by path, and the module is imported on first use, so
+this table imports none of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,26 +13,26 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class ModeSpec:
-    """A way to use drafts. `auto`, which picks one of the others, has no function of its own."""
+    """A mode, that is, a way to use drafts. `auto` selects one of the others and has no function."""
 
     description: str
     function: str | None
     uses_draft: bool = True
     keeps_distribution: bool = False
-    """The output has the target's own distribution, whatever was drafted."""
+    """Whether the output has the target's own distribution for every draft."""
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A way to propose several of the target's next tokens. The output stays the target's own."""
+    """A method that proposes several of the target's next tokens. It does not change the output."""
 
     description: str
     loader: str
     model: Literal["required", "optional", "none"]
-    """Does the method need a checkpoint of its own?"""
+    """Whether the method needs its own checkpoint."""
     supports_trees: bool = False
     is_sequential: bool = False
-    """Each further token of a proposal takes another step of the method."""
+    """Whether each further token of a proposal takes another step of the method."""
 
 
 MODES: Mapping[str, ModeSpec] = {
@@ -86,7 +87,7 @@ LOSSY_MODES = tuple(name for name, mode in MODES.items() if mode.function and no
 
 
 def resolve(path: str) -> Callable[..., Any]:
-    """The function that a `module:function` path names."""
+    """Returns the function that a `module:function` path names."""
     module, _, name = path.partition(":")
     function: Callable[..., Any] = getattr(import_module(module), name)
     return function

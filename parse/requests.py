@@ -1,7 +1,7 @@
-"""The requests of a client to the pipeline, and of the pipeline to an engine. They travel unchanged to the engine.
+"""Requests from a client to the pipeline, and from the pipeline to an engine, which receives them unchanged.
 
-No request depends on an earlier one: each carries all the tokens it continues from, so a call that is lost with its
-replica can be made again anywhere. A prefix cache makes that cheap.
+No request depends on an earlier one. Each contains all the tokens that it continues, so a call that is lost with its
+replica can be repeated on any other replica. A prefix cache makes the repetition cheap.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from parse.types import NO_STREAMING, SamplingParams
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a client asks the pipeline for."""
+    """A request from a client to the pipeline."""
 
     prompt_token_ids: Sequence[int]
     """The target's tokens, up to and including the assistant header."""
     messages: Sequence[Message] = ()
-    """The same conversation, for a drafter that renders it in a chat template of its own."""
+    """The same conversation, for a drafter that has its own chat template."""
     sampling_params: SamplingParams = SamplingParams()
     mode: str = "auto"
     thresholds: Thresholds | None = None
     prediction: Sequence[int] | None = None
     """A draft supplied by the client, in the target's tokens."""
     stream_interval: int = 1
-    """The target generates this many tokens before they are passed on. Larger values are cheaper."""
+    """The number of tokens that the target generates between two deltas. Larger values are cheaper."""
     speculative_method: str | None = None
-    """The token-level method for what the target generates, or "none"; the engine's default if not set."""
+    """The token-level method with which the target generates, or "none". None selects the engine's default."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -62,7 +62,7 @@ class VerifyRequest:
     draft_complete: bool = False
     """The draft ends the answer, so the last prefix is the complete answer."""
     prefix_lengths: Sequence[int]
-    """Ascending; a length n stands for the first n tokens of the draft."""
+    """In ascending order. A length n stands for the first n tokens of the draft."""
     suffix: VerificationSuffix
     policy: AcceptancePolicy | None = AcceptancePolicy()
     """Prefixes that cannot change the result under this policy are not evaluated. None evaluates all of them."""
@@ -78,7 +78,7 @@ class GenerateRequest:
     output_token_ids: Sequence[int] = ()
     sampling_params: SamplingParams = SamplingParams()
     draft_token_ids: Sequence[int] = ()
-    """Accepted token by token, as long as the target would have chosen the same: the output does not change."""
+    """These tokens are accepted as long as the target chooses the same ones, so the output does not change."""
     stream_interval: int = 1
     speculative_method: str | None = None
 
@@ -89,9 +89,9 @@ class VerifyAndGenerateRequest:
 
     verify: VerifyRequest
     generate: GenerateRequest
-    """What to do after the output before the draft; `continuation` adds the accepted prefix."""
+    """How to generate. Its output ends before the draft; `continuation` adds the accepted prefix."""
     num_accepted: int = 0
-    """Draft tokens that an earlier call accepted; they are kept in any case."""
+    """The number of draft tokens that an earlier call accepted. They are always kept."""
     generate_after_acceptance: bool = True
     """Generate even if every prefix passes. False while the rest of the draft is still being written."""
     max_continuation_tokens: int | None = None
@@ -102,7 +102,7 @@ class VerifyAndGenerateRequest:
             raise RequestError("policy", "must be set to generate after the accepted prefix")
 
     def accepted_prefix_length(self, p_correct: Sequence[float | None]) -> int:
-        """The number of draft tokens to keep, those of earlier calls among them."""
+        """Returns the number of draft tokens to keep, including those that earlier calls accepted."""
         verify = self.verify
         assert verify.policy is not None
         accepted = accepted_prefix_length(
@@ -111,7 +111,7 @@ class VerifyAndGenerateRequest:
         return max(self.num_accepted, accepted)
 
     def continuation(self, num_accepted: int) -> GenerateRequest | None:
-        """What is left to generate after the first tokens of the draft, or None if nothing is."""
+        """Returns the request for the rest of the answer after these draft tokens, or None if it is complete."""
         verify, params = self.verify, self.generate.sampling_params
         if verify.draft_complete and num_accepted == len(verify.draft_token_ids):
             return None

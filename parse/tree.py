@@ -59,7 +59,7 @@ def chain(tokens: Sequence[int]) -> TokenTree:
 
 
 def suffix_forest(prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
-    """Copies of `suffix`, one attached at each prefix length of the context; they do not see one another."""
+    """Returns copies of `suffix`, one attached at each prefix length of the context. They do not see each other."""
     width = len(suffix)
     starts = width * np.arange(len(prefix_lengths))
     return TokenTree(

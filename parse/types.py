@@ -23,7 +23,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    """0: no limit."""
+    """0 means no limit."""
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -31,7 +31,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
     max_tokens: int | None = None
-    """Tokens of the whole output; None: as many as the context length leaves."""
+    """The maximum number of tokens of the whole output. None means as many as the context length allows."""
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -68,7 +68,7 @@ class SamplingParams:
 
     @property
     def modifies_logits(self) -> bool:
-        """The logits change before a token is chosen."""
+        """Whether a penalty or bias changes the logits before a token is chosen."""
         return bool(
             self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         )
@@ -77,7 +77,7 @@ class SamplingParams:
 def _check_range(
     name: str, value: object, low: float | None, high: float | None, *, exclusive: bool = False, integer: bool = False
 ) -> None:
-    """Raises RequestError for a value out of range. NaN fails every comparison, so it is refused too."""
+    """Raises RequestError for a value out of range. NaN fails every comparison, so it is rejected too."""
     if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
         raise RequestError(name, f"must be a {'whole ' if integer else ''}number, got {value!r}")
     too_low = low is not None and not (low < value if exclusive else low <= value)
@@ -110,15 +110,15 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
-    """How the proposals of a token-level method fared."""
+    """How many tokens a token-level method proposed, and how many of them were accepted."""
 
     method: str
     passes: int = 0
-    """Forward passes of the target that generated something, with a proposal or without."""
+    """Forward passes of the target that generated tokens, with and without a proposal."""
     proposed_per_position: tuple[int, ...] = ()
     """Tokens proposed at each position of the proposals."""
     accepted_per_position: tuple[int, ...] = ()
-    """How many of them were accepted. Both are as long as the longest proposal."""
+    """The number of those tokens that were accepted. Both tuples are as long as the longest proposal."""
 
     def __add__(self, other: "SpeculationStats") -> "SpeculationStats":
         def added(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ class SpeculationStats:
 
 
 def sum_stats(parts: Iterable[SpeculationStats | None]) -> SpeculationStats | None:
-    """Returns the sum of those that are not None, or None if all are."""
+    """Returns the sum of the parts that are not None, or None if there are none."""
     present = [part for part in parts if part is not None]
     return reduce(SpeculationStats.__add__, present) if present else None
 
@@ -147,15 +147,15 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     """Set on the last delta: "stop" at an end token or stop string, "length" at a limit."""
     num_accepted: int = 0
-    """How many of these tokens, the first ones, were accepted from the request's draft."""
+    """The first `num_accepted` of these tokens were accepted from the request's draft."""
     num_cached_tokens: int = 0
-    """Set on the first delta: tokens of its context that the prefix cache held."""
+    """Set on the first delta: the number of context tokens that were found in the prefix cache."""
     speculation: SpeculationStats | None = None
     """Statistics of the passes that generated these tokens."""
 
 
 def merge_deltas(deltas: Sequence[TokenDelta]) -> TokenDelta:
-    """Returns the one delta that is equivalent to several in a row."""
+    """Merges consecutive deltas into one."""
     if len(deltas) == 1:
         return deltas[0]
     return TokenDelta(
@@ -173,8 +173,8 @@ class VerifyResult:
     """The target's assessment of a draft."""
 
     p_correct: tuple[float | None, ...]
-    """P(correct) of each prefix; None where it could not change the result."""
+    """P(correct) of each prefix, or None if it was not evaluated because it could not change the result."""
     logprobs: tuple[Logprob, ...] = ()
-    """The target's own log-probabilities of the draft's tokens, if they were asked for."""
+    """The target's own log-probabilities of the draft's tokens, if they were requested."""
     num_cached_tokens: int = 0
-    """Tokens of prompt and draft that the prefix cache held."""
+    """The number of tokens of prompt and draft that were found in the prefix cache."""

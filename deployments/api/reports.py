@@ -1,4 +1,4 @@
-"""What a response says about usage, and about how each choice was made."""
+"""Builds the usage of a response, and the report on how each choice was made."""
 
 from collections.abc import Sequence
 

@@ -52,7 +52,7 @@ LogitBias = Annotated[
 
 
 class OpenAIBaseModel(BaseModel):
-    """Rejects unknown fields, one at a time: to list all errors of a large body would take the server seconds."""
+    """Rejects unknown fields one at a time, because listing all errors of a large body would take seconds."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

@@ -1,4 +1,4 @@
-"""From the body of a request to requests to the pipeline: what the body means for this model."""
+"""Validates the body of an HTTP request for this model and converts it to requests to the pipeline."""
 
 import asyncio
 import random

@@ -37,7 +37,7 @@ WARNING_OUTCOMES: frozenset[RequestOutcome] = frozenset({"unavailable", "failed"
 
 @dataclass
 class RequestRecord:
-    """What is known of a request while it is served."""
+    """The data collected about a request while it is served."""
 
     request_id: str
     path: str

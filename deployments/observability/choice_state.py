@@ -9,7 +9,7 @@ from parse.events import Event, Finished, TextDelta, Verification
 
 @dataclass
 class ChoiceState:
-    """One choice of a response and what is known of it so far."""
+    """One choice of a response, and its events so far."""
 
     index: int
     prompt_tokens: int

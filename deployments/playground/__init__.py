@@ -16,7 +16,8 @@ ASSETS = {"icon.svg": "image/svg+xml", "playground.css": "text/css"} | {f"{n}.js
 # These paths need no key, like the API documentation: the files are public and contain no answers. A client without a
 # key gets an error from the API, which the page shows. The empty path is `/` under a route prefix.
 PATHS = frozenset({"", "/", *(f"/playground/{name}" for name in ASSETS)})
-# Nothing from other servers, nothing inline, and no text that becomes markup: the output of models is not trusted.
+# The page loads nothing from other servers and nothing inline, and text never becomes markup, because the output of
+# models is not trusted.
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

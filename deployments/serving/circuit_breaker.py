@@ -18,7 +18,7 @@ HEALTH_CHECK_TIMEOUT_S = 5.0
 
 
 class CircuitBreaker:
-    """Checks every second whether a deployment responds, so that no request finds out by waiting."""
+    """Checks every second whether a deployment responds, so that requests need not wait to find out."""
 
     def __init__(self, name: ServicePart, handle: DeploymentHandle, busy_time: BusyTime) -> None:
         self.failure: str | None = None
@@ -30,7 +30,7 @@ class CircuitBreaker:
 
     @asynccontextmanager
     async def fail_fast(self) -> AsyncIterator[None]:
-        """Runs calls of the block, and raises DraftUnavailable as soon as the deployment does not respond."""
+        """Runs the block, and raises DraftUnavailable as soon as the deployment stops responding."""
         if self.failure:
             raise DraftUnavailable("silent", f"the {self._name} {self.failure}")
         try:

@@ -13,7 +13,7 @@ from parse.types import TokenDelta, merge_deltas
 
 
 class Drafter(ModelReplica):
-    """`parse.engines.protocol.Drafter` in replicas of its own."""
+    """Implements `parse.engines.protocol.Drafter` in Ray Serve replicas."""
 
     async def __init__(self, settings: EngineSettings, target: str) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         super().__init__(settings)

@@ -1,4 +1,4 @@
-"""For how long drafters and verifiers work at the same time."""
+"""Measures how long drafters and verifiers work at the same time."""
 
 import time
 from collections.abc import Iterator

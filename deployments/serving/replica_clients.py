@@ -24,7 +24,7 @@ from parse.types import NO_STREAMING, TokenDelta, VerifyResult
 
 logger = logging.getLogger(__name__)
 
-MAX_RETRIES = 8  # of one request; each waits for a replica that answers
+MAX_RETRIES = 8  # per request; each retry waits for a replica that responds
 RETRY_BACKOFF_S = 0.1  # before the first retry, and twice as long before each further one
 RETRY_CAUSES: Mapping[type[Exception], RetryCause] = {
     RayActorError: "died",
@@ -36,11 +36,11 @@ RETRYABLE_ERRORS = tuple(RETRY_CAUSES)
 
 
 class RetriesExhausted(EngineStopped):
-    """One verifier after another was lost with this request."""
+    """Several verifiers in a row were lost while they served this request."""
 
 
 class VerifierClient:
-    """`parse.engines.protocol.Verifier` for one request."""
+    """Implements `parse.engines.protocol.Verifier` for one request."""
 
     def __init__(self, handle: DeploymentHandle, session: Session, circuit_breaker: CircuitBreaker) -> None:
         self._handle, self._session, self._circuit_breaker = handle, session, circuit_breaker
@@ -54,7 +54,7 @@ class VerifierClient:
             return await self._call_with_retries("verify", context, request)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
-        """Continues on another replica after the tokens that were received, if a stream breaks off."""
+        """Generates. If a stream breaks, it continues on another replica after the tokens that were received."""
         with trace_stage("write", self._session) as context, self._track_busy_time():
             while True:
                 try:
@@ -68,7 +68,7 @@ class VerifierClient:
                     await self._prepare_retry(error)
 
     async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
-        """Makes the whole call again if it is lost before the result of the verification, else generates the rest."""
+        """Repeats the whole call if it is lost before the result arrives; later, only generates the rest."""
         result: VerifyResult | None = None
         rest: GenerateRequest | None = None
         with self._track_busy_time():
@@ -125,7 +125,7 @@ class VerifierClient:
                 await self._prepare_retry(error)
 
     async def _prepare_retry(self, error: Exception) -> None:
-        """Waits, and changes the session so that it leads to another replica if there is one."""
+        """Waits, and changes the session so that its calls go to another replica if there is one."""
         if self._session.num_retries >= MAX_RETRIES:
             raise RetriesExhausted("the verifiers keep failing") from error
         logger.warning(
@@ -140,7 +140,7 @@ class VerifierClient:
 
 
 def _after(request: GenerateRequest, delta: TokenDelta) -> GenerateRequest:
-    """What is left of a request once these tokens have been received."""
+    """Returns what is left of a request after these tokens have been received."""
     still_follows_draft = delta.num_accepted == len(delta.token_ids)
     return replace(
         request,
@@ -150,7 +150,7 @@ def _after(request: GenerateRequest, delta: TokenDelta) -> GenerateRequest:
 
 
 class DrafterClient:
-    """`parse.engines.protocol.Drafter` for one request. Whatever goes wrong, it soon reports that there is no draft."""
+    """Implements `parse.engines.protocol.Drafter` for one request. Any failure soon raises DraftUnavailable."""
 
     def __init__(self, handle: DeploymentHandle, session: Session, circuit_breaker: CircuitBreaker) -> None:
         self._handle, self._session, self._circuit_breaker = handle, session, circuit_breaker

@@ -1,4 +1,4 @@
-"""The way in: answers HTTP, and runs the pipeline over drafters and verifiers."""
+"""The router deployment: serves the HTTP API and runs the pipeline over drafters and verifiers."""
 
 import os
 from dataclasses import replace
@@ -27,13 +27,13 @@ from parse.prompts import build_verification_suffix
 
 @serve.ingress()
 class Router:
-    """`deployments.api.backend.Backend` over Ray Serve."""
+    """Implements `deployments.api.backend.Backend` with Ray Serve."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: AppSettings, verifier: DeploymentHandle, drafter: DeploymentHandle | None
     ) -> None:
         logs.attach_to_serve_logger()
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it needs no GPU and takes no memory of one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the router needs no GPU and must not allocate memory on one
         self._settings = settings
         target = settings.target.model
         verification = VerificationSettings.for_model(target, **settings.verification.model_dump(exclude_unset=True))
@@ -85,7 +85,7 @@ class Router:
             self._recorder.set(metrics.PART_UNAVAILABLE, circuit_breaker.failure is not None, part=name)
 
     async def collect_peer_metrics(self) -> list[ReplicaMetrics]:
-        """A scrape reaches one router only: it tells of all."""
+        """Returns the metrics of all other replicas, because a scrape reaches only one router."""
         handles = {"Verifier": self._verifier, "Router": self._routers}
         if self._drafter is not None:
             handles["Drafter"] = self._drafter

@@ -11,7 +11,7 @@ from parse.types import TokenDelta, VerifyResult
 
 
 class Verifier(ModelReplica):
-    """`parse.engines.protocol.Verifier` in replicas of its own."""
+    """Implements `parse.engines.protocol.Verifier` in Ray Serve replicas."""
 
     async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         super().__init__(settings)

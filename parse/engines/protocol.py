@@ -1,4 +1,4 @@
-"""What the pipeline needs of an engine: two small protocols and a statement of what the engine can do."""
+"""The interface between the pipeline and an engine: two protocols, and the capabilities of the engine."""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ from parse.types import SamplingParams, TokenDelta, VerifyResult
 
 class Drafter(Protocol):
     def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
-        """Generates after the request's output, in the target's tokens."""
+        """Continues the request's output, in the target's tokens."""
         ...
 
 
@@ -31,7 +31,7 @@ class Verifier(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]: ...
 
     def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
-        """Yields the result of the verification as soon as it is known, then what `continuation` asks for."""
+        """Yields the result of the verification as soon as it is known, then the tokens of the continuation."""
         ...
 
 
@@ -41,17 +41,17 @@ class Capabilities:
 
     modes: tuple[str, ...]
     speculative_methods: tuple[str, ...]
-    """The first one is used where a request names none."""
+    """The first one is the default for requests that name none."""
     sampling_params: frozenset[str]
     """Names of fields of `SamplingParams` that may differ from their defaults."""
     max_logprobs: int
     max_model_len: int
-    """The most tokens of prompt and answer together."""
+    """The maximum number of tokens of prompt and answer together."""
     block_size: int
     """Tokens per block of the KV cache, the unit in which prefixes are shared."""
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises RequestError if the request needs what the engine cannot do."""
+        """Raises RequestError if the request needs a capability that the engine lacks."""
         if request.mode != "auto" and request.mode not in self.modes:
             raise RequestError("mode", f"{request.mode} is not supported by this engine, only {_listed(self.modes)}")
         method = request.speculative_method

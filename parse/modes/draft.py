@@ -1,6 +1,6 @@
 """Receiving a draft, from the drafter or from the client's prediction.
 
-Whatever goes wrong with a draft costs only speed: the target then answers without it.
+A failed draft costs only speed: the target then answers without it.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ class Draft:
         self.output_before = tuple(output_before)
         self.token_ids: list[int] = []
         self.final_text: str | None = None
-        """The text of the answer if the draft ends at a stop string: not the text of all its tokens."""
+        """The text of the whole answer if the draft ends at a stop string, which may cut the text of a token."""
         self.complete = False
-        """The draft ended by itself or at a stop string, so it is a complete answer."""
+        """Whether the draft ended with an end token or a stop string, and so is a complete answer."""
         self.closed = False
-        """No more tokens follow."""
+        """Whether no more tokens will follow."""
         self._changed = asyncio.Event()
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -48,7 +48,7 @@ class Draft:
 
 
 async def draft_whole(run: Run) -> Draft:
-    """Receives a whole draft while the target reads the prompt."""
+    """Receives a whole draft while the target prefills the prompt."""
     draft = Draft(run.state.output)
     prefilling = asyncio.create_task(prefill(run))
     try:
@@ -70,7 +70,7 @@ async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            run.state.fallback = Fallback("lost", "the drafter was cancelled")  # not by our caller
+            run.state.fallback = Fallback("lost", "the drafter was cancelled")  # our caller did not cancel it
         except DraftUnavailable as error:
             run.state.fallback = Fallback(error.cause, f"no draft: {error}")
         except RequestError as error:  # for example a prompt that is too long for the drafter
@@ -108,7 +108,7 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
 
 
 def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
-    """Adds tokens up to an end token, a stop string or the token limit; returns whether one of them was met."""
+    """Adds tokens up to an end token, a stop string or the token limit; returns whether one was reached."""
     token_ids, ended = validate_token_ids("draft", token_ids, len(run.tokenizer)), False
     special = frozenset(run.tokenizer.all_special_ids)
     end = next((index for index, token in enumerate(token_ids) if token in special), None)

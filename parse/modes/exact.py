@@ -1,4 +1,4 @@
-"""Mode exact: the target takes the draft token by token, so the output is its own whatever was drafted."""
+"""Mode exact: draft tokens are accepted only if the target chooses the same, so the draft changes no output."""
 
 from parse.modes.draft import draft_whole
 from parse.modes.run import Run, generate

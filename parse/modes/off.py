@@ -1,4 +1,4 @@
-"""Mode off: the target alone."""
+"""Mode off: the target generates the answer without a draft."""
 
 from parse.modes.run import Run, generate
 

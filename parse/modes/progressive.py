@@ -1,7 +1,7 @@
 """Mode progressive: windows of the draft are verified while the next one is written.
 
-The first window that fails ends the draft. What is verified together depends on the draft alone, never on which model
-was faster, so the same request gets the same answer.
+The first rejected window ends the draft. The limits of the windows depend on the draft and not on timing, so the same
+request gets the same answer.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ async def run(run: Run) -> None:
     accepted, window = 0, run.settings.window
     try:
         while state.finish_reason is None:
-            # One token more than the window tells whether the draft ends with it.
+            # One more token than the window shows whether the draft continues after it.
             await draft.wait_for(accepted + window + 1)
             await prefilling
             is_last = len(draft.token_ids) <= accepted + window
@@ -42,7 +42,7 @@ async def run(run: Run) -> None:
                     break
             if is_last:
                 break
-            window *= 2  # the first words come early, and few passes are needed in all
+            window *= 2  # the first words arrive early, and few passes are needed in total
     finally:
         drafting.cancel()
         prefilling.cancel()
@@ -54,6 +54,6 @@ async def run(run: Run) -> None:
 
 
 def _stop_if_rejected(drafting: asyncio.Task[None], window_end: int, accepted_prefix_length: int) -> None:
-    """The rest of a rejected draft is of no use, and costs the processor time that the target needs."""
+    """Stops drafting after a rejection, because the rest is useless and takes processor time from the target."""
     if accepted_prefix_length < window_end:
         drafting.cancel()

@@ -1,4 +1,4 @@
-"""One request on its way through a mode, and the steps that modes are made of."""
+"""The objects that belong to one request in a mode, and the steps that the modes consist of."""
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -21,11 +21,11 @@ from parse.types import SamplingParams, VerifyResult
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the steps of one request share."""
+    """The objects that the steps of one request share."""
 
     request: GenerationRequest
     sampling_params: SamplingParams
-    """Those of the request, with `max_tokens` lowered to what the context length leaves."""
+    """The request's parameters, with `max_tokens` lowered to what the context length allows."""
     state: GenerationState
     verifier: Verifier
     drafter: Drafter | None
@@ -48,14 +48,14 @@ class Run:
 
 
 async def prefill(run: Run) -> None:
-    """The target reads the prompt while the draft is written, where that is of use."""
+    """Prefills the prompt on the target, if this is enabled and nothing has been generated yet."""
     if run.prefill_while_drafting and not run.state.output:
         with run.state.stage("warm"):
             run.state.record_cached(await run.verifier.prefill(run.request.prompt_token_ids))
 
 
 async def generate(run: Run, draft_token_ids: Sequence[int] = ()) -> None:
-    """The target generates to the end. It takes tokens of a draft as long as they are its own choice."""
+    """Generates the rest of the answer. Draft tokens are accepted as long as the target chooses the same ones."""
     state = run.state
     deltas = run.verifier.generate(_generate_request(run, state.output, draft_token_ids))
     with state.stage("write"):
@@ -77,10 +77,10 @@ async def verify_and_generate(
     max_continuation_tokens: int | None = None,
     on_verified: Callable[[int], None] = lambda accepted_prefix_length: None,
 ) -> int:
-    """The target verifies a draft and generates what follows its accepted prefix, whose length is returned.
+    """Verifies a draft, generates what follows its accepted prefix, and returns the length of that prefix.
 
-    The first `num_accepted` tokens of the draft are in the output already. `final_text` is the text of the output if
-    the whole draft is accepted, where that is not the text of all its tokens.
+    The first `num_accepted` tokens of the draft are in the output already. `final_text` is the text of the whole output
+    if the complete draft is accepted and a stop string cuts the text of its last token.
     """
     state = run.state
     output_before = tuple(state.output[: len(state.output) - num_accepted])

@@ -1,4 +1,4 @@
-"""The state of one answer, whatever its mode: the output so far, the counters, and the events for the caller."""
+"""The state of one answer in any mode: the output so far, the counters, and the events for the caller."""
 
 import asyncio
 import time
@@ -47,7 +47,7 @@ class GenerationState:
             self._stages.append(Stage(name, start - self._start, time.perf_counter() - self._start))
 
     def record_cached(self, num_tokens: int) -> None:
-        """The first call that reads the prompt tells how much of it was cached."""
+        """Records how many prompt tokens were cached. Only the first call for a request counts."""
         if self._cached_tokens is None:
             self._cached_tokens = min(num_tokens, self._prompt_length)
 
@@ -56,7 +56,7 @@ class GenerationState:
         self.rounds += bool(num_tokens)
 
     def append(self, delta: TokenDelta) -> None:
-        """Adds what the target generated. The first `num_accepted` tokens are those of a draft."""
+        """Adds a delta of the target. Its first `num_accepted` tokens come from a draft."""
         self.record_cached(delta.num_cached_tokens)
         self._speculation = sum_stats((self._speculation, delta.speculation))
         accepted = delta.num_accepted
@@ -76,8 +76,8 @@ class GenerationState:
     ) -> None:
         """Adds tokens to the output and passes their text on.
 
-        With `final` nothing follows, so no text is held back; `final_text` is then the text of the whole output where
-        it is not that of all its tokens, because a stop string cuts the last one.
+        With `final` no tokens follow, so no text is held back. `final_text` is then the text of the whole output, if a
+        stop string cuts the text of the last token.
         """
         if not token_ids and not final:
             return
@@ -92,7 +92,7 @@ class GenerationState:
         self.events.put_nowait(TextDelta(text, tuple(token_ids), origin, tuple(logprobs)))
 
     def close(self) -> None:
-        """Passes on what text is still held back."""
+        """Reports the text that is still held back."""
         if rest := self._detokenizer.finish():
             self.events.put_nowait(TextDelta(rest, (), self._last_origin))
 

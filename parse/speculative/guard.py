@@ -1,6 +1,6 @@
 """Isolates the engine from faults of a token-level method.
 
-A method that raises an exception or returns an invalid proposal costs that one proposal. The request goes on without.
+A method that raises an exception or returns an invalid proposal costs that one proposal. The request continues.
 """
 
 import logging
@@ -57,7 +57,7 @@ class GuardedProposer(Proposer[GuardedState]):
             return GuardedState(None, self._report_fault)
 
     def propose(self, requests: Sequence[ProposalRequest[GuardedState]]) -> list[Proposal]:
-        """One proposal for each request: a valid one, or `NO_PROPOSAL`."""
+        """Returns a proposal for each request: a valid one, or `NO_PROPOSAL`."""
         inner_requests = {
             index: ProposalRequest(request.state.state, request.max_tokens, request.min_probability, request.max_depth)
             for index, request in enumerate(requests)

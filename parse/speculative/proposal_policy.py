@@ -186,7 +186,7 @@ class SequenceSpeculation:
         self.state.extend(tokens, self.method.select_layers(hidden_states), mask_prediction)
 
     def proposal_call(self, max_tokens: int) -> ProposalCall | None:
-        """The call for a proposal of at most `max_tokens` in the coming step, or None if it would not pay."""
+        """Returns the call for a proposal of at most `max_tokens` in the next step, or None if it would not pay."""
         self._requested = False
         self._step = self.method.next_step(self._step)
         max_tokens = min(max_tokens, self.method.max_tokens)
@@ -252,7 +252,7 @@ class SequenceSpeculation:
         return cost_model.added_seconds(MARGINAL_TOKENS, cost_model.num_tokens) / MARGINAL_TOKENS
 
     def _min_probability(self) -> float:
-        """The method's probability from which a token pays."""
+        """Returns the minimum probability, as estimated by the method, at which a token pays."""
         seconds_per_token = self._seconds_per_output_token
         if not seconds_per_token:
             return 0.0
@@ -263,7 +263,7 @@ class SequenceSpeculation:
         return price_s / seconds_per_token / self._calibration.ratio
 
     def _max_depth(self) -> int:
-        """The depth to which tokens pay by the acceptance rates so far, and now and then half as much again."""
+        """Returns the depth to which tokens pay at the observed acceptance rates, sometimes half as much again."""
         method, seconds_per_token = self.method, self._seconds_per_output_token
         price_s = self._marginal_token_s + (method.drafting_step_s if method.is_sequential else 0.0)
         min_rate = price_s / seconds_per_token if seconds_per_token else 0.0

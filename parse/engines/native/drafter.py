@@ -1,4 +1,4 @@
-"""Drafters over the native engine: with the target's tokenizer, or with another one, where text is exchanged."""
+"""Drafters on the native engine, for draft models with the target's tokenizer or with their own."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,7 +15,7 @@ from parse.types import TokenDelta
 
 
 class SharedVocabularyDrafter:
-    """Reads and writes the target's tokens."""
+    """A drafter that reads and writes the target's tokens."""
 
     def __init__(self, engine: NativeEngine) -> None:
         self.engine = engine
@@ -32,11 +32,11 @@ class SharedVocabularyDrafter:
 
 
 class RetokenizingDrafter:
-    """Has a tokenizer of its own. Text is passed on where a word begins, so that no token is torn apart."""
+    """A drafter with its own tokenizer. Text is passed on up to the start of a word, so that no token is split."""
 
     def __init__(self, engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase) -> None:
         self.engine, self.target_tokenizer = engine, target_tokenizer
-        # A tokenizer without a chat template is found out now and not by the first request.
+        # This detects a tokenizer without a chat template at load and not with the first request.
         chat_prompt_token_ids(engine.model.tokenizer, [{"role": "user", "content": "Hello."}])
 
     async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
@@ -45,7 +45,7 @@ class RetokenizingDrafter:
         generate = GenerateRequest(
             prompt_token_ids=chat_prompt_token_ids(tokenizer, request.messages),
             output_token_ids=tokenizer.encode(output, add_special_tokens=False),
-            # Biases name the target's tokens. The token limit counts them too, so the receiver applies it.
+            # Biases and the token limit refer to the target's tokens, so the receiver applies the limit.
             sampling_params=replace(request.sampling_params, logprobs=None, logit_bias={}, max_tokens=None),
             stream_interval=request.stream_interval,
         )
@@ -70,7 +70,7 @@ def drafter_for(engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase)
 
 
 def _last_word_start(text: str) -> int:
-    """The index of the last word, which may still grow, with the space before it."""
+    """Returns the index of the last word, which may still grow, including the space before it."""
     index = len(text.rstrip())
     while index and not text[index - 1].isspace():
         index -= 1

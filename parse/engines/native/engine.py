@@ -27,11 +27,11 @@ from parse.speculative.cost_model import StepCostModel
 from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.types import MAX_LOGPROBS, SamplingParams, TokenDelta, VerifyResult, validate_token_ids
 
-MAX_SUFFIX_TOKENS = 1024  # in one pass; a sequence has memory for them beyond the longest context
+MAX_SUFFIX_TOKENS = 1024  # per forward pass; each sequence has memory for so many tokens beyond `max_model_len`
 
 
 class NativeEngine:
-    """One model, many callers. Calls do not depend on one another; what they share is in the prefix cache."""
+    """Serves one model to many callers. Calls are independent of each other and share only the prefix cache."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class NativeEngine:
             method.proposer.reset()
 
     def reset_acceptance_history(self) -> None:
-        """Forgets how past proposals fared. Call it only while no request is running."""
+        """Resets the statistics of past proposals. Call it only while no request is running."""
         for method in self._methods.values():
             method.reset()
 
@@ -121,10 +121,10 @@ class NativeEngine:
         return result
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
-        """Yields what is generated. What has gathered since the last time comes in one delta.
+        """Yields the generated tokens. All tokens since the last delta are merged into one.
 
-        The speculative method decides how fast, never what. The token limit, penalties, stop strings and seed apply to
-        the output as a whole. Closing the generator aborts the request.
+        The speculative method changes the speed, never the tokens. The token limit, penalties, stop strings and seed
+        apply to the output as a whole. Closing the generator aborts the request.
         """
         request = self._validated_generation(request)
         # A caller that asked for larger deltas waits for each of them, so it is woken at once.
@@ -140,7 +140,7 @@ class NativeEngine:
     async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
         """Yields the result of the verification, then what is generated after the accepted prefix.
 
-        Both are one request of the engine: between them lies no round trip, no queue and no idle step.
+        Both are one request of the engine, so there is no round trip, queue or idle step between them.
         """
         request = replace(
             request,
@@ -163,7 +163,7 @@ class NativeEngine:
                 yield result
 
     async def _run(self, request: Request, stream: OutputStream) -> AsyncGenerator[VerifyResult | TokenDelta]:
-        """Yields the results of a request. The first one tells how many tokens of its context were cached."""
+        """Yields the results of a request. The first one contains the number of cached context tokens."""
         self.core.add_request(request)
         is_first = True
         try:
@@ -197,7 +197,7 @@ class NativeEngine:
         return limit if max_tokens is None else min(limit, max_tokens - num_output)
 
     def _validated_generation(self, request: GenerateRequest, *, is_template: bool = False) -> GenerateRequest:
-        """The request with plain token ids. A template still gets the accepted prefix, so it may leave no room."""
+        """Returns the request with plain token ids. A template is completed later, so its limits are checked then."""
         self._validated("logit_bias", list(request.sampling_params.logit_bias))
         self._method(request.speculative_method)
         request = replace(
@@ -265,7 +265,7 @@ class NativeEngine:
             raise RequestError(field, message)
 
     def _divide_memory(self, num_bytes: int) -> tuple[int, int]:
-        """How many sequences fit into memory, and the tokens each may have with the suffixes of a verification."""
+        """Returns how many sequences fit into memory, and the capacity of each, including verification suffixes."""
         config = self.model.network.config.get_text_config()
         hidden_states = len(self.model.aux_hidden_state_layers) * config.hidden_size * self.model.network.dtype.itemsize
         proposers = sum(method.proposer.bytes_per_token for method in self._methods.values())
@@ -278,11 +278,11 @@ class NativeEngine:
                 f"a sequence of {self.max_model_len} tokens needs {capacity * bytes_per_token} bytes, got {num_bytes}"
             )
             raise RequestError("kv_cache_memory_bytes", message)
-        return max_sequences, num_tokens // max_sequences  # small blocks make use of the rest
+        return max_sequences, num_tokens // max_sequences  # with small blocks the remainder is used too
 
 
 def _verification_context(request: VerifyRequest) -> tuple[list[int], list[int]]:
-    """The context of a verification, and the tokens that are run as nodes after it because their logits are wanted."""
+    """Returns the context of a verification, and the tokens after it that are run as nodes to get their logits."""
     before = [*request.prompt_token_ids, *request.output_token_ids]
     tokens = [*before, *request.draft_token_ids[: max(request.prefix_lengths, default=0)]]
     if request.num_logprobs is None:

@@ -1,4 +1,4 @@
-"""The engine: one thread that computes what all requests wait for, one step after another."""
+"""The engine core: one thread that runs the steps of all requests."""
 
 import logging
 import queue
@@ -51,7 +51,7 @@ class EngineCoreConfig:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine does at this moment, and what it has done since its start."""
+    """The current state of the engine, and counters since its start."""
 
     num_running: int
     num_waiting: int
@@ -125,11 +125,11 @@ class EngineCore:
         return request
 
     def abort(self, request: Request) -> None:
-        """Ends a request within a step."""
+        """Cancels a request, which then ends within one step."""
         request.cancelled = True
 
     def reset_prefix_cache(self) -> None:
-        """Forgets what was computed so far, so that later requests compute it again."""
+        """Discards all cached sequences. Sequences of running requests can still be shared."""
         self._reset_requested = True
         self._inbox.put(None)
 
@@ -210,7 +210,7 @@ class EngineCore:
         if not request.started:
             request.started, request.num_cached_tokens = True, request.num_computed
             self._advance(request, None)
-        elif not request.num_uncomputed:  # others have computed all that it waits for
+        elif not request.num_uncomputed:  # other requests have computed everything that it waits for
             self._advance(request, EMPTY_OUTPUT)
 
     def _propose(self) -> None:
@@ -237,7 +237,7 @@ class EngineCore:
                 logger.exception("a request failed in the model")
                 self._finish(scheduled[0].request, error)
                 return
-            for each in scheduled:  # alone, so that only the request that is at fault fails
+            for each in scheduled:  # run each one alone, so that only the faulty one fails
                 self._execute([each])
             return
         for each, output in zip(scheduled, outputs, strict=True):
@@ -263,7 +263,7 @@ class EngineCore:
             self._advance(request, TreeOutput(logits, request.sampled_token_ids, hidden_states))
 
     def _advance(self, request: Request, output: TreeOutput | Proposal | None) -> None:
-        """Sends a program what it waits for (None starts it), and takes what it waits for next."""
+        """Sends an output to the program (None starts it), and takes the next input from it."""
         try:
             tree_input = request.program.send(output)
         except StopIteration:
@@ -284,7 +284,7 @@ class EngineCore:
             self._advance(request, EMPTY_OUTPUT)
 
     def _set_tree_input(self, request: Request, tree_input: TreeInput) -> None:
-        """Commits the accepted path of the last tree, cuts the context where the program wants that, and waits."""
+        """Commits the accepted path of the last tree, truncates the context if requested, and sets the next tree."""
         sequence, nodes = request.sequence, request.tree_input.nodes
         assert sequence is not None
         path = tree_input.accepted_path if len(nodes) else ()  # the first input follows no tree

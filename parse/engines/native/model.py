@@ -130,7 +130,7 @@ class Model:
         logits_entries: Tensor | int,
         embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same for tensors: positions and either tokens, [1, T], or embeddings.
+        """Computes one step from tensors: positions, and either tokens, [1, T], or embeddings.
 
         `logits_entries` is a tensor of entries, or 0 for all.
         """

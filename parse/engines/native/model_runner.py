@@ -23,7 +23,7 @@ from parse.tree import MASK
 
 @dataclass(frozen=True)
 class ChunkOutput:
-    """What the program of a request reads of one chunk."""
+    """The part of a chunk's output that the program of its request reads."""
 
     logits: Tensor  # [entries, vocabulary], valid until the next step
     token_ids: list[int]  # the sampled token for each row of the logits
@@ -76,13 +76,13 @@ class ModelRunner:
             self.kv_cache.move_slots(self._slots(sequence, sources), self._slots(sequence, targets))
 
     def aux_hidden_states(self, sequence: SequenceState, entries: Sequence[int]) -> Tensor:
-        """[entries, width], of entries of the row: the sequence's tokens and the nodes after them."""
+        """Returns hidden states [entries, width] of entries of the row: the sequence's tokens, then the nodes."""
         hidden_states = self.kv_cache.aux_hidden_states
         assert hidden_states is not None, "the model has no `aux_hidden_state_layers`"
         return hidden_states[torch.tensor(self._slots(sequence, entries), device=hidden_states.device)]
 
     def _logits(self, chunks: Sequence[ScheduledChunk], logits_entries: Sequence[int] | None) -> Tensor:
-        """[entries, vocabulary], at the given entries of the step or (None) at all of them."""
+        """Returns logits [entries, vocabulary] at these entries of the step, or at all of them if None."""
         is_decode = logits_entries is None and all(len(chunk) == 1 and chunk.is_causal for chunk in chunks)
         use_graphs = is_decode and not self.model.aux_hidden_state_layers
         if use_graphs and self.cuda_graphs and (replayed := self.cuda_graphs.replay(chunks)) is not None:
@@ -106,7 +106,7 @@ class ModelRunner:
 
 
 def _logits_offsets(logits_nodes: Sequence[int] | None, chunk: ScheduledChunk) -> list[int]:
-    """Which entries of the chunk the program reads the logits of: offsets from its start."""
+    """Returns the entries of the chunk whose logits the program reads, as offsets from its start."""
     length = len(chunk.sequence.token_ids)
     nodes = range(len(chunk.tree)) if logits_nodes is None else logits_nodes
     return [length + node - chunk.start for node in nodes if chunk.start <= length + node < chunk.end]

@@ -1,4 +1,4 @@
-"""Handing results from the engine's thread to the coroutines that wait for them."""
+"""Passes results from the engine's thread to the coroutines that wait for them."""
 
 import asyncio
 import time
@@ -14,8 +14,8 @@ WAKE_INTERVAL_S = 0.02  # nobody reads faster
 class Waker:
     """Wakes the coroutines that wait for one engine, all of them at once.
 
-    Waking an event loop takes the engine's thread a good part of a small model's step. So it is done between steps, and
-    at most every `WAKE_INTERVAL_S` unless something is urgent.
+    Waking an event loop takes a large part of the time of a small model's step. The engine's thread therefore does it
+    between steps, at most every `WAKE_INTERVAL_S` unless a result is urgent.
     """
 
     def __init__(self) -> None:
@@ -51,9 +51,9 @@ def _notify_all(streams: "Sequence[OutputStream]") -> None:
 
 
 class OutputStream:
-    """Takes results in the engine's thread and yields them in a coroutine; deltas that have gathered come as one.
+    """Takes results in the engine's thread and yields them in a coroutine, which merges pending deltas into one.
 
-    The first result, the one after a verification and the end are urgent. With `patient=False` every result is.
+    The first result, the one after a verification and the end are urgent. With `patient=False` all results are urgent.
     """
 
     def __init__(self, waker: Waker, *, patient: bool = True) -> None:

@@ -1,7 +1,7 @@
-"""What requests do, as small programs: each asks for a tree to be run on its context and decides what to do next.
+"""Programs: what a request does, written as a generator of trees to run on its context.
 
-A program is a generator. It yields the tree to run next, and which of the nodes run before now belong to its context;
-it receives the logits. It knows nothing of batches, memory or threads, so it can be preempted anywhere.
+A program yields the next tree, together with the nodes of the previous tree that now belong to its context. It
+receives the logits. It does not depend on batches, memory or threads, so it can be preempted at any point.
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -27,13 +27,13 @@ class TreeInput:
 
     nodes: TokenTree | Sequence[int]
     logits_nodes: Sequence[int] | None = None
-    """The nodes whose logits are wanted; None: all."""
+    """The nodes whose logits the program reads. None means all."""
     accepted_path: Sequence[int] = ()
-    """Of the nodes run before, the path from a root that now belongs to the context."""
+    """The path from a root, in the tree that was run before, that now belongs to the context."""
     sampling_states: Sequence[SamplingState] = ()
-    """How a token is chosen at each of `logits_nodes`; if empty, the likeliest one."""
+    """How a token is chosen at each of `logits_nodes`. If empty, the most likely token is chosen."""
     context_length: int | None = None
-    """Cut the context to so many tokens before running the nodes."""
+    """Truncate the context to this many tokens before the nodes are run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class TreeOutput:
     token_ids: Sequence[int]
     """The token chosen at each of them."""
     aux_hidden_states: Callable[[Sequence[int]], Tensor] | None = None
-    """Of entries: the context's tokens, and then the nodes."""
+    """Returns the hidden states of entries: the tokens of the context, followed by the nodes."""
 
 
 TreeProgram = Generator[TreeInput, TreeOutput, None]
@@ -69,9 +69,9 @@ def generate(
     """Generates after the request's prompt and output, of which all but the last token are the context.
 
     At most `max_new_tokens` tokens, not counting the end token, are passed to `emit`, at least `stream_interval` at a
-    time. `detokenizer` looks for stop strings. The request's draft, and then what the speculative method proposes, is
-    run along and accepted as long as it is what the target chooses anyway. With `truncate_context` the context may hold
-    more tokens, which are cut off first.
+    time. `detokenizer` finds stop strings. The request's draft, and then the proposals of the speculative method, are
+    run in the same pass and accepted as long as the target chooses the same tokens. With `truncate_context` the context
+    may hold more tokens, which are removed first.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
     sampler = Sampler(params, prompt, output)
@@ -79,7 +79,7 @@ def generate(
     last, context_length = (output or prompt)[-1], len(prompt) + len(output) - 1
     draft = request.draft_token_ids
     proposal = chain_proposal(draft[: max(0, max_new_tokens - 1)])
-    unseen: Sequence[int] = (*prompt, *output)  # tokens that the proposer has yet to be told of
+    unseen: Sequence[int] = (*prompt, *output)  # tokens that the proposer has not received yet
     entries: Sequence[int] = range(context_length)
     if speculation is not None and not speculation.needs_hidden_states:
         speculation.extend(unseen, None, None)
@@ -131,7 +131,7 @@ def generate(
             emit(TokenDelta(tuple(output_ids), tuple(output_logprobs), finish, num_accepted, speculation=stats))
             output_ids, output_logprobs, num_accepted, stats = [], [], 0, None
         if finish:
-            yield TreeInput((), logits_nodes=(), accepted_path=path)  # a following message will begin with it
+            yield TreeInput((), logits_nodes=(), accepted_path=path)  # a following message can reuse it
             return
         last, draft, accepted_path, proposal = new_tokens[-1], (), path, NO_PROPOSAL
         if speculation is not None:
@@ -145,10 +145,10 @@ def generate(
 
 
 def _mask_prediction(nodes: TokenTree | Sequence[int], node: int, tree_output: TreeOutput) -> MaskPrediction | None:
-    """What the masks behind that node say."""
+    """Returns the predictions at the masks that follow that node."""
     masks = []
     mask = child(nodes, node, MASK)
-    while mask is not None and tree_output.token_ids[mask] != -1:  # what is no number foresees nothing
+    while mask is not None and tree_output.token_ids[mask] != -1:  # logits that are not finite predict nothing
         masks.append(mask)
         mask = child(nodes, mask, MASK)
     if not masks:
@@ -159,7 +159,7 @@ def _mask_prediction(nodes: TokenTree | Sequence[int], node: int, tree_output: T
 
 
 def _attach(token: int, proposal: Proposal) -> TokenTree | Sequence[int]:
-    """The proposal below the last token of the text."""
+    """Returns the tree of the last token of the sequence with the proposal below it."""
     if list(proposal.parents) == list(range(-1, len(proposal.parents) - 1)):
         return [token, *proposal.token_ids]
     tree, _ = tree_from_parents([token, *proposal.token_ids], [-1, *(parent + 1 for parent in proposal.parents)])
@@ -182,9 +182,9 @@ class VerifyOptions:
 def verify(
     request: VerifyRequest, options: VerifyOptions, trunk: Sequence[int]
 ) -> Generator[TreeInput, TreeOutput, VerifyResult]:
-    """Evaluates P(correct) of the request's prefixes, as far as they matter under its policy.
+    """Evaluates P(correct) of those prefixes of the request that can matter under its policy.
 
-    The context is prompt, output and draft, up to the last prefix. If log-probabilities of the draft are wanted, the
+    The context is prompt, output and draft, up to the last prefix. If log-probabilities of the draft are requested, the
     context ends before `trunk`: the last token before the draft, and the draft. These are run as a chain of nodes,
     because logits are returned for nodes only.
     """
@@ -238,7 +238,7 @@ def verify_and_generate(
 ) -> Program:
     """Passes the result of the verification to `emit`, then generates after the accepted prefix.
 
-    `start_generation` returns the program that does so. It has to cut the context, which holds the whole draft.
+    `start_generation` returns the program that generates. It has to truncate the context, which holds the whole draft.
     """
     result = yield from verify(request.verify, options, trunk)
     emit(result)

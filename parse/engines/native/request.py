@@ -1,4 +1,4 @@
-"""A request in the engine: its program, and how much of what it waits for is computed."""
+"""A request in the engine: its program, and the progress of the tree that it waits for."""
 
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -26,7 +26,7 @@ Setting = TypeVar("Setting", int, float)
 
 @dataclass(frozen=True, slots=True)
 class SamplingState:
-    """Everything but the logits that determines a token."""
+    """Everything that determines a token except the logits."""
 
     params: SamplingParams
     noise: float  # in [0, 1)

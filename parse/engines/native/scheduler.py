@@ -52,10 +52,10 @@ class Scheduler:
             yield request
 
     def schedule(self) -> list[ScheduledRequest]:
-        """Returns the chunks of the next step, for all of which there are blocks.
+        """Returns the chunks of the next step, after allocating blocks for all of them.
 
         Requests that need a single token come first and always run, in the order of their blocks, so that attention can
-        batch neighbours. The others share the rest of the budget in the order of their arrival. Causal chunks stand
+        batch neighbours. The others share the rest of the budget in the order of their arrival. Causal chunks come
         before chunks of trees.
         """
         decodes = [request for request in self.running if request.num_uncomputed == 1]
@@ -79,7 +79,7 @@ class Scheduler:
         return [each for each in scheduled if each.request.sequence is not None]
 
     def preempt(self, request: Request) -> None:
-        """Takes the blocks of a running request, which waits before all others with what it has committed."""
+        """Takes the blocks of a running request and puts it at the front of the queue, with its committed tokens."""
         assert request.sequence is not None
         request.token_ids = list(request.sequence.token_ids)
         self.running.remove(request)
@@ -116,4 +116,4 @@ def _next_chunk(request: Request, num_tokens: int) -> ScheduledRequest:
 
 def _first_block_id(request: Request) -> int:
     assert request.sequence is not None
-    return request.sequence.block_ids[0] if request.sequence.block_ids else 0  # none while nothing is computed
+    return request.sequence.block_ids[0] if request.sequence.block_ids else 0  # there are none before the first step

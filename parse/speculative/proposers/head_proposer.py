@@ -140,7 +140,7 @@ def run_head(
 ) -> Tensor:
     """The head's output at each sequence's last element and at masks after it: [sequences, 1 + masks, H].
 
-    Computes all pending elements of all sequences, packed into one pass. Nothing is kept of the masks.
+    Computes all pending elements of all sequences, packed into one pass. The keys and values of masks are not kept.
     """
     counts = [len(state.pending_token_ids) for state in states]
     hidden_states = [part for state in states for part in state.pending_hidden_states]

@@ -62,7 +62,7 @@ class SpaceProposer(Proposer["SpaceState"]):
 
     @classmethod
     def load(cls, path: str | Path, network: PreTrainedModel) -> Self:
-        """With adapters that `training.space` made, attached to the network."""
+        """Loads adapters that `training.space` made and attaches them to the network."""
         adapters = load_adapters(path, network).attach(network)
         return cls(adapters, adapters.config.masks)
 
@@ -70,7 +70,7 @@ class SpaceProposer(Proposer["SpaceState"]):
     def from_tuned_model(
         cls, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_masks: int = DEFAULT_NUM_MASKS
     ) -> Self:
-        """For a network that was tuned to read the mask token of its tokenizer."""
+        """Returns a proposer for a network that was tuned to read the mask token of its tokenizer."""
         token, target = tokenizer.mask_token_id, TargetModel.of(network)
         if not isinstance(token, int):
             raise ProposerLoadError(
@@ -89,7 +89,7 @@ class SpaceProposer(Proposer["SpaceState"]):
         return [self._propose_tree(request) for request in requests]
 
     def _propose_tree(self, request: ProposalRequest["SpaceState"]) -> Proposal:
-        """The candidates, and groups of masks at the places where acceptance most likely ends."""
+        """Returns the candidates, with groups of masks at the places where acceptance most likely ends."""
         prediction = request.state.prediction
         cumulative = list(accumulate(prediction.probabilities, mul))
         num_candidates = sum(
