@@ -88,8 +88,9 @@ class VerifyAndGenerateRequest:
     """Asks the target to verify a draft, keep the accepted prefix, and generate what follows, in one call."""
 
     verify: VerifyRequest
-    generate: GenerateRequest
-    """How to generate. Its output ends before the draft; `continuation` adds the accepted prefix."""
+    sampling_params: SamplingParams = SamplingParams()
+    stream_interval: int = 1
+    speculative_method: str | None = None
     num_accepted: int = 0
     """The number of draft tokens that an earlier call accepted. They are always kept."""
     generate_after_acceptance: bool = True
@@ -98,8 +99,13 @@ class VerifyAndGenerateRequest:
     """Generate at most this many tokens after the accepted prefix."""
 
     def __post_init__(self) -> None:
-        if self.verify.policy is None:
+        verify = self.verify
+        if verify.policy is None:
             raise RequestError("policy", "must be set to generate after the accepted prefix")
+        if not 0 <= self.num_accepted <= max(verify.prefix_lengths, default=0):
+            raise RequestError("num_accepted", f"must not exceed the last prefix length, got {self.num_accepted}")
+        if verify.draft_complete and max(verify.prefix_lengths, default=0) != len(verify.draft_token_ids):
+            raise RequestError("prefix_lengths", "must end with the length of a complete draft")
 
     def accepted_prefix_length(self, p_correct: Sequence[float | None]) -> int:
         """Returns the number of draft tokens to keep, including those that earlier calls accepted."""
@@ -112,7 +118,7 @@ class VerifyAndGenerateRequest:
 
     def continuation(self, num_accepted: int) -> GenerateRequest | None:
         """Returns the request for the rest of the answer after these draft tokens, or None if it is complete."""
-        verify, params = self.verify, self.generate.sampling_params
+        verify, params = self.verify, self.sampling_params
         if verify.draft_complete and num_accepted == len(verify.draft_token_ids):
             return None
         all_pass = num_accepted >= max(verify.prefix_lengths, default=0)
@@ -125,4 +131,10 @@ class VerifyAndGenerateRequest:
         max_tokens = min((limit for limit in limits if limit is not None), default=None)
         if max_tokens is not None and len(output) >= max_tokens:
             return None
-        return replace(self.generate, output_token_ids=output, sampling_params=replace(params, max_tokens=max_tokens))
+        return GenerateRequest(
+            prompt_token_ids=verify.prompt_token_ids,
+            output_token_ids=output,
+            sampling_params=replace(params, max_tokens=max_tokens),
+            stream_interval=self.stream_interval,
+            speculative_method=self.speculative_method,
+        )

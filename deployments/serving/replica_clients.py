@@ -7,7 +7,7 @@ only speed.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -58,11 +58,12 @@ class VerifierClient:
         with trace_stage("write", self._session) as context, self._track_busy_time():
             while True:
                 try:
-                    async for delta in self._stream("generate", context, request):
-                        request = _after(request, delta)
-                        yield delta
-                        if delta.finish_reason:
-                            return
+                    async with aclosing(self._stream("generate", context, request)) as deltas:
+                        async for delta in deltas:
+                            request = _after(request, delta)
+                            yield delta
+                            if delta.finish_reason:
+                                return
                     raise EngineStopped("the stream ended before the answer")
                 except RETRYABLE_ERRORS as error:
                     await self._prepare_retry(error)
@@ -98,21 +99,19 @@ class VerifierClient:
                         await self._prepare_retry(error)
             finally:
                 await stream.aclose()
-        async for delta in self.generate(rest):
-            yield delta
+        async with aclosing(self.generate(rest)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     def _track_busy_time(self) -> AbstractContextManager[None]:
         return self._circuit_breaker.track_busy_time() if self._session.counts_as_busy else nullcontext()
 
     async def _stream(self, method: str, context: CallContext, request: Any) -> AsyncGenerator[Any]:
         handle = self._handle.options(method_name=method, session_id=self._session.id, stream=True)
-        items = stream_items(call_replica(handle, context, request))
-        try:
+        async with aclosing(stream_items(call_replica(handle, context, request))) as items:
             async for item in items:
                 self._circuit_breaker.record_success()
                 yield item
-        finally:
-            await items.aclose()
 
     async def _call_with_retries(self, method: str, context: CallContext, request: Any) -> Any:
         while True:
@@ -167,9 +166,10 @@ class DrafterClient:
                         yield draft
                     else:
                         handle = self._handle.options(method_name="draft", session_id=session_id, stream=True)
-                        async for delta in stream_items(call_replica(handle, context, request)):
-                            self._circuit_breaker.record_success()
-                            yield delta
+                        async with aclosing(stream_items(call_replica(handle, context, request))) as deltas:
+                            async for delta in deltas:
+                                self._circuit_breaker.record_success()
+                                yield delta
                 except BackPressureError:
                     raise DraftUnavailable("busy", "the drafters are busy") from None
                 except RETRYABLE_ERRORS as error:

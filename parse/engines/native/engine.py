@@ -142,13 +142,10 @@ class NativeEngine:
 
         Both are one request of the engine, so there is no round trip, queue or idle step between them.
         """
-        request = replace(
-            request,
-            verify=self._validated_verification(request.verify),
-            generate=self._validated_generation(request.generate, is_template=True),
-        )
+        request = replace(request, verify=self._validated_verification(request.verify))
+        self._check_options(request.sampling_params, request.speculative_method)
         tokens, trunk = _verification_context(request.verify)
-        stream = OutputStream(self._waker, patient=request.generate.stream_interval == 1)
+        stream = OutputStream(self._waker, patient=request.stream_interval == 1)
         program = verify_and_generate(
             request,
             self._verify_options(),
@@ -196,10 +193,9 @@ class NativeEngine:
         limit = self.max_model_len - len(request.prompt_token_ids) - num_output
         return limit if max_tokens is None else min(limit, max_tokens - num_output)
 
-    def _validated_generation(self, request: GenerateRequest, *, is_template: bool = False) -> GenerateRequest:
-        """Returns the request with plain token ids. A template is completed later, so its limits are checked then."""
-        self._validated("logit_bias", list(request.sampling_params.logit_bias))
-        self._method(request.speculative_method)
+    def _validated_generation(self, request: GenerateRequest) -> GenerateRequest:
+        """Returns the request with plain token ids."""
+        self._check_options(request.sampling_params, request.speculative_method)
         request = replace(
             request,
             prompt_token_ids=self._validated("prompt", request.prompt_token_ids),
@@ -207,10 +203,14 @@ class NativeEngine:
             draft_token_ids=self._validated("draft", request.draft_token_ids),
         )
         length = len(request.prompt_token_ids) + len(request.output_token_ids)
-        self._check_length("prompt", length, spare=0 if is_template else 1)
-        if not is_template and self._max_new_tokens(request) < 1:
+        self._check_length("prompt", length, spare=1)
+        if self._max_new_tokens(request) < 1:
             raise RequestError("output", f"leaves nothing of max_tokens, {request.sampling_params.max_tokens}")
         return request
+
+    def _check_options(self, params: SamplingParams, speculative_method: str | None) -> None:
+        self._validated("logit_bias", list(params.logit_bias))
+        self._method(speculative_method)
 
     def _validated_verification(self, request: VerifyRequest) -> VerifyRequest:
         suffix, lengths = request.suffix, request.prefix_lengths

@@ -266,6 +266,10 @@ class EngineCore:
         """Sends an output to the program (None starts it), and takes the next input from it."""
         try:
             tree_input = request.program.send(output)
+            if isinstance(tree_input, ProposalCall):
+                self._proposal_calls.append((request, tree_input))
+                return
+            self._set_tree_input(request, tree_input)
         except StopIteration:
             self._finish(request, None)
             return
@@ -273,10 +277,6 @@ class EngineCore:
             logger.exception("the program of a request failed")
             self._finish(request, error)
             return
-        if isinstance(tree_input, ProposalCall):
-            self._proposal_calls.append((request, tree_input))
-            return
-        self._set_tree_input(request, tree_input)
         if request.num_entries > self.max_sequence_length:
             message = f"outgrew {self.max_sequence_length} tokens with what follows it"
             self._finish(request, RequestError("prompt", message))
@@ -294,6 +294,10 @@ class EngineCore:
             self.scheduler.prefix_cache.commit(sequence, [int(token_ids[node]) for node in path])
             self._num_output_tokens += len(path)
         if tree_input.context_length is not None:
+            if tree_input.context_length > len(sequence.token_ids):
+                raise ValueError(
+                    f"a context of {len(sequence.token_ids)} tokens cannot be cut to {tree_input.context_length}"
+                )
             self.scheduler.prefix_cache.truncate(sequence, tree_input.context_length)
         request.tree_input, request.num_computed = tree_input, sequence.num_computed_tokens
         request.logits, request.sampled_token_ids = [], []

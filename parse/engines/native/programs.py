@@ -218,6 +218,8 @@ def verify(
             for token_ids in (suffix.correct_token_ids, suffix.incorrect_token_ids)
         ]
         p_correct.update(zip(batch, torch.stack(answer_logits).softmax(0)[0].tolist(), strict=True))
+    if accepted_path:  # no prefix could be evaluated
+        yield TreeInput((), logits_nodes=(), accepted_path=accepted_path)
     return VerifyResult(tuple(p_correct.get(index) for index in range(len(lengths))), tuple(draft_logprobs))
 
 

@@ -156,7 +156,7 @@ def test_a_lost_verification_is_asked_for_again_and_a_refused_one_is_not():
 
 
 FUSED = VerifyAndGenerateRequest(
-    verify=VERIFY, generate=GenerateRequest(prompt_token_ids=(1,), sampling_params=SamplingParams(temperature=0.0))
+    verify=VERIFY, sampling_params=SamplingParams(temperature=0.0), speculative_method="ngram"
 )
 
 
@@ -180,7 +180,7 @@ def test_a_fused_call_that_is_lost_after_the_result_goes_on_from_the_accepted_pr
     assert items == [result, *received, TokenDelta((7,), finish_reason="stop")] and session.num_retries == 1
     output = (2, *(token for delta in received for token in delta.token_ids))  # the first token of the draft passed
     assert handle.calls[1][0]["method_name"] == "generate"
-    assert handle.calls[1][1] == (replace(FUSED.generate, output_token_ids=output),)
+    assert handle.calls[1][1] == (generate_request(output, speculative_method="ngram"),)
 
 
 def test_a_fused_call_whose_draft_is_accepted_ends_with_the_result():

@@ -668,7 +668,7 @@ def test_the_fused_call_is_a_verification_and_then_a_generation_whoever_else_is_
         )
         return VerifyAndGenerateRequest(
             verify=verify_request,
-            generate=GenerateRequest(prompt_token_ids=prompt, output_token_ids=output, sampling_params=params),
+            sampling_params=params,
             generate_after_acceptance=rng.random() < 0.8,
             max_continuation_tokens=rng.choice([None, 5]),
         )
@@ -711,7 +711,7 @@ def test_the_result_of_a_fused_call_comes_before_anything_is_generated(slow):
     prompt, draft = text(random.Random(22), 10), text(random.Random(23), 8)
     request = VerifyAndGenerateRequest(
         verify=replace(verification(prompt, draft, [4, 8], SUFFIX), policy=AcceptancePolicy(Thresholds(1.0, 1.0))),
-        generate=GenerateRequest(prompt_token_ids=prompt, sampling_params=SamplingParams(ignore_eos=True)),
+        sampling_params=SamplingParams(ignore_eos=True),
     )
 
     async def leave_after_the_result():
@@ -721,3 +721,25 @@ def test_the_result_of_a_fused_call_comes_before_anything_is_generated(slow):
         await at_rest(slow)
 
     asyncio.run(leave_after_the_result())
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_what_an_earlier_call_accepted_is_kept_even_where_no_prefix_can_be_evaluated(tokenizer, tmp_path, logprobs):
+    """The verification suffix would reach beyond the positions of the model."""
+    build("gpt2", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rng = random.Random(29)
+    prompt, draft = text(rng, 200), text(rng, 55)
+    params = replace(GREEDY, ignore_eos=True, logprobs=logprobs)
+    engine = load_native_engine(settings(tmp_path, max_model_len=4096))
+    try:
+        request = VerifyAndGenerateRequest(
+            verify=replace(verification(prompt, draft, [54, 55], SUFFIX, logprobs=logprobs), policy=AcceptancePolicy()),
+            sampling_params=params,
+            num_accepted=40,
+        )
+        result, *deltas = asyncio.run(collect(engine.verify_and_generate(request)))
+        assert result.p_correct == (None, None)
+        assert ids(deltas) == asyncio.run(write(engine, prompt, draft[:40], params))
+    finally:
+        engine.shutdown()
