@@ -11,7 +11,7 @@ from contextlib import aclosing
 from parse.detokenizer import IncrementalDetokenizer
 from parse.errors import DraftUnavailable, RequestError
 from parse.events import Fallback
-from parse.modes.run import Run, prefill
+from parse.modes.run import DraftWindow, Run, prefill
 from parse.requests import DraftRequest
 from parse.types import NO_STREAMING, validate_token_ids
 
@@ -59,6 +59,16 @@ async def draft_whole(run: Run) -> Draft:
         await asyncio.gather(prefilling, return_exceptions=True)
     run.state.record_draft(len(draft.token_ids))
     return draft
+
+
+def whole_window(run: Run, draft: Draft) -> DraftWindow:
+    """Returns the window that covers a whole draft."""
+    return DraftWindow(
+        token_ids=draft.token_ids,
+        prefix_lengths=run.prefix_lengths(draft.token_ids, complete=draft.complete),
+        complete=draft.complete,
+        final_text=draft.final_text,
+    )
 
 
 async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:

@@ -1,6 +1,6 @@
 """Mode full: a whole draft is verified at once."""
 
-from parse.modes.draft import draft_whole
+from parse.modes.draft import draft_whole, whole_window
 from parse.modes.run import Run, generate, verify_and_generate
 
 
@@ -9,10 +9,4 @@ async def run(run: Run) -> None:
     if not draft.token_ids:
         await generate(run)
         return
-    run.state.accepted_prefix_length = await verify_and_generate(
-        run,
-        draft.token_ids,
-        complete=draft.complete,
-        final_text=draft.final_text,
-        prefix_lengths=run.prefix_lengths(draft.token_ids, complete=draft.complete),
-    )
+    run.state.accepted_prefix_length = await verify_and_generate(run, whole_window(run, draft))

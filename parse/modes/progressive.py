@@ -8,7 +8,7 @@ import asyncio
 from functools import partial
 
 from parse.modes.draft import Draft, receive
-from parse.modes.run import Run, generate, prefill, verify_and_generate
+from parse.modes.run import DraftWindow, Run, generate, prefill, verify_and_generate
 
 
 async def run(run: Run) -> None:
@@ -30,11 +30,13 @@ async def run(run: Run) -> None:
             if prefix_lengths:
                 accepted = await verify_and_generate(
                     run,
-                    token_ids if is_last else token_ids[: prefix_lengths[-1]],
-                    complete=complete,
-                    final_text=draft.final_text,
-                    prefix_lengths=prefix_lengths,
-                    num_accepted=accepted,
+                    DraftWindow(
+                        token_ids=token_ids if is_last else token_ids[: prefix_lengths[-1]],
+                        prefix_lengths=prefix_lengths,
+                        complete=complete,
+                        final_text=draft.final_text,
+                        num_accepted=accepted,
+                    ),
                     generate_after_acceptance=is_last,
                     on_verified=partial(_stop_if_rejected, drafting, prefix_lengths[-1]),
                 )

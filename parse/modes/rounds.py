@@ -1,6 +1,6 @@
 """Mode rounds: after a correction by the target the drafter continues, as long as that is expected to pay."""
 
-from parse.modes.draft import draft_whole
+from parse.modes.draft import draft_whole, whole_window
 from parse.modes.run import Run, generate, verify_and_generate
 
 
@@ -15,10 +15,7 @@ async def run(run: Run) -> None:
         may_continue = state.rounds < settings.max_rounds and controller.another_round_pays(missing)
         accepted = await verify_and_generate(
             run,
-            draft.token_ids,
-            complete=draft.complete,
-            final_text=draft.final_text,
-            prefix_lengths=run.prefix_lengths(draft.token_ids, complete=draft.complete),
+            whole_window(run, draft),
             max_continuation_tokens=settings.correction_tokens if may_continue else None,
         )
         if state.accepted_prefix_length is None:

@@ -65,32 +65,39 @@ async def generate(run: Run, draft_token_ids: Sequence[int] = ()) -> None:
                 state.finish_reason = delta.finish_reason
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftWindow:
+    """The part of a draft that one call verifies."""
+
+    token_ids: Sequence[int]
+    """From the start of the draft."""
+    prefix_lengths: Sequence[int]
+    complete: bool
+    """The draft ends here, and with it the answer."""
+    final_text: str | None = None
+    """The text of the whole output if the draft is accepted and a stop string cuts the text of its last token."""
+    num_accepted: int = 0
+    """Draft tokens that are in the output already."""
+
+
 async def verify_and_generate(
     run: Run,
-    draft_token_ids: Sequence[int],
+    window: DraftWindow,
     *,
-    complete: bool,
-    final_text: str | None = None,
-    prefix_lengths: Sequence[int],
-    num_accepted: int = 0,
     generate_after_acceptance: bool = True,
     max_continuation_tokens: int | None = None,
     on_verified: Callable[[int], None] = lambda accepted_prefix_length: None,
 ) -> int:
-    """Verifies a draft, generates what follows its accepted prefix, and returns the length of that prefix.
-
-    The first `num_accepted` tokens of the draft are in the output already. `final_text` is the text of the whole output
-    if the complete draft is accepted and a stop string cuts the text of its last token.
-    """
+    """Verifies a draft, generates what follows its accepted prefix, and returns the length of that prefix."""
     state = run.state
-    output_before = tuple(state.output[: len(state.output) - num_accepted])
+    output_before = tuple(state.output[: len(state.output) - window.num_accepted])
     request = VerifyAndGenerateRequest(
         verify=VerifyRequest(
             prompt_token_ids=run.request.prompt_token_ids,
             output_token_ids=output_before,
-            draft_token_ids=tuple(draft_token_ids),
-            draft_complete=complete,
-            prefix_lengths=tuple(prefix_lengths),
+            draft_token_ids=tuple(window.token_ids),
+            draft_complete=window.complete,
+            prefix_lengths=tuple(window.prefix_lengths),
             suffix=run.suffix,
             policy=run.policy,
             num_logprobs=run.sampling_params.logprobs,
@@ -98,7 +105,7 @@ async def verify_and_generate(
         sampling_params=run.sampling_params,
         stream_interval=run.request.stream_interval,
         speculative_method=run.request.speculative_method,
-        num_accepted=num_accepted,
+        num_accepted=window.num_accepted,
         generate_after_acceptance=generate_after_acceptance,
         max_continuation_tokens=max_continuation_tokens,
     )
@@ -109,7 +116,7 @@ async def verify_and_generate(
             raise VerificationError("the verifier did not answer with the result of the verification")
         _check_result(result, request.verify)
         accepted = request.accepted_prefix_length(result.p_correct)
-        _accept(run, request, result, accepted, final_text)
+        _accept(run, request, result, accepted, window.final_text)
         on_verified(accepted)
         continuation = request.continuation(accepted)
         if continuation is None:
