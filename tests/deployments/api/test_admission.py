@@ -122,7 +122,7 @@ def test_nothing_is_lost_when_who_was_let_in_gives_up_before_noticing():
     asyncio.run(check())
 
 
-def test_too_many_waiting_are_told_when_to_come_again():
+def test_a_full_queue_rejects_with_the_time_to_retry_after():
     async def check() -> None:
         admission_queue = AdmissionQueue(1, 1)
         inside, waiting = Visitor(admission_queue, 1), Visitor(admission_queue, 1)

@@ -426,8 +426,8 @@ def test_one_of_several_choices_that_breaks_ends_them_all(pair):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("target_tokens", [[], [300, 301]])
-def test_a_client_that_leaves_is_worked_for_no_more(pair, stream, target_tokens):
-    writer = Writer(target_tokens)  # would wait for ever
+def test_the_work_for_a_client_that_disconnects_is_cancelled(pair, stream, target_tokens):
+    writer = Writer(target_tokens)  # it never finishes unless `may_go_on` is set
     body = json.dumps(BODY | {"stream": stream, "n": 2}).encode()
     with serving(pair, writer, max_answers=2, max_queued_requests=0) as address:
         with connected(address, body) as client:

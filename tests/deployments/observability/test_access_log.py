@@ -330,7 +330,7 @@ def test_every_request_has_an_id_and_a_line_without_a_word_of_it(pair, caplog):
     lines = [vars(record) for record in caplog.records if record.name == "deployments.observability.access_log"]
     ids = [first.headers["x-request-id"], second.headers["x-request-id"], "mine"]
     assert [line["request_id"] for line in lines] == ids and len(set(ids)) == 3
-    assert "x-request-id" not in third.headers  # whoever gave it tells it: Ray Serve's proxy does
+    assert "x-request-id" not in third.headers  # Ray Serve's proxy returns an id that the client sent
     assert [(line["outcome"], line["status"]) for line in lines] == [("ok", 200), ("invalid", 400), ("ok", 200)]
     assert lines[0]["written"] == 3 and lines[0]["prompt_tokens"] == first.json()["usage"]["prompt_tokens"]
     assert secret not in caplog.text
