@@ -141,7 +141,7 @@ def test_the_command_writes_adapters_and_their_card(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["space", *outputs.split(), *sizes.split()])
     space.main()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Adapters that make `target` foresee" in card and "rank 4 behind each of 6 layers" in card
+    assert "Adapters that make `target` propose by itself" in card and "rank 4 behind each of 6 layers" in card
     assert (tmp_path / "out" / "training.svg").is_file()
     held_out = texts(40)[-2:]
     figures = round_floats(space.evaluate_adapters(tmp_path / "out", target(), held_out))
