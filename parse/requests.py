@@ -102,8 +102,8 @@ class VerifyAndGenerateRequest:
         verify = self.verify
         if verify.policy is None:
             raise RequestError("policy", "must be set to generate after the accepted prefix")
-        if not 0 <= self.num_accepted <= max(verify.prefix_lengths, default=0):
-            raise RequestError("num_accepted", f"must not exceed the last prefix length, got {self.num_accepted}")
+        if self.num_accepted and not 0 < self.num_accepted < min(verify.prefix_lengths, default=0):
+            raise RequestError("num_accepted", f"must be less than every prefix length, got {self.num_accepted}")
         if verify.draft_complete and max(verify.prefix_lengths, default=0) != len(verify.draft_token_ids):
             raise RequestError("prefix_lengths", "must end with the length of a complete draft")
 

@@ -7,8 +7,7 @@ from parse.engines.native.attention import ContiguousAttention, UnsupportedModel
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
-from parse.tree import chain, suffix_forest
-from training.verification_tree import trunk_with_suffixes
+from parse.tree import chain, suffix_forest, trunk_with_suffixes
 
 LAYER = 3
 
