@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parse.prompts import VerificationSuffix, build_verification_suffix, chat_prompt_token_ids
+from parse.tree import trunk_with_suffixes
 from training.mistakes import MISTAKE_KINDS, Voice, compose_answer, scramble_words
 from training.task import WORD, Problem, check_answer
 from training.tokenizer import CORRECT, INCORRECT, SYSTEM_PROMPTS, VERIFICATION_PROMPT
