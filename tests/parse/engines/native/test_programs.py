@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.detokenizer import IncrementalDetokenizer
-from parse.engines.native.programs import TreeOutput, VerifyOptions, generate, prefill, verify
+from parse.engines.native.programs import TreeOutput, generate, prefill
 from parse.engines.native.sampler import Sampler, sample
+from parse.engines.native.verification import VerifyOptions, verify
 from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.speculative.cost_model import StepCostModel
