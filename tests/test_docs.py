@@ -20,10 +20,11 @@ from unittest.mock import patch
 import pytest
 import yaml
 from pydantic import ValidationError
-from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeDeploySchema
 
 from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
 from deployments.config import AppSettings
+from deployments.launch import read_config
 from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS
 from parse.config import EngineSettings, SpeculativeConfig
 
@@ -89,15 +90,15 @@ def shell_commands(page: Path) -> Iterator[str]:
 @cache
 def anchors(page: Path) -> set[str]:
     """Returns the anchors that GitHub gives to the headings of a page."""
-    found: set[str] = set()
+    result: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         anchor = base = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
         number = 1
-        while anchor in found:
+        while anchor in result:
             anchor, number = f"{base}-{number}", number + 1
-        found.add(anchor)
-    return found
+        result.add(anchor)
+    return result
 
 
 def links(page: Path) -> list[tuple[str, str]]:
@@ -243,19 +244,24 @@ def test_commands_are_found():
 # Settings
 
 
-def check_yaml(snippet: Any) -> None:
-    """Validates a part of a configuration. Fails for a part that it does not know."""
+def check_yaml(snippet: Any, folder: Path) -> None:
+    """Validates a configuration or a part of one. Fails for a part that it does not know."""
     assert isinstance(snippet, dict)
     if "kind" in snippet:  # a Kubernetes resource
         return
+    if "applications" in snippet:
+        file = folder / "config.yaml"
+        file.write_text(yaml.safe_dump(snippet))
+        read_config(file)
+        return
     for deployment in snippet.pop("deployments", ()):
         assert deployment["name"] in ("Router", "Verifier", "Drafter")
+        assert deployment.keys() <= DeploymentSchema.model_fields.keys()
+        assert deployment.get("ray_actor_options", {}).keys() <= RayActorOptionsSchema.model_fields.keys()
         DeploymentSchema.model_validate(deployment)
     if snippet.keys() & ServeDeploySchema.model_fields.keys():
         assert snippet.keys() <= ServeDeploySchema.model_fields.keys()
         ServeDeploySchema.model_validate({"applications": []} | snippet)
-        for application in snippet.get("applications", ()):
-            check_yaml({"args": application["args"], "deployments": application.get("deployments", ())})
     elif "args" in snippet:
         AppSettings.model_validate(snippet["args"])
     elif snippet:
@@ -263,9 +269,9 @@ def check_yaml(snippet: Any) -> None:
 
 
 @each_page
-def test_settings_in_a_page_are_valid(page):
+def test_settings_in_a_page_are_valid(page, tmp_path):
     for block in code_blocks(page, "yaml"):
-        check_yaml(yaml.safe_load(block))
+        check_yaml(yaml.safe_load(block), tmp_path)
     for code in inline_code(page):
         if re.match(r"\[?\{method:", code):
             configs = yaml.safe_load(code)
@@ -273,11 +279,18 @@ def test_settings_in_a_page_are_valid(page):
                 SpeculativeConfig.model_validate(config)
 
 
-def test_a_misspelled_setting_is_found():
-    check_yaml({"verification": {"stride": 4}})
-    for snippet in ({"verification": {"strude": 4}}, {"args": {"target": {"modle": "m"}}}, {"target_model": "m"}):
-        with pytest.raises(ValidationError):
-            check_yaml(snippet)
+def test_a_misspelled_setting_is_rejected(tmp_path):
+    check_yaml({"verification": {"stride": 4}}, tmp_path)
+    misspelled: list[dict[str, Any]] = [
+        {"verification": {"strude": 4}},
+        {"args": {"target": {"modle": "m"}}},
+        {"target_model": "m"},
+        {"deployments": [{"name": "Router", "num_replikas": 2}]},
+        {"tracing_confg": {}},
+    ]
+    for snippet in misspelled:
+        with pytest.raises((ValidationError, AssertionError)):
+            check_yaml(snippet, tmp_path)
 
 
 @each_doc
