@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployments.config import PROJECT_ROOT
+from deployments.config import IS_CHECKOUT, PROJECT_ROOT
 
-DEFAULT_CONFIG = PROJECT_ROOT / "serve_config.yaml"
+# The wheel has its copy inside the package.
+DEFAULT_CONFIG = PROJECT_ROOT / "serve_config.yaml" if IS_CHECKOUT else Path(__file__).with_name("serve_config.yaml")
 RAY_DEFAULT_TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 TOKEN_FILE = Path.home() / ".cache" / "parse-serve" / "ray_token"
 # The calls of a replica share one event loop and bypass Ray's object store. That is safe because the models compute in

@@ -7,9 +7,12 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from parse.config import EngineSettings, ModeName, Settings, VerificationSettings
+from parse.demo import find_demo_model
 from parse.registry import MODES
 
 PROJECT_ROOT = Path(__file__).parents[1]
+IS_CHECKOUT = (PROJECT_ROOT / "pyproject.toml").is_file()
+"""False if a wheel is installed: `PROJECT_ROOT` is then the folder of all installed packages."""
 
 
 class ApiSettings(Settings):
@@ -112,9 +115,20 @@ class AppSettings(Settings):
 def resolve_model_path(model: str) -> str:
     """Returns the absolute path of a model's folder, or the Hugging Face id as it is.
 
-    Relative paths are looked up in the working directory and in the project, because replicas run elsewhere.
+    Relative paths are looked up in the working directory and then in the checkout, because replicas run elsewhere. The
+    paths of the demo models are also resolved if a wheel is installed.
     """
-    for folder in (Path(model).expanduser(), PROJECT_ROOT / model):
-        if folder.is_dir():
+    for folder in (Path(model).expanduser(), PROJECT_ROOT / model if IS_CHECKOUT else None, find_demo_model(model)):
+        if folder is not None and folder.is_dir():
             return str(folder.resolve())
     return model
+
+
+def is_local_path(model: str) -> bool:
+    """Whether the name of a model is a path, because it is written like one or its parent folder exists."""
+    parent = model.rpartition("/")[0]
+    return (
+        model.startswith((".", "/", "~"))
+        or parent == "models"
+        or (IS_CHECKOUT and bool(parent) and (PROJECT_ROOT / parent).is_dir())
+    )

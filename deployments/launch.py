@@ -25,15 +25,12 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from deployments.config import PROJECT_ROOT, AppSettings, resolve_model_path
+from deployments.config import AppSettings, is_local_path, resolve_model_path
 from parse.config import EngineSettings
+from parse.demo import EXAMPLE_PROMPT
 from parse.renamed_settings import describe_errors, describe_unknown_key
 
 BUILDER_IMPORT_PATH = "deployments.app:build"
-EXAMPLE_PROMPT = (
-    "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
-    "sixth Ben 80, seventh Sam 26. Who has the record now?"
-)
 CAPACITY_CHECK_DELAY_S = 5.0  # before that, the target number of replicas may be unknown
 MAX_PLACEMENT_S = 60.0  # the longest that a placed replica takes to get a process
 RESOURCE_TOLERANCE = 1e-6
@@ -103,10 +100,7 @@ def check_model_folders(field: str, settings: EngineSettings) -> None:
 
 def check_model_folder(field: str, model: str) -> None:
     """Rejects a path that does not exist. It would be looked up on the Hugging Face hub, which takes minutes."""
-    looks_like_path = model.startswith((".", "/", "~")) or (
-        (PROJECT_ROOT / model).parent != PROJECT_ROOT and (PROJECT_ROOT / model).parent.is_dir()
-    )
-    if looks_like_path and not Path(resolve_model_path(model)).is_dir():
+    if is_local_path(model) and not Path(resolve_model_path(model)).is_dir():
         raise LaunchError(f"{field}: the folder {model} does not exist")
 
 

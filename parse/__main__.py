@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from transformers.utils import logging as transformers_logging
 
 from parse.config import EngineSettings, SpeculativeConfig
+from parse.demo import EXAMPLE_PROMPT
 from parse.errors import RequestError
 from parse.events import Finished, StageName, TextDelta, Usage, Verification
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
@@ -23,10 +24,6 @@ from parse.registry import METHODS, MODES
 from parse.requests import GenerationRequest
 from parse.types import SamplingParams
 
-EXAMPLE = (
-    "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
-    "sixth Ben 80, seventh Sam 26. Who has the record now?"
-)
 RESET = "\x1b[0m"
 COLOURS = {
     "draft": ("\x1b[32m", RESET),
@@ -86,7 +83,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m parse",
         description=__doc__,
-        epilog=f'The demo pair knows running totals and records only. Try: python -m parse "{EXAMPLE}"',
+        epilog=f'The demo pair knows running totals and records only. Try: python -m parse "{EXAMPLE_PROMPT}"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("question", help="the question to answer; - reads it from standard input")

@@ -1,17 +1,17 @@
 """Drafter and verifier in this process: a pipeline made of two models."""
 
-from pathlib import Path
 from typing import Self
 
 from parse.config import EngineSettings, VerificationSettings
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.demo import DEMO_MODELS as DEMO
 from parse.engines.loader import load_native_engine
 from parse.engines.native.drafter import drafter_for
 from parse.engines.native.engine import NativeEngine
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
 
-DEMO = Path(__file__).parents[1] / "models"
-DEMO_TARGET, DEMO_DRAFT = str(DEMO / "demo-target"), str(DEMO / "demo-draft")
+__all__ = ["DEMO", "DEMO_DRAFT", "DEMO_TARGET", "LocalPair"]
 
 
 class LocalPair:

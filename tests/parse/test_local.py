@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parse.__main__ import EXAMPLE, main
+from parse.__main__ import main
 from parse.config import VERIFICATION_FILE, EngineSettings, VerificationSettings
+from parse.demo import EXAMPLE_PROMPT as EXAMPLE
 from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
 from parse.events import Finished, TextDelta
 from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
