@@ -118,7 +118,10 @@ def find_free_port(preferred: int) -> int:
 
 @contextmanager
 def lock_data(data: Path) -> Iterator[None]:
-    """Locks the folder. Debian's Prometheus takes no lock, and two of them would damage each other's data."""
+    """Locks the folder.
+
+    Debian's Prometheus takes no lock, and two of them would damage each other's data.
+    """
     try:
         data.mkdir(parents=True, exist_ok=True)
         lock = (data / "lock").open("w")

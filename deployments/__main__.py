@@ -42,7 +42,9 @@ def set_ray_environment() -> None:
 
 
 def require_ray_token() -> None:
-    """Makes Ray require a token: its ports are open to the network, and anyone could run code through them.
+    """Makes Ray require a token.
+
+    Ray's ports are open to the network, and without a token anyone could run code through them.
 
     The token is stored apart from Ray's own, which would make every cluster on this machine require it.
     """

@@ -1,4 +1,7 @@
-"""Builds the application from its settings. serve_config.yaml names `build` as its import_path."""
+"""Builds the application from its settings.
+
+`serve_config.yaml` names `build` as its `import_path`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -73,7 +76,10 @@ def _resolve_model_paths(settings: EngineSettings) -> EngineSettings:
 
 
 def _gpus_per_model(models: Sequence[EngineSettings]) -> float:
-    """Returns 1 if there is a GPU for each model, else an equal share, or 0 without GPUs."""
+    """Returns the number of GPUs for one replica of a model.
+
+    It is 1 if there is a GPU for each model, otherwise an equal share, and 0 without GPUs.
+    """
     num_gpu_models = sum(model.device != "cpu" for model in models)
     if not num_gpu_models or not ray.is_initialized():
         return 0

@@ -53,7 +53,10 @@ class ApiSettings(Settings):
 
 
 class AuditSettings(Settings):
-    """Answers with accepted drafts that the target answers again alone. This measures the price of being lossy."""
+    """Answers with accepted drafts that the target answers again alone.
+
+    This measures the price of being lossy.
+    """
 
     section = "audit"
 
@@ -89,7 +92,10 @@ class AuditSettings(Settings):
 
 
 class AppSettings(Settings):
-    """The two models, the verification and the API. Replicas, autoscaling and resources are set in `deployments`."""
+    """The two models, the verification and the API.
+
+    Replicas, autoscaling and resources are set in `deployments`.
+    """
 
     section = "args"
 

@@ -1,4 +1,7 @@
-"""Starts Ray, deploys a configuration, and reports the progress until the service is ready."""
+"""Starts Ray, deploys a configuration, and waits until it is ready.
+
+It prints the progress.
+"""
 
 import json
 import logging
@@ -63,7 +66,10 @@ class DeploymentProgress:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
-    """Returns the configuration and the settings of the application in it. Errors are reported in one line."""
+    """Returns the configuration and the settings of the application in it.
+
+    Errors are reported in one line.
+    """
     try:
         config = yaml.safe_load(path.read_text())
         ServeDeploySchema.model_validate(config)
@@ -84,7 +90,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
 def _config_sections(
     config: Mapping[str, Any], application: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any], type[BaseModel]]]:
-    """Yields the sections of Ray Serve with their schemas. Serve itself ignores unknown keys."""
+    """Yields the sections of Ray Serve with their schemas.
+
+    Serve itself ignores unknown keys.
+    """
     yield "", config, ServeDeploySchema
     yield "http_options.", config.get("http_options") or {}, HTTPOptionsSchema
     yield "applications.", application, ServeApplicationSchema
@@ -102,7 +111,10 @@ def check_model_folders(field: str, settings: EngineSettings) -> None:
 
 
 def check_model_folder(field: str, model: str) -> None:
-    """Rejects a path that does not exist. It would be looked up on the Hugging Face hub, which takes minutes."""
+    """Rejects a path that does not exist.
+
+    It would be looked up on the Hugging Face hub, which takes minutes.
+    """
     looks_like_path = model.startswith((".", "/", "~")) or (
         (PROJECT_ROOT / model).parent != PROJECT_ROOT and (PROJECT_ROOT / model).parent.is_dir()
     )
@@ -120,7 +132,10 @@ def check_port(host: str, port: int) -> None:
 
 
 def _ray_environment_prefix() -> str:
-    """Returns the variable assignments that other commands need to reach this Ray cluster."""
+    """Returns environment variables for commands that use this Ray cluster.
+
+    The result is a prefix of a shell command.
+    """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
     return "".join(f"{name}={os.environ[name]} " for name in names if name in os.environ)
 
@@ -178,7 +193,10 @@ def wait_until_ready(
     timeout_s: float,
     logs: str,
 ) -> None:
-    """Prints the progress, and raises LaunchError with the reason if the service cannot become ready."""
+    """Prints the progress until the service is ready.
+
+    Raises LaunchError with the reason if the service cannot become ready.
+    """
     started = printed_at = time.monotonic()
     printed_line, unplaced_since = "", None
     while True:
@@ -216,7 +234,10 @@ def _failure_messages(application: Mapping[str, Any]) -> str:
 def _find_shortage(
     deployments: Sequence[DeploymentProgress], unplaced: Sequence[DeploymentProgress], seconds: float
 ) -> str | None:
-    """Returns what replicas without a process may be waiting for, after they have waited for a while."""
+    """Returns what replicas without a process may be waiting for.
+
+    Returns None if they have not waited long enough to tell.
+    """
     if seconds < CAPACITY_CHECK_DELAY_S:
         return None
     shortage = find_missing_capacity(deployments, [node["Resources"] for node in ray.nodes() if node["Alive"]])

@@ -168,7 +168,10 @@ def describe_default(field: FieldInfo) -> str:
 
 
 def describe_meaning(field: FieldInfo) -> str:
-    """Returns the description of a setting, or for a section the docstring of its class."""
+    """Returns the description of a setting.
+
+    For a section this is the docstring of its class.
+    """
     annotation = field.annotation
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     section_description = annotation.__doc__ if is_section else None
@@ -190,7 +193,10 @@ def _type_name(annotation: Any) -> str:
 
 
 def _choices(annotation: Any) -> Sequence[str]:
-    """Returns the values of a Literal, or the names in a registry that the annotation refers to."""
+    """Returns the values that an annotation allows, or an empty sequence.
+
+    The annotation is a Literal, or refers to a registry of names.
+    """
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) is Annotated:
@@ -254,7 +260,10 @@ def default_deployments() -> list[Deployment]:
 
 
 def list_deployments(application: Application) -> list[Deployment]:
-    """Returns all deployments of an application, beginning with the one that answers HTTP."""
+    """Returns all deployments of an application.
+
+    The first one answers HTTP.
+    """
     root = application._bound_deployment
     nested = [argument for argument in root.init_args if isinstance(argument, Application)]
     return [root, *(deployment for child in nested for deployment in list_deployments(child))]

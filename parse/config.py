@@ -1,4 +1,7 @@
-"""The settings of a model and of the verification. Each is documented, and unknown keys are rejected."""
+"""The settings of a model and of the verification.
+
+Each is documented, and unknown keys are rejected.
+"""
 
 import json
 from collections.abc import Iterable
@@ -29,7 +32,10 @@ VERIFICATION_FILE = "parse.json"
 
 @dataclass(frozen=True)
 class OneOf:
-    """Annotates a string that is one of the names in a registry; pydantic and JSON schemas show the choices."""
+    """Annotates a string that must be one of the names in a registry.
+
+    Pydantic and JSON schemas show the names as choices.
+    """
 
     names: tuple[str, ...]
 
@@ -62,7 +68,10 @@ def _describe_methods(names: Iterable[str]) -> str:
 
 
 class SpeculativeConfig(Settings):
-    """One token-level method: how several tokens are proposed at once. It changes the speed, never the text."""
+    """One token-level method: how several tokens are proposed at once.
+
+    It changes the speed, never the text.
+    """
 
     section = "speculative_configs"
 
@@ -208,7 +217,10 @@ class VerificationSettings(Settings):
 
     @classmethod
     def for_model(cls, model: str, **changes: Any) -> Self:
-        """Returns the settings in the folder of the target, if there are any, with changes."""
+        """Returns the settings in the target's folder, with changes.
+
+        If the folder has no `parse.json`, the defaults are changed instead.
+        """
         file = Path(model) / VERIFICATION_FILE
         if not file.is_file():
             return cls(**changes)

@@ -1,4 +1,6 @@
-"""Mode `auto`: decides for each request whether to draft, from measured gains, and revises that as they change.
+"""Mode `auto`: decides for each request whether to draft.
+
+The decision follows from measured gains and is revised when these change.
 
 A draft saves the time that the target alone would have needed for the accepted tokens. It costs the time of drafting
 and verifying. Both are weighed as shares of the time that the target alone would have taken for the answer. When
@@ -32,7 +34,10 @@ class DraftingDecision:
 
 
 class DraftingController:
-    """The state of one deployment. It is not thread-safe and belongs to one event loop."""
+    """The state of one deployment.
+
+    It is not thread-safe and belongs to one event loop.
+    """
 
     def __init__(self) -> None:
         self.gain: float | None = None  # mean of (time alone - time taken) / time alone
@@ -78,7 +83,10 @@ class DraftingController:
             self._paused, self._requests_until_trial, self._pause = True, INITIAL_PAUSE, INITIAL_PAUSE
 
     def another_round_pays(self, remaining_tokens: int) -> bool:
-        """Whether a further draft of about that many tokens is expected to save more time than it costs."""
+        """Returns whether a further draft is expected to save more time than it costs.
+
+        The draft is expected to have about `remaining_tokens` tokens.
+        """
         if remaining_tokens <= 0:
             return False
         if self.token_s is None or self.acceptance is None or self.overhead_s is None:

@@ -1,4 +1,7 @@
-"""PARSE: a draft is written, all its prefixes are verified, the longest valid one is kept, the target writes the rest.
+"""The pipeline of PARSE: draft, verify, accept, generate.
+
+A drafter writes a draft and the target verifies all its prefixes. The longest valid prefix is kept, and the target
+generates the rest.
 
 The pipeline uses a drafter and a verifier through two small protocols, so the same code runs in one process and across
 machines. Each call is independent of earlier ones. A failing drafter costs only speed.
@@ -46,7 +49,10 @@ class Pipeline:
             raise ValueError(f"verification.auto_mode: this engine supports {offered}, not {self.settings.auto_mode}")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
-        """Yields the text as it is generated, the verification of each draft, and finally the usage of the answer."""
+        """Answers one request and yields its events.
+
+        The events are the text as it is generated, the verification of each draft, and finally the usage of the answer.
+        """
         self.capabilities.check(request)
         if request.prediction is not None:
             prediction = validate_token_ids("prediction", request.prediction, len(self.tokenizer))

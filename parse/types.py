@@ -18,7 +18,10 @@ NO_STREAMING = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. The defaults are plain sampling; `temperature=0` is greedy."""
+    """How tokens are chosen.
+
+    The defaults are plain sampling; `temperature=0` is greedy.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -77,7 +80,10 @@ class SamplingParams:
 def _check_range(
     name: str, value: object, low: float | None, high: float | None, *, exclusive: bool = False, integer: bool = False
 ) -> None:
-    """Raises RequestError for a value out of range. NaN fails every comparison, so it is rejected too."""
+    """Raises RequestError for a value out of range.
+
+    NaN fails every comparison, so it is rejected too.
+    """
     if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
         raise RequestError(name, f"must be a {'whole ' if integer else ''}number, got {value!r}")
     too_low = low is not None and not (low < value if exclusive else low <= value)
@@ -87,7 +93,10 @@ def _check_range(
 
 
 def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Returns the ids as plain integers. Raises RequestError unless each of them is a token of the vocabulary."""
+    """Returns the ids as plain integers.
+
+    Raises RequestError unless each of them is a token of the vocabulary.
+    """
     try:
         integers = [operator.index(token) for token in token_ids]
     except TypeError as error:
@@ -110,7 +119,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
-    """How many tokens a token-level method proposed, and how many of them were accepted."""
+    """The numbers of proposed and accepted tokens of a token-level method."""
 
     method: str
     passes: int = 0

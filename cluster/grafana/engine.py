@@ -1,4 +1,4 @@
-"""The engine dashboard: what the engine of each drafter and verifier replica does."""
+"""The engine dashboard: the work of the engine of each replica."""
 
 from cluster.grafana.boards import ENGINE_VARIABLES, ENGINE_VIEW, Board, Row
 from cluster.grafana.panels import (

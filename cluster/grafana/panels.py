@@ -100,7 +100,10 @@ class PanelOptions:
 def stat_panel(
     options: PanelOptions, expression: str, steps: Steps = (), *, base_colour: str = MUTED, decimals: int | None = None
 ) -> Panel:
-    """Returns a panel with one large number, coloured by thresholds. Six of them fill a row."""
+    """Returns a panel with one large number, coloured by thresholds.
+
+    Six of them fill a row.
+    """
     panel = (
         _with_options(stat.Panel(), replace(options, width=4, height=5))
         .with_target(_target(Query(expression), "A"))
@@ -193,7 +196,10 @@ def bar_gauge_panel(
 
 
 def state_timeline_panel(options: PanelOptions, query: Query, words: Mapping[int, tuple[str, str]]) -> Panel:
-    """Returns a panel with states over time. `words` maps each value to its label and colour."""
+    """Returns a panel with states over time.
+
+    `words` maps each value to its label and colour.
+    """
     results = {str(value): ValueMappingResult(text=word, color=colour) for value, (word, colour) in words.items()}
     return (
         _with_options(statetimeline.Panel(), options)

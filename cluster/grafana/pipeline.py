@@ -1,4 +1,4 @@
-"""The pipeline dashboard: where the time of an answer goes, queues, and lost or cancelled calls."""
+"""The pipeline dashboard: time per stage, queues, and lost calls."""
 
 from cluster.grafana.boards import SERVICE_VARIABLES, SERVICE_VIEW, Board, Row, percentile_queries
 from cluster.grafana.panels import (

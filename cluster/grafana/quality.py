@@ -1,4 +1,4 @@
-"""The quality dashboard: how much of the drafts is accepted, P(correct), and what audits say about it."""
+"""The quality dashboard: acceptance of drafts, P(correct), and audits."""
 
 from cluster.grafana.boards import SERVICE_VARIABLES, SERVICE_VIEW, Board, Row, percentile_queries
 from cluster.grafana.panels import (

@@ -1,4 +1,7 @@
-"""The alerts, each with the first steps for an operator. docs/monitoring.md has a section for each of them."""
+"""The alerts, each with first steps for the operator.
+
+docs/monitoring.md has a section for each alert.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +12,10 @@ from deployments.observability import metrics
 
 @dataclass(frozen=True)
 class Alert:
-    """Fires while the comparison holds and the guard, if there is one, has a series with the same labels."""
+    """An alert, which fires while its comparison holds.
+
+    If there is a guard, it must also have a series with the same labels.
+    """
 
     name: str
     expression: str
@@ -40,7 +46,10 @@ class Alert:
 
 
 def recorded_series(name: str, selector: str = "") -> str:
-    """Returns one series even if the figures come from both sources, so that an alert fires once."""
+    """Returns a recorded figure as one series.
+
+    If the figure comes from both sources, the alert still fires only once.
+    """
     if name not in RECORDS:
         raise ValueError(f"{name} is not recorded")
     return f"max without (source) ({name}{selector})"

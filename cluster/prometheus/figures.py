@@ -1,4 +1,7 @@
-"""The figures that describe the service. Each function returns a PromQL query over a `View`."""
+"""The figures that describe the service.
+
+Each function returns a PromQL query over a `View`.
+"""
 
 from cluster.prometheus.queries import View, or_zero, parenthesized, ratio, ratio_or_zero
 from deployments.observability import metrics
@@ -37,7 +40,10 @@ def target_seconds_per_token(view: View) -> str:
 
 
 def speed_up(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, ...] = ()) -> str:
-    """The time that the target alone would have needed for the same tokens, over the actual time without queueing."""
+    """The time that the target alone would have needed, over the actual time.
+
+    Both are for the same tokens. The actual time does not include queueing.
+    """
     matching = f" on ({', '.join(view.by)}) group_left ()" if by else ""
     target_only = f"({answer_tokens(view, condition, by)}) *{matching} ({target_seconds_per_token(view)})"
     queued = view.rate(metrics.SPENT_SECONDS, 'on="queue"', condition, by=by)
@@ -46,7 +52,10 @@ def speed_up(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, ...] 
 
 
 def failure_share(view: View) -> str:
-    """Share of requests that failed because of the service, without those that clients caused."""
+    """Share of requests that failed because of the service.
+
+    Requests that clients made fail are not included.
+    """
     everywhere = view.without("mode")  # requests are counted by the requested mode, answers by the mode that was used
     return ratio_or_zero(
         everywhere.rate(metrics.REQUESTS, FAILED_OUTCOMES), everywhere.rate(metrics.REQUESTS, SERVICE_OUTCOMES)
@@ -59,7 +68,10 @@ def truncated_share(view: View) -> str:
 
 
 def overlap_share(view: View) -> str:
-    """Share of the time in which both drafter and verifier worked, of the time in which at least one did."""
+    """Share of the time in which drafter and verifier worked at the same time.
+
+    The whole is the time in which at least one of them worked.
+    """
     drafter, verifier, both = (
         view.rate(metrics.BUSY_SECONDS, f'part="{part}"') for part in ("drafter", "verifier", "both")
     )
@@ -157,7 +169,10 @@ def stage_seconds_per_answer(view: View) -> str:
 
 
 def acceptance_by_position(view: View, condition: str) -> str:
-    """Acceptance rate by position. Positions have two digits, so that they sort correctly."""
+    """Acceptance rate by position.
+
+    Positions have two digits, so that they sort correctly.
+    """
     accepted_by_position = proposals_accepted(view, condition, by=("method", "position"))
     return f'label_replace({accepted_by_position}, "position", "0$1", "position", "([0-9])")'
 

@@ -1,4 +1,6 @@
-"""Builds PromQL over the declared metrics, for dashboards, recording rules and alerts.
+"""Builds PromQL queries over the declared metrics.
+
+Dashboards, recording rules and alerts use them.
 
 Every metric, label and value in a query has to be declared in `deployments.observability.metrics`.
 """
@@ -15,7 +17,10 @@ CONDITION = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
 
 @dataclass(frozen=True)
 class View:
-    """The source of the series, a filter, the window of rates, and the labels to group by."""
+    """The common part of several queries.
+
+    It is the source of the series, a filter, the window of rates, and the labels to group by.
+    """
 
     prefix: str = ""
     window: str = "5m"
@@ -80,12 +85,18 @@ def _check_condition(metric: Metric, condition: str) -> None:
 
 
 def ratio(part: str, total: str) -> str:
-    """Returns part / total, without a value if the total is zero: no traffic is neither good nor bad."""
+    """Returns part / total, which has no value if the total is zero.
+
+    A service without traffic is neither good nor bad.
+    """
     return f"{parenthesized(part)} / ({total} > 0)"
 
 
 def or_zero(part: str, total: str) -> str:
-    """Returns the part, or zero if only the total has a series: an exporter may omit what never happened."""
+    """Returns the part, or zero if only the total has a series.
+
+    An exporter may omit a series for events that have never happened.
+    """
     return f"({part} or 0 * {parenthesized(total)})"
 
 

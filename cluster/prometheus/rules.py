@@ -1,4 +1,6 @@
-"""Recording rules: the figures of an application, under one name for both sources of its series.
+"""Recording rules: the figures of an application.
+
+A figure has the same name for both sources of its series.
 
 The label `source` says which source it is, `router` or `ray`. Alerts use these rules, dashboards do not.
 """

@@ -1,4 +1,4 @@
-"""Admission control: how many answers are worked on at the same time, and how many requests may wait."""
+"""Admission control: limits the running answers and the waiting requests."""
 
 import asyncio
 import time

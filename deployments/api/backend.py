@@ -18,7 +18,7 @@ class Backend(Protocol):
     def pipeline_for_session(self, session: Session) -> Pipeline: ...
 
     def unavailable_parts(self) -> dict[str, str]:
-        """Returns the parts that do not respond at the moment, with what is wrong with each."""
+        """Returns the parts that do not respond, and what is wrong with each."""
         ...
 
     @property

@@ -78,7 +78,10 @@ def to_api_error(error: BaseException) -> ApiError:
 
 
 def _replace_lone_surrogates(text: str) -> str:
-    """Makes text encodable: field names come from the request and may contain anything."""
+    """Makes text encodable.
+
+    The names of fields come from the request and may contain anything.
+    """
     return text.encode(errors="replace").decode()
 
 
@@ -114,7 +117,10 @@ def to_validation_error(errors: Sequence[Any]) -> ApiError:
 
 
 def _error_path(error: Any) -> list[str | int]:
-    """Returns the path of an error in the request, without pydantic's names of alternative types."""
+    """Returns the path of an error in the request.
+
+    Pydantic also adds its own names of alternative types, which are left out.
+    """
     path: list[str | int] = []
     for key in error["loc"][1:]:
         is_map_key = path == ["logit_bias"]

@@ -1,4 +1,7 @@
-"""Checks before every request: the API key, the size of the body, and the time that it takes to arrive."""
+"""Checks before every request.
+
+They concern the API key, the size of the body, and the time that the body takes to arrive.
+"""
 
 import asyncio
 import hmac
@@ -18,7 +21,10 @@ UNAUTHENTICATED_PATHS = playground.PATHS | {"/health", "/ready", "/docs", "/redo
 
 
 def load_api_keys(file: str | None, variable: str) -> tuple[str, ...]:
-    """Returns the keys in a file, one per line, and in the environment, separated by commas."""
+    """Returns the keys in a file and in an environment variable.
+
+    The file has one key per line. In the variable, commas separate the keys.
+    """
     lines = Path(file).expanduser().read_text().splitlines() if file else []
     keys = [key.strip() for key in (*lines, *os.environ.get(variable, "").split(","))]
     if file and not any(line.strip() for line in lines):
@@ -70,7 +76,10 @@ class RequestLimitsMiddleware:
             raise ApiError(401, "a bearer key of this server is required", code="invalid_api_key", headers=headers)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Returns the complete body, so that the request is handled only once it has arrived."""
+        """Returns the complete body.
+
+        A request is handled only once its body has arrived.
+        """
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > self._max_body_bytes:
             raise self._body_too_large_error()

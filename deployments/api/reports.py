@@ -53,7 +53,10 @@ def trace_text_delta(delta: TextDelta) -> TracedTextDelta:
 def aggregate_usage(
     prompt_lengths: Sequence[int], completion_lengths: Sequence[int], usages: Sequence[Usage]
 ) -> CompletionUsage:
-    """Returns the usage of all choices. A prompt that several choices share counts once, as in the OpenAI API."""
+    """Returns the usage of all choices.
+
+    A prompt that several choices share counts once, as in the OpenAI API.
+    """
     prompt_tokens, completion_tokens = sum(prompt_lengths), sum(completion_lengths)
     choices_per_prompt = len(usages) // len(prompt_lengths)
     cached_tokens = (

@@ -1,4 +1,6 @@
-"""The request bodies of the API. Every field is either served or rejected with its name.
+"""The request bodies of the API.
+
+Every field is either served or rejected with its name.
 
 Fields with a single allowed value are accepted for clients that send them: the value is what happens anyway.
 """
@@ -52,7 +54,10 @@ LogitBias = Annotated[
 
 
 class OpenAIBaseModel(BaseModel):
-    """Rejects unknown fields one at a time, because listing all errors of a large body would take seconds."""
+    """The base of all request models. It rejects unknown fields by name.
+
+    Only the first unknown field is reported, because listing all errors of a large body would take seconds.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -151,7 +156,10 @@ class BaseCompletionRequest(OpenAIBaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def to_sampling_params(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Returns the sampling parameters: fields of the same name and the values that need a conversion."""
+        """Returns the sampling parameters of a request.
+
+        Some are fields of the same name, others need a conversion.
+        """
         explicit_params = {
             field.name: value
             for field in fields(SamplingParams)
@@ -223,8 +231,10 @@ class ChatCompletionRequest(BaseCompletionRequest):
 
 
 class CompletionRequest(BaseCompletionRequest):
-    """POST /v1/completions: text or tokens to continue. Without a conversation there is nothing to verify, so the
-    default mode is off."""
+    """POST /v1/completions: text or tokens to continue.
+
+    Without a conversation there is nothing to verify, so the default mode is off.
+    """
 
     prompt: (
         PromptText

@@ -1,4 +1,7 @@
-"""Validates the body of an HTTP request for this model and converts it to requests to the pipeline."""
+"""Converts the body of an HTTP request to requests to the pipeline.
+
+The body is validated for this model and its settings.
+"""
 
 import asyncio
 import random
@@ -234,7 +237,9 @@ class RequestParser:
 
 
 def offered_modes(settings: ApiSettings, capabilities: Capabilities) -> tuple[str, ...]:
-    """The modes that a request may choose: those of the settings that the engine supports.
+    """Returns the modes of the settings that the engine supports.
+
+    A request may choose among them.
 
     Raises ValueError if the settings name a mode explicitly that the engine does not support.
     """
@@ -246,7 +251,10 @@ def offered_modes(settings: ApiSettings, capabilities: Capabilities) -> tuple[st
 
 
 async def _run_in_thread_if_long(num_chars: int, function: Any, *args: Any) -> Any:
-    """Runs a function on a long text in a thread, so that it does not block the event loop."""
+    """Runs a function on a text, in a thread if the text is long.
+
+    A long text would otherwise block the event loop.
+    """
     return function(*args) if num_chars < MAX_INLINE_TOKENIZATION_CHARS else await asyncio.to_thread(function, *args)
 
 
@@ -255,7 +263,10 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _conversation_key(messages: Sequence[dict[str, str]]) -> str:
-    """Returns a key of the messages up to the first user message, which all requests of a conversation share."""
+    """Returns a key that all requests of a conversation share.
+
+    It covers the messages up to the first user message.
+    """
     user_positions = [position for position, message in enumerate(messages) if message["role"] == "user"]
     end = user_positions[0] + 1 if user_positions else 1
     return _digest(str([(message["role"], message["content"]) for message in messages[:end]]))

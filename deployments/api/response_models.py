@@ -1,4 +1,7 @@
-"""The response bodies of the API. Names and fields of the OpenAI API keep their spelling there."""
+"""The response bodies of the API.
+
+Names and fields of the OpenAI API keep their spelling there.
+"""
 
 from typing import Literal
 

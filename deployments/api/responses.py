@@ -1,4 +1,7 @@
-"""Responses and chunks of the two endpoints, built from the events of their choices."""
+"""Builds the responses and chunks of the two endpoints.
+
+They are built from the events of their choices.
+"""
 
 import json
 import time
@@ -235,7 +238,10 @@ class CompletionResponseBuilder:
 
 
 def format_sse(body: dict[str, Any]) -> str:
-    """Returns a server-sent event. It is ASCII, because some clients break lines at other characters."""
+    """Returns a server-sent event.
+
+    It is ASCII, because some clients break lines at other characters.
+    """
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 

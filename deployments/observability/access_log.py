@@ -1,4 +1,7 @@
-"""The access log: every request is counted by its outcome and written to the log in one line."""
+"""The access log: one log line and one count for each request.
+
+Requests are counted by their outcome.
+"""
 
 import logging
 import re
@@ -53,7 +56,10 @@ class RequestRecord:
         self.outcome = "overloaded" if code == "overloaded" else STATUS_OUTCOMES.get(status, default)
 
     def final_outcome(self) -> RequestOutcome:
-        """Returns the outcome of a finished request. Without a complete answer or an error, the client has left."""
+        """Returns the outcome of a finished request.
+
+        Without a complete answer or an error, the client has left.
+        """
         if self.outcome is None and self.status is not None and self.status >= 400:
             self.mark_failed(self.status)
         return self.outcome or "left"

@@ -1,4 +1,6 @@
-"""Audits: the target answers some requests with accepted drafts again, alone, and the answers are compared.
+"""Audits: the target answers some requests again, alone.
+
+These are requests with accepted drafts. The two answers are compared.
 
 This measures the price of being lossy. Audits run while the router is idle. A client's request interrupts an audit,
 which starts again later.
@@ -155,7 +157,10 @@ class Auditor:
 
 
 async def _mean_logprob(pipeline: Pipeline, prompt: Sequence[int], token_ids: Sequence[int]) -> float:
-    """Returns the target's mean log-probability of the tokens, each given those before it."""
+    """Returns the target's mean log-probability of the tokens of an answer.
+
+    The log-probability of each token depends on those before it.
+    """
     if not token_ids:
         return 0.0
     result = await pipeline.verifier.verify(

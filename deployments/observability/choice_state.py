@@ -1,4 +1,7 @@
-"""The state of one choice while it is generated. Responses and metrics are made from it."""
+"""The state of one choice while it is generated.
+
+Responses and metrics are made from it.
+"""
 
 import time
 from dataclasses import dataclass, field

@@ -1,4 +1,6 @@
-"""The metrics of the service. Each is declared here once, and written to two places.
+"""The metrics of the service.
+
+Each is declared here once, and written to two places.
 
 In production Ray exports the metrics of every process to Prometheus, under names that begin with `ray_`. `/metrics` of
 the router gathers the same metrics from all replicas, for a single node and for tests. A label takes only the values
@@ -73,7 +75,10 @@ class Counter:
         return counter
 
     def _label_combinations(self) -> Iterator[dict[str, str]]:
-        """Yields all label values: every series starts at zero, or rate() would miss its first event."""
+        """Yields all combinations of label values.
+
+        Every series starts at zero. Otherwise rate() would miss its first event.
+        """
         return (dict(zip(self.labels, values, strict=True)) for values in product(*self.labels.values()))
 
 
@@ -109,7 +114,10 @@ MetricType = TypeVar("MetricType", bound=Metric)
 
 
 class MetricGroup(Sequence[Metric]):
-    """The metrics that one kind of process exports. Declaring a metric with a method of its group registers it."""
+    """The metrics that one kind of process exports.
+
+    Declaring a metric with a method of its group registers it.
+    """
 
     def __init__(self) -> None:
         self._metrics: list[Metric] = []

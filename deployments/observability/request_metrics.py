@@ -49,7 +49,7 @@ def _draft_outcome(usage: Usage) -> DraftOutcome:
 
 
 def _record_proposals(recorder: MetricsRecorder, method: str, proposed: Sequence[int], accepted: Sequence[int]) -> None:
-    """Records the numbers of proposed and of accepted tokens at each position of the proposals."""
+    """Records proposed and accepted tokens at each position of the proposals."""
     for metric, counts in ((metrics.PROPOSED_TOKENS, proposed), (metrics.ACCEPTED_PROPOSED_TOKENS, accepted)):
         for position, count in zip(POSITIONS, (*counts[:LAST_POSITION], sum(counts[LAST_POSITION:])), strict=False):
             recorder.add(metric, count, method=method, position=position)

@@ -1,4 +1,6 @@
-"""OpenTelemetry: spans of answers and their stages. Ray Serve adds its own and propagates them between replicas.
+"""OpenTelemetry: spans of answers and their stages.
+
+Ray Serve adds its own and propagates them between replicas.
 
 Nothing is traced unless Ray Serve is configured to: with `tracing_config` in serve_config.yaml, or by
 `python -m deployments` if OTEL_EXPORTER_OTLP_ENDPOINT is set.
@@ -49,7 +51,10 @@ def otlp() -> list[SpanProcessor]:
 
 
 class _RequestSpanProcessor(BatchSpanProcessor):
-    """Leaves out the service's own calls, which it makes every second and which would fill the trace store."""
+    """A span processor that leaves out the service's own calls.
+
+    The service makes them every second, and they would fill the trace store.
+    """
 
     def on_end(self, span: ReadableSpan) -> None:
         attributes = span.attributes or {}

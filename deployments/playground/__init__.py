@@ -1,4 +1,6 @@
-"""The playground, a page at `/`: it shows which parts of an answer were drafted, accepted and rejected.
+"""The playground, a page at `/` that shows how an answer was made.
+
+It marks which parts were drafted, accepted and rejected.
 
 It consists of static files that use only the public API.
 """

@@ -1,4 +1,7 @@
-"""Calls over Ray Serve's handles. A call is cancelled with its caller, and raises the replica's exception."""
+"""Calls over Ray Serve's handles.
+
+A call is cancelled with its caller, and raises the replica's exception.
+"""
 
 import asyncio
 import contextvars
@@ -40,7 +43,10 @@ NO_REQUEST = CallContext()
 
 @contextmanager
 def trace_stage(name: StageName, session: Session) -> Iterator[CallContext]:
-    """Opens a span in the trace of an answer. It is passed explicitly, because stages run in different tasks."""
+    """Opens a span in the trace of an answer.
+
+    It is passed explicitly, because stages run in different tasks.
+    """
     span = tracer.start_span(name, session.trace_context)
     try:
         yield CallContext(session.request_id, trace.set_span_in_context(span, session.trace_context))

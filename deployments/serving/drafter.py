@@ -1,4 +1,4 @@
-"""The drafter deployment: the draft model writes complete answers, or windows of them."""
+"""The drafter deployment: the draft model writes drafts."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing

@@ -16,7 +16,10 @@ SCRAPE_TIMEOUT_S = 1.0  # Prometheus itself times out after ten times that, and 
 async def collect_replica_metrics(
     handles: Mapping[str, DeploymentHandle], recorder: MetricsRecorder
 ) -> list[ReplicaMetrics]:
-    """Returns the metrics of the replicas that respond in time, and counts the others."""
+    """Returns the metrics of the replicas that respond in time.
+
+    The other replicas are counted.
+    """
     results = await asyncio.gather(*(_collect_from_deployment(handle) for handle in handles.values()))
     for name, (_, missing) in zip(handles, results, strict=True):
         recorder.add(metrics.UNREACHED_REPLICAS, missing, part=name)

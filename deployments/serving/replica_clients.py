@@ -54,7 +54,10 @@ class VerifierClient:
             return await self._call_with_retries("verify", context, request)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
-        """Generates. If a stream breaks, it continues on another replica after the tokens that were received."""
+        """Generates.
+
+        If a stream breaks, it continues on another replica after the tokens that were received.
+        """
         with trace_stage("write", self._session) as context, self._track_busy_time():
             while True:
                 try:
@@ -69,7 +72,11 @@ class VerifierClient:
                     await self._prepare_retry(error)
 
     async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
-        """Repeats the whole call if it is lost before the result arrives; later, only generates the rest."""
+        """Verifies a draft and generates what follows.
+
+        If the call is lost before the result arrives, the whole call is repeated. If it is lost later, only the
+        generation continues on another replica.
+        """
         result: VerifyResult | None = None
         rest: GenerateRequest | None = None
         with self._track_busy_time():
@@ -124,7 +131,10 @@ class VerifierClient:
                 await self._prepare_retry(error)
 
     async def _prepare_retry(self, error: Exception) -> None:
-        """Waits, and changes the session so that its calls go to another replica if there is one."""
+        """Waits, and changes the session so that it uses another replica.
+
+        If there is no other replica, the calls go to the same one again.
+        """
         if self._session.num_retries >= MAX_RETRIES:
             raise RetriesExhausted("the verifiers keep failing") from error
         logger.warning(
@@ -149,7 +159,10 @@ def _after(request: GenerateRequest, delta: TokenDelta) -> GenerateRequest:
 
 
 class DrafterClient:
-    """Implements `parse.engines.protocol.Drafter` for one request. Any failure soon raises DraftUnavailable."""
+    """Implements `parse.engines.protocol.Drafter` for one request.
+
+    Any failure soon raises DraftUnavailable.
+    """
 
     def __init__(self, handle: DeploymentHandle, session: Session, circuit_breaker: CircuitBreaker) -> None:
         self._handle, self._session, self._circuit_breaker = handle, session, circuit_breaker

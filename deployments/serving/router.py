@@ -1,4 +1,4 @@
-"""The router deployment: serves the HTTP API and runs the pipeline over drafters and verifiers."""
+"""The router deployment: serves the HTTP API and runs the pipeline."""
 
 import os
 from dataclasses import replace
@@ -85,7 +85,10 @@ class Router:
             self._recorder.set(metrics.PART_UNAVAILABLE, circuit_breaker.failure is not None, part=name)
 
     async def collect_peer_metrics(self) -> list[ReplicaMetrics]:
-        """Returns the metrics of all other replicas, because a scrape reaches only one router."""
+        """Returns the metrics of all other replicas.
+
+        A scrape reaches only one router, so this router collects the others.
+        """
         handles = {"Verifier": self._verifier, "Router": self._routers}
         if self._drafter is not None:
             handles["Drafter"] = self._drafter

@@ -72,7 +72,10 @@ def whole_window(run: Run, draft: Draft) -> DraftWindow:
 
 
 async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:
-    """Receives the draft and closes it. A failure is recorded as the reason for the fallback, and not raised."""
+    """Receives the draft and closes it.
+
+    A failure is recorded as the reason for the fallback, and not raised.
+    """
     with run.state.stage("draft"):
         try:
             await _receive(run, draft, stream_interval)
@@ -118,7 +121,10 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
 
 
 def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
-    """Adds tokens up to an end token, a stop string or the token limit; returns whether one was reached."""
+    """Adds tokens up to an end token, a stop string or the token limit.
+
+    Returns whether one of these was reached.
+    """
     token_ids, ended = validate_token_ids("draft", token_ids, len(run.tokenizer)), False
     special = frozenset(run.tokenizer.all_special_ids)
     end = next((index for index, token in enumerate(token_ids) if token in special), None)

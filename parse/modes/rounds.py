@@ -1,4 +1,7 @@
-"""Mode rounds: after a correction by the target the drafter continues, as long as that is expected to pay."""
+"""Mode rounds: the drafter continues after a correction by the target.
+
+Each further draft is requested only if it is expected to save time.
+"""
 
 from parse.modes.draft import draft_whole, whole_window
 from parse.modes.run import Run, generate, verify_and_generate

@@ -1,4 +1,7 @@
-"""The state of one answer in any mode: the output so far, the counters, and the events for the caller."""
+"""The state of one answer, in any mode.
+
+It holds the output so far, the counters, and the events for the caller.
+"""
 
 import asyncio
 import time
@@ -47,7 +50,10 @@ class GenerationState:
             self._stages.append(Stage(name, start - self._start, time.perf_counter() - self._start))
 
     def record_cached(self, num_tokens: int) -> None:
-        """Records how many prompt tokens were cached. Only the first call for a request counts."""
+        """Records how many prompt tokens were cached.
+
+        Only the first call for a request counts.
+        """
         if self._cached_tokens is None:
             self._cached_tokens = min(num_tokens, self._prompt_length)
 

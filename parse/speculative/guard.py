@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class GuardedState:
-    """A proposer's state of a sequence, or None after it failed: it would no longer match the sequence."""
+    """A proposer's state of one sequence.
+
+    The state is None after it has failed, because it would no longer match the sequence.
+    """
 
     state: ProposerState | None
     report_fault: Callable[[str], None]
@@ -91,7 +94,10 @@ class GuardedProposer(Proposer[GuardedState]):
         return proposal
 
     def _report_fault(self, message: str) -> None:
-        """Logs faults number 1, 2, 4, 8 and so on, because a method may fail with every token."""
+        """Logs the faults number 1, 2, 4, 8 and so on.
+
+        A method may fail with every token, so not every fault is logged.
+        """
         self._num_faults += 1
         if self._num_faults.bit_count() == 1:
             number = f" (fault {self._num_faults} of this method)" if self._num_faults > 1 else ""
@@ -99,7 +105,10 @@ class GuardedProposer(Proposer[GuardedState]):
 
 
 def validate_proposal(proposal: Proposal, max_tokens: int, vocab_size: int) -> None:
-    """Raises an exception if the proposal is not a tree of at most `max_tokens` tokens of the vocabulary."""
+    """Raises `ValueError` if a proposal is invalid.
+
+    A valid proposal is a tree of at most `max_tokens` tokens of the vocabulary.
+    """
     tokens, parents, probabilities = proposal.token_ids, proposal.parents, proposal.probabilities
     if not len(tokens) == len(parents) <= max_tokens:
         raise ValueError(f"got {len(tokens)} tokens and {len(parents)} parents, the limit is {max_tokens}")

@@ -10,7 +10,7 @@ from parse.speculative.proposers.base import LoadContext, LoadedProposer, Propos
 
 
 def load_methods(settings: EngineSettings, model: Model, cost_model: StepCostModel) -> dict[str, SpeculativeMethod]:
-    """Loads the methods in the order of the settings and prepares the target to serve them.
+    """Loads the methods of the settings, in their order.
 
     Sets the hidden states that the target returns, and what it reads at masks.
     """

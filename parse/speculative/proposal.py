@@ -1,4 +1,4 @@
-"""Proposals of a token-level method, and the protocol between a method and the engine.
+"""Proposals, and the protocol between a token-level method and the engine.
 
 A proposal is a tree of tokens that the target might generate next. In one pass the target chooses its own token after
 each proposed one, and the proposal is followed for as long as both agree. The output is therefore always the target's
@@ -40,14 +40,20 @@ def chain_proposal(token_ids: Sequence[int], probabilities: Sequence[float] | No
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """The target's predictions at the masks that follow the last but one token of the sequence, in order."""
+    """The target's predictions at masks, in order.
+
+    The masks followed the last but one token of the sequence.
+    """
 
     token_ids: Sequence[int]
     probabilities: Sequence[float]  # of each, given the ones before it
 
 
 class ProposerState(Protocol):
-    """What a method keeps for one sequence. The engine's thread calls it, so it has to be quick."""
+    """What a method keeps for one sequence.
+
+    The engine's thread calls it, so it has to be quick.
+    """
 
     def extend(
         self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
@@ -85,10 +91,16 @@ class Proposer(ABC, Generic[P]):
     """Memory that the method keeps for each token of a sequence, without the target's hidden states."""
 
     def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
-        """Allocates memory for so many sequences of so many tokens. It is called once, before all other methods."""
+        """Allocates memory for so many sequences of so many tokens.
+
+        It is called once, before all other methods.
+        """
 
     def reset(self) -> None:
-        """Drops what was computed for past sequences, so that no later one reuses it. Any thread may call it."""
+        """Drops what was computed for past sequences, so that no later one reuses it.
+
+        Any thread may call it.
+        """
 
     @abstractmethod
     def new_state(self) -> P:

@@ -1,4 +1,4 @@
-"""Decides when to ask a token-level method for a proposal, and how many tokens are worth proposing.
+"""Decides when a method makes a proposal, and how many tokens it proposes.
 
 A target's step takes almost as long for one token per sequence as for a few. If g proposed tokens are accepted, the
 sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to the step.
@@ -48,7 +48,10 @@ MARGINAL_TOKENS = 4.0  # the price of one more token is averaged over so many
 
 @dataclass
 class SpeculativeMethod:
-    """A method in one engine, with everything that its sequences share: timings, acceptance record, common pause."""
+    """A token-level method in one engine.
+
+    It holds everything that its sequences share: timings, acceptance record and pauses.
+    """
 
     name: str
     proposer: GuardedProposer
@@ -134,7 +137,10 @@ class SpeculativeMethod:
         return self.drafting_step_s * self._mean_drafting_steps
 
     def select_layers(self, hidden_states: Tensor | None) -> Tensor | None:
-        """The columns of [n, all layers * width] that this method reads, in its own order of layers."""
+        """Returns the columns of [n, all layers * width] that this method reads.
+
+        The columns are in the method's own order of layers.
+        """
         if hidden_states is None or self.proposer.aux_hidden_state_layers == self.aux_hidden_state_layers:
             return hidden_states
         columns = [self.aux_hidden_state_layers.index(layer) for layer in self.proposer.aux_hidden_state_layers]
@@ -176,17 +182,26 @@ class SequenceSpeculation:
 
     @property
     def needs_hidden_states(self) -> bool:
-        """Whether the method reads hidden states. It then cannot propose before the first step of the target."""
+        """Whether the method reads hidden states.
+
+        It then cannot propose before the first step of the target.
+        """
         return bool(self.method.proposer.aux_hidden_state_layers)
 
     def extend(
         self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
     ) -> None:
-        """Appends tokens to the sequence, as `ProposerState.extend` does, with the hidden states of all methods."""
+        """Appends tokens to the sequence, as `ProposerState.extend` does.
+
+        `hidden_states` contains the layers of all methods.
+        """
         self.state.extend(tokens, self.method.select_layers(hidden_states), mask_prediction)
 
     def proposal_call(self, max_tokens: int) -> ProposalCall | None:
-        """Returns the call for a proposal of at most `max_tokens` in the next step, or None if it would not pay."""
+        """Returns the call for a proposal for the next step.
+
+        The proposal has at most `max_tokens` tokens. Returns None if a proposal would not pay.
+        """
         self._requested = False
         self._step = self.method.next_step(self._step)
         max_tokens = min(max_tokens, self.method.max_tokens)
@@ -197,7 +212,7 @@ class SequenceSpeculation:
         return ProposalCall(self.method, request)
 
     def observe(self, proposal: Proposal, accepted: int) -> SpeculationStats:
-        """Records that the target accepted the first `accepted` tokens along one path of the proposal."""
+        """Records that the target accepted the first `accepted` tokens of a path."""
         proposed_per_position = _count_proposed_per_position(proposal)
         depth = len(proposed_per_position)
         self._mean_proposed += COST_EMA_WEIGHT * (len(proposal.token_ids) - self._mean_proposed)
@@ -228,7 +243,10 @@ class SequenceSpeculation:
         self._backoff.update(self._num_trials < MIN_TRIALS or net_gain_s >= 0, self._step)
 
     def _step_without_proposals(self) -> tuple[float, float]:
-        """Tokens computed and tokens output in a typical step if nothing were proposed for this sequence."""
+        """Returns how many tokens a typical step computes, and how many it outputs.
+
+        Both numbers assume that nothing is proposed for this sequence.
+        """
         cost_model = self.method.cost_model
         return (
             max(1.0, cost_model.num_tokens - self._mean_proposed),
@@ -237,7 +255,10 @@ class SequenceSpeculation:
 
     @property
     def _seconds_per_output_token(self) -> float:
-        """Time of a token of the batch, with proposals for this sequence; 0 before anything was timed."""
+        """The time per output token of the batch, in seconds.
+
+        It includes proposals for this sequence. It is 0 before anything has been timed.
+        """
         base_tokens, base_output_tokens = self._step_without_proposals()
         step_s = self.method.cost_model.step_seconds(base_tokens)
         if not step_s:
@@ -252,7 +273,10 @@ class SequenceSpeculation:
         return cost_model.added_seconds(MARGINAL_TOKENS, cost_model.num_tokens) / MARGINAL_TOKENS
 
     def _min_probability(self) -> float:
-        """Returns the minimum probability, as estimated by the method, at which a token pays."""
+        """Returns the minimum probability at which one more token pays.
+
+        It is compared with the probabilities that the method estimates.
+        """
         seconds_per_token = self._seconds_per_output_token
         if not seconds_per_token:
             return 0.0
@@ -263,7 +287,11 @@ class SequenceSpeculation:
         return price_s / seconds_per_token / self._calibration.ratio
 
     def _max_depth(self) -> int:
-        """Returns the depth to which tokens pay at the observed acceptance rates, sometimes half as much again."""
+        """Returns the depth up to which tokens pay.
+
+        It follows from the observed acceptance rates. In some steps it is half as much again, to explore greater
+        depths.
+        """
         method, seconds_per_token = self.method, self._seconds_per_output_token
         price_s = self._marginal_token_s + (method.drafting_step_s if method.is_sequential else 0.0)
         min_rate = price_s / seconds_per_token if seconds_per_token else 0.0
@@ -279,7 +307,10 @@ class SequenceSpeculation:
         return max(1, depth)
 
     def _net_gain_s(self) -> float:
-        """Time that a proposal saves, minus the time that its tokens take. The time of proposing is not included."""
+        """Time that a proposal saves, minus the time that its tokens take.
+
+        The time of proposing is not included.
+        """
         cost_model, record = self.method.cost_model, self.record
         base_tokens, base_output_tokens = self._step_without_proposals()
         step_s = cost_model.step_seconds(base_tokens)

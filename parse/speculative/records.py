@@ -1,4 +1,7 @@
-"""Statistics of past proposals: how many tokens were accepted, at which positions, and how long to pause."""
+"""Statistics of past proposals.
+
+They say how many tokens were accepted, at which positions, and how long to pause.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +23,7 @@ class AcceptanceRecord:
     """For each position: how many proposals reached that far, with the prior counted as proposals too."""
 
     def add(self, accepted: int, depth: int, cost_s: float, weight: float, position_weight: float) -> None:
-        """Adds a proposal of `depth` positions, of which the first `accepted` were accepted.
+        """Adds a proposal of `depth` positions whose first `accepted` were accepted.
 
         The new value has the given weight in the means. A position that few proposals have reached gives it more.
         """
@@ -41,19 +44,22 @@ class AcceptanceRecord:
 
 @dataclass
 class Calibration:
-    """Compares the acceptance that a method predicted for its proposals with the acceptance that was observed."""
+    """Compares the predicted acceptance of proposals with the observed one."""
 
     _predicted: float = CALIBRATION_PRIOR  # accepted tokens, with exponentially decaying weights
     _observed: float = CALIBRATION_PRIOR
 
     def add(self, predicted: float, observed: float) -> None:
-        """Adds a proposal: how many tokens the method expected to be accepted, and how many were."""
+        """Adds a proposal: the expected and the actual number of accepted tokens."""
         self._predicted += predicted - (self._predicted - CALIBRATION_PRIOR) / CALIBRATION_HORIZON
         self._observed += observed - (self._observed - CALIBRATION_PRIOR) / CALIBRATION_HORIZON
 
     @property
     def ratio(self) -> float:
-        """Observed over predicted acceptance, within bounds that keep one bad estimate from stopping all proposals."""
+        """The observed acceptance divided by the predicted one, within bounds.
+
+        The bounds prevent one bad estimate from stopping all proposals.
+        """
         return min(1.5, max(0.05, self._observed / self._predicted))
 
 
@@ -74,7 +80,10 @@ class Backoff:
         self.length = min(2 * self.length, MAX_PAUSE)
 
     def update(self, pays: bool, step: int) -> None:
-        """Begins a pause if proposals do not pay; otherwise the next pause will be short again."""
+        """Begins a pause if proposals do not pay.
+
+        Otherwise the next pause is short again.
+        """
         if pays:
             self.length = INITIAL_PAUSE
         else:

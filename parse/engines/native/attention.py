@@ -1,4 +1,6 @@
-"""Attention over many sequences at once, registered under a name of its own for unmodified models.
+"""Attention over many sequences at once, for unmodified models.
+
+It is registered under a name that the library does not know.
 
 The library passes no mask to an attention function that is registered under an unknown name, but it passes the keyword
 arguments of the forward call. So the step is passed as `step`, and decides which keys each query sees.
@@ -28,7 +30,10 @@ class StepAttention(Protocol):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """query [1, heads, T, size], key and value [1, key heads, T, size] -> [1, T, heads, value size]."""
+        """Returns the attention output [1, T, heads, value size].
+
+        `query` is [1, heads, T, size]; `key` and `value` are [1, key heads, T, size].
+        """
         ...
 
 
@@ -63,7 +68,10 @@ AttentionInterface.register(STEP_ATTENTION, step_attention)
 
 
 class _QueryGroup:
-    """Queries computed together: one chunk, or single tokens of sequences in adjacent blocks."""
+    """Queries that are computed together.
+
+    A group is one chunk, or single tokens of sequences in adjacent blocks.
+    """
 
     def __init__(self, chunks: Sequence[ScheduledChunk]) -> None:
         self.chunks = chunks
@@ -111,7 +119,9 @@ def contiguous_attention(kv_cache: KVCache, chunks: Sequence[ScheduledChunk]) ->
 
 
 class ContiguousAttention:
-    """Attention on CPUs, where a block holds a whole sequence: its keys are one strided view and nothing is gathered.
+    """Attention on CPUs.
+
+    A block holds a whole sequence, so its keys are one strided view and nothing is gathered.
 
     Chunks of single tokens must come first and in the order of their blocks. Those in adjacent blocks are computed as
     one batch.
@@ -138,7 +148,10 @@ class ContiguousAttention:
     def _attend_group(
         self, group: _QueryGroup, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """query [1, heads, T, size], keys and values [1, key heads, slots, size] -> [1, T, heads, size]"""
+        """Returns the attention output [1, T, heads, size] of one group.
+
+        `query` is [1, heads, T, size]; `keys` and `values` are [1, key heads, slots, size].
+        """
         n, heads, key_heads, block_size = len(group.chunks), query.shape[1], keys.shape[1], self.kv_cache.block_size
         mask = group.mask(window, heads // key_heads, query.dtype)
         if n == 1:

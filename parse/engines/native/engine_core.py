@@ -129,7 +129,10 @@ class EngineCore:
         request.cancelled = True
 
     def reset_prefix_cache(self) -> None:
-        """Discards all cached sequences. Sequences of running requests can still be shared."""
+        """Discards all cached sequences.
+
+        Sequences of running requests can still be shared.
+        """
         self._reset_requested = True
         self._inbox.put(None)
 
@@ -206,7 +209,10 @@ class EngineCore:
             self._finish(request, RequestCancelled("the request was cancelled"))
 
     def _start(self, request: Request) -> None:
-        """Starts the program of an admitted request, or continues that of a preempted one."""
+        """Starts or continues the program of an admitted request.
+
+        The program of a preempted request has already started.
+        """
         if not request.started:
             request.started, request.num_cached_tokens = True, request.num_computed
             self._advance(request, None)
@@ -263,7 +269,10 @@ class EngineCore:
             self._advance(request, TreeOutput(logits, request.sampled_token_ids, hidden_states))
 
     def _advance(self, request: Request, output: TreeOutput | Proposal | None) -> None:
-        """Sends an output to the program (None starts it), and takes the next input from it."""
+        """Sends an output to the program and takes its next input.
+
+        The output None starts the program.
+        """
         try:
             tree_input = request.program.send(output)
             if isinstance(tree_input, ProposalCall):
@@ -284,7 +293,10 @@ class EngineCore:
             self._advance(request, EMPTY_OUTPUT)
 
     def _set_tree_input(self, request: Request, tree_input: TreeInput) -> None:
-        """Commits the accepted path of the last tree, truncates the context if requested, and sets the next tree."""
+        """Commits the accepted path of the last tree and sets the next tree.
+
+        If the input requests it, the context is truncated in between.
+        """
         sequence, nodes = request.sequence, request.tree_input.nodes
         assert sequence is not None
         path = tree_input.accepted_path if len(nodes) else ()  # the first input follows no tree

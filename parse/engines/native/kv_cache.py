@@ -14,7 +14,10 @@ CACHE_LINE = 64  # bytes; attention takes 5% longer if vectors are not aligned t
 
 
 class KVCache:
-    """Allocates the tensors of a layer at its first write, when the shapes of its keys and values are known."""
+    """The tensors that hold keys and values.
+
+    The tensors of a layer are allocated at its first write, when the shapes of its keys and values are known.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -66,7 +69,9 @@ class KVCache:
         return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
 
     def _allocate(self, like: Tensor) -> Tensor:
-        """Allocates zeros: attention multiplies masked entries too, so they must be finite.
+        """Allocates a tensor of zeros.
+
+        Attention multiplies masked entries too, so they must be finite.
 
         On a CPU the keys of a head are contiguous, because attention reads them so. Kernels for GPUs expect the heads
         of a token side by side.

@@ -12,7 +12,9 @@ CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
 def kv_cache_bytes(settings: EngineSettings, network: nn.Module) -> int:
-    """Returns the size of the KV cache in bytes: the one in the settings, or what the devices of the model can hold.
+    """Returns the size of the KV cache in bytes.
+
+    It is the size in the settings, or else what the devices of the model can hold.
 
     On a GPU this is what `gpu_memory_utilization` leaves of its memory beside everything that this process has
     allocated there so far, and at most what is free: another process may use the same GPU. The layers of a model that

@@ -1,4 +1,4 @@
-"""Loads an unmodified Hugging Face causal language model, checks it, and runs its forward passes."""
+"""Loads, checks and runs an unmodified Hugging Face causal language model."""
 
 import logging
 from collections.abc import Sequence
@@ -35,7 +35,10 @@ class ModelNotFoundError(ValueError):
 
 
 class MaskEmbedder(Protocol):
-    """The input embedding of mask nodes, and the change to the network at these nodes."""
+    """The input embedding of mask nodes.
+
+    It also changes the network's computation at these nodes.
+    """
 
     @property
     def embedding(self) -> Tensor:
@@ -130,7 +133,9 @@ class Model:
         logits_entries: Tensor | int,
         embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes one step from tensors: positions, and either tokens, [1, T], or embeddings.
+        """Computes one step from tensors.
+
+        `positions` is [1, T]. Either `tokens`, [1, T], or `embeddings`, [1, T, hidden size], is set.
 
         `logits_entries` is a tensor of entries, or 0 for all.
         """
@@ -150,7 +155,9 @@ class Model:
         return logits.float(), aux_hidden_states
 
     def _self_check(self) -> int:
-        """Compares a small tree in packed steps with separate sequences; returns the bytes per token of the KV cache.
+        """Checks that packed steps compute the same as separate sequences.
+
+        Returns the bytes per token of the KV cache.
 
         This finds unsupported models that `check_supported` does not know, for example those with a mask or a state of
         their own. Such a model fails with every random sequence. A mixture of experts may fail with one of them, where
@@ -170,7 +177,10 @@ class Model:
 
     @torch.inference_mode()
     def _packed_and_separate(self, kv_cache: KVCache, seed: int) -> tuple[Tensor, Tensor]:
-        """Logits at all nodes of a few suffixes on a random sequence, from packed and from separate forward passes."""
+        """Returns logits from packed and from separate forward passes.
+
+        They belong to all nodes of a few suffixes on a random sequence.
+        """
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.vocab_size, (14,), generator=generator).tolist()
         prompt, suffix, prefix_lengths = tokens[:11], tokens[11:], [4, 9, 11]
@@ -209,7 +219,10 @@ def _resolve_device(device: str) -> str:
 
 
 def check_supported(network: PreTrainedModel) -> None:
-    """Raises `UnsupportedModelError` for models that the engine is known to compute incorrectly."""
+    """Raises `UnsupportedModelError` for a model that is known to be unsupported.
+
+    The engine would compute such a model incorrectly.
+    """
     config = network.config.get_text_config()
     kind = config.model_type
     if network.config.is_encoder_decoder:
@@ -234,7 +247,10 @@ def check_supported(network: PreTrainedModel) -> None:
 
 
 def _eos_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Returns the end tokens of the generation config, which may name several, and of the tokenizer."""
+    """Returns the end tokens of a model.
+
+    These are the end tokens of the generation config, which may name several, and that of the tokenizer.
+    """
     generation: Any = getattr(network, "generation_config", None)
     configured = getattr(generation, "eos_token_id", None)
     token_ids = configured if isinstance(configured, list) else [configured]

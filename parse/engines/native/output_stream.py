@@ -51,7 +51,9 @@ def _notify_all(streams: "Sequence[OutputStream]") -> None:
 
 
 class OutputStream:
-    """Takes results in the engine's thread and yields them in a coroutine, which merges pending deltas into one.
+    """Passes the results of one request from the engine's thread to a coroutine.
+
+    The coroutine merges pending deltas into one.
 
     The first result, the one after a verification and the end are urgent. With `patient=False` all results are urgent.
     """

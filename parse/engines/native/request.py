@@ -1,4 +1,7 @@
-"""A request in the engine: its program, and the progress of the tree that it waits for."""
+"""A request in the engine.
+
+It consists of a program and the progress of the tree that the program waits for.
+"""
 
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -1,4 +1,6 @@
-"""Samples the tokens of a step from its logits; each is the same whatever else is in the step.
+"""Samples the tokens of a step from its logits.
+
+The token of a row does not depend on the other rows of the step.
 
 A token follows from its logits, the tokens so far, and one uniform number computed from the seed and the position. No
 random generator keeps a state, so a request that continues elsewhere, or whose tokens were proposed by a draft, gets
@@ -35,7 +37,10 @@ class SamplingState:
 
 
 class Sampler:
-    """The sampling state of one request; it counts tokens only if penalties need the counts."""
+    """The sampling state of one request.
+
+    It counts tokens only if penalties need the counts.
+    """
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]) -> None:
         self.params = params
@@ -49,7 +54,9 @@ class Sampler:
             self._output_counts[token] += 1
 
     def states(self, nodes: TokenTree | Sequence[int] = (0,)) -> list[SamplingState]:
-        """Returns the state for the token after each node: the root is the last token, the other nodes may follow it.
+        """Returns the sampling state for the token after each node.
+
+        The root is the last token of the sequence. The other nodes are tokens that may follow it.
 
         Returns an empty list if the likeliest token is always taken.
         """
@@ -71,7 +78,9 @@ class Sampler:
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState | None] = ()) -> list[int]:
-    """Returns the token for each row of logits [n, vocabulary]: sampled by its state, or the likeliest without one.
+    """Returns the token for each row of logits, [n, vocabulary].
+
+    It is sampled as the state of the row says. Without a state it is the most likely token.
 
     A row whose maximum is not finite gives -1. This is the only place in a step that waits for the device.
     """
@@ -111,7 +120,10 @@ def _sample_rows(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Applies the repetition penalty, then the presence and frequency penalties, then the bias."""
+    """Applies penalties and biases to the logits.
+
+    The order is repetition penalty, presence and frequency penalties, bias.
+    """
     if not any(state.params.modifies_logits for state in states):
         return logits
     flat = logits.flatten().clone()
@@ -194,7 +206,10 @@ def _indices_and_values(terms: Mapping[int, float], flat: Tensor) -> tuple[Tenso
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Logprob]:
-    """Returns the logprob of a token at each row, before temperature, penalties and bias, and the `top` likeliest."""
+    """Returns the log-probability of a token at each row, and the `top` likeliest.
+
+    Temperature, penalties and bias are not applied.
+    """
     normalizer = logits.logsumexp(-1, keepdim=True)
     indices = torch.tensor(tokens, device=logits.device)[:, None]
     logprobs: list[float] = (logits.gather(-1, indices) - normalizer)[:, 0].tolist()

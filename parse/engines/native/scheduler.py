@@ -1,4 +1,7 @@
-"""Decides which requests run, how many tokens of each the next step computes, and which request is preempted."""
+"""Schedules the requests of an engine.
+
+It decides which requests run, how many tokens of each the next step computes, and which request is preempted.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +19,10 @@ class ScheduledRequest:
 
 
 class Scheduler:
-    """Owns the queues of waiting and running requests, and the blocks of their sequences."""
+    """The queues of waiting and running requests.
+
+    It also owns the blocks of their sequences.
+    """
 
     def __init__(self, prefix_cache: PrefixCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.prefix_cache = prefix_cache
@@ -32,7 +38,9 @@ class Scheduler:
         self.waiting.append(request)
 
     def admit(self) -> Iterator[Request]:
-        """Moves waiting requests to the running ones, first come, first served, as long as there are free blocks.
+        """Moves waiting requests to the running ones while there are free blocks.
+
+        The order is first come, first served.
 
         A request that shares uncomputed tokens with a running one waits until these are computed, and later requests
         may pass it. The caller starts each request before it takes the next one: a request that ends at once leaves its
@@ -79,7 +87,10 @@ class Scheduler:
         return [each for each in scheduled if each.request.sequence is not None]
 
     def preempt(self, request: Request) -> None:
-        """Takes the blocks of a running request and puts it at the front of the queue, with its committed tokens."""
+        """Takes the blocks of a running request, which continues later.
+
+        The request moves to the front of the queue, with its committed tokens.
+        """
         assert request.sequence is not None
         request.token_ids = list(request.sequence.token_ids)
         self.running.remove(request)

@@ -149,7 +149,10 @@ class DraftModelProposer(Proposer["DraftModelState"]):
         return state.is_computed
 
     def _supports(self, state: "DraftModelState") -> bool:
-        """Whether the small model has all positions and tokens of the sequence; the target may have more."""
+        """Returns whether the small model has all positions and tokens of a sequence.
+
+        The target may have more of both.
+        """
         return state.length <= self.max_model_len and max(state.pending, default=0) < self.model.vocab_size
 
     def _fits(self, state: "DraftModelState") -> bool:

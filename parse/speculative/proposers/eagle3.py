@@ -63,7 +63,11 @@ class Eagle3Proposer(HeadProposer):
         return cls(*load_head(path, TargetModel.of(network)), depth=depth, topk=topk)
 
     def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
-        """Shapes: R requests, B = topk nodes in a beam; a level adds N nodes, first B, then B * B."""
+        """Proposes a tree for each request.
+
+        In the shapes, R is the number of requests and B the number of nodes in a beam, `topk`. A level adds N nodes:
+        first B, then B * B.
+        """
         states = [request.state for request in requests]
         depth = min(self.depth, max(min(request.max_tokens, request.max_depth) for request in requests) - 1)
         count, topk = len(states), self.topk
@@ -109,7 +113,10 @@ class Eagle3Proposer(HeadProposer):
         )
 
     def _top_children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and target tokens of the most likely children of each element, [..., B]."""
+        """Returns the most likely children of each element, [..., B].
+
+        The results are their log-probabilities and the target's token ids.
+        """
         logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.topk)
         return logprobs, self.head.to_target[tokens]
 
@@ -127,7 +134,10 @@ class Eagle3Proposer(HeadProposer):
         ).view(shape)
 
     def _draft_attention(self, states: Sequence[HeadState], level: int, mask: Tensor | None) -> Attend:
-        """Attention of drafted elements to their sequence and to their ancestors; stores their keys and values."""
+        """Returns the attention of drafted elements to their sequence and ancestors.
+
+        It also stores their keys and values.
+        """
         topk = self.topk
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -151,7 +161,9 @@ class Eagle3Proposer(HeadProposer):
 def _select_nodes(
     scores: Tensor, tokens: Tensor, parents: Tensor, topk: int, requests: Sequence[ProposalRequest[HeadState]]
 ) -> list[Proposal]:
-    """The most likely nodes for each request; scores, tokens and parents are [R, nodes].
+    """Returns the most likely nodes for each request.
+
+    `scores`, `tokens` and `parents` are [R, nodes].
 
     A child is never more likely than its parent, and of equal nodes the earlier one is preferred. So the parent of a
     selected node is always selected too.

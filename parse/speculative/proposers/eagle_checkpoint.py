@@ -1,4 +1,6 @@
-"""Checkpoints of heads in the layout of the EAGLE-3 authors, or with `layers.0` in place of their `midlayer`.
+"""Loads checkpoints of heads in the layout of the EAGLE-3 authors.
+
+A checkpoint may also name the first layer `layers.0` instead of `midlayer`.
 
 Our ParallelSpec heads add the tensors `mask_embedding` and `mask_hidden`, `parallel_tokens` in the config, and further
 layers as `layers.1` and so on.
@@ -35,7 +37,10 @@ MASKS: dict[str, tuple[str, ...]] = {name: (name,) for name in ("mask_embedding"
 
 
 def load_head(path: str | Path, target: TargetModel) -> tuple[EagleHead, Tensor]:
-    """Loads a head onto the device and dtype of its target, together with the embedding of its input tokens."""
+    """Loads a head with the device and dtype of its target.
+
+    Returns the head and the embedding of its input tokens.
+    """
     folder = str(path)
     config = _load_config(resolve_file(folder, CONFIG), target)
     file, tensors = _load_tensors(folder)
@@ -85,7 +90,7 @@ def _fill(
 
 
 def copy_tensor(parameter: Tensor, name: str, tensors: dict[str, Tensor], file: str) -> None:
-    """Moves the tensor of that name from `tensors` into the parameter, after checking it."""
+    """Checks a tensor and moves it from `tensors` into the parameter."""
     if name not in tensors:
         raise ProposerLoadError(f"{file} has no tensor {name}")
     tensor = tensors.pop(name)
@@ -99,7 +104,10 @@ def copy_tensor(parameter: Tensor, name: str, tensors: dict[str, Tensor], file: 
 
 
 def _draft_to_target(tensors: dict[str, Tensor], config: EagleHeadConfig, file: str) -> Tensor:
-    """The target's token ids, [draft vocabulary], from the offsets in d2t; t2d has to mark the same tokens."""
+    """Returns the target's id of each draft token, [draft vocabulary].
+
+    It follows from the offsets in d2t. If there is a t2d, it has to mark the same tokens.
+    """
     draft_ids, mask = torch.arange(config.draft_vocab_size), tensors.pop("t2d", None)
     offsets = tensors.pop("d2t", None)
     if offsets is None:
@@ -200,7 +208,10 @@ def _load_tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def resolve_file(folder: str, name: str) -> str:
-    """The local path of a file of a directory, or of a repository on the Hugging Face Hub."""
+    """Returns the local path of a file.
+
+    The file is in a directory, or in a repository on the Hugging Face Hub.
+    """
     try:
         file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:

@@ -1,4 +1,6 @@
-"""The network of an EAGLE-3 head, which predicts the token after the next from the target's hidden states.
+"""The network of an EAGLE-3 head.
+
+It predicts the token after the next one from the target's hidden states.
 
 Element i combines the target's hidden states of token i, taken from a few layers and fused to one vector, with the
 embedding of token i + 1. The output is an estimate of the fused vector of token i + 1, and through `lm_head` a
@@ -65,7 +67,10 @@ class TargetModel:
 
     @property
     def default_aux_layers(self) -> tuple[int, ...]:
-        """The layers that EAGLE-3 uses by default: low, middle and high, as indices into `hidden_states`."""
+        """The layers that EAGLE-3 uses by default, as indices into `hidden_states`.
+
+        These are a low, a middle and a high layer.
+        """
         return 2, self.num_layers // 2, self.num_layers - 3
 
 
@@ -121,7 +126,10 @@ class EagleHeadConfig:
 
 
 class EagleHead(nn.Module):
-    """The network. Linear weights are [out, in]; those with the same input are stored as one tensor."""
+    """The network.
+
+    Linear weights are [out, in]; those with the same input are stored as one tensor.
+    """
 
     to_target: Tensor  # [draft vocabulary], the target's token id for each of the head's
 
@@ -150,7 +158,10 @@ class EagleHead(nn.Module):
         attend: Attend,
         keep: Index | None = None,
     ) -> Tensor:
-        """Estimates of the next fused hidden states, at the elements that `keep` selects (None: all)."""
+        """Returns estimates of the next fused hidden states.
+
+        `keep` selects the elements. None selects all of them.
+        """
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             hidden = layer(
@@ -164,7 +175,10 @@ class EagleHead(nn.Module):
 
 
 class EagleLayer(nn.Module):
-    """A decoder layer. The first one reads embedding and hidden vector concatenated, and adds to the hidden vector."""
+    """A decoder layer.
+
+    The first one reads embedding and hidden vector concatenated, and adds to the hidden vector.
+    """
 
     def __init__(self, config: EagleHeadConfig, *, first: bool) -> None:
         super().__init__()
@@ -209,7 +223,10 @@ class EagleLayer(nn.Module):
 
 
 class RotaryEmbedding:
-    """Tables of the cosines and sines of positions, which grow with the positions that are requested."""
+    """Tables of the cosines and sines of positions.
+
+    The tables grow with the positions that are requested.
+    """
 
     def __init__(self, config: EagleHeadConfig, like: Tensor) -> None:
         self._like = like
@@ -248,7 +265,10 @@ class RotaryEmbedding:
 
 
 def apply_rotary(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Applies rotary position embeddings to x [..., heads, d], with the halves paired as in Llama."""
+    """Applies rotary position embeddings to x, [..., heads, d].
+
+    The halves are paired as in Llama.
+    """
     cos, sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 

@@ -1,4 +1,6 @@
-"""What methods with an EAGLE head share: each sequence's keys and values, and its elements that are not computed yet.
+"""The code that methods with an EAGLE head share.
+
+It holds each sequence's keys and values, and its elements that are not computed yet.
 
 New elements are computed when a proposal is requested. A sequence that gets no proposals therefore costs no pass of the
 head, and several sequences share one.
@@ -22,7 +24,10 @@ MAX_PREFILL_TOKENS = 512  # elements in one pass, so that a long prompt does not
 
 
 class HeadState:
-    """State of one sequence. The element at position p stands for token p + 1 and the hidden states of token p."""
+    """State of one sequence.
+
+    The element at position p stands for token p + 1 and the hidden states of token p.
+    """
 
     def __init__(self) -> None:
         self.length = 0  # tokens of the sequence
@@ -70,7 +75,10 @@ class HeadState:
 
 
 class HeadProposer(Proposer[HeadState]):
-    """Base class of the methods with a head. They differ in how they build their trees."""
+    """Base class of the methods with a head.
+
+    They differ in how they build their trees.
+    """
 
     def __init__(self, head: EagleHead, embedding: Tensor) -> None:
         self.head, self.embedding = head, embedding
@@ -101,7 +109,10 @@ class HeadProposer(Proposer[HeadState]):
         ]
 
     def _prefill_long(self, states: Sequence[HeadState]) -> None:
-        """Computes a part of the sequences that have too many pending elements for one pass."""
+        """Computes a part of the pending elements of long sequences.
+
+        A sequence is long if its pending elements do not fit into one pass.
+        """
         budget = MAX_PREFILL_TOKENS
         for state in states:
             count = min(len(state.pending_token_ids) - 1, budget)
@@ -138,7 +149,9 @@ def run_head(
     states: Sequence[HeadState],
     num_masks: int = 0,
 ) -> Tensor:
-    """The head's output at each sequence's last element and at masks after it: [sequences, 1 + masks, H].
+    """Returns the head's output, [sequences, 1 + masks, H].
+
+    The output belongs to each sequence's last element and to the masks after it.
 
     Computes all pending elements of all sequences, packed into one pass. The keys and values of masks are not kept.
     """
@@ -172,7 +185,10 @@ def run_head(
 
 
 def _insert_after_each(elements: Tensor, counts: Sequence[int], inserted: Tensor) -> Tensor:
-    """Inserts the same elements after each group of `elements`; `counts` are the sizes of the groups."""
+    """Inserts the same elements after each group of `elements`.
+
+    `counts` are the sizes of the groups.
+    """
     return torch.cat([part for group in elements.split(list(counts)) for part in (group, inserted)])
 
 
@@ -200,7 +216,9 @@ def _pending_attention(states: Sequence[HeadState], sizes: Sequence[int], num_ou
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of queries [Q, heads, d] to keys [key heads, T, d] with an additive mask [Q, T]: [Q, heads * d].
+    """Returns the attention output [Q, heads * d].
+
+    `query` is [Q, heads, d], `keys` and `values` are [key heads, T, d], and `mask` is [Q, T] and additive.
 
     For the few queries of a draft, plain matrix products are faster than the CPU's fused kernel. For the many queries
     of a prompt they would need too much memory.

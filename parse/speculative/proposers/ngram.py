@@ -1,4 +1,7 @@
-"""N-gram lookup: proposes the tokens that followed the last few tokens earlier in the same sequence."""
+"""N-gram lookup: proposes tokens that occur earlier in the same sequence.
+
+It looks for an earlier occurrence of the last few tokens and proposes the tokens that followed it.
+"""
 
 from collections.abc import Sequence
 
@@ -58,7 +61,10 @@ class NgramState:
 
 
 def _end_of_last_match(token_ids: np.ndarray, width: int) -> int | None:
-    """The index after the last earlier occurrence of the last `width` tokens, or None."""
+    """Returns the index after the last earlier occurrence of the last tokens.
+
+    `width` tokens must match. Returns None if there is no such occurrence.
+    """
     is_match = token_ids[width - 1 : -1] == token_ids[-1]
     for back in range(1, width):
         is_match &= token_ids[width - 1 - back : -1 - back] == token_ids[-1 - back]

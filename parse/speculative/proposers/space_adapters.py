@@ -1,4 +1,6 @@
-"""Adapters that let a model predict at masks: an embedding for masks, and a small network after every layer.
+"""Adapters that let a model predict at masks.
+
+They consist of an embedding for masks, and a small network after every layer.
 
 The adapters change the computation at masks only. At all other tokens the model computes what it computes without them,
 bit for bit. (In a mixture of experts this holds up to rounding, because the rounding of an expert depends on the number
@@ -63,7 +65,10 @@ class SpaceAdapters(nn.Module):
 
     @contextmanager
     def at(self, indices: MaskIndices) -> Iterator[None]:
-        """Marks the masks of the network's next pass: entries of [1, T, H], or a slice of every row of [..., T, H]."""
+        """Marks the masks of the network's next pass.
+
+        `indices` are entries of [1, T, H], or a slice of every row of [..., T, H].
+        """
         self._mask_indices = indices
         try:
             yield
@@ -102,7 +107,10 @@ def decoder_layers(network: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def load_adapters(path: str | Path, network: PreTrainedModel) -> SpaceAdapters:
-    """Loads adapters for a network, with its device and dtype. They are not attached yet."""
+    """Loads adapters for a network, with its device and dtype.
+
+    They are not attached yet.
+    """
     embedding = network.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     config_file, file = resolve_file(str(path), CONFIG), resolve_file(str(path), WEIGHTS)
