@@ -18,12 +18,12 @@ from deployments.serving.router import Router
 from deployments.serving.verifier import Verifier
 from parse.config import EngineSettings
 
-# The calls of a session go to the same replica unless that is full.
+# The calls of a session go to the same replica unless that replica is full.
 SESSION_AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 HEALTH_CHECK_OPTIONS: dict[str, Any] = {"health_check_period_s": 5, "health_check_timeout_s": 20}
-# The router writes a log line per request; Serve would add one for every call between replicas.
+# The router writes one log line per request. Serve would add one line for every call between replicas.
 LOGGING_CONFIG = {"encoding": "JSON", "enable_access_log": False}
-REJECT_MARGIN = 64  # requests beyond those that run or wait, which the router accepts to reject them with a 503
+REJECT_MARGIN = 64  # more requests than can run or wait, which the router accepts only to reject them with a 503
 
 
 def build(args: AppSettings) -> Application:

@@ -37,7 +37,7 @@ EXAMPLE_PROMPT = (
     "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
     "sixth Ben 80, seventh Sam 26. Who has the record now?"
 )
-CAPACITY_CHECK_DELAY_S = 5.0  # before that, the target number of replicas may be unknown
+CAPACITY_CHECK_DELAY_S = 5.0  # earlier, the target number of replicas may be unknown
 MAX_PLACEMENT_S = 60.0  # the longest that a placed replica takes to get a process
 RESOURCE_TOLERANCE = 1e-6
 STATUS_INTERVAL_S = 15.0
@@ -45,7 +45,7 @@ LOCAL_CLUSTER_OPTIONS: dict[str, Any] = {"include_dashboard": True, "dashboard_h
 
 
 class LaunchError(RuntimeError):
-    """The service cannot be started, for the reason in the message."""
+    """Raised if the service cannot be started. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class DeploymentProgress:
 
     name: str
     target_replicas: int
-    placed_replicas: int  # they have a process
-    running_replicas: int  # they are ready
+    placed_replicas: int  # replicas that have a process
+    running_replicas: int  # replicas that are ready
     resources: Mapping[str, float]  # per replica
 
     @property
@@ -75,7 +75,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
         ServeDeploySchema.model_validate(config)
         applications = [app for app in config["applications"] if app["import_path"] == BUILDER_IMPORT_PATH]
         if len(applications) != 1:
-            raise LaunchError(f"{path}: one application must have the import_path {BUILDER_IMPORT_PATH}")
+            raise LaunchError(f"{path}: exactly one application must have the import_path {BUILDER_IMPORT_PATH}")
         for prefix, section, schema in _config_sections(config, applications[0]):
             if unknown_keys := sorted(section.keys() - schema.model_fields.keys()):
                 key = unknown_keys[0]
@@ -128,7 +128,9 @@ def check_port(host: str, port: int) -> None:
         try:
             sock.bind((host, port))
         except OSError as error:
-            raise LaunchError(f"port {port} of {host} is not available ({error.strerror}): see http_options") from error
+            raise LaunchError(
+                f"port {port} of {host} is not available ({error.strerror}): set another one in http_options"
+            ) from error
 
 
 def _ray_environment_prefix() -> str:
@@ -160,7 +162,7 @@ def read_deployments(details: Mapping[str, Any]) -> list[DeploymentProgress]:
 def find_missing_capacity(
     deployments: Sequence[DeploymentProgress], nodes: Sequence[Mapping[str, float]]
 ) -> str | None:
-    """Returns which resource the nodes cannot provide for all replicas, or None."""
+    """Returns a message about a resource of which the nodes have too little, or None."""
     for resource in sorted({resource for deployment in deployments for resource in deployment.resources}):
         available = [node.get(resource, 0.0) for node in nodes]
         for deployment in deployments:
@@ -178,7 +180,10 @@ def find_missing_capacity(
 
 
 def find_occupied_resource(unplaced: Sequence[DeploymentProgress], free: Mapping[str, float]) -> str | None:
-    """Returns the resource that others hold and a replica waits for, or None."""
+    """Returns a message about a resource that a replica waits for, or None.
+
+    Other processes of the cluster hold this resource.
+    """
     for part in unplaced:
         for resource, amount in part.resources.items():
             if amount > free.get(resource, 0.0):

@@ -67,7 +67,8 @@ class IncrementalDetokenizer:
         if not self._stop:
             return text
         text = self._held_back + text
-        # Take the match that ends first, independent of token boundaries, and of those the one that starts first.
+        # The match that ends first is taken, so that token boundaries do not matter. Among matches with the same end,
+        # the one that starts first is taken.
         matches = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if matches:
             _, at, self.matched_stop = min(matches)

@@ -93,7 +93,9 @@ def _distinguishing_tokens(
     while shared < min(map(len, words)) and words[0][shared] == words[1][shared]:
         shared += 1
     if shared == min(map(len, words)):
-        raise TemplateError(f"the answer words {correct!r} and {incorrect!r} begin alike to their end")
+        raise TemplateError(
+            f"the answer words {correct!r} and {incorrect!r} begin alike, and one ends before the other differs"
+        )
     first_tokens = [[ids[shared]] for ids in words]
     if not shared:
         for first, word in zip(first_tokens, (correct, incorrect), strict=True):
@@ -113,7 +115,7 @@ def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[i
     both = _encode(tokenizer, text + word)
     word_ids = both[len(ids) :] if both[: len(ids)] == ids else _encode(tokenizer, word)
     if not word_ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in word_ids):
-        raise TemplateError(f"the tokenizer cannot write the answer word {word!r}")
+        raise TemplateError(f"the tokenizer has no tokens for the answer word {word!r}")
     return word_ids
 
 
@@ -123,7 +125,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     try:
         text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
     except JinjaError as error:
-        raise TemplateError(f"the chat template refuses the conversation: {error}") from error
+        raise TemplateError(f"the chat template rejects the conversation: {error}") from error
     assert isinstance(text, str)
     return text
 

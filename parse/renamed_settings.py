@@ -1,6 +1,7 @@
 """The settings that were renamed, and the errors for keys that are not known.
 
-A configuration that still has an old key is rejected with the new name, and a misspelled key with the closest one.
+If a configuration still has an old key, the error names the new key. If a key is misspelled, the error suggests the
+most similar one.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -80,8 +81,8 @@ def explain_unknown_keys(
 ) -> ValidationError:
     """Returns the error of a section, with an explanation for each unknown key.
 
-    Nested sections are validated first and explain their own keys, with a location that begins with themselves. The
-    sections around them only make the location longer.
+    Nested sections are validated first and explain their own keys. The locations in their explanations begin with the
+    nested section. The sections around it only make the location longer.
     """
     renamed = {setting.old_name: setting for setting in RENAMED_SETTINGS if setting.section == section}
     explained: list[InitErrorDetails] = []

@@ -2,8 +2,8 @@
 
 The pipeline passes its requests to an engine unchanged, also if the engine runs in another process.
 
-No request depends on an earlier one. Each contains all the tokens that it continues, so a call that is lost with its
-replica can be repeated on any other replica. A prefix cache makes the repetition cheap.
+No request depends on an earlier one. Each contains all the tokens that it continues. If a call is lost with its
+replica, it can therefore be repeated on any other replica. A prefix cache makes the repetition cheap.
 """
 
 from collections.abc import Sequence
@@ -106,9 +106,9 @@ class VerifyAndGenerateRequest:
     def __post_init__(self) -> None:
         verify = self.verify
         if verify.policy is None:
-            raise RequestError("policy", "must be set to generate after the accepted prefix")
+            raise RequestError("policy", "must be set, because it chooses the accepted prefix")
         if not 0 <= self.num_accepted <= max(verify.prefix_lengths, default=0):
-            raise RequestError("num_accepted", f"must not exceed the last prefix length, got {self.num_accepted}")
+            raise RequestError("num_accepted", f"must be between 0 and the last prefix length, got {self.num_accepted}")
         if verify.draft_complete and max(verify.prefix_lengths, default=0) != len(verify.draft_token_ids):
             raise RequestError("prefix_lengths", "must end with the length of a complete draft")
 

@@ -13,14 +13,14 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # strings, characters
 
 NO_STREAMING = 1 << 30
-"""A stream interval so long that everything comes in one delta."""
+"""A stream interval that is so long that all tokens come in one delta."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen.
 
-    The defaults are plain sampling; `temperature=0` is greedy.
+    By default they are sampled from the unchanged distribution. `temperature=0` is greedy.
     """
 
     temperature: float = 1.0
@@ -63,7 +63,9 @@ class SamplingParams:
         if not all(self.stop):
             raise RequestError("stop", "a stop string must not be empty")
         if len(self.stop) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_LENGTH for text in self.stop):
-            raise RequestError("stop", f"takes at most {MAX_STOP_STRINGS} strings of {MAX_STOP_LENGTH} characters")
+            raise RequestError(
+                "stop", f"must be at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -100,7 +102,7 @@ def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) ->
     try:
         integers = [operator.index(token) for token in token_ids]
     except TypeError as error:
-        raise RequestError(field, f"must hold token ids, whole numbers: {error}") from error
+        raise RequestError(field, f"must hold token ids, which are whole numbers: {error}") from error
     if integers and not (min(integers) >= 0 and max(integers) < vocab_size):
         raise RequestError(field, f"token ids must lie in 0..{vocab_size - 1}")
     return integers
@@ -108,7 +110,7 @@ def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) ->
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """The log-probability of a token, and the most likely tokens in its place."""
+    """The log-probability of a token, and the most likely tokens at its position."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()

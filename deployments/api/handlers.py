@@ -82,14 +82,14 @@ class CompletionHandler:
     async def handle(self, parsing: Awaitable[ParsedRequest], http: HttpRequest) -> Response:
         """Returns the response.
 
-        If the client disconnects before there is one, this stops the work for it.
+        If the client disconnects before there is a response, the work for it is stopped.
         """
         response_task = asyncio.ensure_future(self._respond(parsing, get_request_record(http.scope)))
         disconnect_task = asyncio.ensure_future(_wait_for_disconnect(http.receive))
         try:
             await asyncio.wait((response_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
             if not response_task.done():
-                raise ApiError(CLIENT_CLOSED_REQUEST, "the client left")
+                raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected")
             return response_task.result()
         except Exception as error:
             raise to_api_error(error) from error
@@ -105,7 +105,7 @@ class CompletionHandler:
             choice.session.request_id = record.request_id
         choice_events = self._generate(parsed)
         if parsed.stream:
-            # The status is sent after the first event, so that a request that fails at once gets the right status.
+            # The status is sent after the first event. A request that fails before it then gets the right status.
             first_event = await anext(choice_events)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return _EventStreamResponse(
@@ -187,7 +187,7 @@ class CompletionHandler:
         try:
             while (item := await queue.get()) is not None:
                 yield item
-            await task  # raises its exception
+            await task  # raises the exception of the task
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Builds the usage of a response, and the report on how each choice was made."""
+"""Builds the usage of a response, and the report on each of its choices."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from parse.events import TextDelta, Usage, Verification
 
 
 def build_report(choice: ChoiceState, *, trace: bool) -> ParseReport:
-    """Returns how a choice was made; `trace` adds its deltas and verifications."""
+    """Returns the report on a choice. `trace` adds its deltas and verifications."""
     usage = choice.result.usage
     stages = [StageTimes(name="queue", start=0.0, end=choice.queue_s)]
     stages += [

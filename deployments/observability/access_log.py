@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 REQUEST_ID_HEADER = "x-request-id"
 MAX_LOGGED_LENGTH = 128
-UNSAFE_CHARACTERS = re.compile("[^!-~]")  # in an id they could end the log line or start another field in it
+UNSAFE_CHARACTERS = re.compile("[^!-~]")  # in an id, these could end the log line or begin another field of it
 SCOPE_KEY = "parse.request_record"
 CLIENT_CLOSED_REQUEST = 499  # the status if the client disconnected before one was sent
 STATUS_OUTCOMES: Mapping[int, RequestOutcome] = {
@@ -130,7 +130,7 @@ def _sanitize(text: str) -> str:
 
 
 def _log_fields(record: RequestRecord, outcome: RequestOutcome) -> dict[str, Any]:
-    """Returns the fields of a log line, which hold no text of prompts or answers."""
+    """Returns the fields of a log line. They contain no text of prompts or answers."""
     fields: dict[str, Any] = {
         "request_id": record.request_id,
         "path": record.path,

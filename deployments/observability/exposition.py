@@ -32,7 +32,7 @@ def encode_metrics(replicas: Sequence[ReplicaMetrics], accept: str) -> tuple[byt
     """
     try:
         encode, content_type = choose_encoder(accept)
-    except TypeError:  # the requested version is not a number; the plain text format is better than an error
+    except TypeError:  # the requested version is not a number; the plain text format is more useful than an error
         encode, content_type = choose_encoder("")
     return encode(_MergedCollector(replicas)), content_type
 

@@ -1,4 +1,4 @@
-"""Adds a completed answer to the metrics."""
+"""Records the metrics of a completed answer."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def record_choice_metrics(recorder: MetricsRecorder, choice: ChoiceState) -> Non
         recorder.observe(metrics.ACCEPTED_PREFIX_LENGTH, usage.accepted_prefix_length, mode=mode)
     if usage.fallback is not None:
         recorder.add(metrics.FALLBACKS, cause=usage.fallback.cause)
-    if mode == "exact":  # the draft is a proposal, accepted token by token up to the first that differs
+    if mode == "exact":  # the draft is a proposal, which is accepted token by token up to the first difference
         _record_proposals(recorder, "draft", [1] * usage.draft_tokens, [1] * usage.accepted_tokens)
     if speculation := usage.speculation:
         method = speculation.method

@@ -66,7 +66,7 @@ class CircuitBreaker:
     def record_failure(self, failure: str) -> None:
         """Opens the circuit until the next successful health check."""
         if self.failure is None:
-            logger.warning("the %s is unavailable: %s", self._name, failure)
+            logger.warning("the %s is unavailable: it %s", self._name, failure)
         self.failure = failure
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import MetricsRecorder
 from deployments.serving.calls import NO_REQUEST, run_in_fresh_context
 
-SCRAPE_TIMEOUT_S = 1.0  # Prometheus itself times out after ten times that, and would then get no metrics at all
+SCRAPE_TIMEOUT_S = 1.0  # Prometheus times out after ten times that, and would then get no metrics at all
 
 
 async def collect_replica_metrics(
@@ -31,9 +31,9 @@ async def _collect_from_deployment(handle: DeploymentHandle) -> tuple[list[Repli
     try:
         async with asyncio.timeout(SCRAPE_TIMEOUT_S):
             broadcast = run_in_fresh_context(NO_REQUEST, handle.broadcast, "collect_metrics")
-            # The public methods wait for all replicas or for none.
+            # Ray Serve's public methods wait either for all replicas or for none.
             replicas = await broadcast._fetch_replica_results_async()
-    except Exception:  # there are no replicas, or Serve does not know them at the moment
+    except Exception:  # there are no replicas, or Serve does not know of any at the moment
         return [], 1
     if not replicas:
         return [], 1

@@ -20,7 +20,7 @@ from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.types import SamplingParams
 
-MAX_STEP_DURATION_S = 30.0  # an engine that needs longer for a step counts as hung
+MAX_STEP_DURATION_S = 30.0  # an engine that needs longer for a step is considered hung
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class ModelReplica:
         Ray Serve calls this and then replaces the replica.
         """
         if not self.engine.core.alive:
-            raise RuntimeError("the engine has died")
+            raise RuntimeError("the engine's thread has ended")
         stats, now = self.engine.stats, time.monotonic()
         if stats.num_steps != self._last_step_count or not stats.num_running:
             self._last_step_count, self._last_progress_at = stats.num_steps, now
         elif now - self._last_progress_at > MAX_STEP_DURATION_S:
-            raise RuntimeError(f"the engine has made no step for {MAX_STEP_DURATION_S:g} s")
+            raise RuntimeError(f"the engine hangs: it has made no step for {MAX_STEP_DURATION_S:g} s")
 
     async def alive(self) -> None:
         self.check_health()

@@ -33,7 +33,7 @@ class Router:
         self, settings: AppSettings, verifier: DeploymentHandle, drafter: DeploymentHandle | None
     ) -> None:
         logs.attach_to_serve_logger()
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the router needs no GPU and must not allocate memory on one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the router needs no GPU, and must not allocate memory on one
         self._settings = settings
         target = settings.target.model
         verification = VerificationSettings.for_model(target, **settings.verification.model_dump(exclude_unset=True))

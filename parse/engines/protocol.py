@@ -65,7 +65,7 @@ class Capabilities:
     def check(self, request: GenerationRequest) -> None:
         """Raises RequestError if the request needs a capability that the engine lacks."""
         if request.mode != "auto" and request.mode not in self.modes:
-            raise RequestError("mode", f"{request.mode} is not supported by this engine, only {_listed(self.modes)}")
+            raise RequestError("mode", f"this engine supports {_listed(self.modes)}, got {request.mode!r}")
         method = request.speculative_method
         if method not in (None, "none", *self.speculative_methods):
             offered = _listed(("none", *self.speculative_methods))

@@ -1,6 +1,6 @@
-"""Receiving a draft, from the drafter or from the client's prediction.
+"""Receives a draft, from the drafter or from the client's prediction.
 
-A failed draft costs only speed: the target then answers without it.
+If there is no draft, the answer only takes longer: the target then generates all of it.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Draft:
-    """A draft that grows while it is written."""
+    """A draft, which grows while it is written."""
 
     def __init__(self, output_before: Sequence[int]) -> None:
         self.output_before = tuple(output_before)
@@ -83,17 +83,18 @@ async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            run.state.fallback = Fallback("lost", "the drafter was cancelled")  # our caller did not cancel it
+            # The caller did not cancel this task, so the call to the drafter was cancelled.
+            run.state.fallback = Fallback("lost", "the call to the drafter was cancelled")
         except DraftUnavailable as error:
             run.state.fallback = Fallback(error.cause, f"no draft: {error}")
         except RequestError as error:  # for example a prompt that is too long for the drafter
             run.state.fallback = Fallback("refused", f"no draft: {error}")
         except TimeoutError:
             limit = run.settings.draft_timeout_s
-            run.state.fallback = Fallback("slow", f"the drafter took longer than {limit:g} s")
+            run.state.fallback = Fallback("slow", f"no draft: the drafter took longer than {limit:g} s")
         except Exception as error:
-            logger.warning("the drafter failed", exc_info=True)
-            run.state.fallback = Fallback("failed", f"the drafter failed: {error}")
+            logger.warning("the drafter failed; the target answers without a draft", exc_info=True)
+            run.state.fallback = Fallback("failed", f"no draft: the drafter failed: {error}")
     draft.close()
 
 

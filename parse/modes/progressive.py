@@ -1,7 +1,7 @@
 """Mode progressive: windows of the draft are verified while it is written.
 
-The first rejected window ends the draft. The limits of the windows depend on the draft and not on timing, so the same
-request gets the same answer.
+The first rejected window ends the draft. The limits of the windows depend on the draft and not on timing. The same
+request therefore gets the same answer.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ async def run(run: Run) -> None:
                     break
             if is_last:
                 break
-            window *= 2  # the first words arrive early, and few passes are needed in total
+            window *= 2  # a short first window shows text early, and longer ones need fewer passes in total
     finally:
         drafting.cancel()
         prefilling.cancel()

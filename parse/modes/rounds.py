@@ -13,7 +13,7 @@ async def run(run: Run) -> None:
         draft = await draft_whole(run)
         if not draft.token_ids:
             break
-        # The length of the draft is the best estimate of the number of answer tokens that are missing.
+        # The length of the draft is the best estimate of the number of missing answer tokens.
         missing = len(draft.token_ids) - settings.correction_tokens
         may_continue = state.rounds < settings.max_rounds and controller.another_round_pays(missing)
         accepted = await verify_and_generate(

@@ -26,7 +26,7 @@ class GenerationState:
     ) -> None:
         self.mode, self.fallback, self.tokenizer = mode, fallback, tokenizer
         self.events: asyncio.Queue[TextDelta | Verification | None] = asyncio.Queue()
-        """None follows the last event."""
+        """The events in order, followed by None."""
         self.output: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.draft_tokens = self.accepted_tokens = self.target_tokens = self.rounds = 0
@@ -82,8 +82,8 @@ class GenerationState:
     ) -> None:
         """Adds tokens to the output and passes their text on.
 
-        With `final` no tokens follow, so no text is held back. `final_text` is then the text of the whole output, if a
-        stop string cuts the text of the last token.
+        With `final`, no tokens follow, so no text is held back. If a stop string cuts the text of the last token,
+        `final_text` is the text of the whole output.
         """
         if not token_ids and not final:
             return

@@ -1,7 +1,7 @@
 """Predicts how long a step of the engine takes from the number of tokens in it.
 
-A step over more tokens takes longer. How much longer depends on the device and on how full the batch already is, so the
-cost of one more proposed token can only be measured.
+A step over more tokens takes longer. How much longer depends on the device, and on how full the batch already is. The
+cost of one more proposed token is therefore measured.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ class StepCostModel:
     """
 
     def __init__(self) -> None:
-        # Mean number of tokens and mean seconds of the steps whose number of tokens has so many bits.
+        # The mean number of tokens and the mean seconds of steps. The key is the bit length of the number of tokens.
         self._means: dict[int, tuple[float, float]] = {}
         # Running means of a step: sequences, tokens computed, tokens added to the sequences.
         self.num_seqs = self.num_tokens = self.num_output_tokens = 1.0
@@ -52,7 +52,7 @@ class StepCostModel:
 
         It interpolates linearly between the measured sizes.
 
-        Beyond the largest size the line through the last two is continued. Without measurements the result is 0.
+        Beyond the largest size, it continues the line through the last two sizes. Without measurements the result is 0.
         """
         measurements = sorted(self._means.values())
         if not measurements:
@@ -65,5 +65,5 @@ class StepCostModel:
         return lower_s + slope * (num_tokens - lower_tokens)
 
     def added_seconds(self, num_tokens: float, base_tokens: float) -> float:
-        """The time that `num_tokens` more add to a step over `base_tokens`."""
+        """Returns the seconds that `num_tokens` more add to a step over `base_tokens`."""
         return max(0.0, self.step_seconds(base_tokens + num_tokens) - self.step_seconds(base_tokens))

@@ -1,6 +1,6 @@
 """Isolates the engine from faults of a token-level method.
 
-A method that raises an exception or returns an invalid proposal costs that one proposal. The request continues.
+If a method raises an exception or returns an invalid proposal, only that proposal is lost. The request continues.
 """
 
 import logging
@@ -56,7 +56,7 @@ class GuardedProposer(Proposer[GuardedState]):
         try:
             return GuardedState(self._proposer.new_state(), self._report_fault)
         except Exception:
-            self._report_fault("no state for a new sequence; it gets no proposals")
+            self._report_fault("there is no state for a new sequence; the sequence gets no proposals")
             return GuardedState(None, self._report_fault)
 
     def propose(self, requests: Sequence[ProposalRequest[GuardedState]]) -> list[Proposal]:
@@ -80,9 +80,9 @@ class GuardedProposer(Proposer[GuardedState]):
                 raise ValueError(f"got {len(proposals)} proposals for {len(requests)} requests")
             return proposals
         except Exception:
-            if len(requests) > 1:  # repeat the call for each request, so that only the one at fault fails
+            if len(requests) > 1:  # repeat the call for each request, so that only the faulty one fails
                 return [self._call_proposer([request])[0] for request in requests]
-            self._report_fault("the call failed; a request gets no proposal in this step")
+            self._report_fault("the call failed; the request gets no proposal in this step")
             return [NO_PROPOSAL]
 
     def _valid_or_empty(self, proposal: Proposal, max_tokens: int) -> Proposal:
@@ -111,7 +111,10 @@ def validate_proposal(proposal: Proposal, max_tokens: int, vocab_size: int) -> N
     """
     tokens, parents, probabilities = proposal.token_ids, proposal.parents, proposal.probabilities
     if not len(tokens) == len(parents) <= max_tokens:
-        raise ValueError(f"got {len(tokens)} tokens and {len(parents)} parents, the limit is {max_tokens}")
+        raise ValueError(
+            f"a proposal needs as many parents as tokens and at most {max_tokens}, got {len(tokens)} tokens and "
+            f"{len(parents)} parents"
+        )
     if not all(type(token) is int and (0 <= token < vocab_size or token == MASK) for token in tokens):
         raise ValueError(f"tokens must lie in 0..{vocab_size - 1}")
     if not all(type(parent) is int and -1 <= parent < node for node, parent in enumerate(parents)):

@@ -1,8 +1,8 @@
 """Proposals, and the protocol between a token-level method and the engine.
 
-A proposal is a tree of tokens that the target might generate next. In one pass the target chooses its own token after
-each proposed one, and the proposal is followed for as long as both agree. The output is therefore always the target's
-own: a bad proposer costs time but never changes the text.
+A proposal is a tree of tokens that the target might generate next. In one pass, the target chooses its own token after
+each proposed one. Proposed tokens are accepted as long as they equal the target's own. The output is therefore always
+the target's own: a bad proposer costs time but never changes the text.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +34,7 @@ NOT_READY = Proposal(ready=False)
 
 
 def chain_proposal(token_ids: Sequence[int], probabilities: Sequence[float] | None = None) -> Proposal:
-    """A proposal in which each token follows the one before it."""
+    """Returns a proposal in which each token follows the one before it."""
     return Proposal(token_ids, range(-1, len(token_ids) - 1), probabilities)
 
 
@@ -50,7 +50,7 @@ class MaskPrediction:
 
 
 class ProposerState(Protocol):
-    """What a method keeps for one sequence.
+    """The state that a method keeps for one sequence.
 
     The engine's thread calls it, so it has to be quick.
     """
@@ -61,8 +61,8 @@ class ProposerState(Protocol):
         """Appends tokens to the sequence. The first call passes the whole prompt.
 
         `hidden_states` [n, width] is passed to methods that name `aux_hidden_state_layers`. Its rows belong to the
-        tokens *before* each of the last n tokens. n is smaller than the number of tokens where the target no longer
-        has the hidden states. `mask_prediction` is passed if masks followed the last but one token.
+        tokens *before* each of the last n tokens. n is smaller than the number of tokens if the target no longer has
+        all of the hidden states. `mask_prediction` is passed if masks followed the last but one token.
         """
         ...
 
@@ -91,21 +91,21 @@ class Proposer(ABC, Generic[P]):
     """Memory that the method keeps for each token of a sequence, without the target's hidden states."""
 
     def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
-        """Allocates memory for so many sequences of so many tokens.
+        """Allocates memory for `max_sequences` of `sequence_capacity` tokens each.
 
         It is called once, before all other methods.
         """
 
     def reset(self) -> None:
-        """Drops what was computed for past sequences, so that no later one reuses it.
+        """Drops everything that was computed for past sequences.
 
-        Any thread may call it.
+        Later sequences then reuse nothing of it. Any thread may call this method.
         """
 
     @abstractmethod
     def new_state(self) -> P:
-        """The state of a new sequence."""
+        """Returns the state of a new sequence."""
 
     @abstractmethod
     def propose(self, requests: Sequence[ProposalRequest[P]]) -> list[Proposal]:
-        """One proposal for each request."""
+        """Returns one proposal for each request."""

@@ -1,23 +1,24 @@
 """Decides when a method makes a proposal, and how many tokens it proposes.
 
-A target's step takes almost as long for one token per sequence as for a few. If g proposed tokens are accepted, the
-sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to the step.
+A step of the target takes almost as long for one token per sequence as for a few. If g proposed tokens are accepted,
+the sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to the step.
 
 - A proposal pays if the time it saves exceeds its price (`SequenceSpeculation._net_gain_s`, and for the time of
   proposing `SpeculativeMethod.next_step`).
-- Within a proposal, one more token pays if its chance of being accepted, times the time that an accepted token saves,
-  exceeds the price of that token. The quotient of the two times is `ProposalRequest.min_probability`. For methods that
-  do not estimate probabilities, the acceptance rates observed at each position take their place
+- Within a proposal, one more token pays if its probability of being accepted, times the time that an accepted token
+  saves, exceeds the price of that token. The price divided by that time is `ProposalRequest.min_probability`. Some
+  methods do not estimate probabilities. For these, the acceptance rates observed at each position are used instead
   (`ProposalRequest.max_depth`).
-- Where proposals do not pay, none is made for a number of steps (`Backoff`). Then they are tried again.
+- If proposals do not pay, none is made for a number of steps (`Backoff`). Then they are tried again.
 
-Nothing here is configured. The times come from the cost model and from a clock, the acceptance from earlier proposals.
-So the decisions follow the device, the load (a full batch makes additional tokens expensive), and each sequence. A
-method's own probabilities count by how well they predicted this sequence so far (`Calibration`).
+This policy has no settings. The times come from the cost model and from a clock. The acceptance comes from earlier
+proposals. The decisions therefore adapt to the device, to the load (a full batch makes additional tokens expensive),
+and to each sequence. A method's own probabilities are corrected by how well they have predicted the acceptance of this
+sequence so far (`Calibration`).
 
-A method proposes for many sequences in one call, which takes hardly longer than for one. Whether the time of that call
-pays is therefore decided for all sequences together. If every token of a proposal takes another step of the method,
-the depth is common to all sequences too.
+A method proposes for many sequences in one call, which takes hardly longer than for one sequence. Whether the time of
+that call pays is therefore decided for all sequences together. If every token of a proposal takes another step of the
+method, the depth is common to all sequences too.
 """
 
 import math
@@ -38,7 +39,7 @@ from parse.types import SpeculationStats
 
 EMA_WEIGHT = 0.1  # weight of the newest proposal in a sequence's record
 SHARED_EMA_WEIGHT = 0.02  # weight of the newest proposal in the record of all sequences
-EXPLORATION_INTERVAL = 8  # steps; in one of them proposals are deeper than has paid so far
+EXPLORATION_INTERVAL = 8  # steps; in one of them, proposals are deeper than the depth that has paid so far
 MAX_TIMINGS = 15  # calls of a method whose times are remembered
 MIN_TRIALS = 3  # proposals for a sequence before its own record decides
 MIN_SHARED_TRIALS = 10  # proposals for all sequences before the method's record decides
@@ -55,18 +56,18 @@ class SpeculativeMethod:
 
     name: str
     proposer: GuardedProposer
-    max_tokens: int  # of a proposal
-    is_sequential: bool  # every token of a path takes another step of the method
+    max_tokens: int  # in a proposal
+    is_sequential: bool  # whether every token of a path takes another step of the method
     aux_hidden_state_layers: tuple[int, ...]  # the hidden states that the engine keeps, for all of its methods
     cost_model: StepCostModel
     num_proposals: int = 0
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
-    num_steps: int = 0  # of the engine, as far as sequences of this method took part in them
+    num_steps: int = 0  # steps of the engine in which sequences of this method took part
     batch_size: int = 1  # sequences in the last call
     _mean_drafting_steps: float = 1.0  # steps of the method in one call
     _step_timings: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMINGS))  # seconds of a step
     _backoff: Backoff = field(default_factory=Backoff)
-    _net_gains: list[float] = field(default_factory=list)  # seconds, of the sequences since the last decision
+    _net_gains: list[float] = field(default_factory=list)  # seconds that sequences gained since the last decision
 
     def start_sequence(self) -> "SequenceSpeculation":
         return SequenceSpeculation(self, self.proposer.new_state())
@@ -92,9 +93,9 @@ class SpeculativeMethod:
         return proposals
 
     def _drafting_steps(self, proposal: Proposal, request: ProposalRequest[GuardedState]) -> int:
-        """The number of steps that the method took for this proposal.
+        """Returns the number of steps that the method took for this proposal.
 
-        One step more than the depth is counted, because the last step may have found no token that is likely enough.
+        It is one more than the depth, because the last step may have found no token that is likely enough.
         """
         if not self.is_sequential:
             return 1
@@ -102,10 +103,10 @@ class SpeculativeMethod:
         return max(1, min(depth + 1, request.max_tokens, request.max_depth))
 
     def next_step(self, last_step: int) -> int:
-        """The number of the step that a sequence is about to make after `last_step`.
+        """Returns the number of the step that a sequence makes after `last_step`.
 
-        The first sequence to begin a new step also decides whether the time of proposing pays for all sequences
-        together: once all of them have reported their gains, these are compared with the time that proposing took.
+        The first sequence that begins a new step also decides whether the time of proposing pays for all sequences
+        together. Once all of them have reported their gains, the sum is compared with the time that proposing took.
         """
         if last_step >= self.num_steps:
             self.num_steps = last_step + 1
@@ -120,7 +121,10 @@ class SpeculativeMethod:
         return self.num_steps < self._backoff.end
 
     def record_net_gain(self, net_gain_s: float) -> None:
-        """Adds what one sequence gained in its last step, without the time of proposing."""
+        """Adds the time that one sequence gained in its last step.
+
+        The time of proposing is not subtracted.
+        """
         self._net_gains.append(net_gain_s)
 
     @property
@@ -149,7 +153,7 @@ class SpeculativeMethod:
 
 @dataclass(frozen=True)
 class ProposalCall:
-    """What a request's program yields to get a proposal from a method."""
+    """A call of a method, which a request's program yields to get a proposal."""
 
     method: SpeculativeMethod
     request: ProposalRequest[GuardedState]
@@ -164,12 +168,12 @@ class SequenceSpeculation:
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
     _calibration: Calibration = field(default_factory=Calibration)
     _mean_proposed: float = 0.0  # tokens proposed for this sequence in a step, with proposals or without
-    _mean_accepted: float = 0.0  # tokens accepted of them
+    _mean_accepted: float = 0.0  # how many of these tokens were accepted
     _step: int = 0
     _backoff: Backoff = field(default_factory=Backoff)
     _num_trials: int = 0
-    _requested: bool = False  # a proposal was requested for the current step
-    _only_masks: bool = False  # the last proposal held nothing but masks
+    _requested: bool = False  # whether a proposal was requested for the current step
+    _only_masks: bool = False  # whether the last proposal consisted of masks only
 
     def __post_init__(self) -> None:
         cost_model = self.method.cost_model
@@ -217,8 +221,8 @@ class SequenceSpeculation:
         depth = len(proposed_per_position)
         self._mean_proposed += COST_EMA_WEIGHT * (len(proposal.token_ids) - self._mean_proposed)
         self._mean_accepted += COST_EMA_WEIGHT * (accepted - self._mean_accepted)
-        # A proposal of masks only pays in the next step, when their predictions can be proposed. It counts as a
-        # failure if the proposal before it was of masks only as well.
+        # A proposal that consists of masks pays only in the next step, when their predictions can be proposed. It
+        # counts as a failure if the proposal before it also consisted of masks.
         only_masks = not depth and len(proposal.token_ids) > 0
         if self._requested and proposal.ready and not (only_masks and not self._only_masks):
             self._record_trial(proposal, depth, accepted)
@@ -268,7 +272,7 @@ class SequenceSpeculation:
 
     @property
     def _marginal_token_s(self) -> float:
-        """Time that one more proposed token adds to a step."""
+        """The seconds that one more proposed token adds to a step."""
         cost_model = self.method.cost_model
         return cost_model.added_seconds(MARGINAL_TOKENS, cost_model.num_tokens) / MARGINAL_TOKENS
 
@@ -307,9 +311,9 @@ class SequenceSpeculation:
         return max(1, depth)
 
     def _net_gain_s(self) -> float:
-        """Time that a proposal saves, minus the time that its tokens take.
+        """Returns the seconds that a proposal saves, minus those its tokens add.
 
-        The time of proposing is not included.
+        The time of proposing is not subtracted.
         """
         cost_model, record = self.method.cost_model, self.record
         base_tokens, base_output_tokens = self._step_without_proposals()
@@ -321,7 +325,7 @@ class SequenceSpeculation:
 
 
 def _count_proposed_per_position(proposal: Proposal) -> tuple[int, ...]:
-    """The number of proposed tokens at each depth, without masks."""
+    """Returns the number of proposed tokens at each depth, without masks."""
     depths = _node_depths(proposal)
     counts = [0] * max(depths, default=0)
     for depth in depths:
@@ -331,7 +335,10 @@ def _count_proposed_per_position(proposal: Proposal) -> tuple[int, ...]:
 
 
 def _node_depths(proposal: Proposal) -> list[int]:
-    """The depth of each node: 1 for a token that follows the sequence, 0 for masks."""
+    """Returns the depth of each node.
+
+    It is 1 for a token that follows the sequence, and 0 for masks.
+    """
     depths: list[int] = []
     for token, parent in zip(proposal.token_ids, proposal.parents, strict=True):
         depths.append(0 if token == MASK else depths[parent] + 1 if parent >= 0 else 1)

@@ -395,7 +395,7 @@ def test_there_is_no_speed_up_before_the_target_alone_was_measured(page, address
 def test_the_examples_are_what_their_names_say(page, address):
     page.open(address)
     examples = page.run("return [...document.querySelectorAll('.example')].map(b => [b.textContent, b.title])")
-    kept = {"half-way": (0.3, 0.7), "near": (0.6, 0.95), "uncertain": (0.6, 0.99), "early": (0.1, 0.5), "wrong": (0, 0)}
+    kept = {"middle": (0.3, 0.7), "near": (0.6, 0.95), "uncertain": (0.6, 0.99), "early": (0.1, 0.5), "wrong": (0, 0)}
     assert len(examples) == 6
     for name, prompt in examples:
         report = send_request(address, "full", messages=[{"role": "user", "content": prompt}])["parse"]
@@ -542,7 +542,7 @@ def problem(page: "Playground") -> str:
         (failing(RuntimeError("secret")), "The server failed.*Ask again", ""),
         (
             failing(RuntimeError("secret"), text_delta("Half of")),
-            "The answer broke off.*What had arrived stays",
+            "The answer is incomplete.*text that has arrived stays",
             "Half of",
         ),
     ],
@@ -554,7 +554,7 @@ def test_a_failure_says_what_to_do_and_leaves_what_had_come(page, pair, script, 
         page.ask("Well?")
         text = problem(page)
         assert re.search(message, text, re.DOTALL) and "secret" not in text
-        assert re.search(r"Request [0-9a-f-]{8,} in the server", text)
+        assert re.search(r"request [0-9a-f-]{8,} in the server", text)
         assert joined_text(page.runs(), "target") == shown
         assert not page.one("#stop").is_enabled()
 
@@ -585,10 +585,10 @@ def refusing(status: int, message: str, code: str | None = None, **more: Any) ->
 @pytest.mark.parametrize(
     ("chat", "message", "shown"),
     [
-        (breaking, "stream was cut off.*What had arrived stays", "Half of"),
+        (breaking, "stream was cut off.*text that has arrived stays", "Half of"),
         (lambda: Response("Internal Server Error", 500), "The server failed", ""),
         (lambda: Response("Bad gateway", 502, media_type="text/html"), "The server failed", ""),
-        (lambda: refusing(401, "no", "no_keys"), "only serves its own machine.*through a tunnel", ""),
+        (lambda: refusing(401, "no", "no_keys"), "serves only its own machine.*through a tunnel", ""),
         (lambda: refusing(404, "no", "model_not_found"), "rejected the request", ""),
         (lambda: refusing(413, "no", "too_long"), "too long.*Shorten", ""),
         (lambda: refusing(504, "no", "timeout"), "too long", ""),
@@ -614,7 +614,7 @@ def test_a_connection_that_is_lost_is_told_of_and_what_had_come_stays(page):
         page.ask("Well?")
         page.until(page.runs, "the first words")
         now.set()
-        assert re.search("connection was lost.*What had arrived stays", problem(page), re.DOTALL)
+        assert re.search("connection was lost.*text that has arrived stays", problem(page), re.DOTALL)
         assert page.runs() == [("target", "Half of")]
 
 

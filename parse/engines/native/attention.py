@@ -2,8 +2,8 @@
 
 It is registered under a name that the library does not know.
 
-The library passes no mask to an attention function that is registered under an unknown name, but it passes the keyword
-arguments of the forward call. So the step is passed as `step`, and decides which keys each query sees.
+The library passes no mask to such a function, but it passes the keyword arguments of the forward call. The step is
+therefore passed as the argument `step`. It decides which keys each query sees.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,10 +56,12 @@ def step_attention(
 ) -> tuple[Tensor, None]:
     if step is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__}: the model does not pass the forward's keyword arguments to it"
+            f"{type(module).__name__}: the model does not pass the keyword arguments of `forward` to its attention"
         )
     if softcap is not None or s_aux is not None:
-        raise UnsupportedModelError(f"{type(module).__name__}: capped scores and sinks are not supported")
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: softcapped attention scores and attention sinks are not supported"
+        )
     out = step.attend(module.layer_idx, query, key, value, scaling, sliding_window)  # type: ignore[arg-type]
     return out.contiguous(), None  # some models call `view` on it
 
@@ -87,7 +89,10 @@ class _QueryGroup:
         ] = {}  # keyed by window and queries per key head, which may differ between layers
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
-        """[chunks, 1, groups * queries, keys], additive."""
+        """Returns an additive mask, [chunks, 1, groups * queries, keys].
+
+        Returns None if all keys are visible.
+        """
         if window is not None and window >= self.num_keys:
             window = None
         if self.is_unmasked and window is None:
@@ -99,7 +104,7 @@ class _QueryGroup:
         return self._masks[window, groups]
 
     def _visible(self, window: int | None) -> Tensor:
-        """[chunks, 1, queries, keys]"""
+        """Returns which keys each query sees, [chunks, 1, queries, keys]."""
         if self.num_queries > 1 or not self.chunks[0].is_causal:
             (chunk,) = self.chunks
             return torch.from_numpy(chunk.visibility(window))[None, None]

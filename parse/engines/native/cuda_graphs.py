@@ -1,12 +1,12 @@
 """Records decode steps as CUDA graphs and replays them.
 
-If every request computes a single token, each step does the same work on other tokens and other blocks. All that
-changes is in one small table. So the work is recorded for a few batch sizes, and a step fills the table, copies it to
-the device and replays the graph. Padding rows write to a spare block. The host makes one launch instead of about twenty
-per layer.
+If every request computes a single token, each step does the same work on different tokens and blocks. One small table
+holds everything that differs. The work is therefore recorded for a few batch sizes. A step fills the table, copies it
+to the device and replays the graph. Padding rows write to a spare block. The host makes one launch instead of about
+twenty per layer.
 
 A batch size is recorded when it first occurs, after an ordinary step of that size. A recording whose logits differ
-from those of the ordinary step is never used. Steps that cannot be recorded stay ordinary steps.
+from those of the ordinary step is never used. If steps of a size cannot be recorded, they remain ordinary steps.
 """
 
 import logging
@@ -105,10 +105,10 @@ class CudaGraphs:
             difference = float((recording.logits[: len(chunks)] - logits).abs().max())
             allowed = TOLERANCE[self._model.network.dtype] * float(logits.abs().max())
             if not difference <= allowed:
-                raise CannotReplayError(f"logits differ by {difference:.2g}, {allowed:.2g} is allowed")
+                raise CannotReplayError(f"the logits differ by {difference:.2g}, and {allowed:.2g} is allowed")
         except Exception as error:
             logger.warning("%s: steps of %d tokens are not recorded: %s", self._model.name, batch_size, error)
-            self._disabled = isinstance(error, CannotReplayError)  # this does not depend on the batch size
+            self._disabled = isinstance(error, CannotReplayError)  # such an error does not depend on the batch size
             return
         self._recordings[batch_size] = recording
         logger.info("%s: steps of %d tokens are recorded and will be replayed", self._model.name, batch_size)
@@ -133,7 +133,7 @@ class CudaGraphs:
     def _fill_table(self, table: Tensor, chunks: Sequence[ScheduledChunk]) -> None:
         """Fills the table through pinned memory.
 
-        The previous copy from that memory has ended, because the engine has read the tokens of that step since.
+        The previous copy from that memory has ended, because the engine has already read the tokens of that step.
         """
         host = self._host[: len(table)]
         host_table = host.numpy()
@@ -201,7 +201,7 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        # Other engines of the process continue meanwhile, but only one at a time can record.
+        # Other engines of the process continue meanwhile, but only one engine at a time can record.
         with (
             _RECORDING,
             torch.cuda.device(self._device),

@@ -2,8 +2,8 @@
 
 The engines share the CPU.
 
-Without it they would compete for the interpreter at every operation: two small models were measured to take three times
-as long each. Models that should compute at the same time need processes of their own.
+Without the lock they would compete for the interpreter at every operation. In a measurement with two small models,
+each took three times as long. Models that should compute at the same time need separate processes.
 """
 
 import threading

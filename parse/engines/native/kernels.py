@@ -22,7 +22,7 @@ ROUNDING = {
     torch.float32: 1e-5,
     torch.bfloat16: 2**-6,
     torch.float16: 2**-9,
-}  # the library rounds one intermediate result more
+}  # allowed relative difference; the library rounds one more intermediate result than the kernels
 MIN_MULTIPLICATIONS = 1 << 19  # below this number, a call of oneDNN costs more than it saves
 MIN_WEIGHT_ELEMENTS = 1 << 18  # from this size on, even a single token is faster
 
@@ -64,7 +64,7 @@ def _replace_forward(module: nn.Module, forward: Forward | None) -> bool:
     x = torch.linspace(-2.0, 3.0, 3 * weight.shape[-1], device=weight.device).to(weight.dtype).view(1, 3, -1)
     try:
         expected = module(x)
-    except TypeError:  # it takes further arguments
+    except TypeError:  # the module takes further arguments
         return False
     bound = ROUNDING.get(weight.dtype, 0.0) * max(1.0, float(expected.abs().max()))
     if expected.dtype != x.dtype or not torch.allclose(forward(x), expected, rtol=bound, atol=bound):

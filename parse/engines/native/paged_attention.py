@@ -66,7 +66,7 @@ class _DeviceStep:
         )  # [T], its entry in the row of the chunk
         slots = block_table[owner, entry // size] * size + entry % size
         bounds = [np.concatenate([[0], counts[:num_causal].cumsum()]) for counts in (queries, keys)]
-        # A single transfer moves everything to the device.
+        # All numbers are packed into one tensor, so that a single transfer moves them to the device.
         packed = torch.from_numpy(np.concatenate([slots, *bounds, keys, block_table.ravel()])).to(
             device, non_blocking=True
         )
@@ -154,7 +154,7 @@ class _CausalChunks:
             enable_gqa=True,
             seqused_k=self.num_keys,
             block_table=self.block_table,
-            # By default the kernel may split the keys, and then loses rows of paged keys: pytorch issue 194167.
+            # By default the kernel may split the keys. It then loses rows of paged keys (pytorch issue 194167).
             num_splits=1,
         )
         assert isinstance(out, Tensor)
@@ -210,7 +210,7 @@ class _GatheredChunks:
     def __init__(
         self, chunks: Sequence[ScheduledChunk], block_table: Tensor, num_keys: Tensor, block_size: int
     ) -> None:
-        """block_table [chunks, blocks], num_keys [chunks]."""
+        """Computes the slots of the keys. `block_table` is [chunks, blocks], `num_keys` is [chunks]."""
         self.chunks = chunks
         self.queries_per_chunk = len(chunks[0])
         self.num_queries = len(chunks) * self.queries_per_chunk
@@ -240,7 +240,7 @@ class _GatheredChunks:
         return out.view(n, key_heads, groups, t, -1).permute(0, 3, 1, 2, 4).reshape(n * t, heads, -1)
 
     def _mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
-        """[chunks, 1, groups * queries, keys], additive."""
+        """Returns an additive mask, [chunks, 1, groups * queries, keys]."""
         if window is not None and window >= self.num_keys:
             window = None
         if (window, groups) not in self._masks:
@@ -255,7 +255,10 @@ class _GatheredChunks:
 
 
 def kernel_supports(query: Tensor, values: Tensor) -> bool:
-    """query [T, heads, size], values [blocks, block size, key heads, size]."""
+    """Returns whether the kernel supports these tensors on their device.
+
+    `query` is [T, heads, size]; `values` is [blocks, block size, key heads, size].
+    """
     head_dim = query.shape[-1]
     return (
         query.dtype in (torch.float16, torch.bfloat16)

@@ -1,9 +1,9 @@
 """Manages the blocks of the KV cache, and finds cached prefixes.
 
-This is pure bookkeeping of block ids, without tensors. A sequence is a list of token ids. The keys and values of its
-first `num_computed_tokens` are in its blocks. A sequence whose request has finished stays cached for later requests
-with the same prefix, and the least recently used one is evicted first. Several sequences may share a full block. A
-partly used block is written to and belongs to a single sequence, so that sharing its tokens copies them.
+This module handles only block ids, no tensors. A sequence is a list of token ids. The keys and values of its first
+`num_computed_tokens` are in its blocks. A sequence whose request has finished stays cached for later requests with the
+same prefix. The least recently used sequence is evicted first. Several sequences may share a full block. A partly used
+block is still written to, so it belongs to a single sequence, and other sequences copy its tokens.
 """
 
 import heapq
@@ -71,8 +71,8 @@ class PrefixCache:
 
         It also gets blocks for `num_extra_tokens` more tokens.
 
-        As many of its tokens are computed as any other sequence has computed. Returns None while there are too few free
-        blocks.
+        The tokens that it shares with the best matching sequence are not computed again. Returns None while there are
+        too few free blocks.
         """
         tokens = list(tokens)
         match, length = self._longest_match(tokens)
@@ -116,7 +116,7 @@ class PrefixCache:
 
         Other tokens can then follow there.
 
-        What follows is written into the last block that remains. If another sequence shares that block, this sequence
+        These tokens are written into the last block that remains. If another sequence shares that block, this sequence
         gets a copy. If there is no free block for the copy, the tokens in that block are computed again.
         """
         self._truncate(sequence, length)
@@ -180,7 +180,7 @@ class PrefixCache:
 
         That destroys the rest of the sequence.
 
-        It may not if the rest is the greater part, or if another sequence shares the block to write to.
+        Returns False if the rest is the greater part, or if another sequence shares the block to write to.
         """
         if sequence.in_use or sequence.num_computed_tokens - usable > usable:
             return False

@@ -42,9 +42,9 @@ class Scheduler:
 
         The order is first come, first served.
 
-        A request that shares uncomputed tokens with a running one waits until these are computed, and later requests
-        may pass it. The caller starts each request before it takes the next one: a request that ends at once leaves its
-        blocks and its place to the next.
+        A request that shares uncomputed tokens with a running one waits until these are computed. Later requests may
+        overtake it. The caller starts each request before it takes the next one. If a request ends at once, the next
+        one can use its blocks.
         """
         for request in list(self.waiting):
             if len(self.running) >= self.max_num_seqs:
@@ -62,9 +62,9 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRequest]:
         """Returns the chunks of the next step, after allocating blocks for all of them.
 
-        Requests that need a single token come first and always run, in the order of their blocks, so that attention can
-        batch neighbours. The others share the rest of the budget in the order of their arrival. Causal chunks come
-        before chunks of trees.
+        Requests that need a single token come first and always run. They are in the order of their blocks, so that
+        attention can batch neighbours. The other requests share the rest of the budget in the order of their arrival.
+        Causal chunks come before chunks of trees.
         """
         decodes = [request for request in self.running if request.num_uncomputed == 1]
         if len(decodes) > 1:
@@ -104,7 +104,7 @@ class Scheduler:
         chunk.sequence.num_computed_tokens = min(chunk.end, len(chunk.sequence.token_ids))
 
     def finish(self, request: Request) -> None:
-        """Removes a request; what it has computed stays in the cache."""
+        """Removes a request. The tokens that it has computed stay in the cache."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -127,4 +127,4 @@ def _next_chunk(request: Request, num_tokens: int) -> ScheduledRequest:
 
 def _first_block_id(request: Request) -> int:
     assert request.sequence is not None
-    return request.sequence.block_ids[0] if request.sequence.block_ids else 0  # there are none before the first step
+    return request.sequence.block_ids[0] if request.sequence.block_ids else 0  # no blocks before the first step

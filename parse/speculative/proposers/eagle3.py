@@ -1,7 +1,7 @@
 """EAGLE-3: a head drafts token by token from the target's hidden states.
 
-Each step feeds back the head's own output, in place of the target's hidden states, together with the token it drafted.
-When the sequence grows, the drafted elements are dropped and the target's true hidden states take their place.
+In each step the head reads its own output, instead of the target's hidden states, and the token that it drafted. When
+the sequence grows, the drafted elements are dropped, and the target's hidden states replace them.
 """
 
 import math
@@ -25,7 +25,7 @@ STEPS_PER_SYNC = 4  # drafting steps between two checks of whether to continue, 
 
 
 def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
-    """Loads a head. With `topk` 1 it proposes chains, else trees."""
+    """Loads a head. With `topk` 1 it proposes chains, otherwise trees."""
     assert config.model is not None, "the settings require a model"
     if config.topk == 1:
         depth = max_tokens = config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH
@@ -49,7 +49,7 @@ class Eagle3Proposer(HeadProposer):
         config = head.config
         if config.num_hidden_layers != 1 or config.parallel_tokens != 1:
             raise ProposerLoadError(
-                "not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass"
+                "this is not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass"
             )
         if depth < 0 or not 1 <= topk <= config.draft_vocab_size:
             raise ProposerLoadError(
@@ -165,8 +165,8 @@ def _select_nodes(
 
     `scores`, `tokens` and `parents` are [R, nodes].
 
-    A child is never more likely than its parent, and of equal nodes the earlier one is preferred. So the parent of a
-    selected node is always selected too.
+    A child is never more likely than its parent. Among nodes of equal probability, the earlier one is preferred. The
+    parent of a selected node is therefore always selected too.
     """
     max_tokens = max(request.max_tokens for request in requests)
     num_allowed = torch.tensor(

@@ -2,9 +2,9 @@
 
 It predicts the token after the next one from the target's hidden states.
 
-Element i combines the target's hidden states of token i, taken from a few layers and fused to one vector, with the
-embedding of token i + 1. The output is an estimate of the fused vector of token i + 1, and through `lm_head` a
-distribution over token i + 2. The head can therefore be run on its own output together with the token that it drafted.
+Element i combines two vectors. One is the target's hidden states of token i, taken from a few layers and fused. The
+other is the embedding of token i + 1. The output is an estimate of the fused vector of token i + 1. `lm_head` maps it
+to a distribution over token i + 2. The head can therefore be run on its own output and the token that it drafted.
 """
 
 import math
@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from parse.speculative.proposers.base import ProposerLoadError
 
-# The types whose frequencies do not depend on the length of the sequence.
+# With these types, the frequencies do not depend on the length of the sequence.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 MAX_PARALLEL_TOKENS = 256  # tokens proposed in one pass; a checkpoint that names more is damaged
@@ -105,8 +105,8 @@ class EagleHeadConfig:
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ProposerLoadError(
-                f"num_attention_heads, {self.num_attention_heads}, must be a multiple of num_key_value_heads, "
-                f"{self.num_key_value_heads}"
+                "num_attention_heads must be a multiple of num_key_value_heads, got "
+                f"{self.num_attention_heads} and {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
             raise ProposerLoadError(f"head_dim must be even, got {self.head_dim}")
@@ -128,10 +128,10 @@ class EagleHeadConfig:
 class EagleHead(nn.Module):
     """The network.
 
-    Linear weights are [out, in]; those with the same input are stored as one tensor.
+    Linear weights are [out, in]. Weights with the same input are stored as one tensor.
     """
 
-    to_target: Tensor  # [draft vocabulary], the target's token id for each of the head's
+    to_target: Tensor  # [draft vocabulary], the target's token id for each token id of the head
 
     def __init__(self, config: EagleHeadConfig) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class EagleHead(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the draft vocabulary, [..., draft vocabulary]."""
+        """Returns logits over the draft vocabulary, [..., draft vocabulary]."""
         return linear(rms_norm(hidden, self.norm.shape, self.norm, self.config.rms_norm_eps), self.lm_head)
 
 
@@ -247,7 +247,7 @@ class RotaryEmbedding:
         self._cos = self._sin = torch.empty(0, 1, width)
 
     def cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions, [positions, 1, d] each."""
+        """Returns the cosines and sines of the positions, each [positions, 1, d]."""
         self._extend_tables(max(positions) + 1)
         indices = torch.tensor(positions, device=self._cos.device)
         return self._cos[indices], self._sin[indices]

@@ -2,8 +2,8 @@
 
 It holds each sequence's keys and values, and its elements that are not computed yet.
 
-New elements are computed when a proposal is requested. A sequence that gets no proposals therefore costs no pass of the
-head, and several sequences share one.
+New elements are computed when a proposal is requested. A sequence without proposals therefore costs no pass of the
+head, and several sequences share a pass.
 """
 
 import math
@@ -19,7 +19,7 @@ from parse.speculative.proposal import NO_PROPOSAL, NOT_READY, MaskPrediction, P
 from parse.speculative.proposers.eagle_head import Attend, EagleHead, Index, RotaryEmbedding
 
 MASKED = float("-inf")
-MAX_BMM_QUERIES = 32  # queries; above it the fused attention kernel is used
+MAX_BMM_QUERIES = 32  # above this number of queries, the fused attention kernel is used
 MAX_PREFILL_TOKENS = 512  # elements in one pass, so that a long prompt does not delay the other sequences
 
 
@@ -52,16 +52,16 @@ class HeadState:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the hidden states for the last token's element are there."""
+        """Whether the hidden states for the last token's element have arrived."""
         return bool(self.pending_positions) and self.pending_positions[-1] == self.length - 2
 
     @property
     def num_elements(self) -> int:
-        """Elements, computed and pending."""
+        """The number of elements, computed and pending."""
         return self.num_computed + len(self.pending_token_ids)
 
     def reserve(self, head: EagleHead, num_draft_elements: int) -> None:
-        """Allocates memory for all elements and so many drafted ones."""
+        """Allocates memory for all elements and for `num_draft_elements` more."""
         needed, capacity = self.num_elements + num_draft_elements, self.keys.shape[2] if self.keys.ndim == 4 else 0
         if needed <= capacity:
             return
@@ -122,7 +122,7 @@ class HeadProposer(Proposer[HeadState]):
 
     @abstractmethod
     def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
-        """One tree for each request. All of them are ready."""
+        """Returns one tree for each request. All requests are ready."""
 
 
 def prefill(head: EagleHead, embedding: Tensor, rotary: RotaryEmbedding, state: HeadState, count: int) -> None:
@@ -193,7 +193,9 @@ def _insert_after_each(elements: Tensor, counts: Sequence[int], inserted: Tensor
 
 
 def _pending_attention(states: Sequence[HeadState], sizes: Sequence[int], num_outputs: int, last_layer: int) -> Attend:
-    """Causal attention of each sequence's new elements; stores their keys and values.
+    """Returns the causal attention of each sequence's new elements.
+
+    It also stores their keys and values.
 
     The last layer computes only the last `num_outputs` elements of each sequence.
     """
@@ -220,8 +222,8 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
 
     `query` is [Q, heads, d], `keys` and `values` are [key heads, T, d], and `mask` is [Q, T] and additive.
 
-    For the few queries of a draft, plain matrix products are faster than the CPU's fused kernel. For the many queries
-    of a prompt they would need too much memory.
+    For the few queries of a draft, matrix products are faster than the CPU's fused kernel. For the many queries of a
+    prompt they would need too much memory.
     """
     num_queries, heads, width = query.shape
     groups = keys.shape[0]

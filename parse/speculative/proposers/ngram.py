@@ -22,8 +22,8 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 class NgramProposer(Proposer["NgramState"]):
     """Searches the prompt and the output. It needs no model.
 
-    For example, after the tokens 7 8 9 5 6 7 8 the last two tokens occurred before and were followed by 9 5 6, so with
-    `max_tokens=3` it proposes 9 5 6. Longer matches are preferred to shorter ones, later matches to earlier ones.
+    For example, in the sequence 7 8 9 5 6 7 8, the last two tokens occurred before and were followed by 9 5 6. With
+    `max_tokens=3` it proposes 9 5 6. Longer matches are preferred to shorter ones, and later matches to earlier ones.
     """
 
     bytes_per_token = 4
@@ -52,7 +52,7 @@ class NgramState:
         self._size = size
 
     def continuation(self, max_tokens: int) -> Proposal:
-        """At most `max_tokens` that followed the longest match of the last tokens."""
+        """Returns at most `max_tokens` that followed the longest match of the last tokens."""
         token_ids = self._token_ids[: self._size]
         for width in range(min(MAX_NGRAM, len(token_ids) - 1), MIN_NGRAM - 1, -1):
             if (start := _end_of_last_match(token_ids, width)) is not None:

@@ -35,15 +35,15 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 class ParallelSpecProposer(HeadProposer):
     """A head that proposes for any number of requests.
 
-    Each position of a proposal has a distribution of its own, which does not depend on the tokens that were chosen for
-    the positions before it. The tree holds the most likely paths, as if the positions were independent. With `topk=1`
-    it is the chain of each position's most likely token.
+    Each position of a proposal has its own distribution. It does not depend on the tokens that were chosen for the
+    positions before it. The tree holds the most likely paths, as if the positions were independent. With `topk=1` it is
+    a chain of the most likely token of each position.
     """
 
     def __init__(self, head: EagleHead, embedding: Tensor, *, topk: int = 1) -> None:
         config = head.config
         if config.parallel_tokens < 2:
-            raise ProposerLoadError("not a parallel head: it proposes one token in a pass")
+            raise ProposerLoadError("this is not a parallel head: it proposes one token in a pass")
         if not 1 <= topk <= config.draft_vocab_size:
             raise ProposerLoadError(f"topk must lie in 1..{config.draft_vocab_size}, got {topk}")
         super().__init__(head, embedding)

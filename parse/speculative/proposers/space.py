@@ -2,9 +2,9 @@
 
 It computes the masks in the same pass as the tokens that it verifies.
 
-A group of masks follows the last token of the sequence and every candidate that may turn out to be the last accepted
-one. The masks of the group at that place predict the next candidates. The first mask predicts the token after the
-target's own next token, which needs no guess. A mask is visible only to the later masks of its group.
+A group of masks follows the last token of the sequence, and every candidate that may turn out to be the last accepted
+one. The masks after the last accepted candidate predict the next candidates. The target itself gives the next token,
+so the first mask predicts the token after that one. A mask is visible only to the later masks of its group.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,12 +68,12 @@ class SpaceProposer(Proposer["SpaceState"]):
     """
 
     def __init__(self, mask_embedder: SpaceAdapters | MaskTokenEmbedder, num_masks: int) -> None:
-        """Uses groups of `num_masks` masks."""
+        """Proposes groups of `num_masks` masks."""
         self.mask_embedder, self.num_masks = mask_embedder, num_masks
 
     @classmethod
     def load(cls, path: str | Path, network: PreTrainedModel) -> Self:
-        """Loads adapters that `training.space` made and attaches them to the network."""
+        """Loads adapters that `training.space` trained, and attaches them to the network."""
         adapters = load_adapters(path, network).attach(network)
         return cls(adapters, adapters.config.masks)
 
@@ -88,11 +88,11 @@ class SpaceProposer(Proposer["SpaceState"]):
         token, target = tokenizer.mask_token_id, TargetModel.of(network)
         if not isinstance(token, int):
             raise ProposerLoadError(
-                "without adapters, space needs a tokenizer with a mask token, and this one has none"
+                "without adapters, space needs a tokenizer with a mask token, and this tokenizer has none"
             )
         if token >= target.vocab_size:
             raise ProposerLoadError(
-                f"the tokenizer's mask token is {token}, the target's token ids lie in 0..{target.vocab_size - 1}"
+                f"the tokenizer's mask token must lie in 0..{target.vocab_size - 1} for this target, got {token}"
             )
         return cls(MaskTokenEmbedder(target.embedding[token]), num_masks)
 
@@ -116,7 +116,7 @@ class SpaceProposer(Proposer["SpaceState"]):
         )
         tokens, probabilities = list(prediction.token_ids[:num_candidates]), cumulative[:num_candidates]
         parents = list(range(-1, num_candidates - 1))
-        # Acceptance ends after a candidate if that one is accepted and the next one is not.
+        # Acceptance ends after a candidate if this candidate is accepted and the next one is not.
         ends_here = [
             accepted - next_accepted
             for accepted, next_accepted in zip((1.0, *probabilities), (*probabilities, 0.0), strict=True)

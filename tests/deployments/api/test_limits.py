@@ -219,7 +219,7 @@ def test_what_is_refused_is_told_as_the_openai_api_tells_it():
     response = send_request(part(b"x" * 101))
     assert json.loads(response.body).keys() == {"error"}
     assert response.error == {
-        "message": "body: is longer than 100 bytes",
+        "message": "body: must be at most 100 bytes long",
         "type": "invalid_request_error",
         "param": "body",
         "code": "too_long",

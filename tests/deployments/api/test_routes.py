@@ -568,7 +568,7 @@ def test_a_request_chooses_its_method_the_text_stays_and_the_report_tells_what_c
 def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(address, pair):
     error = error_of(post(address, BODY | {"parse": {"speculation": "eagle3"}}), 400)
     assert (error["param"], error["code"]) == ("parse.speculation", "invalid_value")
-    assert "parallel, ngram, none here, got eagle3" in error["message"]
+    assert "parallel, ngram, none, got eagle3" in error["message"]
     with served(create_app(LocalBackend(without_methods(pair.pipeline)), ApiSettings(), MODEL)) as bare:
         card = httpx.get(f"{bare}/v1/models").json()["data"][0]["parse"]
         assert (card["methods"], card["speculation"]) == (["none"], "none")
