@@ -1,4 +1,4 @@
-"""What operators deploy.
+"""Files for operators.
 
-The folder's Python writes dashboards, rules and alerts, and runs `make monitoring`.
+The Python code in this folder writes dashboards, rules and alerts, and runs `make monitoring`.
 """

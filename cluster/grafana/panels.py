@@ -81,7 +81,7 @@ class Query:
     legend: str = ""
 
     def names(self) -> frozenset[str]:
-        """Returns the names of its series that have a colour of their own."""
+        """Returns the names of the query's series that have their own colour."""
         label = re.fullmatch(r"\{\{(\w+)\}\}", self.legend)
         return LABEL_VALUES.get(label[1], frozenset()) if label else frozenset((self.legend,)) & COLOURS.keys()
 
@@ -91,7 +91,7 @@ class PanelOptions:
     """Title, description and layout of a panel."""
 
     title: str
-    description: str  # what it shows, and what a bad value means
+    description: str  # what the panel shows, and what a bad value means
     unit: str = "short"
     width: int = 8  # of 24
     height: int = 8

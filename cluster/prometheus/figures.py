@@ -1,4 +1,4 @@
-"""The figures that describe the service.
+"""The figures of the service.
 
 Each function returns a PromQL query over a `View`.
 """
@@ -7,12 +7,12 @@ from cluster.prometheus.queries import View, or_zero, parenthesized, ratio, rati
 from deployments.observability import metrics
 
 VERIFIED_MODES = 'mode!~"exact|off"'  # modes that verify drafts
-COMPARABLE_MODES = 'mode!="exact"'  # in exact, the same passes generate and accept tokens
+COMPARABLE_MODES = 'mode!="exact"'  # in mode exact, the same passes generate and accept tokens
 FAILED_OUTCOMES = 'outcome=~"overloaded|unavailable|timeout|failed"'
-SERVICE_OUTCOMES = 'outcome!~"invalid|unauthorized|left"'  # errors of clients are no failures of the service
-INVOLUNTARY_CAUSES = 'cause!="does_not_pay"'  # a decision of the service
+SERVICE_OUTCOMES = 'outcome!~"invalid|unauthorized|left"'  # errors of clients are not failures of the service
+INVOLUNTARY_CAUSES = 'cause!="does_not_pay"'  # does_not_pay is a decision of the service
 DRAFT_PROPOSALS, METHOD_PROPOSALS = 'method="draft"', 'method!="draft"'  # the draft of mode exact; token-level methods
-UNEXPECTED_LOSSES = 'cause!="stopped"'  # a replica that is stopped finishes its work first
+UNEXPECTED_LOSSES = 'cause!="stopped"'  # an engine rejects calls with this cause while its replica is replaced
 
 
 def accepted_share(view: View, *conditions: str, by: tuple[str, ...] = ()) -> str:
@@ -32,7 +32,7 @@ def answer_tokens(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, 
 
 def target_seconds_per_token(view: View) -> str:
     """Seconds that the target needs to generate one token."""
-    everywhere = view.without("mode")  # its speed does not depend on the modes that are shown
+    everywhere = view.without("mode")  # the speed of the target does not depend on the selected modes
     return ratio(
         everywhere.rate(metrics.SPENT_SECONDS, 'on="write"', COMPARABLE_MODES),
         everywhere.rate(metrics.TARGET_TOKENS, COMPARABLE_MODES),
@@ -105,7 +105,7 @@ def disagreement_share(view: View) -> str:
 
 
 def lost_calls(view: View) -> str:
-    """Lost calls in the window; zero while routers report and have counted none."""
+    """Lost calls in the window. The value is zero while routers report no lost calls."""
     return or_zero(view.increase(metrics.RETRIES, UNEXPECTED_LOSSES), view.gauge(metrics.ANSWER_SLOTS))
 
 
@@ -178,7 +178,7 @@ def acceptance_by_position(view: View, condition: str) -> str:
 
 
 def router_busy_share(view: View) -> str:
-    """Share of a router's time, averaged over routers."""
+    """Share of the time in which a part worked for a router, averaged over routers."""
     return view.aggregated("avg", f"rate({view.series(metrics.BUSY_SECONDS)}[{view.window}])", ("part",))
 
 
@@ -189,6 +189,9 @@ def drafts_per_answer(view: View) -> str:
 
 
 def reporting_replicas(view: View) -> tuple[str, str]:
-    """Routers, and engines, by a gauge that each of them has."""
+    """Numbers of routers and of engines that report, per deployment.
+
+    Each of them reports one series of a certain gauge, which is counted.
+    """
     routers, engines = view.series(metrics.ANSWER_SLOTS), view.series(metrics.ENGINE_REQUESTS_RUNNING)
     return view.aggregated("count", routers, ("deployment",)), view.aggregated("count", engines, ("deployment",))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
 
-IDENTITY = ("application", "deployment", "replica")  # every series has these labels, from either source
+IDENTITY = ("application", "deployment", "replica")  # every series has these labels, in both sources
 CONDITION = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
 
 
@@ -52,11 +52,11 @@ class View:
         return self.aggregated("sum", f"increase({self.series(metric, *conditions)}[{self.window}])", by)
 
     def total(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
-        """The sum of the observed values, per second."""
+        """Returns the sum of the observed values, per second."""
         return self.aggregated("sum", f"rate({self.series(metric, *conditions, suffix='_sum')}[{self.window}])", by)
 
     def count(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
-        """The number of observations, per second."""
+        """Returns the number of observations, per second."""
         return self.aggregated("sum", f"rate({self.series(metric, *conditions, suffix='_count')}[{self.window}])", by)
 
     def mean(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
@@ -76,7 +76,7 @@ class View:
 def _check_condition(metric: Metric, condition: str) -> None:
     match = CONDITION.fullmatch(condition)
     if not match:
-        raise ValueError(f"{condition}: not a condition")
+        raise ValueError(f'{condition}: not a condition such as label="value"')
     label, operator, value = match.groups()
     declared = metric.labels.get(label, ())
     for alternative in value.split("|") if "~" in operator else (value,):
@@ -111,7 +111,7 @@ def parenthesized(expression: str) -> str:
 
 
 def _is_one_call(expression: str) -> bool:
-    """Is the expression one function call, apart from `by (...)`?"""
+    """Returns whether the expression is one function call, apart from `by (...)`."""
     call = re.sub(r"^[\w:]+ by \([\w, ]+\) ", "", expression)
     depth = 0
     for index, letter in enumerate(call):

@@ -100,7 +100,7 @@ def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, stop_
         script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, report=tmp_path / "report.json"))
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
         with monitoring(tmp_path / "data", "--port", str(port), "--grafana-port", str(port), path=path) as process:
-            output = output_until(process, "Until Ctrl-C")
+            output = output_until(process, "Press Ctrl-C")
             source, shown = re.findall(r"^(?:Prometheus|Grafana) +(\S+)", output, re.MULTILINE)
             assert not source.endswith(f":{port}"), "somebody else has that one"
             assert source != shown
@@ -147,7 +147,7 @@ def test_a_prometheus_that_does_not_start_is_said_why(tmp_path):
 @needs_prometheus
 def test_a_prometheus_that_dies_ends_it(tmp_path):
     with monitoring(tmp_path / "data", path=only_prometheus(tmp_path)) as process:
-        output_until(process, "Until Ctrl-C")
+        output_until(process, "Press Ctrl-C")
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
         _, faults = process.communicate(timeout=30)
@@ -158,14 +158,14 @@ def test_a_prometheus_that_dies_ends_it(tmp_path):
 def test_two_do_not_record_in_one_folder(tmp_path):
     path, data = only_prometheus(tmp_path), tmp_path / "with a space"
     with monitoring(data, path=path) as first:
-        output_until(first, "Until Ctrl-C")
+        output_until(first, "Press Ctrl-C")
         with monitoring(data, path=path) as second:
             stdout, faults = second.communicate(timeout=30)
-        assert (second.returncode, stdout) == (1, "") and f"another one records in {data}" in faults
+        assert (second.returncode, stdout) == (1, "") and f"another monitoring program already uses {data}" in faults
         first.send_signal(signal.SIGINT)
         first.communicate(timeout=30)
     with monitoring(data, path=path) as third:
-        output_until(third, "Until Ctrl-C")
+        output_until(third, "Press Ctrl-C")
         third.send_signal(signal.SIGINT)
         third.communicate(timeout=30)
 
@@ -176,7 +176,7 @@ def test_a_proxy_is_not_asked_for_what_is_on_this_machine(tmp_path, monkeypatch)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     with monitoring(tmp_path / "data", path=only_prometheus(tmp_path)) as process:
-        output_until(process, "Until Ctrl-C")
+        output_until(process, "Press Ctrl-C")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
 
@@ -186,7 +186,7 @@ def test_a_proxy_is_not_asked_for_what_is_on_this_machine(tmp_path, monkeypatch)
     ("arguments", "fault"),
     [
         (("--port", "70000"), "there is no port 70000"),
-        (("--data", "/dev/null/there"), "nothing can be recorded in /dev/null/there: Not a directory"),
+        (("--data", "/dev/null/there"), "data cannot be stored in /dev/null/there: Not a directory"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(tmp_path, arguments, fault):
