@@ -200,7 +200,7 @@ def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
         ([""], "question: must not be empty"),
         ([EXAMPLE, "--max-tokens", "0"], "max_tokens: must be at least 1"),
         ([EXAMPLE, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
-        ([EXAMPLE, "--target", "/nowhere"], "/nowhere is no directory"),
+        ([EXAMPLE, "--target", "/nowhere"], "/nowhere is not a directory"),
         ([EXAMPLE * 200], "prompt: is"),
         ([EXAMPLE, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a model"),
         ([EXAMPLE, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
