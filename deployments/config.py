@@ -131,8 +131,8 @@ class AppSettings(Settings):
 def resolve_model_path(model: str) -> str:
     """Returns the absolute path of a model's folder, or the Hugging Face id as it is.
 
-    Relative paths are looked up in the working directory and then in the checkout. The paths of the demo models are also
-    resolved if a wheel is installed. The result is absolute because replicas have another working directory.
+    Relative paths are looked up in the working directory and then in the checkout. With an installed wheel, the paths
+    of the demo models are resolved too. The result is absolute because replicas have another working directory.
     """
     for folder in (Path(model).expanduser(), PROJECT_ROOT / model if IS_CHECKOUT else None, find_demo_model(model)):
         if folder is not None and folder.is_dir():

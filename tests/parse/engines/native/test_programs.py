@@ -357,12 +357,12 @@ def verified(probabilities, prefix_lengths, *, max_nodes=100, in_one_pass=False,
             assert tokens(step)[:num_trunk] == list(trunk[:num_trunk])
             assert tokens(step)[num_trunk:] == [1, 2, 3] * ((len(step.nodes) - num_trunk) // 3)
             tree = step.nodes if isinstance(step.nodes, TokenTree) else chain(step.nodes)
-            answers = [node for node in step.logits_nodes if node >= num_trunk]
+            answers = [node for node in step.logits_nodes or () if node >= num_trunk]
             assert answers == list(range(num_trunk + 2, len(tree), 3))
             positions = tree.visible_context(context_length) + tree.depth
             lengths = [int(positions[node]) - 2 - prompt_length for node in answers]
             runs.append(sorted(lengths))
-            logits = TABLE[[trunk[node] if node < num_trunk else 0 for node in step.logits_nodes]]
+            logits = TABLE[[trunk[node] if node < num_trunk else 0 for node in step.logits_nodes or ()]]
             for row, length in zip(logits[len(logits) - len(answers) :], lengths, strict=True):
                 p = probabilities[prefix_lengths.index(length)]
                 # Shared among the variants of a word, however the rest of the vocabulary fares.
