@@ -70,14 +70,14 @@ def test_prompts_are_texts_or_conversations(tokenizer, tmp_path):
     assert one[1] == []
     for line in ("{}", '{"messages": [{"role": "nobody", "content": ""}]}', "nonsense", '"text"'):
         path.write_text(json.dumps({"prompt": "How many?"}) + "\n" + line + "\n")
-        with pytest.raises(ValueError, match="line 2: no prompt"):
+        with pytest.raises(ValueError, match="line 2: not a prompt"):
             list(read_prompts(path, tokenizer))
 
 
 def test_a_line_that_holds_no_output_is_named(tmp_path):
     path = tmp_path / "outputs.jsonl"
     path.write_text(json.dumps({"prompt": [1], "output": [2], "begun": 0}) + '\n{"prompt": [1]}\n')
-    with pytest.raises(ValueError, match="line 2: no output"):
+    with pytest.raises(ValueError, match="line 2: not an output"):
         read_outputs(path)
     path.write_text(json.dumps({"prompt": [1], "output": [2], "begun": 0}) + "\n")
     assert read_outputs(path) == [TargetOutput([1], [2], 0)]

@@ -178,7 +178,7 @@ def run_cli(*args):
 def test_the_command_line_checks_an_answer():
     question, right = SMALL[0].question, correct_answer(SMALL[0])
     assert run_cli("--question", question, "--answer", right).stdout == "right\n"
-    assert run_cli("--question", question, "--answer", right[:30]).stdout.startswith("right so far")
+    assert run_cli("--question", question, "--answer", right[:30]).stdout.startswith("correct so far")
     assert "' 18'" in run_cli("--question", question, "--answer", right.replace("17", "18", 1)).stdout
 
 
