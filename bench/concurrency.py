@@ -70,7 +70,8 @@ async def run_concurrently(
     contender: PipelineContender, recorder: RecordingCostModel, prompts: Sequence[Sequence[int]], clients: int
 ) -> ConcurrentRun:
     min_answers = min(MIN_ANSWERS, len(prompts))
-    count = max(min_answers, min(ANSWERS_PER_CLIENT, len(prompts)) * clients)
+    per_client = min(ANSWERS_PER_CLIENT, max(1, len(prompts) // 8))  # a short run of few problems takes less time
+    count = max(min_answers, per_client * clients)
     clear_caches(contender.pair)
     await _answer_prompts(contender, _cycle(prompts, max(min_answers // 4, clients)), clients)
     clear_caches(contender.pair)

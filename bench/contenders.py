@@ -67,12 +67,14 @@ def tokens_per_s(results: Sequence[BenchResult]) -> float:
 
 def speed_figures(results: Sequence[BenchResult], base_results: Sequence[BenchResult]) -> dict[str, Any]:
     """Returns the tokens per second, and the speed-up over other results for the same problems with its interval."""
-    interval = throughput_ratio_interval(
-        [len(a.ids) for a in results],
-        [a.seconds for a in results],
-        [len(a.ids) for a in base_results],
-        [a.seconds for a in base_results],
-    )
+    interval = None  # the ratio of a contender to itself has none
+    if results is not base_results:
+        interval = throughput_ratio_interval(
+            [len(a.ids) for a in results],
+            [a.seconds for a in results],
+            [len(a.ids) for a in base_results],
+            [a.seconds for a in base_results],
+        )
     return {
         "tokens_per_s": tokens_per_s(results),
         "speedup": tokens_per_s(results) / tokens_per_s(base_results),
