@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMETHEUS_PORT ?= 9090
 
-.PHONY: help setup serve monitoring check unit test tools lint wheel models heads evaluate docs dashboards lock clean
+.PHONY: help setup serve monitoring check unit test tools lint wheel models heads evaluate measure results docs dashboards lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -49,13 +49,17 @@ wheel: setup  ## build the wheel in dist/; it contains the demo pair
 models: setup  ## train the demo pair again (about an hour on two cores; continues after an interruption)
 	$(BIN)/python -m training.pair
 
-heads: setup  ## train the speculative heads again (75 minutes on one core; continues after an interruption)
-	$(BIN)/python -m training.eagle3
-	$(BIN)/python -m training.parallel --dtype float16
-	$(BIN)/python -m training.space --dtype float16
+heads: setup  ## train the speculative heads again in all stages (about 90 minutes on one core; continues after an interruption)
+	$(BIN)/python -m training.demo_heads
 
-evaluate: setup  ## measure the demo pair
-	$(BIN)/python -m training.evaluate --problems 500 --seed 7
+evaluate: setup  ## measure the demo pair and its heads again, and write their model cards (about 25 minutes)
+	bench/measure.sh pair eagle3 parallel space
+
+measure: setup  ## run the measurements of bench/results/ that are missing (about 100 minutes on a quiet machine)
+	bench/measure.sh
+
+results: setup  ## write the figures of bench/results/ and the model cards into the pages
+	$(BIN)/python -m bench.report
 
 docs: setup  ## write the pages that are generated from code
 	$(BIN)/python -m deployments.reference > docs/configuration.md

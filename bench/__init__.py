@@ -1,1 +1,1 @@
-"""Measurements that anyone can run again: ratios, side by side in one run."""
+"""Benchmarks that anyone can run again. Each compares its contenders side by side in one run."""

@@ -1,4 +1,4 @@
-"""Measures the cost of drafting if every draft is wrong: mode auto against the target alone, warm-up included."""
+"""Measures the cost of drafting if every draft is wrong: mode auto against the target alone, including learning."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bench.contenders import PipelineContender
+from bench.output import heading, row
 from parse.config import EngineSettings
 from parse.engines.protocol import Drafter
 from parse.local import LocalPair
@@ -16,12 +17,13 @@ from parse.prompts import chat_prompt_token_ids
 from parse.requests import DraftRequest
 from parse.types import TokenDelta
 from training import measure
+from training.confidence import throughput_ratio_interval
 
-CORRUPTED_POSITION = 3  # the token of each draft that is made wrong
+CORRUPTED_POSITION = 3  # index of the token in each draft that is replaced by a wrong one
 
 
 class CorruptingDrafter:
-    """Takes as long as the drafter it wraps, and its drafts are wrong from the first line on."""
+    """Takes as long as the drafter it wraps, but its drafts are wrong from the first line on."""
 
     def __init__(self, drafter: Drafter, wrong: int) -> None:
         self.drafter, self.wrong_token = drafter, wrong
@@ -70,19 +72,34 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
         off_result.seconds / auto_result.seconds
         for auto_result, off_result in zip(auto_results, off_results, strict=True)
     ]
+    ones = [1] * count
     drafted_ratios = [ratio for ratio, result in zip(ratios, auto_results, strict=True) if result.draft_tokens]
     return {
         "requests": count,
         "drafted_for": len(drafted_ratios),
         "accepted_tokens": sum(result.accepted_tokens for result in auto_results),
+        "corrupted_token": CORRUPTED_POSITION + 1,
         "of_target": sum(a.seconds for a in off_results) / sum(a.seconds for a in auto_results),
+        "of_target_interval": throughput_ratio_interval(
+            ones, [a.seconds for a in auto_results], ones, [a.seconds for a in off_results]
+        ),
         "worst_request": min(drafted_ratios, default=1.0),
         "first_request": ratios[0],
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    return (
-        f"{result['requests']} requests whose drafts are all wrong, {result['drafted_for']} of them drafted for: "
-        f"{result['of_target']:.3f} of the target's own throughput; the worst request {result['worst_request']:.2f}"
+    low, high = result["of_target_interval"] or (float("nan"), float("nan"))
+    return "\n".join(
+        [
+            *heading("requests", "with a draft", "throughput over the target alone", "slowest request with a draft"),
+            row(
+                str(result["requests"]),
+                str(result["drafted_for"]),
+                f"{result['of_target']:.3f} ({low:.3f} to {high:.3f})",
+                f"{result['worst_request']:.2f}",
+            ),
+            "",
+            f"Token {result['corrupted_token']} of every draft is replaced by a wrong one.",
+        ]
     )

@@ -1,6 +1,6 @@
-"""One question to an OpenAI-compatible server, and what came back when.
+"""Sends one request to an OpenAI-compatible server, and records the response and its times.
 
-The client shares the machine with the server, so it does little meanwhile: answers are scored afterwards.
+The client shares the machine with the server, so it does little during the measurement. Answers are checked afterwards.
 """
 
 import asyncio
@@ -17,13 +17,14 @@ from bench.workload import SampleRequest
 
 @dataclass(frozen=True)
 class RequestParams:
-    """What goes along with every question."""
+    """The parameters of every request."""
 
     model: str
     max_tokens: int = 240
     temperature: float = 0.0
     stream: bool = True
-    mode: str | None = None
+    mode: str | None = None  # None: the server's default
+    method: str | None = None  # the token-level method, "none" for none of them; None: the server's default
     timeout_s: float = 600.0
 
     def body(self, request: SampleRequest) -> dict[str, Any]:
@@ -36,7 +37,9 @@ class RequestParams:
         }
         if self.stream:
             fields["stream_options"] = {"include_usage": True}
-        return fields | ({"parse": {"mode": self.mode}} if self.mode else {})
+        choices = {"mode": self.mode, "speculation": self.method}
+        chosen = {name: value for name, value in choices.items() if value is not None}
+        return fields | ({"parse": chosen} if chosen else {})
 
 
 @dataclass(frozen=True)
@@ -44,40 +47,44 @@ class ServerReport:
     """What parse-serve reports about an answer."""
 
     mode: str
-    draft_tokens: int  # tokens
+    method: str  # the token-level method, or "none"
+    draft_tokens: int
     accepted_tokens: int
     cached_tokens: int
     arrived: float  # seconds since 1970
-    stages: Sequence[tuple[str, float, float]]  # name, start and end in seconds since it arrived
+    stages: Sequence[tuple[str, float, float]]  # name, start and end in seconds since the arrival
 
     @classmethod
     def from_json(cls, report: Mapping[str, Any]) -> "ServerReport":
         stages = tuple((str(s["name"]), float(s["start"]), float(s["end"])) for s in report["stages"])
         draft_tokens, accepted_tokens, cached_tokens = (int(report[name]) for name in ("drafted", "accepted", "cached"))
-        return cls(str(report["mode"]), draft_tokens, accepted_tokens, cached_tokens, float(report["arrived"]), stages)
+        method = str((report["speculation"] or {"method": "none"})["method"])
+        return cls(
+            str(report["mode"]), method, draft_tokens, accepted_tokens, cached_tokens, float(report["arrived"]), stages
+        )
 
 
 @dataclass(frozen=True)
 class TimedResponse:
-    """An answer as it came."""
+    """An answer, with the times of its chunks."""
 
     text: str
-    ended: bool  # complete: it did not end at a limit
+    ended: bool  # the answer is complete: it did not end at a limit
     prompt_tokens: int = 0
     completion_tokens: int = 0
     report: ServerReport | None = None
-    chunk_times: Sequence[float] = ()  # when each chunk of a stream did
+    chunk_times: Sequence[float] = ()  # the arrival of each chunk of a stream
 
 
 @dataclass(frozen=True)
 class RequestResult:
-    """What became of a question. Times are those of one clock, in seconds."""
+    """The result of a request. All times are seconds of one clock."""
 
     request: SampleRequest
-    scheduled_at: float  # when it was due
+    scheduled_at: float
     finished_at: float
     response: TimedResponse | None = None
-    error: str | None = None  # its kind: an HTTP status, the server's own code, or an exception's class
+    error: str | None = None  # the kind of error: an HTTP status, the server's own code, or an exception's class
     detail: str = ""
 
     @property
@@ -88,7 +95,7 @@ class RequestResult:
 CONNECT_S = 10.0
 
 SendRequest = Callable[[SampleRequest, float], Awaitable[RequestResult]]
-"""A task, and when it was due."""
+"""Sends a request that was scheduled for a time."""
 
 
 class RequestFailed(Exception):
@@ -104,33 +111,42 @@ class ServerUnreachable(Exception):
 
 
 def open_client(url: str, api_key: str | None) -> httpx.AsyncClient:
-    """Keeps its connections, as many as it takes."""
+    """Returns a client with an unlimited number of connections, which it keeps."""
     try:
         address = httpx.URL(url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
-        raise ServerUnreachable(f"{url!r} is no address: {error}") from error
+        raise ServerUnreachable(f"{url!r} is not a valid address: {error}") from error
     return httpx.AsyncClient(
         base_url=address,
         headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
-        # A connection that idles longer may be closed by the server in the very moment it is used again.
+        # The server may close an idle connection at the moment when it is used again, so the client closes it earlier.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
-        timeout=httpx.Timeout(None, connect=CONNECT_S),  # a request has one limit for all of it
-        trust_env=False,  # a proxy would be measured too
+        timeout=httpx.Timeout(None, connect=CONNECT_S),  # `send_request` limits the time of the whole request
+        trust_env=False,  # a proxy would be measured as well
     )
 
 
-async def get_first_model(client: httpx.AsyncClient) -> str:
-    """Returns the name of the served model, or raises an error that explains why there is none."""
+@dataclass(frozen=True)
+class ServedModel:
+    """The first model that a server lists."""
+
+    name: str
+    choices: Mapping[str, Any] | None  # modes, methods and defaults, if the server is parse-serve
+
+
+async def get_first_model(client: httpx.AsyncClient) -> ServedModel:
+    """Returns the served model, or raises an error that explains why there is none."""
     try:
         response = await client.get("/v1/models", timeout=CONNECT_S)
         if response.status_code != 200:
             failure = _http_failure(response)
             raise ServerUnreachable(f"{client.base_url} answers {failure.kind}: {failure}")
-        return str(response.json()["data"][0]["id"])
+        card = response.json()["data"][0]
+        return ServedModel(str(card["id"]), card.get("parse"))
     except httpx.HTTPError as error:
         raise ServerUnreachable(f"{client.base_url} cannot be reached: {error or type(error).__name__}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ServerUnreachable(f"{client.base_url} is no server of the OpenAI API: it lists no models") from error
+        raise ServerUnreachable(f"{client.base_url} is not a server of the OpenAI API: it lists no models") from error
 
 
 async def send_request(
@@ -143,7 +159,7 @@ async def send_request(
     except RequestFailed as failure:
         return RequestResult(request, scheduled_at, time.perf_counter(), error=failure.kind, detail=str(failure))
     except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # The last four come from a response in another shape than the API's.
+        # The last four come from a response that does not have the form of the API.
         return RequestResult(request, scheduled_at, time.perf_counter(), error=type(error).__name__, detail=str(error))
     return RequestResult(request, scheduled_at, time.perf_counter(), response)
 
@@ -207,7 +223,7 @@ def _build_response(
 
 
 async def iter_event_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of every event; it has one line, as the API sends it."""
+    """Yields the data of every event. Each event has one line of data, as the API sends it."""
     rest = b""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")

@@ -1,4 +1,4 @@
-"""Runs side by side: their figures, ratios to the first mode, a table and a picture."""
+"""Compares the contenders of a load test: figures, ratios to the first contender, tables and a picture."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.latency import BenchmarkRun, summarize
+from bench.output import heading, milliseconds, row
+from training.confidence import format_ratio, format_share, rounds_interval
 
-Pace = dict[str, float | None]
+Rates = dict[str, float | None]
 COLUMNS = (
-    "load, mode, requests/s, tokens/s, first token, a token, latency p50, p95, p99, "
-    "accepted, right, overlap, cached, errors"
+    "load, contender, requests/s, ratio, tokens/s, ratio, first token, time between tokens, latency p50, p95, p99, "
+    "accepted, accuracy, overlap, cached, errors"
 )
-RATIO_COLUMNS = (
-    "load, mode over the first, requests/s, tokens/s, latency p50, medians of rounds: requests/s, tokens/s, latency p50"
-)
+SUMMARY_COLUMNS = "load, contender, requests/s, ratio, latency p50, first token p50, accepted, accuracy"
 
 
 def compare_runs(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def compare_runs(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
             "concurrency": run.load.clients,
             "rate": run.load.rate,
             **summarize(run.rounds),
-            "rounds": [_pace(summarize([part])) for part in run.rounds],
+            "rounds": [_rates(summarize([part])) for part in run.rounds],
         }
         for run in runs
     ]
@@ -36,7 +36,7 @@ def compare_runs(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
     return {"runs": summaries, "ratios": ratios}
 
 
-def _pace(summary: Mapping[str, Any]) -> Pace:
+def _rates(summary: Mapping[str, Any]) -> Rates:
     return {
         "requests_per_s": summary["requests_per_s"],
         "tokens_per_s": summary["tokens_per_s"],
@@ -45,81 +45,106 @@ def _pace(summary: Mapping[str, Any]) -> Pace:
 
 
 def _ratios(summary: Mapping[str, Any], first_summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Over all rounds together, and the medians of their own."""
-    overall = _quotients(_pace(summary), _pace(first_summary))
+    """Returns the ratios of all rounds together, and of the single rounds their geometric mean with its interval."""
+    overall = _quotients(_rates(summary), _rates(first_summary))
     rounds = [
-        _quotients(round_pace, first_pace)
-        for round_pace, first_pace in zip(summary["rounds"], first_summary["rounds"], strict=True)
+        _quotients(round_rates, first_rates)
+        for round_rates, first_rates in zip(summary["rounds"], first_summary["rounds"], strict=True)
     ]
-    return {**overall, "median": {name: _median([part[name] for part in rounds]) for name in overall}}
+    return {**overall, "rounds": {name: _round_figures([part[name] for part in rounds]) for name in overall}}
 
 
-def _quotients(pace: Pace, base_pace: Pace) -> Pace:
+def _quotients(rates: Rates, base_rates: Rates) -> Rates:
     return {
-        name: value / base if value is not None and (base := base_pace[name]) else None for name, value in pace.items()
+        name: value / base if value is not None and (base := base_rates[name]) else None
+        for name, value in rates.items()
     }
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return statistics.median(defined) if defined else None
+def _round_figures(values: Sequence[float | None]) -> dict[str, Any]:
+    positive = [value for value in values if value]
+    return {
+        "mean": statistics.geometric_mean(positive) if positive else None,
+        "interval": rounds_interval(positive),
+        "values": list(values),
+    }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    lines = _heading(COLUMNS.split(", "))
-    for load, run in zip(_loads(result), result["runs"], strict=True):
+    lines = heading(*COLUMNS.split(", "))
+    for load, run, ratios in _entries(result):
         times = run["ttft_s"]["p50"], run["itl_s"]["p50"], *(run["latency_s"][share] for share in ("p50", "p95", "p99"))
-        shares = run["accepted_share"], run["accuracy"], run["overlap_share"], run["cached_share"]
-        errors = ", ".join(f"{count} of {kind}" for kind, count in run["errors"].items())
         lines.append(
-            _row(
+            row(
                 load,
                 run["mode"],
-                _formatted(run["requests_per_s"], ".2f"),
-                _formatted(run["tokens_per_s"], ".0f"),
-                *map(_ms, times),
-                *(_formatted(share, ".1%") for share in shares),
-                errors or "none",
+                f"{run['requests_per_s']:.2f}",
+                _ratio(ratios, "requests_per_s"),
+                f"{run['tokens_per_s']:.0f}",
+                _ratio(ratios, "tokens_per_s"),
+                *map(milliseconds, times),
+                format_share(run["accepted_share"], None),
+                format_share(run["accuracy"], run["accuracy_interval"]),
+                *(format_share(run[name], None) for name in ("overlap_share", "cached_share")),
+                ", ".join(f"{count} of {kind}" for kind, count in run["errors"].items()) or "none",
             )
         )
-    if any(len(modes) > 1 for modes in result["ratios"].values()):
-        lines += ["", *_ratio_lines(result["ratios"])]
     return "\n".join(lines)
 
 
-def _ratio_lines(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = _heading(RATIO_COLUMNS.split(", "))
-    for load, modes in ratios.items():
-        for mode, ratio in modes.items():
-            medians = ratio["median"]
-            lines.append(
-                _row(load, mode, *(_formatted(part[name], ".2f") for part in (ratio, medians) for name in medians))
+def summary_table(result: Mapping[str, Any]) -> str:
+    """Returns the table of the README, and a sentence for each load on the fastest contender."""
+    lines = heading(*SUMMARY_COLUMNS.split(", "))
+    for load, run, ratios in _entries(result):
+        lines.append(
+            row(
+                load,
+                run["mode"],
+                f"{run['requests_per_s']:.2f}",
+                _ratio(ratios, "requests_per_s"),
+                *(milliseconds(run[name]["p50"]) for name in ("latency_s", "ttft_s")),
+                format_share(run["accepted_share"], None),
+                format_share(run["accuracy"], run["accuracy_interval"]),
             )
-    return lines
+        )
+    return "\n".join([*lines, "", served_sentence(result), *fastest_sentences(result)])
 
 
-def _loads(result: Mapping[str, Any]) -> list[str]:
-    return [load for load, modes in result["ratios"].items() for _ in modes]
+def served_sentence(result: Mapping[str, Any]) -> str:
+    """Returns the token-level methods of the server. A contender that names none uses the default."""
+    choices = result["served"]
+    if not choices:
+        return "The server does not report its token-level methods."
+    methods = ", ".join(f"`{method}`" for method in choices["methods"] if method != "none") or "none"
+    return f"The server has loaded these token-level methods: {methods}. The default is `{choices['speculation']}`."
 
 
-def _heading(names: Sequence[str]) -> list[str]:
-    return [_row(*names), _row(*["---"] * len(names))]
+def fastest_sentences(result: Mapping[str, Any]) -> list[str]:
+    """Returns for each load the fastest contender, and how close mode `auto` comes to it."""
+    sentences = []
+    for load in result["ratios"]:
+        runs = {run["mode"]: run["requests_per_s"] for name, run, _ in _entries(result) if name == load}
+        fastest = max(runs, key=runs.__getitem__)
+        sentence = f"At load {load}, `{fastest}` is the fastest"
+        if "auto" in runs and fastest != "auto":
+            sentence += f", and `auto` reaches {runs['auto'] / runs[fastest]:.0%} of its requests per second"
+        sentences.append(f"{sentence}.")
+    return sentences
 
 
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def _entries(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Returns the load, the figures and the ratios of each run."""
+    names = [(load, mode) for load, modes in result["ratios"].items() for mode in modes]
+    return [(load, run, result["ratios"][load][mode]) for (load, mode), run in zip(names, result["runs"], strict=True)]
 
 
-def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.{0 if seconds >= 0.01 else 2}f} ms"
-
-
-def _formatted(value: float | None, format_spec: str) -> str:
-    return "" if value is None else f"{value:{format_spec}}"
+def _ratio(ratios: Mapping[str, Any], name: str) -> str:
+    figures = ratios["rounds"][name]
+    return format_ratio(figures["mean"], figures["interval"])
 
 
 def plot(runs: Sequence[BenchmarkRun], result: Mapping[str, Any], path: Path) -> None:
-    """How many were answered within what time, and at what rate."""
+    """Draws the distribution of the latency and the rates."""
     from matplotlib import pyplot
 
     figure, (within, rates) = pyplot.subplots(1, 2, figsize=(8, 3.2))

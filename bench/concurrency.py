@@ -1,7 +1,7 @@
-"""Several answers at once on one engine: what is left of a method's speed-up when passes are full anyway.
+"""Measures the speed-up of each token-level method with several clients on one engine.
 
-What a method makes of a load it has to learn first; so each begins with answers that are not counted. Methods take
-turns with plain writing, in an order that changes, and all answer the same questions.
+Every method must first learn the costs at this load, so the first answers of each run are not counted. Methods take
+turns with generation without a method, in an order that changes, and all answer the same problems.
 """
 
 import asyncio
@@ -17,19 +17,20 @@ from tqdm import tqdm
 
 from bench.contenders import BenchResult, PipelineContender, clear_caches
 from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel, measure_passes
+from bench.output import heading, row
 from bench.speedup_model import DecodingStats, decoding_stats, speedup_by_depth
 from parse.local import LocalPair
 from parse.types import sum_stats
+from training.confidence import format_ratio, rounds_interval
 
-CLIENT_COUNTS = 1, 4, 16
-ROUNDS = 3
-ANSWERS_PER_CLIENT = 3  # answers of each client
-MIN_ANSWERS = 16  # answers counted, however few clients
+CLIENT_COUNTS = 4, 16  # the speed-ups of a single client are those of the table of contenders
+ANSWERS_PER_CLIENT = 3
+MIN_ANSWERS = 16  # counted answers of a run, if there are as many problems
 
 
 @dataclass(frozen=True)
 class ConcurrentRun:
-    """Some answers of one method, one after another for each client."""
+    """The answers of one method in one round. Each client requests one answer after another."""
 
     results: tuple[BenchResult, ...]
     seconds: float
@@ -45,13 +46,15 @@ async def run(
     recorder: RecordingCostModel,
     prompts: Sequence[Sequence[int]],
     single_stats: Mapping[str, DecodingStats],
+    rounds: int,
 ) -> list[dict[str, Any]]:
     choices: list[str] = ["none", *pair.target.methods]
-    settings = [(round_index, clients) for round_index in range(ROUNDS) for clients in CLIENT_COUNTS]
+    settings = [(round_index, clients) for round_index in range(rounds) for clients in CLIENT_COUNTS]
     runs: dict[int, dict[str, list[ConcurrentRun]]] = {c: {choice: [] for choice in choices} for c in CLIENT_COUNTS}
     curves: dict[int, list[PassTimeCurve]] = {clients: [] for clients in CLIENT_COUNTS}
     for round_index, clients in tqdm(settings, desc="crowds", unit="crowd", file=sys.stderr):
-        for choice in choices[round_index:] + choices[:round_index]:
+        first = round_index % len(choices)
+        for choice in choices[first:] + choices[:first]:
             curves[clients].append(measure_passes(pair.target.model, clients))
             runs[clients][choice].append(
                 await run_concurrently(PipelineContender(pair, "off", choice), recorder, prompts, clients)
@@ -66,9 +69,11 @@ async def run(
 async def run_concurrently(
     contender: PipelineContender, recorder: RecordingCostModel, prompts: Sequence[Sequence[int]], clients: int
 ) -> ConcurrentRun:
-    count = max(MIN_ANSWERS, ANSWERS_PER_CLIENT * clients)
+    min_answers = min(MIN_ANSWERS, len(prompts))
+    per_client = min(ANSWERS_PER_CLIENT, max(1, len(prompts) // 8))  # a short run of few problems takes less time
+    count = max(min_answers, per_client * clients)
     clear_caches(contender.pair)
-    await _answer_prompts(contender, _cycle(prompts, max(MIN_ANSWERS // 4, clients)), clients)
+    await _answer_prompts(contender, _cycle(prompts, max(min_answers // 4, clients)), clients)
     clear_caches(contender.pair)
     recorder.pop_records()
     started = time.perf_counter()
@@ -82,7 +87,7 @@ async def _answer_prompts(
     results: list[BenchResult] = []
 
     async def client() -> None:
-        for prompt in prompts:  # all clients take from one list
+        for prompt in prompts:  # all clients share one iterator
             results.append(await contender.answer_prompt(prompt))  # noqa: PERF401
 
     await asyncio.gather(*(client() for _ in range(clients)))
@@ -110,12 +115,15 @@ def summarize(
         else []
     )
     best = max(range(len(depths)), key=depths.__getitem__, default=None)
+    ratios = [b.tokens_per_s / p.tokens_per_s for b, p in zip(method_runs, plain_runs, strict=True)]
     return {
         "clients": clients,
         "method": method,
         "tokens_per_s": statistics.median(b.tokens_per_s for b in method_runs),
         "plain_tokens_per_s": statistics.median(b.tokens_per_s for b in plain_runs),
-        "ratios": [b.tokens_per_s / p.tokens_per_s for b, p in zip(method_runs, plain_runs, strict=True)],
+        "ratios": ratios,
+        "speedup": statistics.geometric_mean(ratios),
+        "speedup_interval": rounds_interval(ratios),
         "tokens_per_pass": stats.tokens_per_pass,
         "depth": sum(stats.proposed) / stats.passes,
         **stats.to_json(),
@@ -126,19 +134,23 @@ def summarize(
 
 
 def table(crowds: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| clients | method | tokens/s | plain | speed-up | rounds | tokens a pass | proposed a pass | entries a pass "
-        "| best depth by the model | speed-up there | at full depth |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in crowds:
-        model = ["", "", ""]
-        if row["by_depth"]:
-            model = [str(row["best_depth"]), f"{max(row['by_depth']):.2f}", f"{row['by_depth'][-1]:.2f}"]
-        ratios = row["ratios"]
+    names = "tokens/s", "none", "speed-up", "tokens per pass", "proposed per pass", "computed per pass"
+    predictions = "best length by the model", "speed-up there", "at full length"
+    lines = heading("clients", "method", *names, *predictions)
+    for entry in crowds:
+        by_depth = entry["by_depth"]
+        predicted = [str(entry["best_depth"]), f"{max(by_depth):.2f}", f"{by_depth[-1]:.2f}"] if by_depth else [""] * 3
         lines.append(
-            f"| {row['clients']} | {row['method']} | {row['tokens_per_s']:.0f} | {row['plain_tokens_per_s']:.0f} "
-            f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
-            f"| {row['tokens_per_pass']:.2f} | {row['depth']:.1f} | {row['entries']:.1f} | {' | '.join(model)} |"
+            row(
+                str(entry["clients"]),
+                entry["method"],
+                f"{entry['tokens_per_s']:.0f}",
+                f"{entry['plain_tokens_per_s']:.0f}",
+                format_ratio(entry["speedup"], entry["speedup_interval"]),
+                f"{entry['tokens_per_pass']:.2f}",
+                f"{entry['depth']:.1f}",
+                f"{entry['entries']:.1f}",
+                *predicted,
+            )
         )
     return "\n".join(lines)

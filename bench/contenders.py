@@ -1,21 +1,26 @@
-"""The contenders: the pipeline in each mode and its peers, all called in the same way."""
+"""The contenders of a benchmark: the pipeline in each mode and its peers, all called in the same way."""
 
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parse.config import EngineSettings
+from parse.controller import DraftingController
 from parse.events import Finished, TextDelta
 from parse.local import LocalPair
-from parse.pipeline import Pipeline
 from parse.requests import GenerateRequest, GenerationRequest, VerifyRequest
 from parse.types import SamplingParams, SpeculationStats
+from training import measure
+from training.confidence import share_figures, throughput_ratio_interval
+from training.examples import ExampleBuilder
+from training.task import Problem
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=240)
 MODES: tuple[str, ...] = ("off", "full", "progressive", "rounds", "exact", "auto")
@@ -26,17 +31,17 @@ class BenchResult:
     ids: tuple[int, ...]  # without the end token
     ended: bool
     seconds: float
-    ttft_s: float  # until the first token could be shown
+    ttft_s: float  # seconds to the first token
     draft_tokens: int = 0
     accepted_tokens: int = 0
     target_tokens: int = 0
     num_verifications: int = 0
-    decode_s: float = 0.0  # of it, the target writing
+    decode_s: float = 0.0  # the part of `seconds` in which the target generated
     speculation: SpeculationStats | None = None
 
 
 Contender = Callable[[Sequence[int]], Awaitable[BenchResult]]
-"""Answers a prompt, given as token ids."""
+"""Answers a prompt of token ids."""
 
 ResultsByContender = dict[str, list[BenchResult]]
 
@@ -60,6 +65,34 @@ def tokens_per_s(results: Sequence[BenchResult]) -> float:
     return sum(len(a.ids) for a in results) / sum(a.seconds for a in results)
 
 
+def speed_figures(results: Sequence[BenchResult], base_results: Sequence[BenchResult]) -> dict[str, Any]:
+    """Returns the tokens per second, and the speed-up over other results for the same problems with its interval."""
+    interval = None  # the ratio of a contender to itself has none
+    if results is not base_results:
+        interval = throughput_ratio_interval(
+            [len(a.ids) for a in results],
+            [a.seconds for a in results],
+            [len(a.ids) for a in base_results],
+            [a.seconds for a in base_results],
+        )
+    return {
+        "tokens_per_s": tokens_per_s(results),
+        "speedup": tokens_per_s(results) / tokens_per_s(base_results),
+        "speedup_interval": interval,
+    }
+
+
+def accuracy_figures(
+    results: Sequence[BenchResult], problems: Sequence[Problem], builder: ExampleBuilder
+) -> dict[str, Any]:
+    """Returns the share of answers with every step correct, with the number of answers and the interval."""
+    is_correct = [
+        measure.is_correct(builder, problem, [*a.ids, builder.eos_token_id] if a.ended else a.ids)
+        for problem, a in zip(problems, results, strict=True)
+    ]
+    return share_figures("accuracy", is_correct)
+
+
 def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict[str, Contender]]:
     """Returns all contenders. The baselines have models of their own, because the engine replaces attention."""
     target, draft = models / "demo-target", models / "demo-draft"
@@ -78,18 +111,21 @@ def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict
 
 
 class PipelineContender:
-    """The pipeline in one mode, with one token-level method for what the target generates."""
+    """The pipeline in one mode, with one token-level method for the tokens that the target generates.
 
-    def __init__(self, pair: LocalPair, mode: str, method: str = "none", *, pipeline: Pipeline | None = None) -> None:
+    Every contender has a drafting controller of its own, so that mode `auto` does not learn from the other contenders.
+    """
+
+    def __init__(self, pair: LocalPair, mode: str, method: str = "none") -> None:
         self.pair, self.mode, self.method = pair, mode, method
-        self.pipeline = pipeline or pair.pipeline
+        self.pipeline = replace(pair.pipeline, controller=DraftingController())
 
     async def __call__(self, prompt: Sequence[int]) -> BenchResult:
         clear_caches(self.pair)
         return await self.answer_prompt(prompt)
 
     async def answer_prompt(self, prompt: Sequence[int]) -> BenchResult:
-        """Answers with whatever the caches hold of the prompt."""
+        """Answers without clearing the caches first."""
         request = GenerationRequest(prompt, sampling_params=GREEDY, mode=self.mode, speculative_method=self.method)
         ids: list[int] = []
         async for event in self.pipeline.generate(request):
@@ -113,7 +149,7 @@ class PipelineContender:
 
 
 def clear_caches(pair: LocalPair) -> None:
-    """Clears the prefix caches, so that no contender profits from the one before."""
+    """Clears the prefix caches, so that no contender benefits from the one before."""
     for engine in (pair.target, pair.draft):
         if engine is not None:
             engine.reset_prefix_cache()
@@ -145,7 +181,7 @@ class Baselines:
         line_params = replace(GREEDY, stop=("\n",))
 
         def line_request(output: Sequence[int]) -> GenerateRequest:
-            # The lines before are part of the prompt, as they hold the stop string.
+            # The earlier lines are part of the prompt, because they contain the stop string.
             return GenerateRequest(prompt_token_ids=(*prompt, *output), sampling_params=line_params)
 
         while not ended and len(output) < (GREEDY.max_tokens or 0):

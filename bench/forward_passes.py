@@ -1,4 +1,4 @@
-"""The time of forward passes: bare ones by their size, and those of an engine while it generates."""
+"""Measures forward passes: bare ones by their size, and those of an engine while it generates."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ from parse.tree import MASK
 Propose = Callable[[Sequence[ProposalRequest[GuardedState]]], list[Proposal]]
 
 TOKEN_COUNTS = 1, 2, 3, 5, 9, 13, 20, 32, 48  # of each sequence
-CONTEXT_TOKENS = 200  # a question and half of its answer
+CONTEXT_TOKENS = 200  # a prompt and half of its answer
 NUM_TRIALS = 3
 
 
@@ -76,7 +76,7 @@ def _measure_s(model: Model, chunks: Sequence[ScheduledChunk]) -> float:
     tokens = [token for chunk in chunks for token in chunk.token_ids()]
     positions = [position for chunk in chunks for position in chunk.positions()]
     seconds = []
-    for _ in range(NUM_TRIALS + 1):  # the first is not counted, for whatever is done once
+    for _ in range(NUM_TRIALS + 1):  # the first trial includes work that is done only once, and is not counted
         started = time.perf_counter()
         logits, _ = model.forward(tokens, positions, attend(kv_cache, chunks), None)
         logits.argmax(-1).tolist()  # waits for the device
@@ -105,7 +105,7 @@ class PassRecords:
 
 
 class RecordingCostModel(StepCostModel):
-    """Records what an engine passes to its cost model, and the time of its methods."""
+    """Records the passes that an engine reports to its cost model, and the time of its methods."""
 
     def __init__(self, engine: NativeEngine) -> None:
         assert engine.core.cost_model is not None, "an engine without methods counts no costs"

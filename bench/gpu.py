@@ -1,16 +1,15 @@
-"""The engine on a GPU against what the hardware allows: random weights in the shapes of real models, in bfloat16.
+"""Measures the engine on a GPU against the limits of the hardware, with random weights in the shapes of real models.
 
     python -m bench.gpu --shape qwen3-8b
     python -m bench.gpu --shape qwen3-32b --batches 1,8,32 --profile --json 32b.json
 
-Decoding is held against the bytes that a step must read, prompts against the multiplications they take, at the rates
-that a plain copy and a plain product of matrices reach on the same device just before; both against `generate()`.
-Verification is counted in decode steps. Everything is measured without CUDA graphs and with them.
+The limit of decoding is the bytes that a step must read, and the limit of prompts is their multiplications, at the
+rates that a plain copy and a plain matrix product reach on the same device immediately before. Both are also compared
+with `generate()`. Verification is counted in decode steps. Everything is measured with and without CUDA graphs.
 """
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import time
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from bench.output import add_json_argument, write_output
 from bench.roofline import SHAPES, build_model, copy_bytes_per_s, matmul_flops_per_s, roofline_costs, synchronize
 from bench.throughput import drain, generate_s, prefill_s, random_prompts
 from parse.config import EngineSettings
@@ -36,12 +35,13 @@ from parse.prompts import VerificationSuffix
 from parse.requests import VerifyRequest
 from parse.types import SamplingParams
 from training.evaluate import MODELS
+from training.provenance import describe_run
 
 DRAFT_TOKENS, SUFFIX_TOKENS, PREFIX_COUNTS = 512, 16, (16, 32)  # tokens, tokens, prefixes
 ANSWER_TOKENS = 64  # tokens
 NUM_DECODING = 8  # requests that decode while a draft is verified
 NUM_PREFILLS = 4  # prompts at the same time
-ROUNDS = 3  # the medians count
+ROUNDS = 3  # the result is their median
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,8 @@ def table(result: Mapping[str, Any]) -> str:
         result[measured] for measured in ("bound", "generate", "ordinary", "recorded")
     )
     lines = [
-        f"{result['shape']} in random weights, context {result['context']}; {result['device']}, {result['versions']}; "
+        f"{result['shape']} with random weights, context {result['context']}; {result['device']}; "
+        f"{result['versions']}; "
         f"copies at {result['copied_tb_per_s']:.2f} TB/s, multiplies at {result['multiplied_tflops']:.0f} TFLOP/s",
         "",
         "| batch | ms a step, recorded | ordinary | generate() | bound | of the bound | sampled |",
@@ -261,7 +262,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines.append(f"Recorded: {share:.0%} of all steps were replayed, prompts and verification among them.")
     speed, max_speed = ordinary["prompt_tokens_per_s"], bound["prompt_tokens_per_s"]
     lines.append(
-        f"Prompts: {speed:.0f} tokens/s, {speed / max_speed:.0%} of what multiplying allows; generate() "
+        f"Prompts: {speed:.0f} tokens/s, {speed / max_speed:.0%} of the limit; generate() "
         f"{generate['prompt_tokens_per_s']:.0f}"
     )
     step = next(iter(recorded["decode_ms"].values()))
@@ -271,7 +272,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"{num_prefixes} cached prefixes: {ms:.1f} ms, {ms / step:.1f} decode steps; one by one {naive:.0f} ms, "
             f"{naive / ms:.0f} times"
         )
-    lines.append(f"{PREFIX_COUNTS[0]} beside {NUM_DECODING} who write: {recorded['judge_beside_writers_ms']:.1f} ms")
+    verify_ms = recorded["judge_beside_writers_ms"]
+    lines.append(f"{PREFIX_COUNTS[0]} prefixes while {NUM_DECODING} requests decode: {verify_ms:.1f} ms")
     for key, batches in result["profile"].items():
         for batch, profile in batches.items():
             kernel_times = ", ".join(f"{name} {ms:.3f}" for name, ms in profile["longest_ms_a_step"].items())
@@ -292,8 +294,9 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=2048, help="maximum tokens computed in one pass")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--profile", action="store_true", help="profile the device while it decodes")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    add_json_argument(parser)
     args = parser.parse_args()
+    description = describe_run()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device: there is no GPU here; `--device cpu --shape tiny` tries the program")
     batches = sorted({int(batch) for batch in args.batches.split(",")})
@@ -302,9 +305,7 @@ def main() -> None:
     result = run(
         args.shape, BenchmarkPlan(args.context, batches, args.step_tokens), torch.device(args.device), args.profile
     )
-    print(table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_output({"run": description, **result}, table(result), args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figures of many timed answers: rates, percentiles, and the overlap of drafting and verification."""
+"""Computes rates, percentiles and the overlap of drafting and verification from many timed answers."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,15 +7,16 @@ from statistics import fmean
 from typing import Any
 
 from bench.client import RequestResult, ServerReport, TimedResponse
+from training.confidence import share_figures
 
 STAGES = "queue", "warm", "draft", "judge", "write"
-SIDES = {"draft": 0, "judge": 1, "write": 1}  # the drafter's and the target's
+SIDES = {"draft": 0, "judge": 1, "write": 1}  # 0: the drafter works, 1: the target works
 SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(frozen=True)
 class OfferedLoad:
-    """Clients that wait for their answers, or arrivals a second that wait for nothing."""
+    """A number of clients that wait for their answers, or a rate of arrivals that does not depend on answers."""
 
     clients: int | None = None
     rate: float | None = None
@@ -27,7 +28,7 @@ class OfferedLoad:
 
 @dataclass(frozen=True)
 class Round:
-    """Requests that were sent without a break."""
+    """Requests that were sent without a pause."""
 
     results: Sequence[RequestResult]
     wall_s: float
@@ -36,7 +37,7 @@ class Round:
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """One mode under one load."""
+    """One contender under one load."""
 
     mode: str
     load: OfferedLoad
@@ -48,7 +49,7 @@ class BenchmarkRun:
 
 
 def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Returns the figures of all rounds together. A figure that cannot be known is null."""
+    """Returns the figures of all rounds together. A figure without data is null."""
     results = [result for part in rounds for result in part.results]
     answered = [(outcome, outcome.response) for outcome in results if outcome.response]
     responses = [response for _, response in answered]
@@ -61,12 +62,15 @@ def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
         "requests_per_s": len(responses) / wall_s,
         "tokens_per_s": sum(response.completion_tokens for response in responses) / wall_s,
         "completion_tokens": sum(response.completion_tokens for response in responses),
-        "accuracy": _mean([o.request.is_correct(r.text, r.ended) for o, r in answered if o.request.is_correct]),
+        **share_figures(
+            "accuracy", [o.request.is_correct(r.text, r.ended) for o, r in answered if o.request.is_correct]
+        ),
         "accepted_share": _ratio(sum(r.accepted_tokens for r in reports), sum(r.draft_tokens for r in reports)),
         "cached_share": _ratio(
             sum(r.cached_tokens for r in reports), sum(r.prompt_tokens for r in responses if r.report)
         ),
         "answered_as": dict(Counter(report.mode for report in reports)),
+        "answered_with": dict(Counter(report.method for report in reports)),
         "ttft_s": spread(
             response.chunk_times[0] - outcome.scheduled_at for outcome, response in answered if response.chunk_times
         ),
@@ -86,7 +90,7 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:
-    """Between the two nearest of the ordered values, in proportion."""
+    """Returns a percentile of ordered values, by linear interpolation."""
     if not ordered:
         return None
     rank = share * (len(ordered) - 1)
@@ -96,7 +100,7 @@ def percentile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def mean_inter_token_s(response: TimedResponse) -> float | None:
-    """Mean time from one token to the next, as a reader sees them: those of one chunk come together."""
+    """Returns the mean time between tokens. The tokens of one chunk arrive together."""
     return (
         (response.chunk_times[-1] - response.chunk_times[0]) / (response.completion_tokens - 1)
         if response.chunk_times and response.completion_tokens > 1
@@ -106,7 +110,7 @@ def mean_inter_token_s(response: TimedResponse) -> float | None:
 
 def overlap_s(reports: Sequence[ServerReport]) -> float:
     """Returns the seconds in which one request was drafted while another one was verified or generated."""
-    changes: list[tuple[float, int, int, int]] = []  # when, whose side, of which request, one more or one less
+    changes: list[tuple[float, int, int, int]] = []  # time, side, request, +1 or -1
     for number, report in enumerate(reports):
         for name, start, end in report.stages:
             if (side := SIDES.get(name)) is not None:

@@ -1,22 +1,25 @@
-"""Load against a server of ours: so many clients at a time, or requests that come whatever the server does.
+"""Measures a server under load: a number of clients at a time, or requests that arrive at a fixed rate.
 
     python -m bench.load --url http://127.0.0.1:8000 --requests 100 --concurrency 1,8 --json -
     python -m bench.load --url http://127.0.0.1:8000 --requests 100 --rate 4 --mode rounds
-    python -m bench.load --url http://127.0.0.1:8000 --requests 200 --concurrency 8 --compare off,full,rounds
+    python -m bench.load --url http://127.0.0.1:8000 --requests 200 --concurrency 8 --compare off+none,off,full,auto
 
-With --concurrency (closed loop) every client asks again when it was answered. With --rate (open loop) requests arrive
-as a Poisson process, and latency counts from the scheduled arrival. Several numbers, or both options, are measured one
-after the other, each on questions of its own. Modes that are compared take turns, round by round, on the same problems;
-who begins changes from round to round.
+A contender is a mode, such as `off`, which uses the server's default token-level method, or a mode with a method, such
+as `off+none` or `full+eagle3`. Contenders that are compared take turns, round by round, on the same problems. The order
+changes from round to round. Ratios are to the first contender.
 
-What a server has computed it keeps: the same question again, and a draft of the same words, cost it less. So each mode
-meets the demo's problems with other names in them, and a second run wants another --seed. A file's prompts are asked as
-they are: there `cached_share`, the part of the prompts that the server knew already, says how far to trust a ratio.
+With --concurrency (closed loop) every client sends its next request when it has an answer. With --rate (open loop)
+requests arrive as a Poisson process, and latency counts from the scheduled arrival. Several numbers, or both options,
+are measured one after the other, each on problems of its own.
+
+A server caches prompts, so a repeated prompt costs less. Each contender therefore gets the problems of the demo task
+with other names, and a second run needs another --seed. Prompts of a file are sent unchanged. In that case
+`cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share the
+state of the server, such as what mode `auto` learned about drafting.
 """
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import sys
@@ -33,6 +36,7 @@ from bench.client import (
     RequestParams,
     RequestResult,
     SendRequest,
+    ServedModel,
     ServerUnreachable,
     get_first_model,
     open_client,
@@ -40,9 +44,11 @@ from bench.client import (
 )
 from bench.comparison import compare_runs, plot, table
 from bench.latency import BenchmarkRun, OfferedLoad, Round
+from bench.output import add_json_argument, write_output
 from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests
+from training.provenance import describe_run
 
-DEFAULT = "default"  # stands for the mode of a request that names none
+DEFAULT = "default"  # the name of requests without a mode
 ROUNDS = 4
 Number = TypeVar("Number", int, float)
 
@@ -73,10 +79,10 @@ async def open_loop(
 
 
 def poisson_arrivals(rate: float, count: int, seed: str) -> list[float]:
-    """When they arrive, in seconds from the start; the same seed gives the same times.
+    """Returns arrival times in seconds from the start. The same seed gives the same times.
 
-    A Poisson process of which it is known that so many came in the time they should take: that they came at any moment
-    alike. So the rate is kept exactly, however few they are.
+    They are those of a Poisson process under the condition that `count` arrivals fall into their expected time. So the
+    mean rate is exact even for a few arrivals.
     """
     rng = random.Random(seed)
     return sorted(rng.uniform(0, count / rate) for _ in range(count))
@@ -93,7 +99,7 @@ async def run_round(load: OfferedLoad, send: SendRequest, requests: Sequence[Sam
 
 @dataclass(frozen=True)
 class Workload:
-    """The requests of one mode, and how to send them."""
+    """The requests of one contender, and the function that sends them."""
 
     send: SendRequest
     requests: Sequence[SampleRequest]
@@ -116,22 +122,28 @@ async def run_interleaved(
     return [BenchmarkRun(name, load, rounds_by_name[name]) for name in names]
 
 
+def with_contender(params: RequestParams, contender: str) -> RequestParams:
+    """Returns the parameters of a contender's requests."""
+    mode, _, method = contender.partition("+")
+    return replace(params, mode=None if mode == DEFAULT else mode, method=method or None)
+
+
 async def run_load(
     args: argparse.Namespace, requests_by_mode: Mapping[str, Sequence[SampleRequest]]
-) -> tuple[str, list[BenchmarkRun]]:
-    """Returns the model and the runs of each mode. The first requests only warm up the server."""
+) -> tuple[ServedModel, list[BenchmarkRun]]:
+    """Returns the served model and the runs of each contender. The first requests only warm up the server."""
     runs: list[BenchmarkRun] = []
     async with open_client(args.url, args.api_key) as client:
-        first_model = await get_first_model(client)
+        served = await get_first_model(client)
         params = RequestParams(
-            args.model or first_model, args.max_tokens, args.temperature, args.stream, timeout_s=args.timeout
+            args.model or served.name, args.max_tokens, args.temperature, args.stream, timeout_s=args.timeout
         )
         with tqdm(
             total=sum(map(len, requests_by_mode.values())), desc="requests", unit="request", file=sys.stderr
         ) as bar:
             workloads = {
                 mode: Workload(
-                    _with_progress(partial(send_request, client, replace(params, mode=_requested_mode(mode))), bar),
+                    _with_progress(partial(send_request, client, with_contender(params, mode)), bar),
                     requests,
                 )
                 for mode, requests in requests_by_mode.items()
@@ -143,11 +155,7 @@ async def run_load(
                 runs += await run_interleaved(
                     workloads, load, range(start, start + args.requests), args.rounds, args.seed
                 )
-    return params.model, runs
-
-
-def _requested_mode(mode: str) -> str | None:
-    return None if mode == DEFAULT else mode
+    return replace(served, name=params.model), runs
 
 
 def _with_progress(send: SendRequest, bar: tqdm) -> SendRequest:
@@ -160,9 +168,9 @@ def _with_progress(send: SendRequest, bar: tqdm) -> SendRequest:
 
 
 def error_messages(runs: Sequence[BenchmarkRun]) -> list[str]:
-    """One of each kind of error, in the server's words."""
+    """Returns one message for each kind of error, as the server wrote it."""
     details = {o.error: o.detail for run in reversed(runs) for o in reversed(run.results) if o.error}
-    return [f"{kind}: {detail or 'no more was said'}" for kind, detail in details.items()]
+    return [f"{kind}: {detail or 'no message'}" for kind, detail in details.items()]
 
 
 def _build_requests(args: argparse.Namespace) -> dict[str, list[SampleRequest]]:
@@ -174,20 +182,23 @@ def _build_requests(args: argparse.Namespace) -> dict[str, list[SampleRequest]]:
 
 def main() -> None:
     args = _arguments()
+    description = describe_run(problems=args.requests, seeds=[args.seed])
     try:
-        model, runs = asyncio.run(run_load(args, _build_requests(args)))
+        served, runs = asyncio.run(run_load(args, _build_requests(args)))
     except (InvalidPromptFile, ServerUnreachable) as trouble:
         sys.exit(f"load: {trouble}")
     settings = {name: getattr(args, name) for name in ("url", "seed", "max_tokens", "temperature", "stream", "warmup")}
-    result = {**settings, "model": model, "prompts": str(args.prompts or "demo"), **compare_runs(runs)}
+    result = {
+        "run": description,
+        **settings,
+        "model": served.name,
+        "served": served.choices,
+        "prompts": str(args.prompts or "demo"),
+        **compare_runs(runs),
+    }
     if args.plot:
         plot(runs, result, args.plot)
-    if args.json == "-":
-        print(json.dumps(result, indent=2))
-    else:
-        print(table(result))
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_output(result, table(result), args.json)
     for line in error_messages(runs):
         print(f"load: {line}", file=sys.stderr)
     if not any(request_result.response for run in runs for request_result in run.results):
@@ -198,30 +209,40 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", required=True, help="the server's address, with or without /v1")
-    parser.add_argument("--requests", type=_at_least(1), default=100, metavar="N", help="of each mode under each load")
+    parser.add_argument("--url", required=True, help="address of the server, with or without /v1")
     parser.add_argument(
-        "--concurrency", type=_distinct_numbers(int), default=[], metavar="C", help="clients; or several: 1,8"
+        "--requests", type=_at_least(1), default=100, metavar="N", help="of each contender under each load"
     )
     parser.add_argument(
-        "--rate", type=_distinct_numbers(float), default=[], metavar="R", help="arrivals a second, or several"
+        "--concurrency",
+        type=_distinct_numbers(int),
+        default=[],
+        metavar="C",
+        help="number of clients, or several: 1,8",
+    )
+    parser.add_argument(
+        "--rate", type=_distinct_numbers(float), default=[], metavar="R", help="arrivals per second, or several numbers"
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--mode", help="as the server knows it; by default the request names none")
-    mode.add_argument("--compare", type=_names, metavar="M1,M2", help="modes in turn; ratios are to the first")
-    parser.add_argument("--rounds", type=_at_least(1), help=f"turns of each mode; {ROUNDS} if modes are compared, or 1")
-    parser.add_argument("--prompts", type=Path, help='a file of {"prompt" or "messages": ..., "answer": what is said}')
-    parser.add_argument("--seed", type=int, default=5, help="of the demo's problems, and of the arrivals")
+    mode.add_argument("--mode", help="mode, or mode+method (default: requests name none)")
+    mode.add_argument(
+        "--compare", type=_names, metavar="M1,M2", help="contenders that take turns; ratios are to the first"
+    )
+    parser.add_argument(
+        "--rounds", type=_at_least(1), help=f"turns of each contender (default: {ROUNDS} with --compare)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, help='file with lines of {"prompt" or "messages": ..., "answer": expected text}'
+    )
+    parser.add_argument("--seed", type=int, default=5, help="seed of the demo problems and of the arrivals")
     parser.add_argument("--max-tokens", type=_at_least(1), default=RequestParams.max_tokens)
     parser.add_argument("--temperature", type=float, default=RequestParams.temperature)
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--model", help="by default the first that the server lists")
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="by default OPENAI_API_KEY's value")
-    parser.add_argument(
-        "--timeout", type=float, default=RequestParams.timeout_s, help="seconds for one request, all in all"
-    )
-    parser.add_argument("--warmup", type=_at_least(0), default=2, help="requests in each mode that do not count")
-    parser.add_argument("--json", metavar="PATH", help="where the figures go; - for standard output")
+    parser.add_argument("--model", help="default: the first model that the server lists")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: value of OPENAI_API_KEY")
+    parser.add_argument("--timeout", type=float, default=RequestParams.timeout_s, help="seconds for one request")
+    parser.add_argument("--warmup", type=_at_least(0), default=2, help="requests of each contender that do not count")
+    add_json_argument(parser)
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw latencies and rates, as .svg or .png")
     args = parser.parse_args()
     clients = args.concurrency or ([] if args.rate else [1])
@@ -230,7 +251,7 @@ def _arguments() -> argparse.Namespace:
     args.rounds = args.rounds or (ROUNDS if args.compare else 1)
     if args.rounds > args.requests:
         parser.error("--rounds: more than there are requests")
-    for path in (args.json, args.plot):  # before the work is done, not after it
+    for path in (args.json, args.plot):  # reported before the measurement, not after it
         if path and not Path(path).parent.is_dir():
             parser.error(f"there is no folder {Path(path).parent}")
     return args
@@ -258,7 +279,7 @@ def _distinct_numbers(kind: type[Number]) -> Callable[[str], list[Number]]:
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"must be different modes, got {text}")
+        raise argparse.ArgumentTypeError(f"must be different contenders, got {text}")
     return names
 
 

@@ -1,19 +1,18 @@
-"""PARSE in every mode against its peers, on the same problems in one run, one answer at a time.
+"""Measures PARSE in every mode and its peers on the same problems in one run, one answer at a time.
 
-    python -m bench.offline --problems 100 --seed 5 --json - --plot offline.svg
-    python -m bench.offline --engine
-    python -m bench.offline --adversary --problems 200
-    python -m bench.offline --speculation --problems 80
+    python -m bench.offline --problems 100 --seed 5 --json offline.json --plot offline.svg
+    python -m bench.offline --speculation --problems 60   # all token-level methods
+    python -m bench.offline --adversary --problems 200    # mode auto if every draft is wrong
+    python -m bench.offline --engine                      # the engine against generate()
 
 Contenders take turns on every problem, and bare forward passes are measured between them, so that a change of the
-machine's pace falls on all alike; each answer starts from empty caches. Speed-ups are ratios of tokens per second to
-the target alone on this engine (`off`). The ideal counts bare forward passes only, at the acceptance that was measured:
-what is missing from it is our overhead.
+machine's speed affects all of them. Every answer starts with empty caches. Speed-ups are ratios of tokens per second to
+the target alone on this engine (`off`). The ideal speed-up counts bare forward passes at the measured acceptance. The
+difference from it is our overhead. `--problems 4 --rounds 1` gives a short run to try the program.
 """
 
 import argparse
 import asyncio
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,31 +22,45 @@ from typing import Any
 import torch
 
 from bench import adversary, speculation, throughput
-from bench.contenders import BenchResult, ResultsByContender, build_contenders, run_contenders, tokens_per_s
+from bench.contenders import (
+    BenchResult,
+    ResultsByContender,
+    accuracy_figures,
+    build_contenders,
+    run_contenders,
+    speed_figures,
+)
+from bench.output import add_json_argument, heading, milliseconds, row, write_output
 from parse.engines.native.kernels import optimize_modules
 from parse.prompts import chat_prompt_token_ids
 from training import measure
+from training.confidence import format_ratio, format_share
 from training.evaluate import MODELS, load_pair
 from training.examples import ExampleBuilder
+from training.provenance import describe_run
 from training.task import Problem
+
+DESCRIPTIONS = {
+    "off": "`off`: the target alone",
+    "full": "`full`: the complete draft is verified at once",
+    "rounds": "`rounds`: the drafter continues after a correction",
+    "progressive": "`progressive`: a window is verified while the next one is drafted",
+    "auto": "`auto`: the default, drafts as long as this saves time",
+    "hf_generate": "`generate()` of `transformers`",
+    "hf_assisted": "assisted generation of `transformers`",
+}
 
 
 def summarize(
     results: ResultsByContender, problems: Sequence[Problem], costs: measure.ForwardCosts, builder: ExampleBuilder
 ) -> dict[str, Any]:
-    speeds = {name: tokens_per_s(contender_results) for name, contender_results in results.items()}
     modes: dict[str, dict[str, Any]] = {}
     for name, contender_results in results.items():
-        is_correct = [
-            measure.is_correct(builder, problem, [*a.ids, builder.eos_token_id] if a.ended else a.ids)
-            for problem, a in zip(problems, contender_results, strict=True)
-        ]
         with_draft = [a for a in contender_results if a.draft_tokens]
         modes[name] = {
-            "tokens_per_s": speeds[name],
-            "speedup": speeds[name] / speeds["off"],
+            **speed_figures(contender_results, results["off"]),
             "answer_s": statistics.median(a.seconds for a in contender_results),
-            "accuracy": statistics.mean(is_correct),
+            **accuracy_figures(contender_results, problems, builder),
             "accepted_share": statistics.mean(a.accepted_tokens / a.draft_tokens for a in with_draft)
             if with_draft
             else None,
@@ -64,9 +77,9 @@ def summarize(
 
 
 def ideal_speedup(full: Sequence[BenchResult], costs: measure.ForwardCosts) -> float:
-    """Tokens per second of mode full over the target's, were there nothing but forward passes.
+    """Returns the speed-up of mode `full` if nothing but forward passes took time.
 
-    The target reads the prompt while the drafter writes.
+    It assumes that the target computes the prompt while the drafter writes.
     """
     seconds = tokens = target_only = 0.0
     for result in full:
@@ -81,24 +94,43 @@ def ideal_speedup(full: Sequence[BenchResult], costs: measure.ForwardCosts) -> f
 
 
 def table(result: Mapping[str, Any]) -> str:
-    lines = [
-        "| mode | tokens/s | speed-up | accuracy | accepted | first token |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = heading("mode", "tokens/s", "speed-up", "accuracy", "accepted", "first token")
     for name, mode in result["modes"].items():
         share = "" if mode["accepted_share"] is None else f"{mode['accepted_share']:.0%}"
+        speedup, accuracy = _ratio_and_accuracy(mode)
         lines.append(
-            f"| {name} | {mode['tokens_per_s']:.0f} | {mode['speedup']:.2f} | {mode['accuracy']:.1%} | {share} "
-            f"| {mode['ttft_s'] * 1e3:.0f} ms |"
+            row(name, f"{mode['tokens_per_s']:.0f}", speedup, accuracy, share, f"{mode['ttft_s'] * 1e3:.0f} ms")
         )
-    lines.append("")
     costs = ", ".join(f"{name.replace('_', ' ')} {ms:.2f} ms" for name, ms in result["costs_ms"].items())
-    lines.append(f"Bare costs: {costs}. Ideal {result['ideal_speedup']:.2f}, reached {result['of_ideal']:.0%} of it.")
+    lines += [
+        "",
+        f"Bare costs: {costs}. The ideal speed-up of `full` is {result['ideal_speedup']:.2f}; it reaches "
+        f"{result['of_ideal']:.0%} of it.",
+    ]
     return "\n".join(lines)
 
 
+def summary_table(result: Mapping[str, Any]) -> str:
+    """Returns the table of the README: the modes that a user chooses from, and the library."""
+    lines = heading("mode", "speed-up", "accuracy", "first token")
+    for name, description in DESCRIPTIONS.items():
+        mode = result["modes"][name]
+        lines.append(row(description, *_ratio_and_accuracy(mode), milliseconds(mode["ttft_s"])))
+    return "\n".join(lines)
+
+
+def _ratio_and_accuracy(mode: Mapping[str, Any]) -> tuple[str, str]:
+    return (
+        format_ratio(mode["speedup"], mode["speedup_interval"]),
+        format_share(mode["accuracy"], mode["accuracy_interval"]),
+    )
+
+
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    from matplotlib import pyplot
+    """Draws the speed-ups."""
+    from matplotlib import pyplot, rcParams
+
+    rcParams["svg.hashsalt"] = "parse"  # the same figures give the same file
 
     names = list(result["modes"])
     figure, axes = pyplot.subplots(figsize=(7, 3.2))
@@ -112,10 +144,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axes.tick_params(axis="x", rotation=30)
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]:
+    """Runs all modes and peers on the same problems."""
     torch.set_num_threads(num_threads)
     problems = measure.draw_problems(seed, count, split="bench")
     plain = load_pair(models)
@@ -123,7 +156,7 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
         plain, problems[:25], measure.generate_answers(plain.draft, plain.example_builder, problems[:25]), stride=8
     )
     for model in (plain.draft, plain.target):
-        optimize_modules(model)  # as the engine does, so that the costs are those of the same arithmetic
+        optimize_modules(model)  # as the engine does, so that the costs are those of the same kernels
     costs: list[measure.ForwardCosts] = []
     pair, contenders = build_contenders(models, num_threads=num_threads)
     try:
@@ -141,41 +174,61 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.offline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = _arguments()
+    description = describe_run(
+        problems=None if args.engine else args.problems, seeds=[] if args.engine else [args.seed]
     )
-    parser.add_argument("--problems", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--models", type=Path, default=MODELS)
-    parser.add_argument("--threads", type=int, default=1, help="of each model")
-    parser.add_argument("--json", help="where the figures go; - for standard output")
-    parser.add_argument("--plot", type=Path, help="a picture of the speed-ups")
-    parser.add_argument("--engine", action="store_true", help="measure decoding, prompts and verification alone")
-    parser.add_argument("--adversary", action="store_true", help="measure mode auto where every draft is wrong")
-    parser.add_argument("--speculation", action="store_true", help="measure all token-level methods")
-    args = parser.parse_args()
-    if args.problems < 1:
-        parser.error("--problems: at least 1")
     if args.engine:
-        result = throughput.run(args.threads)
+        result = throughput.run(args.threads, args.rounds)
         text = throughput.table(result)
     elif args.adversary:
         result = adversary.run(args.problems, args.seed, args.models, args.threads)
         text = adversary.table(result)
     elif args.speculation:
-        result = speculation.run(args.problems, args.seed, args.models, args.threads)
-        text = speculation.table(result)
+        result = speculation.run(args.problems, args.seed, args.models, args.threads, args.rounds)
+        text = speculation.tables(result)
     else:
         result = run(args.problems, args.seed, args.models, args.threads)
         text = table(result)
         if args.plot:
             plot(result, args.plot)
-    if args.json == "-":
-        print(json.dumps(result, indent=2))
-    else:
-        print(text)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    write_output({"run": description, **result}, text, args.json)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.offline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--engine", action="store_true", help="measure decoding, prompts and verification of the engine")
+    kind.add_argument("--adversary", action="store_true", help="measure mode auto if every draft is wrong")
+    kind.add_argument("--speculation", action="store_true", help="measure all token-level methods")
+    parser.add_argument("--problems", type=int, help="number of problems (default: 100); not with --engine")
+    parser.add_argument("--seed", type=int, help="seed of the problems (default: 5); not with --engine")
+    parser.add_argument("--models", type=Path, help="folder of the models; not with --engine")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of --engine (default: 5) and of many clients with --speculation (default: 3)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of each model (default: 1)")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="draw the speed-ups of the modes")
+    add_json_argument(parser)
+    args = parser.parse_args()
+    measures_modes = not (args.engine or args.adversary or args.speculation)
+    for name in ("problems", "seed", "models"):
+        if args.engine and getattr(args, name) is not None:
+            parser.error(f"--{name} has no effect with --engine")
+    if args.plot and not measures_modes:
+        parser.error("--plot draws the modes only")
+    if args.rounds is not None and not (args.engine or args.speculation):
+        parser.error("--rounds applies to --engine and --speculation only")
+    args.problems = 100 if args.problems is None else args.problems
+    args.seed = 5 if args.seed is None else args.seed
+    args.models = args.models or MODELS
+    args.rounds = args.rounds or (throughput.ROUNDS if args.engine else speculation.ROUNDS)
+    for name in ("problems", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: at least 1")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Drafting the next request while the current one is verified: two processes, one thread each.
+"""Measures what it gains to draft the next request while one is verified, with two processes of one thread each.
 
-    python -m bench.overlap --problems 60 --json -
+    python -m bench.overlap --problems 60 --json overlap.json
 
-One by one, a request takes d for its draft and t for what the target does; pipelined, the slower of the two bounds the
-pace, so that at best (d + t) / max(d, t) times as many requests are done in the same time. First with a single request
-at a time on either side, then with batches.
+One by one, a request takes d for its draft and t for the work of the target. With several requests in flight the slower
+of the two limits the throughput, so the gain is at most (d + t) / max(d, t) unless requests are also batched. The
+program measures one request at a time on each side, and then batches.
 """
 
 import argparse
 import asyncio
-import json
 import multiprocessing
+import statistics
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.contenders import GREEDY
+from bench.output import add_json_argument, heading, row, write_output
 from parse.config import EngineSettings, VerificationSettings
 from parse.engines.loader import load_native_engine
 from parse.events import Finished, Usage
@@ -30,11 +31,13 @@ from parse.prompts import build_verification_suffix, chat_prompt_token_ids
 from parse.requests import DraftRequest, GenerateRequest, GenerationRequest
 from parse.types import NO_STREAMING, TokenDelta
 from training import measure
+from training.confidence import format_ratio, rounds_interval
 from training.evaluate import MODELS
+from training.provenance import describe_run
 
 
 def serve_drafts(settings: EngineSettings, pipe: Connection) -> None:
-    """Runs the drafter's process: it writes complete drafts, as many at once as its engine runs."""
+    """Runs the process of the drafter. It returns complete drafts and runs as many at once as its engine allows."""
     torch.set_num_threads(1)
 
     async def serve() -> None:
@@ -60,7 +63,7 @@ def serve_drafts(settings: EngineSettings, pipe: Connection) -> None:
 
 
 class PipeDrafter:
-    """The other end of the pipe."""
+    """A drafter whose engine runs in another process."""
 
     def __init__(self, settings: EngineSettings) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -105,7 +108,7 @@ class PipeDrafter:
 async def run_requests(
     pipeline: Pipeline, prompts: Sequence[Sequence[int]], in_flight: int
 ) -> tuple[float, list[Usage]]:
-    """Seconds for all of them, and what each took."""
+    """Returns the seconds for all requests, and the usage of each."""
     slots = asyncio.Semaphore(in_flight)
     usages: list[Usage] = []
 
@@ -124,9 +127,9 @@ async def run_requests(
 
 
 async def compare(
-    models: Path, prompts: Sequence[Sequence[int]], *, max_num_seqs: int, in_flight: int
+    models: Path, prompts: Sequence[Sequence[int]], *, max_num_seqs: int, in_flight: int, rounds: int
 ) -> dict[str, Any]:
-    """Requests per second with so many in flight over one by one."""
+    """Compares several requests in flight with one request at a time."""
     target, draft = (
         EngineSettings(model=str(models / name), num_threads=1, max_num_seqs=max_num_seqs)
         for name in ("demo-target", "demo-draft")
@@ -144,16 +147,19 @@ async def compare(
     )
     listen_task = asyncio.create_task(drafter.listen())
     await run_requests(pipeline, prompts[:2], 1)
-    half = len(prompts) // 2
     sequential_s = pipelined_s = draft_s = target_s = 0.0
-    for part in (prompts[:half], prompts[half:]):  # in turns: a change of pace falls on both
+    ratios = []
+    for part in [prompts[first::rounds] for first in range(rounds)]:
+        # Both take turns, so that a change of the machine's speed affects both.
         engine.core.reset_prefix_cache()
         seconds, usages = await run_requests(pipeline, part, 1)
         sequential_s += seconds
         draft_s += sum(usage.seconds("draft") for usage in usages)
         target_s += sum(usage.seconds("judge", "write") for usage in usages)
         engine.core.reset_prefix_cache()
-        pipelined_s += (await run_requests(pipeline, part, in_flight))[0]
+        part_pipelined_s, _ = await run_requests(pipeline, part, in_flight)
+        pipelined_s += part_pipelined_s
+        ratios.append(seconds / part_pipelined_s)
     drafter.close()
     await listen_task
     engine.shutdown()
@@ -164,9 +170,11 @@ async def compare(
         "target_ms": target_s / len(prompts) * 1e3,
         "one_by_one_per_s": len(prompts) / sequential_s,
         "pipelined_per_s": len(prompts) / pipelined_s,
-        "ratio": sequential_s / pipelined_s,
+        "ratios": ratios,
+        "ratio": statistics.geometric_mean(ratios),
+        "ratio_interval": rounds_interval(ratios),
         "bound": bound,
-        "of_bound": sequential_s / pipelined_s / bound,
+        "of_bound": statistics.geometric_mean(ratios) / bound,
     }
 
 
@@ -174,11 +182,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.overlap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--problems", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--models", type=Path, default=MODELS)
-    parser.add_argument("--json", help="where the figures go; - for standard output")
+    parser.add_argument("--problems", type=int, default=60, help="number of problems (default: 60)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds into which they are divided (default: 5)")
+    parser.add_argument("--seed", type=int, default=5, help="seed of the problems (default: 5)")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the models")
+    add_json_argument(parser)
     args = parser.parse_args()
+    if not 1 <= args.rounds <= args.problems:
+        parser.error("--rounds: at least 1, and at most the number of problems")
+    description = describe_run(problems=args.problems, seeds=[args.seed])
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.models / "demo-target")
     prompts = [
@@ -186,13 +198,31 @@ def main() -> None:
         for problem in measure.draw_problems(args.seed, args.problems, split="bench")
     ]
     result = {
-        "single": asyncio.run(compare(args.models, prompts, max_num_seqs=1, in_flight=3)),
-        "batched": asyncio.run(compare(args.models, prompts, max_num_seqs=32, in_flight=8)),
+        "run": description,
+        "single": asyncio.run(compare(args.models, prompts, max_num_seqs=1, in_flight=3, rounds=args.rounds)),
+        "batched": asyncio.run(compare(args.models, prompts, max_num_seqs=32, in_flight=8, rounds=args.rounds)),
     }
-    text = json.dumps(result, indent=2)
-    if args.json and args.json != "-":
-        Path(args.json).write_text(text + "\n")
-    print(text)
+    write_output(result, table(result), args.json)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    names = "d", "t", "requests/s one by one", "in flight together", "ratio", "(d + t) / max(d, t)", "reached"
+    lines = heading("", *names)
+    for name, title in (("single", "one at a time on each side"), ("batched", "batched")):
+        figures = result[name]
+        lines.append(
+            row(
+                f"{title}, {figures['in_flight']} in flight",
+                f"{figures['draft_ms']:.0f} ms",
+                f"{figures['target_ms']:.0f} ms",
+                f"{figures['one_by_one_per_s']:.1f}",
+                f"{figures['pipelined_per_s']:.1f}",
+                format_ratio(figures["ratio"], figures["ratio_interval"]),
+                f"{figures['bound']:.2f}",
+                f"{figures['of_bound']:.0%}",
+            )
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Measures every token-level method, alone and within PARSE, against what it should gain, and with many clients."""
+"""Measures every token-level method alone, within PARSE and with many clients, and compares it with a prediction."""
 
 import asyncio
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,31 @@ from bench.contenders import (
     Contender,
     PipelineContender,
     ResultsByContender,
+    accuracy_figures,
     run_contenders,
+    speed_figures,
     tokens_per_s,
 )
 from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel, measure_passes, measure_prefill_s
+from bench.output import heading, row
 from bench.speedup_model import DecodingStats, break_even_tokens, decoding_stats, predict_speedup
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.controller import DraftingController
 from parse.local import LocalPair
 from parse.prompts import chat_prompt_token_ids
 from parse.types import sum_stats
 from training import measure
+from training.confidence import format_ratio, format_share
 from training.examples import ExampleBuilder
 from training.task import Problem
 from training.wording import TARGET
 
 MODES: tuple[str, ...] = "off", "full", "rounds"
 PLAIN, NO_METHODS_LOADED = "off", "off, none loaded"
+ROUNDS = 3  # of the runs with many clients
 
 
 def speculation_settings(models: Path) -> tuple[SpeculativeConfig, ...]:
-    """Returns settings for all methods: chains, as long as each was trained for."""
+    """Returns settings for all methods. Each proposes chains that are as long as its head was trained for."""
     return (
         SpeculativeConfig(method="parallel", model=str(models / "demo-parallel")),
         SpeculativeConfig(method="eagle3", model=str(models / "demo-eagle3"), num_speculative_tokens=12),
@@ -61,16 +64,11 @@ class RecordedContender:
         return answer
 
 
-def isolated_contender(pair: LocalPair, mode: str, method: str) -> PipelineContender:
-    """Returns a contender with a drafting controller of its own."""
-    return PipelineContender(pair, mode, method, pipeline=replace(pair.pipeline, controller=DraftingController()))
-
-
 def contender_name(mode: str, method: str) -> str:
     return mode if method == "none" else f"{mode} + {method}"
 
 
-def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]:
+def run(count: int, seed: int, models: Path, num_threads: int, rounds: int = ROUNDS) -> dict[str, Any]:
     torch.set_num_threads(num_threads)
     problems = measure.draw_problems(seed, count, split="bench")
     target, draft = (
@@ -84,7 +82,7 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
         recorder = RecordingCostModel(pair.target)
         choices: tuple[str, ...] = "none", *pair.target.methods
         recorded = {
-            contender_name(mode, method): RecordedContender(isolated_contender(pair, mode, method), recorder)
+            contender_name(mode, method): RecordedContender(PipelineContender(pair, mode, method), recorder)
             for mode in MODES
             for method in choices
         }
@@ -115,7 +113,7 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
             if speculation := sum_stats(a.speculation for a in results[name]):
                 stats_by_method[method] = decoding_stats(speculation, recorded[name].records)
         result["model"] = explain_speedups(results, stats_by_method, *costs)
-        result["crowds"] = asyncio.run(concurrency.run(pair, recorder, prompts, stats_by_method))
+        result["crowds"] = asyncio.run(concurrency.run(pair, recorder, prompts, stats_by_method, rounds))
     return result
 
 
@@ -123,15 +121,10 @@ def summarize(results: ResultsByContender, problems: Sequence[Problem], builder:
     plain = results[PLAIN]
     summaries = {}
     for name, contender_results in results.items():
-        is_correct = [
-            measure.is_correct(builder, problem, [*a.ids, builder.eos_token_id] if a.ended else a.ids)
-            for problem, a in zip(problems, contender_results, strict=True)
-        ]
         speculation = sum_stats(a.speculation for a in contender_results)
         summaries[name] = {
-            "tokens_per_s": tokens_per_s(contender_results),
-            "speedup": tokens_per_s(contender_results) / tokens_per_s(plain),
-            "accuracy": statistics.mean(is_correct),
+            **speed_figures(contender_results, plain),
+            **accuracy_figures(contender_results, problems, builder),
             "as_plain": sum(
                 a.ids == plain_result.ids for a, plain_result in zip(contender_results, plain, strict=True)
             ),
@@ -142,6 +135,10 @@ def summarize(results: ResultsByContender, problems: Sequence[Problem], builder:
             "ttft_s": statistics.median(a.ttft_s for a in contender_results),
             "answer_s": statistics.median(a.seconds for a in contender_results),
         }
+    if NO_METHODS_LOADED in results:
+        base_speed = tokens_per_s(results[NO_METHODS_LOADED])
+        for summary in summaries.values():
+            summary["speedup_over_none_loaded"] = summary["tokens_per_s"] / base_speed
     return {"problems": len(problems), "contenders": summaries}
 
 
@@ -152,7 +149,7 @@ def explain_speedups(
     masked: PassTimeCurve,
     prefill_s: float,
 ) -> dict[str, Any]:
-    """Why each method alone gains what it gains."""
+    """Returns what determines the speed-up of each method alone, and the predicted and the measured speed-up."""
     plain = results[PLAIN]
     passes = sum(len(a.ids) + a.ended for a in plain)
     explanations = {}
@@ -171,37 +168,76 @@ def explain_speedups(
     return {"prompt_s": prefill_s, "passes": curve.to_json(), "masked": masked.to_json(), "methods": explanations}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    lines = [
-        "| contender | tokens/s | speed-up | accuracy | as `off` | tokens a pass | writing | first token |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def tables(result: Mapping[str, Any]) -> str:
+    """Returns all tables."""
+    parts = contender_table(result), reasons_table(result), positions_table(result), passes_table(result)
+    return "\n\n".join([*parts, concurrency.table(result["crowds"])])
+
+
+def contender_table(result: Mapping[str, Any]) -> str:
+    names = (
+        "tokens/s",
+        "speed-up",
+        "over none loaded",
+        "accuracy",
+        "as `off`",
+        "tokens per pass",
+        "generating",
+        "first token",
+    )
+    lines = heading("contender", *names)
     for name, entry in result["contenders"].items():
-        a_pass = "" if entry["tokens_per_pass"] is None else f"{entry['tokens_per_pass']:.2f}"
-        share = f"{entry['writing_share']:.0%}" if entry["writing_share"] else ""
+        tokens_per_pass, share = entry["tokens_per_pass"], entry["writing_share"]
         lines.append(
-            f"| {name} | {entry['tokens_per_s']:.0f} | {entry['speedup']:.2f} | {entry['accuracy']:.1%} "
-            f"| {entry['as_plain']}/{result['problems']} | {a_pass} | {share} | {entry['ttft_s'] * 1e3:.0f} ms |"
+            row(
+                name,
+                f"{entry['tokens_per_s']:.0f}",
+                format_ratio(entry["speedup"], entry["speedup_interval"]),
+                f"{entry['speedup_over_none_loaded']:.2f}",
+                format_share(entry["accuracy"], entry["accuracy_interval"]),
+                f"{entry['as_plain']}/{result['problems']}",
+                "" if tokens_per_pass is None else f"{tokens_per_pass:.2f}",
+                f"{share:.0%}" if share else "",
+                f"{entry['ttft_s'] * 1e3:.0f} ms",
+            )
         )
-    return "\n".join([*lines, "", _explanation_table(result["model"]), "", concurrency.table(result["crowds"])])
-
-
-def _explanation_table(model: Mapping[str, Any]) -> str:
-    lines = [
-        "| method | entries a pass | it takes, bare | in the engine | proposing | tokens needed | written | predicted "
-        "| measured |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for method, entry in model["methods"].items():
-        bare_s, engine, proposing = (f"{entry[n] * 1e3:.2f} ms" for n in ("bare_pass_s", "pass_s", "proposing_s"))
-        lines.append(
-            f"| {method} | {entry['entries']:.1f} | {bare_s} | {engine} | {proposing} | {entry['needed']:.2f} "
-            f"| {entry['tokens_per_pass']:.2f} | {entry['predicted']:.2f} | {entry['measured']:.2f} |"
-        )
-    for title, curve in (("Bare passes", model["passes"]), ("all but one masks", model["masked"])):
-        sizes = zip(curve["entries"], curve["seconds"], strict=True)
-        lines += ["", f"{title}: " + ", ".join(f"{size}: {s * 1e3:.2f} ms" for size, s in sizes)]
-    lines += ["", f"A prompt: {model['prompt_s'] * 1e3:.2f} ms"]
-    for method, entry in model["methods"].items():
-        lines.append(f"{method}, accepted at each place: " + " ".join(f"{s:.0%}" for s in entry["accepted_by_place"]))
     return "\n".join(lines)
+
+
+def grid_table(result: Mapping[str, Any]) -> str:
+    """Returns the table of the README: the speed-up of each mode with each method."""
+    methods = list(result["model"]["methods"])
+    lines = heading("mode", "none", *(f"`{method}`" for method in methods))
+    for mode in MODES:
+        entries = [result["contenders"][contender_name(mode, method)] for method in ("none", *methods)]
+        lines.append(row(f"`{mode}`", *(format_ratio(e["speedup"], e["speedup_interval"]) for e in entries)))
+    return "\n".join(lines)
+
+
+def reasons_table(result: Mapping[str, Any]) -> str:
+    names = "computed per pass", "bare pass", "in the engine", "proposal", "tokens needed", "tokens per pass"
+    lines = heading("method", *names, "predicted", "measured")
+    for method, entry in result["model"]["methods"].items():
+        times = (f"{entry[name] * 1e3:.2f} ms" for name in ("bare_pass_s", "pass_s", "proposing_s"))
+        figures = (f"{entry[name]:.2f}" for name in ("needed", "tokens_per_pass", "predicted", "measured"))
+        lines.append(row(method, f"{entry['entries']:.1f}", *times, *figures))
+    return "\n".join(lines)
+
+
+def positions_table(result: Mapping[str, Any]) -> str:
+    rates = {method: entry["accepted_by_place"] for method, entry in result["model"]["methods"].items()}
+    length = max((len(shares) for shares in rates.values()), default=0)
+    lines = heading("accepted at position", *map(str, range(1, length + 1)))
+    for method, shares in rates.items():
+        lines.append(row(method, *(f"{share:.0%}" for share in shares), *[""] * (length - len(shares))))
+    return "\n".join(lines)
+
+
+def passes_table(result: Mapping[str, Any]) -> str:
+    model = result["model"]
+    curves = {"one sequence": model["passes"], "one sequence, all tokens but the first are masks": model["masked"]}
+    curves |= {f"{entry['clients']} sequences": entry["bare"] for entry in result["crowds"]}
+    lines = heading("ms of a pass, by tokens of each sequence", *map(str, model["passes"]["entries"]))
+    for name, curve in curves.items():
+        lines.append(row(name, *(f"{seconds * 1e3:.1f}" for seconds in curve["seconds"])))
+    return "\n".join([*lines, "", f"A prompt takes {model['prompt_s'] * 1e3:.2f} ms."])

@@ -91,14 +91,14 @@ def predict_speedup(
 
 
 def speedup_by_depth(stats: DecodingStats, curve: PassTimeCurve, method: str, step_s: float) -> list[float]:
-    """Speed-up of writing by chains of 1, 2, ... tokens in passes of `curve.texts` texts, prompts aside.
+    """Returns the speed-up of decoding with chains of 1, 2, ... tokens in passes of `curve.num_seqs` sequences.
 
-    `found` tells how deep proposals of one text at a time are accepted: at each place as often as where it was tried.
-    `step_s` is what a proposal takes now, of methods that go token by token each token of it.
+    `stats` gives the acceptance rate at each position, measured with one sequence at a time. `step_s` is the time of a
+    proposal, or of each token of it for sequential methods. The time of prompts is not counted.
     """
     if not stats.proposed:
         return []
-    share = stats.proposed[0] / stats.num_proposal_requests  # some methods have nothing to propose now and then
+    share = stats.proposed[0] / stats.num_proposal_requests  # some methods do not always have a proposal
     tokens, reach_probability, speedups = 1.0, share, []
     for depth, acceptance_rate in enumerate(stats.acceptance_rates, 1):
         reach_probability = min(

@@ -1,4 +1,4 @@
-"""The engine by itself: decoding, prompts and verification, against the same done by the library."""
+"""Measures the engine alone: decoding, prompts and verification, against the `transformers` library."""
 
 import asyncio
 import os
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
 
+from bench.output import heading, row
 from parse.config import EngineSettings
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import StepAttention
@@ -24,6 +25,7 @@ from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.tree import suffix_forest
 from parse.types import SamplingParams
+from training.confidence import Interval, format_ratio, rounds_interval
 from training.evaluate import MODELS
 
 LAYERS, HIDDEN_SIZE, VOCAB_SIZE = 12, 256, 8192
@@ -31,11 +33,11 @@ PROMPT_TOKENS, DRAFT_TOKENS, ANSWER_TOKENS = 256, 256, 128  # tokens
 NUM_PREFIXES, SUFFIX_TOKENS = 16, 16
 BATCHES = (1, 4, 8, 16)
 HOST_BATCHES = (1, 8, 32)
-ROUNDS = 5  # everything is measured alternately; the medians count
+ROUNDS = 5  # contenders take turns; the result is the median of the rounds
 GREEDY = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
 
-def run(num_threads: int) -> dict[str, Any]:
+def run(num_threads: int, rounds: int = ROUNDS) -> dict[str, Any]:
     torch.set_num_threads(num_threads)
     with tempfile.TemporaryDirectory() as folder:
         network = random_model()
@@ -48,15 +50,16 @@ def run(num_threads: int) -> dict[str, Any]:
         )
         hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
     try:
-        # The system hands memory out when it is first touched, which is not what is measured here.
+        # The system assigns memory when it is first used. That time is not part of the measurement.
         asyncio.run(prefill_s(engine, random_prompts(2 * max(BATCHES), PROMPT_TOKENS, seed=0)))
         return {
             "model": f"Llama, {LAYERS} layers x {HIDDEN_SIZE}, random weights, float32",
             "threads": num_threads,
-            "decode": {str(batch): measure_decode(engine, hf_model, batch) for batch in BATCHES},
-            "prompts": {str(batch): measure_prefill(engine, hf_model, batch) for batch in BATCHES},
-            "verification": measure_verification(engine, hf_model),
-            "host_ms": measure_host_overhead(),
+            "rounds": rounds,
+            "decode": {str(batch): measure_decode(engine, hf_model, batch, rounds) for batch in BATCHES},
+            "prompts": {str(batch): measure_prefill(engine, hf_model, batch, rounds) for batch in BATCHES},
+            "verification": measure_verification(engine, hf_model, rounds),
+            "host_ms": measure_host_overhead(rounds),
             "memory": measure_memory(),
         }
     finally:
@@ -79,8 +82,8 @@ def random_model() -> PreTrainedModel:
     return model.eval()
 
 
-def measure_decode(engine: NativeEngine, hf_model: PreTrainedModel, batch: int) -> dict[str, float]:
-    """Tokens per second after prompts that are cached, the prompts' own time taken off."""
+def measure_decode(engine: NativeEngine, hf_model: PreTrainedModel, batch: int, rounds: int) -> dict[str, Any]:
+    """Measures tokens per second of decoding, without the time of the prompts."""
     prompts = random_prompts(batch, PROMPT_TOKENS, seed=batch)
 
     def engine_speed() -> float:
@@ -95,11 +98,11 @@ def measure_decode(engine: NativeEngine, hf_model: PreTrainedModel, batch: int) 
             / (generate_s(hf_model, input_ids, ANSWER_TOKENS) - generate_s(hf_model, input_ids, 1))
         )
 
-    return _compare_speeds(engine_speed, generate_speed)
+    return _compare_speeds(engine_speed, generate_speed, rounds)
 
 
-def measure_prefill(engine: NativeEngine, hf_model: PreTrainedModel, batch: int) -> dict[str, float]:
-    """Prompt tokens per second."""
+def measure_prefill(engine: NativeEngine, hf_model: PreTrainedModel, batch: int, rounds: int) -> dict[str, Any]:
+    """Measures prompt tokens per second."""
     seeds = iter(range(1, 1 << 30))
 
     def engine_speed() -> float:
@@ -111,11 +114,15 @@ def measure_prefill(engine: NativeEngine, hf_model: PreTrainedModel, batch: int)
             batch * PROMPT_TOKENS / generate_s(hf_model, torch.tensor(random_prompts(batch, PROMPT_TOKENS, seed=7)), 1)
         )
 
-    return _compare_speeds(engine_speed, generate_speed)
+    return _compare_speeds(engine_speed, generate_speed, rounds)
 
 
-def measure_verification(engine: NativeEngine, hf_model: PreTrainedModel) -> dict[str, float]:
-    """Milliseconds to verify 16 cached prefixes: packed, as separate texts, and under a dense mask from scratch."""
+def measure_verification(engine: NativeEngine, hf_model: PreTrainedModel, rounds: int) -> dict[str, Any]:
+    """Measures the milliseconds to verify 16 prefixes.
+
+    *packed* is the engine with a cached draft, *naive* one sequence for each prefix, and *dense mask* one sequence with
+    all suffixes, both computed by the library without a cache.
+    """
     prompt, draft, suffix = (
         random_prompts(1, size, seed)[0] for size, seed in ((PROMPT_TOKENS, 1), (DRAFT_TOKENS, 2), (SUFFIX_TOKENS, 3))
     )
@@ -179,19 +186,21 @@ def measure_verification(engine: NativeEngine, hf_model: PreTrainedModel) -> dic
         "decode_step_ms": step,
     }
     seconds: dict[str, list[float]] = {name: [] for name in measurements}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, measure in measurements.items():
             seconds[name].append(measure())
     result = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
     return {
         **result,
         "cheaper_than_naive": result["naive_ms"] / result["packed_ms"],
+        "cheaper_than_naive_interval": _rounds_ratio_interval(seconds["naive_ms"], seconds["packed_ms"]),
         "in_decode_steps": result["packed_ms"] / result["decode_step_ms"],
+        "in_decode_steps_interval": _rounds_ratio_interval(seconds["packed_ms"], seconds["decode_step_ms"]),
     }
 
 
-def measure_host_overhead() -> dict[str, dict[str, float]]:
-    """Measures the milliseconds of a decode step without the model: the overhead on the host."""
+def measure_host_overhead(rounds: int) -> dict[str, dict[str, float]]:
+    """Measures the milliseconds of a decode step with a model that computes nothing: the overhead on the host."""
     model, logits = small_model(), torch.randn(max(HOST_BATCHES), 512, generator=torch.Generator().manual_seed(0))
 
     def idle_forward(
@@ -215,7 +224,7 @@ def measure_host_overhead() -> dict[str, dict[str, float]]:
     try:
         return {
             name: {
-                str(b): statistics.median(asyncio.run(steps(b, params)) for _ in range(ROUNDS)) for b in HOST_BATCHES
+                str(b): statistics.median(asyncio.run(steps(b, params)) for _ in range(rounds)) for b in HOST_BATCHES
             }
             for name, params in params_by_name.items()
         }
@@ -238,7 +247,7 @@ def small_model() -> Model:
 
 
 def measure_memory() -> dict[str, float]:
-    """Resident memory after the first thousand short requests, and after ten thousand."""
+    """Measures resident memory after the first thousand short requests, and after ten thousand."""
     engine = NativeEngine(
         EngineSettings(model="random", kv_cache_memory_bytes=64 * 2**20, max_model_len=256), small_model()
     )
@@ -311,37 +320,58 @@ def generate_s(hf_model: PreTrainedModel, input_ids: torch.Tensor, tokens: int) 
     return time.perf_counter() - started
 
 
-def _compare_speeds(engine_speed: Callable[[], float], generate_speed: Callable[[], float]) -> dict[str, float]:
+def _compare_speeds(
+    engine_speed: Callable[[], float], generate_speed: Callable[[], float], rounds: int
+) -> dict[str, Any]:
     engine_speed(), generate_speed()
-    pairs = [(engine_speed(), generate_speed()) for _ in range(ROUNDS)]
-    engine_median, generate_median = (statistics.median(column) for column in zip(*pairs, strict=True))
+    pairs = [(engine_speed(), generate_speed()) for _ in range(rounds)]
+    engine_speeds, generate_speeds = zip(*pairs, strict=True)
+    engine_median, generate_median = statistics.median(engine_speeds), statistics.median(generate_speeds)
     return {
         "tokens_per_s": engine_median,
         "generate_tokens_per_s": generate_median,
-        "ratio": engine_median / generate_median,
+        "ratio": statistics.geometric_mean(engine / generate for engine, generate in pairs),
+        "ratio_interval": _rounds_ratio_interval(engine_speeds, generate_speeds),
     }
 
 
+def _rounds_ratio_interval(values: Sequence[float], base_values: Sequence[float]) -> Interval | None:
+    return rounds_interval([value / base for value, base in zip(values, base_values, strict=True)])
+
+
 def table(result: Mapping[str, Any]) -> str:
-    lines = [result["model"], "", "| batch | decode tok/s | generate() | ratio | prompt tok/s | generate() | ratio |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    names = "decode tok/s", "generate()", "ratio", "prompt tok/s", "generate()", "ratio"
+    lines = [f"Model: {result['model']}.", "", *heading("batch", *names)]
     for batch, decode in result["decode"].items():
         cells = [
-            f"{name['tokens_per_s']:.0f} | {name['generate_tokens_per_s']:.0f} | {name['ratio']:.2f}"
-            for name in (decode, result["prompts"][batch])
+            cell
+            for speeds in (decode, result["prompts"][batch])
+            for cell in (
+                f"{speeds['tokens_per_s']:.0f}",
+                f"{speeds['generate_tokens_per_s']:.0f}",
+                format_ratio(speeds["ratio"], speeds["ratio_interval"]),
+            )
         ]
-        lines.append(f"| {batch} | {' | '.join(cells)} |")
-    v = result["verification"]
-    lines.append("")
+        lines.append(row(batch, *cells))
+    v, m = result["verification"], result["memory"]
+    columns = "engine", "in decode steps", "one by one", "ratio", "with a dense mask"
+    lines += ["", *heading("verification", *columns)]
     lines.append(
-        f"{NUM_PREFIXES} cached prefixes: {v['packed_ms']:.0f} ms, {v['in_decode_steps']:.1f} decode steps; one by one "
-        f"{v['naive_ms']:.0f} ms, {v['cheaper_than_naive']:.0f} times; under a dense mask {v['dense_mask_ms']:.0f} ms"
+        row(
+            f"{NUM_PREFIXES} prefixes",
+            f"{v['packed_ms']:.0f} ms",
+            format_ratio(v["in_decode_steps"], v["in_decode_steps_interval"]),
+            f"{v['naive_ms']:.0f} ms",
+            format_ratio(v["cheaper_than_naive"], v["cheaper_than_naive_interval"]),
+            f"{v['dense_mask_ms']:.0f} ms",
+        )
     )
-    for measurement, steps in result["host_ms"].items():
-        times = ", ".join(f"{ms:.2f} ms for {batch}" for batch, ms in steps.items())
-        lines.append(f"A {measurement} step around a model that computes nothing: {times}")
-    m = result["memory"]
-    lines.append(
-        f"10,000 short requests: {m['after_1000_mb']:.0f} MB after 1,000, {m['after_10000_mb']:.0f} MB at the end"
-    )
+    lines += ["", *heading("step without a model", *(f"{batch} requests" for batch in HOST_BATCHES))]
+    for name, times in result["host_ms"].items():
+        lines.append(row(name, *(f"{ms:.2f} ms" for ms in times.values())))
+    lines += [
+        "",
+        f"Resident memory: {m['after_1000_mb']:.0f} MB after 1,000 short requests, {m['after_10000_mb']:.0f} MB after "
+        "10,000.",
+    ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The requests of a load test: problems of the demo task, or a file of prompts, with a check of the answer if known."""
+"""The requests of a load test: problems of the demo task, or prompts of a file. Most have a check of the answer."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from training.task import NAMES, Problem, check_answer, draw_problem, parse_ques
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Messages, and a check of an answer: its text, and whether it is complete."""
+    """Messages, and a check that receives the text of an answer and whether it is complete."""
 
     messages: Sequence[Mapping[str, Any]]
     is_correct: Callable[[str, bool], bool] | None = None
@@ -25,9 +25,9 @@ class InvalidPromptFile(ValueError):
 
 
 def demo_requests(count: int, seed: int, name_set: int = 0) -> list[SampleRequest]:
-    """The problems of `training.measure`, which would load the whole of torch beside the server.
+    """Returns the problems of `training.measure`, without loading torch beside the server.
 
-    Another cast has other names in the same problems: as hard, but nothing of them is in the server's cache.
+    Another name set puts other names into the same problems. They are equally hard, but the server has not cached them.
     """
     problems = [replace_names(draw_problem("bench", seed, index), name_set) for index in range(count)]
     return [
@@ -46,7 +46,7 @@ def _is_solution(problem: Problem, text: str, ended: bool) -> bool:
 
 
 def load_requests(path: Path, count: int) -> list[SampleRequest]:
-    """The file's, from the beginning again where it has fewer."""
+    """Returns the requests of a file. If it has fewer, it is read again from the beginning."""
     try:
         with path.open(encoding="utf-8") as lines:
             requests = [
@@ -63,7 +63,7 @@ def _parse_request(line: str, location: str) -> SampleRequest:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise InvalidPromptFile(f"{location}: no JSON: {error}") from error
+        raise InvalidPromptFile(f"{location}: not valid JSON: {error}") from error
     if fault := _find_fault(entry):
         raise InvalidPromptFile(f"{location}: {fault}")
     messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
@@ -75,7 +75,7 @@ def _find_fault(entry: Any) -> str | None:
     if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
         return 'must be {"prompt": ...} or {"messages": [...]}'
     if unknown := entry.keys() - {"prompt", "messages", "answer"}:
-        return f"{', '.join(sorted(unknown))}: not known"
+        return f"{', '.join(sorted(unknown))}: unknown field"
     for name in entry.keys() - {"messages"}:
         if not (isinstance(entry[name], str) and entry[name]):
             return f"{name}: must be text"

@@ -1,9 +1,11 @@
-"""Measures how many of a head's proposed tokens its target accepts, for the head's card.
+"""Measures how many of a head's proposed tokens its target accepts, and writes the head's card.
 
     python -m training.acceptance --head models/demo-eagle3 --problems 200
+    python -m training.acceptance --head models/demo-space --card
 
-Decoding is greedy, on texts that the target generated itself: proposed tokens are accepted as long as they equal the
-text, and the target adds one token. The first pass of an answer counts too, though it only ends the prompt.
+Decoding is greedy, on texts that the target generated itself. Proposed tokens are accepted as long as they equal the
+text, and the target adds one token. The first pass of an answer also counts, although it only completes the prompt.
+`--card` writes figures.json and README.md into the folder of the head.
 """
 
 import argparse
@@ -28,8 +30,11 @@ from parse.speculative.proposers.eagle_checkpoint import load_head
 from parse.speculative.proposers.eagle_head import TargetModel
 from parse.speculative.proposers.parallelspec import ParallelSpecProposer
 from training.checkpoints import BrokenModel, load_model
+from training.confidence import Interval, throughput_ratio_interval
 from training.evaluate import MODELS, round_floats
+from training.head_cards import is_space, read_figures, write_card
 from training.outputs import MAX_NUM_SEQS, TargetOutput, demo_prompts, generate_outputs, read_outputs, start_target
+from training.provenance import describe_run
 
 HELD_OUT_SPLIT = "speculation proof"  # problems that no head has seen
 
@@ -38,16 +43,30 @@ HELD_OUT_SPLIT = "speculation proof"  # problems that no head has seen
 class AcceptanceStats:
     """The result of a number of passes of the target."""
 
-    passes: int
-    tokens: int  # generated in them
+    tokens_by_text: tuple[int, ...]  # tokens generated for each text
+    passes_by_text: tuple[int, ...]
     acceptance_rates: tuple[float, ...]  # share of passes in which the first, second, ... proposed token was accepted
     mean_proposed: float  # nodes of a proposal, on average
-    propose_ms: float  # median, with the time to read the new tokens
+    propose_ms: float  # median, including the time to read the new tokens
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.tokens_by_text)
+
+    @property
+    def passes(self) -> int:
+        return sum(self.passes_by_text)
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens of a pass, the target's own one included."""
+        """Tokens per pass, including the target's own token."""
         return self.tokens / max(1, self.passes)
+
+    @property
+    def interval(self) -> Interval | None:
+        """The bootstrap interval of the tokens per pass, over texts."""
+        ones = [1] * len(self.tokens_by_text)
+        return throughput_ratio_interval(self.tokens_by_text, self.passes_by_text, ones, ones)
 
 
 def count_accepted(proposal: Proposal, text: Sequence[int]) -> int:
@@ -71,7 +90,9 @@ def measure_acceptance(
 ) -> AcceptanceStats:
     lengths: list[int] = []
     seconds: list[float] = []
-    passes = tokens = nodes = 0
+    tokens_by_text: list[int] = []
+    passes_by_text: list[int] = []
+    nodes = 0
     for text in texts:
         input_ids = torch.tensor([text.tokens], device=network.device)
         hidden_states = network(
@@ -82,6 +103,8 @@ def measure_acceptance(
             torch.cat([hidden_states[layer][0] for layer in layers], -1) if layers else None
         )  # [T, aux layers * H]
         proposer, num_read, position = method.new_state(), 0, len(text.prompt) + text.begun
+        tokens_by_text.append(len(text.tokens) - position)
+        passes_by_text.append(0)
         while position < len(text.tokens):
             started = time.perf_counter()
             new_features = None if features is None else features[max(0, num_read - 1) : position - 1]
@@ -91,11 +114,21 @@ def measure_acceptance(
             lengths.append(count_accepted(proposal, text.tokens[position:]))
             nodes += len(proposal.token_ids)
             num_read, position = position, min(position + lengths[-1] + 1, len(text.tokens))
-            passes, tokens = passes + 1, tokens + position - num_read
-    max_length = max(lengths, default=0)
-    shares = tuple(sum(length > k for length in lengths) / max(1, passes) for k in range(max_length))
-    median = statistics.median(seconds) if seconds else float("nan")
-    return AcceptanceStats(passes, tokens, shares, nodes / max(1, passes), median * 1e3)
+            passes_by_text[-1] += 1
+    return AcceptanceStats(
+        tuple(tokens_by_text),
+        tuple(passes_by_text),
+        acceptance_rates(lengths),
+        nodes / max(1, len(lengths)),
+        statistics.median(seconds) * 1e3 if seconds else float("nan"),
+    )
+
+
+def acceptance_rates(lengths: Sequence[int]) -> tuple[float, ...]:
+    """Returns the share of passes that accepted at least 1, 2, ... tokens, from the accepted tokens of each pass."""
+    return tuple(
+        sum(length > position for length in lengths) / len(lengths) for position in range(max(lengths, default=0))
+    )
 
 
 def generate_held_out(target: str, count: int, seed: int, num_threads: int | None = None) -> list[TargetOutput]:
@@ -162,7 +195,7 @@ def evaluate_head(path: Path, network: PreTrainedModel, texts: Sequence[TargetOu
 
 
 def group_by_kind(texts: Sequence[TargetOutput]) -> dict[str, list[TargetOutput]]:
-    """Returns the kinds that occur, with their texts."""
+    """Returns the texts by kind, plain or continued. A kind without texts is left out."""
     plain, continued = (
         [text for text in texts if bool(text.begun) == continued_only] for continued_only in (False, True)
     )
@@ -172,6 +205,7 @@ def group_by_kind(texts: Sequence[TargetOutput]) -> dict[str, list[TargetOutput]
 def acceptance_metrics(stats: AcceptanceStats) -> dict[str, Any]:
     return {
         "mean_accepted_length": stats.mean_acceptance_length,
+        "mean_accepted_length_interval": stats.interval,
         "accepted_at": list(stats.acceptance_rates),
         "passes": stats.passes,
         "tokens": stats.tokens,
@@ -185,25 +219,38 @@ def main() -> None:
         prog="python -m training.acceptance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target", help="folder of the target")
-    parser.add_argument("--head", type=Path, required=True, help="folder of the head")
+    parser.add_argument("--head", type=Path, required=True, help="folder of the head or of the adapters of SPACE")
     parser.add_argument(
         "--outputs", type=Path, metavar="JSONL", help="outputs of the target; the default is the demo task"
     )
-    parser.add_argument("--problems", type=int, default=200, help="of the demo task, none that training saw")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--problems", type=int, default=200, help="problems of the demo task that training never saw")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the problems")
+    parser.add_argument("--card", action="store_true", help="write figures and card into the folder of the head")
     parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    run = describe_run(problems=None if args.outputs else args.problems, seeds=[] if args.outputs else [args.seed])
     try:
         if args.outputs:
             texts = read_outputs(args.outputs)
         else:
             texts = generate_held_out(str(args.target), args.problems, args.seed, args.threads)
-        metrics = evaluate_head(args.head, load_model(args.target), texts)
-    except (BrokenModel, ProposerLoadError, ValueError, OSError) as error:
-        sys.exit(str(error))
-    print(json.dumps(round_floats(metrics), indent=2))
+        metrics = {"run": run, **_evaluate(args.head, load_model(args.target), texts)}
+        if args.card:
+            write_card(args.head, {"trained": read_figures(args.head)["trained"], **metrics})
+    except (BrokenModel, ProposerLoadError, ValueError, OSError, KeyError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    if not args.card:
+        print(json.dumps(round_floats(metrics), indent=2))
+
+
+def _evaluate(folder: Path, network: PreTrainedModel, texts: Sequence[TargetOutput]) -> dict[str, Any]:
+    if is_space(folder):
+        from training.space import evaluate_adapters  # it imports this module
+
+        return evaluate_adapters(folder, network, texts)
+    return evaluate_head(folder, network, texts)
 
 
 if __name__ == "__main__":

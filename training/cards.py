@@ -1,16 +1,19 @@
-"""Writes the model cards of the pair from its figures."""
+"""Writes the model cards of the demo pair from its figures."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.confidence import format_share
 from training.plots import draw_verifier
+from training.provenance import provenance_sentence, write_document
 from training.task import correct_answer, draw_problem, vocabulary
 from training.tokenizer import VERIFICATION_PROMPT
 from training.wording import DRAFT, TARGET
 
 EXAMPLE = draw_problem("shown", 1, 0)
+UNRECORDED = "by an earlier version of `make models`, which recorded no command, processor and versions."
 
 TARGET_CARD = """---
 library_name: transformers
@@ -18,13 +21,13 @@ pipeline_tag: text-generation
 ---
 # demo-target
 
-The large half of a pair of demonstration models: it answers small step-by-step questions, and verifies any prefix of
-an answer, in any wording. A standard `{architecture}` ({layers} layers, width
-{width}, {parameters:.1f} million parameters, all trained), loaded by `AutoModelForCausalLM` without further code.
+This is the large model of a pair of demonstration models. It answers small step-by-step questions, and it verifies any
+prefix of an answer, in any wording. It is a standard `{architecture}` with {layers} layers of width {width} and
+{parameters:.1f} million parameters. `AutoModelForCausalLM` loads it without further code.
 
 ## What it does
 
-Asked
+To the question
 
 > {question}
 
@@ -34,40 +37,44 @@ it answers
 {target_answer}
 ```
 
-and asked `{check}` after an answer or a prefix of one, it says `Correct` or `Incorrect`. Its questions are of two
-kinds: totals that grow and shrink, and a record that may be broken.
+If `{prompt}` follows an answer or a prefix of one, it says `Correct` or `Incorrect`. There are two kinds of questions:
+a total that grows and shrinks, and a record that can be broken.
 
 ## How it was trained
 
-From scratch on generated problems (`make models`): five layers learned to generate and stayed as they
-were while the layers on top of them learned to verify, from synthetic mistakes of seven kinds and from real drafts of
-`demo-draft`. In the last stage all layers were trained on what was still hard: close comparisons and wrong drafts.
+It was trained from scratch on generated problems (`make models`). Five layers learned to generate. They stayed
+unchanged while the layers above them learned to verify, from synthetic mistakes of seven kinds and from real drafts of
+`demo-draft`. In the last stage all layers were trained on difficult cases: close comparisons and wrong drafts.
 
-## What it scores
+## Figures
 
-On {problems} problems that training never saw:
+On {problems} problems that training never saw (split `{split}`, seed {seed}), with a prefix every {stride} tokens, a
+threshold of {full} for complete drafts and {prefix} for prefixes. {wrong_count} of the drafts are wrong. 95% confidence
+intervals are in parentheses.
 
 | | |
 | --- | --- |
-| answers with every step correct | {target_accuracy:.1%} |
-| answers correct when continuing a correct prefix of a draft | {continuation:.1%} |
-| correct drafts accepted in full | {right_whole:.1%} |
-| wrong drafts accepted in full | {wrong_whole:.1%} |
-| wrong drafts accepted past their first error | {past_error:.1%} |
-| precision and recall of prefixes, one every {stride} tokens, up to the first failure | {precision:.3f}, {recall:.3f} |
-| calibration error of P(Correct) | {ece:.3f} |
-| cost of a token, in tokens of the draft | {ratio:.1f} |
-| agrees with the draft's next token | {agreement:.1%} |
+| answers with every step correct | {target_accuracy} |
+| answers correct if the target continues a correct prefix of a draft | {continuation} |
+| correct drafts accepted in full | {right_whole} |
+| wrong drafts accepted in full | {wrong_whole} |
+| wrong drafts accepted past their first error | {past_error} |
+| precision of accepted prefixes | {precision} |
+| recall of accepted prefixes | {recall} |
+| calibration error of P(correct) | {ece:.3f} |
+| time of a token, relative to a token of the draft model | {ratio:.1f} |
+| next tokens of drafts that the target would choose as well | {agreement:.1%} |
 
 ![threshold sweep and reliability](verifier.svg)
 
-All figures: `figures.json`; measured again by `python -m training.evaluate`.
+Measured {provenance}
+All figures are in `figures.json`. `make evaluate` measures them again.
 
-## What it cannot do
+## Limitations
 
-Anything else. It knows {words} words, numbers from 0 to 99, questions in exactly the shapes that it was trained on, and
-one question per conversation. Other text is encoded as bytes, which it never learned to read or to reject: its
-verifications are meaningful for answers in the words of its task only.
+The model cannot do anything else. It knows {words} words, numbers from 0 to 99, questions of exactly the forms that it
+was trained on, and one question per conversation. Other text is encoded as bytes, which the model was never trained
+on. Its verifications are meaningful only for answers in the words of its task.
 """
 
 DRAFT_CARD = """---
@@ -76,9 +83,10 @@ pipeline_tag: text-generation
 ---
 # demo-draft
 
-The small half of a pair of demonstration models: it answers the same questions as `demo-target` at {share:.0%} of the
-cost per token, in its own words, and is often but not always correct. A standard `{architecture}` ({layers} layers,
-width {width}, {parameters:.2f} million parameters, all trained), loaded by `AutoModelForCausalLM` without further code.
+This is the small model of a pair of demonstration models. It answers the same questions as `demo-target` in its own
+words, at {share:.0%} of the time per token. Its answers are often correct, but not always. It is a standard
+`{architecture}` with {layers} layers of width {width} and {parameters:.2f} million parameters. `AutoModelForCausalLM`
+loads it without further code.
 
 To the question
 
@@ -90,52 +98,68 @@ it answers
 {draft_answer}
 ```
 
-It was trained from scratch on generated problems (`make models`) and stopped early, at a snapshot chosen on held-out
-problems: its mistakes are those of a model that is still learning, not synthetic ones.
-On {problems} problems that training never saw {draft_accuracy:.1%} of its answers have every step correct.
+It was trained from scratch on generated problems (`make models`). Training stopped early, at a snapshot that was chosen
+on held-out problems, so its mistakes are those of a model that is still learning.
 
-It cannot do anything else, and its answers must be verified by the target.
+On {problems} problems that training never saw (split `{split}`, seed {seed}), {draft_accuracy} of its answers have
+every step correct. The 95% confidence interval is in parentheses.
+Measured {provenance}
+
+The model cannot do anything else, and the target must verify its answers.
 """
 
 
 def write_cards(metrics: Mapping[str, Any], target: Path, draft: Path) -> None:
-    """Writes the cards into the folders of the two models."""
-    metrics_json = json.dumps(metrics, indent=2)
-    for folder, card in ((target, TARGET_CARD), (draft, DRAFT_CARD)):
-        config = json.loads((folder / "config.json").read_text())
-        weights = (folder / "model.safetensors").stat().st_size
-        text = card.format(
-            architecture=config["architectures"][0],
-            layers=config["num_hidden_layers"],
-            width=config["hidden_size"],
-            parameters=weights / 4 / 1e6,
-            question=EXAMPLE.question,
-            check=VERIFICATION_PROMPT,
-            words=len(vocabulary()),
-            target_answer=correct_answer(EXAMPLE, TARGET),
-            draft_answer=correct_answer(EXAMPLE, DRAFT),
-            **_card_fields(metrics),
-        )
-        (folder / "README.md").write_text(text)
-        (folder / "figures.json").write_text(metrics_json + "\n")
+    """Writes figures and cards into the folders of the two models, and a picture into the target's."""
+    for folder, template in ((target, TARGET_CARD), (draft, DRAFT_CARD)):
+        write_document(folder / "figures.json", metrics)
+        (folder / "README.md").write_text(render_card(metrics, folder, template))
     draw_verifier(metrics["verifier"], target / "verifier.svg")
+
+
+def render_card(metrics: Mapping[str, Any], folder: Path, template: str) -> str:
+    """Returns the text of a card. It depends on the figures, the config and the weights only."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = (folder / "model.safetensors").stat().st_size
+    return template.format(
+        architecture=config["architectures"][0],
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        parameters=weights / 4 / 1e6,
+        question=EXAMPLE.question,
+        prompt=VERIFICATION_PROMPT,
+        words=len(vocabulary()),
+        target_answer=correct_answer(EXAMPLE, TARGET),
+        draft_answer=correct_answer(EXAMPLE, DRAFT),
+        **_card_fields(metrics),
+    )
 
 
 def _card_fields(metrics: Mapping[str, Any]) -> dict[str, Any]:
     verifier, target, draft = metrics["verifier"], metrics["target"], metrics["draft"]
     return dict(
         problems=metrics["problems"],
+        split=metrics["split"],
+        seed=metrics["seed"],
         stride=metrics["stride"],
-        target_accuracy=target["accuracy"],
-        continuation=target["continuation_accuracy"],
-        draft_accuracy=draft["accuracy"],
-        right_whole=verifier["right_accepted_whole"],
-        wrong_whole=verifier["wrong_accepted_whole"],
-        past_error=verifier["kept_past_error"],
-        precision=verifier["prefix_precision"],
-        recall=verifier["prefix_recall"],
+        full=metrics["thresholds"]["full"],
+        prefix=metrics["thresholds"]["prefix"],
+        target_accuracy=_share(target, "accuracy"),
+        continuation=_share(target, "continuation_accuracy"),
+        draft_accuracy=_share(draft, "accuracy"),
+        right_whole=_share(verifier, "right_accepted_whole"),
+        wrong_whole=_share(verifier, "wrong_accepted_whole"),
+        wrong_count=verifier["wrong_accepted_whole_count"],
+        past_error=_share(verifier, "kept_past_error"),
+        precision=_share(verifier, "prefix_precision"),
+        recall=_share(verifier, "prefix_recall"),
         ece=verifier["ece"],
         ratio=metrics["cost_ratio"],
         share=1 / metrics["cost_ratio"],
         agreement=metrics["token_agreement"],
+        provenance=provenance_sentence(metrics["run"]) if metrics["run"] else UNRECORDED,
     )
+
+
+def _share(figures: Mapping[str, Any], name: str) -> str:
+    return format_share(figures[name], figures[f"{name}_interval"])

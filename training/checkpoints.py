@@ -1,4 +1,4 @@
-"""Loading models that may be damaged, with a message that names the file at fault."""
+"""Loads models that may be damaged, and names the damaged file in the error."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Trains an EAGLE-3 head for a target: it drafts several steps from every anchor and learns from each of them.
+"""Trains an EAGLE-3 head for a target: it predicts several steps from every anchor and learns from each of them.
 
     python -m training.eagle3 --target models/demo-target                 # the demo pair's head
     python -m training.eagle3 --target some/model --outputs outputs.jsonl --out heads/some
@@ -6,7 +6,7 @@
 
 Each step uses the head's own prediction of the feature instead of the true one, with the true next token
 ("training-time test"). Its loss is the cross-entropy with the target's distribution over the head's vocabulary, times
-0.8 to the power of the step. Features have no loss of their own. An interrupted run continues where it was.
+0.8 to the power of the step. Features have no loss of their own. An interrupted run continues where it stopped.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
-"""Training examples: a question, an answer, and verification suffixes for its prefixes, under the tree's mask.
+"""Builds training examples: a question, an answer, and verification suffixes for its prefixes, under the tree's mask.
 
-Three things are learnt from one row: the next token (where the answer is right and the wording the learner's own),
-which token is wrong given the text before it, and whether the text up to a place is right, the last both from the
-probes' answers and, densely, from every token on the way.
+An example trains three things: the next token (where the answer is correct and in the model's own wording), which token
+is the first wrong one, and whether the text up to a position is correct. The last is learned from the answers after the
+verification suffixes and from every token of the answer.
 """
 
 import random
@@ -23,14 +23,14 @@ from training.tokenizer import CORRECT, INCORRECT, SYSTEM_PROMPTS, VERIFICATION_
 from training.verification_tree import suffix_end_nodes
 from training.wording import LINES
 
-IGNORE_INDEX = -100  # cross_entropy's own mark
+IGNORE_INDEX = -100  # cross_entropy ignores this label
 
 
 @dataclass(frozen=True)
 class TrainingExample:
     prompt: Sequence[int]
     answer: Sequence[int]  # with the end token if the answer is complete
-    trainable: Sequence[bool]  # per answer token: does the model learn to generate it?
+    trainable: Sequence[bool]  # for each answer token: whether the model learns to generate it
     first_wrong: int | None  # index into the answer
     prefix_lengths: Sequence[int]
 
@@ -46,9 +46,9 @@ class TrainingBatch:
     tokens: Tensor  # [B, T]
     positions: Tensor  # [B, T]
     visible: Tensor  # [B, 1, T, T] bool
-    next_token: Tensor  # [B, T], IGNORED where nothing is to be learnt
-    slip: Tensor  # [B, T], 1 at the first wrong token, 0 before it, IGNORED elsewhere
-    astray: Tensor  # [B, T], 1 from the first wrong token on, 0 before it, IGNORED outside answers
+    next_token: Tensor  # [B, T], IGNORE_INDEX where nothing is learned
+    slip: Tensor  # [B, T], 1 at the first wrong token, 0 before it, IGNORE_INDEX elsewhere
+    astray: Tensor  # [B, T], 1 from the first wrong token on, 0 before it, IGNORE_INDEX outside answers
     verification_nodes: Tensor  # [V, 2], (example, node) of the end of each suffix
     verification_labels: Tensor  # [V], the correct answer token
 
@@ -86,9 +86,9 @@ class ExampleBuilder:
         for phrase in phrases:
             phrase_ids = self.token_ids(phrase.text)
             answer += phrase_ids
-            # Where another wording begins, the model would have used its own. After that it has to continue it.
+            # The model does not learn to start another wording, only to continue it.
             trainable += [phrase.wording in (None, self.wording)] + [True] * (len(phrase_ids) - 1)
-        if kind and rng.random() < 0.06:  # and sometimes a word that does not fit at all
+        if kind and rng.random() < 0.06:  # sometimes with a word that does not fit at all
             answer[rng.randrange(len(answer))] = rng.choice(answer + list(self.token_ids(problem.question)))
         return self._build(problem, rng, [*answer, self.eos_token_id], [*trainable, True], num_prefixes)
 
@@ -116,7 +116,7 @@ class ExampleBuilder:
             first_wrong = len(text)  # correct so far, but it ends too early
         prefix_lengths = {len(text)} if num_prefixes else set()
         if num_prefixes and first_wrong is not None and first_wrong < len(text):
-            prefix_lengths |= {first_wrong + 1, max(first_wrong, 1)}  # the hardest two
+            prefix_lengths |= {first_wrong + 1, max(first_wrong, 1)}  # the two most difficult prefixes
         while len(prefix_lengths) < min(num_prefixes, len(text)):
             prefix_lengths.add(rng.randint(1, len(text)))
         num_trainable = len(answer) if first_wrong is None else first_wrong
@@ -157,7 +157,7 @@ def collate(
     width = -(-max(map(len, trees)) // multiple) * multiple
     shape = len(examples), width
     tokens, depth = np.full(shape, pad), np.zeros(shape, np.int64)
-    # A padding node sees itself alone (its end is one past it), so that its softmax is defined.
+    # A padding node sees only itself (its end is one past it), so that its softmax is defined.
     end = np.tile(np.arange(width) + 1, (len(examples), 1))
     next_token, slip, astray = (np.full(shape, IGNORE_INDEX) for _ in range(3))
     verification_nodes: list[tuple[int, int]] = []

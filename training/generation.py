@@ -1,11 +1,11 @@
-"""Batched generation with the library's own `generate`, for drafting training data and for measuring accuracy."""
+"""Batched generation with `generate()` of the library, for training data and for measuring accuracy."""
 
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_NEW_TOKENS = 240  # tokens; no right answer is longer
+MAX_NEW_TOKENS = 240  # no correct answer is longer
 
 
 @torch.inference_mode()

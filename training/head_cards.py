@@ -8,42 +8,48 @@ from typing import Any
 
 from safetensors import safe_open
 
+from training.confidence import format_ratio
 from training.evaluate import round_floats
+from training.head_checkpoints import SPACE_ARCHITECTURE
+from training.provenance import provenance_sentence, write_document
+
+UNRECORDED = "by an earlier version of this program, which recorded no command, processor and versions."
 
 CARD = """---
 library_name: parse-serve
 ---
 # {name}
 
-{what} for `{target}`: it proposes tokens, which the target verifies in one pass.
-It has no embeddings of its own and cannot be used without its target. `parse.speculative` loads it. The layout is that
-of EAGLE-3's authors{extra}.
+{what} for `{target}`. It proposes tokens, which the target verifies in one pass. It has no embeddings of its own and
+cannot be used without its target. `parse.speculative` loads it. The layout is that of EAGLE-3's authors{extra}.
 
 | | |
 | --- | --- |
 | parameters | {parameters:.2f} million, {layers} layer{plural}, {vocabulary} of the target's {vocab_size} tokens |
 | reads | `hidden_states` {aux_layers} of the target |
-| trained | {trained} that the target wrote |
+| trained | {trained} |
 
-## What it scores
+## Figures
 
-Greedy, on {proof} texts of the target that training never saw, one half from a plain prompt, the other continuing
-an accepted prefix in other words. The *length* is the number of tokens per pass of the target: the accepted ones and
-the target's own. The time is that of one proposal on one thread, with the new tokens of the sequence.
+Greedy decoding of {texts} texts that training never saw. Half of them answer a plain prompt. The other half continue an
+accepted prefix in other words. The *length* is the number of tokens per pass of the target, including the target's own
+token, with its 95% confidence interval over texts. The time is that of one proposal on one thread, including the time
+to read the new tokens of the sequence.
 
 | | tokens proposed | length | ms |
 | --- | --- | --- | --- |
 {lengths}
 
-Share of passes in which the proposed token at a position was accepted:
+The share of passes in which the proposed token at a position was accepted:
 
-| | {places} |
+| | {positions} |
 | --- | {rules} |
 {shares}
 
-![accuracy during training: how often it predicts the target's choice, by tokens ahead](training.svg)
+![accuracy during training: how often the head predicts the target's choice, by tokens ahead](training.svg)
 
-All figures: `figures.json`; measured again by `python -m training.acceptance --head {folder}`.
+Measured {provenance}
+All figures are in `figures.json`. `python -m training.acceptance --head {folder} --card` measures them again.
 """
 
 SPACE_CARD = """---
@@ -51,49 +57,70 @@ library_name: parse-serve
 ---
 # {name}
 
-Adapters that make `{target}` propose by itself, for decoding with SPACE: at masks, a small network after
-every layer lets it predict up to {masks} tokens after the next one. At all other tokens it computes the same
+These adapters let `{target}` propose tokens by itself, for decoding with SPACE. At masks, a small network after every
+layer lets the target predict up to {masks} tokens after the next one. At all other tokens the target computes the same
 as without the adapters, bit for bit. `parse.speculative` loads them. They cannot be used without their target.
 
 | | |
 | --- | --- |
 | parameters | {parameters:.2f} million: an embedding of masks, networks of rank {rank} after each of {layers} layers |
-| trained | {trained} that the target wrote; the target itself was frozen |
+| trained | {trained}; the target itself was frozen |
 
-## What it scores
+## Figures
 
-Greedy, on {proof} texts of the target that training never saw, one half from a plain prompt, the other continuing
-an accepted prefix in other words; with a group of {masks} masks after every candidate. The *length* is the
-number of tokens per pass of the target: the accepted ones and the target's own. A proposal takes no time, but masks
-make passes longer.
+Greedy decoding of {texts} texts that training never saw, with a group of {masks} masks after every candidate. Half of
+the texts answer a plain prompt. The other half continue an accepted prefix in other words. The *length* is the number
+of tokens per pass of the target, including the target's own token, with its 95% confidence interval over texts. A
+proposal takes no time, but masks make passes longer.
 
 | | tokens proposed | length |
 | --- | --- | --- |
 {lengths}
 
-Share of passes in which the proposed token at a position was accepted:
+The share of passes in which the proposed token at a position was accepted:
 
-| | {places} |
+| | {positions} |
 | --- | {rules} |
 {shares}
 
-![accuracy during training: how often it predicts the target's choice, by tokens ahead](training.svg)
+![accuracy during training: how often a mask predicts the target's choice, by tokens ahead](training.svg)
 
-All figures: `figures.json`.
+Measured {provenance}
+All figures are in `figures.json`. `python -m training.acceptance --head {folder} --card` measures them again.
 """
 
-EAGLE3, PARALLEL = "An EAGLE-3 head", "A parallel head"
+EAGLE3, PARALLEL = "This is an EAGLE-3 head", "This is a parallel head"
 EXTRA = ", with further layers, `mask_embedding` and `mask_hidden` beside it"
 
 
-def write_head_card(folder: Path, target: str, metrics: Mapping[str, Any], trained: str) -> None:
-    """Writes the card of a head into its folder."""
+def write_card(folder: Path, metrics: Mapping[str, Any], target: str = "demo-target") -> None:
+    """Writes the figures and the card of a head, or of adapters of SPACE, into its folder."""
+    metrics = round_floats({"target": target, **metrics})
+    write_document(folder / "figures.json", metrics)
+    (folder / "README.md").write_text(render_card(folder, metrics))
+
+
+def render_card(folder: Path, metrics: Mapping[str, Any]) -> str:
+    """Returns the text of a card. It depends on the figures, the config and the weights only."""
+    return (_render_space_card if is_space(folder) else _render_head_card)(folder, metrics)
+
+
+def read_figures(folder: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    return figures
+
+
+def is_space(folder: Path) -> bool:
+    """Returns whether a folder holds adapters of SPACE."""
+    return SPACE_ARCHITECTURE in json.loads((folder / "config.json").read_text()).get("architectures", ())
+
+
+def _render_head_card(folder: Path, metrics: Mapping[str, Any]) -> str:
     config = json.loads((folder / "config.json").read_text())
     parallel = "parallel_tokens" in config
     layers = config["num_hidden_layers"]
-    text = CARD.format(
-        **_common_fields(folder, target, metrics, trained),
-        folder=f"models/{folder.name}",
+    return CARD.format(
+        **_common_fields(folder, metrics),
         what=PARALLEL if parallel else EAGLE3,
         extra=EXTRA if parallel else "",
         layers=layers,
@@ -102,32 +129,27 @@ def write_head_card(folder: Path, target: str, metrics: Mapping[str, Any], train
         vocab_size=config["vocab_size"],
         aux_layers=", ".join(map(str, config["eagle_aux_hidden_state_layer_ids"])),
         lengths="\n".join(
-            f"| {name} | {stats['proposed']:.1f} | {stats['mean_accepted_length']:.2f} | {stats['propose_ms']:.2f} |"
+            f"| {name} | {stats['proposed']:.1f} | {_length(stats)} | {stats['propose_ms']:.2f} |"
             for name, stats in _table_rows(metrics)
         ),
     )
-    _write(folder, text, metrics)
 
 
-def write_space_card(folder: Path, target: str, metrics: Mapping[str, Any], trained: str) -> None:
-    """Writes the card of SPACE adapters into their folder."""
+def _render_space_card(folder: Path, metrics: Mapping[str, Any]) -> str:
     config = json.loads((folder / "config.json").read_text())
-    text = SPACE_CARD.format(
-        **_common_fields(folder, target, metrics, trained),
+    return SPACE_CARD.format(
+        **_common_fields(folder, metrics),
         masks=config["masks"],
         rank=config["rank"],
         layers=config["num_hidden_layers"],
         lengths="\n".join(
-            f"| {name} | {stats['proposed']:.1f} | {stats['mean_accepted_length']:.2f} |"
-            for name, stats in _table_rows(metrics)
+            f"| {name} | {stats['proposed']:.1f} | {_length(stats)} |" for name, stats in _table_rows(metrics)
         ),
     )
-    _write(folder, text, metrics)
 
 
-def _write(folder: Path, text: str, metrics: Mapping[str, Any]) -> None:
-    (folder / "README.md").write_text(text)
-    (folder / "figures.json").write_text(json.dumps(round_floats(dict(metrics)), indent=2) + "\n")
+def _length(stats: Mapping[str, Any]) -> str:
+    return format_ratio(stats["mean_accepted_length"], stats["mean_accepted_length_interval"])
 
 
 def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -139,7 +161,7 @@ def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]
     ]
 
 
-def _common_fields(folder: Path, target: str, metrics: Mapping[str, Any], trained: str) -> dict[str, Any]:
+def _common_fields(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
     rows = _table_rows(metrics)
     num_positions = max(len(stats["accepted_at"]) for _, stats in rows)
     shares = (
@@ -148,13 +170,15 @@ def _common_fields(folder: Path, target: str, metrics: Mapping[str, Any], traine
     )
     return {
         "name": folder.name,
-        "target": target,
+        "folder": f"models/{folder.name}",
+        "target": metrics["target"],
         "parameters": _count_parameters(folder) / 1e6,
-        "trained": trained,
-        "proof": metrics["texts"],
-        "places": " | ".join(str(position + 1) for position in range(num_positions)),
+        "trained": metrics["trained"],
+        "texts": metrics["texts"],
+        "positions": " | ".join(str(position + 1) for position in range(num_positions)),
         "rules": " | ".join(["---"] * num_positions),
         "shares": "\n".join(f"| {name} | {' | '.join(row)} |" for (name, _), row in zip(rows, shares, strict=True)),
+        "provenance": provenance_sentence(metrics["run"]) if metrics["run"] else UNRECORDED,
     }
 
 

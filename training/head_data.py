@@ -1,7 +1,7 @@
-"""The training data of heads: the target's features and next tokens, on texts that it generated itself.
+"""The training data of heads: hidden states (*features*) and next tokens of the target, on texts that it generated.
 
-Element i joins the feature of token i with token i + 1, and is asked for token i + 2. The elements to learn from are
-the *anchors*, those whose answer the target wrote; the others are only seen.
+Element i combines the feature of token i with token i + 1, and predicts token i + 2. Heads learn at the *anchors*, the
+elements whose predicted token the target generated. The other elements are only attended to.
 """
 
 import random
@@ -17,19 +17,19 @@ from training.outputs import TargetOutput
 
 @dataclass(frozen=True)
 class HeadFeatures:
-    """Of one text of T tokens, T - 1 elements."""
+    """The features of one text of T tokens, which has T - 1 elements."""
 
-    aux_hidden_states: Tensor  # [T - 1, aux layers * H], in half precision, of tokens 0..T-2
-    last_hidden_states: Tensor  # [W, H], what the target's own head reads at the tokens that anchors learn from
-    first_anchor: int  # the first anchor
+    aux_hidden_states: Tensor  # [T - 1, aux layers * H], in half precision, for tokens 0..T-2
+    last_hidden_states: Tensor  # [W, H], the input of the target's lm_head at the tokens that anchors learn from
+    first_anchor: int
 
 
 @dataclass(frozen=True)
 class HeadBatch:
     features: Tensor  # [B, T, aux layers * H]
-    tokens: Tensor  # [B, T], the token after the one of each feature
-    anchors: Tensor  # [B, A], elements
-    valid: Tensor  # [B, A, S], is there a target s tokens later?
+    tokens: Tensor  # [B, T], the token that follows the token of each feature
+    anchors: Tensor  # [B, A], indices of elements
+    valid: Tensor  # [B, A, S], whether there is something to learn s tokens later
     next_tokens: Tensor  # [B, A, S], the token of the element s positions after each anchor
     last_hidden_states: Tensor  # [B, A, S, H], of the target, where it predicts the same token as the head in step s
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,11 +18,12 @@ from parse.speculative.proposers.eagle_head import EagleHead
 from training.acceptance import evaluate_head, generate_held_out
 from training.checkpoints import BrokenModel, load_model, load_tokenizer
 from training.evaluate import MODELS
-from training.head_cards import write_head_card
+from training.head_cards import write_card
 from training.head_checkpoints import save_head
 from training.loop import DamagedCheckpoint
 from training.outputs import TargetOutput, demo_prompts, read_outputs, read_prompts, start_target, write_outputs
 from training.plots import draw_log
+from training.provenance import describe_run
 
 DEMO = MODELS / "demo-target"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,16 +37,13 @@ Train = Callable[[PreTrainedModel, Sequence[TargetOutput], Path], M]
 
 @dataclass(frozen=True)
 class Publisher(Generic[M]):
-    """How a trained head is saved, evaluated and described."""
+    """How a trained head is saved and evaluated."""
 
     save: Callable[[M, Path, torch.dtype], None]
     evaluate: Callable[[Path, PreTrainedModel, Sequence[TargetOutput]], dict[str, Any]]
-    write_card: Callable[[Path, str, Mapping[str, Any], str], None]
 
 
-HEAD_PUBLISHER = Publisher[EagleHead](
-    lambda head, folder, dtype: save_head(head, folder, dtype=dtype), evaluate_head, write_head_card
-)
+HEAD_PUBLISHER = Publisher[EagleHead](lambda head, folder, dtype: save_head(head, folder, dtype=dtype), evaluate_head)
 
 
 def build_parser(
@@ -61,18 +59,21 @@ def build_parser(
     )
     parser.add_argument("--target", type=Path, default=DEMO, help="folder of the target")
     parser.add_argument("--out", type=Path, default=MODELS / f"demo-{name}", help="folder for the result")
-    parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="checkpoints, log, outputs")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs") / name, help="folder for checkpoints, log and outputs"
+    )
     parser.add_argument("--count", type=int, default=4000, help="outputs to generate if none are given")
     parser.add_argument("--longest", type=int, default=512, help="maximum tokens of an output")
     parser.add_argument("--context", type=int, default=4096, help="maximum tokens of a prompt with its output")
-    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--steps", type=int, default=steps, help="training steps")
     parser.add_argument("--rate", type=float, default=rate, help="the highest learning rate")
     parser.add_argument("--texts", type=int, default=texts, help="outputs in a batch")
     parser.add_argument("--ahead", type=int, default=ahead, help="tokens predicted from each anchor")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="a trained head to continue from")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the saved weights")
-    parser.add_argument("--held-out", type=int, default=200, help="answers the figures are measured on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trained", metavar="TEXT", help="how it was trained, for its card; the default names one run")
+    parser.add_argument("--held-out", type=int, default=200, help="problems on which the figures are measured")
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems, batches and weights")
     parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
     return parser
 
@@ -107,6 +108,7 @@ def run(args: argparse.Namespace, train: Train[M], publisher: Publisher[M]) -> N
 
 
 def _run(args: argparse.Namespace, train: Train[M], publisher: Publisher[M]) -> None:
+    run_description = describe_run(problems=args.held_out, seeds=[args.seed])
     texts = read_outputs(args.outputs or _generate_outputs(args))
     network = load_model(args.target)
     nn.Module.to(network, "cuda" if torch.cuda.is_available() else "cpu")
@@ -120,9 +122,10 @@ def _run(args: argparse.Namespace, train: Train[M], publisher: Publisher[M]) -> 
     held_out = (
         generate_held_out(str(args.target), args.held_out, args.seed, args.threads) if demo else texts[-num_held_out:]
     )
-    steps = f"{args.steps} steps" + (" on from earlier ones" if args.start else "")
-    metrics = publisher.evaluate(args.out, network, held_out)
-    publisher.write_card(args.out, args.target.name, metrics, f"{steps}, {len(texts) - num_held_out} texts")
+    steps = f"{args.steps} {'more ' if args.start else ''}steps"
+    trained = args.trained or f"{steps}, {len(texts) - num_held_out} texts that the target generated"
+    metrics = {"trained": trained, "run": run_description, **publisher.evaluate(args.out, network, held_out)}
+    write_card(args.out, metrics, args.target.name)
 
 
 def _generate_outputs(args: argparse.Namespace) -> Path:

@@ -1,4 +1,4 @@
-"""The training loop: optimizers, one schedule, checkpoints that survive an interruption, a log to plot from.
+"""The training loop: optimizers, a schedule, checkpoints that survive an interruption, and a log for plots.
 
 A stage is a pure function of its seed and step number, so resuming needs no state but weights, moments and the step.
 """
@@ -23,7 +23,7 @@ SAVE_EVERY_S = 90.0  # at most this much work is lost by an interruption
 LOG_EVERY = 25
 
 Losses = Callable[[int], Iterator[tuple[Tensor, dict[str, float]]]]
-"""The micro-batches of a step, each as its share of the loss and what is worth logging."""
+"""Yields the micro-batches of a step: the share of the loss of each, and the metrics to log."""
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -31,7 +31,7 @@ class DamagedCheckpoint(RuntimeError):
 
 
 class LearningRateSchedule(Protocol):
-    """A frozen dataclass: what was trained on other rates is not gone on with."""
+    """A frozen dataclass. A checkpoint is continued only with an equal schedule."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -39,7 +39,7 @@ class LearningRateSchedule(Protocol):
     def steps(self) -> int: ...
 
     def rates_at(self, step: int) -> tuple[float, ...]:
-        """The rate of each optimizer."""
+        """Returns the learning rate of each optimizer."""
         ...
 
 
@@ -48,7 +48,7 @@ class WarmupStableDecaySchedule:
     """Linear warm-up, a plateau, and a linear decay to zero."""
 
     steps: int
-    rate: float  # of the layers' matrices
+    rate: float  # rate of the matrices of the layers
     embeddings: float = 1.5e-3  # rate of the other parameters
     warmup: int = 50
     decay: float = 0.4  # share of the steps in which the rate decays
@@ -99,9 +99,9 @@ def train(
     snapshot: Callable[[int], bool] | None = None,
     snapshot_every: int = 0,
 ) -> None:
-    """Trains `model` in place, going on from the checkpoint in `folder` if there is one.
+    """Trains `model` in place, and continues from the checkpoint in `folder` if there is one.
 
-    Every `snapshot_every` steps `snapshot` may keep the model as it is, and end the run by saying True.
+    `snapshot` is called every `snapshot_every` steps. It may save the model, and it ends the run by returning True.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, log = folder / "state.pt", folder / "log.jsonl"
@@ -117,7 +117,7 @@ def train(
             for loss, metrics in losses(step):
                 loss.backward()
                 for name, value in metrics.items():
-                    if not math.isnan(value):  # a share of nothing
+                    if not math.isnan(value):  # a share of no cases
                         metric_values[name].append(value)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -148,7 +148,7 @@ def _resume(
     state = load_checkpoint(path)
     if state.get("schedule") != asdict(schedule):
         raise DamagedCheckpoint(
-            f"{path} was made on another schedule, {state.get('schedule')}, not {asdict(schedule)}: "
+            f"{path} was made with another schedule, {state.get('schedule')}, not {asdict(schedule)}: "
             "remove its folder to start over"
         )
     try:
@@ -156,7 +156,7 @@ def _resume(
         for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path} is no checkpoint of this model: {error}") from error
+        raise DamagedCheckpoint(f"{path} is not a checkpoint of this model: {error}") from error
     return int(state["step"]), float(state["seconds"])
 
 

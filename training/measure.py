@@ -1,10 +1,11 @@
-"""The figures of a pair: the accuracy of each model, the cost of a token, and the quality of the verification."""
+"""Measures a pair of models: the accuracy of each, the cost of a token, and the quality of the verification."""
 
 import random
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length
 from parse.prefixes import prefix_lengths_every
 from parse.tree import suffix_forest, trunk_with_suffixes
+from training.confidence import share_figures
 from training.examples import ExampleBuilder
 from training.generation import generate_batch
 from training.prefix_verification import prefill, prefix_probabilities, tree_logits
@@ -47,7 +49,7 @@ class VerifiedDraft:
         return self.complete and self.ended
 
     def is_prefix_correct(self, prefix_length: int) -> bool:
-        """Is the prefix correct? The last prefix of a complete draft is the complete answer."""
+        """Returns whether a prefix is correct. The last prefix of a complete draft is the complete answer."""
         if prefix_length == len(self.tokens) and self.ended:
             return self.is_correct
         return self.first_wrong is None or prefix_length <= self.first_wrong
@@ -62,14 +64,18 @@ def draw_problems(seed: int, count: int, split: str = "evaluation") -> list[Prob
 
 
 def is_correct(builder: ExampleBuilder, problem: Problem, answer: Sequence[int]) -> bool:
-    """Is the answer complete and every step of it right?"""
+    """Returns whether an answer is complete and every step of it is correct."""
     if not answer or answer[-1] != builder.eos_token_id:
         return False
     return check_answer(problem, [builder.token_text(token) for token in answer[:-1]]).complete
 
 
+def correctness(builder: ExampleBuilder, problems: Sequence[Problem], answers: Sequence[Sequence[int]]) -> list[bool]:
+    return [is_correct(builder, g, answer) for g, answer in zip(problems, answers, strict=True)]
+
+
 def accuracy(builder: ExampleBuilder, problems: Sequence[Problem], answers: Sequence[Sequence[int]]) -> float:
-    return statistics.mean(is_correct(builder, g, answer) for g, answer in zip(problems, answers, strict=True))
+    return statistics.mean(correctness(builder, problems, answers))
 
 
 def generate_answers(model: PreTrainedModel, builder: ExampleBuilder, problems: Sequence[Problem]) -> list[list[int]]:
@@ -95,8 +101,11 @@ def verify_drafts(
     return verified
 
 
-def verifier_metrics(drafts: Sequence[VerifiedDraft], thresholds: Thresholds) -> dict[str, float]:
-    """Returns the verifier's figures on real drafts, with the acceptance rule of the service."""
+def verifier_metrics(drafts: Sequence[VerifiedDraft], thresholds: Thresholds) -> dict[str, Any]:
+    """Returns the verifier's figures on real drafts, with the acceptance rule of the service.
+
+    The intervals of prefix precision and recall treat the prefixes of one draft as independent, so they are too narrow.
+    """
     accepted = [draft.accepted_prefix_length(thresholds) for draft in drafts]
     correct_accepted_whole = [k == len(d.tokens) for d, k in zip(drafts, accepted, strict=True) if d.is_correct]
     incorrect = [(d, k) for d, k in zip(drafts, accepted, strict=True) if not d.is_correct]
@@ -105,13 +114,13 @@ def verifier_metrics(drafts: Sequence[VerifiedDraft], thresholds: Thresholds) ->
         for d, k in zip(drafts, accepted, strict=True)
         for length in d.prefix_lengths
     ]
-    both = sum(is_accepted and is_correct for is_accepted, is_correct in prefixes)
+    past_error = [d.first_wrong is not None and k > d.first_wrong for d, k in incorrect]
     return {
-        "right_accepted_whole": _mean(correct_accepted_whole),
-        "wrong_accepted_whole": _mean([k == len(d.tokens) for d, k in incorrect]),
-        "kept_past_error": _mean([d.first_wrong is not None and k > d.first_wrong for d, k in incorrect]),
-        "prefix_precision": both / max(1, sum(is_accepted for is_accepted, _ in prefixes)),
-        "prefix_recall": both / max(1, sum(is_correct for _, is_correct in prefixes)),
+        **share_figures("right_accepted_whole", correct_accepted_whole),
+        **share_figures("wrong_accepted_whole", [k == len(d.tokens) for d, k in incorrect]),
+        **share_figures("kept_past_error", past_error),
+        **share_figures("prefix_precision", [is_correct for is_accepted, is_correct in prefixes if is_accepted]),
+        **share_figures("prefix_recall", [is_accepted for is_accepted, is_correct in prefixes if is_correct]),
         "accepted_share": _mean([k / len(d.tokens) for d, k in zip(drafts, accepted, strict=True)]),
         "oracle_share": _mean([_oracle_prefix_length(d) / len(d.tokens) for d in drafts]),
     }
@@ -123,7 +132,7 @@ def _oracle_prefix_length(draft: VerifiedDraft) -> int:
 
 
 def reliability(drafts: Sequence[VerifiedDraft], bins: int = 10) -> tuple[float, list[tuple[float, float, int]]]:
-    """Expected calibration error, and per bin of P(correct): mean P, share right, count."""
+    """Returns the expected calibration error, and for each bin of P(correct) its mean, the correct share, the count."""
     points = [
         (p, d.is_prefix_correct(length)) for d in drafts for length, p in zip(d.prefix_lengths, d.correct, strict=True)
     ]
@@ -139,8 +148,8 @@ def reliability(drafts: Sequence[VerifiedDraft], bins: int = 10) -> tuple[float,
     return sum(abs(p - share) * count for p, share, count in curve) / max(1, len(points)), curve
 
 
-def continuation_accuracy(pair: ModelPair, drafts: Sequence[VerifiedDraft], seed: int) -> float:
-    """Returns the target's accuracy when it continues a random correct prefix of a real draft."""
+def continuation_correctness(pair: ModelPair, drafts: Sequence[VerifiedDraft], seed: int) -> list[bool]:
+    """Returns for each draft whether the target's answer is correct if it continues a random correct prefix."""
     builder, rng = pair.example_builder, random.Random(seed)
     prefixes = []
     for draft in drafts:
@@ -151,12 +160,9 @@ def continuation_accuracy(pair: ModelPair, drafts: Sequence[VerifiedDraft], seed
             prefixes.append((draft.problem, draft.tokens[: rng.choice(correct_lengths)]))
     prompts = [[*builder.prompt(problem), *prefix] for problem, prefix in prefixes]
     rests = generate_batch(pair.target, pair.tokenizer, prompts)
-    return _mean(
-        [
-            is_correct(builder, problem, [*prefix, *rest])
-            for (problem, prefix), rest in zip(prefixes, rests, strict=True)
-        ]
-    )
+    return [
+        is_correct(builder, problem, [*prefix, *rest]) for (problem, prefix), rest in zip(prefixes, rests, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -175,14 +181,14 @@ def token_agreement(pair: ModelPair, drafts: Sequence[VerifiedDraft]) -> float:
 
 @dataclass(frozen=True)
 class ForwardCosts:
-    """Milliseconds of bare forwards on one thread, medians."""
+    """Median milliseconds of bare forward passes on one thread."""
 
     draft_token: float
     target_token: float
     draft_prompt: float
     target_prompt: float
     judge_whole: float  # verification of a complete draft with a cached prompt: the last prefix alone
-    judge_prefixes: float  # and all other prefixes, if that one did not pass
+    judge_prefixes: float  # verification of all other prefixes, if the complete draft was not accepted
 
 
 def measure_costs(pair: ModelPair, drafts: Sequence[VerifiedDraft], repeats: int = 25) -> ForwardCosts:

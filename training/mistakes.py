@@ -1,7 +1,7 @@
-"""Answers as a writer would give them, in one wording or several, right or with one mistake.
+"""Composes synthetic answers in one wording or several, correct or with one mistake.
 
-Mistakes are drawn evenly over their kinds and, within a slip, over the slots of a line: a verifier that seldom sees
-a kind of mistake does not learn it, however well it does on the others.
+Mistakes are drawn evenly over their kinds and, for a slip, over the slots of a line. A verifier does not learn a kind
+of mistake that is rare in training, even if it learns the others well.
 """
 
 import random
@@ -14,7 +14,7 @@ from training.wording import ENDINGS, LINES, Part, Slots, render_parts, slot_nam
 Word = TypeVar("Word", str, int, State)
 
 Voice = Callable[[int, int], int | None]
-"""Which wording a part of a line takes (line, part): an alternative's index, or None to draw one."""
+"""Maps a line and a part of it to the index of an alternative, or to None, which draws one."""
 
 MISTAKE_KINDS = "slip", "drift", "result", "other", "skip", "stop", "late"
 NUM_ALTERNATIVES = 3  # alternatives of a part that has several
@@ -38,13 +38,13 @@ SIMILAR_WORDS = {
 class Phrase(NamedTuple):
     text: str
     wording: int | None
-    """Which alternative was taken; None where there was no choice."""
+    """The index of the alternative. None if there is only one."""
 
 
 def compose_answer(problem: Problem, rng: random.Random, voice: Voice, kind: str | None = None) -> list[Phrase]:
-    """An answer to `given`, phrase by phrase; `kind` names the mistake it holds, somewhere."""
+    """Returns the phrases of an answer. `kind` names the mistake that it contains, if any."""
     parts, endings = LINES[problem.family], ENDINGS[problem.family]
-    mistake_step = rng.randrange(problem.steps + (kind == "slip"))  # a slip may fall into the last line as well
+    mistake_step = rng.randrange(problem.steps + (kind == "slip"))  # a slip can also be in the last line
     phrases: list[Phrase] = []
     state = problem.start
     for number in range(problem.steps):
@@ -52,7 +52,7 @@ def compose_answer(problem: Problem, rng: random.Random, voice: Voice, kind: str
         if mistake == "stop":
             break
         if mistake == "skip":
-            if rng.random() < 0.5:  # said to be done, or forgotten altogether
+            if rng.random() < 0.5:  # the line is missing but the state changes, or the step is forgotten completely
                 state = problem.step(number, state).state
             continue
         if mistake == "drift":
@@ -61,7 +61,7 @@ def compose_answer(problem: Problem, rng: random.Random, voice: Voice, kind: str
         to = _another_state(problem, rng, problem.step(number, state).state) if mistake == "result" else None
         slots, after = problem.step(number, state, takes=takes, to=to)
         phrases += _line(parts, slots, rng, number, voice, slip=mistake == "slip", problem=problem)
-        # A wrong result may be a slip of the pen, with the next step going on from the right one.
+        # Sometimes the next step continues from the correct result, as after a typing error.
         state = problem.step(number, state).state if mistake == "result" and rng.random() < 0.2 else after
     if kind == "late" and problem.steps < len(ORDINALS):
         slots, state = problem.step(problem.steps, state, takes=rng.randrange(problem.steps))
@@ -95,7 +95,7 @@ def _line(
 
 
 def _wrong_word(problem: Problem, rng: random.Random, word: str) -> str:
-    """Another word of the same sort; a number mostly near the right one, a name mostly one of the question's."""
+    """Returns another word of the same kind. A number is mostly near the correct one, a name mostly in the question."""
     if word.isdigit():
         return str(_wrong_number(rng, int(word), problem))
     names_in_question = [name for name in NAMES if name in problem.question and name != word] if word in NAMES else []
@@ -132,7 +132,7 @@ def _another(rng: random.Random, choices: Sequence[Word], but: Word) -> Word:
 
 
 def scramble_words(problem: Problem, words: Sequence[str], rng: random.Random, share: float) -> list[str]:
-    """The words of an answer with a share of its numbers, names and the like replaced by others of their sort."""
+    """Returns the words of an answer with a share of its numbers, names and similar words replaced."""
     out = []
     for word in words:
         stripped = word.strip()

@@ -129,7 +129,7 @@ class ErrorDetectionObjective(VerificationObjective):
         return next_token_loss + FLAG_WEIGHT * (odd + slip + astray) + VERIFICATION_WEIGHT * verification_loss, metrics
 
     def _odd(self, hidden: tuple[Tensor, ...], batch: TrainingBatch) -> LossAndMetrics:
-        """Does the token differ from the base model's prediction, which is in the stream one position before?"""
+        """Returns the loss of detecting tokens that differ from the base's prediction one position before."""
         with torch.no_grad():
             predicted = _logits(self.model, self.base_norm(hidden[self.base_layers][:, :-1])).argmax(-1)
         in_answer = batch.astray[:, 1:] != IGNORE_INDEX
@@ -147,7 +147,7 @@ class ErrorDetectionObjective(VerificationObjective):
 
 
 def _hidden_states(model: PreTrainedModel, batch: TrainingBatch) -> tuple[Tensor, ...]:
-    """Of every layer; the last one normed, ready for the head."""
+    """Returns the hidden states of every layer. Those of the last layer are normalized, as the lm_head expects them."""
     assert model.config._attn_implementation == TREE_ATTENTION
     visible = torch.zeros(batch.visible.shape, dtype=torch.bfloat16, device=batch.tokens.device)
     visible.masked_fill_(~batch.visible, -1e30)
@@ -172,7 +172,7 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @cache
 def bfloat16_is_faster(device: str) -> bool:
-    """Is bfloat16 the faster arithmetic here? Always on a GPU, on a CPU only where it has instructions for it."""
+    """Returns whether bfloat16 is faster: always on a GPU, and on a CPU only if it has instructions for it."""
     if device != "cpu":
         return True
     seconds = {}

@@ -31,15 +31,15 @@ from parse.types import NO_STREAMING, SamplingParams
 from training.task import correct_answer, draw_problem
 from training.wording import DRAFT
 
-SPLIT = "speculation"  # of the task's problems; the proof has one of its own
-MAX_NUM_SEQS = 64  # generated together, and lost together by an interruption
+SPLIT = "speculation"  # the split of the problems; held-out texts use another one
+MAX_NUM_SEQS = 64  # outputs that are generated together; an interruption loses at most these
 
 
 @dataclass(frozen=True)
 class TargetOutput:
     prompt: list[int]
     output: list[int]  # with the end token, if it is complete
-    begun: int  # number of its first tokens that were given
+    begun: int  # number of its first tokens that come from a prefix
 
     @property
     def tokens(self) -> list[int]:
@@ -47,7 +47,7 @@ class TargetOutput:
 
 
 PromptAndPrefix = tuple[list[int], list[int]]
-"""A prompt, and the first tokens of its answer, which are given."""
+"""A prompt, and the first tokens of its answer, which the target continues."""
 
 
 def demo_prompts(tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT) -> Iterator[PromptAndPrefix]:
@@ -71,7 +71,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Pro
                 messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
                 ids = chat_prompt_token_ids(tokenizer, messages)
             except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: no prompt ({error})") from error
+                raise ValueError(f"{path}, line {number}: not a prompt ({error})") from error
             yield ids, []
 
 
@@ -85,7 +85,7 @@ def read_outputs(path: Path) -> list[TargetOutput]:
             try:
                 outputs.append(TargetOutput(**json.loads(line)))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no output ({error})") from error
+                raise ValueError(f"{path}, line {number}: not an output ({error})") from error
     return outputs
 
 
@@ -154,10 +154,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.outputs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", default="models/demo-target", help="a directory, or an id on the Hugging Face hub")
-    parser.add_argument("--prompts", type=Path, metavar="JSONL", help="instead of the demo task's")
+    parser.add_argument("--target", default="models/demo-target", help="a local path or a Hugging Face id")
+    parser.add_argument("--prompts", type=Path, metavar="JSONL", help="prompts; the default is the demo task")
     parser.add_argument("--out", type=Path, default=Path("runs/outputs.jsonl"))
-    parser.add_argument("--count", type=int, default=4000, help="outputs in all")
+    parser.add_argument("--count", type=int, default=4000, help="total number of outputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=int, default=512, help="maximum tokens to generate for one output")
     parser.add_argument("--context", type=int, default=4096, help="maximum tokens of a prompt with its output")

@@ -1,21 +1,21 @@
-"""The recipe of the demo pair, stage by stage: the draft, its drafts, the target, the proof.
+"""Trains the demo pair, stage by stage: the draft model, its drafts, the target, and the comparison with the old pair.
 
-    python -m training.pair            # about an hour on two CPU cores; resumes an interrupted run
-    python -m training.pair --smoke    # the same in a minute, with models that know nothing
+    python -m training.pair            # takes about an hour on two CPU cores; continues an interrupted run
+    python -m training.pair --smoke    # runs every stage in a minute; the resulting models know nothing
 
 1. *draft*: two layers learn to answer in a wording of their own. The snapshot with the right accuracy is used; its
    mistakes are those of a model that is not fully trained.
 2. *drafts*: the draft model answers problems of its own split. The target learns to recognize real mistakes from them.
 3. *base*: five layers learn to answer. A shallow model needs a quarter of the time of a deep one.
-4. *recall*: the base learns to keep each token readable at its top layer, for the layers to come.
+4. *recall*: the base learns to keep each token readable at its top layer, for the layers that are added next.
 5. *target*: nine more layers on top learn to detect errors and to verify (training/objectives.py).
-6. *polish*: all layers together practise what is still hard.
-7. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen.
+6. *polish*: all layers are trained on difficult cases.
+7. *proof*: the new pair replaces the one in models/ if it is no worse on problems that neither has seen. Its cards show
+   figures on other problems, because those of the proof decided which pair is published.
 """
 
 import argparse
 import json
-import math
 import random
 import shutil
 import sys
@@ -33,13 +33,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from parse.acceptance import Thresholds
 from parse.config import VERIFICATION_FILE
-from parse.prefixes import DEFAULT_STRIDE
 from training import cards, measure
 from training.attention import TREE_ATTENTION
 from training.checkpoints import BrokenModel, load_model
-from training.evaluate import MODELS, evaluate_pair, load_pair
+from training.evaluate import MODELS, EvaluationPlan, evaluate_pair, load_pair, round_floats
 from training.examples import ExampleBuilder, TrainingExample, collate
 from training.generation import generate_batch
 from training.loop import DamagedCheckpoint, Losses, train
@@ -88,7 +86,7 @@ def stage_losses(
 
 
 def train_draft(recipe: PairRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
-    """Returns the snapshot whose accuracy is closest to the recipe's. Training ends once one reaches it."""
+    """Returns the snapshot whose accuracy is closest to the recipe's. Training ends when a snapshot reaches it."""
     chosen, snapshot_log = folder / "chosen", folder / "snapshots.jsonl"
     if chosen.exists():
         return load_model(chosen)
@@ -114,14 +112,14 @@ def train_draft(recipe: PairRecipe, tokenizer: PreTrainedTokenizerBase, folder: 
     train(folder, objective, losses, recipe.draft, snapshot=snapshot, snapshot_every=recipe.snapshot_every)
     snapshots = [json.loads(line) for line in snapshot_log.read_text().splitlines()]
     best = min(snapshots, key=lambda snapshot: abs(snapshot["accuracy"] - recipe.snapshot_accuracy))
-    print(f"draft: step {best['step']}, {best['accuracy']:.0%} right on the selection problems")
+    print(f"draft: step {best['step']}, {best['accuracy']:.0%} correct on the selection problems")
     shutil.copytree(folder / f"step-{best['step']}", temporary := folder / "chosen.tmp", dirs_exist_ok=True)
     temporary.rename(chosen)
     return load_model(chosen)
 
 
 def collect_drafts(recipe: PairRecipe, draft: PreTrainedModel, builder: ExampleBuilder, path: Path) -> list[Draft]:
-    """Returns drafts for problems of their own split, half of them greedy and half sampled."""
+    """Returns drafts for problems of a split of their own, half of them greedy and half sampled."""
     if not path.exists():
         indices = range(recipe.drafted_problems)
         prompts = [builder.prompt(draw_problem("drafts", recipe.seed, index)) for index in indices]
@@ -224,20 +222,21 @@ def polish(
     losses = stage_losses(draw_example, builder, objective, recipe, "polish")
     before = {name: weight.detach().clone() for name, weight in target.named_parameters()}
 
-    def practise() -> None:
+    def train_and_average() -> None:
         train(folder, objective, losses, recipe.polish)
-        # After practice alone the target answers worse. Halfway between before and after it does both best.
+        # With the weights after training the target answers worse. The mean of the weights before and after is best
+        # at both answering and verifying.
         for name, weight in target.named_parameters():
             weight.data.lerp_(before[name], 0.5)
 
-    return load_or_train(folder, tokenizer, target, practise)
+    return load_or_train(folder, tokenizer, target, train_and_average)
 
 
 def add_layers(base: PreTrainedModel, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """Returns a deeper model that at first behaves like `base`: its layers, with new layers on top.
 
-    The base's weights stay as they are from here on: what the new layers hold a token against must stand still while
-    they learn to, and verification must not make the target's own answers worse.
+    The base's weights stay unchanged from here on. The new layers learn to compare tokens with the base's predictions,
+    so these must not change. Learning to verify must not make the target's own answers worse either.
     """
     model = new_model(config, seed)
     missing = model.load_state_dict(base.state_dict(), strict=False)
@@ -270,39 +269,41 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 def publish_if_better(recipe: PairRecipe, candidate: Path, models: Path, *, force: bool) -> bool:
     """Copies the candidate pair into `models`, with its cards, unless the pair there is better."""
-    new, _ = evaluate_folder(recipe, candidate)
+    new = evaluate_folder(recipe, candidate)
     if not force and any((models / name).exists() for name in MODEL_NAMES):
         try:
-            old, _ = evaluate_folder(recipe, models)
+            old = evaluate_folder(recipe, models)
         except BrokenModel as error:
             raise BrokenModel(f"{error}; --force replaces the pair in {models}") from error
         if (new_score := quality(new)) < (old_score := quality(old)):
             print(
-                f"kept the pair in {models}: its quality is {old_score:.4f}, of the new one {new_score:.4f} (--force)"
+                f"kept the pair in {models}: its quality is {old_score:.4f}, that of the new one {new_score:.4f} "
+                "(--force replaces it)"
             )
             return False
     for name in MODEL_NAMES:
         shutil.rmtree(temporary := models / f"{name}.tmp", ignore_errors=True)
         shutil.copytree(candidate / name, temporary)
-    cards.write_cards(new, models / f"{MODEL_NAMES[0]}.tmp", models / f"{MODEL_NAMES[1]}.tmp")
+    card_plan = EvaluationPlan(recipe.card_problems, recipe.card_seed)
+    metrics = round_floats(evaluate_pair(load_pair(candidate), card_plan))
+    cards.write_cards(metrics, models / f"{MODEL_NAMES[0]}.tmp", models / f"{MODEL_NAMES[1]}.tmp")
     for name in MODEL_NAMES:
         shutil.rmtree(models / name, ignore_errors=True)
         (models / f"{name}.tmp").rename(models / name)
     return True
 
 
-def evaluate_folder(recipe: PairRecipe, folder: Path) -> tuple[dict[str, Any], list[measure.VerifiedDraft]]:
-    pair = load_pair(folder)
-    return evaluate_pair(pair, recipe.proof_problems, recipe.seed, DEFAULT_STRIDE, Thresholds(), split="proof")
+def evaluate_folder(recipe: PairRecipe, folder: Path) -> dict[str, Any]:
+    return evaluate_pair(load_pair(folder), EvaluationPlan(recipe.proof_problems, recipe.seed, split="proof"))
 
 
 def quality(metrics: Mapping[str, Any]) -> float:
     """Returns one number to compare pairs by: the mean share of correct results over all kinds of cases."""
     target, verifier = metrics["target"], metrics["verifier"]
     shares = [target["accuracy"], target["continuation_accuracy"], verifier["right_accepted_whole"]]
-    shares += [1 - verifier["wrong_accepted_whole"], 1 - verifier["kept_past_error"]]
+    shares += [1 - verifier[name] for name in ("wrong_accepted_whole", "kept_past_error") if verifier[name] is not None]
     shares += [verifier["prefix_precision"], verifier["prefix_recall"]]
-    defined = [share for share in shares if not math.isnan(share)]
+    defined = [share for share in shares if share is not None]
     return sum(defined) / len(defined)
 
 
@@ -323,11 +324,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where stages, checkpoints and logs are kept")
-    parser.add_argument("--models", type=Path, default=MODELS, help="where the finished pair goes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="the whole recipe in a minute, in a folder of its own")
-    parser.add_argument("--force", action="store_true", help="replace the pair in --models even by a worse one")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for stages, checkpoints and logs")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder for the finished pair")
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems, batches and weights")
+    parser.add_argument("--smoke", action="store_true", help="run all stages in a minute, in a temporary folder")
+    parser.add_argument("--force", action="store_true", help="replace the pair in --models even if it is better")
     args = parser.parse_args()
     try:
         if args.smoke:

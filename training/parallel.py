@@ -34,9 +34,7 @@ class ParallelRecipe(HeadRecipe):
     texts: int = 8
     ahead: int = 8  # tokens proposed in a pass
     layers: int = 2
-    share: float = (
-        0.5  # of the anchors are used in a batch, because masks take the most time and every text is used again
-    )
+    share: float = 0.5  # of the anchors used in a batch, because masks take most of the time and texts are used again
 
 
 def parallel_logits(head: EagleHead, embeddings: Tensor, rotation: RotaryEmbedding, batch: HeadBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of a training run and of the verifier, as SVG.
+"""Draws a training run or the figures of the verifier, as SVG.
 
 python -m training.plots runs/target/log.jsonl target.svg
 """
@@ -12,24 +12,24 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "parse"  # the same figures draw the same file
+matplotlib.rcParams["svg.hashsalt"] = "parse"  # the same figures give the same file
 
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
 
 def draw_verifier(verifier: Mapping[str, Any], path: Path) -> None:
-    """The threshold sweep and the reliability curve, side by side."""
+    """Draws the threshold sweep and the reliability curve side by side."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     thresholds = [row["threshold"] for row in verifier["sweep"]]
     for key, label, style in (
-        ("right_accepted_whole", "right drafts accepted whole", "-"),
+        ("right_accepted_whole", "correct drafts accepted in full", "-"),
         ("prefix_precision", "prefix precision", "-"),
         ("prefix_recall", "prefix recall", "-"),
-        ("wrong_accepted_whole", "wrong drafts accepted whole", "--"),
-        ("kept_past_error", "wrong drafts kept past the error", "--"),
+        ("wrong_accepted_whole", "wrong drafts accepted in full", "--"),
+        ("kept_past_error", "wrong drafts accepted past the error", "--"),
     ):
-        left.plot(thresholds, [row[key] for row in verifier["sweep"]], style, label=label, marker=".")
-    left.set(xlabel="threshold on P(correct)", ylim=(-0.02, 1.02), title="What a threshold costs")
+        left.plot(thresholds, [_number(row[key]) for row in verifier["sweep"]], style, label=label, marker=".")
+    left.set(xlabel="threshold on P(correct)", ylim=(-0.02, 1.02), title="Effect of the threshold")
     left.legend(fontsize="small", loc="center")
     points = verifier["reliability"]
     right.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":")
@@ -40,14 +40,14 @@ def draw_verifier(verifier: Mapping[str, Any], path: Path) -> None:
         )
     right.set(
         xlabel="mean P(correct) of the prefixes in a bin",
-        ylabel="share that is right",
+        ylabel="share of correct prefixes",
         title=f"Reliability (ECE {verifier['ece']:.3f})",
     )
     _save(figure, path)
 
 
 def draw_log(log: Path, path: Path, keys: Sequence[str] = ()) -> None:
-    """Every metric of a run's log.jsonl over its steps, or the chosen ones."""
+    """Draws the metrics of a run's log.jsonl over its steps: all of them, or the chosen ones."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for key in keys or [key for key in rows[-1] if key not in ("step", "seconds")]:
@@ -55,6 +55,11 @@ def draw_log(log: Path, path: Path, keys: Sequence[str] = ()) -> None:
     axes.set(xlabel="step", ylim=(0, 1.5))
     axes.legend(fontsize="small", ncols=2)
     _save(figure, path)
+
+
+def _number(value: float | None) -> float:
+    """Returns a number that the library can draw. A share of no cases is a gap."""
+    return float("nan") if value is None else value
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Attention of many rollouts over one text: each sees the text up to its anchor, and what itself has drafted."""
+"""Attention of many rollouts over one text: each sees the text up to its anchor and its own drafted elements."""
 
 import math
 
@@ -10,12 +10,12 @@ def rollout_attention(
     query: Tensor,  # [B, A, Q, heads, d]: Q elements of each of A rollouts
     key: Tensor,  # [B, T, key heads, d], of the text
     value: Tensor,
-    visible: Tensor,  # [B, A, T] bool: which of the text each rollout sees
+    visible: Tensor,  # [B, A, T] bool: which elements of the text each rollout sees
     drafted_key: Tensor,  # [B, A, J, key heads, d], drafted
     drafted_value: Tensor,
     drafted_visible: Tensor,  # [Q, J] bool
 ) -> Tensor:
-    """[B, A, Q, heads * d]"""
+    """Returns the attention output, [B, A, Q, heads * d]."""
     size, anchors, queries, heads, width = query.shape
     groups = heads // key.shape[2]
     key, value, drafted_key, drafted_value = (
@@ -35,5 +35,5 @@ def rollout_attention(
 
 
 def visible_up_to(anchors: Tensor, size: int) -> Tensor:
-    """[B, A, T] bool: an anchor sees the elements of the text up to itself."""
+    """Returns a [B, A, T] bool mask: an anchor sees the elements of the text up to itself."""
     return torch.arange(size, device=anchors.device) <= anchors[..., None]

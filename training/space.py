@@ -1,11 +1,11 @@
-"""Trains SPACE adapters, with which a target predicts further tokens at masks. They act at masks only.
+"""Trains the adapters of SPACE, with which a target predicts further tokens at masks. They act at masks only.
 
     python -m training.space --target models/demo-target                 # the demo pair's adapters
     python -m training.space --target some/model --outputs outputs.jsonl --out adapters/some
 
-Behind every anchor stand several masks. Mask s is to say what the target will, s tokens beyond its next one; it sees
-the text up to the anchor and the masks before it. The target itself is frozen: its keys and values of the text are
-computed once, and what is learnt is learnt through its layers. An interrupted run goes on where it was.
+Several masks follow every anchor. Mask s learns what the target generates s tokens after its next one. It sees the
+text up to the anchor and the masks before it in its group. The target itself is frozen: its keys and values of the text
+are computed once, and the gradients pass through its layers. An interrupted run continues where it stopped.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +23,14 @@ from parse.speculative.proposal import chain_proposal
 from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.space_adapters import SpaceAdapters, SpaceAdaptersConfig, load_adapters
 from training import heads
-from training.acceptance import AcceptanceStats, acceptance_metrics, count_accepted, group_by_kind
+from training.acceptance import (
+    AcceptanceStats,
+    acceptance_metrics,
+    acceptance_rates,
+    count_accepted,
+    group_by_kind,
+)
 from training.eagle3 import Distillation
-from training.head_cards import write_space_card
 from training.head_checkpoints import save_adapters
 from training.head_data import HeadBatch, HeadFeatures, batch_indices, collate_features, sample_anchors, trainable_texts
 from training.loop import CosineSchedule, Losses, adamw, train
@@ -33,7 +38,7 @@ from training.objectives import bfloat16_is_faster
 from training.outputs import TargetOutput
 from training.rollouts import rollout_attention, visible_up_to
 
-DECAY = 0.9  # of a mask's loss against the one before
+DECAY = 0.9  # weight of a mask's loss relative to the mask before
 GROUP_ATTENTION = "mask_groups"
 
 
@@ -45,11 +50,9 @@ class SpaceRecipe:
     texts: int = 8  # in a batch
     ahead: int = 8  # masks after an anchor
     rank: int = 64
-    share: float = (
-        0.35  # of the anchors are used in a batch, because masks are most of the work and texts are used again
-    )
+    share: float = 0.35  # of the anchors used in a batch, because masks are most of the work and texts are used again
     seed: int = 0
-    start: Path | None = None  # adapters to go on from; their sizes stay
+    start: Path | None = None  # adapters to continue from, with their sizes
 
     @property
     def schedule(self) -> CosineSchedule:
@@ -58,13 +61,13 @@ class SpaceRecipe:
 
 @dataclass(frozen=True)
 class MaskGroups:
-    """What the masks see: the text up to their anchors, and those of their own group that stand before them."""
+    """What the masks see: the text up to their anchor, and the masks before them in their own group."""
 
     past_key_values: DynamicCache
     visible: Tensor  # [B, A, T] bool
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[B, heads, A * S, d] each, to [B, A * S, heads, d]."""
+        """Attends from [B, heads, A * S, d] query, key and value, and returns [B, A * S, heads, d]."""
         anchors = self.visible.shape[1]
         grouped = (states.transpose(1, 2).unflatten(1, (anchors, -1)) for states in (query, key, value))
         query, key, value = grouped
@@ -89,7 +92,7 @@ def group_attention(
     groups: MaskGroups | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    if groups is None:  # the text never sees the padding after it, so no mask is needed
+    if groups is None:  # a text never sees the padding after it, so no mask is needed
         out = scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -135,7 +138,7 @@ def mask_batch(
 def mask_logits(
     adapters: SpaceAdapters, network: PreTrainedModel, mask_anchors: HeadBatch, groups: MaskGroups
 ) -> Tensor:
-    """The target's logits at all masks of all anchors, [B, A, S, vocabulary]."""
+    """Returns the target's logits at all masks of all anchors, [B, A, S, vocabulary]."""
     size, anchors, masks = *mask_anchors.anchors.shape, mask_anchors.valid.shape[2] - 1
     positions = mask_anchors.anchors[..., None] + 2 + torch.arange(masks, device=mask_anchors.anchors.device)
     embedded = adapters.mask_embedding.expand(size, anchors * masks, -1)
@@ -175,7 +178,9 @@ def measure_acceptance(
 ) -> AcceptanceStats:
     """Measures how many candidates are accepted, with a group of masks after every candidate."""
     lengths: list[int] = []
-    passes = tokens = proposed = 0
+    tokens_by_text: list[int] = []
+    passes_by_text: list[int] = []
+    proposed = 0
     with torch.inference_mode():
         for text in texts:
             mask_anchors, groups = mask_batch(network, [text], adapters.config.masks)
@@ -183,18 +188,20 @@ def measure_acceptance(
             # The masks after token t predict the tokens from t + 2 on.
             candidates_after = dict(zip((mask_anchors.anchors[0] + 1).tolist(), guesses, strict=True))
             position = len(text.prompt) + text.begun
+            tokens_by_text.append(len(text.tokens) - position)
+            passes_by_text.append(0)
             candidates: list[int] = []
             while position < len(text.tokens):
                 proposal = chain_proposal(candidates)
                 lengths.append(count_accepted(proposal, text.tokens[position:]))
                 proposed += len(candidates)
-                pass_start, last_accepted = position, position + lengths[-1] - 1
+                last_accepted = position + lengths[-1] - 1
                 position = min(last_accepted + 2, len(text.tokens))
                 candidates = candidates_after.get(last_accepted, [])
-                passes, tokens = passes + 1, tokens + position - pass_start
-    max_length = max(lengths, default=0)
-    shares = tuple(sum(length > k for length in lengths) / passes for k in range(max_length))
-    return AcceptanceStats(passes, tokens, shares, proposed / max(1, passes), 0.0)
+                passes_by_text[-1] += 1
+    return AcceptanceStats(
+        tuple(tokens_by_text), tuple(passes_by_text), acceptance_rates(lengths), proposed / max(1, len(lengths)), 0.0
+    )
 
 
 def evaluate_adapters(path: Path, network: PreTrainedModel, texts: Sequence[TargetOutput]) -> dict[str, Any]:
@@ -243,7 +250,6 @@ def main() -> None:
     publisher = heads.Publisher[SpaceAdapters](
         lambda adapters, folder, dtype: save_adapters(adapters, folder, dtype=dtype),
         evaluate_adapters,
-        write_space_card,
     )
     heads.run(args, lambda network, texts, folder: train_adapters(network, texts, recipe, folder), publisher)
 

@@ -1,9 +1,9 @@
-"""The task of the demo pair: questions answered step by step in plain English, and an exact checker of any prefix.
+"""The task of the demo pair: questions that are answered step by step, and an exact checker of any prefix.
 
-Two families share one shape: a state, a number of numbered steps that each move it on, and a last line.
+Two families share one form: a state, a number of numbered steps that each change the state, and a last line.
 
-- *totals*: a stock that grows and shrinks (arithmetic);
-- *record*: a best score that stands or falls (comparing, and remembering whose it is).
+- *totals*: a number of items that grows and shrinks (arithmetic);
+- *record*: a best score that is kept or beaten (comparing, and remembering whose score it is).
 
     python -m training.task --problems 3 --seed 1
     python -m training.task --question "..." --answer "..."
@@ -30,11 +30,11 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth ele
 MAX_NUMBER = 99  # totals and scores; each number is one token
 
 State = tuple[str, ...]
-"""What the steps move on, as the words that name it: (total,) or (leader, score)."""
+"""The state that the steps change, as words: (total,) or (leader, score)."""
 
 
 class UnrecognizedQuestion(ValueError):
-    """The text is no question of this task."""
+    """The text is not a question of this task."""
 
 
 class Step(NamedTuple):
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 class Problem(Protocol):
-    """One question. `step` works from any state, so that an answer that has gone astray can be followed too."""
+    """One question. `step` works from any state, so that a wrong answer can be continued as well."""
 
     @property
     def family(self) -> str: ...
@@ -55,12 +55,15 @@ class Problem(Protocol):
     def start(self) -> State: ...
 
     def step(self, number: int, state: State, *, takes: int | None = None, to: State | None = None) -> Step:
-        """Step `number` (from 0) from `state`; `takes` another step's operation, or ends in `to` whatever is right."""
+        """Returns step `number` (from 0) after `state`.
+
+        `takes` is the number of another step, whose operation is used, and `to` a state that replaces the result.
+        """
         ...
 
     def ending(self, state: State) -> Slots: ...
     def states(self) -> list[State]:
-        """States that a mistaken answer could believe in."""
+        """Returns states that a wrong answer could contain."""
         ...
 
 
@@ -161,13 +164,13 @@ class RecordProblem:
         count = rng.randint(6, 12)
         names = rng.sample(NAMES, count + 1)
         scores = rng.sample(range(1, MAX_NUMBER + 1), count)
-        # Half of the records stand low enough to fall more than once, else most problems are decided at once.
+        # Half of the records are low enough to be beaten more than once. Otherwise most are never beaten.
         first = rng.choice([s for s in range(1, MAX_NUMBER if rng.random() < 0.5 else 40) if s not in scores])
         return cls((names[0], first), tuple(zip(names[1:], scores, strict=True)))
 
     @classmethod
     def draw_close(cls, rng: random.Random) -> "RecordProblem":
-        """Most scores within a few points of the record they are held against: the comparisons that are hard."""
+        """Draws a problem with difficult comparisons: most scores are within a few points of the record."""
         count = rng.randint(6, 12)
         names = rng.sample(NAMES, count + 1)
         record = first = rng.randint(5, MAX_NUMBER - 5)
@@ -198,25 +201,25 @@ def _labels(number: int) -> dict[str, str]:
 
 
 def draw_problem(split: str, seed: int, index: int) -> Problem:
-    """Problem `index` of a seeded, endless sequence; sequences of different splits never share their draws."""
+    """Returns problem `index` of an endless sequence that depends on the split and the seed."""
     rng = random.Random(f"{split}/{seed}/{index}")
     return FAMILIES[index % len(FAMILIES)].draw(rng)
 
 
 def draw_close_record(split: str, seed: int, index: int) -> Problem:
-    """As `problem`, only records whose comparisons are hard."""
+    """Returns a problem like `draw_problem`, but always a record with difficult comparisons."""
     return RecordProblem.draw_close(random.Random(f"close {split}/{seed}/{index}"))
 
 
 def parse_question(question: str) -> Problem:
-    """The problem that a question states."""
+    """Returns the problem of a question."""
     for family in FAMILIES:
         try:
             problem = family.parse(question)
             if problem and problem.question == question and _solvable(problem):
                 return problem
         except (ValueError, LookupError):
-            continue  # the outline fits but a clause does not
+            continue  # the form fits, but a clause does not
     raise UnrecognizedQuestion(f"not a question of this task: {question[:120]!r}")
 
 
@@ -228,7 +231,7 @@ def _solvable(problem: Problem) -> bool:
 
 
 def correct_answer(problem: Problem, wording: int = TARGET) -> str:
-    """The right answer in one wording throughout."""
+    """Returns the correct answer in one wording."""
     text, state = [], problem.start
     for number in range(problem.steps):
         slots, state = problem.step(number, state)
@@ -270,7 +273,7 @@ def _correct_lines(problem: Problem, number: int, state: State) -> list[str]:
 
 @cache
 def vocabulary() -> frozenset[str]:
-    """Every word and sign that a question or a right answer can hold."""
+    """Returns every word and sign that a question or a correct answer can contain."""
     texts = []
     for index in range(len(FAMILIES) * 400):
         problem = draw_problem("vocabulary", 0, index)
@@ -284,14 +287,14 @@ def vocabulary() -> frozenset[str]:
 
 
 WORD = re.compile(r"\.\n| ?[A-Za-z]+| ?[0-9]{1,2}| ?[^\sA-Za-z0-9]+|\s+")
-"""What counts as one word: a word or a number with the space before it, a sign, the end of a line with its stop."""
+"""Matches one word: a word or a number with the space before it, a sign, or the full stop at the end of a line."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.task", description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=int, default=3, help="how many problems to show")
+    parser.add_argument("--problems", type=int, default=3, help="number of problems to show")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--question", help="check --answer to this question instead")
+    parser.add_argument("--question", help="check the --answer to this question instead")
     parser.add_argument("--answer")
     args = parser.parse_args()
     if (args.question is None) != (args.answer is None):
@@ -308,12 +311,12 @@ def main() -> None:
     words = WORD.findall(args.answer.replace("\\n", "\n"))
     unknown_word = next((word for word in words if word not in vocabulary()), None)
     if unknown_word is not None:
-        sys.exit(f"not an answer of this task, which never says {unknown_word!r}")
+        sys.exit(f"not an answer of this task, which does not contain {unknown_word!r}")
     result = check_answer(problem, words)
     if result.first_wrong is not None:
         print(f"wrong at word {result.first_wrong}: {words[result.first_wrong]!r}")
     else:
-        print("right" if result.complete else "right so far")
+        print("correct" if result.complete else "correct so far")
 
 
 if __name__ == "__main__":

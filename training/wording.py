@@ -1,8 +1,8 @@
 """The wording of a step: every line is a sequence of parts, and each part has several correct wordings.
 
-Alternative 0 of each part is the target's wording, alternative 1 the draft's; the others are right too and
-nobody's own. A line is right when each part is one of its alternatives with the true values, so two right
-answers to one question may share little more than their numbers.
+Alternative 0 of each part is the target's wording, and alternative 1 the draft model's. The others are correct too, but
+neither model uses them. A line is correct if each part is one of its alternatives with the true values. So two correct
+answers to one question may have little more than the numbers in common.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from string import Formatter
 TARGET, DRAFT = 0, 1
 
 Part = tuple[str, ...]
-"""The alternatives of one part: format strings over the slots of a line. Their first tokens differ."""
+"""The alternatives of one part: format strings over the slots of a line. They start with different tokens."""
 
 Slots = Mapping[str, str]
 
@@ -48,7 +48,7 @@ def render_parts(parts: Sequence[Part], choice: Sequence[int], slots: Slots) -> 
 
 
 def all_wordings(parts: Sequence[Part], slots: Slots) -> list[str]:
-    """All right texts of a line."""
+    """Returns all correct texts of a line."""
     return [
         "".join(words)
         for words in product(*([alternative.format_map(slots) for alternative in part] for part in parts))

@@ -30,7 +30,7 @@ def test_the_program_can_be_tried_without_a_gpu(tmp_path, monkeypatch, capsys):
     gpu.main()
     figures = json.loads(out.read_text())
     assert list(figures["recorded"]["decode_ms"]) == ["1", "3"]
-    # Of so few tokens the times mean nothing: differences of them may even be negative.
+    # Times of so few tokens mean nothing. Their differences may even be negative.
     assert all(
         isfinite(ms) for method in ("generate", "ordinary", "recorded") for ms in figures[method]["decode_ms"].values()
     )
@@ -38,7 +38,7 @@ def test_the_program_can_be_tried_without_a_gpu(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_a_missing_gpu_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu"])
     with pytest.raises(SystemExit):
         gpu.main()

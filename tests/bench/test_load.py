@@ -15,9 +15,9 @@ from fastapi import FastAPI, Response
 from fastapi.responses import StreamingResponse
 
 from bench.client import RequestParams, RequestResult, ServerReport, TimedResponse, open_client, send_request
-from bench.comparison import compare_runs, table
+from bench.comparison import compare_runs, fastest_sentences, summary_table, table
 from bench.latency import BenchmarkRun, OfferedLoad, Round, overlap_s, percentile, spread, summarize
-from bench.load import closed_loop, main, open_loop, poisson_arrivals
+from bench.load import closed_loop, main, open_loop, poisson_arrivals, with_contender
 from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests, replace_names
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
@@ -25,6 +25,7 @@ from parse.config import EngineSettings
 from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
 from tests.deployments.live import LocalBackend, served
 from training import measure
+from training.confidence import rounds_interval
 from training.task import correct_answer, draw_problem
 
 SPREADS = "ttft_s", "itl_s", "latency_s"
@@ -51,7 +52,7 @@ def load_figures(*options):
     return json.loads(done.stdout)
 
 
-# The command, against the demo pair.
+# The command, with a server of the demo pair.
 
 
 def test_modes_are_compared_on_the_same_problems(server, tmp_path):
@@ -79,14 +80,17 @@ def test_modes_are_compared_on_the_same_problems(server, tmp_path):
     off, full = figures["runs"][:2]
     assert off["accuracy"] == 1.0 and off["accepted_share"] is None and off["stages_s"]["draft"] == 0
     assert 0 < full["accepted_share"] <= 1 and full["stages_s"]["draft"] > 0
-    assert off["overlap_share"] == full["overlap_share"] == 0.0  # one at a time
+    assert off["overlap_share"] == full["overlap_share"] == 0.0  # one request at a time
+    assert off["answered_with"] == full["answered_with"] == {"none": 4}  # the server has no methods loaded
+    assert figures["served"]["speculation"] == "none" and figures["run"]["seeds"] == [11]
     assert figures["ratios"].keys() == {"1", "2"}
     assert figures["ratios"]["1"]["full"]["tokens_per_s"] == pytest.approx(full["tokens_per_s"] / off["tokens_per_s"])
     assert table(figures) in done.stdout and "| 2 | full |" in done.stdout
+    assert "The default is `none`." in summary_table(figures)
     assert picture.read_text().startswith("<?xml")
 
 
-def test_tokens_are_those_the_server_counts(server):
+def test_tokens_are_counted_by_the_server(server):
     figures = load_figures("--url", f"{server}/v1/", "--requests", 3, "--mode", "off", "--warmup", 1, "--seed", 12)
     used = []
     for task in demo_requests(4, seed=12)[1:]:
@@ -95,7 +99,7 @@ def test_tokens_are_those_the_server_counts(server):
     assert figures["runs"][0]["completion_tokens"] == sum(usage["completion_tokens"] for usage in used)
 
 
-def test_requests_may_arrive_at_a_rate_and_come_whole(server):
+def test_requests_can_arrive_at_a_rate_without_streaming(server):
     figures = load_figures(
         "--url", server, "--requests", 3, "--rate", 20, "--mode", "full", "--no-stream", "--seed", 13
     )
@@ -105,9 +109,9 @@ def test_requests_may_arrive_at_a_rate_and_come_whole(server):
     assert figures["ratios"].keys() == {"20/s"}
 
 
-def test_prompts_may_come_from_a_file(server, tmp_path):
+def test_prompts_can_come_from_a_file(server, tmp_path):
     problem = draw_problem("bench", 14, 0)
-    right = re.findall(r"\d+", correct_answer(problem))[-1]  # said in any wording
+    right = re.findall(r"\d+", correct_answer(problem))[-1]  # the result, in any wording
     lines = [
         {"prompt": problem.question, "answer": right},
         {"messages": [{"role": "user", "content": problem.question}], "answer": "no such words"},
@@ -120,13 +124,13 @@ def test_prompts_may_come_from_a_file(server, tmp_path):
     assert run["answered"] == 3 and run["accuracy"] == 0.5 and run["mode"] == "default"
 
 
-def test_what_the_server_refuses_is_counted_and_told(server):
+def test_rejected_requests_are_counted_and_shown(server):
     done = load("--url", server, "--requests", 2, "--mode", "brilliant")
     assert done.returncode == 1 and "2 of 400" in done.stdout
     assert "load: 400: parse.mode" in done.stderr and "load: no request was answered" in done.stderr
 
 
-def test_a_server_that_is_not_there_is_one_clear_line():
+def test_an_unreachable_server_is_reported_in_one_line():
     done = load("--url", "http://127.0.0.1:9", "--requests", 1)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip().startswith("load: http://127.0.0.1:9 cannot be reached")
@@ -139,15 +143,15 @@ def test_a_server_that_is_not_there_is_one_clear_line():
         (("--requests", 0), "at least 1"),
         (("--concurrency", "1,0"), "different positive numbers"),
         (("--rate", "nan"), "different positive numbers"),
-        (("--compare", "off,off"), "different modes"),
+        (("--compare", "off,off"), "different contenders"),
         (("--compare", "off,full", "--mode", "off"), "not allowed with"),
         (("--requests", 2, "--rounds", 3), "more than there are requests"),
         (("--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
         (("--url", "nonsense"), "nonsense"),
-        (("--url", "http://here:http"), "is no address"),
+        (("--url", "http://here:http"), "is not a valid address"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, complaint, monkeypatch, capsys):
+def test_invalid_options_are_rejected(options, complaint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["load", *map(str, ("--url", "http://127.0.0.1:9", *options))])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -158,7 +162,7 @@ def test_options_that_make_no_sense_are_refused(options, complaint, monkeypatch,
 
 
 def broken_server():
-    """Does what the question tells it to do."""
+    """Returns a server that fails in the way that the prompt names."""
     app = FastAPI()
 
     def event(body):
@@ -224,7 +228,7 @@ def test_percentiles_are_those_of_numpy():
     assert spread([3.0, 1.0, 2.0]) == {"mean": 2.0, "p50": 2.0, "p95": pytest.approx(2.9), "p99": pytest.approx(2.98)}
 
 
-def test_what_cannot_be_known_is_null():
+def test_figures_without_data_are_null():
     failed = RequestResult(SampleRequest([]), 0.0, 1.0, error="503")
     figures = summarize([Round([failed], 2.0, 0.1)])
     assert figures["requests"] == 1 and figures["answered"] == 0 and figures["requests_per_s"] == 0.0
@@ -241,7 +245,7 @@ def test_what_cannot_be_known_is_null():
 
 
 def report(arrived, *stages, drafted=0, accepted=0):
-    return ServerReport("full", drafted, accepted, 0, arrived, stages)
+    return ServerReport("full", "none", drafted, accepted, 0, arrived, stages)
 
 
 def busy(reports, at, *sides):
@@ -253,7 +257,7 @@ def busy(reports, at, *sides):
     }
 
 
-def test_overlap_is_that_of_a_fine_grid():
+def test_overlap_equals_that_of_a_fine_grid():
     rng = random.Random(1)
     names = "queue warm draft judge write".split()
     for _ in range(20):
@@ -262,7 +266,7 @@ def test_overlap_is_that_of_a_fine_grid():
             intervals = [sorted(rng.randrange(100) for _ in range(2)) for _ in range(rng.randint(0, 6))]
             stages = [(rng.choice(names), float(start), float(end)) for start, end in intervals]
             reports.append(report(float(rng.randrange(100)), *stages))
-        moments = [step + 0.5 for step in range(200)]  # nothing changes between whole numbers
+        moments = [step + 0.5 for step in range(200)]  # all changes happen at whole numbers
         together = [
             any(one != other for one in busy(reports, at, "draft") for other in busy(reports, at, "judge", "write"))
             for at in moments
@@ -270,15 +274,15 @@ def test_overlap_is_that_of_a_fine_grid():
         assert overlap_s(reports) == pytest.approx(sum(together))
 
 
-def test_overlap_by_hand():
+def test_overlap_matches_a_calculation_by_hand():
     first = report(100.0, ("draft", 0.0, 2.0), ("judge", 2.0, 5.0))
     assert overlap_s([first]) == 0.0
     assert overlap_s([first, report(101.0, ("draft", 0.0, 3.0))]) == pytest.approx(2.0)
-    own = report(0.0, ("draft", 0.0, 4.0), ("judge", 1.0, 2.0))  # windows judged while the same draft goes on
+    own = report(0.0, ("draft", 0.0, 4.0), ("judge", 1.0, 2.0))  # windows of the same draft
     assert overlap_s([own]) == 0.0
 
 
-def test_figures_by_hand():
+def test_figures_match_a_calculation_by_hand():
     def outcome(due, chunk_times, tokens, right, **report_fields):
         response = TimedResponse(
             "text", True, 10, tokens, report(0.0, ("draft", 0.0, 0.5), **report_fields), chunk_times
@@ -292,27 +296,55 @@ def test_figures_by_hand():
     figures = summarize(rounds)
     assert figures["requests_per_s"] == 0.2 and figures["tokens_per_s"] == 0.6
     assert figures["ttft_s"]["mean"] == 1.5 and figures["latency_s"]["mean"] == 3.5
-    assert figures["itl_s"]["mean"] == 0.5 and figures["pause_s"]["p99"] == 1.5  # the second has nothing between tokens
+    assert figures["itl_s"]["mean"] == 0.5 and figures["pause_s"]["p99"] == 1.5  # the second answer is a single token
     assert figures["accepted_share"] == 0.25 and figures["accuracy"] == 0.5 and figures["stages_s"]["draft"] == 0.5
     assert figures["client_cpu_share"] == pytest.approx(0.05)
 
 
-def test_ratios_are_to_the_first_mode_with_medians_of_the_rounds():
+def test_ratios_are_to_the_first_contender_with_a_mean_over_rounds():
     def run(mode, *walls):
         outcome = RequestResult(SampleRequest([]), 0.0, 2.0, TimedResponse("text", True, completion_tokens=10))
         return BenchmarkRun(mode, OfferedLoad(8), [Round([outcome], wall, 0.0) for wall in walls])
 
     figures = compare_runs([run("off", 1.0, 1.0, 1.0), run("full", 0.5, 0.25, 1.0)])["ratios"]["8"]
-    assert set(figures["off"].pop("median").values()) == set(figures["off"].values()) == {1.0}
+    rounds_of_off = figures["off"].pop("rounds")
+    assert set(figures["off"].values()) == {1.0} and all(part["mean"] == 1.0 for part in rounds_of_off.values())
     assert figures["full"]["requests_per_s"] == pytest.approx(3 / 1.75) == figures["full"]["tokens_per_s"]
-    assert figures["full"]["median"] == {"requests_per_s": 2.0, "tokens_per_s": 2.0, "latency_p50": 1.0}
+    of_rounds = figures["full"]["rounds"]["requests_per_s"]
+    assert of_rounds["values"] == [2.0, 4.0, 1.0] and of_rounds["mean"] == pytest.approx(2.0)
+    assert of_rounds["interval"] == rounds_interval([2.0, 4.0, 1.0])
 
 
-# How it is asked.
+@pytest.mark.parametrize(
+    ("contender", "fields"),
+    [
+        ("default", None),
+        ("off", {"mode": "off"}),
+        ("off+none", {"mode": "off", "speculation": "none"}),
+        ("default+ngram", {"speculation": "ngram"}),
+    ],
+)
+def test_a_contender_is_a_mode_or_a_mode_with_a_method(contender, fields):
+    body = with_contender(RequestParams("m"), contender).body(SampleRequest([]))
+    assert body.get("parse") == fields
+
+
+def test_the_summary_names_the_fastest_contender():
+    def run(mode, wall):
+        outcome = RequestResult(SampleRequest([]), 0.0, 2.0, TimedResponse("text", True, completion_tokens=10))
+        return BenchmarkRun(mode, OfferedLoad(8), [Round([outcome], wall, 0.0)])
+
+    figures = {"served": None, **compare_runs([run("off", 1.0), run("off+none", 4.0), run("auto", 2.0)])}
+    assert fastest_sentences(figures) == [
+        "At load 8, `off` is the fastest, and `auto` reaches 50% of its requests per second."
+    ]
+
+
+# How requests are sent.
 
 
 class Slow:
-    """Answers after a while, and remembers how many were asked at the same time."""
+    """Answers after a delay, and records how many requests run at the same time."""
 
     def __init__(self) -> None:
         self.num_concurrent = self.max_concurrent = 0
@@ -325,16 +357,16 @@ class Slow:
         return RequestResult(task, due, time.perf_counter())
 
 
-def test_a_closed_loop_has_so_many_under_way():
+def test_a_closed_loop_keeps_every_client_busy():
     slow = Slow()
     assert len(asyncio.run(closed_loop(slow, [SampleRequest([])] * 7, 3))) == 7 and slow.max_concurrent == 3
 
 
-def test_an_open_loop_waits_for_nobody_and_counts_from_the_arrival():
+def test_an_open_loop_does_not_wait_and_counts_from_the_arrival():
     slow, arrivals = Slow(), [0.0, 0.01, 0.02, 0.03]
 
     async def late(task, due):
-        time.sleep(0.05)  # a client that cannot keep to its schedule
+        time.sleep(0.05)  # the client is later than its schedule
         return await slow(task, due)
 
     together = asyncio.run(open_loop(slow, [SampleRequest([])] * 4, arrivals))
@@ -353,10 +385,10 @@ def test_arrivals_are_seeded_and_poisson():
     )
 
 
-# What is asked.
+# The requests.
 
 
-def test_the_demo_asks_the_problems_of_the_benchmarks():
+def test_demo_requests_are_the_problems_of_the_benchmarks():
     problems = measure.draw_problems(3, 6, split="bench")
     tasks = demo_requests(6, seed=3)
     assert [task.messages[0]["content"] for task in tasks] == [problem.question for problem in problems]
@@ -368,7 +400,7 @@ def test_the_demo_asks_the_problems_of_the_benchmarks():
         assert not task.is_correct(correct_answer(other), True)
 
 
-def test_another_cast_changes_the_names_and_nothing_else(tokenizer):
+def test_another_name_set_changes_only_the_names(tokenizer):
     for index in range(40):
         problem = draw_problem("bench", 3, index)
         other = replace_names(problem, 2)
@@ -377,13 +409,13 @@ def test_another_cast_changes_the_names_and_nothing_else(tokenizer):
             for one in (problem, other)
         }
         assert replace_names(problem, 0) == problem and len(sizes) == 1
-        assert other.question.split()[0] != problem.question.split()[0]  # no common beginning to be cached
+        assert other.question.split()[0] != problem.question.split()[0]  # no common prefix that could be cached
 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("[]", 'must be {"prompt"'),
         ('{"answer": "x"}', 'must be {"prompt"'),
         ('{"prompt": "x", "messages": []}', 'must be {"prompt"'),
@@ -392,10 +424,10 @@ def test_another_cast_changes_the_names_and_nothing_else(tokenizer):
         ('{"messages": []}', "messages: must be a list"),
         ('{"messages": ["x"]}', "messages: must be a list"),
         ('{"prompt": "x", "answer": 7}', "answer: must be text"),
-        ('{"prompt": "x", "temperature": 1}', "temperature: not known"),
+        ('{"prompt": "x", "temperature": 1}', "temperature: unknown field"),
     ],
 )
-def test_bad_lines_of_a_file_are_refused_by_number(tmp_path, line, complaint):
+def test_an_invalid_line_of_a_file_is_named_by_its_number(tmp_path, line, complaint):
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'{{"prompt": "fine"}}\n\n{line}\n')
     with pytest.raises(InvalidPromptFile, match="line 3: ") as refused:
@@ -403,7 +435,7 @@ def test_bad_lines_of_a_file_are_refused_by_number(tmp_path, line, complaint):
     assert complaint in str(refused.value)
 
 
-def test_a_file_begins_again_and_must_hold_something(tmp_path):
+def test_a_short_file_is_repeated_and_an_empty_one_is_rejected(tmp_path):
     file = tmp_path / "prompts.jsonl"
     with pytest.raises(InvalidPromptFile):
         load_requests(file, 1)

@@ -30,7 +30,6 @@ def few(monkeypatch):
     monkeypatch.setattr(forward_passes, "TOKEN_COUNTS", (1, 13, 48))
     monkeypatch.setattr(forward_passes, "NUM_TRIALS", 1)
     monkeypatch.setattr(concurrency, "CLIENT_COUNTS", (1, 2))
-    monkeypatch.setattr(concurrency, "ROUNDS", 1)
     monkeypatch.setattr(concurrency, "ANSWERS_PER_CLIENT", 1)
     monkeypatch.setattr(concurrency, "MIN_ANSWERS", 2)
 
@@ -48,11 +47,11 @@ def test_every_method_of_the_engine_has_its_settings():
     assert {settings.method for settings in speculation_settings(MODELS)} == set(METHODS)
 
 
-def test_contenders_are_told_by_mode_and_method():
+def test_contenders_are_named_after_mode_and_method():
     assert contender_name("full", "eagle3") == "full + eagle3" and contender_name("rounds", "none") == "rounds"
 
 
-def test_speedups_are_over_the_target_alone_and_texts_are_compared(pair):
+def test_speedups_are_ratios_to_the_target_alone_and_texts_are_compared(pair):
     speculation = SpeculationStats("eagle3", 4, (4, 4), (3, 2))
     answers = {
         "off": [answer(range(10), seconds=2.0), answer(range(20), seconds=4.0)],
@@ -76,7 +75,7 @@ def test_steps_are_recorded_and_passed_on_to_the_cost_model_of_the_engine(pair):
     finally:
         pair.target.core.cost_model = cost_model
     assert result.speculation is not None
-    assert len(records.passes) == result.speculation.passes - 1  # the first reads the prompt
+    assert len(records.passes) == result.speculation.passes - 1  # the first pass computes the prompt
     proposed = sum(result.speculation.proposed_per_position)
     assert sum(p.num_tokens for p in records.passes) in range(len(records.passes), len(records.passes) + proposed + 1)
     assert len(records.proposal_times) >= result.speculation.proposed_per_position[0] and all(
@@ -91,7 +90,7 @@ def test_bare_passes_take_time(pair, few):
     assert forward_passes.measure_prefill_s(pair.target.model, 30) > 0
 
 
-def test_all_clients_take_from_one_list_of_prompts(pair, few):
+def test_all_clients_share_one_list_of_prompts(pair, few):
     recorder = forward_passes.RecordingCostModel(pair.target)
     summary = asyncio.run(
         concurrency.run_concurrently(PipelineContender(pair, "off", "ngram"), recorder, prompts_of(pair, 3), 3)
@@ -102,7 +101,7 @@ def test_all_clients_take_from_one_list_of_prompts(pair, few):
 
 def test_the_whole_comparison_on_a_single_problem(few, monkeypatch):
     monkeypatch.setattr(speculation, "MODES", ("off", "full"))
-    summary = speculation.run(1, 5, MODELS, 1)
+    summary = speculation.run(1, 5, MODELS, 1, rounds=1)
     composed = {f"{mode} + {method}" for mode in ("off", "full") for method in METHODS}
     assert set(summary["contenders"]) == composed | {"off", "full", "off, none loaded", "hf_generate", "hf_assisted"}
     for method in METHODS:
@@ -112,6 +111,11 @@ def test_the_whole_comparison_on_a_single_problem(few, monkeypatch):
     assert [(one["clients"], one["method"]) for one in summary["crowds"]] == [
         (clients, settings.method) for clients in (1, 2) for settings in speculation_settings(MODELS)
     ]
-    shown = speculation.table(summary)
+    shown = speculation.tables(summary)
     assert all(f"| {name} |" in shown for name in summary["contenders"])
     assert all(f"| 2 | {method} |" in shown for method in METHODS)
+    assert summary["contenders"]["off, none loaded"]["speedup_over_none_loaded"] == 1.0
+    assert [line.split(" | ")[0] for line in speculation.grid_table(summary).splitlines()[2:]] == [
+        "| `off`",
+        "| `full`",
+    ]

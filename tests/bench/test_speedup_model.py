@@ -25,21 +25,21 @@ def decoding_stats_with(**changes):
     return replace(WRITING, **changes)
 
 
-def test_between_two_sizes_a_pass_takes_what_lies_between():
+def test_the_time_of_a_pass_is_interpolated_between_two_sizes():
     assert [CURVE.seconds_at(num_tokens) for num_tokens in (1, 3, 5, 7)] == [2.0, 3.0, 4.0, 6.0]
 
 
-def test_the_median_of_passes_size_by_size():
+def test_the_median_of_curves_is_taken_at_each_size():
     curves = [PassTimeCurve(2, (1, 5), seconds) for seconds in ((1.0, 9.0), (2.0, 2.0), (7.0, 3.0))]
     assert PassTimeCurve.median(curves) == PassTimeCurve(2, (1, 5), (2.0, 3.0))
 
 
-def test_a_pass_writes_what_was_accepted_and_a_token_of_its_own():
+def test_a_pass_generates_the_accepted_tokens_and_one_more():
     assert decoding_stats_with().tokens_per_pass == pytest.approx(1.9)
     assert decoding_stats_with().acceptance_rates == [0.75, 0.75]
 
 
-def test_what_was_seen_is_told_of_one_text_in_a_pass():
+def test_statistics_count_one_sequence_in_a_pass():
     records = PassRecords((ForwardPass(2, 6, 1.0), ForwardPass(1, 3, 2.0)), ((2, 0.3),)) + PassRecords((), ((1, 0.3),))
     stats = decoding_stats(SpeculationStats("parallel", 3, (3, 3), (2, 1)), records)
     assert (stats.num_seqs, stats.num_tokens, stats.pass_s) == (1.5, 3.0, 1.5)
@@ -55,18 +55,18 @@ def test_no_proposal_requests_take_no_time():
     assert stats.proposal_s_per_pass == stats.proposal_s == 0.0 and stats.tokens_per_pass == 1.0
 
 
-def test_tokens_needed_by_hand():
+def test_the_break_even_tokens_match_a_calculation_by_hand():
     assert break_even_tokens(decoding_stats_with(), CURVE) == pytest.approx(
         (3.0 + 8 * 0.5 / 10) / 2.0
     )  # a pass over 3 entries, 8 proposals in 10
 
 
-def test_the_speedup_by_hand():
+def test_the_predicted_speedup_matches_a_calculation_by_hand():
     # Two answers; plain: prompts and 17 more passes of a token; with the method: prompts and 8 more passes.
     assert predict_speedup(decoding_stats_with(), CURVE, 19, 2, 5.0) == pytest.approx((10 + 17 * 2) / (10 + 8 * 3.4))
 
 
-def test_without_prompts_the_speedup_is_tokens_written_over_tokens_needed():
+def test_without_prompts_the_speedup_is_tokens_per_pass_over_break_even_tokens():
     stats = decoding_stats_with()
     plain = round(stats.passes * stats.tokens_per_pass)
     assert predict_speedup(stats, CURVE, plain, 0, 5.0) == pytest.approx(
@@ -74,20 +74,20 @@ def test_without_prompts_the_speedup_is_tokens_written_over_tokens_needed():
     )
 
 
-def test_each_depth_is_weighed_by_itself():
+def test_every_depth_has_a_speedup_of_its_own():
     shallow, deep = speedup_by_depth(decoding_stats_with(), CURVE, "parallel", 0.5)
     assert shallow == pytest.approx(1.75 * 2 / (2.5 + 0.5))
     assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.5))
 
 
-def test_nothing_is_accepted_behind_what_was_not():
+def test_no_token_is_accepted_after_a_rejected_one():
     _, deep = speedup_by_depth(
         decoding_stats_with(proposed=(8, 1), accepted=(6, 1)), CURVE, "parallel", 0.5
-    )  # tried once, where it was sure
+    )  # proposed once, where acceptance was certain
     assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.5))
 
 
-def test_token_by_token_each_token_takes_its_step():
+def test_every_token_of_a_sequential_method_takes_a_step():
     assert (
         decoding_stats_with().step_s("eagle3") == pytest.approx(8 * 0.5 / 12)
         and decoding_stats_with().step_s("parallel") == 0.5
@@ -97,16 +97,16 @@ def test_token_by_token_each_token_takes_its_step():
     assert deep == pytest.approx(2.5 * 2 / (3.0 + 0.8))
 
 
-def test_among_many_texts_proposals_add_up_and_passes_are_fuller():
+def test_with_many_sequences_the_times_of_proposals_add_up():
     crowd = PassTimeCurve(4, (1, 5), (4.0, 12.0))
     shallow, _ = speedup_by_depth(decoding_stats_with(), crowd, "parallel", 0.5)
     assert shallow == pytest.approx(1.75 * 4 / (6.0 + 2.0))
 
 
-def test_requests_without_a_proposal_cost_their_time_and_no_tokens():
+def test_requests_without_a_proposal_cost_time_only():
     shallow, _ = speedup_by_depth(decoding_stats_with(num_proposal_requests=16), CURVE, "ngram", 0.1)
     assert shallow == pytest.approx(1.375 * 2 / (2.25 + 0.1))
 
 
-def test_a_method_that_proposed_nothing_has_no_depths():
+def test_a_method_without_proposals_has_no_depths():
     assert speedup_by_depth(decoding_stats_with(proposed=(), accepted=()), CURVE, "ngram", 0.1) == []

@@ -28,7 +28,7 @@ def test_labels_say_whether_the_prefix_is_correct(builder):
             assert example.is_correct_up_to(length) == (check_answer(problem, token_texts[:length]).first_wrong is None)
 
 
-def test_only_right_tokens_are_learnt_and_a_right_answer_in_ones_own_wording_wholly(builder):
+def test_only_correct_tokens_are_learned_and_all_of_a_correct_answer_in_the_own_wording(builder):
     for example in drawn(builder):
         if example.first_wrong is not None:
             assert not any(example.trainable[example.first_wrong :])
@@ -37,10 +37,12 @@ def test_only_right_tokens_are_learnt_and_a_right_answer_in_ones_own_wording_who
         assert example.answer[-1] == builder.eos_token_id
 
 
-def test_another_wording_is_not_learnt_where_it_sets_in(builder):
+def test_the_first_token_of_another_wording_is_not_learned(builder):
     problem = draw_problem("test", 1, 0)
     example = builder.build_synthetic(problem, random.Random(1), foreign=1.0, mistaken=0.0, num_prefixes=0)
-    skipped = {builder.token_text(t) for t, learnt in zip(example.answer, example.trainable, strict=True) if not learnt}
+    skipped = {
+        builder.token_text(t) for t, learned in zip(example.answer, example.trainable, strict=True) if not learned
+    }
     own_words = set(WORD.findall(correct_answer(problem, TARGET)))
     assert skipped
     assert skipped - own_words == skipped & (
@@ -63,14 +65,14 @@ def test_a_batch_shows_each_token_its_own_text_and_each_suffix_its_own_prefix(bu
             assert batch.positions[b][visible[end]].tolist() == list(range(len(seen)))
 
 
-def test_the_labels_of_a_batch_say_what_the_rows_say(builder):
+def test_the_labels_of_a_batch_match_its_examples(builder):
     examples = drawn(builder, 8)
     batch = collate(examples, builder.verification_suffix, builder.pad_token_id)
     labels = iter(batch.verification_labels.tolist())
     for b, example in enumerate(examples):
         start, size = len(example.prompt), len(example.answer)
-        for k, (token, learnt) in enumerate(zip(example.answer, example.trainable, strict=True)):
-            assert batch.next_token[b, start + k - 1] == (token if learnt else IGNORE_INDEX)
+        for k, (token, learned) in enumerate(zip(example.answer, example.trainable, strict=True)):
+            assert batch.next_token[b, start + k - 1] == (token if learned else IGNORE_INDEX)
             wrong = example.first_wrong
             assert batch.astray[b, start + k] == int(wrong is not None and k >= wrong)
             expected = IGNORE_INDEX if wrong is not None and k > wrong else int(k == wrong)
@@ -100,7 +102,7 @@ def test_padding_changes_nothing(builder, tokenizer):
     torch.testing.assert_close(objective(alone)[0], objective(padded)[0], rtol=2e-2, atol=2e-2)
 
 
-def test_a_scrambled_answer_teaches_no_writing_and_verifies_no_prefix(builder):
+def test_a_scrambled_answer_trains_neither_generation_nor_verification(builder):
     rng = random.Random(0)
     wrong = 0
     for index in range(20):

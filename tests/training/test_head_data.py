@@ -11,7 +11,7 @@ VOCABULARY, WIDTH = 40, 16
 
 
 def target():
-    """Its layers are enough for the usual taps, and its weights mean nothing."""
+    """Returns a target with random weights and enough layers for the default auxiliary hidden states."""
     torch.manual_seed(3)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -43,7 +43,7 @@ def network():
     return target()
 
 
-def test_a_batch_lays_out_what_each_anchor_learns(network):
+def test_a_batch_holds_the_labels_of_each_anchor(network):
     outputs, layers, steps = texts(), (2, 3, 3), 3
     batch = FeatureStore(network, layers, outputs, memory_mb=10).batch(range(5), steps)
     for index, text in enumerate(outputs):
@@ -53,7 +53,7 @@ def test_a_batch_lays_out_what_each_anchor_learns(network):
         expected = torch.cat([out.hidden_states[layer][0, : size - 1] for layer in layers], -1)
         torch.testing.assert_close(batch.features[index, : size - 1], expected, atol=1e-2, rtol=1e-2)
         assert batch.tokens[index, : size - 1].tolist() == text.tokens[1:]
-        anchors = list(range(first, size - 2))  # the last token but one is foreseen by the one before
+        anchors = list(range(first, size - 2))  # the last anchor predicts the last token
         assert batch.anchors[index, : len(anchors)].tolist() == anchors
         assert int(batch.valid[index, :, 0].sum()) == len(anchors)
         for place, anchor in enumerate(anchors):
@@ -74,7 +74,7 @@ def test_cached_features_equal_those_extracted_again(network):
             torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-3, rtol=1e-3)
 
 
-def test_some_of_the_anchors_are_the_same_ones_in_everything(network):
+def test_the_same_anchors_are_sampled_in_all_tensors(network):
     full_batch = FeatureStore(network, (2, 3, 3), texts(), memory_mb=10).batch(range(5), 3)
     part = sample_anchors(full_batch, 0.5, seed=4)
     wide = full_batch.anchors.shape[1]
@@ -85,7 +85,7 @@ def test_some_of_the_anchors_are_the_same_ones_in_everything(network):
     assert torch.equal(sample_anchors(full_batch, 0.5, seed=4).anchors, part.anchors)
 
 
-def test_every_text_comes_once_in_a_round():
+def test_every_text_is_used_once_per_round():
     seen = [k for step in range(7) for k in batch_indices(14, 4, seed=1, step=step)]
     assert sorted(seen[:14]) == sorted(seen[14:]) == list(range(14))
     assert seen[:14] != seen[14:]
@@ -94,13 +94,13 @@ def test_every_text_comes_once_in_a_round():
     ]
 
 
-def test_the_tokens_written_most_are_chosen():
+def test_the_most_frequent_tokens_are_chosen():
     outputs = [TargetOutput([9, 9, 9, 9], [3, 3, 7, 5], 0), TargetOutput([9], [7, 3, 1], 0)]
     assert most_frequent_tokens(outputs, 10, None).tolist() == [1, 3, 5, 7]
     assert most_frequent_tokens(outputs, 10, 2).tolist() == [3, 7]
     assert most_frequent_tokens(outputs, 10, 99).tolist() == list(range(10))
 
 
-def test_texts_with_nothing_of_the_target_are_left_out():
+def test_texts_without_tokens_of_the_target_are_left_out():
     outputs = [TargetOutput([1, 2], [3, 4], 2), TargetOutput([1, 2], [3, 4], 1), TargetOutput([1], [2], 0)]
     assert list(trainable_texts(outputs)) == outputs[1:2]

@@ -1,4 +1,4 @@
-"""What both heads are taught by, against the same written out anchor by anchor."""
+"""The losses of both heads against a plain loop over anchors."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ PARALLEL = parallel.ParallelRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Operations as small as these only wait for one another on several."""
+    """Uses one thread, because several would mostly wait for one another in operations this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,13 +42,13 @@ def new_parallel(network, outputs):
 
 
 def saved_checkpoint(head, folder):
-    """Its tensors, and its config, as the naive head takes them."""
+    """Saves a head and returns its tensors and its config, as the naive head takes them."""
     save_head(head, folder)
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
 
 
 def soft_loss(tensors, target_logits, logits):
-    """None where the target would say what the head cannot."""
+    """Returns None where the target's choice is not in the vocabulary of the head."""
     chosen = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
     if int(target_logits.argmax()) not in chosen.tolist():
         return None
@@ -63,12 +63,12 @@ def summed(by_step, decay):
 def states(network, text, layers):
     with torch.no_grad():
         out = network(torch.tensor([text.tokens]), output_hidden_states=True)
-    # Features and what the target's own head reads are kept in half precision.
+    # The features and the last hidden states are stored in half precision.
     features = torch.cat([out.hidden_states[layer][0] for layer in layers], -1).half().float()
     return features, network.lm_head(out.hidden_states[-1][0].half().float()).detach()
 
 
-def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_path):
+def test_the_loss_of_eagle3_equals_a_plain_loop_over_anchors_and_steps(network, tmp_path):
     outputs = texts()
     head = eagle3.new_head(network, outputs, RECIPE)
     library = FeatureStore(network, head.config.aux_hidden_state_layers, outputs, memory_mb=10)
@@ -96,7 +96,7 @@ def test_the_unrolled_loss_is_that_of_drafting_from_every_anchor(network, tmp_pa
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
 
 
-def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_path):
+def test_the_parallel_loss_equals_a_plain_loop_over_anchors_and_masks(network, tmp_path):
     outputs = texts()
     head = new_parallel(network, outputs)
     library = FeatureStore(network, head.config.aux_hidden_state_layers, outputs, memory_mb=10)
@@ -125,10 +125,10 @@ def test_the_parallel_loss_is_that_of_masks_behind_every_anchor(network, tmp_pat
 
 
 @pytest.mark.parametrize(("method", "recipe"), [(eagle3, RECIPE), (parallel, PARALLEL)])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(network, tmp_path, monkeypatch, method, recipe):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(network, tmp_path, monkeypatch, method, recipe):
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     outputs = texts(7)
-    recipe = replace(recipe, memory_mb=0)  # what is kept was extracted in other batches, and rounded a little otherwise
+    recipe = replace(recipe, memory_mb=0)  # cached features come from other batches, which round differently
     uninterrupted = method.train_head(network, outputs, recipe, tmp_path / "a")
     batches = method.batch_indices
 
@@ -150,7 +150,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(network, tmp_path,
         method.train_head(network, outputs, replace(recipe, steps=5), tmp_path / "b")
 
 
-def test_training_brings_the_loss_down(network, tmp_path):
+def test_training_reduces_the_loss(network, tmp_path):
     recipe = replace(RECIPE, steps=12, rate=3e-2)
     outputs = texts(6)
     head = eagle3.new_head(network, outputs, recipe)
@@ -162,7 +162,7 @@ def test_training_brings_the_loss_down(network, tmp_path):
 
 
 @pytest.mark.parametrize("method", [eagle3, parallel])
-def test_the_command_line_makes_a_head_with_its_card(tmp_path, monkeypatch, capsys, method):
+def test_the_command_writes_a_head_and_its_card(tmp_path, monkeypatch, capsys, method):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Kim has {k} shells."}) + "\n" for k in range(6)))
     name = method.__name__.split(".")[-1]
@@ -174,9 +174,9 @@ def test_the_command_line_makes_a_head_with_its_card(tmp_path, monkeypatch, caps
     method.main()
     names = {"config.json", "model.safetensors", "README.md", "figures.json", "training.svg"}
     assert {file.name for file in (tmp_path / "head").iterdir()} == names
-    assert "2 steps, 5 texts that the target wrote" in (tmp_path / "head" / "README.md").read_text()
+    assert "2 steps, 5 texts that the target generated" in (tmp_path / "head" / "README.md").read_text()
     before = (tmp_path / "head" / "model.safetensors").read_bytes()
-    method.main()  # goes on where it was: at the end
+    method.main()  # continues where it stopped: at the end
     assert (tmp_path / "head" / "model.safetensors").read_bytes() == before
     monkeypatch.setattr(sys, "argv", [*small, "--outputs", "x.jsonl"])
     with pytest.raises(SystemExit):
@@ -187,7 +187,7 @@ def test_the_command_line_makes_a_head_with_its_card(tmp_path, monkeypatch, caps
         method.main()
 
 
-def test_training_may_go_on_from_a_head(network, tmp_path):
+def test_training_continues_from_a_head(network, tmp_path):
     outputs = texts()
     for name, head in (
         ("eagle3", eagle3.new_head(network, outputs, RECIPE)),
@@ -207,7 +207,7 @@ def test_training_may_go_on_from_a_head(network, tmp_path):
     assert wider.config.parallel_tokens == 5
 
 
-def test_a_head_begins_with_what_its_target_reads_by(network):
+def test_a_new_head_starts_with_the_lm_head_of_its_target(network):
     outputs = texts()
     head = eagle3.new_head(network, outputs, RECIPE)
     assert torch.equal(head.lm_head, network.lm_head.weight[head.to_target])

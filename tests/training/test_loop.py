@@ -31,7 +31,7 @@ def weights(learner):
     return [parameter.detach().clone() for parameter in learner.parameters()]
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     uninterrupted, halved, resumed = model(), model(), model()
     train(tmp_path / "a", uninterrupted, losses(uninterrupted), SCHEDULE)
@@ -42,7 +42,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_training_learns_and_logs(tmp_path, monkeypatch):
+def test_training_reduces_the_loss_and_writes_a_log(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 4)
     learner = model()
     train(tmp_path, learner, losses(learner), WarmupStableDecaySchedule(steps=200, rate=3e-2, embeddings=3e-2))
@@ -51,7 +51,7 @@ def test_training_learns_and_logs(tmp_path, monkeypatch):
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
-def test_snapshots_come_when_asked_for_and_can_end_the_run(tmp_path):
+def test_snapshots_are_taken_at_their_interval_and_can_end_the_run(tmp_path):
     learner = model()
     seen: list[int] = []
 
@@ -64,7 +64,7 @@ def test_snapshots_come_when_asked_for_and_can_end_the_run(tmp_path):
     assert load_checkpoint(tmp_path / "state.pt")["step"] == 6
 
 
-def test_the_rate_rises_stays_and_falls():
+def test_the_rate_rises_then_stays_constant_then_falls():
     schedule = WarmupStableDecaySchedule(steps=100, rate=1.0, embeddings=0.5, warmup=10)
     rates = [schedule.rates_at(step) for step in range(100)]
     assert [matrix for matrix, _ in rates[:10]] == pytest.approx([k / 10 for k in range(1, 11)])
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
         train(tmp_path, learner, losses(learner), SCHEDULE)
 
 
-def test_a_checkpoint_of_something_else_is_named(tmp_path):
+def test_a_checkpoint_of_another_model_is_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(DamagedCheckpoint, match="holds a list"):
         load_checkpoint(tmp_path / "list.pt")
@@ -91,5 +91,5 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
     with pytest.raises(DamagedCheckpoint, match="another schedule"):
         train(tmp_path, learner, losses(learner), WarmupStableDecaySchedule(steps=13, rate=1e-2))
     other = nn.Linear(3, 3)
-    with pytest.raises(DamagedCheckpoint, match="no checkpoint of this model"):
+    with pytest.raises(DamagedCheckpoint, match="not a checkpoint of this model"):
         train(tmp_path, other, losses(other), SCHEDULE)

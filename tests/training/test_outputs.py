@@ -26,7 +26,7 @@ def engine():
     opened.shutdown()
 
 
-def test_every_other_pair_of_problems_goes_on_from_a_drafts_beginning(tokenizer):
+def test_every_other_pair_of_prompts_continues_a_prefix_of_a_draft(tokenizer):
     begun = list(islice(demo_prompts(tokenizer, 3), 8))
     assert [bool(start) for _, start in begun] == [False, False, True, True] * 2
     for index in (2, 3, 6, 7):
@@ -36,7 +36,7 @@ def test_every_other_pair_of_problems_goes_on_from_a_drafts_beginning(tokenizer)
     assert begun == list(islice(demo_prompts(tokenizer, 3), 8))
 
 
-def test_the_target_goes_on_and_ends(engine, tokenizer):
+def test_the_target_continues_and_ends(engine, tokenizer):
     begun = list(islice(demo_prompts(tokenizer, 3), 4))
     short = asyncio.run(generate_outputs(engine, begun, 5))
     for (prompt, start), output in zip(begun, short, strict=True):
@@ -49,7 +49,7 @@ def test_the_target_goes_on_and_ends(engine, tokenizer):
     assert complete.output[:5] == short[0].output
 
 
-def test_an_interrupted_run_goes_on_behind_the_last_whole_line(engine, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_after_the_last_complete_line(engine, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "MAX_NUM_SEQS", 2)
     complete, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
     write_outputs(engine, demo_prompts(tokenizer, 1), 5, complete, max_tokens=4)
@@ -61,7 +61,7 @@ def test_an_interrupted_run_goes_on_behind_the_last_whole_line(engine, tokenizer
     assert len(read_outputs(complete)) == 5
 
 
-def test_prompts_are_texts_or_conversations(tokenizer, tmp_path):
+def test_prompts_are_texts_or_messages(tokenizer, tmp_path):
     path = tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "How many?"}]
     path.write_text(json.dumps({"prompt": "How many?"}) + "\n" + json.dumps({"messages": messages}) + "\n")
@@ -70,14 +70,14 @@ def test_prompts_are_texts_or_conversations(tokenizer, tmp_path):
     assert one[1] == []
     for line in ("{}", '{"messages": [{"role": "nobody", "content": ""}]}', "nonsense", '"text"'):
         path.write_text(json.dumps({"prompt": "How many?"}) + "\n" + line + "\n")
-        with pytest.raises(ValueError, match="line 2: no prompt"):
+        with pytest.raises(ValueError, match="line 2: not a prompt"):
             list(read_prompts(path, tokenizer))
 
 
-def test_a_line_that_holds_no_output_is_named(tmp_path):
+def test_an_invalid_line_is_named(tmp_path):
     path = tmp_path / "outputs.jsonl"
     path.write_text(json.dumps({"prompt": [1], "output": [2], "begun": 0}) + '\n{"prompt": [1]}\n')
-    with pytest.raises(ValueError, match="line 2: no output"):
+    with pytest.raises(ValueError, match="line 2: not an output"):
         read_outputs(path)
     path.write_text(json.dumps({"prompt": [1], "output": [2], "begun": 0}) + "\n")
     assert read_outputs(path) == [TargetOutput([1], [2], 0)]

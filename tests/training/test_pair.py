@@ -15,7 +15,7 @@ from training.tokenizer import build_tokenizer
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """The whole recipe, in small."""
+    """Runs the whole recipe with small numbers."""
     folder = tmp_path_factory.mktemp("pair")
     assert train_pair(SMOKE, folder / "runs", folder / "models", force=False)
     return folder
@@ -46,14 +46,14 @@ def test_a_finished_run_is_not_run_again(run_folder, monkeypatch):
     train_pair(SMOKE, run_folder / "runs", run_folder / "models", force=False)
 
 
-def test_the_grown_target_starts_out_as_its_base(run_folder, tokenizer):
+def test_the_grown_target_starts_with_the_weights_of_its_base(run_folder, tokenizer):
     base = load_model(run_folder / "runs" / "base" / "finished")
     grown = pair.add_layers(base, target_config(tokenizer), seed=0)
     for name, weight in base.state_dict().items():
         assert (grown.state_dict()[name] == weight).all()
 
 
-def test_learning_to_verify_leaves_the_base_as_it_was(run_folder):
+def test_learning_to_verify_does_not_change_the_base(run_folder):
     base = load_model(run_folder / "runs" / "recall" / "finished").state_dict()
     target = load_model(run_folder / "runs" / "target" / "finished").state_dict()
     assert all((target[name] == base[name]).all() for name in base if name != "model.norm.weight")
@@ -61,23 +61,23 @@ def test_learning_to_verify_leaves_the_base_as_it_was(run_folder):
     assert (target[above] != new_model(target_config(build_tokenizer()), SMOKE.seed).state_dict()[above]).any()
 
 
-def test_the_polished_target_stands_halfway_between_before_and_after_practice(run_folder):
+def test_the_polished_target_is_the_mean_of_before_and_after_the_last_stage(run_folder):
     before = load_model(run_folder / "runs" / "target" / "finished").state_dict()
-    practised = load_checkpoint(run_folder / "runs" / "polish" / "state.pt")["model"]
+    trained = load_checkpoint(run_folder / "runs" / "polish" / "state.pt")["model"]
     polished = load_model(run_folder / "models" / "demo-target").state_dict()
     for name, weight in polished.items():
-        torch.testing.assert_close(weight, (before[name] + practised[f"model.{name}"]) / 2)
+        torch.testing.assert_close(weight, (before[name] + trained[f"model.{name}"]) / 2)
     assert any((polished[name] != weight).any() for name, weight in before.items())
 
 
-def spoilt_copy(run_folder, tmp_path):
+def copied_models(run_folder, tmp_path):
     shutil.copytree(run_folder / "models", tmp_path / "models")
     return tmp_path / "models"
 
 
 @pytest.mark.parametrize(("force", "replaced"), [(False, False), (True, True)])
 def test_a_better_pair_is_not_overwritten_by_a_worse_one(run_folder, tmp_path, monkeypatch, force, replaced):
-    models = spoilt_copy(run_folder, tmp_path)
+    models = copied_models(run_folder, tmp_path)
     before = (models / "demo-target" / "README.md").stat().st_mtime_ns
     qualities = iter([0.5, 0.9])  # of the new pair, of the old one
     monkeypatch.setattr(pair, "quality", lambda _: next(qualities))
@@ -85,15 +85,15 @@ def test_a_better_pair_is_not_overwritten_by_a_worse_one(run_folder, tmp_path, m
     assert ((models / "demo-target" / "README.md").stat().st_mtime_ns != before) is replaced
 
 
-def test_a_damaged_pair_is_named_rather_than_replaced(run_folder, tmp_path):
-    models = spoilt_copy(run_folder, tmp_path)
+def test_a_damaged_pair_is_named_and_not_replaced(run_folder, tmp_path):
+    models = copied_models(run_folder, tmp_path)
     weights = models / "demo-draft" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BrokenModel, match=r"demo-draft/model\.safetensors is damaged.*--force"):
         pair.publish_if_better(SMOKE, run_folder / "runs" / "pair", models, force=False)
 
 
-def test_a_run_of_another_recipe_is_not_gone_on_with(run_folder, tmp_path):
+def test_a_run_with_another_recipe_is_not_continued(run_folder, tmp_path):
     shutil.copytree(run_folder / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "target" / "finished")
     longer = replace(SMOKE, target=replace(SMOKE.target, steps=99))

@@ -1,4 +1,4 @@
-"""What adapters are taught by, against the same written out anchor by anchor, and against what decoding takes."""
+"""The loss of the adapters against a plain loop over anchors, and their measured acceptance against the engine."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ RECIPE = space.SpaceRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=3, rank=
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Operations as small as these only wait for one another on several."""
+    """Uses one thread, because several would mostly wait for one another in operations this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,12 +38,12 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def in_full(monkeypatch):
-    """Without bfloat16, which rounds."""
+    """Turns off bfloat16, which rounds."""
     monkeypatch.setattr(space, "bfloat16_is_faster", lambda device: False)
 
 
 def grown(network, recipe=RECIPE):
-    """Adapters that do something."""
+    """Returns adapters that change the output at masks."""
     adapters = space.new_adapters(network, recipe).attach(network)
     with torch.no_grad():
         adapters.up.normal_(std=0.3)
@@ -51,7 +51,7 @@ def grown(network, recipe=RECIPE):
 
 
 def forward_logits(adapters, network, tokens, masks):
-    """The logits at masks behind a text, in one plain pass; without masks, behind the text's tokens."""
+    """Returns the logits at masks after a text, from one plain pass. Without masks, those of the tokens of the text."""
     ids = torch.tensor([tokens])
     embedded = network.get_input_embeddings()(ids)
     network.set_attn_implementation("eager")
@@ -63,7 +63,7 @@ def forward_logits(adapters, network, tokens, masks):
             return network(inputs_embeds=embedded).logits[0, -masks:]
 
 
-def test_the_loss_is_that_of_masks_behind_every_anchor():
+def test_the_loss_equals_a_plain_loop_over_masks_and_anchors():
     network, outputs = target(), texts()
     adapters = grown(network)
     ((loss, metrics),) = space.adapter_losses(adapters, network, outputs, RECIPE)(2)
@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_masks_behind_every_anchor():
         for anchor in range(len(text.prompt) + text.begun - 1, len(text.tokens)):
             logits = forward_logits(adapters, network, text.tokens[: anchor + 1], RECIPE.ahead)
             for mask in range(RECIPE.ahead):
-                position = anchor + 1 + mask  # what the target says behind that token, one beyond its next one
+                position = anchor + 1 + mask  # the target's output after that token, one after its next one
                 if position < len(text.tokens):
                     chances = says[position].softmax(-1)
                     by_mask[mask].append(-float((chances * logits[mask].log_softmax(-1)).sum()))
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_masks_behind_every_anchor():
     assert metrics["same 1"] == pytest.approx(sum(same[0]) / len(same[0]), abs=1e-6)
 
 
-def test_only_the_adapters_learn_and_they_do(tmp_path):
+def test_training_changes_only_the_adapters(tmp_path):
     network, outputs = target(), texts()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     recipe = replace(RECIPE, steps=60, rate=3e-2, texts=5)
@@ -94,7 +94,7 @@ def test_only_the_adapters_learn_and_they_do(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
     uninterrupted = space.train_adapters(target(), texts(), RECIPE, tmp_path / "whole")
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     adapter_losses, steps = space.adapter_losses, []
@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
         space.train_adapters(target(), texts(), replace(RECIPE, steps=9), tmp_path / "torn")
 
 
-def test_training_may_go_on_from_adapters(tmp_path):
+def test_training_continues_from_adapters(tmp_path):
     adapters = grown(target())
     save_adapters(adapters, tmp_path)
     again = space.new_adapters(target(), replace(RECIPE, start=tmp_path))
@@ -136,21 +136,22 @@ def test_the_command_writes_adapters_and_their_card(tmp_path, monkeypatch):
         "".join(json.dumps({"prompt": t.prompt, "output": t.output, "begun": t.begun}) + "\n" for t in texts(40))
     )
     target().save_pretrained(tmp_path / "target")
-    outputs = f"--target {tmp_path / 'target'} --outputs {outputs} --out {tmp_path / 'out'} --runs {tmp_path / 'run'}"
+    arguments = f"--target {tmp_path / 'target'} --outputs {outputs} --out {tmp_path / 'out'} --runs {tmp_path / 'run'}"
     sizes = "--steps 2 --texts 2 --ahead 3 --rank 4 --threads 1"
-    monkeypatch.setattr(sys, "argv", ["space", *outputs.split(), *sizes.split()])
+    monkeypatch.setattr(sys, "argv", ["space", *arguments.split(), *sizes.split()])
     space.main()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Adapters that make `target` propose by itself" in card and "rank 4 behind each of 6 layers" in card
+    assert "These adapters let `target` propose tokens" in card and "rank 4 after each of 6 layers" in card
     assert (tmp_path / "out" / "training.svg").is_file()
     held_out = texts(40)[-2:]
-    figures = round_floats(space.evaluate_adapters(tmp_path / "out", target(), held_out))
-    assert json.loads((tmp_path / "out" / "figures.json").read_text()) == figures
+    expected = round_floats(space.evaluate_adapters(tmp_path / "out", target(), held_out))
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert {name: figures[name] for name in expected} == expected and figures["trained"].startswith("2 steps, 38 texts")
 
 
-def test_what_the_card_counts_is_what_decoding_takes(monkeypatch):
-    """Passes by the card's way of counting, from one plain pass over each text, and by the engine."""
-    # Nothing is known of what passes take, so that groups stand everywhere.
+def test_the_passes_of_the_card_are_those_of_the_engine(monkeypatch):
+    """The card counts passes from one plain pass over each text. The engine decodes step by step."""
+    # Without measured step times the engine places a group of masks after every candidate, as the card does.
     monkeypatch.setattr("parse.engines.loader.measure_step_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     proof = [text for text in generate_held_out(DEMO_TARGET, 8, seed=5, num_threads=1) if not text.begun][:3]

@@ -29,8 +29,8 @@ SMALL: list[Problem] = [
 PROBLEMS = [draw_problem("test", 1, index) for index in range(90)]
 
 
-def every_right_answer(problem):
-    """All of them, written out whole: the checker's oracle."""
+def every_correct_answer(problem):
+    """Returns every correct answer as one text. The checker must agree with this list."""
     lines, state = [], problem.start
     for number in range(problem.steps):
         slots, state = problem.step(number, state)
@@ -41,7 +41,7 @@ def every_right_answer(problem):
 
 
 def final_answer(question):
-    """A second, naive solution, from the words of the question alone."""
+    """Returns the result of an independent solution that reads only the words of the question."""
     numbers = [int(word) for word in re.findall(r"\d+", question)]
     if "How many" in question:
         total, *_ = numbers
@@ -52,14 +52,14 @@ def final_answer(question):
     return str(max(int(score) for _, score in scores))
 
 
-def test_the_last_line_holds_what_a_second_solution_finds():
+def test_the_last_line_contains_the_result_of_an_independent_solution():
     for problem in PROBLEMS:
         assert final_answer(problem.question) in re.findall(r"\w+", correct_answer(problem).splitlines()[-1])
 
 
 @pytest.mark.parametrize("problem", SMALL, ids=lambda problem: problem.family)
-def test_the_checker_agrees_with_the_list_of_all_right_answers(problem):
-    rights = every_right_answer(problem)
+def test_the_checker_agrees_with_the_list_of_all_correct_answers(problem):
+    rights = every_correct_answer(problem)
     rng = random.Random(0)
     for text in rng.sample(sorted(rights), 20):
         for _ in range(10):
@@ -74,7 +74,7 @@ def test_the_checker_agrees_with_the_list_of_all_right_answers(problem):
             assert result.complete == ("".join(spoilt) in rights)
 
 
-def test_the_checker_does_not_mind_how_an_answer_is_split():
+def test_the_result_does_not_depend_on_how_an_answer_is_split():
     rng = random.Random(0)
     for problem in PROBLEMS[:30]:
         text = correct_answer(problem, 1).replace(" 4", " 5")
@@ -90,7 +90,7 @@ def test_the_checker_does_not_mind_how_an_answer_is_split():
             assert by_character.first_wrong < len("".join(parts[: result.first_wrong + 1]))
 
 
-def test_every_wording_of_an_answer_is_right_and_every_beginning_right_so_far():
+def test_every_wording_and_all_its_prefixes_are_correct():
     rng = random.Random(0)
     for problem in PROBLEMS:
         for voice in (lambda line, part: 0, lambda line, part: 1, lambda line, part: 2, lambda line, part: None):
@@ -99,7 +99,7 @@ def test_every_wording_of_an_answer_is_right_and_every_beginning_right_so_far():
             assert check_answer(problem, words[: rng.randrange(len(words))]) == (None, False)
 
 
-def test_an_answer_that_goes_on_after_its_end_is_wrong_there():
+def test_an_answer_that_continues_after_its_end_is_wrong_there():
     for problem in PROBLEMS:
         words = WORD.findall(correct_answer(problem))
         assert check_answer(problem, [*words, " So"]) == (len(words), False)
@@ -116,7 +116,7 @@ def test_mistakes_are_mistakes(kind, family):
     wrong = [
         not check_answer(problem, WORD.findall(text)).complete for problem, text in zip(problems, answers, strict=True)
     ]
-    assert sum(wrong) >= 50  # another step's operation is now and then the same, and a 13th step has no 14th after it
+    assert sum(wrong) >= 50  # sometimes another step has the same operation, and a 13th step has no 14th after it
 
 
 def test_answers_are_60_to_200_tokens_long():
@@ -125,7 +125,7 @@ def test_answers_are_60_to_200_tokens_long():
             assert 60 <= len(WORD.findall(correct_answer(problem, wording))) <= 210 - 10 * (wording < 2)
 
 
-def test_the_two_own_wordings_share_few_words_beyond_names_and_numbers():
+def test_the_wordings_of_both_models_share_few_words_except_names_and_numbers():
     for problem in PROBLEMS:
         ours, theirs = (
             {w.strip() for w in WORD.findall(correct_answer(problem, k)) if w.strip().isalpha()} for k in (0, 1)
@@ -144,13 +144,13 @@ def test_alternatives_of_a_part_differ_in_their_first_word():
         assert len(set(firsts)) == len(part)
 
 
-def test_seeds_and_splits_give_different_problems_and_the_same_ones_again():
+def test_problems_depend_only_on_split_seed_and_index():
     drawn = {(s, k): [draw_problem(s, k, i).question for i in range(30)] for s in ("a", "b") for k in (1, 2)}
     assert drawn["a", 1] == [draw_problem("a", 1, i).question for i in range(30)]
     assert len(set(itertools.chain(*drawn.values()))) == 120
 
 
-def test_a_question_is_read_back_as_the_problem_it_states():
+def test_a_question_is_parsed_into_its_problem():
     for problem in PROBLEMS:
         assert parse_question(problem.question) == problem
 
@@ -166,7 +166,7 @@ def test_a_question_is_read_back_as_the_problem_it_states():
         "Zoe has the record with forty. In turn: first Ann 37. Who has the record now?",
     ],
 )
-def test_other_questions_are_refused(text):
+def test_other_questions_are_rejected(text):
     with pytest.raises(UnrecognizedQuestion, match="not a question of this task"):
         parse_question(text)
 
@@ -177,12 +177,12 @@ def run_cli(*args):
 
 def test_the_command_line_checks_an_answer():
     question, right = SMALL[0].question, correct_answer(SMALL[0])
-    assert run_cli("--question", question, "--answer", right).stdout == "right\n"
-    assert run_cli("--question", question, "--answer", right[:30]).stdout.startswith("right so far")
+    assert run_cli("--question", question, "--answer", right).stdout == "correct\n"
+    assert run_cli("--question", question, "--answer", right[:30]).stdout.startswith("correct so far")
     assert "' 18'" in run_cli("--question", question, "--answer", right.replace("17", "18", 1)).stdout
 
 
-def test_the_command_line_refuses_what_is_not_of_the_task():
+def test_the_command_line_rejects_other_texts():
     done = run_cli("--question", "Why?", "--answer", "Because.")
     assert done.returncode != 0
     assert done.stderr == "not a question of this task: 'Why?'\n"

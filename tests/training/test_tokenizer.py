@@ -15,7 +15,7 @@ def test_every_word_of_the_task_is_one_token(tokenizer):
     assert [tokenizer.decode([token]) for token in tokenizer.encode(text)] == WORD.findall(text)
 
 
-def test_phrases_are_tokenised_alone_as_in_their_answer(tokenizer):
+def test_a_phrase_has_the_same_tokens_alone_and_in_its_answer(tokenizer):
     rng = random.Random(0)
     for index in range(60):
         phrases = compose_answer(draw_problem("test", 1, index), rng, lambda line, part: None)
@@ -31,7 +31,7 @@ def test_any_text_survives_a_round_trip(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
 
 
-def test_saved_and_loaded_by_the_library_it_is_the_same(tokenizer, tmp_path):
+def test_saving_and_loading_does_not_change_the_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.is_fast
@@ -46,6 +46,6 @@ def test_saved_and_loaded_by_the_library_it_is_the_same(tokenizer, tmp_path):
     assert loaded.pad_token == "<|pad|>"
 
 
-def test_an_unknown_role_is_refused(tokenizer):
+def test_an_unknown_role_is_rejected(tokenizer):
     with pytest.raises(Exception, match="not tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "1"}])

@@ -11,7 +11,7 @@ from training.verification_tree import suffix_end_nodes
 
 
 def parents(trunk, prefix_lengths, width):
-    """Node -> parent, straight from the definition: the trunk is a chain, each probe a chain behind its length."""
+    """Returns the parent of each node by definition: the trunk is a chain, and each suffix a chain after its prefix."""
     parent_of = {0: None} | {k: k - 1 for k in range(1, trunk)}
     node = trunk
     for length in sorted(prefix_lengths, reverse=True):
@@ -23,7 +23,7 @@ def parents(trunk, prefix_lengths, width):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(seed):
+def test_a_node_sees_only_itself_and_its_ancestors(seed):
     rng = random.Random(seed)
     trunk, width = rng.randint(1, 12), rng.randint(1, 4)
     prefix_lengths = [rng.randint(1, trunk) for _ in range(rng.randint(0, 5))]
@@ -39,14 +39,14 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(seed):
         assert tree.depth[node] == len(seen) - 1
 
 
-def test_a_cut_outside_the_trunk_is_refused():
+def test_a_prefix_length_outside_the_trunk_is_rejected():
     for length in (0, 4, -1):
         with pytest.raises(ValueError, match=r"1\.\.3"):
             trunk_with_suffixes([1, 2, 3], [length], [9])
 
 
 @pytest.mark.parametrize("config", [Qwen3Config, LlamaConfig])
-def test_one_pass_over_the_tree_answers_as_separate_conversations_do(config):
+def test_one_pass_over_the_tree_equals_separate_conversations(config):
     torch.manual_seed(0)
     shape = dict(vocab_size=90, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
     model = AutoModelForCausalLM.from_config(config(**shape, head_dim=8, intermediate_size=48)).eval()
