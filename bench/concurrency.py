@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bench.contenders import BenchResult, PipelineContender, clear_caches
 from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel, measure_passes
 from bench.speedup_model import DecodingStats, decoding_stats, speedup_by_depth
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.types import sum_stats
 
 CLIENT_COUNTS = 1, 4, 16
@@ -41,7 +41,7 @@ class ConcurrentRun:
 
 
 async def run(
-    pair: LocalPair,
+    pair: Pair,
     recorder: RecordingCostModel,
     prompts: Sequence[Sequence[int]],
     single_stats: Mapping[str, DecodingStats],

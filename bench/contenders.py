@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parse.config import EngineSettings
 from parse.events import Finished, TextDelta
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.pipeline import Pipeline
 from parse.requests import GenerateRequest, GenerationRequest, VerifyRequest
 from parse.types import SamplingParams, SpeculationStats
@@ -60,10 +60,10 @@ def tokens_per_s(results: Sequence[BenchResult]) -> float:
     return sum(len(a.ids) for a in results) / sum(a.seconds for a in results)
 
 
-def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict[str, Contender]]:
+def build_contenders(models: Path, *, num_threads: int) -> tuple[Pair, dict[str, Contender]]:
     """Returns all contenders. The baselines have models of their own, because the engine replaces attention."""
     target, draft = models / "demo-target", models / "demo-draft"
-    pair = LocalPair(
+    pair = Pair(
         EngineSettings(model=str(target), num_threads=num_threads),
         EngineSettings(model=str(draft), num_threads=num_threads),
     )
@@ -80,7 +80,7 @@ def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict
 class PipelineContender:
     """The pipeline in one mode, with one token-level method for what the target generates."""
 
-    def __init__(self, pair: LocalPair, mode: str, method: str = "none", *, pipeline: Pipeline | None = None) -> None:
+    def __init__(self, pair: Pair, mode: str, method: str = "none", *, pipeline: Pipeline | None = None) -> None:
         self.pair, self.mode, self.method = pair, mode, method
         self.pipeline = pipeline or pair.pipeline
 
@@ -112,7 +112,7 @@ class PipelineContender:
         )
 
 
-def clear_caches(pair: LocalPair) -> None:
+def clear_caches(pair: Pair) -> None:
     """Clears the prefix caches, so that no contender profits from the one before."""
     for engine in (pair.target, pair.draft):
         if engine is not None:
@@ -122,7 +122,7 @@ def clear_caches(pair: LocalPair) -> None:
 class Baselines:
     """Generation by Hugging Face, and the stepwise verification of SpecReason on the native engine."""
 
-    def __init__(self, pair: LocalPair, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    def __init__(self, pair: Pair, target: PreTrainedModel, draft: PreTrainedModel) -> None:
         self.pair, self.target, self.draft = pair, target, draft
         self.eos_token_id = next(iter(pair.target.model.eos_token_ids))
 

@@ -24,7 +24,7 @@ from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel,
 from bench.speedup_model import DecodingStats, break_even_tokens, decoding_stats, predict_speedup
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.controller import DraftingController
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.prompts import chat_prompt_token_ids
 from parse.types import sum_stats
 from training import measure
@@ -61,7 +61,7 @@ class RecordedContender:
         return answer
 
 
-def isolated_contender(pair: LocalPair, mode: str, method: str) -> PipelineContender:
+def isolated_contender(pair: Pair, mode: str, method: str) -> PipelineContender:
     """Returns a contender with a drafting controller of its own."""
     return PipelineContender(pair, mode, method, pipeline=replace(pair.pipeline, controller=DraftingController()))
 
@@ -77,8 +77,8 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
         EngineSettings(model=str(models / name), num_threads=num_threads) for name in ("demo-target", "demo-draft")
     )
     with (
-        LocalPair(target.model_copy(update={"speculative_configs": speculation_settings(models)}), draft) as pair,
-        LocalPair(target) as plain_pair,
+        Pair(target.model_copy(update={"speculative_configs": speculation_settings(models)}), draft) as pair,
+        Pair(target) as plain_pair,
     ):
         prompts = [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
         recorder = RecordingCostModel(pair.target)

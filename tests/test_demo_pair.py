@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from parse.__main__ import EXAMPLE as QUESTION
 from parse.acceptance import Thresholds
+from parse.demo import EXAMPLE_PROMPT as QUESTION
 from parse.prefixes import DEFAULT_STRIDE
 from parse.tree import chain
 from training import measure

@@ -3,7 +3,7 @@
 import asyncio
 from itertools import count
 
-from parse.local import DEMO_DRAFT, DEMO_TARGET
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from tests.deployments.service.conftest import SMALL
 from tests.deployments.service.service_client import chat, problems
 

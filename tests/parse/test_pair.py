@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parse.__main__ import EXAMPLE, main
+from parse.__main__ import main
 from parse.config import VERIFICATION_FILE, EngineSettings, VerificationSettings
+from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET, EXAMPLE_PROMPT
 from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
 from parse.events import Finished, TextDelta
-from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
+from parse.pair import Pair
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerationRequest
 from parse.types import SamplingParams
@@ -33,7 +34,7 @@ def settings(path):
 
 @pytest.fixture(scope="module")
 def pair():
-    pair = LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT))
+    pair = Pair(settings(DEMO_TARGET), settings(DEMO_DRAFT))
     yield pair
     pair.close()
 
@@ -142,7 +143,7 @@ def foreign_draft(tmp_path_factory):
 
 
 def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
-    other = LocalPair(settings(DEMO_TARGET), settings(foreign_draft))
+    other = Pair(settings(DEMO_TARGET), settings(foreign_draft))
     try:
         assert isinstance(pair.pipeline.drafter, SharedVocabularyDrafter) and isinstance(
             other.pipeline.drafter, RetokenizingDrafter
@@ -174,7 +175,7 @@ def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):
 
 
 def test_the_command_answers_and_tells_what_happened(capsys):
-    main([EXAMPLE, "--mode", "full"])
+    main([EXAMPLE_PROMPT, "--mode", "full"])
     answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     assert "Ben" in answer.splitlines()[-1] and "80" in answer.splitlines()[-1]
     assert re.match(
@@ -184,8 +185,8 @@ def test_the_command_answers_and_tells_what_happened(capsys):
 
 def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
     answers = []
-    for how in ([], ["--speculation", "parallel", "--head", str(DEMO / "demo-parallel")]):
-        main([EXAMPLE, "--mode", "off", *how])
+    for how in ([], ["--speculation", "parallel", "--head", str(DEMO_MODELS / "demo-parallel")]):
+        main([EXAMPLE_PROMPT, "--mode", "off", *how])
         answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
         answers.append(answer)
     assert answers[0] == answers[1]
@@ -197,12 +198,12 @@ def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
     ("arguments", "message"),
     [
         ([""], "question: must not be empty"),
-        ([EXAMPLE, "--max-tokens", "0"], "max_tokens: must be at least 1"),
-        ([EXAMPLE, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
-        ([EXAMPLE, "--target", "/nowhere"], "/nowhere is no directory"),
-        ([EXAMPLE * 200], "prompt: is"),
-        ([EXAMPLE, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a model"),
-        ([EXAMPLE, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
+        ([EXAMPLE_PROMPT, "--max-tokens", "0"], "max_tokens: must be at least 1"),
+        ([EXAMPLE_PROMPT, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
+        ([EXAMPLE_PROMPT, "--target", "/nowhere"], "target: /nowhere is not a folder"),
+        ([EXAMPLE_PROMPT * 200], "prompt: is"),
+        ([EXAMPLE_PROMPT, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a model"),
+        ([EXAMPLE_PROMPT, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(arguments, message, capsys, monkeypatch):
