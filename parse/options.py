@@ -13,7 +13,7 @@ from parse.prompts import Message, chat_prompt_token_ids
 from parse.registry import MODES
 from parse.renamed_settings import suggest_key
 from parse.requests import GenerationRequest
-from parse.types import SamplingParams
+from parse.types import SamplingParams, validate_token_ids
 
 Prompt = str | Sequence[Message]
 """A user message, or the messages of a conversation as dicts with `role` and `content`."""
@@ -114,7 +114,7 @@ def _prediction_token_ids(prediction: object, tokenizer: PreTrainedTokenizerBase
         raise RequestError("prediction", f"must be a text or token ids, got {prediction!r}")
     if not prediction:
         raise RequestError("prediction", "must not be empty; leave it out to let the draft model write the draft")
-    return prediction
+    return validate_token_ids("prediction", prediction, len(tokenizer))
 
 
 def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:

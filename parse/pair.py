@@ -15,7 +15,14 @@ from parse.event_loop import EventLoopThread
 from parse.events import Event
 from parse.generation_output import GenerationOutput
 from parse.options import GenerateOptions, Prompt, build_request
-from parse.pair_settings import ModelChoice, engine_settings, load_engine, model_load_error, read_pair_settings
+from parse.pair_settings import (
+    ModelChoice,
+    engine_settings,
+    load_engine,
+    model_load_error,
+    read_pair_settings,
+    verification_settings,
+)
 from parse.pipeline import Pipeline
 from parse.prompts import TemplateError, build_verification_suffix
 from parse.requests import GenerationRequest
@@ -42,7 +49,7 @@ class Pair:
         """
         target_settings = engine_settings("target", target)
         draft_settings = None if draft is None else engine_settings("draft", draft)
-        verification = verification or VerificationSettings.for_model(target_settings.model)
+        verification = verification_settings(verification, target_settings.model)
         self._names = (target_settings.model, draft_settings and draft_settings.model)
         resources = ExitStack()
         # The finalizer closes the pair once: by `close`, when it is garbage, or at the end of the interpreter.

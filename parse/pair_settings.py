@@ -49,6 +49,18 @@ def engine_settings(argument: str, model: ModelChoice) -> EngineSettings:
     return EngineSettings(model=str(Path(model).expanduser()) if str(model).startswith("~") else str(model))
 
 
+def verification_settings(verification: VerificationSettings | None, target: str) -> VerificationSettings:
+    """Returns the verification settings that `Pair` was given, or those in the target's folder."""
+    if verification is None:
+        try:
+            return VerificationSettings.for_model(target)
+        except ValueError as error:
+            raise model_load_error("target", target, error) from error
+    if not isinstance(verification, VerificationSettings):
+        raise RequestError("verification", f"must be VerificationSettings, got {verification!r}")
+    return verification
+
+
 def load_engine(argument: str, settings: EngineSettings) -> NativeEngine:
     """Loads a model and starts its engine. Errors name the argument and the model in one line."""
     check_model_folder(argument, settings.model)
