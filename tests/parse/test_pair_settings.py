@@ -133,9 +133,9 @@ def test_other_settings_are_reported_with_the_argument_that_they_belong_to():
 def test_a_model_without_a_chat_template_is_reported(tmp_path):
     for name in ("demo-target", "demo-draft"):
         shutil.copytree(DEMO_MODELS / name, tmp_path / name, ignore=shutil.ignore_patterns("*.jinja"))
-    with pytest.raises(ModelLoadError, match="target: .*demo-target: the tokenizer has no chat template"):
+    with pytest.raises(ModelLoadError, match=r"target: .*demo-target: the tokenizer has no chat template"):
         Pair(tmp_path / "demo-target")
-    with pytest.raises(ModelLoadError, match="draft: .*demo-draft: the tokenizer has no chat template"):
+    with pytest.raises(ModelLoadError, match=r"draft: .*demo-draft: the tokenizer has no chat template"):
         Pair(DEMO_TARGET, tmp_path / "demo-draft")
 
 

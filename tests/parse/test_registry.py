@@ -51,9 +51,7 @@ def test_all_prefixes_are_evaluated_unless_a_rule_stops_at_the_first_failure():
     register_rule("patient", RuleSpec("", keep_before_two_failures))
     register_rule("strict", RuleSpec("", keep_before_two_failures, stops_at_failure=True))
     batches = {
-        name: next_batch(
-            4, {0: 0.1}, AcceptancePolicy(HALF, name), complete=False, max_batch=8, answer_first=False
-        )
+        name: next_batch(4, {0: 0.1}, AcceptancePolicy(HALF, name), complete=False, max_batch=8, answer_first=False)
         for name in ("patient", "strict")
     }
     assert batches == {"patient": [1, 2, 3], "strict": []}
