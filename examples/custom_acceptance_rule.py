@@ -38,11 +38,11 @@ def tolerate_one_failure(p_correct: Sequence[float | None], threshold: float) ->
 def main() -> None:
     register_rule("tolerate_one_failure", RuleSpec("keeps what precedes two failures in a row", tolerate_one_failure))
     for rule in ("first_failure", "tolerate_one_failure"):
-        # A high threshold for prefixes shows the difference: some correct prefixes of the draft do not reach it.
-        verification = VerificationSettings.for_model(DEMO_TARGET, rule=rule, prefix=0.99, stride=4)
+        # The demo target is very sure, so only an extreme threshold shows the difference: a correct prefix misses it.
+        verification = VerificationSettings.for_model(DEMO_TARGET, rule=rule, prefix=0.9988, stride=4)
         with Pair(DEMO_TARGET, DEMO_DRAFT, verification=verification) as pair:
             answer = pair.generate(EXAMPLE_PROMPT, mode="full", temperature=0)
-        values = " ".join("-" if value is None else f"{value:.2f}" for value in answer.verifications[0].p_correct)
+        values = " ".join("-" if value is None else f"{value:.4f}" for value in answer.verifications[0].p_correct)
         print(f"{rule}: {answer.usage.accepted_tokens} of {answer.usage.draft_tokens} draft tokens accepted")
         print(f"P(correct) of the prefixes: {values}\n")
 

@@ -1,6 +1,6 @@
 """Streams an answer from a running service with the OpenAI client.
 
-Start the service first, for example with `python -m deployments`. The client is a package of its own: `pip install openai`.
+Start the service first, for example with `python -m deployments`. The client is a package of its own, `openai`.
 
     python examples/openai_client.py --url http://127.0.0.1:8000
 """
@@ -10,7 +10,10 @@ from collections.abc import Sequence
 
 from openai import OpenAI
 
-QUESTION = "Start with 53. In turn: subtract 5, add 8, add 6, subtract 9. What is the result?"
+QUESTION = (
+    "Dan has 48 coins. In turn: first gets 7, second finds 3, third lends 6, fourth loses 3, fifth wins 8, "
+    "sixth finds 2, seventh breaks 2. How many coins now?"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,11 +15,9 @@ def main() -> None:
         print(f"{'mode':<12} {'accepted':>8} {'generated':>9} {'ms':>6}  last line of the answer")
         for mode in MODES:
             answer = pair.generate(EXAMPLE_PROMPT, mode=mode, temperature=0)
-            usage = answer.usage
-            last_line = answer.text.splitlines()[-1]
-            print(
-                f"{mode:<12} {usage.accepted_tokens:>8} {usage.target_tokens:>9} {usage.total_s * 1e3:>6.0f}  {last_line}"
-            )
+            usage, last_line = answer.usage, answer.text.splitlines()[-1]
+            counts = f"{usage.accepted_tokens:>8} {usage.target_tokens:>9} {usage.total_s * 1e3:>6.0f}"
+            print(f"{mode:<12} {counts}  {last_line}")
 
 
 if __name__ == "__main__":

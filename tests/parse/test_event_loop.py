@@ -9,7 +9,7 @@ import pytest
 from parse.errors import EngineStopped
 from parse.event_loop import EventLoopThread
 
-PATIENCE_S = 20
+PATIENCE_S = 300
 
 
 @pytest.fixture
@@ -190,4 +190,4 @@ def test_calls_of_several_threads_run_at_the_same_time(event_loop):
         caller.start()
     for caller in callers:
         caller.join(PATIENCE_S)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10 * 0.2

@@ -64,7 +64,9 @@ class Parser(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.tags, self.texts = [], set(), []
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.texts: list[tuple[str, str]] = []
         self.feed(html)
         self.close()
         assert not self.open
@@ -102,7 +104,7 @@ def test_a_notebook_shows_which_model_wrote_what():
     assert parsed.texts[-1][1] == describe_usage(USAGE)
 
 
-def test_colors_work_on_light_and_on_dark_pages():
+def test_colors_work_in_light_and_in_dark_themes():
     html = output()._repr_html_()
     assert not re.search(r"(?<![-\w])color:(?!inherit)", html)
     assert all(0 < float(alpha) < 1 for alpha in re.findall(r"rgba\([\d,]+,([\d.]+)\)", html))

@@ -3,12 +3,12 @@
 import pytest
 from pydantic import ValidationError
 
-from parse import registry
 from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length, next_batch, passes
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.errors import RequestError, VerificationError
 from parse.registry import METHODS, RULES, MethodSpec, RuleSpec, register_method, register_rule
 from parse.requests import GenerationRequest
+from tests.registrations import temporary_registrations
 
 HALF = Thresholds(0.5, 0.5)
 
@@ -23,11 +23,8 @@ def keep_before_two_failures(p_correct, threshold):
 
 @pytest.fixture(autouse=True)
 def _registrations_end_with_the_test():
-    before = dict(registry._rules), dict(registry._methods)
-    yield
-    for entries, saved in zip((registry._rules, registry._methods), before, strict=True):
-        entries.clear()
-        entries.update(saved)
+    with temporary_registrations():
+        yield
 
 
 def test_a_registered_rule_decides_which_prefix_is_accepted():
@@ -88,13 +85,11 @@ def test_settings_and_requests_accept_a_method_as_soon_as_it_is_registered():
 
 
 def test_names_of_the_project_cannot_be_replaced_but_own_ones_can():
-    for register, name, spec in (
-        (register_rule, "first_failure", RuleSpec("", keep_before_two_failures)),
-        (register_method, "ngram", MethodSpec("", "json:loads", model="none")),
-        (register_method, "none", MethodSpec("", "json:loads", model="none")),
-    ):
+    with pytest.raises(ValueError, match="'first_failure' is a name of this project"):
+        register_rule("first_failure", RuleSpec("", keep_before_two_failures))
+    for name in ("ngram", "none"):
         with pytest.raises(ValueError, match=f"'{name}' is a name of this project"):
-            register(name, spec)
+            register_method(name, MethodSpec("", "json:loads", model="none"))
     for description in ("old", "new"):
         register_rule("mine", RuleSpec(description, keep_before_two_failures))
     assert RULES["mine"].description == "new"
