@@ -1,10 +1,10 @@
-# Everything runs in .venv. Continuous integration only calls `make test`.
+# Everything runs in a virtual environment. For another interpreter: make check PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 PROMETHEUS_PORT ?= 9090
 
-.PHONY: help setup serve monitoring test tools lint models heads evaluate docs dashboards lock clean
+.PHONY: help setup serve monitoring check unit test tools lint wheel models heads evaluate docs dashboards lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,8 +34,17 @@ monitoring: setup  ## run Prometheus, and Grafana if it is installed, beside `ma
 tools:  ## install Debian's Prometheus and Chromium for some tests (as root; otherwise lists what is missing)
 	@cluster/tools.sh
 
+check: lint unit  ## run lint and the unit tests, for everyday work
+
+unit: setup  ## run the unit tests
+	$(BIN)/python -m pytest -m "not ray and not slow"
+
 test: lint tools  ## run lint, then all tests
-	$(BIN)/pytest
+	$(BIN)/python -m pytest
+
+wheel: setup  ## build the wheel in dist/; it contains the demo pair
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 models: setup  ## train the demo pair again (about an hour on two cores; continues after an interruption)
 	$(BIN)/python -m training.pair
@@ -60,4 +69,4 @@ lock: setup  ## pin the installed versions
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -1,1 +1,4 @@
-"""What operators deploy. The folder's Python writes dashboards, rules and alerts, and runs `make monitoring`."""
+"""Files for operators.
+
+The Python code in this folder writes dashboards, rules and alerts, and runs `make monitoring`.
+"""

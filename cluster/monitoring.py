@@ -1,4 +1,7 @@
-"""`make monitoring`: Prometheus beside a service on this machine, and Grafana where it is installed, until Ctrl-C."""
+"""Runs Prometheus for a service on this machine, until Ctrl-C.
+
+It also runs Grafana if Grafana is installed. `make monitoring` calls this program.
+"""
 
 import argparse
 import fcntl
@@ -29,13 +32,13 @@ STARTUP_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 NO_PROMETHEUS = """Prometheus is not installed. On Debian or Ubuntu, as root:
   apt-get install --no-install-recommends prometheus
-Elsewhere: https://prometheus.io/download, and `prometheus` in the PATH."""
-NO_GRAFANA = f"""Grafana is not installed here. In one that you have: add the above as a data source of the type
-Prometheus, then Dashboards, New, Import, for each of {DASHBOARDS}/*.json"""
+On other systems, download it from https://prometheus.io/download and put `prometheus` into the PATH."""
+NO_GRAFANA = f"""Grafana is not installed here. To use another Grafana, add the address above as a data source of type
+Prometheus. Then choose Dashboards, New, Import for each of {DASHBOARDS}/*.json"""
 
 
 class StartupError(RuntimeError):
-    """Monitoring could not be started, or a program of it ended."""
+    """Raised if monitoring cannot be started, or if one of its programs has ended."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Program:
     url: str
     ready_path: str  # the path that responds once the program is ready
     log: Path
-    environment: Mapping[str, str] = field(default_factory=dict)  # its environment, besides ours
+    environment: Mapping[str, str] = field(default_factory=dict)  # additional environment variables
 
 
 def prometheus_program(config: Path, data: Path, port: int) -> Program:
@@ -64,14 +67,17 @@ def prometheus_program(config: Path, data: Path, port: int) -> Program:
 
 
 def grafana_program(prometheus_url: str, data: Path, port: int) -> Program | None:
-    """For everybody on this machine to look at, and nobody to change."""
+    """Returns a Grafana that everyone on this machine can view, but not change.
+
+    Returns None if Grafana is not installed.
+    """
     if executable := shutil.which("grafana"):
         command = [executable, "server"]
     elif executable := shutil.which("grafana-server"):
         command = [executable]
     else:
         return None
-    home = Path("/usr/share/grafana")  # where its packages have it; elsewhere it knows by itself
+    home = Path("/usr/share/grafana")  # packages install it here; other installations know their own folder
     settings = {
         "GF_PATHS_DATA": str(data / "grafana"),
         "GF_PATHS_LOGS": str(data / "grafana" / "log"),
@@ -118,17 +124,22 @@ def find_free_port(preferred: int) -> int:
 
 @contextmanager
 def lock_data(data: Path) -> Iterator[None]:
-    """Locks the folder. Debian's Prometheus takes no lock, and two of them would damage each other's data."""
+    """Locks the folder during the block.
+
+    Debian's Prometheus takes no lock, and two of them would damage each other's data.
+    """
     try:
         data.mkdir(parents=True, exist_ok=True)
         lock = (data / "lock").open("w")
     except OSError as error:
-        raise StartupError(f"nothing can be recorded in {data}: {error.strerror}") from error
+        raise StartupError(f"data cannot be stored in {data}: {error.strerror}; set another folder (--data)") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartupError(f"another one records in {data}: stop it, or choose another folder (--data)") from None
+            raise StartupError(
+                f"another monitoring program already uses {data}: stop it, or set another folder (--data)"
+            ) from None
         yield
 
 
@@ -139,7 +150,7 @@ class RunningProgram:
         self.program = program
         program.log.parent.mkdir(parents=True, exist_ok=True)
         with program.log.open("ab") as log:
-            # The program gets its own session, so that Ctrl-C does not reach it and it is stopped in order.
+            # The program gets its own session. Ctrl-C then does not reach it, and `_stop` stops it.
             self.process = subprocess.Popen(
                 program.command,
                 stdin=subprocess.DEVNULL,
@@ -163,7 +174,7 @@ class RunningProgram:
     def check(self) -> None:
         if (code := self.process.poll()) is not None:
             last = "\n".join(self.program.log.read_text(errors="replace").splitlines()[-5:])
-            raise StartupError(f"{self.program.name} has ended ({code}); {self.program.log} says:\n{last}")
+            raise StartupError(f"{self.program.name} has ended ({code}); the end of {self.program.log}:\n{last}")
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
@@ -191,7 +202,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop(signum: int, _: object) -> None:
-    for stop_signal in STOP_SIGNALS:  # a second signal must not leave anything running
+    for stop_signal in STOP_SIGNALS:  # a second signal must not interrupt the shutdown
         signal.signal(stop_signal, lambda *_: None)
     raise KeyboardInterrupt
 
@@ -201,13 +212,13 @@ def run(port: int, grafana_port: int, data: Path, config: Path) -> None:
         stack.enter_context(lock_data(data))
         prometheus = stack.enter_context(RunningProgram(prometheus_program(config, data, find_free_port(port))))
         running = [prometheus]
-        print_now(f"Prometheus  {prometheus.program.url}   (what it scrapes: {prometheus.program.url}/targets)")
+        print_now(f"Prometheus  {prometheus.program.url}   (scraped targets: {prometheus.program.url}/targets)")
         if grafana := grafana_program(prometheus.program.url, data, find_free_port(grafana_port)):
             running.append(stack.enter_context(RunningProgram(grafana)))
             print_now(f"Grafana     {grafana.url}")
         else:
             print_now(NO_GRAFANA)
-        print_now("Until Ctrl-C.")
+        print_now("Press Ctrl-C to stop.")
         while True:
             for program in running:
                 program.check()
@@ -216,13 +227,17 @@ def run(port: int, grafana_port: int, data: Path, config: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.monitoring", description=__doc__)
-    parser.add_argument("--port", type=int, default=9090, help="of Prometheus, or the next that is free")
-    parser.add_argument("--grafana-port", type=int, default=3000, help="of Grafana, or the next that is free")
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder for what is recorded")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="of Prometheus")
+    parser.add_argument(
+        "--port", type=int, default=9090, help="the port of Prometheus; if it is taken, the next free one is used"
+    )
+    parser.add_argument(
+        "--grafana-port", type=int, default=3000, help="the port of Grafana; if it is taken, the next free one is used"
+    )
+    parser.add_argument("--data", type=Path, default=DATA, help="the folder in which data is stored")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="the configuration of Prometheus")
     args = parser.parse_args(arguments)
     for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, stop)  # a shell's background jobs ignore some of them by default
+        signal.signal(stop_signal, stop)  # explicit, because a shell makes background jobs ignore some signals
     try:
         run(args.port, args.grafana_port, args.data.resolve(), args.config.resolve())
     except KeyboardInterrupt:

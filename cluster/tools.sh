@@ -1,20 +1,20 @@
 #!/bin/sh
-# Prometheus and Chromium, which some tests run: installed where that needs nobody, on Debian as root. Else a line says
-# what is missing. Never fails: those tests are skipped without them.
+# Installs Prometheus and Chromium, which some tests need. It installs them only on Debian as root. Otherwise it prints which
+# packages are missing. The script never fails, because those tests are skipped without the programs.
 set -u
 
 installed() {
     for program in "$@"; do command -v "$program" > /dev/null || return 1; done
 }
 
-get() { # bounded: a machine without a network is told so, and goes on
+get() { # has time limits, so that a machine without a network does not hang
     DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=1 "$@" < /dev/null
 }
 
 bring() {
     if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
         echo "Installing $*"
-        # The lists of packages may be missing or old.
+        # If the installation fails, the lists of packages may be missing or old.
         for try in first second; do
             get install --yes --no-install-recommends "$@" > /dev/null 2>&1 && return 0
             [ "$try" = first ] && get update > /dev/null 2>&1
@@ -23,11 +23,11 @@ bring() {
     return 1
 }
 
-wanted() { # the packages, then the programs they bring
+wanted() { # arguments: the packages, then the programs that they provide
     packages=$1
     shift
     installed "$@" && return
-    # shellcheck disable=SC2086 # several packages
+    # shellcheck disable=SC2086 # $packages is a list
     bring $packages || echo "Without $packages some tests are skipped. On Debian: sudo apt-get install --no-install-recommends $packages"
 }
 
@@ -35,7 +35,7 @@ had_prometheus=$(command -v prometheus)
 wanted "prometheus" prometheus promtool
 wanted "chromium chromium-driver" chromium chromedriver
 
-# Debian's package starts a server of its own, on all addresses: nobody asked for that.
+# Debian's package starts a Prometheus server on all addresses. It is not needed here, so it is disabled.
 if [ -z "$had_prometheus" ] && [ -d /run/systemd/system ] && [ "$(id -u)" = 0 ]; then
     systemctl disable --now --quiet prometheus > /dev/null 2>&1
 fi

@@ -1,4 +1,7 @@
-"""Builds the application from its settings. serve_config.yaml names `build` as its import_path."""
+"""Builds the application from its settings.
+
+`serve_config.yaml` names `build` as its `import_path`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +18,12 @@ from deployments.serving.router import Router
 from deployments.serving.verifier import Verifier
 from parse.config import EngineSettings
 
-# The calls of a session go to the same replica unless that is full.
+# The calls of a session go to the same replica unless that replica is full.
 SESSION_AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 HEALTH_CHECK_OPTIONS: dict[str, Any] = {"health_check_period_s": 5, "health_check_timeout_s": 20}
-# The router writes a log line per request; Serve would add one for every call between replicas.
+# The router writes one log line per request. Serve would add one line for every call between replicas.
 LOGGING_CONFIG = {"encoding": "JSON", "enable_access_log": False}
-REJECT_MARGIN = 64  # requests beyond those that run or wait, which the router accepts to reject them with a 503
+REJECT_MARGIN = 64  # more requests than can run or wait, which the router accepts only to reject them with a 503
 
 
 def build(args: AppSettings) -> Application:
@@ -73,7 +76,10 @@ def _resolve_model_paths(settings: EngineSettings) -> EngineSettings:
 
 
 def _gpus_per_model(models: Sequence[EngineSettings]) -> float:
-    """Returns 1 if there is a GPU for each model, else an equal share, or 0 without GPUs."""
+    """Returns the number of GPUs for one replica of a model.
+
+    It is 1 if there is a GPU for each model, otherwise an equal share, and 0 without GPUs.
+    """
     num_gpu_models = sum(model.device != "cpu" for model in models)
     if not num_gpu_models or not ray.is_initialized():
         return 0

@@ -1,4 +1,4 @@
-"""What an operator can set: the `args` of an application in serve_config.yaml."""
+"""The settings of an operator: the `args` of an application in serve_config.yaml."""
 
 import re
 from pathlib import Path
@@ -7,53 +7,68 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from parse.config import EngineSettings, ModeName, Settings, VerificationSettings
+from parse.demo import find_demo_model
 from parse.registry import MODES
 
 PROJECT_ROOT = Path(__file__).parents[1]
+IS_CHECKOUT = (PROJECT_ROOT / "pyproject.toml").is_file()
+"""False if a wheel is installed: `PROJECT_ROOT` is then the folder of all installed packages."""
 
 
 class ApiSettings(Settings):
-    """What clients may request, and how much of it at once."""
+    """The limits on what clients may request, and on how much of it at once."""
 
     section = "api"
 
     model_name: str | None = Field(
-        None, min_length=1, description="The model's name in the API. Null: the last part of the target's path."
+        None,
+        min_length=1,
+        description="The model's name in the API. With null, it is the last part of the target's path.",
     )
     modes: tuple[ModeName, ...] = Field(tuple(MODES), min_length=1, description="The modes that a request can choose.")
     min_full: float = Field(0.5, ge=0, le=1, description="The lowest threshold `full` that a request can set.")
     min_prefix: float = Field(0.5, ge=0, le=1, description="The lowest threshold `prefix` that a request can set.")
     max_answers: int = Field(
-        64, ge=1, description="The maximum number of answers that one router works on at the same time."
+        64, ge=1, description="The maximum number of answers that one router generates at the same time."
     )
     max_queued_requests: int = Field(
-        256, ge=0, description="The maximum number of requests that wait for a router. Further requests get a 503."
+        256, ge=0, description="The maximum number of requests that wait in one router. Further requests get a 503."
     )
     max_n: int = Field(16, ge=1, description="The highest `n` that a request can set.")
-    request_timeout_s: float = Field(600.0, gt=0, description="A request that takes longer fails with 504.")
-    max_body_bytes: int = Field(2 * 2**20, ge=1024, description="The maximum size of a request's body.")
-    body_timeout_s: float = Field(30.0, gt=0, description="A client that takes longer to send its request gets a 408.")
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="The maximum time of a request, in seconds. A request that takes longer gets a 504."
+    )
+    max_body_bytes: int = Field(2 * 2**20, ge=1024, description="The maximum size of a request's body, in bytes.")
+    body_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="The maximum time to send a request, in seconds. A client that takes longer gets a 408.",
+    )
     api_keys_file: str | None = Field(
         None,
-        description="A file of bearer keys, one per line. With keys, every request needs one of them, except those for "
-        "/health, /ready, the API documentation and the playground.",
+        description="The path of a file with bearer keys, one per line. If there are keys, every request needs one of "
+        "them, except requests for /health, /ready, the API documentation and the playground.",
     )
     api_keys_env: str = Field(
         "PARSE_API_KEYS",
         min_length=1,
-        description="The router's environment variable that can hold bearer keys, separated by commas. Without any "
-        "keys only clients on this machine are served.",
+        description="The name of an environment variable of the router that can hold more bearer keys, separated by "
+        "commas. If there are no keys at all, only clients on the router's own machine are served.",
     )
 
     @field_validator("modes", mode="before")
     @classmethod
     def _read_false_as_off(cls, modes: Any) -> Any:
-        """YAML reads the word off as false."""
+        """Accepts false for the mode off, because YAML reads the word off as false."""
         return ["off" if mode is False else mode for mode in modes] if isinstance(modes, list) else modes
 
 
 class AuditSettings(Settings):
-    """Answers with accepted drafts that the target answers again alone. This measures the price of being lossy."""
+    """How often audits run, and how they compare answers.
+
+    In an audit, the target generates an answer with accepted drafts again, alone, and the two answers are compared.
+    This measures how often drafts change results.
+    """
 
     section = "audit"
 
@@ -61,21 +76,22 @@ class AuditSettings(Settings):
         0.0,
         ge=0,
         le=1,
-        description="The share of these answers that is audited, while their router has nothing else to do.",
+        description="The share of the answers with accepted drafts that is audited. A router audits only while it has "
+        "nothing else to do.",
     )
     result: str | None = Field(
         None,
         min_length=1,
-        description="A regular expression for the result in an answer: its last match, or the groups of that match. "
-        "Two answers agree if their results are the same. Without an expression, or if the target's answer has no "
-        "match, `gap` decides. For the demo pair the result is a number, `\\d+`. Only the last 2000 characters are "
-        "searched.",
+        description="A regular expression that finds the result in an answer. The result is the last match, or the "
+        "groups of that match. Two answers agree if their results are the same. Without an expression, or if the "
+        "target's answer has no match, `gap` decides. For the demo pair the result is a number, `\\d+`. Only the last "
+        "2000 characters of an answer are searched.",
     )
     gap: float = Field(
         0.5,
         ge=0,
-        description="Two answers also agree if the target's mean log-probability per token is higher for its own "
-        "answer by at most this much.",
+        description="If there is no result to compare, two answers agree if the target's mean log-probability per "
+        "token is higher for its own answer by at most this much, in nats.",
     )
 
     @field_validator("result")
@@ -84,25 +100,28 @@ class AuditSettings(Settings):
         try:
             re.compile(result or "")
         except re.error as error:
-            raise ValueError(f"is not a regular expression: {error}") from error
+            raise ValueError(f"must be a regular expression: {error}") from error
         return result
 
 
 class AppSettings(Settings):
-    """The two models, the verification and the API. Replicas, autoscaling and resources are set in `deployments`."""
+    """The two models, the verification and the API.
+
+    Replicas, autoscaling and resources are set in `deployments`.
+    """
 
     section = "args"
 
     target: EngineSettings = Field(description="The model whose answers are served.")
     draft: EngineSettings | None = Field(
-        None, description="The model that writes drafts. Null: the target answers alone."
+        None, description="The model that writes drafts. With null, the target answers alone."
     )
     verification: VerificationSettings = Field(
         VerificationSettings(),
-        description="How drafts are verified. Unset keys are taken from parse.json in the target's folder.",
+        description="How drafts are verified. Keys that are not set are taken from parse.json in the target's folder.",
     )
-    api: ApiSettings = Field(ApiSettings(), description="What clients may request, and how much of it at once.")
-    audit: AuditSettings = Field(AuditSettings(), description="How often the price of being lossy is measured.")
+    api: ApiSettings = Field(ApiSettings(), description="The limits on what clients may request.")
+    audit: AuditSettings = Field(AuditSettings(), description="How often drafts are checked for changed results.")
 
     @property
     def model_name(self) -> str:
@@ -112,9 +131,20 @@ class AppSettings(Settings):
 def resolve_model_path(model: str) -> str:
     """Returns the absolute path of a model's folder, or the Hugging Face id as it is.
 
-    Relative paths are looked up in the working directory and in the project, because replicas run elsewhere.
+    Relative paths are looked up in the working directory and then in the checkout. With an installed wheel, the paths
+    of the demo models are resolved too. The result is absolute because replicas have another working directory.
     """
-    for folder in (Path(model).expanduser(), PROJECT_ROOT / model):
-        if folder.is_dir():
+    for folder in (Path(model).expanduser(), PROJECT_ROOT / model if IS_CHECKOUT else None, find_demo_model(model)):
+        if folder is not None and folder.is_dir():
             return str(folder.resolve())
     return model
+
+
+def is_local_path(model: str) -> bool:
+    """Whether the name of a model is a path, because it is written like one or its parent folder exists."""
+    parent = model.rpartition("/")[0]
+    return (
+        model.startswith((".", "/", "~"))
+        or parent == "models"
+        or (IS_CHECKOUT and bool(parent) and (PROJECT_ROOT / parent).is_dir())
+    )

@@ -1,4 +1,7 @@
-"""Starts Ray, deploys a configuration, and reports the progress until the service is ready."""
+"""Starts Ray, deploys a configuration, and waits until it is ready.
+
+It prints the progress.
+"""
 
 import json
 import logging
@@ -25,16 +28,13 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from deployments.config import PROJECT_ROOT, AppSettings, resolve_model_path
+from deployments.config import AppSettings, is_local_path, resolve_model_path
 from parse.config import EngineSettings
+from parse.demo import EXAMPLE_PROMPT
 from parse.renamed_settings import describe_errors, describe_unknown_key
 
 BUILDER_IMPORT_PATH = "deployments.app:build"
-EXAMPLE_PROMPT = (
-    "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
-    "sixth Ben 80, seventh Sam 26. Who has the record now?"
-)
-CAPACITY_CHECK_DELAY_S = 5.0  # before that, the target number of replicas may be unknown
+CAPACITY_CHECK_DELAY_S = 5.0  # earlier, the target number of replicas may be unknown
 MAX_PLACEMENT_S = 60.0  # the longest that a placed replica takes to get a process
 RESOURCE_TOLERANCE = 1e-6
 STATUS_INTERVAL_S = 15.0
@@ -42,7 +42,7 @@ LOCAL_CLUSTER_OPTIONS: dict[str, Any] = {"include_dashboard": True, "dashboard_h
 
 
 class LaunchError(RuntimeError):
-    """The service cannot be started, for the reason in the message."""
+    """Raised if the service cannot be started. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class DeploymentProgress:
 
     name: str
     target_replicas: int
-    placed_replicas: int  # they have a process
-    running_replicas: int  # they are ready
+    placed_replicas: int  # replicas that have a process
+    running_replicas: int  # replicas that are ready
     resources: Mapping[str, float]  # per replica
 
     @property
@@ -63,13 +63,16 @@ class DeploymentProgress:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
-    """Returns the configuration and the settings of the application in it. Errors are reported in one line."""
+    """Returns the configuration and the settings of the application in it.
+
+    Errors are reported in one line.
+    """
     try:
         config = yaml.safe_load(path.read_text())
         ServeDeploySchema.model_validate(config)
         applications = [app for app in config["applications"] if app["import_path"] == BUILDER_IMPORT_PATH]
         if len(applications) != 1:
-            raise LaunchError(f"{path}: one application must have the import_path {BUILDER_IMPORT_PATH}")
+            raise LaunchError(f"{path}: exactly one application must have the import_path {BUILDER_IMPORT_PATH}")
         for prefix, section, schema in _config_sections(config, applications[0]):
             if unknown_keys := sorted(section.keys() - schema.model_fields.keys()):
                 key = unknown_keys[0]
@@ -84,7 +87,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
 def _config_sections(
     config: Mapping[str, Any], application: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any], type[BaseModel]]]:
-    """Yields the sections of Ray Serve with their schemas. Serve itself ignores unknown keys."""
+    """Yields the sections of Ray Serve with their schemas.
+
+    Serve itself ignores unknown keys.
+    """
     yield "", config, ServeDeploySchema
     yield "http_options.", config.get("http_options") or {}, HTTPOptionsSchema
     yield "applications.", application, ServeApplicationSchema
@@ -102,11 +108,11 @@ def check_model_folders(field: str, settings: EngineSettings) -> None:
 
 
 def check_model_folder(field: str, model: str) -> None:
-    """Rejects a path that does not exist. It would be looked up on the Hugging Face hub, which takes minutes."""
-    looks_like_path = model.startswith((".", "/", "~")) or (
-        (PROJECT_ROOT / model).parent != PROJECT_ROOT and (PROJECT_ROOT / model).parent.is_dir()
-    )
-    if looks_like_path and not Path(resolve_model_path(model)).is_dir():
+    """Rejects a path that does not exist.
+
+    It would be looked up on the Hugging Face hub, which takes minutes.
+    """
+    if is_local_path(model) and not Path(resolve_model_path(model)).is_dir():
         raise LaunchError(f"{field}: the folder {model} does not exist")
 
 
@@ -116,11 +122,16 @@ def check_port(host: str, port: int) -> None:
         try:
             sock.bind((host, port))
         except OSError as error:
-            raise LaunchError(f"port {port} of {host} is not available ({error.strerror}): see http_options") from error
+            raise LaunchError(
+                f"port {port} of {host} is not available ({error.strerror}): set another one in http_options"
+            ) from error
 
 
 def _ray_environment_prefix() -> str:
-    """Returns the variable assignments that other commands need to reach this Ray cluster."""
+    """Returns environment variables for commands that use this Ray cluster.
+
+    The result is a prefix of a shell command.
+    """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
     return "".join(f"{name}={os.environ[name]} " for name in names if name in os.environ)
 
@@ -145,7 +156,7 @@ def read_deployments(details: Mapping[str, Any]) -> list[DeploymentProgress]:
 def find_missing_capacity(
     deployments: Sequence[DeploymentProgress], nodes: Sequence[Mapping[str, float]]
 ) -> str | None:
-    """Returns which resource the nodes cannot provide for all replicas, or None."""
+    """Returns a message about a resource of which the nodes have too little, or None."""
     for resource in sorted({resource for deployment in deployments for resource in deployment.resources}):
         available = [node.get(resource, 0.0) for node in nodes]
         for deployment in deployments:
@@ -163,7 +174,10 @@ def find_missing_capacity(
 
 
 def find_occupied_resource(unplaced: Sequence[DeploymentProgress], free: Mapping[str, float]) -> str | None:
-    """Returns the resource that others hold and a replica waits for, or None."""
+    """Returns a message about a resource that a replica waits for, or None.
+
+    Other processes of the cluster hold this resource.
+    """
     for part in unplaced:
         for resource, amount in part.resources.items():
             if amount > free.get(resource, 0.0):
@@ -178,7 +192,10 @@ def wait_until_ready(
     timeout_s: float,
     logs: str,
 ) -> None:
-    """Prints the progress, and raises LaunchError with the reason if the service cannot become ready."""
+    """Prints the progress until the service is ready.
+
+    Raises LaunchError with the reason if the service cannot become ready.
+    """
     started = printed_at = time.monotonic()
     printed_line, unplaced_since = "", None
     while True:
@@ -216,7 +233,10 @@ def _failure_messages(application: Mapping[str, Any]) -> str:
 def _find_shortage(
     deployments: Sequence[DeploymentProgress], unplaced: Sequence[DeploymentProgress], seconds: float
 ) -> str | None:
-    """Returns what replicas without a process may be waiting for, after they have waited for a while."""
+    """Returns what replicas without a process may be waiting for.
+
+    Returns None if they have not waited long enough to tell.
+    """
     if seconds < CAPACITY_CHECK_DELAY_S:
         return None
     shortage = find_missing_capacity(deployments, [node["Resources"] for node in ray.nodes() if node["Alive"]])

@@ -1,4 +1,7 @@
-"""Writes docs/configuration.md from the settings: python -m deployments.reference > docs/configuration.md"""
+"""Writes docs/configuration.md from the settings.
+
+python -m deployments.reference > docs/configuration.md
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,19 +21,19 @@ from parse.renamed_settings import RENAMED_SETTINGS
 TYPE_NAMES: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 HEADER = """\
-<!-- Made by `make docs`: change the descriptions of the settings, not this file. -->
+<!-- `make docs` writes this file. Change the descriptions of the settings instead. -->
 
 # Configuration
 
-One YAML file holds the whole configuration: [serve_config.yaml](../serve_config.yaml) for the demo pair,
-[cluster/serve_gpu.yaml](../cluster/serve_gpu.yaml) for two models on GPUs. It is a
+One YAML file holds the whole configuration. [serve_config.yaml](../serve_config.yaml) is for the demo pair, and
+[cluster/serve_gpu.yaml](../cluster/serve_gpu.yaml) for two models on GPUs. The file is a
 [Ray Serve config](https://docs.ray.io/en/latest/serve/production-guide/config.html). The settings of this project are
-under `args`. A key that is not known there is rejected with the closest one that is, and a
-[renamed key](#renamed-settings) with its new name.
+under `args`. An unknown key is rejected, and the error suggests the most similar known key. If a key was
+[renamed](#renamed-settings), the error names the new key.
 
 ```yaml
 http_options:
-  host: 127.0.0.1 # any other address opens the API to the network; set bearer keys then, see api below
+  host: 127.0.0.1 # any other address opens the API to the network; set bearer keys first (see `api` below)
   port: 8000
 applications:
   - name: parse
@@ -51,9 +54,9 @@ applications:
 DEPLOYMENTS_INTRODUCTION = """\
 ## `deployments`: replicas, autoscaling, resources
 
-The application has three deployments. What you do not set under `deployments` keeps these values. They are shown for
-the default settings; the limits on requests follow `api.max_answers`, `api.max_queued_requests` and the
-`max_num_seqs` of each model:
+The application has three deployments. Keys that you do not set under `deployments` have these values. The table shows
+them for the default settings. The limits on requests depend on `api.max_answers`, `api.max_queued_requests` and the
+`max_num_seqs` of each model.
 
 """
 
@@ -61,14 +64,15 @@ DEPLOYMENTS_NOTES = """\
 
 `Drafter` exists only with a `draft`.
 
-- **GPUs.** By default each model gets a GPU of its own if there are enough, an equal share if there are not, and none
-  with `device: cpu` or on a cluster without GPUs. Set `num_gpus` if you run several replicas or nodes.
-- **`ray_actor_options` is replaced as a whole**: what you leave out of it becomes `num_cpus: 1` and `num_gpus: 0`. A
-  model without `num_gpus` runs on the CPU, whatever the machine has.
-- **One model over several GPUs**: set `device: balanced`, and `num_gpus` to the number of GPUs.
-- **Cores.** Ray counts `num_cpus` when it places a replica. The number of cores that a model really uses is its
-  `num_threads`.
-- **Autoscaling** replaces `num_replicas`:
+- **GPUs.** By default, each model gets its own GPU if there are enough GPUs, and an equal share of them if there are
+  not. It gets no GPU with `device: cpu`, or on a cluster without GPUs. Set `num_gpus` if you run several replicas or
+  nodes.
+- **`ray_actor_options` is replaced as a whole.** If you set it without `num_cpus` or `num_gpus`, these become 1 and 0.
+  A model with `num_gpus: 0` runs on the CPU, even if the machine has GPUs.
+- **One model on several GPUs.** Set `device: balanced`, and set `num_gpus` to the number of GPUs.
+- **Cores.** Ray uses `num_cpus` to decide where it places a replica. The number of cores that a model actually uses is
+  its `num_threads`.
+- **Autoscaling.** Set `autoscaling_config` instead of `num_replicas`:
 
 ```yaml
     deployments:
@@ -78,11 +82,11 @@ DEPLOYMENTS_NOTES = """\
           min_replicas: 1
           max_replicas: 4
           target_ongoing_requests: 24 # concurrent calls per replica; keep it below its max_num_seqs
-          downscale_delay_s: 600 # loading weights takes long
+          downscale_delay_s: 600 # a new replica takes long to load its weights
 ```
 
-All other keys: [Ray Serve's schema](https://docs.ray.io/en/latest/serve/api/index.html#serve-config).
-How many replicas you need, and what happens when one is lost: [deploying.md](deploying.md).
+[Ray Serve's schema](https://docs.ray.io/en/latest/serve/api/index.html#serve-config) describes all other keys.
+[deploying.md](deploying.md) says how many replicas you need, and what happens when a replica is lost.
 
 """
 
@@ -102,14 +106,15 @@ def render_configuration_page() -> str:
         render_section(
             "`speculative_configs` of a model",
             SpeculativeConfig,
-            "Write a list: `[{method: parallel, model: models/demo-parallel}, {method: ngram}]`. A request chooses "
-            'among the methods of the target with [`parse.speculation`](api.md#several-tokens-in-a-pass), and "none".',
+            "The value is a list, for example `[{method: parallel, model: models/demo-parallel}, {method: ngram}]`. A "
+            "request can choose one of the target's methods or `none` with "
+            "[`parse.speculation`](api.md#several-tokens-in-a-pass).",
         ),
         render_section(
             "`verification`",
             VerificationSettings,
-            "The target's folder can hold some of these keys in a `parse.json`. They replace the defaults, and your "
-            "configuration replaces both.",
+            "The target's folder can contain some of these keys in a file `parse.json`. They replace the defaults. "
+            "Keys in your configuration replace both.",
         ),
         render_section("`api`", ApiSettings),
         render_section("`audit`", AuditSettings),
@@ -168,7 +173,10 @@ def describe_default(field: FieldInfo) -> str:
 
 
 def describe_meaning(field: FieldInfo) -> str:
-    """Returns the description of a setting, or for a section the docstring of its class."""
+    """Returns the description of a setting.
+
+    For a section this is the docstring of its class.
+    """
     annotation = field.annotation
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     section_description = annotation.__doc__ if is_section else None
@@ -190,7 +198,10 @@ def _type_name(annotation: Any) -> str:
 
 
 def _choices(annotation: Any) -> Sequence[str]:
-    """Returns the values of a Literal, or the names in a registry that the annotation refers to."""
+    """Returns the values that an annotation allows, or an empty sequence.
+
+    The annotation is a Literal, or refers to a registry of names.
+    """
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) is Annotated:
@@ -254,7 +265,10 @@ def default_deployments() -> list[Deployment]:
 
 
 def list_deployments(application: Application) -> list[Deployment]:
-    """Returns all deployments of an application, beginning with the one that answers HTTP."""
+    """Returns all deployments of an application.
+
+    The first one answers HTTP.
+    """
     root = application._bound_deployment
     nested = [argument for argument in root.init_args if isinstance(argument, Application)]
     return [root, *(deployment for child in nested for deployment in list_deployments(child))]

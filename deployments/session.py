@@ -1,4 +1,4 @@
-"""The calls that the router makes for one answer."""
+"""A session: the calls that the router makes for one answer."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +17,7 @@ class Session:
     trace_context: Context | None = None
     """The trace of the answer that the calls are made for."""
     counts_as_busy: bool = True
-    """The calls serve a client, so they count as busy time."""
+    """Whether the calls serve a client and therefore count as busy time."""
     retry_causes: list[RetryCause] = field(default_factory=list)
 
     @property

@@ -1,4 +1,7 @@
-"""The settings of a model and of the verification. Each is documented, and unknown keys are rejected."""
+"""The settings of a model and of the verification.
+
+Each is documented, and unknown keys are rejected.
+"""
 
 import json
 from collections.abc import Collection, Iterable
@@ -29,9 +32,10 @@ VERIFICATION_FILE = "parse.json"
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """Annotates a string that is one of the names in a registry; pydantic and JSON schemas show the choices.
+    """Annotates a string that must be one of the names in a registry.
 
-    The registry is read at each validation, so names that are registered later are valid too.
+    Pydantic and JSON schemas show the names as choices. The registry is read at each validation, so names that are
+    registered later are valid too.
     """
 
     registry: Collection[str]
@@ -81,7 +85,10 @@ def _describe_methods(names: Iterable[str]) -> str:
 
 
 class SpeculativeConfig(Settings):
-    """One token-level method: how several tokens are proposed at once. It changes the speed, never the text."""
+    """One token-level method: how several tokens are proposed at once.
+
+    It changes the speed, never the text.
+    """
 
     section = "speculative_configs"
 
@@ -89,15 +96,15 @@ class SpeculativeConfig(Settings):
     model: str | None = Field(
         None,
         min_length=1,
-        description="The checkpoint of the method, a local path or a Hugging Face id: of the head, of the adapters for "
-        "space (null: the target itself was tuned to read its tokenizer's mask token), of the small model. ngram takes "
-        "none.",
+        description="The checkpoint of the method, a local path or a Hugging Face id: a head for eagle3 and parallel, "
+        "a small model for draft_model, adapters for space. Null for space means that the target itself was tuned to "
+        "read its tokenizer's mask token. ngram takes no model.",
     )
     num_speculative_tokens: int | None = Field(
         None,
         ge=1,
         le=64,
-        description="The maximum number of tokens proposed at once. Null: as many as the method is good for.",
+        description="The maximum number of tokens proposed at once. With null, each method uses its own default.",
     )
     topk: int = Field(
         1,
@@ -115,12 +122,12 @@ class SpeculativeConfig(Settings):
         if spec.model == "required" and self.model is None:
             raise ValueError(f"{self.method} needs a model")
         if self.topk > 1 and not spec.supports_trees:
-            raise ValueError(f"{self.method} proposes chains only, topk must be 1")
+            raise ValueError(f"{self.method} proposes chains only, so topk must be 1")
         return self
 
 
 class EngineSettings(Settings):
-    """How one model is run."""
+    """The settings of one model."""
 
     section = "target, draft"
 
@@ -134,10 +141,10 @@ class EngineSettings(Settings):
         "auto", description='"auto" computes in float32 on a CPU, and in the dtype of the checkpoint on a GPU.'
     )
     quantization: Literal["int8"] | None = Field(
-        None, description='"int8" quantizes the linear layers to 8 bits while the model loads. CPUs only.'
+        None, description='"int8" quantizes the linear layers to 8 bits while the model loads. It works on CPUs only.'
     )
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads for arithmetic. Null leaves the choice to PyTorch."
+        None, ge=1, description="The number of CPU threads for arithmetic. With null, PyTorch chooses it."
     )
     max_model_len: int = Field(
         4096,
@@ -148,15 +155,15 @@ class EngineSettings(Settings):
     kv_cache_memory_bytes: int | None = Field(
         None,
         ge=1,
-        description="The maximum size of the KV cache, in bytes. Null: 2 GiB on a CPU; on a GPU, "
-        "`gpu_memory_utilization` decides.",
+        description="The maximum size of the KV cache, in bytes. With null, it is 2 GiB on a CPU, and "
+        "`gpu_memory_utilization` decides on a GPU.",
     )
     gpu_memory_utilization: float = Field(
         0.9,
         gt=0,
         le=1,
-        description="The share of the GPU's memory for weights and KV cache together. Used on GPUs only, where "
-        "`kv_cache_memory_bytes` is null.",
+        description="The share of the GPU's memory for weights and KV cache together. It is used only on GPUs, and "
+        "only if `kv_cache_memory_bytes` is null.",
     )
     max_num_seqs: int = Field(
         32, ge=1, description="The maximum number of requests computed at the same time. Further requests wait."
@@ -169,7 +176,8 @@ class EngineSettings(Settings):
     )
     cuda_graphs: bool = Field(
         False,
-        description="Experimental: record decode steps as CUDA graphs and replay them. On a single GPU only.",
+        description="Experimental. If true, decode steps are recorded as CUDA graphs and replayed. This works on a "
+        "single GPU only.",
     )
     speculative_configs: tuple[SpeculativeConfig, ...] = Field(
         (),
@@ -181,7 +189,7 @@ class EngineSettings(Settings):
     def _check_methods_unique(cls, configs: tuple[SpeculativeConfig, ...]) -> tuple[SpeculativeConfig, ...]:
         methods = [config.method for config in configs]
         if len(set(methods)) < len(methods):
-            raise ValueError(f"each method may be named once, got {', '.join(methods)}")
+            raise ValueError(f"each method may be named only once, got {', '.join(methods)}")
         return configs
 
 
@@ -215,7 +223,9 @@ class VerificationSettings(Settings):
         "as long.",
     )
     draft_timeout_s: float = Field(
-        60.0, gt=0, description="The target continues without a draft that takes longer, in seconds."
+        60.0,
+        gt=0,
+        description="The maximum time to write a draft, in seconds. If it takes longer, the target continues alone.",
     )
     max_rounds: int = Field(3, ge=1, description="The maximum number of drafts for one answer in mode rounds.")
     correction_tokens: int = Field(
@@ -227,7 +237,10 @@ class VerificationSettings(Settings):
 
     @classmethod
     def for_model(cls, model: str, **changes: Any) -> Self:
-        """Returns the settings in the folder of the target, if there are any, with changes."""
+        """Returns the settings in the target's folder, with changes.
+
+        If the folder has no `parse.json`, the defaults are changed instead.
+        """
         file = Path(model) / VERIFICATION_FILE
         if not file.is_file():
             return cls(**changes)

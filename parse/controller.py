@@ -1,16 +1,18 @@
-"""Mode `auto`: decides for each request whether to draft, from measured gains, and revises that as they change.
+"""Mode `auto`: decides for each request whether to draft.
+
+The decision follows from measured gains and is revised when these change.
 
 A draft saves the time that the target alone would have needed for the accepted tokens. It costs the time of drafting
-and verifying. Both are weighed as shares of the time that the target alone would have taken for the answer. When
-drafting has cost more than it saved for a while, it pauses, and one request at growing intervals tries it again.
-`Pipeline._choose_mode` asks this controller; a client's own prediction or explicit mode does not.
+and verifying. The gain is the difference, as a share of the time that the target alone would have taken for the
+answer. When drafting has cost more than it saved for a while, it pauses. One request at growing intervals then tries
+it again. `Pipeline._choose_mode` calls this controller for requests in mode `auto` without a prediction.
 """
 
 from dataclasses import dataclass
 
-EMA_WEIGHT = 0.2  # of the newest request in the running means
+EMA_WEIGHT = 0.2  # weight of the newest request in the running means
 MIN_OBSERVATIONS = 3  # drafts before the gain decides
-MIN_GAIN_TO_RESUME = 0.1  # above the 0 at which drafting pauses, so that it does not flip back and forth
+MIN_GAIN_TO_RESUME = 0.1  # drafting pauses below a gain of 0; the distance prevents it from alternating
 INITIAL_PAUSE, MAX_PAUSE = 8, 256  # requests answered without a draft before the next trial
 
 
@@ -22,7 +24,7 @@ class DraftingOutcome:
     accepted_tokens: int
     target_tokens: int
     total_s: float
-    target_s: float  # the part of it in which the target generated
+    target_s: float  # the part of `total_s` in which the target generated
 
 
 @dataclass(frozen=True)
@@ -32,30 +34,36 @@ class DraftingDecision:
 
 
 class DraftingController:
-    """The state of one deployment. It is not thread-safe and belongs to one event loop."""
+    """The state of one deployment.
+
+    It is not thread-safe and belongs to one event loop.
+    """
 
     def __init__(self) -> None:
         self.gain: float | None = None  # mean of (time alone - time taken) / time alone
         self.acceptance: float | None = None  # mean accepted share of the draft tokens
-        self.token_s: float | None = None  # the target's time for a token
-        self.overhead_s: float | None = None  # mean time to draft and verify, per draft token
+        self.token_s: float | None = None  # mean seconds in which the target generates a token
+        self.overhead_s: float | None = None  # mean seconds to draft and verify, per draft token
         self._num_drafts = 0
         self._paused = False
         self._pause = INITIAL_PAUSE
         self._requests_until_trial = 0
 
     def decide(self) -> DraftingDecision:
-        """Decides for one request in mode `auto`."""
+        """Decides whether one request in mode `auto` gets a draft."""
         if not self._paused:
-            return DraftingDecision(True, "drafting pays" if self._num_drafts else "nothing is known yet")
+            return DraftingDecision(True, "drafting pays" if self._num_drafts else "no draft has been measured yet")
         if self._requests_until_trial > 0:
             self._requests_until_trial -= 1
             return DraftingDecision(
-                False, f"drafting does not pay: {self.summary()}; tried again in {self._requests_until_trial} requests"
+                False,
+                f"drafting does not pay: {self.summary()}; the next trial follows after "
+                f"{self._requests_until_trial} requests",
             )
-        return DraftingDecision(True, f"a trial: {self.summary()}")
+        return DraftingDecision(True, f"this is a trial: {self.summary()}")
 
     def record(self, outcome: DraftingOutcome) -> None:
+        """Adds one answer to the means, and pauses or resumes drafting if they call for it."""
         if outcome.target_tokens:
             self.token_s = _running_mean(self.token_s, outcome.target_s / outcome.target_tokens)
         if not outcome.draft_tokens:
@@ -78,7 +86,10 @@ class DraftingController:
             self._paused, self._requests_until_trial, self._pause = True, INITIAL_PAUSE, INITIAL_PAUSE
 
     def another_round_pays(self, remaining_tokens: int) -> bool:
-        """Whether a further draft of about that many tokens is expected to save more time than it costs."""
+        """Returns whether a further draft is expected to save more time than it costs.
+
+        The draft is expected to have about `remaining_tokens` tokens.
+        """
         if remaining_tokens <= 0:
             return False
         if self.token_s is None or self.acceptance is None or self.overhead_s is None:
@@ -87,7 +98,7 @@ class DraftingController:
 
     def summary(self) -> str:
         if self.gain is None or self.acceptance is None:
-            return "no draft has been weighed yet"
+            return "no draft has been measured yet"
         return f"a gain of {self.gain:.0%} at {self.acceptance:.0%} acceptance"
 
     def _evaluate_trial(self, gain: float) -> None:

@@ -1,4 +1,7 @@
-"""Converts token ids to text incrementally, without broken characters, lost spaces or parts of stop strings."""
+"""Converts token ids to text incrementally.
+
+The text contains no broken characters, loses no spaces, and contains no part of a stop string.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +11,9 @@ REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class IncrementalDetokenizer:
-    """Returns pieces of text that together equal the decoded text of all tokens, up to a stop string.
+    """Converts the tokens of one text, piece by piece.
+
+    Together, the pieces equal the decoded text of all tokens, up to a stop string.
 
     A tokenizer may decode a token differently at the start of a text than after another token. Each token is therefore
     decoded together with the tokens of the previous piece.
@@ -62,7 +67,8 @@ class IncrementalDetokenizer:
         if not self._stop:
             return text
         text = self._held_back + text
-        # Take the match that ends first, independent of token boundaries, and of those the one that starts first.
+        # The match that ends first is taken, so that token boundaries do not matter. Among matches with the same end,
+        # the one that starts first is taken.
         matches = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if matches:
             _, at, self.matched_stop = min(matches)

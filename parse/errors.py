@@ -1,10 +1,16 @@
-"""Errors that callers may receive. They can come from another process, so all of them can be pickled."""
+"""Errors that callers may receive.
+
+They can come from another process, so all of them can be pickled.
+"""
 
 from typing import Literal
 
 
 class RequestError(ValueError):
-    """A request that cannot be served. The error names the invalid field and its limit."""
+    """A request that cannot be served.
+
+    The error names the invalid field and its limit.
+    """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")

@@ -1,4 +1,7 @@
-"""The events that the pipeline reports: text, verifications of drafts, and finally the usage of the answer."""
+"""The events that the pipeline reports for one answer.
+
+These are its text, the verifications of drafts, and finally its usage.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +24,10 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of verifying a draft, or a window of one. The first `accepted_prefix_length` tokens are kept."""
+    """The result of verifying a draft, or a window of one.
+
+    The first `accepted_prefix_length` tokens are kept.
+    """
 
     start: int
     """The number of answer tokens before the draft or window."""
@@ -79,7 +85,10 @@ class Usage:
 
     @property
     def decoded_tokens(self) -> int:
-        """Tokens that passed through the target's decoding, which in mode exact includes those of the draft."""
+        """The number of tokens that passed through the target's decoding.
+
+        In mode exact, they include the accepted tokens of the draft.
+        """
         return self.target_tokens + (self.accepted_tokens if self.mode == "exact" else 0)
 
     def seconds(self, *names: StageName) -> float:

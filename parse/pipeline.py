@@ -1,7 +1,10 @@
-"""PARSE: a draft is written, all its prefixes are verified, the longest valid one is kept, the target writes the rest.
+"""The pipeline of PARSE: draft, verify, accept, generate.
+
+A drafter writes a draft and the target verifies all its prefixes. The longest valid prefix is kept, and the target
+generates the rest.
 
 The pipeline uses a drafter and a verifier through two small protocols, so the same code runs in one process and across
-machines. Each call is independent of earlier ones. A failing drafter costs only speed.
+machines. Each call is independent of earlier ones. If a drafter fails, the answer only takes longer.
 """
 
 import asyncio
@@ -36,17 +39,20 @@ class Pipeline:
     settings: VerificationSettings
     drafter: Drafter | None = None
     prefill_while_drafting: bool = True
-    """Prefill the prompt on the target while the drafter writes. If both share a processor, it is faster to compute the
-    prompt and the draft in one pass."""
+    """Whether the target prefills the prompt while the drafter writes. If both share a processor, it is faster to
+    compute the prompt and the draft in one pass."""
     controller: DraftingController = field(default_factory=DraftingController)
 
     def __post_init__(self) -> None:
         if self.settings.auto_mode not in self.capabilities.modes:
             offered = ", ".join(self.capabilities.modes)
-            raise ValueError(f"verification.auto_mode: this engine supports {offered}, not {self.settings.auto_mode}")
+            raise ValueError(f"verification.auto_mode: this engine supports {offered}, got {self.settings.auto_mode}")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
-        """Yields the text as it is generated, the verification of each draft, and finally the usage of the answer."""
+        """Answers one request and yields its events.
+
+        The events are the text as it is generated, the verification of each draft, and finally the usage of the answer.
+        """
         self.capabilities.check(request)
         if request.prediction is not None:
             prediction = validate_token_ids("prediction", request.prediction, len(self.tokenizer))
@@ -109,7 +115,10 @@ class Pipeline:
 
 
 async def _work(run: Run) -> None:
-    """Runs the mode and puts None after the last event, also if the mode raises."""
+    """Runs the mode, and then puts None after the last event.
+
+    It does so even if the mode raises an exception.
+    """
     function = MODES[run.state.mode].function
     assert function is not None
     try:

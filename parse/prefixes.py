@@ -1,4 +1,7 @@
-"""Chooses the prefix lengths at which a draft is verified. A length n stands for its first n tokens."""
+"""Chooses the prefix lengths at which a draft is verified.
+
+A length n stands for its first n tokens.
+"""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -10,7 +13,10 @@ PrefixBoundary = Literal["tokens", "sentences", "lines"]
 
 
 def prefix_lengths_every(stride: int, length: int, *, complete: bool) -> list[int]:
-    """Returns a length every `stride` tokens, and that of the whole draft if it is a complete answer."""
+    """Returns the multiples of `stride` that are shorter than the draft.
+
+    If the draft is a complete answer, its own length is added.
+    """
     if stride < 1:
         raise ValueError(f"the stride between prefix lengths must be at least 1, got {stride}")
     lengths = list(range(stride, length, stride))
@@ -20,7 +26,10 @@ def prefix_lengths_every(stride: int, length: int, *, complete: bool) -> list[in
 def prefix_lengths_at(
     boundaries: Sequence[PrefixBoundary], token_texts: Sequence[str], *, stride: int, complete: bool
 ) -> list[int]:
-    """Returns the lengths at the named boundaries. `token_texts` holds the text of each token of the draft."""
+    """Returns the lengths at the named boundaries.
+
+    `token_texts` holds the text of each token of the draft.
+    """
     if not boundaries or not set(boundaries) <= set(get_args(PrefixBoundary)):
         choices = ", ".join(get_args(PrefixBoundary))
         raise ValueError(f"prefix_boundaries must be some of {choices}, got {list(boundaries)}")

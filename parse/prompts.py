@@ -1,4 +1,7 @@
-"""Renders the prompt before a draft and the verification prompt after it, in the model's own chat template."""
+"""Renders the prompt of a draft and the verification prompt after it.
+
+Both use the model's own chat template.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,10 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class VerificationSuffix:
-    """The verification prompt that follows each prefix, and the tokens that begin its two answers."""
+    """The tokens that ask the target whether a prefix is correct.
+
+    They are the verification prompt that follows each prefix, and the tokens that begin its two answers.
+    """
 
     token_ids: tuple[int, ...]  # [end of assistant turn][user: verification prompt][assistant header]
     correct_token_ids: tuple[int, ...]  # variants of one word, with and without a leading space; the likeliest first
@@ -35,7 +41,7 @@ class VerificationSuffix:
 
 
 def chat_prompt_token_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Returns the tokens of the conversation, up to and including the assistant header."""
+    """Returns the tokens of a conversation, including the assistant header."""
     if not messages:
         raise RequestError("messages", "must not be empty")
     for place, message in enumerate(messages):
@@ -52,7 +58,10 @@ def build_verification_suffix(
     correct: str = "Correct",
     incorrect: str = "Incorrect",
 ) -> VerificationSuffix:
-    """Returns the verification suffix, taken from a rendered conversation whose answer is a sentinel."""
+    """Returns the verification suffix of a chat template.
+
+    The suffix is taken from a rendered conversation whose answer is a sentinel.
+    """
     user_message = {"role": "user", "content": "Hello."}
     prompt = _render(tokenizer, [user_message])
     conversation = [
@@ -74,14 +83,19 @@ def build_verification_suffix(
 def _distinguishing_tokens(
     tokenizer: PreTrainedTokenizerBase, suffix: str, correct: str, incorrect: str
 ) -> VerificationSuffix:
-    """Adds the tokens that both words begin with to the suffix; the first tokens that differ are the answers."""
+    """Returns the suffix with the tokens that distinguish the two answer words.
+
+    Tokens that both words begin with become part of the suffix. The first tokens that differ are the answers.
+    """
     suffix_ids = _encode(tokenizer, suffix)
     words = [_continuation_ids(tokenizer, suffix, suffix_ids, word) for word in (correct, incorrect)]
     shared = 0
     while shared < min(map(len, words)) and words[0][shared] == words[1][shared]:
         shared += 1
     if shared == min(map(len, words)):
-        raise TemplateError(f"the answer words {correct!r} and {incorrect!r} begin alike to their end")
+        raise TemplateError(
+            f"the answer words {correct!r} and {incorrect!r} begin alike, and one ends before the other differs"
+        )
     first_tokens = [[ids[shared]] for ids in words]
     if not shared:
         for first, word in zip(first_tokens, (correct, incorrect), strict=True):
@@ -94,11 +108,14 @@ def _distinguishing_tokens(
 
 
 def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], word: str) -> list[int]:
-    """Returns the ids of a word after the text, or its ids alone if the tokenizer would merge the two."""
+    """Returns the token ids of a word after a text.
+
+    If the tokenizer would merge the two, these are the ids of the word alone.
+    """
     both = _encode(tokenizer, text + word)
     word_ids = both[len(ids) :] if both[: len(ids)] == ids else _encode(tokenizer, word)
     if not word_ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in word_ids):
-        raise TemplateError(f"the tokenizer cannot write the answer word {word!r}")
+        raise TemplateError(f"the tokenizer has no tokens for the answer word {word!r}")
     return word_ids
 
 
@@ -108,7 +125,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     try:
         text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
     except JinjaError as error:
-        raise TemplateError(f"the chat template refuses the conversation: {error}") from error
+        raise TemplateError(f"the chat template rejects the conversation: {error}") from error
     assert isinstance(text, str)
     return text
 

@@ -1,6 +1,7 @@
 """The settings that were renamed, and the errors for keys that are not known.
 
-A configuration that still has an old key is rejected with the new name, and a misspelled key with the closest one.
+If a configuration still has an old key, the error names the new key. If a key is misspelled, the error suggests the
+most similar one.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -49,7 +50,10 @@ RENAMED_SETTINGS = (
 
 
 def describe_unknown_key(location: str, key: str, valid_keys: Collection[str]) -> str:
-    """Returns what is wrong with a key, and the valid key that is spelled most like it."""
+    """Returns an error message for an unknown key.
+
+    The message suggests the valid key with the most similar spelling.
+    """
     return f"{location} is not known; {suggest_key(key, valid_keys)}"
 
 
@@ -64,7 +68,7 @@ def describe_errors(error: ValidationError) -> str:
 
 
 def format_location(location: Location) -> str:
-    """Returns a location as it is usually written: `target.speculative_configs[0].model`."""
+    """Formats a location, for example `target.speculative_configs[0].model`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).removeprefix(".")
 
 
@@ -75,10 +79,10 @@ def explain_unknown_keys(
     section: str,
     valid_keys: Collection[str],
 ) -> ValidationError:
-    """Returns the error of a section with an explanation for each key that is not known.
+    """Returns the error of a section, with an explanation for each unknown key.
 
-    Nested sections are validated first and explain their own keys, with a location that begins with themselves. The
-    sections around them only make the location longer.
+    Nested sections are validated first and explain their own keys. The locations in their explanations begin with the
+    nested section. The sections around it only make the location longer.
     """
     renamed = {setting.old_name: setting for setting in RENAMED_SETTINGS if setting.section == section}
     explained: list[InitErrorDetails] = []
@@ -98,7 +102,10 @@ def explain_unknown_keys(
 def _explain_contents(
     setting: RenamedSetting, validate: Callable[[Any], object], data: object
 ) -> list[InitErrorDetails]:
-    """Returns the errors of the keys inside a renamed section, so that they are reported together with its name."""
+    """Returns the errors of the keys inside a renamed section.
+
+    They are reported together with the new name of the section.
+    """
     old_name, new_name = setting.old_name, setting.new_name
     if not isinstance(data, Mapping) or new_name in data:
         return []
@@ -114,7 +121,10 @@ def _explain_contents(
 
 
 def _repeat(details: ErrorDetails, old_name: str | None = None) -> InitErrorDetails:
-    """Returns the error of a nested section with the location that it has now; `old_name` replaces its first step."""
+    """Returns the error of a nested section with its current location.
+
+    `old_name` replaces the first step of the location.
+    """
     location, error_context = details["loc"], details.get("ctx", {})
     old_location = location if old_name is None else (old_name, *location[1:])
     if details["type"] == RENAMED_KEY:

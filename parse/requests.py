@@ -1,7 +1,9 @@
-"""Requests from a client to the pipeline, and from the pipeline to an engine, which receives them unchanged.
+"""The requests to the pipeline, and from the pipeline to an engine.
 
-No request depends on an earlier one. Each contains all the tokens that it continues, so a call that is lost with its
-replica can be repeated on any other replica. A prefix cache makes the repetition cheap.
+The pipeline passes its requests to an engine unchanged, also if the engine runs in another process.
+
+No request depends on an earlier one. Each contains all the tokens that it continues. If a call is lost with its
+replica, it can therefore be repeated on any other replica. A prefix cache makes the repetition cheap.
 """
 
 from collections.abc import Sequence
@@ -42,7 +44,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftRequest:
-    """Asks a drafter to write a complete answer, or to continue one, in the target's tokens."""
+    """Asks a drafter to write or continue an answer, in the target's tokens."""
 
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int] = ()
@@ -85,7 +87,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyAndGenerateRequest:
-    """Asks the target to verify a draft, keep the accepted prefix, and generate what follows, in one call."""
+    """Asks the target to verify a draft and to generate what follows, in one call.
+
+    The generated tokens follow the accepted prefix of the draft.
+    """
 
     verify: VerifyRequest
     sampling_params: SamplingParams = SamplingParams()
@@ -101,14 +106,17 @@ class VerifyAndGenerateRequest:
     def __post_init__(self) -> None:
         verify = self.verify
         if verify.policy is None:
-            raise RequestError("policy", "must be set to generate after the accepted prefix")
-        if not 0 <= self.num_accepted <= max(verify.prefix_lengths, default=0):
-            raise RequestError("num_accepted", f"must not exceed the last prefix length, got {self.num_accepted}")
+            raise RequestError("policy", "must be set, because it chooses the accepted prefix")
+        if self.num_accepted and not 0 < self.num_accepted < min(verify.prefix_lengths, default=0):
+            raise RequestError("num_accepted", f"must be less than every prefix length, got {self.num_accepted}")
         if verify.draft_complete and max(verify.prefix_lengths, default=0) != len(verify.draft_token_ids):
             raise RequestError("prefix_lengths", "must end with the length of a complete draft")
 
     def accepted_prefix_length(self, p_correct: Sequence[float | None]) -> int:
-        """Returns the number of draft tokens to keep, including those that earlier calls accepted."""
+        """Returns the number of draft tokens to keep.
+
+        It includes the tokens that earlier calls accepted.
+        """
         verify = self.verify
         assert verify.policy is not None
         accepted = accepted_prefix_length(
@@ -117,7 +125,10 @@ class VerifyAndGenerateRequest:
         return max(self.num_accepted, accepted)
 
     def continuation(self, num_accepted: int) -> GenerateRequest | None:
-        """Returns the request for the rest of the answer after these draft tokens, or None if it is complete."""
+        """Returns the request for the rest of the answer after these draft tokens.
+
+        Returns None if nothing remains to be generated.
+        """
         verify, params = self.verify, self.sampling_params
         if verify.draft_complete and num_accepted == len(verify.draft_token_ids):
             return None

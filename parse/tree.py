@@ -70,6 +70,25 @@ def suffix_forest(prefix_lengths: Sequence[int], suffix: Sequence[int]) -> Token
     )
 
 
+def trunk_with_suffixes(trunk: Sequence[int], prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
+    """Returns a trunk with a copy of `suffix` after its first n tokens, for every prefix length n.
+
+    The trunk comes first, then the suffix of the longest prefix, and that of the shortest one last.
+    """
+    size, width = len(trunk), len(suffix)
+    if any(not 0 < length <= size for length in prefix_lengths):
+        raise ValueError(f"prefix lengths must lie in 1..{size}, got {list(prefix_lengths)}")
+    descending = np.sort(np.asarray(prefix_lengths, dtype=np.int64))[::-1]
+    # The subtree of trunk node j holds the suffixes of all prefixes longer than j, which come first.
+    suffixes_below = np.searchsorted(-descending, -np.arange(size), side="left")
+    starts = size + width * np.arange(len(descending))
+    return TokenTree(
+        tokens=np.concatenate([np.asarray(trunk, np.int64), np.tile(np.asarray(suffix, np.int64), len(descending))]),
+        end=np.concatenate([size + width * suffixes_below, np.repeat(starts + width, width)]),
+        depth=np.concatenate([np.arange(size), (descending[:, None] + np.arange(width)).ravel()]),
+    )
+
+
 def tree_from_parents(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree, Ints]:
     """Builds the tree in which the parent of node j is `parents[j]`, an earlier node, or -1 for a root.
 

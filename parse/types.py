@@ -13,12 +13,15 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # strings, characters
 
 NO_STREAMING = 1 << 30
-"""A stream interval so long that everything comes in one delta."""
+"""A stream interval that is so long that all tokens come in one delta."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. The defaults are plain sampling; `temperature=0` is greedy."""
+    """How tokens are chosen.
+
+    By default they are sampled from the unchanged distribution. `temperature=0` is greedy.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -60,7 +63,9 @@ class SamplingParams:
         if not all(self.stop):
             raise RequestError("stop", "a stop string must not be empty")
         if len(self.stop) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_LENGTH for text in self.stop):
-            raise RequestError("stop", f"takes at most {MAX_STOP_STRINGS} strings of {MAX_STOP_LENGTH} characters")
+            raise RequestError(
+                "stop", f"must be at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -77,7 +82,10 @@ class SamplingParams:
 def _check_range(
     name: str, value: object, low: float | None, high: float | None, *, exclusive: bool = False, integer: bool = False
 ) -> None:
-    """Raises RequestError for a value out of range. NaN fails every comparison, so it is rejected too."""
+    """Raises RequestError for a value out of range.
+
+    NaN fails every comparison, so it is rejected too.
+    """
     if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
         raise RequestError(name, f"must be a {'whole ' if integer else ''}number, got {value!r}")
     too_low = low is not None and not (low < value if exclusive else low <= value)
@@ -87,11 +95,14 @@ def _check_range(
 
 
 def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Returns the ids as plain integers. Raises RequestError unless each of them is a token of the vocabulary."""
+    """Returns the ids as plain integers.
+
+    Raises RequestError unless each of them is a token of the vocabulary.
+    """
     try:
         integers = [operator.index(token) for token in token_ids]
     except TypeError as error:
-        raise RequestError(field, f"must hold token ids, whole numbers: {error}") from error
+        raise RequestError(field, f"must hold token ids, which are whole numbers: {error}") from error
     if integers and not (min(integers) >= 0 and max(integers) < vocab_size):
         raise RequestError(field, f"token ids must lie in 0..{vocab_size - 1}")
     return integers
@@ -99,7 +110,7 @@ def validate_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) ->
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """The log-probability of a token, and the most likely tokens in its place."""
+    """The log-probability of a token, and the most likely tokens at its position."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -110,7 +121,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
-    """How many tokens a token-level method proposed, and how many of them were accepted."""
+    """The numbers of proposed and accepted tokens of a token-level method."""
 
     method: str
     passes: int = 0

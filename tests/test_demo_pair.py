@@ -12,14 +12,14 @@ from torch.nn.functional import cross_entropy
 from parse.acceptance import Thresholds
 from parse.demo import EXAMPLE_PROMPT as QUESTION
 from parse.prefixes import DEFAULT_STRIDE
-from parse.tree import chain
+from parse.tree import chain, trunk_with_suffixes
 from training import measure
 from training.evaluate import MODELS, load_pair
 from training.examples import ExampleBuilder
 from training.mistakes import MISTAKE_KINDS, compose_answer
 from training.prefix_verification import prefix_probabilities, tree_logits
 from training.task import check_answer, correct_answer
-from training.verification_tree import suffix_end_nodes, trunk_with_suffixes
+from training.verification_tree import suffix_end_nodes
 from training.wording import DRAFT, TARGET
 
 COUNT = 160

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parse.prompts import VerificationSuffix, build_verification_suffix, chat_prompt_token_ids
+from parse.tree import trunk_with_suffixes
 from training.mistakes import MISTAKE_KINDS, Voice, compose_answer, scramble_words
 from training.task import WORD, Problem, check_answer
 from training.tokenizer import CORRECT, INCORRECT, SYSTEM_PROMPTS, VERIFICATION_PROMPT
-from training.verification_tree import suffix_end_nodes, trunk_with_suffixes
+from training.verification_tree import suffix_end_nodes
 from training.wording import LINES
 
 IGNORE_INDEX = -100  # cross_entropy's own mark

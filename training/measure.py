@@ -11,12 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length
 from parse.prefixes import prefix_lengths_every
-from parse.tree import suffix_forest
+from parse.tree import suffix_forest, trunk_with_suffixes
 from training.examples import ExampleBuilder
 from training.generation import generate_batch
 from training.prefix_verification import prefill, prefix_probabilities, tree_logits
 from training.task import Problem, check_answer, draw_problem
-from training.verification_tree import trunk_with_suffixes
 from training.wording import TARGET
 
 

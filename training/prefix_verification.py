@@ -6,8 +6,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from parse.prompts import VerificationSuffix
-from parse.tree import TokenTree
-from training.verification_tree import suffix_end_nodes, trunk_with_suffixes
+from parse.tree import TokenTree, trunk_with_suffixes
+from training.verification_tree import suffix_end_nodes
 
 
 @torch.inference_mode()

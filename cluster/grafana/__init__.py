@@ -1,1 +1,1 @@
-"""Dashboards, written with Grafana's own SDK."""
+"""The dashboards, built with Grafana's own SDK."""

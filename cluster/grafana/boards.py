@@ -1,4 +1,4 @@
-"""What the four dashboards share: variables, links and rows."""
+"""The common parts of the four dashboards: variables, links and rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The engine dashboard: what the engine of each drafter and verifier replica does."""
+"""The engine dashboard: the work of the engine of each replica."""
 
 from cluster.grafana.boards import ENGINE_VARIABLES, ENGINE_VIEW, Board, Row
 from cluster.grafana.panels import (
@@ -30,8 +30,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Tokens",
-                "Tokens computed by the models per second: prompts, drafts, verification suffixes and answers. If it"
-                " falls under the same load, check batch size and prefix cache.",
+                "Tokens that the models compute per second: prompts, drafts, verification suffixes and answers. If the"
+                " value falls under the same load, check the batch size and the prefix cache.",
                 TOKENS_PER_SECOND,
             ),
             VIEW.rate(metrics.ENGINE_TOKENS),
@@ -40,7 +40,7 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Forward passes",
-                "Forward passes per second of all engines. None while calls are running: an engine hangs.",
+                "Forward passes per second of all engines. If there are none while calls are running, an engine hangs.",
                 PER_SECOND,
             ),
             VIEW.rate(metrics.ENGINE_STEPS),
@@ -49,8 +49,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Batch size",
-                "Mean number of calls per forward pass. Near 1 under load, requests arrive one by one and the device"
-                " is used badly.",
+                "Mean number of calls per forward pass. If it is near 1 under load, requests arrive one by one, and the"
+                " device is used badly.",
             ),
             figures.batch_size(VIEW),
             base_colour=NEUTRAL,
@@ -59,7 +59,7 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Busy",
-                "Mean share of their time that engines spend in forward passes. Near 100%, add replicas.",
+                "Mean share of their time that engines spend in forward passes. If it is near 100%, add replicas.",
                 SHARE,
             ),
             figures.busy_share(VIEW),
@@ -69,8 +69,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Prefix cache hits",
-                "Share of the looked-up tokens that the prefix cache contained. Low: the calls of a conversation "
-                "reach different replicas, or the KV cache is too small.",
+                "Share of the looked-up tokens that the prefix cache contained. If it is low, the calls of a "
+                "conversation reach different replicas, or the KV cache is too small.",
                 SHARE,
             ),
             figures.cache_hit_share(VIEW),
@@ -80,7 +80,7 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "KV cache usage",
-                "Share of the KV cache blocks that running calls use. Near 100%, calls wait for memory: raise "
+                "Share of the KV cache blocks that running calls use. If it is near 100%, calls wait for memory: raise "
                 "kv_cache_memory_bytes or gpu_memory_utilization.",
                 SHARE,
             ),
@@ -97,8 +97,8 @@ PASSES = Row(
         time_series_panel(
             PanelOptions(
                 "Tokens by replica",
-                "Tokens computed per second. Large differences between replicas of one deployment: the load is "
-                "uneven, or a device is slow.",
+                "Tokens computed per second. If replicas of one deployment differ much, the load is uneven, or a "
+                "device is slow.",
                 TOKENS_PER_SECOND,
             ),
             Query(VIEW.rate(metrics.ENGINE_TOKENS, by=BY_REPLICA), REPLICA_LEGEND),
@@ -106,8 +106,8 @@ PASSES = Row(
         time_series_panel(
             PanelOptions(
                 "Forward passes by replica",
-                "Forward passes per second. A replica at zero while calls are running hangs; its health check will "
-                "replace it.",
+                "Forward passes per second. If a replica is at zero while calls are running, it hangs. Its health "
+                "check fails, and it is replaced.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.ENGINE_STEPS, by=BY_REPLICA), REPLICA_LEGEND),
@@ -115,16 +115,16 @@ PASSES = Row(
         time_series_panel(
             PanelOptions(
                 "Batch size by replica",
-                "Mean number of calls per forward pass. Larger batches use the device better. At max_num_seqs, "
-                "further calls wait.",
+                "Mean number of calls per forward pass. Larger batches use the device better. If it reaches "
+                "max_num_seqs, further calls wait.",
             ),
             Query(figures.batch_size(VIEW, by=BY_REPLICA), REPLICA_LEGEND),
         ),
         time_series_panel(
             PanelOptions(
                 "Busy by replica",
-                "Share of its time that an engine spends in forward passes. At the dashed line it has no capacity "
-                "left.",
+                "Share of its time that an engine spends in forward passes. At the dashed line, the engine has no "
+                "capacity left.",
                 SHARE,
             ),
             Query(figures.busy_share(VIEW, by=BY_REPLICA), REPLICA_LEGEND),
@@ -134,14 +134,15 @@ PASSES = Row(
         time_series_panel(
             PanelOptions(
                 "Running calls",
-                "Calls that an engine is working on. Far below max_num_seqs while calls wait: they wait for memory.",
+                "Calls that an engine computes. If the number is far below max_num_seqs while other calls wait, these "
+                "wait for memory.",
             ),
             Query(VIEW.gauge(metrics.ENGINE_REQUESTS_RUNNING, by=BY_REPLICA), REPLICA_LEGEND),
         ),
         time_series_panel(
             PanelOptions(
                 "Waiting calls",
-                "Calls that wait for an engine. More than a few for minutes: add replicas or memory.",
+                "Calls that wait for an engine. If there are more than a few for minutes, add replicas or memory.",
             ),
             Query(VIEW.gauge(metrics.ENGINE_REQUESTS_WAITING, by=BY_REPLICA), REPLICA_LEGEND),
         ),
@@ -154,8 +155,8 @@ MEMORY = Row(
         time_series_panel(
             PanelOptions(
                 "KV cache blocks",
-                "Blocks of the KV cache: used by running calls, idle (held only by the prefix cache), free. Without "
-                "idle and free blocks, calls wait for memory.",
+                "Blocks of the KV cache: used by running calls, idle (held only by the prefix cache), and free. If "
+                "there are no idle or free blocks, calls wait for memory.",
                 "none",
             ),
             Query(VIEW.gauge(metrics.ENGINE_KV_CACHE_BLOCKS, by=("state",)), "{{state}}"),
@@ -175,8 +176,8 @@ MEMORY = Row(
         time_series_panel(
             PanelOptions(
                 "Evictions",
-                "Blocks evicted from the prefix cache per second. Many while hits fall: the KV cache is too small "
-                "for the number of conversations.",
+                "Finished sequences evicted from the prefix cache per second. If there are many while hits fall, the "
+                "KV cache is too small for the number of conversations.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.ENGINE_EVICTIONS, by=BY_REPLICA), REPLICA_LEGEND),
@@ -184,8 +185,8 @@ MEMORY = Row(
         time_series_panel(
             PanelOptions(
                 "Prefix cache hits by replica",
-                "Share of the looked-up tokens that an engine's prefix cache contained. A replica far below the "
-                "others has just started, or gets other conversations.",
+                "Share of the looked-up tokens that an engine's prefix cache contained. If a replica is far below the "
+                "others, it has just started, or it serves different conversations.",
                 SHARE,
                 width=12,
             ),
@@ -212,8 +213,8 @@ PROPOSALS = Row(
         time_series_panel(
             PanelOptions(
                 "Tokens per forward pass",
-                "Tokens that the target generates per forward pass with a token-level method. At the dashed line the"
-                " method gains nothing.",
+                "Tokens that the target generates per forward pass with a token-level method. At the dashed line, the"
+                " method saves nothing.",
             ),
             Query(figures.tokens_per_pass(ROUTER_VIEW, by=("method",)), "{{method}}"),
             limit=(1.0, BAD),
@@ -221,8 +222,8 @@ PROPOSALS = Row(
         time_series_panel(
             PanelOptions(
                 "Acceptance rate by method",
-                "Share of proposed tokens that the target accepted. draft is the draft of mode exact. Low: the "
-                "method predicts the target badly.",
+                "Share of proposed tokens that the target accepted. The method draft is the draft of mode exact. If a "
+                "share is low, the method predicts the target badly.",
                 SHARE,
             ),
             Query(figures.proposals_accepted(ROUTER_VIEW, by=("method",)), "{{method}}"),
@@ -231,8 +232,8 @@ PROPOSALS = Row(
         time_series_panel(
             PanelOptions(
                 "Proposed tokens",
-                "Tokens proposed to the target per second, by method. None: speculative_configs of the target is "
-                "empty, and no request uses mode exact.",
+                "Tokens proposed to the target per second, by method. If there are none, speculative_configs of the "
+                "target is empty, and no request uses mode exact.",
                 TOKENS_PER_SECOND,
             ),
             Query(ROUTER_VIEW.rate(metrics.PROPOSED_TOKENS, by=("method",)), "{{method}}"),
@@ -241,8 +242,8 @@ PROPOSALS = Row(
         bar_gauge_panel(
             PanelOptions(
                 "Acceptance rate by position",
-                "Share of a method's tokens that were accepted, by their position in the proposal. Where it nears "
-                "zero, longer proposals are useless.",
+                "Share of a method's tokens that were accepted, by their position in the proposal. Beyond the position "
+                "where it is near zero, longer proposals are useless.",
                 SHARE,
                 width=16,
             ),
@@ -254,8 +255,8 @@ PROPOSALS = Row(
         bar_gauge_panel(
             PanelOptions(
                 "Acceptance rate by position, drafts",
-                "The same for drafts in mode exact. Low from the first positions on: the draft model words answers "
-                "differently, so mode full or rounds accepts more.",
+                "Share of draft tokens that were accepted in mode exact, by position. If it is low from the first "
+                "positions on, the draft model words answers differently. Mode full or rounds then accepts more.",
                 SHARE,
             ),
             Query(figures.acceptance_by_position(ROUTER_VIEW, figures.DRAFT_PROPOSALS), "{{position}}"),

@@ -29,7 +29,7 @@ NOW = Row(
             PanelOptions(
                 "Speed-up",
                 "The time that the target alone would have needed for the same tokens, at its measured speed, "
-                "divided by the actual time. Below 1, drafting costs more than it saves.",
+                "divided by the actual time. If it is below 1, drafting costs more than it saves.",
                 TIMES,
             ),
             figures.speed_up(VIEW),
@@ -61,8 +61,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Tokens",
-                "Answer tokens per second, from drafts and from the target. If it falls while requests do not, "
-                "answers are slower or shorter.",
+                "Answer tokens per second, from drafts and from the target. If the value falls while the number of "
+                "requests does not, answers are slower or shorter.",
                 TOKENS_PER_SECOND,
             ),
             figures.answer_tokens(VIEW, ""),
@@ -71,8 +71,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Latency p95",
-                "95% of the answers took no longer from arrival to end, queueing included. Which value is good "
-                "depends on your clients; the colors change at 10 and 30 s.",
+                "95% of the answers took at most this long from arrival to end, queueing included. Which value is good "
+                "depends on your clients. The colours change at 10 and 30 s.",
                 SECONDS,
             ),
             VIEW.quantile(0.95, metrics.ANSWER_SECONDS),
@@ -82,8 +82,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Failures",
-                "Share of requests that failed because of the service: overloaded, unavailable, timed out or "
-                "internal errors. Above 1%, look below for the outcome.",
+                "Share of requests that failed because of the service: overloaded, unavailable, timeout, or an "
+                "internal error. If it is above 1%, the row Failures shows the outcomes.",
                 SHARE,
             ),
             figures.failure_share(VIEW),
@@ -139,7 +139,7 @@ TRAFFIC = Row(
         time_series_panel(
             PanelOptions(
                 "Answers by mode",
-                "Answers per second by the mode that was used. Many with off although clients request auto: drafting"
+                "Answers per second by the mode that was used. If many use off although clients request auto, drafting"
                 " does not pay, or there is no drafter.",
                 REQUESTS_PER_SECOND,
             ),
@@ -174,8 +174,8 @@ LATENCY = Row(
         time_series_panel(
             PanelOptions(
                 "First token",
-                "Time from arrival to the first token. A draft that is verified as a whole arrives late and at once."
-                " If it is also high in mode progressive or off, requests wait.",
+                "Time from arrival to the first token. A draft that is verified as a whole arrives late and in one "
+                "part. If the time is also high in mode progressive or off, requests wait.",
                 SECONDS,
             ),
             *percentile_queries(VIEW, metrics.TIME_TO_FIRST_TOKEN),
@@ -183,8 +183,8 @@ LATENCY = Row(
         time_series_panel(
             PanelOptions(
                 "Between tokens",
-                "Time between two parts of a streamed answer, per token of the later one. If it is high, the "
-                "verifiers are working on too many requests at once.",
+                "Time between two parts of a streamed answer, divided by the tokens of the later one. If it is high, "
+                "the verifiers compute too many requests at the same time.",
                 SECONDS,
             ),
             *percentile_queries(VIEW, metrics.INTER_TOKEN_LATENCY),
@@ -209,8 +209,8 @@ FAILURES = Row(
         time_series_panel(
             PanelOptions(
                 "Failure rate",
-                "Share of requests that failed because of the service, without those that clients caused. Above the "
-                "dashed line at 5% an alert fires.",
+                "Share of requests that failed because of the service. Errors of clients are not counted. If it is "
+                "above the dashed line at 5% for 5 minutes, an alert fires.",
                 SHARE,
                 width=12,
             ),

@@ -81,7 +81,7 @@ class Query:
     legend: str = ""
 
     def names(self) -> frozenset[str]:
-        """Returns the names of its series that have a colour of their own."""
+        """Returns the names of the query's series that have their own colour."""
         label = re.fullmatch(r"\{\{(\w+)\}\}", self.legend)
         return LABEL_VALUES.get(label[1], frozenset()) if label else frozenset((self.legend,)) & COLOURS.keys()
 
@@ -91,7 +91,7 @@ class PanelOptions:
     """Title, description and layout of a panel."""
 
     title: str
-    description: str  # what it shows, and what a bad value means
+    description: str  # what the panel shows, and what a bad value means
     unit: str = "short"
     width: int = 8  # of 24
     height: int = 8
@@ -100,7 +100,10 @@ class PanelOptions:
 def stat_panel(
     options: PanelOptions, expression: str, steps: Steps = (), *, base_colour: str = MUTED, decimals: int | None = None
 ) -> Panel:
-    """Returns a panel with one large number, coloured by thresholds. Six of them fill a row."""
+    """Returns a panel with one large number, coloured by thresholds.
+
+    Six of them fill a row.
+    """
     panel = (
         _with_options(stat.Panel(), replace(options, width=4, height=5))
         .with_target(_target(Query(expression), "A"))
@@ -193,7 +196,10 @@ def bar_gauge_panel(
 
 
 def state_timeline_panel(options: PanelOptions, query: Query, words: Mapping[int, tuple[str, str]]) -> Panel:
-    """Returns a panel with states over time. `words` maps each value to its label and colour."""
+    """Returns a panel with states over time.
+
+    `words` maps each value to its label and colour.
+    """
     results = {str(value): ValueMappingResult(text=word, color=colour) for value, (word, colour) in words.items()}
     return (
         _with_options(statetimeline.Panel(), options)

@@ -1,4 +1,4 @@
-"""The pipeline dashboard: where the time of an answer goes, queues, and lost or cancelled calls."""
+"""The pipeline dashboard: time per stage, queues, and lost calls."""
 
 from cluster.grafana.boards import SERVICE_VARIABLES, SERVICE_VIEW, Board, Row, percentile_queries
 from cluster.grafana.panels import (
@@ -25,8 +25,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Overlap",
-                "Share of the time in which both models worked, of the time in which at least one did. Near zero "
-                "under load, one waits for the other.",
+                "The time in which both models worked, as a share of the time in which at least one did. If it is near "
+                "zero under load, one model waits for the other.",
                 SHARE,
             ),
             figures.overlap_share(VIEW),
@@ -35,7 +35,7 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Slots in use",
-                "Answers in progress, divided by max_answers of all routers. At 100%, new requests have to wait.",
+                "Answers in progress, divided by max_answers of all routers. If it is 100%, new requests have to wait.",
                 SHARE,
             ),
             figures.slots_in_use(VIEW),
@@ -45,8 +45,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Waiting",
-                "Requests in the queues of the routers. More than a few for minutes: add verifiers, or lower "
-                "max_queued_requests to reject requests sooner.",
+                "Requests in the queues of the routers. If there are more than a few for minutes, add verifiers, or "
+                "lower max_queued_requests to reject requests earlier.",
             ),
             VIEW.gauge(metrics.REQUESTS_WAITING),
             [(1.0, CAUTION), (16.0, BAD)],
@@ -55,8 +55,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Fallbacks",
-                "Share of answers that the target generated alone because no drafter was available. They are correct"
-                " but slow. Decisions of auto are not counted.",
+                "Share of answers that the target generated alone because there was no draft. They are correct but "
+                "slow. Answers for which auto chose not to draft are not counted.",
                 SHARE,
             ),
             figures.fallback_share(VIEW),
@@ -66,8 +66,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Lost calls",
-                "Calls that were lost with their verifier and repeated, in the last 15 minutes. Any of them without "
-                "a change of the deployment: replicas of Verifier crash.",
+                "Calls that were lost with their verifier and repeated, in the last 15 minutes. If there are any "
+                "although you did not change the deployment, replicas of Verifier crash.",
             ),
             figures.lost_calls(VIEW.over("15m")),
             [(1.0, CAUTION), (4.0, BAD)],
@@ -77,8 +77,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Unreached replicas",
-                "How often the metrics of a replica were missing from /metrics, in the last 15 minutes. Many: a "
-                "replica hangs, and the figures here are incomplete.",
+                "How often the metrics of a replica were missing from /metrics, in the last 15 minutes. If it is "
+                "often, a replica hangs, and the figures on the dashboards are incomplete.",
             ),
             figures.unreached_replicas(VIEW.over("15m")),
             [(1.0, CAUTION), (10.0, BAD)],
@@ -95,7 +95,8 @@ STAGES = Row(
             PanelOptions(
                 "Stages of an answer",
                 "Mean time per answer in each stage: queue, warm (prefill), draft, judge (verification), write "
-                "(generation). Stages overlap. Much write: drafts are rejected early. Much queue: too few slots.",
+                "(generation). Stages overlap. If write is long, drafts are rejected early. If queue is long, there "
+                "are too few slots.",
                 SECONDS,
             ),
             Query(figures.stage_seconds_per_answer(VIEW), "{{on}}"),
@@ -104,7 +105,7 @@ STAGES = Row(
         time_series_panel(
             PanelOptions(
                 "Slow stages, p95",
-                "95% of the times that a stage ran were shorter. If latency rises, look into the stage that rises "
+                "95th percentile of the time that a stage takes. If the latency rises, look for the stage that rises "
                 "with it.",
                 SECONDS,
             ),
@@ -113,8 +114,8 @@ STAGES = Row(
         time_series_panel(
             PanelOptions(
                 "Queueing time",
-                "Time from arrival until work on the request begins. It should be close to zero; if it is seconds, "
-                "all slots are in use.",
+                "Time from the arrival of a request until the pipeline starts on it. It should be close to zero. If it "
+                "is seconds, all slots are in use.",
                 SECONDS,
             ),
             *percentile_queries(VIEW, metrics.STAGE_SECONDS, condition='stage="queue"'),
@@ -128,8 +129,8 @@ CONCURRENCY = Row(
         time_series_panel(
             PanelOptions(
                 "Busy",
-                "Share of the time in which, for a router, a drafter worked, a verifier worked, and both did. The "
-                "one that nears 100% is the bottleneck.",
+                "Share of the time in which a drafter worked for a router, in which a verifier did, and in which both "
+                "did. The part that is near 100% is the bottleneck.",
                 SHARE,
             ),
             Query(figures.router_busy_share(VIEW), "{{part}}"),
@@ -138,8 +139,8 @@ CONCURRENCY = Row(
         time_series_panel(
             PanelOptions(
                 "Overlap",
-                "Share of the time in which both models worked, of the time in which at least one did. Low with many"
-                " concurrent requests: one model is far slower, so add replicas of it.",
+                "The time in which both models worked, as a share of the time in which at least one did. If it is low"
+                " with many concurrent requests, one model is far slower. Add replicas of it.",
                 SHARE,
             ),
             Query(figures.overlap_share(VIEW), "both"),
@@ -148,8 +149,8 @@ CONCURRENCY = Row(
         time_series_panel(
             PanelOptions(
                 "Drafts per answer",
-                "Verified drafts per answer with a draft: more than one in modes rounds and progressive. Many with "
-                "few accepted tokens: the additional rounds do not pay.",
+                "Drafts per answer with a draft. In mode rounds there can be more than one. If there are many drafts "
+                "and few accepted tokens, the additional rounds do not pay.",
             ),
             Query(figures.drafts_per_answer(VIEW), "{{mode}}"),
         ),
@@ -173,7 +174,8 @@ QUEUES = Row(
         time_series_panel(
             PanelOptions(
                 "Waiting requests per slot",
-                "Waiting requests divided by the number of slots. Above the dashed line for 5 minutes, an alert fires.",
+                "Waiting requests divided by the number of slots. If it is above the dashed line for 5 minutes, an "
+                "alert fires.",
                 width=12,
             ),
             Query(figures.waiting_ratio(VIEW), "waiting"),
@@ -188,8 +190,8 @@ FAULTS = Row(
         time_series_panel(
             PanelOptions(
                 "Lost calls by cause",
-                "Calls per second that were lost with their verifier and repeated. died: a replica crashed. stopped:"
-                " it was replaced. unavailable: there was none.",
+                "Calls per second that were lost with their verifier and repeated. died: the replica crashed. stopped:"
+                " its engine was stopped. unavailable: there was no replica. cancelled: Ray cancelled the call.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.RETRIES, by=("cause",)), "{{cause}}"),
@@ -208,8 +210,9 @@ FAULTS = Row(
         time_series_panel(
             PanelOptions(
                 "Cancellations by cause",
-                "Cancelled requests per second. left_waiting: the client disconnected before the first token, so it "
-                "takes too long. left_reading: while it received the answer. timeout: after request_timeout_s.",
+                "Cancelled requests per second. left_waiting: the client disconnected before the answer began, so the "
+                "answer may take too long. left_reading: the client disconnected while it received the answer. "
+                "timeout: the request took longer than request_timeout_s.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.CANCELLATIONS, by=("cause",)), "{{cause}}"),
@@ -224,8 +227,8 @@ REPLICAS = Row(
         state_timeline_panel(
             PanelOptions(
                 "Availability",
-                "Whether drafters and verifiers respond to the routers. Without a drafter answers are slow. Without "
-                "a verifier there are none.",
+                "Whether drafters and verifiers respond to the routers. Without a drafter, answers are slow. Without "
+                "a verifier, there are no answers.",
             ),
             Query(figures.trouble(VIEW), "{{part}}"),
             {0: ("responds", GOOD), 1: ("unavailable", BAD)},
@@ -233,8 +236,8 @@ REPLICAS = Row(
         time_series_panel(
             PanelOptions(
                 "Reporting replicas",
-                "Replicas whose metrics arrive, for each deployment. Fewer than configured: some have not started, "
-                "hang or crashed.",
+                "Replicas whose metrics arrive, for each deployment. If there are fewer than configured, some replicas "
+                "have not started, hang or have crashed.",
             ),
             *(Query(expression, "{{deployment}}") for expression in figures.reporting_replicas(VIEW)),
         ),
@@ -242,7 +245,7 @@ REPLICAS = Row(
             PanelOptions(
                 "Unreached replicas by deployment",
                 "Replicas per second that did not respond when /metrics was read. A few are normal while replicas "
-                "start or stop. If it continues, a replica hangs.",
+                "start or stop. If the number stays above zero, a replica hangs.",
                 PER_SECOND,
             ),
             Query(VIEW.rate(metrics.UNREACHED_REPLICAS, by=("part",)), "{{part}}"),
@@ -254,7 +257,7 @@ REPLICAS = Row(
 PIPELINE = Board(
     "pipeline",
     "PARSE / Pipeline",
-    "How draft model and target work together, what waits, and which calls are lost.",
+    "How the draft model and the target work together, which requests wait, and which calls are lost.",
     SERVICE_VARIABLES,
     [NOW, STAGES, CONCURRENCY, QUEUES, FAULTS, REPLICAS],
 )

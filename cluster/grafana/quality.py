@@ -1,4 +1,4 @@
-"""The quality dashboard: how much of the drafts is accepted, P(correct), and what audits say about it."""
+"""The quality dashboard: acceptance of drafts, P(correct), and audits."""
 
 from cluster.grafana.boards import SERVICE_VARIABLES, SERVICE_VIEW, Board, Row, percentile_queries
 from cluster.grafana.panels import (
@@ -40,8 +40,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Accepted in full",
-                "Share of the answers with a verified draft whose draft was accepted in full: the fastest case. Low:"
-                " most drafts contain an error.",
+                "Share of the answers with a draft whose drafts were accepted in full. This is the fastest case. If "
+                "it is low, most drafts contain an error.",
                 SHARE,
             ),
             figures.draft_outcome_share(VIEW, "whole"),
@@ -51,8 +51,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Rejected in full",
-                "Share of the answers with a verified draft of which nothing was accepted. High: drafts go wrong "
-                "from the start, check prompts and templates.",
+                "Share of the answers with a draft of which nothing was accepted. If it is high, drafts are wrong from "
+                "the start. Check prompts and templates.",
                 SHARE,
             ),
             figures.draft_outcome_share(VIEW, "none"),
@@ -62,8 +62,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "P(correct) of accepted prefixes",
-                "Median P(correct) of the accepted prefixes. Near the threshold, the target can hardly distinguish "
-                "right from wrong.",
+                "Median P(correct) of the accepted prefixes. If it is near the threshold, the target can hardly "
+                "distinguish correct from wrong prefixes.",
                 SHARE,
             ),
             VIEW.quantile(0.5, metrics.CORRECT_PROBABILITY, ACCEPTED),
@@ -73,8 +73,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Audits that disagree",
-                "Share of audited answers for which the target alone had a different result, in the time range "
-                "shown. High: wrong drafts pass, so raise full and prefix. With few audits it says little.",
+                "Share of audited answers for which the target alone had a different result, in the selected time "
+                "range. If it is high, wrong drafts pass: raise full and prefix. A few audits are not significant.",
                 SHARE,
             ),
             figures.disagreement_share(RANGE_VIEW),
@@ -84,8 +84,8 @@ NOW = Row(
         stat_panel(
             PanelOptions(
                 "Audits",
-                "Answers that the target answered again alone, in the time range shown. With fewer than 20, the "
-                "disagreement says little. None: audits are off, or the service is never idle.",
+                "Audited answers in the selected time range. With fewer than 20 audits, the disagreement is not "
+                "significant. If there are none, audits are off, or the service is never idle.",
             ),
             figures.audits(RANGE_VIEW),
             [(20.0, NEUTRAL)],
@@ -100,8 +100,8 @@ DRAFT_OUTCOMES = Row(
         time_series_panel(
             PanelOptions(
                 "Drafts by result",
-                "Answers per second by how much of their drafts was accepted: whole, partial, none, or skipped if no"
-                " draft was verified. Much skipped: there are no drafts.",
+                "Answers per second by how much of their drafts was accepted: whole, partial, none, or skipped if there"
+                " was no draft. If many are skipped, drafts are missing.",
                 PER_SECOND,
                 width=12,
             ),
@@ -122,8 +122,8 @@ DRAFT_OUTCOMES = Row(
         heatmap_panel(
             PanelOptions(
                 "Accepted share per answer",
-                "Distribution of the accepted share over answers. Two bands, at the top and at the bottom: drafts "
-                "are either right or useless. All at the bottom: drafting does not pay.",
+                "Distribution of the accepted share over answers. Two bands, at the top and at the bottom, mean that "
+                "drafts are either correct or useless. If all answers are at the bottom, drafting does not pay.",
                 SHARE,
                 width=12,
             ),
@@ -133,8 +133,8 @@ DRAFT_OUTCOMES = Row(
         time_series_panel(
             PanelOptions(
                 "Accepted prefix length of first drafts",
-                "Accepted tokens of the first draft of an answer: a quarter of the answers are below p25, half below"
-                " p50. Few tokens: the draft model makes errors early.",
+                "Accepted tokens of the first draft of an answer. A quarter of the answers are below p25, and half "
+                "below p50. If the numbers are low, the draft model makes errors early.",
                 width=12,
             ),
             *percentile_queries(VIEW, metrics.ACCEPTED_PREFIX_LENGTH, percents=(25, 50, 75)),
@@ -148,7 +148,7 @@ PROBABILITIES = Row(
         heatmap_panel(
             PanelOptions(
                 "Accepted prefixes",
-                "P(correct) of the prefixes that were accepted. It should be near the top; a broad band down to the "
+                "P(correct) of the prefixes that were accepted. It should be near the top. A broad band down to the "
                 "threshold means that the target guesses.",
                 SHARE,
             ),
@@ -158,7 +158,7 @@ PROBABILITIES = Row(
         heatmap_panel(
             PanelOptions(
                 "Rejected prefixes",
-                "P(correct) of the prefixes that were not accepted. It should be near the bottom; a band just below "
+                "P(correct) of the prefixes that were not accepted. It should be near the bottom. A band just below "
                 "the threshold means that good drafts may be rejected.",
                 SHARE,
             ),
@@ -169,7 +169,7 @@ PROBABILITIES = Row(
             PanelOptions(
                 "Separation",
                 "10th percentile of P(correct) of accepted prefixes, and 90th percentile of rejected ones. The "
-                "further apart they are, the safer the threshold; where they meet, verification is chance.",
+                "further apart they are, the safer is the threshold. If they meet, the verification is random.",
                 SHARE,
             ),
             Query(VIEW.quantile(0.1, metrics.CORRECT_PROBABILITY, ACCEPTED), "accepted"),
@@ -185,8 +185,8 @@ AUDITS = Row(
         time_series_panel(
             PanelOptions(
                 "Audits by result",
-                "Audits in the past hour: the same result, a different one, or dropped because the router was never "
-                "idle. Many dropped: little is known about the quality.",
+                "Audits in the past hour: the same result (agree), a different one (disagree), or dropped because the "
+                "router was never idle. If many are dropped, the shares below are not significant.",
             ),
             Query(VIEW.over("1h").increase(metrics.AUDITS, by=("result",)), "{{result}}"),
             stacked=True,
@@ -194,8 +194,8 @@ AUDITS = Row(
         time_series_panel(
             PanelOptions(
                 "Disagreement",
-                "Share of the audits of the past hour with a different result. Above the dashed line, with at least "
-                "20 audits, an alert fires: wrong drafts pass.",
+                "Share of the audits of the past hour with a different result. If it is above the dashed line with at "
+                "least 20 audits, an alert fires, because wrong drafts pass.",
                 SHARE,
             ),
             Query(figures.disagreement_share(VIEW.over("1h")), "disagree"),
@@ -204,9 +204,9 @@ AUDITS = Row(
         time_series_panel(
             PanelOptions(
                 "Log-probability gap",
-                "How much more likely the target finds its own answer than the one that was sent, in nats per token."
-                " Near zero: it would have said much the same. Large: it uses other words, which is bad only if no "
-                "result is compared.",
+                "The target's mean log-probability of its own answer minus that of the answer that was sent, in nats "
+                "per token. If it is near zero, the target would have answered almost the same. If it is large, the "
+                "target words the answer differently, which matters only if no result is compared.",
                 "suffix: nats",
             ),
             *percentile_queries(VIEW.over("1h"), metrics.AUDIT_GAP, percents=(50, 95)),
@@ -218,7 +218,7 @@ AUDITS = Row(
 QUALITY = Board(
     "quality",
     "PARSE / Quality",
-    "How much of the drafts is accepted, how sure the target is, and whether it would have answered the same.",
+    "How much of the drafts is accepted, how certain the target is, and whether it would have answered the same.",
     SERVICE_VARIABLES,
     [NOW, DRAFT_OUTCOMES, PROBABILITIES, AUDITS],
 )

@@ -1,1 +1,1 @@
-"""What Prometheus scrapes, records and alerts on."""
+"""Configuration, recording rules and alerts for Prometheus."""

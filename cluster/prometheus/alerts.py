@@ -1,4 +1,7 @@
-"""The alerts, each with the first steps for an operator. docs/monitoring.md has a section for each of them."""
+"""The alerts, each with first steps for the operator.
+
+docs/monitoring.md has a section for each alert.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +12,10 @@ from deployments.observability import metrics
 
 @dataclass(frozen=True)
 class Alert:
-    """Fires while the comparison holds and the guard, if there is one, has a series with the same labels."""
+    """An alert, which fires while its comparison holds.
+
+    If there is a guard, it must also have a series with the same labels.
+    """
 
     name: str
     expression: str
@@ -40,7 +46,10 @@ class Alert:
 
 
 def recorded_series(name: str, selector: str = "") -> str:
-    """Returns one series even if the figures come from both sources, so that an alert fires once."""
+    """Returns a recorded figure as one series.
+
+    If the figure comes from both sources, the alert still fires only once.
+    """
     if name not in RECORDS:
         raise ValueError(f"{name} is not recorded")
     return f"max without (source) ({name}{selector})"
@@ -57,8 +66,8 @@ ALERTS = (
         severity="critical",
         summary="No router reports metrics.",
         description=(
-            "The service most likely does not respond. Check /health and /ready, the replicas in `serve status`, and "
-            "the reason why Prometheus cannot scrape, under Status, Targets."
+            "The service most likely does not respond. Check /health and /ready, and the replicas in `serve status`. "
+            "Under Status, Targets, Prometheus shows why it cannot scrape the service."
         ),
     ),
     Alert(
@@ -71,7 +80,7 @@ ALERTS = (
         description=(
             "The overview dashboard shows the outcome. overloaded: add verifiers, or let clients retry later. "
             "unavailable: no verifier responds, see `serve status`. timeout: answers take longer than "
-            "request_timeout_s. failed: an internal error, see the logs."
+            "request_timeout_s. failed: there is an internal error, see the logs."
         ),
     ),
     Alert(
@@ -107,7 +116,7 @@ ALERTS = (
         summary="Verifiers of {{ $labels.application }} crash repeatedly.",
         description=(
             "In the last 15 minutes {{ $value | humanize }} calls were lost with their verifier and repeated. Clients "
-            "see pauses. The pipeline dashboard shows the cause, and the logs of Verifier why replicas end."
+            "see pauses. The pipeline dashboard shows the cause. The logs of Verifier show why its replicas end."
         ),
     ),
     Alert(
@@ -118,8 +127,8 @@ ALERTS = (
         severity="warning",
         summary="Replicas of {{ $labels.application }} do not report metrics.",
         description=(
-            "The figures of the service are incomplete. A replica that starts or stops is missed once; a replica that "
-            "is missed for minutes hangs. Check `serve status`; the pipeline dashboard shows the deployment."
+            "The figures of the service are incomplete. A replica that starts or stops is missing once. A replica that "
+            "is missing for minutes hangs. Check `serve status`. The pipeline dashboard shows the deployment."
         ),
     ),
     Alert(
@@ -130,8 +139,9 @@ ALERTS = (
         severity="warning",
         summary="Requests to {{ $labels.application }} wait for a slot.",
         description=(
-            "There are {{ $value | humanize }} waiting requests per slot; above max_queued_requests they are rejected. "
-            "If the verifiers are busy (engine dashboard), add some; if they are not, raise max_answers."
+            "There are {{ $value | humanize }} waiting requests per slot. If more than max_queued_requests wait, "
+            "further requests are rejected. If the verifiers are busy (engine dashboard), add verifiers. If they are "
+            "not, raise max_answers."
         ),
     ),
     Alert(
@@ -142,8 +152,9 @@ ALERTS = (
         severity="warning",
         summary="Only {{ $value | humanizePercentage }} of the draft tokens of {{ $labels.application }} are accepted.",
         description=(
-            "Drafts cost time and are rejected. Did models, templates or thresholds change, or do clients ask "
-            "something new? See P(correct) on the quality dashboard. Until then, mode off or auto saves the cost."
+            "Drafts cost time and are rejected. Check whether models, templates or thresholds have changed, or whether "
+            "clients ask new kinds of questions. See P(correct) on the quality dashboard. Until the cause is fixed, "
+            "mode off or auto saves the cost."
         ),
         guard=f"{recorded_series('application:parse_judged_tokens:rate5m')} > 1",
     ),
@@ -155,9 +166,9 @@ ALERTS = (
         severity="warning",
         summary="Drafting for {{ $labels.application }} costs more than it saves.",
         description=(
-            "Answers with drafts take longer than the target alone would: the speed-up is {{ $value | humanize }}. "
-            "Check the accepted share, the times of the stages and the overlap. Let clients request auto, which "
-            "pauses drafting that does not pay, or add drafters if they are the bottleneck."
+            "Answers with drafts take longer than the target alone would need. The speed-up is {{ $value | humanize "
+            "}}. Check the accepted share, the times of the stages and the overlap. Let clients request auto, which "
+            "pauses drafting while it does not pay. If the drafters are the bottleneck, add drafters."
         ),
     ),
     Alert(
@@ -168,8 +179,9 @@ ALERTS = (
         severity="warning",
         summary="{{ $value | humanizePercentage }} of the audits of {{ $labels.application }} disagree.",
         description=(
-            "The target alone has different results than the drafts it accepted. Raise full and prefix, and compare "
-            "answers of mode full and off. If a question has many right answers, some disagreement is expected."
+            "The target alone has different results than the drafts that it accepted. Raise full and prefix, and "
+            "compare answers of mode full and off. If a question has many correct answers, some disagreement is "
+            "expected."
         ),
         guard=f"{recorded_series('application:parse_audited:increase1h')} >= 20",
     ),

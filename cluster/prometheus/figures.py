@@ -1,15 +1,18 @@
-"""The figures that describe the service. Each function returns a PromQL query over a `View`."""
+"""The figures of the service.
+
+Each function returns a PromQL query over a `View`.
+"""
 
 from cluster.prometheus.queries import View, or_zero, parenthesized, ratio, ratio_or_zero
 from deployments.observability import metrics
 
 VERIFIED_MODES = 'mode!~"exact|off"'  # modes that verify drafts
-COMPARABLE_MODES = 'mode!="exact"'  # in exact, the same passes generate and accept tokens
+COMPARABLE_MODES = 'mode!="exact"'  # in mode exact, the same passes generate and accept tokens
 FAILED_OUTCOMES = 'outcome=~"overloaded|unavailable|timeout|failed"'
-SERVICE_OUTCOMES = 'outcome!~"invalid|unauthorized|left"'  # errors of clients are no failures of the service
-INVOLUNTARY_CAUSES = 'cause!="does_not_pay"'  # a decision of the service
+SERVICE_OUTCOMES = 'outcome!~"invalid|unauthorized|left"'  # errors of clients are not failures of the service
+INVOLUNTARY_CAUSES = 'cause!="does_not_pay"'  # does_not_pay is a decision of the service
 DRAFT_PROPOSALS, METHOD_PROPOSALS = 'method="draft"', 'method!="draft"'  # the draft of mode exact; token-level methods
-UNEXPECTED_LOSSES = 'cause!="stopped"'  # a replica that is stopped finishes its work first
+UNEXPECTED_LOSSES = 'cause!="stopped"'  # an engine rejects calls with this cause while its replica is replaced
 
 
 def accepted_share(view: View, *conditions: str, by: tuple[str, ...] = ()) -> str:
@@ -29,7 +32,7 @@ def answer_tokens(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, 
 
 def target_seconds_per_token(view: View) -> str:
     """Seconds that the target needs to generate one token."""
-    everywhere = view.without("mode")  # its speed does not depend on the modes that are shown
+    everywhere = view.without("mode")  # the speed of the target does not depend on the selected modes
     return ratio(
         everywhere.rate(metrics.SPENT_SECONDS, 'on="write"', COMPARABLE_MODES),
         everywhere.rate(metrics.TARGET_TOKENS, COMPARABLE_MODES),
@@ -37,7 +40,10 @@ def target_seconds_per_token(view: View) -> str:
 
 
 def speed_up(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, ...] = ()) -> str:
-    """The time that the target alone would have needed for the same tokens, over the actual time without queueing."""
+    """The time that the target alone would have needed, over the actual time.
+
+    Both are for the same tokens. The actual time does not include queueing.
+    """
     matching = f" on ({', '.join(view.by)}) group_left ()" if by else ""
     target_only = f"({answer_tokens(view, condition, by)}) *{matching} ({target_seconds_per_token(view)})"
     queued = view.rate(metrics.SPENT_SECONDS, 'on="queue"', condition, by=by)
@@ -46,7 +52,10 @@ def speed_up(view: View, condition: str = COMPARABLE_MODES, by: tuple[str, ...] 
 
 
 def failure_share(view: View) -> str:
-    """Share of requests that failed because of the service, without those that clients caused."""
+    """Share of requests that failed because of the service.
+
+    Requests that clients made fail are not included.
+    """
     everywhere = view.without("mode")  # requests are counted by the requested mode, answers by the mode that was used
     return ratio_or_zero(
         everywhere.rate(metrics.REQUESTS, FAILED_OUTCOMES), everywhere.rate(metrics.REQUESTS, SERVICE_OUTCOMES)
@@ -59,7 +68,10 @@ def truncated_share(view: View) -> str:
 
 
 def overlap_share(view: View) -> str:
-    """Share of the time in which both drafter and verifier worked, of the time in which at least one did."""
+    """Share of the time in which drafter and verifier worked at the same time.
+
+    The whole is the time in which at least one of them worked.
+    """
     drafter, verifier, both = (
         view.rate(metrics.BUSY_SECONDS, f'part="{part}"') for part in ("drafter", "verifier", "both")
     )
@@ -93,7 +105,7 @@ def disagreement_share(view: View) -> str:
 
 
 def lost_calls(view: View) -> str:
-    """Lost calls in the window; zero while routers report and have counted none."""
+    """Lost calls in the window. The value is zero while routers report no lost calls."""
     return or_zero(view.increase(metrics.RETRIES, UNEXPECTED_LOSSES), view.gauge(metrics.ANSWER_SLOTS))
 
 
@@ -157,13 +169,16 @@ def stage_seconds_per_answer(view: View) -> str:
 
 
 def acceptance_by_position(view: View, condition: str) -> str:
-    """Acceptance rate by position. Positions have two digits, so that they sort correctly."""
+    """Acceptance rate by position.
+
+    Positions have two digits, so that they sort correctly.
+    """
     accepted_by_position = proposals_accepted(view, condition, by=("method", "position"))
     return f'label_replace({accepted_by_position}, "position", "0$1", "position", "([0-9])")'
 
 
 def router_busy_share(view: View) -> str:
-    """Share of a router's time, averaged over routers."""
+    """Share of the time in which a part worked for a router, averaged over routers."""
     return view.aggregated("avg", f"rate({view.series(metrics.BUSY_SECONDS)}[{view.window}])", ("part",))
 
 
@@ -174,6 +189,9 @@ def drafts_per_answer(view: View) -> str:
 
 
 def reporting_replicas(view: View) -> tuple[str, str]:
-    """Routers, and engines, by a gauge that each of them has."""
+    """Numbers of routers and of engines that report, per deployment.
+
+    Each of them reports one series of a certain gauge, which is counted.
+    """
     routers, engines = view.series(metrics.ANSWER_SLOTS), view.series(metrics.ENGINE_REQUESTS_RUNNING)
     return view.aggregated("count", routers, ("deployment",)), view.aggregated("count", engines, ("deployment",))

@@ -1,4 +1,6 @@
-"""Builds PromQL over the declared metrics, for dashboards, recording rules and alerts.
+"""Builds PromQL queries over the declared metrics.
+
+Dashboards, recording rules and alerts use them.
 
 Every metric, label and value in a query has to be declared in `deployments.observability.metrics`.
 """
@@ -9,13 +11,16 @@ from dataclasses import dataclass, field, replace
 
 from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
 
-IDENTITY = ("application", "deployment", "replica")  # every series has these labels, from either source
+IDENTITY = ("application", "deployment", "replica")  # every series has these labels, in both sources
 CONDITION = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
 
 
 @dataclass(frozen=True)
 class View:
-    """The source of the series, a filter, the window of rates, and the labels to group by."""
+    """The common part of several queries.
+
+    It is the source of the series, a filter, the window of rates, and the labels to group by.
+    """
 
     prefix: str = ""
     window: str = "5m"
@@ -47,11 +52,11 @@ class View:
         return self.aggregated("sum", f"increase({self.series(metric, *conditions)}[{self.window}])", by)
 
     def total(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
-        """The sum of the observed values, per second."""
+        """Returns the sum of the observed values, per second."""
         return self.aggregated("sum", f"rate({self.series(metric, *conditions, suffix='_sum')}[{self.window}])", by)
 
     def count(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
-        """The number of observations, per second."""
+        """Returns the number of observations, per second."""
         return self.aggregated("sum", f"rate({self.series(metric, *conditions, suffix='_count')}[{self.window}])", by)
 
     def mean(self, metric: Histogram, *conditions: str, by: tuple[str, ...] = ()) -> str:
@@ -71,7 +76,7 @@ class View:
 def _check_condition(metric: Metric, condition: str) -> None:
     match = CONDITION.fullmatch(condition)
     if not match:
-        raise ValueError(f"{condition}: not a condition")
+        raise ValueError(f'{condition}: not a condition such as label="value"')
     label, operator, value = match.groups()
     declared = metric.labels.get(label, ())
     for alternative in value.split("|") if "~" in operator else (value,):
@@ -80,12 +85,18 @@ def _check_condition(metric: Metric, condition: str) -> None:
 
 
 def ratio(part: str, total: str) -> str:
-    """Returns part / total, without a value if the total is zero: no traffic is neither good nor bad."""
+    """Returns part / total, which has no value if the total is zero.
+
+    A service without traffic is neither good nor bad.
+    """
     return f"{parenthesized(part)} / ({total} > 0)"
 
 
 def or_zero(part: str, total: str) -> str:
-    """Returns the part, or zero if only the total has a series: an exporter may omit what never happened."""
+    """Returns the part, or zero if only the total has a series.
+
+    An exporter may omit a series for events that have never happened.
+    """
     return f"({part} or 0 * {parenthesized(total)})"
 
 
@@ -100,7 +111,7 @@ def parenthesized(expression: str) -> str:
 
 
 def _is_one_call(expression: str) -> bool:
-    """Is the expression one function call, apart from `by (...)`?"""
+    """Returns whether the expression is one function call, apart from `by (...)`."""
     call = re.sub(r"^[\w:]+ by \([\w, ]+\) ", "", expression)
     depth = 0
     for index, letter in enumerate(call):

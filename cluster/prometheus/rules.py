@@ -1,6 +1,8 @@
-"""Recording rules: the figures of an application, under one name for both sources of its series.
+"""Recording rules: the figures of an application.
 
-The label `source` says which source it is, `router` or `ray`. Alerts use these rules, dashboards do not.
+A figure has the same name for both sources of its series.
+
+The label `source` names the source, `router` or `ray`. Alerts use these rules, and dashboards do not.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +13,7 @@ from cluster.prometheus import figures
 from cluster.prometheus.queries import View
 from deployments.observability import metrics
 
-SOURCES: Mapping[str, str] = MappingProxyType({"router": "", "ray": "ray_"})  # and the prefix of their names
+SOURCES: Mapping[str, str] = MappingProxyType({"router": "", "ray": "ray_"})  # source: prefix of its metric names
 APPLICATION = ("application",)
 
 RECORDS: Mapping[str, Callable[[View], str]] = MappingProxyType(

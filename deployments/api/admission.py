@@ -1,4 +1,4 @@
-"""Admission control: how many answers are worked on at the same time, and how many requests may wait."""
+"""Admission control: limits the running answers and the waiting requests."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ RUNNING_MEAN_WEIGHT = 0.1  # the weight of the newest request in the running mea
 
 
 class Overloaded(RuntimeError):
-    """The queue is full."""
+    """Raised if the queue is full."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"too many requests are waiting; try again in {retry_after_s} s")
@@ -20,13 +20,14 @@ class Overloaded(RuntimeError):
 
 
 class AdmissionQueue:
-    """Gives out slots, first come, first served. It belongs to one event loop."""
+    """A queue for slots, first come, first served. It belongs to one event loop."""
 
     def __init__(self, num_slots: int, max_queued_requests: int) -> None:
         self.num_slots, self.max_queued_requests = num_slots, max_queued_requests
         self.num_free_slots = num_slots
-        self._waiting: deque[tuple[int, asyncio.Event]] = deque()  # requested slots; set once they are granted
-        self._mean_service_s = 1.0  # the time that a request holds its slots
+        # The number of requested slots, and an event that is set when they are granted.
+        self._waiting: deque[tuple[int, asyncio.Event]] = deque()
+        self._mean_service_s = 1.0  # mean seconds for which a request holds its slots
         self._idle, self._busy = asyncio.Event(), asyncio.Event()
         self._idle.set()
 
@@ -35,7 +36,7 @@ class AdmissionQueue:
         return len(self._waiting)
 
     async def wait_until_idle(self, seconds: float) -> None:
-        """Returns once no slot has been held for this long."""
+        """Returns when no slot has been held for this many seconds."""
         while True:
             await self._idle.wait()
             try:
@@ -45,12 +46,12 @@ class AdmissionQueue:
                 return
 
     async def wait_until_busy(self) -> None:
-        """Returns once a slot is held."""
+        """Returns as soon as a slot is held."""
         await self._busy.wait()
 
     @asynccontextmanager
     async def hold_slots(self, count: int) -> AsyncIterator[None]:
-        """Waits for this many slots and holds them."""
+        """Waits for `count` slots and holds them during the block."""
         await self._acquire(count)
         self._idle.clear()
         self._busy.set()

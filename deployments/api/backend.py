@@ -1,4 +1,4 @@
-"""What the HTTP API needs from the router that it runs in."""
+"""The interface between the HTTP API and the router that it runs in."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,20 +12,20 @@ from parse.pipeline import Pipeline
 class Backend(Protocol):
     @property
     def pipeline(self) -> Pipeline:
-        """A pipeline for everything that does not depend on a session."""
+        """A pipeline for everything that does not belong to a session."""
         ...
 
     def pipeline_for_session(self, session: Session) -> Pipeline: ...
 
     def unavailable_parts(self) -> dict[str, str]:
-        """Returns the parts that do not respond at the moment, with what is wrong with each."""
+        """Returns the parts that do not respond, and what is wrong with each."""
         ...
 
     @property
     def recorder(self) -> MetricsRecorder: ...
 
     def update_metrics(self) -> None:
-        """Records the metrics that are not recorded when events happen."""
+        """Records the metrics that are not recorded by events, such as gauges."""
         ...
 
     async def collect_peer_metrics(self) -> Sequence[ReplicaMetrics]:

@@ -66,19 +66,22 @@ def to_api_error(error: BaseException) -> ApiError:
             headers = {"Retry-After": "1"}
             return ApiError(503, "no verifier is available; try again", code="unavailable", headers=headers)
         case TimeoutError():
-            return ApiError(504, "the request took too long", code="timeout")
+            return ApiError(504, "the request took too long; request fewer tokens or try again", code="timeout")
         case HTTPException(status_code=400, detail=detail):  # raised by FastAPI for a body that it cannot decode
             return ApiError(400, f"body: {detail}", param="body", code="invalid_json")
         case HTTPException(status_code=status, detail=detail):
             return ApiError(status, str(detail), headers=dict(error.headers or {}))
         case RequestValidationError():
             return to_validation_error(error.errors())
-    logger.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed on this request", code="internal_error")
+    logger.error("a request failed with an internal error", exc_info=error)
+    return ApiError(500, "an internal error occurred; the log of the server has the details", code="internal_error")
 
 
 def _replace_lone_surrogates(text: str) -> str:
-    """Makes text encodable: field names come from the request and may contain anything."""
+    """Makes text encodable.
+
+    The names of fields come from the request and may contain anything.
+    """
     return text.encode(errors="replace").decode()
 
 
@@ -89,10 +92,10 @@ async def handle_exception(request: HttpRequest, error: Exception) -> JSONRespon
 
 
 def to_validation_error(errors: Sequence[Any]) -> ApiError:
-    """Returns one of several validation errors.
+    """Returns the most helpful one of several validation errors.
 
-    Errors of values come before errors of types, and then deeper ones first. If a field has alternative types, this is
-    the error of the alternative that the client meant.
+    Errors of values are preferred to errors of types, and deeper errors to others. If a field has alternative types,
+    this is the error of the alternative that the client meant.
     """
     paths = [(_error_path(error), error) for error in errors]
     path, error = max(paths, key=lambda candidate: (not candidate[1]["type"].endswith("_type"), len(candidate[0])))
@@ -114,7 +117,10 @@ def to_validation_error(errors: Sequence[Any]) -> ApiError:
 
 
 def _error_path(error: Any) -> list[str | int]:
-    """Returns the path of an error in the request, without pydantic's names of alternative types."""
+    """Returns the path of an error in the request.
+
+    Pydantic also adds its own names of alternative types, which are left out.
+    """
     path: list[str | int] = []
     for key in error["loc"][1:]:
         is_map_key = path == ["logit_bias"]

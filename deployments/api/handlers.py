@@ -1,4 +1,7 @@
-"""Handles parsed requests: generates the answers and sends them, complete or as a stream."""
+"""Handles parsed requests.
+
+It generates the answers and sends them, complete or as a stream.
+"""
 
 import asyncio
 import time
@@ -30,7 +33,10 @@ from parse.requests import GenerationRequest
 
 
 class CompletionHandler:
-    """Handles the requests of both endpoints, and runs the audits and the export of metrics in the background."""
+    """Handles the requests of both endpoints.
+
+    It also runs the audits and the export of metrics in the background.
+    """
 
     def __init__(self, backend: Backend, settings: ApiSettings, audit: AuditSettings) -> None:
         self._backend, self._recorder = backend, backend.recorder
@@ -74,13 +80,16 @@ class CompletionHandler:
         self._backend.update_metrics()
 
     async def handle(self, parsing: Awaitable[ParsedRequest], http: HttpRequest) -> Response:
-        """Returns the response. If the client disconnects before there is one, this stops the work for it."""
+        """Returns the response.
+
+        If the client disconnects before there is a response, the work for it is stopped.
+        """
         response_task = asyncio.ensure_future(self._respond(parsing, get_request_record(http.scope)))
         disconnect_task = asyncio.ensure_future(_wait_for_disconnect(http.receive))
         try:
             await asyncio.wait((response_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
             if not response_task.done():
-                raise ApiError(CLIENT_CLOSED_REQUEST, "the client left")
+                raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected")
             return response_task.result()
         except Exception as error:
             raise to_api_error(error) from error
@@ -96,7 +105,7 @@ class CompletionHandler:
             choice.session.request_id = record.request_id
         choice_events = self._generate(parsed)
         if parsed.stream:
-            # The status is sent after the first event, so that a request that fails at once gets the right status.
+            # The status is sent after the first event. A request that fails before it then gets the right status.
             first_event = await anext(choice_events)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return _EventStreamResponse(
@@ -142,7 +151,10 @@ class CompletionHandler:
             self._auditor.submit(record.request_id, request, choice)
 
     async def _generate(self, parsed: ParsedRequest) -> AsyncGenerator[tuple[ChoiceState, Event]]:
-        """Yields the events of all choices as they happen. Leaving the iteration cancels the choices."""
+        """Yields the events of all choices as they happen.
+
+        Leaving the iteration cancels the choices.
+        """
         queue: asyncio.Queue[tuple[ChoiceState, Event] | None] = asyncio.Queue()
         started = time.perf_counter()
 
@@ -175,14 +187,17 @@ class CompletionHandler:
         try:
             while (item := await queue.get()) is not None:
                 yield item
-            await task  # raises its exception
+            await task  # raises the exception of the task
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
 
 class _EventStreamResponse(StreamingResponse):
-    """Stops generating when the response ends for any reason, and not only when it is garbage-collected."""
+    """A stream that stops generating when the response ends for any reason.
+
+    Otherwise generation would continue until the generator is garbage-collected.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
-"""Checks before every request: the API key, the size of the body, and the time that it takes to arrive."""
+"""Checks before every request.
+
+They concern the API key, the size of the body, and the time that the body takes to arrive.
+"""
 
 import asyncio
 import hmac
@@ -18,11 +21,14 @@ UNAUTHENTICATED_PATHS = playground.PATHS | {"/health", "/ready", "/docs", "/redo
 
 
 def load_api_keys(file: str | None, variable: str) -> tuple[str, ...]:
-    """Returns the keys in a file, one per line, and in the environment, separated by commas."""
+    """Returns the keys in a file and in an environment variable.
+
+    The file has one key per line. In the variable, commas separate the keys.
+    """
     lines = Path(file).expanduser().read_text().splitlines() if file else []
     keys = [key.strip() for key in (*lines, *os.environ.get(variable, "").split(","))]
     if file and not any(line.strip() for line in lines):
-        raise ValueError(f"api_keys_file: {file} contains no key")
+        raise ValueError(f"api_keys_file: {file} contains no key; write one key per line")
     return tuple(key for key in keys if key)
 
 
@@ -59,7 +65,8 @@ class RequestLimitsMiddleware:
         if not self._keys:
             client = scope.get("client")
             if client and not _is_loopback(client[0]):
-                raise ApiError(401, "without keys only clients on the server's own machine are served", code="no_keys")
+                message = "this server has no keys, so it serves only clients on its own machine"
+                raise ApiError(401, message, code="no_keys")
             return
         scheme, _, credentials = Headers(scope=scope).get("authorization", "").partition(" ")
         # Every key is compared, in constant time, so that timing reveals nothing.
@@ -67,10 +74,14 @@ class RequestLimitsMiddleware:
         matches = [hmac.compare_digest(sent_key, key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
             headers = {"WWW-Authenticate": "Bearer"}
-            raise ApiError(401, "a bearer key of this server is required", code="invalid_api_key", headers=headers)
+            message = "a valid key is required: send the header Authorization: Bearer <key>"
+            raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Returns the complete body, so that the request is handled only once it has arrived."""
+        """Returns the complete body.
+
+        A request is handled only once its body has arrived.
+        """
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > self._max_body_bytes:
             raise self._body_too_large_error()
@@ -80,7 +91,7 @@ class RequestLimitsMiddleware:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(CLIENT_CLOSED_REQUEST, "the client left before its request was complete")
+                        raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected before its request was complete")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > self._max_body_bytes:
@@ -88,16 +99,20 @@ class RequestLimitsMiddleware:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            headers = {"Connection": "close"}  # the rest of the body is not read any more
-            timeout_message = "body: took too long to arrive"
+            headers = {"Connection": "close"}  # the rest of the body is not read
+            timeout_message = f"body: must arrive within {self._body_timeout_s:g} seconds"
             raise ApiError(408, timeout_message, param="body", code="timeout", headers=headers) from None
 
     def _body_too_large_error(self) -> ApiError:
-        return ApiError(413, f"body: is longer than {self._max_body_bytes} bytes", param="body", code="too_long")
+        message = f"body: must be at most {self._max_body_bytes} bytes long"
+        return ApiError(413, message, param="body", code="too_long")
 
 
 def _is_loopback(address: str) -> bool:
-    """Returns False for text that is not an address, which a proxy may have set."""
+    """Returns whether an address belongs to this machine.
+
+    Returns False for text that is not an address, which a proxy may have set.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Builds the usage of a response, and the report on how each choice was made."""
+"""Builds the usage of a response, and the report on each of its choices."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from parse.events import TextDelta, Usage, Verification
 
 
 def build_report(choice: ChoiceState, *, trace: bool) -> ParseReport:
-    """Returns how a choice was made; `trace` adds its deltas and verifications."""
+    """Returns the report on a choice. `trace` adds its deltas and verifications."""
     usage = choice.result.usage
     stages = [StageTimes(name="queue", start=0.0, end=choice.queue_s)]
     stages += [
@@ -53,7 +53,10 @@ def trace_text_delta(delta: TextDelta) -> TracedTextDelta:
 def aggregate_usage(
     prompt_lengths: Sequence[int], completion_lengths: Sequence[int], usages: Sequence[Usage]
 ) -> CompletionUsage:
-    """Returns the usage of all choices. A prompt that several choices share counts once, as in the OpenAI API."""
+    """Returns the usage of all choices.
+
+    A prompt that several choices share counts once, as in the OpenAI API.
+    """
     prompt_tokens, completion_tokens = sum(prompt_lengths), sum(completion_lengths)
     choices_per_prompt = len(usages) // len(prompt_lengths)
     cached_tokens = (

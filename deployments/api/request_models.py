@@ -1,6 +1,9 @@
-"""The request bodies of the API. Every field is either served or rejected with its name.
+"""The request bodies of the API.
 
-Fields with a single allowed value are accepted for clients that send them: the value is what happens anyway.
+Every field is either served or rejected with its name.
+
+Some fields have a single allowed value. They are accepted because clients send them, and the value describes what the
+server always does.
 """
 
 from dataclasses import fields
@@ -22,7 +25,7 @@ def _reject_lone_surrogates(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PydanticCustomError("surrogate", "Input should not hold half of a surrogate pair") from error
+        raise PydanticCustomError("surrogate", "Input should not contain half of a surrogate pair") from error
     return text
 
 
@@ -39,7 +42,7 @@ def _check_logit_bias_size(logit_bias: Any) -> Any:
     """Rejects a dictionary that is too large before its items are validated."""
     if isinstance(logit_bias, dict) and len(logit_bias) > MAX_LOGIT_BIAS_TOKENS:
         raise PydanticCustomError(
-            "too_many", "Input should hold at most {max_items} items", {"max_items": MAX_LOGIT_BIAS_TOKENS}
+            "too_many", "Input should contain at most {max_items} items", {"max_items": MAX_LOGIT_BIAS_TOKENS}
         )
     return logit_bias
 
@@ -52,7 +55,10 @@ LogitBias = Annotated[
 
 
 class OpenAIBaseModel(BaseModel):
-    """Rejects unknown fields one at a time, because listing all errors of a large body would take seconds."""
+    """The base of all request models. It rejects unknown fields by name.
+
+    Only the first unknown field is reported, because listing all errors of a large body would take seconds.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -78,7 +84,7 @@ Content = Text | Annotated[list[TextContentPart], Field(min_length=1, fail_fast=
 class ChatMessage(OpenAIBaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    # Clients send messages of earlier responses back, with these fields.
+    # Clients send messages of earlier responses back, which have these fields.
     refusal: None = None
     annotations: None = None
     audio: None = None
@@ -103,15 +109,17 @@ class TextResponseFormat(OpenAIBaseModel):
 class ParseOptions(OpenAIBaseModel):
     """How drafts are used for this request, and how the target generates."""
 
-    mode: ModeName | None = Field(None, description="By default the operator's choice.")
+    mode: ModeName | None = Field(None, description="How drafts are used. By default, the operator has chosen it.")
     speculation: MethodChoice | None = Field(
         None,
-        description="The token-level method with which the target generates several tokens per forward pass; none: one "
-        "at a time. The text is the same. By default the operator's choice.",
+        description="The token-level method with which the target generates several tokens per forward pass. With "
+        "none, it generates one token per pass. The text is the same. By default, the operator has chosen the method.",
     )
     full: float | None = Field(None, ge=0, le=1, description="The minimum P(correct) of a complete draft.")
     prefix: float | None = Field(None, ge=0, le=1, description="The minimum P(correct) of a prefix.")
-    trace: bool = Field(False, description="Report the origin of all text, rejected text, and P(correct) of prefixes.")
+    trace: bool = Field(
+        False, description="Whether to report the origin of all text, the rejected text, and P(correct) of prefixes."
+    )
 
 
 class BaseCompletionRequest(OpenAIBaseModel):
@@ -127,19 +135,23 @@ class BaseCompletionRequest(OpenAIBaseModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: LogitBias | None = None
-    seed: int | None = Field(None, ge=-MAX_INTEGER, le=MAX_INTEGER, description="The same seed gives the same answer.")
+    seed: int | None = Field(
+        None, ge=-MAX_INTEGER, le=MAX_INTEGER, description="Requests with the same seed get the same answer."
+    )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     ignore_eos: bool = False
     n: int | None = Field(None, ge=1, le=MAX_INTEGER)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Text | None = Field(None, max_length=512, description="The same as prompt_cache_key, which takes precedence.")
+    user: Text | None = Field(
+        None, max_length=512, description="It has the meaning of prompt_cache_key, which takes precedence."
+    )
     parse: Annotated[ParseOptions, BeforeValidator(lambda value: {} if value is None else value)] = ParseOptions()
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "BaseCompletionRequest":
         if self.stream_options is not None and not self.stream:
-            raise _field_error("stream_options", "is for streams only: set stream to true")
+            raise _field_error("stream_options", "requires stream to be true")
         return self
 
     @property
@@ -151,7 +163,10 @@ class BaseCompletionRequest(OpenAIBaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def to_sampling_params(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Returns the sampling parameters: fields of the same name and the values that need a conversion."""
+        """Returns the sampling parameters of a request.
+
+        Some are fields of the same name, others need a conversion.
+        """
         explicit_params = {
             field.name: value
             for field in fields(SamplingParams)
@@ -184,11 +199,11 @@ class ChatCompletionRequest(BaseCompletionRequest):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    prediction: Prediction | None = Field(None, description="Your own draft, which replaces the drafter's.")
+    prediction: Prediction | None = Field(None, description="Your own draft. It replaces that of the drafter.")
     prompt_cache_key: Text | None = Field(
         None, max_length=512, description="Requests with the same key go to the same replica and its prefix cache."
     )
-    # These values are what happens anyway.
+    # The allowed values of these fields describe what the server always does.
     response_format: TextResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     store: Literal[False] | None = None
@@ -199,9 +214,9 @@ class ChatCompletionRequest(BaseCompletionRequest):
     @model_validator(mode="after")
     def _check_field_combinations(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise _field_error("top_logprobs", "needs logprobs to be true")
+            raise _field_error("top_logprobs", "requires logprobs to be true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _field_error("max_tokens", "differs from max_completion_tokens, which replaces it")
+            raise _field_error("max_tokens", "must equal max_completion_tokens if both are set")
         return self
 
     @property
@@ -223,8 +238,10 @@ class ChatCompletionRequest(BaseCompletionRequest):
 
 
 class CompletionRequest(BaseCompletionRequest):
-    """POST /v1/completions: text or tokens to continue. Without a conversation there is nothing to verify, so the
-    default mode is off."""
+    """POST /v1/completions: continues text or tokens.
+
+    There is no assistant turn that the target could verify, so the default mode is off.
+    """
 
     prompt: (
         PromptText
@@ -233,7 +250,7 @@ class CompletionRequest(BaseCompletionRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=128, fail_fast=True)]
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    # These values are what happens anyway.
+    # The allowed values of these fields describe what the server always does.
     echo: Literal[False] | None = None
     best_of: int | None = None
     suffix: Literal[""] | None = None
@@ -241,7 +258,7 @@ class CompletionRequest(BaseCompletionRequest):
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise _field_error("best_of", "is not supported: every answer is returned, so it must equal n")
+            raise _field_error("best_of", "must equal n, because every answer is returned")
         return self
 
     def split_prompts(self) -> list[str | list[int]]:

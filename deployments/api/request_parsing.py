@@ -1,4 +1,7 @@
-"""Validates the body of an HTTP request for this model and converts it to requests to the pipeline."""
+"""Converts the body of an HTTP request to requests to the pipeline.
+
+The body is validated for this model and its settings.
+"""
 
 import asyncio
 import random
@@ -35,7 +38,7 @@ from parse.requests import GenerationRequest
 
 DEFAULT_COMPLETION_MAX_TOKENS = 16  # the default of the OpenAI API
 NON_STREAM_INTERVAL = 64  # tokens between two deltas of an answer that is not streamed
-MAX_INLINE_TOKENIZATION_CHARS = 20_000  # tokenizing longer texts would block the other requests
+MAX_INLINE_TOKENIZATION_CHARS = 20_000  # longer texts are tokenized in a thread and do not block other requests
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class RequestParser:
 
     def check_model(self, name: str) -> None:
         if name != self.model_card.id:
-            message = f"model: there is no {name[:100]!r} here, only {self.model_card.id!r}"
+            message = f"model: must be {self.model_card.id!r}, the model of this server, got {name[:100]!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
@@ -210,10 +213,10 @@ class RequestParser:
     def _check_parse_options(self, request: BaseCompletionRequest, mode: str) -> None:
         modes, methods = self._modes, self.model_card.parse.methods
         if mode not in modes:
-            raise RequestError("parse.mode", f"must be one of {', '.join(modes)} here, got {mode}")
+            raise RequestError("parse.mode", f"must be one of {', '.join(modes)}, got {mode}")
         method = request.parse.speculation
         if method is not None and method not in methods:
-            raise RequestError("parse.speculation", f"must be one of {', '.join(methods)} here, got {method}")
+            raise RequestError("parse.speculation", f"must be one of {', '.join(methods)}, got {method}")
 
     def _check_prompt_lengths(self, request_input: RequestInput) -> None:
         max_model_len, max_tokens = self._pipeline.capabilities.max_model_len, request_input.max_tokens
@@ -221,7 +224,10 @@ class RequestParser:
             if len(prompt) + (max_tokens or 1) > max_model_len:
                 requested_length = f"{len(prompt)} tokens" + (f" and max_tokens {max_tokens}" if max_tokens else "")
                 field = request_input.prompt_field
-                message = f"{field}: {requested_length} exceed the model's context length of {max_model_len}"
+                message = (
+                    f"{field}: {requested_length} exceed the model's context length of {max_model_len} tokens; shorten "
+                    "the prompt" + (" or lower max_tokens" if max_tokens else "")
+                )
                 raise ApiError(400, message, param=field, code="context_length_exceeded")
 
     def _allowed_mode(self, preferred: str) -> str:
@@ -230,13 +236,15 @@ class RequestParser:
     def _check_num_choices(self, count: int, field: str = "n") -> None:
         max_choices = min(self._settings.max_n, self._settings.max_answers)
         if count > max_choices:
-            raise RequestError(field, f"answers to one request are limited to {max_choices}, got {count}")
+            raise RequestError(field, f"must request at most {max_choices} answers in total, got {count}")
 
 
 def offered_modes(settings: ApiSettings, capabilities: Capabilities) -> tuple[str, ...]:
-    """The modes that a request may choose: those of the settings that the engine supports.
+    """Returns the modes of the settings that the engine supports.
 
-    Raises ValueError if the settings name a mode explicitly that the engine does not support.
+    A request may choose among them.
+
+    Raises ValueError if `api.modes` is set and names a mode that the engine does not support.
     """
     supported = tuple(mode for mode in settings.modes if mode == "auto" or mode in capabilities.modes)
     missing = [mode for mode in settings.modes if mode not in supported]
@@ -246,7 +254,10 @@ def offered_modes(settings: ApiSettings, capabilities: Capabilities) -> tuple[st
 
 
 async def _run_in_thread_if_long(num_chars: int, function: Any, *args: Any) -> Any:
-    """Runs a function on a long text in a thread, so that it does not block the event loop."""
+    """Runs a function on a text, in a thread if the text is long.
+
+    A long text would otherwise block the event loop.
+    """
     return function(*args) if num_chars < MAX_INLINE_TOKENIZATION_CHARS else await asyncio.to_thread(function, *args)
 
 
@@ -255,7 +266,10 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _conversation_key(messages: Sequence[dict[str, str]]) -> str:
-    """Returns a key of the messages up to the first user message, which all requests of a conversation share."""
+    """Returns a key that all requests of a conversation share.
+
+    It covers the messages up to the first user message.
+    """
     user_positions = [position for position, message in enumerate(messages) if message["role"] == "user"]
     end = user_positions[0] + 1 if user_positions else 1
     return _digest(str([(message["role"], message["content"]) for message in messages[:end]]))

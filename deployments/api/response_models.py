@@ -1,4 +1,7 @@
-"""The response bodies of the API. Names and fields of the OpenAI API keep their spelling there."""
+"""The response bodies of the API.
+
+Names and fields that the OpenAI API has too are spelled as in that API.
+"""
 
 from typing import Literal
 
@@ -21,7 +24,7 @@ class ErrorResponse(BaseModel):
 
 
 class ParseCapabilities(BaseModel):
-    """What a request can choose in `parse`, and the defaults."""
+    """The values that a request can choose in `parse`, and the defaults."""
 
     modes: list[ModeName]
     full: float = Field(description="The minimum P(correct) at which a complete draft is accepted.")
@@ -47,7 +50,7 @@ class ModelList(BaseModel):
 
 
 class StageTimes(BaseModel):
-    """Seconds since the request arrived."""
+    """When a stage started and ended, in seconds since the request arrived."""
 
     name: str
     start: float
@@ -57,11 +60,11 @@ class StageTimes(BaseModel):
 class TracedVerification(BaseModel):
     """The verification of a draft, or of a window of one."""
 
-    start: int = Field(description="Tokens of the answer before the draft.")
-    cuts: list[int] = Field(description="The lengths of the verified prefixes, in tokens of the draft.")
+    start: int = Field(description="The number of answer tokens before the draft or window.")
+    cuts: list[int] = Field(description="The lengths of the verified prefixes, in tokens of the draft or window.")
     correct: list[float | None] = Field(description="P(correct) of each prefix; null if it was not evaluated.")
-    kept: int = Field(description="Tokens of the draft that were accepted.")
-    rejected: str = Field(description="The text of the rest.")
+    kept: int = Field(description="The number of accepted tokens.")
+    rejected: str = Field(description="The text of the rejected tokens.")
 
 
 class TracedTextDelta(BaseModel):
@@ -83,27 +86,29 @@ class SpeculationReport(BaseModel):
 
     method: MethodName
     passes: int = Field(description="Forward passes of the target while it generated, with and without proposals.")
-    tokens: int = Field(description="Answer tokens from these passes; in mode exact they include the draft's tokens.")
+    tokens: int = Field(description="Answer tokens from these passes. In mode exact, they include draft tokens.")
     tokens_per_pass: float
     proposed: int
     accepted: int
-    places: list[PositionAcceptance] = Field(description="By position in the proposals, from the next token on.")
+    places: list[PositionAcceptance] = Field(
+        description="One item per position in the proposals. The first position is the next token."
+    )
 
 
 class ParseReport(BaseModel):
-    """How the answer was made."""
+    """How an answer was made."""
 
     mode: ModeName
-    drafted: int = Field(description="Draft tokens.")
+    drafted: int = Field(description="The number of draft tokens.")
     accepted: int
     rejected: int
-    written: int = Field(description="Tokens that the target generated.")
+    written: int = Field(description="The number of tokens that the target generated.")
     rounds: int
-    boundary: int | None = Field(description="Accepted tokens of the first draft.")
+    boundary: int | None = Field(description="The number of accepted tokens of the first draft.")
     fallback: str | None = Field(description="Why the target answered without a draft although one was requested.")
-    cached: int = Field(description="Prompt tokens that the verifier found in its prefix cache.")
+    cached: int = Field(description="The number of prompt tokens that the verifier found in its prefix cache.")
     speculation: SpeculationReport | None = Field(description="Null if no token-level method was used.")
-    retries: int = Field(description="Calls to a verifier that were lost and repeated.")
+    retries: int = Field(description="The number of calls to a verifier that were lost and repeated.")
     arrived: float = Field(description="When the request arrived, in seconds since 1970.")
     first_s: float
     total_s: float

@@ -1,4 +1,7 @@
-"""Responses and chunks of the two endpoints, built from the events of their choices."""
+"""Builds the responses and chunks of the two endpoints.
+
+They are built from the events of their choices.
+"""
 
 import json
 import time
@@ -31,12 +34,12 @@ from parse.types import Logprob
 
 @dataclass(frozen=True)
 class ResponseContext:
-    """What all parts of a response have in common."""
+    """The values that all parts of a response have in common."""
 
     model: str
     prompt_lengths: Sequence[int]  # tokens of each prompt
     trace: bool
-    include_usage: bool  # in the chunks of a stream
+    include_usage: bool  # whether the chunks of a stream have the field `usage`
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -50,7 +53,7 @@ class ResponseContext:
         return reports[0] if len(reports) == 1 else reports
 
     def trace_event(self, event: TextDelta | Verification) -> dict[str, Any] | None:
-        """Returns what a chunk says about an event, if the request asks for a trace."""
+        """Returns the trace of an event for a chunk, or None without a requested trace."""
         if not self.trace:
             return None
         if isinstance(event, TextDelta):
@@ -235,7 +238,10 @@ class CompletionResponseBuilder:
 
 
 def format_sse(body: dict[str, Any]) -> str:
-    """Returns a server-sent event. It is ASCII, because some clients break lines at other characters."""
+    """Returns a server-sent event.
+
+    It is ASCII, because some clients break lines at other characters.
+    """
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 

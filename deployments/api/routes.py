@@ -27,12 +27,12 @@ DESCRIPTION = (
     "The OpenAI API with PARSE: a small model drafts an answer, a larger one verifies it and generates the rest."
 )
 ERROR_DESCRIPTIONS: dict[int | str, str] = {
-    400: "The request is invalid; `param` names the field.",
+    400: "The request is invalid. `param` names the field.",
     401: "A key is missing or wrong.",
     404: "There is no such model.",
     408: "The request took too long to arrive.",
     413: "The body is too long.",
-    503: "Too many requests are waiting; `Retry-After` says when to try again.",
+    503: "Too many requests wait, or no verifier responds. `Retry-After` says after how many seconds to try again.",
     504: "The answer took too long.",
     "default": "Any other error.",
 }
@@ -63,7 +63,7 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
     app.add_middleware(AccessLogMiddleware, recorder=backend.recorder)  # the outermost middleware
     for exception_class in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(exception_class, handle_exception)
-    bearer = Depends(HTTPBearer(auto_error=False, description="Required if the server has keys."))
+    bearer = Depends(HTTPBearer(auto_error=False, description="A key is required if the server has keys."))
 
     @app.post(
         "/v1/chat/completions",
@@ -94,19 +94,22 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The router is running."""
+        """Says that the router is running."""
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: {"description": "No verifier responds."}})
     async def ready() -> JSONResponse:
-        """Whether requests can be answered. Without a drafter they can, only slower."""
+        """Says whether requests can be answered.
+
+        Without a drafter they can, but slower.
+        """
         troubles = backend.unavailable_parts()
         status = "unavailable" if "verifier" in troubles else "degraded" if troubles else "ready"
         return JSONResponse({"status": status, "troubles": troubles}, 503 if status == "unavailable" else 200)
 
     @app.get("/metrics", responses=METRICS_RESPONSES | _error_responses(401, "default"), dependencies=[bearer])
     async def metrics(http: HttpRequest) -> Response:
-        """The metrics of all routers, drafters and verifiers, for Prometheus."""
+        """Returns the metrics of all routers, drafters and verifiers, for Prometheus."""
         content, content_type = await handler.render_metrics(http.headers.get("accept", ""))
         return Response(content, headers={"Content-Type": content_type})
 

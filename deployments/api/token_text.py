@@ -1,10 +1,10 @@
-"""Single tokens as text and as bytes, for log-probabilities."""
+"""Converts single tokens to text and to bytes, for log-probabilities."""
 
 from transformers import PreTrainedTokenizerBase
 
 from parse.detokenizer import REPLACEMENT_CHARACTER
 
-ANCHOR = "a"  # tokens are decoded after it, because some lose a leading space at the start of a text
+ANCHOR = "a"  # tokens are decoded after this text, because some lose a leading space at the start of a text
 
 
 class TokenText:
@@ -22,7 +22,7 @@ class TokenText:
         return self._texts[token]
 
     def decode_bytes(self, token: int) -> list[int] | None:
-        """Returns the bytes of a token, or None if it is only a part of a character."""
+        """Returns the bytes of a token, or None if it is only part of a character."""
         text = self.decode(token)
         return None if REPLACEMENT_CHARACTER in text else list(text.encode())
 

@@ -1,4 +1,7 @@
-"""The access log: every request is counted by its outcome and written to the log in one line."""
+"""The access log: one log line and one count for each request.
+
+Requests are counted by their outcome.
+"""
 
 import logging
 import re
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 REQUEST_ID_HEADER = "x-request-id"
 MAX_LOGGED_LENGTH = 128
-UNSAFE_CHARACTERS = re.compile("[^!-~]")  # in an id they could end the log line or start another field in it
+UNSAFE_CHARACTERS = re.compile("[^!-~]")  # in an id, these could end the log line or begin another field of it
 SCOPE_KEY = "parse.request_record"
 CLIENT_CLOSED_REQUEST = 499  # the status if the client disconnected before one was sent
 STATUS_OUTCOMES: Mapping[int, RequestOutcome] = {
@@ -53,7 +56,10 @@ class RequestRecord:
         self.outcome = "overloaded" if code == "overloaded" else STATUS_OUTCOMES.get(status, default)
 
     def final_outcome(self) -> RequestOutcome:
-        """Returns the outcome of a finished request. Without a complete answer or an error, the client has left."""
+        """Returns the outcome of a finished request.
+
+        Without a complete answer or an error, the client has left.
+        """
         if self.outcome is None and self.status is not None and self.status >= 400:
             self.mark_failed(self.status)
         return self.outcome or "left"
@@ -124,7 +130,7 @@ def _sanitize(text: str) -> str:
 
 
 def _log_fields(record: RequestRecord, outcome: RequestOutcome) -> dict[str, Any]:
-    """Returns the fields of a log line, which hold no text of prompts or answers."""
+    """Returns the fields of a log line. They contain no text of prompts or answers."""
     fields: dict[str, Any] = {
         "request_id": record.request_id,
         "path": record.path,

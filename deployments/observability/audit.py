@@ -1,7 +1,9 @@
-"""Audits: the target answers some requests with accepted drafts again, alone, and the answers are compared.
+"""Audits: the target answers some requests again, alone.
 
-This measures the price of being lossy. Audits run while the router is idle. A client's request interrupts an audit,
-which starts again later.
+These are requests with accepted drafts. The two answers are compared.
+
+Audits measure how often drafts change results. They run while the router is idle. If a client's request arrives during
+an audit, the audit is cancelled and starts again later.
 """
 
 import asyncio
@@ -29,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 MAX_PENDING_CASES = 256
 MAX_ATTEMPTS = 8
-MAX_RESULT_SEARCH_CHARS = 2000  # searching blocks the event loop
-MIN_IDLE_S = 0.25  # a shorter pause is likely one between two requests of the same client
+MAX_RESULT_SEARCH_CHARS = 2000  # a search blocks the event loop, so it must be short
+MIN_IDLE_S = 0.25  # a shorter pause is probably one between two requests of the same client
 
 
 class LoadMonitor(Protocol):
     async def wait_until_idle(self, seconds: float) -> None:
-        """Returns once no request has been running for this long."""
+        """Returns when no request has been running for this many seconds."""
         ...
 
     async def wait_until_busy(self) -> None:
-        """Returns once a request is running."""
+        """Returns as soon as a request is running."""
         ...
 
 
@@ -103,7 +105,7 @@ class Auditor:
             else:
                 self._cases.append(case)
         except Exception:
-            logger.warning("an audit failed", exc_info=True, extra={"request_id": case.request_id})
+            logger.warning("an audit failed and was dropped", exc_info=True, extra={"request_id": case.request_id})
             self._drop(case)
         finally:
             audit_task.cancel()
@@ -136,13 +138,13 @@ class Auditor:
         )
         if not agrees:
             logger.info(
-                "the target gives a different answer",
+                "an audit disagrees: the target alone gives a different answer",
                 extra={"request_id": case.request_id, "gap": target_logprob - sent_logprob},
             )
         return "agree" if agrees else "disagree"
 
     def _extract_result(self, text: str) -> tuple[str, ...] | None:
-        """Returns the result in an answer, or None without a pattern or a match."""
+        """Returns the result in an answer, or None if there is no pattern or no match."""
         if self._result_pattern is None:
             return None
         last_match = None
@@ -155,7 +157,10 @@ class Auditor:
 
 
 async def _mean_logprob(pipeline: Pipeline, prompt: Sequence[int], token_ids: Sequence[int]) -> float:
-    """Returns the target's mean log-probability of the tokens, each given those before it."""
+    """Returns the target's mean log-probability of the tokens of an answer.
+
+    The log-probability of each token depends on those before it.
+    """
     if not token_ids:
         return 0.0
     result = await pipeline.verifier.verify(

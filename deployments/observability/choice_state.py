@@ -1,4 +1,7 @@
-"""The state of one choice while it is generated. Responses and metrics are made from it."""
+"""The state of one choice while it is generated.
+
+Responses and metrics are made from it.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -17,9 +20,9 @@ class ChoiceState:
     arrival_time: float  # seconds since 1970
     stream: bool = False
     queue_s: float = 0.0
-    """The time from its arrival until the pipeline started on it."""
+    """The seconds from the arrival of the request until the pipeline started on it."""
     inter_token_s: list[float] = field(default_factory=list)
-    """The times between two deltas of a stream, per token of the later one."""
+    """The seconds between two deltas of a stream, divided by the tokens of the later one."""
     deltas: list[TextDelta] = field(default_factory=list)
     verifications: list[Verification] = field(default_factory=list)
     finished: Finished | None = None

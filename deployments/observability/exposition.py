@@ -26,10 +26,13 @@ class ReplicaMetrics:
 
 
 def encode_metrics(replicas: Sequence[ReplicaMetrics], accept: str) -> tuple[bytes, str]:
-    """Returns the metrics in the format that the `Accept` header prefers, and its content type."""
+    """Returns the encoded metrics and their content type.
+
+    The `Accept` header of the request selects the format.
+    """
     try:
         encode, content_type = choose_encoder(accept)
-    except TypeError:  # the requested version is not a number; the plain text format is better than an error
+    except TypeError:  # the requested version is not a number; the plain text format is more useful than an error
         encode, content_type = choose_encoder("")
     return encode(_MergedCollector(replicas)), content_type
 
@@ -39,7 +42,10 @@ class _MergedCollector(Collector):
         self._replicas = replicas
 
     def collect(self) -> Iterator[Family]:
-        """Yields each family once, with the series of all replicas, which differ in their labels."""
+        """Yields each family once, with the series of all replicas.
+
+        The labels of the series tell the replicas apart.
+        """
         merged: dict[str, Family] = {}
         for replica in self._replicas:
             labels = vars(replica.labels)

@@ -1,4 +1,7 @@
-"""Logging inside replicas: to the files of Ray Serve, in its format and with the id of the request."""
+"""Logging inside replicas.
+
+Log lines go to the files of Ray Serve, in its format and with the id of the request.
+"""
 
 import logging
 
@@ -10,7 +13,10 @@ SERVE_LOGGER = "ray.serve"
 
 
 def attach_to_serve_logger() -> None:
-    """Sends the logs of this project to Serve's logger, the only one that Serve configures in a replica."""
+    """Sends the logs of this project to Serve's logger.
+
+    Serve configures no other logger in a replica.
+    """
     if serve.context._get_internal_replica_context() is None:
         return
     disable_progress_bar()
@@ -19,6 +25,9 @@ def attach_to_serve_logger() -> None:
 
 
 def flush_serve_logger() -> None:
-    """Writes buffered log lines. With its throughput settings, Serve buffers a thousand of them."""
+    """Writes buffered log lines.
+
+    With its throughput settings, Serve buffers a thousand of them.
+    """
     for handler in logging.getLogger(SERVE_LOGGER).handlers:
         handler.flush()

@@ -1,4 +1,6 @@
-"""The metrics of the service. Each is declared here once, and written to two places.
+"""The metrics of the service.
+
+Each is declared here once, and written to two places.
 
 In production Ray exports the metrics of every process to Prometheus, under names that begin with `ray_`. `/metrics` of
 the router gathers the same metrics from all replicas, for a single node and for tests. A label takes only the values
@@ -20,9 +22,9 @@ from parse.events import StageName
 from parse.registry import METHODS, MODES
 from parse.types import FinishReason
 
-prometheus.disable_created_metrics()  # they would add a second series to each metric, which nothing here reads
+prometheus.disable_created_metrics()  # they would add an unused second series to each metric
 
-RAY_METRICS: Any = serve.metrics  # its type hints allow only one label
+RAY_METRICS: Any = serve.metrics  # Any, because its type hints allow only one label
 
 Labels = Mapping[str, tuple[str, ...]]
 RequestOutcome = Literal["ok", "invalid", "unauthorized", "overloaded", "unavailable", "timeout", "left", "failed"]
@@ -73,7 +75,10 @@ class Counter:
         return counter
 
     def _label_combinations(self) -> Iterator[dict[str, str]]:
-        """Yields all label values: every series starts at zero, or rate() would miss its first event."""
+        """Yields all combinations of label values.
+
+        Every series starts at zero. Otherwise rate() would miss its first event.
+        """
         return (dict(zip(self.labels, values, strict=True)) for values in product(*self.labels.values()))
 
 
@@ -109,7 +114,10 @@ MetricType = TypeVar("MetricType", bound=Metric)
 
 
 class MetricGroup(Sequence[Metric]):
-    """The metrics that one kind of process exports. Declaring a metric with a method of its group registers it."""
+    """The metrics that one kind of process exports.
+
+    Declaring a metric with a method of its group registers it.
+    """
 
     def __init__(self) -> None:
         self._metrics: list[Metric] = []
@@ -155,17 +163,19 @@ ENGINE_METRICS = MetricGroup()
 
 REQUESTS = ROUTER_METRICS.counter(
     "parse_requests_total",
-    "Finished requests by requested mode; unknown if a request was rejected before its mode was read.",
+    "Finished requests by requested mode and outcome. The mode is unknown if a request was rejected before its mode "
+    "was read.",
     {"mode": (*MODES, "unknown"), "outcome": get_args(RequestOutcome)},
 )
 ANSWERS = ROUTER_METRICS.counter(
     "parse_answers_total",
-    "Completed answers by the mode that was used.",
+    "Completed answers by the mode that was used and by the reason why the answer ended.",
     {**MODE_LABEL, "finish": get_args(FinishReason)},
 )
 DRAFT_OUTCOMES = ROUTER_METRICS.counter(
     "parse_verdicts_total",
-    "Answers by how much of their drafts was accepted: all, a part, nothing, or no draft was verified.",
+    "Answers by how much of their drafts was accepted: all (whole), a part (partial) or nothing (none). For an answer "
+    "without a draft, the verdict is skipped.",
     {**MODE_LABEL, "verdict": get_args(DraftOutcome)},
 )
 PROMPT_TOKENS = ROUTER_METRICS.counter("parse_prompt_tokens_total", "Prompt tokens of completed answers.")
@@ -178,60 +188,74 @@ DRAFT_TOKENS = ROUTER_METRICS.counter(
 ACCEPTED_TOKENS = ROUTER_METRICS.counter(
     "parse_accepted_tokens_total", "Draft tokens that became part of the answers.", MODE_LABEL
 )
-REJECTED_TOKENS = ROUTER_METRICS.counter("parse_rejected_tokens_total", "Draft tokens that did not.", MODE_LABEL)
+REJECTED_TOKENS = ROUTER_METRICS.counter(
+    "parse_rejected_tokens_total", "Draft tokens that did not become part of the answers.", MODE_LABEL
+)
 TARGET_TOKENS = ROUTER_METRICS.counter(
     "parse_written_tokens_total", "Answer tokens that the target generated.", MODE_LABEL
 )
 VERIFICATION_ROUNDS = ROUTER_METRICS.counter("parse_rounds_total", "Drafts that were verified.", MODE_LABEL)
 ACCEPTED_SHARE = ROUTER_METRICS.histogram(
-    "parse_accepted_share", "Accepted share of an answer's draft tokens.", SHARE_BUCKETS, MODE_LABEL
+    "parse_accepted_share", "The accepted share of an answer's draft tokens.", SHARE_BUCKETS, MODE_LABEL
 )
 ACCEPTED_PREFIX_LENGTH = ROUTER_METRICS.histogram(
-    "parse_boundary_tokens", "Accepted tokens of an answer's first draft.", TOKEN_COUNT_BUCKETS, MODE_LABEL
+    "parse_boundary_tokens",
+    "The number of accepted tokens of an answer's first draft.",
+    TOKEN_COUNT_BUCKETS,
+    MODE_LABEL,
 )
 CORRECT_PROBABILITY = ROUTER_METRICS.histogram(
     "parse_correct_probability",
-    "P(correct) of each prefix that was verified, by whether the prefix was kept.",
+    "P(correct) of each verified prefix, by whether the prefix was accepted.",
     PROBABILITY_BUCKETS,
     {"kept": ("yes", "no")},
 )
 STAGE_SECONDS = ROUTER_METRICS.histogram(
     "parse_stage_seconds",
-    "Time an answer spent in a stage: queue, warm (the target prefills the prompt), draft, judge (the target "
+    "Seconds that an answer spent in a stage: queue, warm (the target prefills the prompt), draft, judge (the target "
     "verifies), write (the target generates). Stages overlap.",
     SECONDS_BUCKETS,
     {**MODE_LABEL, "stage": ("queue", *get_args(StageName))},
 )
 SPENT_SECONDS = ROUTER_METRICS.counter(
     "parse_spent_seconds_total",
-    "Time spent on answers, from arrival to end, and in each stage. These are the exact sums of the histograms.",
+    "Seconds spent on answers from arrival to end (answer), and in each stage. They are the exact sums of the "
+    "histograms.",
     {**MODE_LABEL, "on": ("answer", "queue", *get_args(StageName))},
 )
 TIME_TO_FIRST_TOKEN = ROUTER_METRICS.histogram(
     "parse_first_token_seconds",
-    "Time from the arrival of a request to the first token of its answer.",
+    "Seconds from the arrival of a request to the first token of its answer.",
     SECONDS_BUCKETS,
     MODE_LABEL,
 )
 INTER_TOKEN_LATENCY = ROUTER_METRICS.histogram(
     "parse_inter_token_seconds",
-    "Time between two deltas of a streamed answer, per token of the later one. An accepted draft is one delta.",
+    "Seconds between two deltas of a streamed answer, divided by the tokens of the later one. An accepted draft is one "
+    "delta.",
     INTER_TOKEN_BUCKETS,
     MODE_LABEL,
 )
 ANSWER_SECONDS = ROUTER_METRICS.histogram(
-    "parse_answer_seconds", "Time from the arrival of a request to the end of its answer.", SECONDS_BUCKETS, MODE_LABEL
+    "parse_answer_seconds",
+    "Seconds from the arrival of a request to the end of its answer.",
+    SECONDS_BUCKETS,
+    MODE_LABEL,
 )
 BUSY_SECONDS = ROUTER_METRICS.counter(
     "parse_busy_seconds_total",
-    "Time during which drafters worked for this router, during which verifiers did, and during which both did.",
+    "Seconds in which drafters worked for this router, in which verifiers did, and in which both did.",
     {"part": get_args(BusyPart)},
 )
-ANSWERS_RUNNING = ROUTER_METRICS.gauge("parse_answering", "Answers that a router is working on.")
-ANSWER_SLOTS = ROUTER_METRICS.gauge("parse_places", "The maximum number of answers that a router works on.")
-REQUESTS_WAITING = ROUTER_METRICS.gauge("parse_waiting", "Requests waiting for a router to start on them.")
+ANSWERS_RUNNING = ROUTER_METRICS.gauge("parse_answering", "Answers that a router is generating.")
+ANSWER_SLOTS = ROUTER_METRICS.gauge(
+    "parse_places", "The maximum number of answers that a router generates at the same time."
+)
+REQUESTS_WAITING = ROUTER_METRICS.gauge("parse_waiting", "Requests that wait in the queue of a router.")
 PART_UNAVAILABLE = ROUTER_METRICS.gauge(
-    "parse_trouble", "1 if a part does not respond to the router.", {"part": ("drafter", "verifier")}
+    "parse_trouble",
+    "1 if no replica of a part responds to the router, otherwise 0.",
+    {"part": ("drafter", "verifier")},
 )
 RETRIES = ROUTER_METRICS.counter(
     "parse_retries_total", "Calls to verifiers that were lost and repeated.", {"cause": get_args(RetryCause)}
@@ -243,7 +267,8 @@ FALLBACKS = ROUTER_METRICS.counter(
 )
 CANCELLATIONS = ROUTER_METRICS.counter(
     "parse_cancellations_total",
-    "Cancelled requests: the client disconnected before or while it received the answer, or the request timed out.",
+    "Cancelled requests: the client disconnected before the answer began (left_waiting) or while it received the "
+    "answer (left_reading), or the request timed out.",
     {"cause": get_args(CancelCause)},
 )
 TARGET_PASSES = ROUTER_METRICS.counter(
@@ -253,12 +278,13 @@ TARGET_PASSES = ROUTER_METRICS.counter(
 )
 TARGET_PASS_TOKENS = ROUTER_METRICS.counter(
     "parse_target_pass_tokens_total",
-    "Answer tokens from these passes; in mode exact they include the draft's tokens.",
+    "Answer tokens from the passes in parse_target_passes_total. In mode exact, they include the draft's tokens.",
     METHOD_LABEL,
 )
 PROPOSED_TOKENS = ROUTER_METRICS.counter(
     "parse_proposed_tokens_total",
-    "Tokens proposed to the target, by method (draft: the draft of mode exact) and by their position in the proposal.",
+    "Tokens proposed to the target, by method and by position in the proposal. The method draft is the draft of mode "
+    "exact.",
     PROPOSAL_LABELS,
 )
 ACCEPTED_PROPOSED_TOKENS = ROUTER_METRICS.counter(
@@ -266,13 +292,14 @@ ACCEPTED_PROPOSED_TOKENS = ROUTER_METRICS.counter(
 )
 AUDITS = ROUTER_METRICS.counter(
     "parse_audits_total",
-    "Answers with accepted drafts that the target answered again alone: with the same result, with a different one, or "
-    "dropped because the router was never idle.",
+    "Audited answers with accepted drafts. The target alone had the same result (agree) or a different one (disagree), "
+    "or the audit failed or found no idle time (dropped).",
     {"result": get_args(AuditResult)},
 )
 AUDIT_GAP = ROUTER_METRICS.histogram(
     "parse_audit_gap_nats",
-    "How much higher the target's mean log-probability per token is for its own answer than for the one that was sent.",
+    "How much higher the target's mean log-probability per token is for its own answer than for the answer that was "
+    "sent, in nats.",
     NATS_BUCKETS,
 )
 UNREACHED_REPLICAS = ROUTER_METRICS.counter(
@@ -283,19 +310,21 @@ UNREACHED_REPLICAS = ROUTER_METRICS.counter(
 
 # Engines. Each replica of a drafter or verifier exports these.
 
-ENGINE_REQUESTS_RUNNING = ENGINE_METRICS.gauge("parse_engine_running", "Calls that an engine is working on.")
-ENGINE_REQUESTS_WAITING = ENGINE_METRICS.gauge("parse_engine_waiting", "Calls waiting for the engine.")
+ENGINE_REQUESTS_RUNNING = ENGINE_METRICS.gauge("parse_engine_running", "Calls that the engine computes.")
+ENGINE_REQUESTS_WAITING = ENGINE_METRICS.gauge("parse_engine_waiting", "Calls that wait for the engine.")
 ENGINE_KV_CACHE_BLOCKS = ENGINE_METRICS.gauge(
     "parse_engine_pages",
-    "Blocks of the KV cache: in use, held only by the prefix cache (idle), or free.",
+    "Blocks of the KV cache: held by calls (used), held only by the prefix cache (idle), or free.",
     {"state": get_args(BlockState)},
 )
-ENGINE_STEPS = ENGINE_METRICS.counter("parse_engine_steps_total", "Forward passes.")
+ENGINE_STEPS = ENGINE_METRICS.counter("parse_engine_steps_total", "Forward passes of the engine.")
 ENGINE_STEP_REQUESTS = ENGINE_METRICS.counter(
-    "parse_engine_step_calls_total", "Calls computed in these passes. Divided by the passes, this is the batch size."
+    "parse_engine_step_calls_total",
+    "Calls computed in forward passes, counted once per pass. Divided by the number of passes, this is the mean batch "
+    "size.",
 )
-ENGINE_TOKENS = ENGINE_METRICS.counter("parse_engine_tokens_total", "Tokens computed.")
-ENGINE_BUSY_SECONDS = ENGINE_METRICS.counter("parse_engine_busy_seconds_total", "Time spent in forward passes.")
+ENGINE_TOKENS = ENGINE_METRICS.counter("parse_engine_tokens_total", "Tokens that the engine has computed.")
+ENGINE_BUSY_SECONDS = ENGINE_METRICS.counter("parse_engine_busy_seconds_total", "Seconds spent in forward passes.")
 ENGINE_PREFIX_CACHE_QUERIES = ENGINE_METRICS.counter(
     "parse_engine_prefix_tokens_total", "Tokens looked up in the prefix cache."
 )
@@ -330,7 +359,7 @@ class MetricsRecorder:
             self._ray_metrics[metric.name].inc(amount, labels)
 
     def update_total(self, metric: Counter, total: float, **labels: str) -> None:
-        """Sets a counter that is maintained elsewhere to its total there."""
+        """Raises a counter to a total that is counted elsewhere."""
         key = (metric.name, tuple(labels.values()))
         self.add(metric, total - self._totals.get(key, 0.0), **labels)
         self._totals[key] = total

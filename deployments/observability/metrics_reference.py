@@ -1,25 +1,29 @@
-"""Writes docs/metrics.md: python -m deployments.observability.metrics_reference > docs/metrics.md"""
+"""Writes docs/metrics.md from the declared metrics.
+
+python -m deployments.observability.metrics_reference > docs/metrics.md
+"""
 
 from collections.abc import Sequence
 
 from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS, Counter, Gauge, Histogram, Metric
 
 HEADER = """\
-<!-- Made by `make docs`: change deployments/observability/metrics.py, not this file. -->
+<!-- `make docs` writes this file. Change deployments/observability/metrics.py instead. -->
 
 # Metrics
 
 You can read the metrics in two places:
 
-- `GET /metrics` of the service gathers them from all routers, drafters and verifiers, with the names below and the
-  labels `application`, `deployment` and `replica`. If the API needs a key, so does this path. A replica that does not
-  respond within a second is left out and counted in `parse_unreached_replicas_total`.
-- Ray exports the same metrics from every node, under names that begin with `ray_`, with the same labels and Ray's own.
-  Use this in a cluster: it needs no request to a router.
+- `GET /metrics` of the service returns the metrics of all routers, drafters and verifiers, with the names below and the
+  labels `application`, `deployment` and `replica`. If the API needs a key, this path needs one too. A replica that does
+  not respond within a second is left out and counted in `parse_unreached_replicas_total`.
+- Ray exports the same metrics from every node, under names that begin with `ray_`. They have the same labels and those
+  that Ray adds. Use this source in a cluster, because it needs no request to a router.
 
-Dashboards, alerts and how to read them: [monitoring.md](monitoring.md). Everything is counted when a request ends, and
-an answer only if it is complete, so these metrics are exactly the sums of `usage` and `parse` in the responses. Shares
-are not metrics but queries, for example accepted over drafted tokens. A label takes only the values listed here.
+[monitoring.md](monitoring.md) describes the dashboards and alerts. A request is counted when it ends. An answer is
+counted only if it is complete. The metrics of answers are therefore exactly the sums of `usage` and `parse` in the
+responses. Shares are not metrics. Query them, for example as accepted over drafted tokens. A label has only the values
+listed here.
 """
 
 
@@ -27,16 +31,17 @@ def render_metrics_page() -> str:
     return "\n".join(
         [
             HEADER,
-            "## Requests and answers\n\nExported by routers.\n",
+            "## Requests and answers\n\nEach router exports these metrics.\n",
             render_metrics_table(ROUTER_METRICS),
-            "## Engines\n\nExported by each replica of a drafter or verifier. The label `deployment` says which.\n",
+            "## Engines\n\nEach replica of a drafter or verifier exports these metrics. The label `deployment` tells "
+            "them apart.\n",
             render_metrics_table(ENGINE_METRICS),
         ]
     )
 
 
 def render_metrics_table(metrics: Sequence[Metric]) -> str:
-    lines = ["| metric | kind | labels | |", "| --- | --- | --- | --- |"]
+    lines = ["| metric | kind | labels | meaning |", "| --- | --- | --- | --- |"]
     lines += [
         f"| `{metric.name}` | {describe_kind(metric)} | {describe_labels(metric)} | {metric.help} |"
         for metric in metrics

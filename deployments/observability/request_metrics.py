@@ -1,4 +1,4 @@
-"""Adds a completed answer to the metrics."""
+"""Records the metrics of a completed answer."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def record_choice_metrics(recorder: MetricsRecorder, choice: ChoiceState) -> Non
         recorder.observe(metrics.ACCEPTED_PREFIX_LENGTH, usage.accepted_prefix_length, mode=mode)
     if usage.fallback is not None:
         recorder.add(metrics.FALLBACKS, cause=usage.fallback.cause)
-    if mode == "exact":  # the draft is a proposal, accepted token by token up to the first that differs
+    if mode == "exact":  # the draft is a proposal, which is accepted token by token up to the first difference
         _record_proposals(recorder, "draft", [1] * usage.draft_tokens, [1] * usage.accepted_tokens)
     if speculation := usage.speculation:
         method = speculation.method
@@ -49,7 +49,7 @@ def _draft_outcome(usage: Usage) -> DraftOutcome:
 
 
 def _record_proposals(recorder: MetricsRecorder, method: str, proposed: Sequence[int], accepted: Sequence[int]) -> None:
-    """Records the numbers of proposed and of accepted tokens at each position of the proposals."""
+    """Records proposed and accepted tokens at each position of the proposals."""
     for metric, counts in ((metrics.PROPOSED_TOKENS, proposed), (metrics.ACCEPTED_PROPOSED_TOKENS, accepted)):
         for position, count in zip(POSITIONS, (*counts[:LAST_POSITION], sum(counts[LAST_POSITION:])), strict=False):
             recorder.add(metric, count, method=method, position=position)

@@ -1,4 +1,6 @@
-"""OpenTelemetry: spans of answers and their stages. Ray Serve adds its own and propagates them between replicas.
+"""OpenTelemetry: spans of answers and their stages.
+
+Ray Serve adds its own and propagates them between replicas.
 
 Nothing is traced unless Ray Serve is configured to: with `tracing_config` in serve_config.yaml, or by
 `python -m deployments` if OTEL_EXPORTER_OTLP_ENDPOINT is set.
@@ -18,7 +20,7 @@ tracer = trace.get_tracer("parse")
 UNTRACED_METHODS = frozenset({"alive", "capabilities", "collect_metrics", "describe"})
 UNTRACED_PATHS = frozenset({"/ready", "/health", "/metrics"})
 OTEL_TIMEOUT_VARIABLES = "OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"
-EXPORT_TIMEOUT_S = 5.0  # half of the default; only a shutdown waits for it
+EXPORT_TIMEOUT_S = 5.0  # half of the default; only a shutdown waits for this time
 
 
 def span_attributes(usage: Usage) -> dict[str, str | int]:
@@ -40,8 +42,9 @@ def span_attributes(usage: Usage) -> dict[str, str | int]:
 def otlp() -> list[SpanProcessor]:
     """Returns the span processors. Ray Serve calls this in every process that traces.
 
-    OpenTelemetry's own environment variables name the endpoint. A thread sends the spans from a bounded queue, so an
-    endpoint that does not respond slows down no request. It should not fill the logs either.
+    OpenTelemetry's own environment variables name the endpoint. A thread sends the spans from a bounded queue. An
+    endpoint that does not respond therefore slows down no request. Its errors are not logged either, because they would
+    fill the logs.
     """
     logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
     timeout = None if any(name in os.environ for name in OTEL_TIMEOUT_VARIABLES) else EXPORT_TIMEOUT_S
@@ -49,7 +52,10 @@ def otlp() -> list[SpanProcessor]:
 
 
 class _RequestSpanProcessor(BatchSpanProcessor):
-    """Leaves out the service's own calls, which it makes every second and which would fill the trace store."""
+    """A span processor that leaves out the service's own calls.
+
+    The service makes them every second, and they would fill the trace store.
+    """
 
     def on_end(self, span: ReadableSpan) -> None:
         attributes = span.attributes or {}

@@ -1,4 +1,6 @@
-"""The playground, a page at `/`: it shows which parts of an answer were drafted, accepted and rejected.
+"""The playground, a page at `/` that shows how an answer was made.
+
+It marks which parts were drafted, accepted and rejected.
 
 It consists of static files that use only the public API.
 """
@@ -13,18 +15,18 @@ from starlette.responses import Response
 INDEX_FILE = "index.html"
 SCRIPTS = "api charts dom drafts examples main pane problems session theme transcript".split()
 ASSETS = {"icon.svg": "image/svg+xml", "playground.css": "text/css"} | {f"{n}.js": "text/javascript" for n in SCRIPTS}
-# These paths need no key, like the API documentation: the files are public and contain no answers. A client without a
-# key gets an error from the API, which the page shows. The empty path is `/` under a route prefix.
+# Like the API documentation, these paths need no key, because the files are public and contain no answers. A client
+# without a key gets an error from the API, and the page shows it. The empty path is `/` under a route prefix.
 PATHS = frozenset({"", "/", *(f"/playground/{name}" for name in ASSETS)})
-# The page loads nothing from other servers and nothing inline, and text never becomes markup, because the output of
-# models is not trusted.
+# The page loads nothing from other servers and has no inline scripts or styles. Text never becomes markup, because the
+# output of models is not trusted.
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # cached, but revalidated each time, so that a new version is seen at once
+    "Cache-Control": "no-cache",  # browsers revalidate their copy each time, so they see a new version at once
 }
 
 

@@ -1,15 +1,18 @@
-// The public API: models, readiness, and an answer as a stream of events.
+// Calls the public API: it reads models and readiness, and streams the events of an answer.
 
-/** An error, with the message of the API if there is one. */
+/** A failed request. The message is that of the API, if the API sent one. */
 export class Failure extends Error {
-  /** kind: "refused" (a status), "broken" (an error within the stream), "cut" (no end), "lost" (no connection). */
+  /**
+   * `kind` is "refused" (the response has an error status), "broken" (the stream contains an error), "cut" (the stream
+   * ended too early) or "lost" (the connection failed).
+   */
   constructor(kind, message, { status = null, code = null, param = null, retryAfter = null, request = null } = {}) {
     super(message);
     Object.assign(this, { kind, status, code, param, retryAfter, request });
   }
 }
 
-/** Addresses are relative to the page, so that the service can be under any prefix. */
+/** Calls the API. Paths are relative to the page, so that the service can be under any prefix. */
 async function callApi(path, { key = "", ...options } = {}) {
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   let response;
@@ -18,7 +21,7 @@ async function callApi(path, { key = "", ...options } = {}) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     if (error instanceof TypeError && /header|ByteString|ISO-8859/i.test(error.message)) {
-      throw new Failure("refused", "the key contains characters that cannot be sent", { status: 401, code: "invalid_api_key" });
+      throw new Failure("refused", "the key contains characters that a header cannot contain", { status: 401, code: "invalid_api_key" });
     }
     throw new Failure("lost", error.message);
   }
@@ -36,7 +39,7 @@ async function refusal(response) {
     const { error } = await response.json();
     return new Failure("refused", String(error.message), { ...about, code: error.code, param: error.param });
   } catch {
-    return new Failure("refused", `the server answered with status ${response.status}`, about);
+    return new Failure("refused", `the server responded with status ${response.status}`, about);
   }
 }
 
@@ -46,7 +49,7 @@ export async function models(key) {
   return (await response.json()).data;
 }
 
-/** {status, troubles}; a 503 is an answer too. */
+/** Returns {status, troubles}. A 503 contains them too. */
 export async function readiness() {
   try {
     const response = await callApi("ready");
@@ -56,7 +59,7 @@ export async function readiness() {
   }
 }
 
-/** Yields {piece}, {verdict} and at last {report, finish}. */
+/** Sends a question. Yields {piece} and {verdict} objects, and finally {report, finish}. */
 export async function* ask(body, { key, signal }) {
   const response = await callApi("v1/chat/completions", {
     key,
@@ -88,7 +91,7 @@ async function* eventsOf(stream) {
     if (parse.verdict) yield { verdict: parse.verdict };
     if (choice?.finish_reason) yield { report: parse, finish: choice.finish_reason };
   }
-  throw new Failure("cut", "the stream ended before the answer did");
+  throw new Failure("cut", "the stream ended before the answer was complete");
 }
 
 function parsed(data) {
@@ -99,7 +102,7 @@ function parsed(data) {
   }
 }
 
-/** Yields the `data` of server-sent events, whatever the chunk boundaries. */
+/** Yields the `data` of server-sent events. They can be split into chunks at any byte. */
 export async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -107,7 +110,7 @@ export async function* events(stream) {
   try {
     for (;;) {
       const { value, done } = await reader.read();
-      if (done) return; // an event without its empty line never ended
+      if (done) return; // an event ends with an empty line; an incomplete event is dropped
       const lines = (rest + value).split("\n");
       rest = lines.pop();
       for (const line of lines.map((text) => text.replace(/\r$/, ""))) {
@@ -123,6 +126,6 @@ export async function* events(stream) {
     if (error.name === "AbortError" || error instanceof Failure) throw error;
     throw new Failure("lost", error.message);
   } finally {
-    reader.cancel().catch(() => {}); // it may have failed already
+    reader.cancel().catch(() => {}); // the stream may have failed already
   }
 }

@@ -1,10 +1,10 @@
-// Small charts that fit a given width. Each has a table beside it with the same data.
+// Draws small charts with a given width. The page shows a table with the same data next to each chart.
 
 import { chance, element, percent, seconds, svg, table } from "./dom.js";
 
 const LEFT = 38;
 const RIGHT = 8;
-// In log-odds, so that 0.93 and 0.99 are as far apart as they mean.
+// The axis shows log-odds, so that the difference between 0.93 and 0.99 is visible.
 const [LOW, HIGH] = [0.005, 0.9995];
 const TICKS = [0.01, 0.1, 0.5, 0.9, 0.99];
 const odds = (p) => Math.log(p / (1 - p));
@@ -14,7 +14,7 @@ const height = (p, top, bottom) => {
 };
 const n = (x) => Math.round(x * 10) / 10;
 
-/** P(correct) of every prefix of every draft; `thresholds`: {full, prefix}, null if unknown. */
+/** Draws P(correct) of every prefix of every draft. `thresholds` is {full, prefix}; an unknown threshold is null. */
 export function curve(drafts, thresholds, width) {
   const [top, bottom, total] = [12, 120, 152];
   const gap = 22;
@@ -62,13 +62,13 @@ function point(x, p, passes, top, bottom, prefixLength) {
   const y = n(p === null ? bottom : height(p, top, bottom));
   const kind = p === null ? "unverified" : passes ? "passes" : "fails";
   const label = svg("title", {}, `prefix of ${prefixLength} tokens: ${chance(p)}`);
-  // The shape tells it too: a disc passes, a cross fails, a bar was not evaluated.
+  // The shape also shows the result: a disc passes, a cross fails, and a bar was not evaluated.
   const shape = { passes: `M${x - 3.2} ${y}a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0 -6.4 0`, unverified: `M${x} ${y - 4}v8` };
   const cross = `M${x - 3} ${y - 3}l6 6m0 -6l-6 6`;
   return svg("path", { class: `prefix-point ${kind}`, d: shape[kind] ?? cross, "data-p": p ?? "" }, label);
 }
 
-/** 0, how much was kept, and the length, where they do not run into one another. */
+/** Labels the axis with 0, the accepted length and the length of the draft, if these labels do not overlap. */
 function axis({ kept, length }, x, end) {
   const text = (token, anchor) => svg("text", { class: "tick", x: x(token), y: 135, "text-anchor": anchor }, String(token));
   const labels = [];
@@ -85,7 +85,7 @@ function lines({ full, prefix }, width, top, bottom) {
   return thresholds.flatMap(([name, p]) => {
     const y = n(heights[name]);
     const other = heights[below[name]];
-    // One label above its line and one below, where they are close together.
+    // If the two lines are close together, one label is above its line and the other one below.
     const under = other !== undefined && Math.abs(other - y) < 26 && (other < y || (other === y && name === "prefix"));
     return [
       svg("line", { class: `threshold ${name}`, x1: LEFT, x2: width - RIGHT, y1: y, y2: y }),
@@ -100,8 +100,8 @@ function described(drafts, { full, prefix }) {
     const last = evaluated.findLast(({ passes }) => passes);
     const next = evaluated.find(({ passes }) => !passes);
     const sentences = [`Draft ${at + 1}: ${points.length} prefixes, ${kept} of ${length} tokens accepted`];
-    if (last) sentences.push(`${chance(last.p)} for the last prefix that passes`);
-    if (next) sentences.push(`${chance(next.p)} for the first that fails`);
+    if (last) sentences.push(`P(correct) is ${chance(last.p)} for the last prefix that passes`);
+    if (next) sentences.push(`P(correct) is ${chance(next.p)} for the first prefix that fails`);
     return sentences.join(", ");
   });
   const thresholds = Object.entries({ full, prefix }).filter(([, p]) => p !== null);
@@ -116,10 +116,10 @@ export function prefixTable(drafts) {
   return table("P(correct) of each prefix", ["Draft", "Tokens", "P(correct)", "Result"], rows);
 }
 
-/** The API's names of the stages, with the labels shown here. */
+/** The API's names of the stages, with the labels that the page shows. */
 const STAGES = { queue: "queue", warm: "prefill", draft: "draft", judge: "verify", write: "generate" };
 
-/** When each stage ran. `axisSeconds` is the length of the axis, so that charts side by side are comparable. */
+/** Draws when each stage ran. `axisSeconds` is the length of the axis. Charts with the same length are comparable. */
 export function gantt(stages, { first, total, axisSeconds }, width) {
   const [row, thick, top, left] = [19, 11, 16, 58];
   const bottom = top + row * Object.keys(STAGES).length;
@@ -186,7 +186,7 @@ export function stagesTable(stages) {
   return table("Stages by start", ["Stage", "Start", "End", "Duration"], rows);
 }
 
-/** Acceptance of one answer after the other. */
+/** Draws the acceptance of consecutive answers. */
 export function sparkline(shares, width = 132, high = 26) {
   const x = (at) => n(shares.length > 1 ? 5 + ((width - 10) * at) / (shares.length - 1) : width / 2);
   const y = (share) => n(high - 4 - (high - 8) * share);
@@ -203,7 +203,7 @@ export function sparkline(shares, width = 132, high = 26) {
   );
 }
 
-/** A bar from nothing, with a line where `off` ends. */
+/** Draws a bar from 0 to the value, with a line at 1, which is the speed of mode `off`. */
 export function ratio(value, most, { baseline = false, width = 190, high = 16 } = {}) {
   const x = (amount) => n((width * amount) / Math.max(most, 1));
   const kind = baseline ? " baseline" : value < 1 ? " slower" : "";
@@ -216,7 +216,7 @@ export function ratio(value, most, { baseline = false, width = 190, high = 16 } 
   );
 }
 
-/** Draws again whenever the width changes. */
+/** Draws a chart into a box, and again whenever the width of the box changes. */
 export function fitted(box, draw) {
   let drawn = 0;
   const watch = new ResizeObserver(() => {

@@ -1,10 +1,10 @@
-// Creates elements from data. Text is inserted as text: nothing on the page parses markup.
+// Creates elements from data. Text is inserted as text, because no code on the page parses markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
 export const byId = (id) => document.getElementById(id);
 
-/** `element("td", {class: "number"}, "12")`; attributes that are null or false are left out. */
+/** Creates an element, for example `element("td", {class: "number"}, "12")`. Null and false attributes are left out. */
 export function element(name, attributes = {}, ...children) {
   return filled(document.createElement(name), attributes, children);
 }
@@ -21,7 +21,7 @@ function filled(node, attributes, children) {
   return node;
 }
 
-/** A table of texts. The first cell of each row is its header. */
+/** Creates a table of texts. The first cell of each row is its header. */
 export function table(caption, head, rows) {
   return element(
     "table",

@@ -1,8 +1,9 @@
-// From verifications to drafts: P(correct) of each prefix, and how much of each draft was accepted.
+// Computes drafts from verifications: P(correct) of each prefix, and how much of each draft was accepted.
 
 /**
  * Returns [{base, length, kept, points: [{prefixLength, p, passes}]}], with lengths in tokens from the start of each draft.
- * A draft starts after the target's last tokens. The windows of one draft (mode `progressive`) have none between them.
+ * A draft starts after the target's last tokens. Between the windows of one draft (mode `progressive`) there are no
+ * target tokens.
  */
 export function drafts(pieces, verdicts) {
   const drafts = [];

@@ -1,4 +1,4 @@
-// The page: it sends requests and shows the answers.
+// Runs the page: sends requests and shows the answers.
 
 import { ask, Failure, models, readiness } from "./api.js";
 import { byId, element, seconds, times } from "./dom.js";
@@ -9,11 +9,11 @@ import { Session, tokens } from "./session.js";
 import { themes } from "./theme.js";
 
 const READINESS_INTERVAL_MS = 15_000;
-const KEY = "parse-key"; // in sessionStorage: this tab's own, and gone with it
+const KEY = "parse-key"; // in sessionStorage, which belongs to this tab and ends with it
 
 const session = new Session();
 let model = null;
-let offer = { modes: null, full: null, prefix: null, methods: null, speculation: null }; // of the server; null: not known yet
+let offer = { modes: null, full: null, prefix: null, methods: null, speculation: null }; // what the server offers; null if not known yet
 let panes = [];
 let activeRequest = null; // the AbortController of the running request
 let last = null; // the last request, without its mode and method
@@ -36,7 +36,7 @@ function request() {
   return body;
 }
 
-/** Returns {mode, method} of each answer. */
+/** Returns {mode, method} of each requested answer. */
 function chosen() {
   const choices = ["", "-b"].map((which) => ({ mode: byId(`mode${which}`).value, method: byId(`method${which}`).value }));
   return byId("compare").checked ? choices : choices.slice(0, 1);
@@ -56,11 +56,11 @@ async function start() {
   last = request();
   for (const choice of chosen()) open(choice);
   const answers = byId("answers");
-  if (answers.getBoundingClientRect().top > innerHeight / 2) answers.scrollIntoView(); // on a telephone, where it lies below
+  if (answers.getBoundingClientRect().top > innerHeight / 2) answers.scrollIntoView(); // on small screens it is below the form
   await runPanes(controller, panes);
 }
 
-/** `off` beside the last answer, with the same question. */
+/** Asks the last question again in mode `off`, next to the last answer. */
 async function measureOff() {
   if (!last) return;
   stop();
@@ -68,7 +68,7 @@ async function measureOff() {
   activeRequest = controller;
   for (const pane of panes.slice(1)) pane.leave();
   panes = panes.slice(0, 1);
-  byId("answers").focus({ preventScroll: true }); // the button is about to go
+  byId("answers").focus({ preventScroll: true }); // the button that has the focus is about to disappear
   byId("panes").scrollIntoView({ block: "nearest" });
   await runPanes(controller, [open({ mode: "off", method: offer.speculation })]);
 }
@@ -88,7 +88,7 @@ function open({ mode, method }) {
   return pane;
 }
 
-/** One after the other: at the same time they would slow each other down. */
+/** Requests one answer after the other, because concurrent requests would slow each other down. */
 async function runPanes(controller, waiting) {
   working(true);
   compare({ over: false });
@@ -116,7 +116,7 @@ async function answer(pane, controller) {
     if (model === null) last.model = await whichModel();
     const body = { ...last, parse: { ...last.parse, mode: pane.mode } };
     if (several()) body.parse.speculation = pane.method || offer.speculation;
-    if (pane.mode === "off") delete body.prediction; // nobody would look at it
+    if (pane.mode === "off") delete body.prediction; // mode off does not use it
     for await (const event of ask(body, { key: byId("key").value, signal: controller.signal })) {
       if (controller.signal.aborted) break;
       pane.take(event);
@@ -131,7 +131,7 @@ async function answer(pane, controller) {
 
 function finished(pane, body) {
   pane.show();
-  if (!pane.report) throw new Failure("cut", "the answer has no end");
+  if (!pane.report) throw new Failure("cut", "the stream ended before the answer was complete");
   announce(pane.summary);
   session.take(body.prediction ? `${pane.name}, own draft` : pane.name, pane.report);
   showSession();
@@ -139,7 +139,7 @@ function finished(pane, body) {
 
 function showFailure(pane, error) {
   const failure = error instanceof Failure ? error : new Failure("lost", String(error));
-  pane.failed(failure); // its box announces itself
+  pane.failed(failure); // the box has the role alert, so screen readers announce it
   const field = failure.param && document.querySelector(`[data-param="${CSS.escape(failure.param)}"]`);
   if (field) {
     field.setAttribute("aria-invalid", "true");
@@ -179,8 +179,8 @@ function compare({ over }) {
   line.hidden = !b;
   if (!b) return;
   if (!a.report || !b.report) {
-    const why = over ? "is unknown, because not both completed." : "is known when both are done. They run one after the other.";
-    line.replaceChildren(element("b", {}, "–"), element("span", {}, `How ${a.name} compares with ${b.name} ${why}`));
+    const why = over ? "cannot be compared, because not both completed." : "are compared when both are done. They run one after the other.";
+    line.replaceChildren(element("b", {}, "–"), element("span", {}, `${a.name} and ${b.name} ${why}`));
     return;
   }
   const [fast, slow] = a.report.total_s <= b.report.total_s ? [a, b] : [b, a];
@@ -191,8 +191,8 @@ function compare({ over }) {
     element(
       "span",
       {},
-      `${fast.name} is faster: done in ${seconds(fast.report.total_s)}, ${slow.name} in ${seconds(slow.report.total_s)}. ` +
-        `In tokens per second: ${times(rate(fast) / rate(slow))}. ${same}`,
+      `${fast.name} is faster: it took ${seconds(fast.report.total_s)}, and ${slow.name} took ${seconds(slow.report.total_s)}. ` +
+        `The ratio in tokens per second is ${times(rate(fast) / rate(slow))}. ${same}`,
     ),
   );
 }
@@ -215,7 +215,7 @@ async function whichModel() {
   return model;
 }
 
-/** The server's own thresholds hold where none are set, and it may serve some modes only. */
+/** Shows what the server offers: its thresholds, which apply where the user sets none, and its modes and methods. */
 function offered(parse) {
   offer = { ...offer, ...parse };
   for (const name of ["full", "prefix"]) if (offer[name] !== null) byId(name).placeholder = offer[name];
@@ -229,7 +229,7 @@ function offered(parse) {
   offeredMethods();
 }
 
-/** Shows the methods if there is a choice. */
+/** Shows the methods if there is more than one. */
 function offeredMethods() {
   byId("methods").hidden = !several();
   const methods = offer.methods ?? [];
@@ -279,7 +279,7 @@ function fill() {
   try {
     byId("key").value = sessionStorage.getItem(KEY) ?? "";
   } catch {
-    // Without storage the user enters it again.
+    // Without storage, the user has to enter the key again.
   }
   if (/Mac|iPhone|iPad/.test(navigator.platform)) byId("ask-key").textContent = "⌘ ⏎";
 }
@@ -297,7 +297,7 @@ function keep() {
   try {
     sessionStorage.setItem(KEY, byId("key").value);
   } catch {
-    // It holds until the page is left.
+    // Without storage, the key is kept until the user leaves the page.
   }
   loadModel();
 }

@@ -1,43 +1,43 @@
-// Explains errors, and what to do about them.
+// Explains errors, and says what the user can do.
 
-/** {title, advice}: the server's own message stands between them. */
+/** Returns {title, advice}. The page shows the server's own message between them. */
 export function explained({ kind, status, code, param, retryAfter }) {
   if (kind === "lost") {
     return {
       title: "The connection was lost",
-      advice: "What had arrived stays. See whether the server is still running and can be reached, then ask again.",
+      advice: "The text that has arrived stays. Check that the server is running and can be reached, then ask again.",
     };
   }
   if (kind === "cut") {
     return {
       title: "The stream was cut off",
-      advice: "It ended before the answer did, as when the server is restarted. What had arrived stays; ask again.",
+      advice: "The stream ended before the answer was complete, for example because the server was restarted. The text that has arrived stays. Ask again.",
     };
   }
   if (kind === "broken") {
     return {
-      title: "The answer broke off",
-      advice: "The server failed on its way. What had arrived stays; ask again, and if it happens again, look into the server’s log.",
+      title: "The answer is incomplete",
+      advice: "The server failed while it generated the answer. The text that has arrived stays. Ask again. If it happens again, look at the server’s log.",
     };
   }
   if (code === "no_keys") {
     return {
-      title: "This server only serves its own machine",
-      advice: "It has no keys. Open this page on the server’s machine or through a tunnel to it, or have the operator set keys.",
+      title: "This server serves only its own machine",
+      advice: "The server has no keys. Open this page on the server’s machine or through a tunnel to it, or ask the operator to set keys.",
     };
   }
   if (status === 401) {
     return { title: "A key is required", advice: "Enter one of the server’s keys under Key, then ask again." };
   }
   if (code === "context_length_exceeded") {
-    return { title: "Too long for the model", advice: "Shorten the question, or ask for fewer tokens." };
+    return { title: "The request is too long for the model", advice: "Shorten the question, or set a lower Max tokens." };
   }
   if (status === 400 || status === 404) {
-    return { title: "The server rejected the request", advice: param ? `Change ${param} and ask again.` : "Change it and ask again." };
+    return { title: "The server rejected the request", advice: param ? `Change ${param} and ask again.` : "Change the request and ask again." };
   }
   if (status === 413) return { title: "The question is too long", advice: "Shorten the question or the draft." };
   if (status === 408 || status === 504) {
-    return { title: "It took too long", advice: "Ask again, or ask for fewer tokens." };
+    return { title: "The request took too long", advice: "Ask again, or set a lower Max tokens." };
   }
   if (status === 503) {
     const when = retryAfter === null ? "in a moment" : `in ${retryAfter} ${retryAfter === 1 ? "second" : "seconds"}`;
@@ -46,6 +46,6 @@ export function explained({ kind, status, code, param, retryAfter }) {
   }
   return {
     title: "The server failed",
-    advice: "The fault is not in your question. Ask again; if it happens again, look into the server’s log.",
+    advice: "The error is not in your question. Ask again. If it happens again, look at the server’s log.",
   };
 }

@@ -3,11 +3,11 @@
 import { percent, element, times } from "./dom.js";
 import { ratio, sparkline } from "./charts.js";
 
-const SHOWN = 40; // answers in a line of 130 pixels
+const SHOWN = 40; // the maximum number of answers in a chart, which is about 130 pixels wide
 
 export class Session {
   constructor() {
-    this.modes = new Map(); // by name: the reports, in order
+    this.modes = new Map(); // the reports of each mode, in order
   }
 
   take(name, report) {
@@ -19,7 +19,7 @@ export class Session {
     return this.modes.has("off");
   }
 
-  /** [{name, answers, shares, accepted, rate, speedup}], `off` first; null where there is nothing to tell. */
+  /** Returns [{name, answers, shares, accepted, rate, speedup}], with `off` first. Unknown values are null. */
   rows() {
     const baseline = this.hasBaseline ? rate(this.modes.get("off")) : null;
     return [...this.modes]

@@ -1,4 +1,4 @@
-// Light, dark, or as the system has it; remembered in this browser, where it lets us.
+// Switches between a light theme, a dark theme and that of the system. The browser stores the choice if it allows that.
 
 import { byId } from "./dom.js";
 
@@ -12,7 +12,7 @@ export function themes() {
     try {
       localStorage.setItem(WHERE, chosen);
     } catch {
-      // It holds until the page is left.
+      // Without storage, the choice is kept until the user leaves the page.
     }
     show(chosen);
   });

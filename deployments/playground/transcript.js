@@ -1,9 +1,9 @@
-// An answer, marked by the origin of its text, with rejected text struck out where it would have been.
+// Shows an answer: its text is marked by origin, and rejected text is struck out at its place.
 
 import { element } from "./dom.js";
 
 /**
- * Merges text deltas and verifications, in any order, to [{kind, text}]; neighbours of the same kind are joined.
+ * Merges text deltas and verifications, in any order, to [{kind, text}]. Neighbours of the same kind are joined.
  * Rejected text comes after the first `start` + `kept` tokens of the answer.
  */
 export function runs(pieces, verdicts) {
@@ -32,7 +32,7 @@ export function runs(pieces, verdicts) {
 
 const NAMES = { accepted: "draft tokens, accepted", target: "target tokens", rejected: "draft tokens, rejected" };
 
-/** Shows runs, and leaves unchanged ones alone. */
+/** Shows runs. Elements of unchanged runs are not replaced. */
 export class Transcript {
   constructor(root) {
     this.root = root;
@@ -46,7 +46,7 @@ export class Transcript {
         for (const { node } of this.shown.splice(index)) node.remove();
         const name = run.kind === "rejected" ? "del" : "span";
         const node = element(name, { class: `run ${run.kind}`, title: NAMES[run.kind] }, run.text);
-        // Text that is rejected at the start of a line gets a paragraph of its own.
+        // Text that is rejected at the start of a line gets its own paragraph.
         const before = runs[index - 1];
         if (run.kind === "rejected" && (!before || before.text.endsWith("\n"))) node.classList.add("block");
         this.root.append(node);
@@ -59,5 +59,5 @@ export class Transcript {
   }
 }
 
-/** The text of the answer. */
+/** Returns the text of the answer. */
 export const answerText = (pieces) => pieces.map(({ text }) => text).join("");

@@ -1,1 +1,4 @@
-"""The Ray Serve deployments: router, drafter and verifier replicas, and the calls between them."""
+"""The Ray Serve deployments, and the calls between their replicas.
+
+There are three: router, drafter and verifier.
+"""

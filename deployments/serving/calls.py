@@ -1,4 +1,7 @@
-"""Calls over Ray Serve's handles. A call is cancelled with its caller, and raises the replica's exception."""
+"""Calls over Ray Serve's handles.
+
+A call is cancelled with its caller, and raises the replica's exception.
+"""
 
 import asyncio
 import contextvars
@@ -40,7 +43,10 @@ NO_REQUEST = CallContext()
 
 @contextmanager
 def trace_stage(name: StageName, session: Session) -> Iterator[CallContext]:
-    """Opens a span in the trace of an answer. It is passed explicitly, because stages run in different tasks."""
+    """Opens a span in the trace of an answer.
+
+    The span is passed on explicitly, because stages run in different tasks.
+    """
     span = tracer.start_span(name, session.trace_context)
     try:
         yield CallContext(session.request_id, trace.set_span_in_context(span, session.trace_context))
@@ -58,9 +64,9 @@ def call_replica(handle: DeploymentHandle, context: CallContext, *args: Any) -> 
 def run_in_fresh_context(context: CallContext, function: Callable[..., Any], *args: Any) -> Any:
     """Runs a function outside of the context of the current request.
 
-    Inside, Ray Serve gives every call the internal id of the request and uses it to find the caller that waits for a
-    replica: if two calls of a request wait at the same time, one of them is never woken. Serve would also cancel the
-    calls with the request, but here their callers do that.
+    In that context, Ray Serve gives every call the internal id of the request. It uses this id to find the caller that
+    waits for a replica. If two calls of a request wait at the same time, one of them is never woken. Serve would also
+    cancel the calls together with the request, but here their callers do that.
     """
     fresh = contextvars.Context()
     fresh.run(context.activate)

@@ -1,4 +1,4 @@
-"""Circuit breakers: whether drafters and verifiers respond, so that requests do not wait for those that do not."""
+"""Circuit breakers: skip deployments that do not respond."""
 
 import asyncio
 import logging
@@ -18,7 +18,10 @@ HEALTH_CHECK_TIMEOUT_S = 5.0
 
 
 class CircuitBreaker:
-    """Checks every second whether a deployment responds, so that requests need not wait to find out."""
+    """Checks every second whether a deployment responds.
+
+    Requests then fail at once and need not wait to find out.
+    """
 
     def __init__(self, name: ServicePart, handle: DeploymentHandle, busy_time: BusyTime) -> None:
         self.failure: str | None = None
@@ -30,7 +33,10 @@ class CircuitBreaker:
 
     @asynccontextmanager
     async def fail_fast(self) -> AsyncIterator[None]:
-        """Runs the block, and raises DraftUnavailable as soon as the deployment stops responding."""
+        """Runs the block while the deployment responds.
+
+        Raises DraftUnavailable as soon as it stops responding.
+        """
         if self.failure:
             raise DraftUnavailable("silent", f"the {self._name} {self.failure}")
         try:
@@ -51,13 +57,16 @@ class CircuitBreaker:
         return self._busy_time.track(self._name)
 
     def record_success(self) -> None:
-        """Notes that a call succeeded, which is enough if a busy deployment delays the health check."""
+        """Notes that a call succeeded.
+
+        A deployment whose calls succeed is available, even if it is so busy that the health check times out.
+        """
         self._last_success_at = asyncio.get_running_loop().time()
 
     def record_failure(self, failure: str) -> None:
         """Opens the circuit until the next successful health check."""
         if self.failure is None:
-            logger.warning("the %s is unavailable: %s", self._name, failure)
+            logger.warning("the %s is unavailable: it %s", self._name, failure)
         self.failure = failure
 
     def close(self) -> None:

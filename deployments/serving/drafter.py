@@ -1,4 +1,4 @@
-"""The drafter deployment: the draft model writes complete answers, or windows of them."""
+"""The drafter deployment: the draft model writes drafts."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -21,7 +21,7 @@ class Drafter(ModelReplica):
         await self.warm_up()
 
     async def draft_complete(self, request: DraftRequest) -> TokenDelta:
-        """Returns the whole draft: a unary call costs less than a stream."""
+        """Returns the whole draft at once, because such a call costs less than a stream."""
         async with aclosing(self._drafter.draft(request)) as deltas:
             return merge_deltas([delta async for delta in deltas])
 

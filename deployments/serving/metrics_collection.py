@@ -10,13 +10,16 @@ from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import MetricsRecorder
 from deployments.serving.calls import NO_REQUEST, run_in_fresh_context
 
-SCRAPE_TIMEOUT_S = 1.0  # Prometheus itself times out after ten times that, and would then get no metrics at all
+SCRAPE_TIMEOUT_S = 1.0  # Prometheus times out after ten times that, and would then get no metrics at all
 
 
 async def collect_replica_metrics(
     handles: Mapping[str, DeploymentHandle], recorder: MetricsRecorder
 ) -> list[ReplicaMetrics]:
-    """Returns the metrics of the replicas that respond in time, and counts the others."""
+    """Returns the metrics of the replicas that respond in time.
+
+    The other replicas are counted.
+    """
     results = await asyncio.gather(*(_collect_from_deployment(handle) for handle in handles.values()))
     for name, (_, missing) in zip(handles, results, strict=True):
         recorder.add(metrics.UNREACHED_REPLICAS, missing, part=name)
@@ -28,9 +31,9 @@ async def _collect_from_deployment(handle: DeploymentHandle) -> tuple[list[Repli
     try:
         async with asyncio.timeout(SCRAPE_TIMEOUT_S):
             broadcast = run_in_fresh_context(NO_REQUEST, handle.broadcast, "collect_metrics")
-            # The public methods wait for all replicas or for none.
+            # Ray Serve's public methods wait either for all replicas or for none.
             replicas = await broadcast._fetch_replica_results_async()
-    except Exception:  # there are no replicas, or Serve does not know them at the moment
+    except Exception:  # there are no replicas, or Serve does not know of any at the moment
         return [], 1
     if not replicas:
         return [], 1

@@ -9,7 +9,7 @@ ServicePart = Literal["drafter", "verifier"]
 
 
 class BusyTime:
-    """The time during which drafters, verifiers, and both worked for one router."""
+    """The seconds in which drafters, verifiers, and both worked for one router."""
 
     def __init__(self) -> None:
         self.drafter_s = self.verifier_s = self.both_s = 0.0
@@ -27,7 +27,7 @@ class BusyTime:
             self._active_calls[part] -= 1
 
     def update(self) -> None:
-        """Adds the time since the last update."""
+        """Adds the time since the last update to the totals."""
         now = time.perf_counter()
         elapsed, self._updated_at = now - self._updated_at, now
         drafting, verifying = self._active_calls["drafter"] > 0, self._active_calls["verifier"] > 0

@@ -1,4 +1,7 @@
-"""The base of the replicas that run a model: device assignment, warm-up, health and metrics."""
+"""The base class of the replicas that run a model.
+
+It assigns the device, warms up the engine, and reports health and metrics.
+"""
 
 import asyncio
 import os
@@ -17,7 +20,7 @@ from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.types import SamplingParams
 
-MAX_STEP_DURATION_S = 30.0  # an engine that needs longer for a step counts as hung
+MAX_STEP_DURATION_S = 30.0  # an engine that needs longer for a step is considered hung
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,10 @@ class ModelReplica:
         self._export_task: asyncio.Task[None] | None = None
 
     async def warm_up(self) -> None:
-        """Runs every kind of request once, so that kernels are compiled and memory is allocated before clients wait."""
+        """Runs every kind of request once.
+
+        Kernels are then compiled and memory is allocated before clients wait.
+        """
         num_tokens = min(64, self.engine.max_model_len // 4)
         prompt = [token % self.engine.model.vocab_size for token in range(num_tokens)]
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
@@ -65,14 +71,17 @@ class ModelReplica:
         self._export_task = asyncio.create_task(self._export_metrics_loop())
 
     def check_health(self) -> None:
-        """Raises if the engine cannot recover. Ray Serve calls this and then replaces the replica."""
+        """Raises if the engine cannot recover.
+
+        Ray Serve calls this and then replaces the replica.
+        """
         if not self.engine.core.alive:
-            raise RuntimeError("the engine has died")
+            raise RuntimeError("the engine's thread has ended")
         stats, now = self.engine.stats, time.monotonic()
         if stats.num_steps != self._last_step_count or not stats.num_running:
             self._last_step_count, self._last_progress_at = stats.num_steps, now
         elif now - self._last_progress_at > MAX_STEP_DURATION_S:
-            raise RuntimeError(f"the engine has made no step for {MAX_STEP_DURATION_S:g} s")
+            raise RuntimeError(f"the engine hangs: it has made no step for {MAX_STEP_DURATION_S:g} s")
 
     async def alive(self) -> None:
         self.check_health()
@@ -112,6 +121,9 @@ class ModelReplica:
 
 
 def hide_unassigned_gpus() -> None:
-    """Hides the GPUs from a replica that has none: Ray would leave all of them visible to it."""
+    """Hides the GPUs from a replica that has none assigned.
+
+    Ray would leave all of them visible to it.
+    """
     if not (ray.is_initialized() and ray.get_gpu_ids()):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,7 +1,7 @@
 """Clients of the drafter and verifier replicas, which may die, hang or be busy.
 
-A lost call to a verifier is made again on another replica, from the tokens that have been received. A lost draft costs
-only speed.
+If a call to a verifier is lost, it is made again on another replica and continues after the tokens that have been
+received. If a draft is lost, the answer only takes longer.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ RETRYABLE_ERRORS = tuple(RETRY_CAUSES)
 
 
 class RetriesExhausted(EngineStopped):
-    """Several verifiers in a row were lost while they served this request."""
+    """Raised if several verifiers in a row were lost while they served a request."""
 
 
 class VerifierClient:
@@ -54,7 +54,10 @@ class VerifierClient:
             return await self._call_with_retries("verify", context, request)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
-        """Generates. If a stream breaks, it continues on another replica after the tokens that were received."""
+        """Generates tokens.
+
+        If a stream breaks, it continues on another replica after the tokens that were received.
+        """
         with trace_stage("write", self._session) as context, self._track_busy_time():
             while True:
                 try:
@@ -69,7 +72,11 @@ class VerifierClient:
                     await self._prepare_retry(error)
 
     async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
-        """Repeats the whole call if it is lost before the result arrives; later, only generates the rest."""
+        """Verifies a draft and generates what follows.
+
+        If the call is lost before the result arrives, the whole call is repeated. If it is lost later, only the
+        generation continues on another replica.
+        """
         result: VerifyResult | None = None
         rest: GenerateRequest | None = None
         with self._track_busy_time():
@@ -124,11 +131,14 @@ class VerifierClient:
                 await self._prepare_retry(error)
 
     async def _prepare_retry(self, error: Exception) -> None:
-        """Waits, and changes the session so that its calls go to another replica if there is one."""
+        """Waits, and changes the session so that it uses another replica.
+
+        If there is no other replica, the calls go to the same one again.
+        """
         if self._session.num_retries >= MAX_RETRIES:
-            raise RetriesExhausted("the verifiers keep failing") from error
+            raise RetriesExhausted(f"verifiers were lost {MAX_RETRIES + 1} times during this request") from error
         logger.warning(
-            "a verifier was lost (%s); its call is made again",
+            "a verifier was lost (%s); the call is repeated on another replica",
             type(error).__name__,
             extra={"request_id": self._session.request_id},
         )
@@ -139,7 +149,7 @@ class VerifierClient:
 
 
 def _after(request: GenerateRequest, delta: TokenDelta) -> GenerateRequest:
-    """Returns what is left of a request after these tokens have been received."""
+    """Returns the rest of a request after these tokens have been received."""
     still_follows_draft = delta.num_accepted == len(delta.token_ids)
     return replace(
         request,
@@ -149,7 +159,10 @@ def _after(request: GenerateRequest, delta: TokenDelta) -> GenerateRequest:
 
 
 class DrafterClient:
-    """Implements `parse.engines.protocol.Drafter` for one request. Any failure soon raises DraftUnavailable."""
+    """Implements `parse.engines.protocol.Drafter` for one request.
+
+    If drafters are lost, busy or do not respond, it soon raises DraftUnavailable.
+    """
 
     def __init__(self, handle: DeploymentHandle, session: Session, circuit_breaker: CircuitBreaker) -> None:
         self._handle, self._session, self._circuit_breaker = handle, session, circuit_breaker
@@ -173,5 +186,5 @@ class DrafterClient:
                 except BackPressureError:
                     raise DraftUnavailable("busy", "the drafters are busy") from None
                 except RETRYABLE_ERRORS as error:
-                    self._circuit_breaker.record_failure(type(error).__name__)
+                    self._circuit_breaker.record_failure(f"was lost ({type(error).__name__})")
                     raise DraftUnavailable("lost", "the drafter was lost") from error

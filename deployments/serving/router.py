@@ -1,4 +1,4 @@
-"""The router deployment: serves the HTTP API and runs the pipeline over drafters and verifiers."""
+"""The router deployment: serves the HTTP API and runs the pipeline."""
 
 import os
 from dataclasses import replace
@@ -33,7 +33,7 @@ class Router:
         self, settings: AppSettings, verifier: DeploymentHandle, drafter: DeploymentHandle | None
     ) -> None:
         logs.attach_to_serve_logger()
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the router needs no GPU and must not allocate memory on one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the router needs no GPU, and must not allocate memory on one
         self._settings = settings
         target = settings.target.model
         verification = VerificationSettings.for_model(target, **settings.verification.model_dump(exclude_unset=True))
@@ -85,7 +85,10 @@ class Router:
             self._recorder.set(metrics.PART_UNAVAILABLE, circuit_breaker.failure is not None, part=name)
 
     async def collect_peer_metrics(self) -> list[ReplicaMetrics]:
-        """Returns the metrics of all other replicas, because a scrape reaches only one router."""
+        """Returns the metrics of all other replicas.
+
+        A scrape reaches only one router, so this router collects the others.
+        """
         handles = {"Verifier": self._verifier, "Router": self._routers}
         if self._drafter is not None:
             handles["Drafter"] = self._drafter

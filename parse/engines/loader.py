@@ -1,4 +1,6 @@
-"""Assembles an engine from its settings: loads the model and the token-level methods, and starts the engine with them.
+"""Assembles an engine from its settings.
+
+It loads the model and the token-level methods, and starts the engine with them.
 
 This module is above both the engine and the methods, so that neither has to import the other.
 """
@@ -14,7 +16,7 @@ from parse.speculative.loading import load_methods
 
 
 def load_native_engine(settings: EngineSettings) -> NativeEngine:
-    """Loads the model and the methods that the settings name, and starts an engine for them."""
+    """Loads the model and the methods of the settings, and starts an engine."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     model = Model.load(

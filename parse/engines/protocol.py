@@ -1,4 +1,7 @@
-"""The interface between the pipeline and an engine: two protocols, and the capabilities of the engine."""
+"""The interface between the pipeline and an engine.
+
+It consists of two protocols and the capabilities of the engine.
+"""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +26,10 @@ class Drafter(Protocol):
 
 class Verifier(Protocol):
     async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
-        """Computes a prompt ahead of time; returns how many of its tokens were cached already."""
+        """Computes a prompt ahead of time.
+
+        Returns how many of its tokens were already cached.
+        """
         ...
 
     async def verify(self, request: VerifyRequest) -> VerifyResult: ...
@@ -31,13 +37,19 @@ class Verifier(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]: ...
 
     def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
-        """Yields the result of the verification as soon as it is known, then the tokens of the continuation."""
+        """Yields the result of the verification, then the generated tokens.
+
+        The result is yielded as soon as it is known.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine can do. A request for anything else is rejected with the name of the field."""
+    """What an engine can do.
+
+    A request for anything else is rejected with the name of the field.
+    """
 
     modes: tuple[str, ...]
     speculative_methods: tuple[str, ...]
@@ -53,7 +65,7 @@ class Capabilities:
     def check(self, request: GenerationRequest) -> None:
         """Raises RequestError if the request needs a capability that the engine lacks."""
         if request.mode != "auto" and request.mode not in self.modes:
-            raise RequestError("mode", f"{request.mode} is not supported by this engine, only {_listed(self.modes)}")
+            raise RequestError("mode", f"this engine supports {_listed(self.modes)}, got {request.mode!r}")
         method = request.speculative_method
         if method not in (None, "none", *self.speculative_methods):
             offered = _listed(("none", *self.speculative_methods))

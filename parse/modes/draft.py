@@ -1,6 +1,6 @@
-"""Receiving a draft, from the drafter or from the client's prediction.
+"""Receives a draft, from the drafter or from the client's prediction.
 
-A failed draft costs only speed: the target then answers without it.
+If there is no draft, the answer only takes longer: the target then generates all of it.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Draft:
-    """A draft that grows while it is written."""
+    """A draft, which grows while it is written."""
 
     def __init__(self, output_before: Sequence[int]) -> None:
         self.output_before = tuple(output_before)
@@ -72,7 +72,10 @@ def whole_window(run: Run, draft: Draft) -> DraftWindow:
 
 
 async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:
-    """Receives the draft and closes it. A failure is recorded as the reason for the fallback, and not raised."""
+    """Receives the draft and closes it.
+
+    A failure is recorded as the reason for the fallback, and not raised.
+    """
     with run.state.stage("draft"):
         try:
             await _receive(run, draft, stream_interval)
@@ -80,17 +83,18 @@ async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            run.state.fallback = Fallback("lost", "the drafter was cancelled")  # our caller did not cancel it
+            # The caller did not cancel this task, so the call to the drafter was cancelled.
+            run.state.fallback = Fallback("lost", "the call to the drafter was cancelled")
         except DraftUnavailable as error:
             run.state.fallback = Fallback(error.cause, f"no draft: {error}")
         except RequestError as error:  # for example a prompt that is too long for the drafter
             run.state.fallback = Fallback("refused", f"no draft: {error}")
         except TimeoutError:
             limit = run.settings.draft_timeout_s
-            run.state.fallback = Fallback("slow", f"the drafter took longer than {limit:g} s")
+            run.state.fallback = Fallback("slow", f"no draft: the drafter took longer than {limit:g} s")
         except Exception as error:
-            logger.warning("the drafter failed", exc_info=True)
-            run.state.fallback = Fallback("failed", f"the drafter failed: {error}")
+            logger.warning("the drafter failed; the target answers without a draft", exc_info=True)
+            run.state.fallback = Fallback("failed", f"no draft: the drafter failed: {error}")
     draft.close()
 
 
@@ -118,7 +122,10 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
 
 
 def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
-    """Adds tokens up to an end token, a stop string or the token limit; returns whether one was reached."""
+    """Adds tokens up to an end token, a stop string or the token limit.
+
+    Returns whether one of these was reached.
+    """
     token_ids, ended = validate_token_ids("draft", token_ids, len(run.tokenizer)), False
     special = frozenset(run.tokenizer.all_special_ids)
     end = next((index for index, token in enumerate(token_ids) if token in special), None)

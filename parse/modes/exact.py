@@ -1,4 +1,7 @@
-"""Mode exact: draft tokens are accepted only if the target chooses the same, so the draft changes no output."""
+"""Mode exact: a draft changes the speed, but not the output.
+
+A draft token is accepted only if the target chooses the same token.
+"""
 
 from parse.modes.draft import draft_whole
 from parse.modes.run import Run, generate

@@ -1,4 +1,4 @@
-"""Mode full: a whole draft is verified at once."""
+"""Mode full: the whole draft is verified at once."""
 
 from parse.modes.draft import draft_whole, whole_window
 from parse.modes.run import Run, generate, verify_and_generate

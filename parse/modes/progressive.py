@@ -1,7 +1,7 @@
-"""Mode progressive: windows of the draft are verified while the next one is written.
+"""Mode progressive: windows of the draft are verified while it is written.
 
-The first rejected window ends the draft. The limits of the windows depend on the draft and not on timing, so the same
-request gets the same answer.
+The first rejected window ends the draft. The limits of the windows depend on the draft and not on timing. The same
+request therefore gets the same answer.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ async def run(run: Run) -> None:
                     break
             if is_last:
                 break
-            window *= 2  # the first words arrive early, and few passes are needed in total
+            window *= 2  # a short first window shows text early, and longer ones need fewer passes in total
     finally:
         drafting.cancel()
         prefilling.cancel()
@@ -56,6 +56,9 @@ async def run(run: Run) -> None:
 
 
 def _stop_if_rejected(drafting: asyncio.Task[None], window_end: int, accepted_prefix_length: int) -> None:
-    """Stops drafting after a rejection, because the rest is useless and takes processor time from the target."""
+    """Stops drafting after a rejection.
+
+    The rest of the draft is useless, and drafting takes processor time from the target.
+    """
     if accepted_prefix_length < window_end:
         drafting.cancel()

@@ -1,4 +1,7 @@
-"""Mode rounds: after a correction by the target the drafter continues, as long as that is expected to pay."""
+"""Mode rounds: the drafter continues after a correction by the target.
+
+Each further draft is requested only if it is expected to save time.
+"""
 
 from parse.modes.draft import draft_whole, whole_window
 from parse.modes.run import Run, generate, verify_and_generate
@@ -10,7 +13,7 @@ async def run(run: Run) -> None:
         draft = await draft_whole(run)
         if not draft.token_ids:
             break
-        # The length of the draft is the best estimate of the number of answer tokens that are missing.
+        # The length of the draft is the best estimate of the number of missing answer tokens.
         missing = len(draft.token_ids) - settings.correction_tokens
         may_continue = state.rounds < settings.max_rounds and controller.another_round_pays(missing)
         accepted = await verify_and_generate(

@@ -1,4 +1,7 @@
-"""The state of one answer in any mode: the output so far, the counters, and the events for the caller."""
+"""The state of one answer, in any mode.
+
+It holds the output so far, the counters, and the events for the caller.
+"""
 
 import asyncio
 import time
@@ -23,7 +26,7 @@ class GenerationState:
     ) -> None:
         self.mode, self.fallback, self.tokenizer = mode, fallback, tokenizer
         self.events: asyncio.Queue[TextDelta | Verification | None] = asyncio.Queue()
-        """None follows the last event."""
+        """The events in order, followed by None."""
         self.output: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.draft_tokens = self.accepted_tokens = self.target_tokens = self.rounds = 0
@@ -47,7 +50,10 @@ class GenerationState:
             self._stages.append(Stage(name, start - self._start, time.perf_counter() - self._start))
 
     def record_cached(self, num_tokens: int) -> None:
-        """Records how many prompt tokens were cached. Only the first call for a request counts."""
+        """Records how many prompt tokens were cached.
+
+        Only the first call for a request counts.
+        """
         if self._cached_tokens is None:
             self._cached_tokens = min(num_tokens, self._prompt_length)
 
@@ -76,8 +82,8 @@ class GenerationState:
     ) -> None:
         """Adds tokens to the output and passes their text on.
 
-        With `final` no tokens follow, so no text is held back. `final_text` is then the text of the whole output, if a
-        stop string cuts the text of the last token.
+        With `final`, no tokens follow, so no text is held back. If a stop string cuts the text of the last token,
+        `final_text` is the text of the whole output.
         """
         if not token_ids and not final:
             return

@@ -1,1 +1,4 @@
-"""Token-level speculation: several tokens of the target per forward pass, without changing its output."""
+"""Token-level speculation: several tokens per forward pass of the target.
+
+It never changes the output.
+"""

@@ -1,7 +1,7 @@
 """Predicts how long a step of the engine takes from the number of tokens in it.
 
-A step over more tokens takes longer. How much longer depends on the device and on how full the batch already is, so the
-cost of one more proposed token can only be measured.
+A step over more tokens takes longer. How much longer depends on the device, and on how full the batch already is. The
+cost of one more proposed token is therefore measured.
 """
 
 from bisect import bisect_right
@@ -13,21 +13,30 @@ OUTLIER_RATIO = 3.0
 
 
 class StepCostModel:
-    """Running means of step times, which the engine updates after every step that only generated tokens."""
+    """Running means of the times of steps.
+
+    The engine updates them after every step that only generated tokens.
+    """
 
     def __init__(self) -> None:
-        # Mean number of tokens and mean seconds of the steps whose number of tokens has so many bits.
+        # The mean number of tokens and the mean seconds of steps. The key is the bit length of the number of tokens.
         self._means: dict[int, tuple[float, float]] = {}
         # Running means of a step: sequences, tokens computed, tokens added to the sequences.
         self.num_seqs = self.num_tokens = self.num_output_tokens = 1.0
 
     def initialize(self, measurements: Iterable[tuple[int, float]]) -> None:
-        """Sets the means from steps that were timed at start-up: number of tokens and seconds."""
+        """Sets the means from steps that were timed at start-up.
+
+        Each measurement is a number of tokens and the seconds that the step took.
+        """
         for num_tokens, seconds in measurements:
             self._means[num_tokens.bit_length()] = float(num_tokens), seconds
 
     def record(self, num_seqs: int, num_tokens: int, num_output_tokens: int, seconds: float) -> None:
-        """Adds a step that computed `num_tokens` and added `num_output_tokens` of them to the sequences."""
+        """Adds a step to the means.
+
+        The step computed `num_tokens` and added `num_output_tokens` of them to the sequences.
+        """
         bucket = num_tokens.bit_length()
         mean_tokens, mean_seconds = self._means.get(bucket, (float(num_tokens), seconds))
         self._means[bucket] = (
@@ -39,9 +48,11 @@ class StepCostModel:
         self.num_output_tokens += COST_EMA_WEIGHT * (num_output_tokens - self.num_output_tokens)
 
     def step_seconds(self, num_tokens: float) -> float:
-        """The predicted time of a step, by linear interpolation between the measured sizes.
+        """Returns the predicted time of a step over `num_tokens`, in seconds.
 
-        Beyond the largest size the line through the last two is continued. Without measurements the result is 0.
+        It interpolates linearly between the measured sizes.
+
+        Beyond the largest size, it continues the line through the last two sizes. Without measurements the result is 0.
         """
         measurements = sorted(self._means.values())
         if not measurements:
@@ -54,5 +65,5 @@ class StepCostModel:
         return lower_s + slope * (num_tokens - lower_tokens)
 
     def added_seconds(self, num_tokens: float, base_tokens: float) -> float:
-        """The time that `num_tokens` more add to a step over `base_tokens`."""
+        """Returns the seconds that `num_tokens` more add to a step over `base_tokens`."""
         return max(0.0, self.step_seconds(base_tokens + num_tokens) - self.step_seconds(base_tokens))

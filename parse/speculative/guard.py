@@ -1,6 +1,6 @@
 """Isolates the engine from faults of a token-level method.
 
-A method that raises an exception or returns an invalid proposal costs that one proposal. The request continues.
+If a method raises an exception or returns an invalid proposal, only that proposal is lost. The request continues.
 """
 
 import logging
@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class GuardedState:
-    """A proposer's state of a sequence, or None after it failed: it would no longer match the sequence."""
+    """A proposer's state of one sequence.
+
+    The state is None after it has failed, because it would no longer match the sequence.
+    """
 
     state: ProposerState | None
     report_fault: Callable[[str], None]
@@ -53,7 +56,7 @@ class GuardedProposer(Proposer[GuardedState]):
         try:
             return GuardedState(self._proposer.new_state(), self._report_fault)
         except Exception:
-            self._report_fault("no state for a new sequence; it gets no proposals")
+            self._report_fault("there is no state for a new sequence; the sequence gets no proposals")
             return GuardedState(None, self._report_fault)
 
     def propose(self, requests: Sequence[ProposalRequest[GuardedState]]) -> list[Proposal]:
@@ -77,9 +80,9 @@ class GuardedProposer(Proposer[GuardedState]):
                 raise ValueError(f"got {len(proposals)} proposals for {len(requests)} requests")
             return proposals
         except Exception:
-            if len(requests) > 1:  # repeat the call for each request, so that only the one at fault fails
+            if len(requests) > 1:  # repeat the call for each request, so that only the faulty one fails
                 return [self._call_proposer([request])[0] for request in requests]
-            self._report_fault("the call failed; a request gets no proposal in this step")
+            self._report_fault("the call failed; the request gets no proposal in this step")
             return [NO_PROPOSAL]
 
     def _valid_or_empty(self, proposal: Proposal, max_tokens: int) -> Proposal:
@@ -91,7 +94,10 @@ class GuardedProposer(Proposer[GuardedState]):
         return proposal
 
     def _report_fault(self, message: str) -> None:
-        """Logs faults number 1, 2, 4, 8 and so on, because a method may fail with every token."""
+        """Logs the faults number 1, 2, 4, 8 and so on.
+
+        A method may fail with every token, so not every fault is logged.
+        """
         self._num_faults += 1
         if self._num_faults.bit_count() == 1:
             number = f" (fault {self._num_faults} of this method)" if self._num_faults > 1 else ""
@@ -99,10 +105,16 @@ class GuardedProposer(Proposer[GuardedState]):
 
 
 def validate_proposal(proposal: Proposal, max_tokens: int, vocab_size: int) -> None:
-    """Raises an exception if the proposal is not a tree of at most `max_tokens` tokens of the vocabulary."""
+    """Raises `ValueError` if a proposal is invalid.
+
+    A valid proposal is a tree of at most `max_tokens` tokens of the vocabulary.
+    """
     tokens, parents, probabilities = proposal.token_ids, proposal.parents, proposal.probabilities
     if not len(tokens) == len(parents) <= max_tokens:
-        raise ValueError(f"got {len(tokens)} tokens and {len(parents)} parents, the limit is {max_tokens}")
+        raise ValueError(
+            f"a proposal needs as many parents as tokens and at most {max_tokens}, got {len(tokens)} tokens and "
+            f"{len(parents)} parents"
+        )
     if not all(type(token) is int and (0 <= token < vocab_size or token == MASK) for token in tokens):
         raise ValueError(f"tokens must lie in 0..{vocab_size - 1}")
     if not all(type(parent) is int and -1 <= parent < node for node, parent in enumerate(parents)):

@@ -10,9 +10,9 @@ from parse.speculative.proposers.base import LoadContext, LoadedProposer, Propos
 
 
 def load_methods(settings: EngineSettings, model: Model, cost_model: StepCostModel) -> dict[str, SpeculativeMethod]:
-    """Loads the methods in the order of the settings and prepares the target to serve them.
+    """Loads the methods of the settings, in their order.
 
-    Sets the hidden states that the target returns, and what it reads at masks.
+    It also sets which hidden states the target returns, and which embedding it reads at masks.
     """
     load_context = LoadContext(model, settings.device, settings.dtype)
     loaded: dict[str, LoadedProposer] = {}

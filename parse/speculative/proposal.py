@@ -1,8 +1,8 @@
-"""Proposals of a token-level method, and the protocol between a method and the engine.
+"""Proposals, and the protocol between a token-level method and the engine.
 
-A proposal is a tree of tokens that the target might generate next. In one pass the target chooses its own token after
-each proposed one, and the proposal is followed for as long as both agree. The output is therefore always the target's
-own: a bad proposer costs time but never changes the text.
+A proposal is a tree of tokens that the target might generate next. In one pass, the target chooses its own token after
+each proposed one. Proposed tokens are accepted as long as they equal the target's own. The output is therefore always
+the target's own: a bad proposer costs time but never changes the text.
 """
 
 from abc import ABC, abstractmethod
@@ -34,20 +34,26 @@ NOT_READY = Proposal(ready=False)
 
 
 def chain_proposal(token_ids: Sequence[int], probabilities: Sequence[float] | None = None) -> Proposal:
-    """A proposal in which each token follows the one before it."""
+    """Returns a proposal in which each token follows the one before it."""
     return Proposal(token_ids, range(-1, len(token_ids) - 1), probabilities)
 
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """The target's predictions at the masks that follow the last but one token of the sequence, in order."""
+    """The target's predictions at masks, in order.
+
+    The masks followed the last but one token of the sequence.
+    """
 
     token_ids: Sequence[int]
     probabilities: Sequence[float]  # of each, given the ones before it
 
 
 class ProposerState(Protocol):
-    """What a method keeps for one sequence. The engine's thread calls it, so it has to be quick."""
+    """The state that a method keeps for one sequence.
+
+    The engine's thread calls it, so it has to be quick.
+    """
 
     def extend(
         self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
@@ -55,8 +61,8 @@ class ProposerState(Protocol):
         """Appends tokens to the sequence. The first call passes the whole prompt.
 
         `hidden_states` [n, width] is passed to methods that name `aux_hidden_state_layers`. Its rows belong to the
-        tokens *before* each of the last n tokens. n is smaller than the number of tokens where the target no longer
-        has the hidden states. `mask_prediction` is passed if masks followed the last but one token.
+        tokens *before* each of the last n tokens. n is smaller than the number of tokens if the target no longer has
+        all of the hidden states. `mask_prediction` is passed if masks followed the last but one token.
         """
         ...
 
@@ -85,15 +91,21 @@ class Proposer(ABC, Generic[P]):
     """Memory that the method keeps for each token of a sequence, without the target's hidden states."""
 
     def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
-        """Allocates memory for so many sequences of so many tokens. It is called once, before all other methods."""
+        """Allocates memory for `max_sequences` of `sequence_capacity` tokens each.
+
+        It is called once, before all other methods.
+        """
 
     def reset(self) -> None:
-        """Drops what was computed for past sequences, so that no later one reuses it. Any thread may call it."""
+        """Drops everything that was computed for past sequences.
+
+        Later sequences then reuse nothing of it. Any thread may call this method.
+        """
 
     @abstractmethod
     def new_state(self) -> P:
-        """The state of a new sequence."""
+        """Returns the state of a new sequence."""
 
     @abstractmethod
     def propose(self, requests: Sequence[ProposalRequest[P]]) -> list[Proposal]:
-        """One proposal for each request."""
+        """Returns one proposal for each request."""

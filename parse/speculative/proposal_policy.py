@@ -1,23 +1,24 @@
-"""Decides when to ask a token-level method for a proposal, and how many tokens are worth proposing.
+"""Decides when a method makes a proposal, and how many tokens it proposes.
 
-A target's step takes almost as long for one token per sequence as for a few. If g proposed tokens are accepted, the
-sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to the step.
+A step of the target takes almost as long for one token per sequence as for a few. If g proposed tokens are accepted,
+the sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to the step.
 
 - A proposal pays if the time it saves exceeds its price (`SequenceSpeculation._net_gain_s`, and for the time of
   proposing `SpeculativeMethod.next_step`).
-- Within a proposal, one more token pays if its chance of being accepted, times the time that an accepted token saves,
-  exceeds the price of that token. The quotient of the two times is `ProposalRequest.min_probability`. For methods that
-  do not estimate probabilities, the acceptance rates observed at each position take their place
+- Within a proposal, one more token pays if its probability of being accepted, times the time that an accepted token
+  saves, exceeds the price of that token. The price divided by that time is `ProposalRequest.min_probability`. Some
+  methods do not estimate probabilities. For these, the acceptance rates observed at each position are used instead
   (`ProposalRequest.max_depth`).
-- Where proposals do not pay, none is made for a number of steps (`Backoff`). Then they are tried again.
+- If proposals do not pay, none is made for a number of steps (`Backoff`). Then they are tried again.
 
-Nothing here is configured. The times come from the cost model and from a clock, the acceptance from earlier proposals.
-So the decisions follow the device, the load (a full batch makes additional tokens expensive), and each sequence. A
-method's own probabilities count by how well they predicted this sequence so far (`Calibration`).
+This policy has no settings. The times come from the cost model and from a clock. The acceptance comes from earlier
+proposals. The decisions therefore adapt to the device, to the load (a full batch makes additional tokens expensive),
+and to each sequence. A method's own probabilities are corrected by how well they have predicted the acceptance of this
+sequence so far (`Calibration`).
 
-A method proposes for many sequences in one call, which takes hardly longer than for one. Whether the time of that call
-pays is therefore decided for all sequences together. If every token of a proposal takes another step of the method,
-the depth is common to all sequences too.
+A method proposes for many sequences in one call, which takes hardly longer than for one sequence. Whether the time of
+that call pays is therefore decided for all sequences together. If every token of a proposal takes another step of the
+method, the depth is common to all sequences too.
 """
 
 import math
@@ -38,7 +39,7 @@ from parse.types import SpeculationStats
 
 EMA_WEIGHT = 0.1  # weight of the newest proposal in a sequence's record
 SHARED_EMA_WEIGHT = 0.02  # weight of the newest proposal in the record of all sequences
-EXPLORATION_INTERVAL = 8  # steps; in one of them proposals are deeper than has paid so far
+EXPLORATION_INTERVAL = 8  # steps; in one of them, proposals are deeper than the depth that has paid so far
 MAX_TIMINGS = 15  # calls of a method whose times are remembered
 MIN_TRIALS = 3  # proposals for a sequence before its own record decides
 MIN_SHARED_TRIALS = 10  # proposals for all sequences before the method's record decides
@@ -48,22 +49,25 @@ MARGINAL_TOKENS = 4.0  # the price of one more token is averaged over so many
 
 @dataclass
 class SpeculativeMethod:
-    """A method in one engine, with everything that its sequences share: timings, acceptance record, common pause."""
+    """A token-level method in one engine.
+
+    It holds everything that its sequences share: timings, acceptance record and pauses.
+    """
 
     name: str
     proposer: GuardedProposer
-    max_tokens: int  # of a proposal
-    is_sequential: bool  # every token of a path takes another step of the method
+    max_tokens: int  # in a proposal
+    is_sequential: bool  # whether every token of a path takes another step of the method
     aux_hidden_state_layers: tuple[int, ...]  # the hidden states that the engine keeps, for all of its methods
     cost_model: StepCostModel
     num_proposals: int = 0
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
-    num_steps: int = 0  # of the engine, as far as sequences of this method took part in them
+    num_steps: int = 0  # steps of the engine in which sequences of this method took part
     batch_size: int = 1  # sequences in the last call
     _mean_drafting_steps: float = 1.0  # steps of the method in one call
     _step_timings: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMINGS))  # seconds of a step
     _backoff: Backoff = field(default_factory=Backoff)
-    _net_gains: list[float] = field(default_factory=list)  # seconds, of the sequences since the last decision
+    _net_gains: list[float] = field(default_factory=list)  # seconds that sequences gained since the last decision
 
     def start_sequence(self) -> "SequenceSpeculation":
         return SequenceSpeculation(self, self.proposer.new_state())
@@ -89,9 +93,9 @@ class SpeculativeMethod:
         return proposals
 
     def _drafting_steps(self, proposal: Proposal, request: ProposalRequest[GuardedState]) -> int:
-        """The number of steps that the method took for this proposal.
+        """Returns the number of steps that the method took for this proposal.
 
-        One step more than the depth is counted, because the last step may have found no token that is likely enough.
+        It is one more than the depth, because the last step may have found no token that is likely enough.
         """
         if not self.is_sequential:
             return 1
@@ -99,10 +103,10 @@ class SpeculativeMethod:
         return max(1, min(depth + 1, request.max_tokens, request.max_depth))
 
     def next_step(self, last_step: int) -> int:
-        """The number of the step that a sequence is about to make after `last_step`.
+        """Returns the number of the step that a sequence makes after `last_step`.
 
-        The first sequence to begin a new step also decides whether the time of proposing pays for all sequences
-        together: once all of them have reported their gains, these are compared with the time that proposing took.
+        The first sequence that begins a new step also decides whether the time of proposing pays for all sequences
+        together. Once all of them have reported their gains, the sum is compared with the time that proposing took.
         """
         if last_step >= self.num_steps:
             self.num_steps = last_step + 1
@@ -117,7 +121,10 @@ class SpeculativeMethod:
         return self.num_steps < self._backoff.end
 
     def record_net_gain(self, net_gain_s: float) -> None:
-        """Adds what one sequence gained in its last step, without the time of proposing."""
+        """Adds the time that one sequence gained in its last step.
+
+        The time of proposing is not subtracted.
+        """
         self._net_gains.append(net_gain_s)
 
     @property
@@ -134,7 +141,10 @@ class SpeculativeMethod:
         return self.drafting_step_s * self._mean_drafting_steps
 
     def select_layers(self, hidden_states: Tensor | None) -> Tensor | None:
-        """The columns of [n, all layers * width] that this method reads, in its own order of layers."""
+        """Returns the columns of [n, all layers * width] that this method reads.
+
+        The columns are in the method's own order of layers.
+        """
         if hidden_states is None or self.proposer.aux_hidden_state_layers == self.aux_hidden_state_layers:
             return hidden_states
         columns = [self.aux_hidden_state_layers.index(layer) for layer in self.proposer.aux_hidden_state_layers]
@@ -143,7 +153,7 @@ class SpeculativeMethod:
 
 @dataclass(frozen=True)
 class ProposalCall:
-    """What a request's program yields to get a proposal from a method."""
+    """A call of a method, which a request's program yields to get a proposal."""
 
     method: SpeculativeMethod
     request: ProposalRequest[GuardedState]
@@ -158,12 +168,12 @@ class SequenceSpeculation:
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
     _calibration: Calibration = field(default_factory=Calibration)
     _mean_proposed: float = 0.0  # tokens proposed for this sequence in a step, with proposals or without
-    _mean_accepted: float = 0.0  # tokens accepted of them
+    _mean_accepted: float = 0.0  # how many of these tokens were accepted
     _step: int = 0
     _backoff: Backoff = field(default_factory=Backoff)
     _num_trials: int = 0
-    _requested: bool = False  # a proposal was requested for the current step
-    _only_masks: bool = False  # the last proposal held nothing but masks
+    _requested: bool = False  # whether a proposal was requested for the current step
+    _only_masks: bool = False  # whether the last proposal consisted of masks only
 
     def __post_init__(self) -> None:
         cost_model = self.method.cost_model
@@ -176,17 +186,26 @@ class SequenceSpeculation:
 
     @property
     def needs_hidden_states(self) -> bool:
-        """Whether the method reads hidden states. It then cannot propose before the first step of the target."""
+        """Whether the method reads hidden states.
+
+        It then cannot propose before the first step of the target.
+        """
         return bool(self.method.proposer.aux_hidden_state_layers)
 
     def extend(
         self, tokens: Sequence[int], hidden_states: Tensor | None, mask_prediction: MaskPrediction | None
     ) -> None:
-        """Appends tokens to the sequence, as `ProposerState.extend` does, with the hidden states of all methods."""
+        """Appends tokens to the sequence, as `ProposerState.extend` does.
+
+        `hidden_states` contains the layers of all methods.
+        """
         self.state.extend(tokens, self.method.select_layers(hidden_states), mask_prediction)
 
     def proposal_call(self, max_tokens: int) -> ProposalCall | None:
-        """Returns the call for a proposal of at most `max_tokens` in the next step, or None if it would not pay."""
+        """Returns the call for a proposal for the next step.
+
+        The proposal has at most `max_tokens` tokens. Returns None if a proposal would not pay.
+        """
         self._requested = False
         self._step = self.method.next_step(self._step)
         max_tokens = min(max_tokens, self.method.max_tokens)
@@ -197,13 +216,13 @@ class SequenceSpeculation:
         return ProposalCall(self.method, request)
 
     def observe(self, proposal: Proposal, accepted: int) -> SpeculationStats:
-        """Records that the target accepted the first `accepted` tokens along one path of the proposal."""
+        """Records that the target accepted the first `accepted` tokens of a path."""
         proposed_per_position = _count_proposed_per_position(proposal)
         depth = len(proposed_per_position)
         self._mean_proposed += COST_EMA_WEIGHT * (len(proposal.token_ids) - self._mean_proposed)
         self._mean_accepted += COST_EMA_WEIGHT * (accepted - self._mean_accepted)
-        # A proposal of masks only pays in the next step, when their predictions can be proposed. It counts as a
-        # failure if the proposal before it was of masks only as well.
+        # A proposal that consists of masks pays only in the next step, when their predictions can be proposed. It
+        # counts as a failure if the proposal before it also consisted of masks.
         only_masks = not depth and len(proposal.token_ids) > 0
         if self._requested and proposal.ready and not (only_masks and not self._only_masks):
             self._record_trial(proposal, depth, accepted)
@@ -228,7 +247,10 @@ class SequenceSpeculation:
         self._backoff.update(self._num_trials < MIN_TRIALS or net_gain_s >= 0, self._step)
 
     def _step_without_proposals(self) -> tuple[float, float]:
-        """Tokens computed and tokens output in a typical step if nothing were proposed for this sequence."""
+        """Returns how many tokens a typical step computes, and how many it outputs.
+
+        Both numbers assume that nothing is proposed for this sequence.
+        """
         cost_model = self.method.cost_model
         return (
             max(1.0, cost_model.num_tokens - self._mean_proposed),
@@ -237,7 +259,10 @@ class SequenceSpeculation:
 
     @property
     def _seconds_per_output_token(self) -> float:
-        """Time of a token of the batch, with proposals for this sequence; 0 before anything was timed."""
+        """The time per output token of the batch, in seconds.
+
+        It includes proposals for this sequence. It is 0 before anything has been timed.
+        """
         base_tokens, base_output_tokens = self._step_without_proposals()
         step_s = self.method.cost_model.step_seconds(base_tokens)
         if not step_s:
@@ -247,12 +272,15 @@ class SequenceSpeculation:
 
     @property
     def _marginal_token_s(self) -> float:
-        """Time that one more proposed token adds to a step."""
+        """The seconds that one more proposed token adds to a step."""
         cost_model = self.method.cost_model
         return cost_model.added_seconds(MARGINAL_TOKENS, cost_model.num_tokens) / MARGINAL_TOKENS
 
     def _min_probability(self) -> float:
-        """Returns the minimum probability, as estimated by the method, at which a token pays."""
+        """Returns the minimum probability at which one more token pays.
+
+        It is compared with the probabilities that the method estimates.
+        """
         seconds_per_token = self._seconds_per_output_token
         if not seconds_per_token:
             return 0.0
@@ -263,7 +291,11 @@ class SequenceSpeculation:
         return price_s / seconds_per_token / self._calibration.ratio
 
     def _max_depth(self) -> int:
-        """Returns the depth to which tokens pay at the observed acceptance rates, sometimes half as much again."""
+        """Returns the depth up to which tokens pay.
+
+        It follows from the observed acceptance rates. In some steps it is half as much again, to explore greater
+        depths.
+        """
         method, seconds_per_token = self.method, self._seconds_per_output_token
         price_s = self._marginal_token_s + (method.drafting_step_s if method.is_sequential else 0.0)
         min_rate = price_s / seconds_per_token if seconds_per_token else 0.0
@@ -279,7 +311,10 @@ class SequenceSpeculation:
         return max(1, depth)
 
     def _net_gain_s(self) -> float:
-        """Time that a proposal saves, minus the time that its tokens take. The time of proposing is not included."""
+        """Returns the seconds that a proposal saves, minus those its tokens add.
+
+        The time of proposing is not subtracted.
+        """
         cost_model, record = self.method.cost_model, self.record
         base_tokens, base_output_tokens = self._step_without_proposals()
         step_s = cost_model.step_seconds(base_tokens)
@@ -290,7 +325,7 @@ class SequenceSpeculation:
 
 
 def _count_proposed_per_position(proposal: Proposal) -> tuple[int, ...]:
-    """The number of proposed tokens at each depth, without masks."""
+    """Returns the number of proposed tokens at each depth, without masks."""
     depths = _node_depths(proposal)
     counts = [0] * max(depths, default=0)
     for depth in depths:
@@ -300,7 +335,10 @@ def _count_proposed_per_position(proposal: Proposal) -> tuple[int, ...]:
 
 
 def _node_depths(proposal: Proposal) -> list[int]:
-    """The depth of each node: 1 for a token that follows the sequence, 0 for masks."""
+    """Returns the depth of each node.
+
+    It is 1 for a token that follows the sequence, and 0 for masks.
+    """
     depths: list[int] = []
     for token, parent in zip(proposal.token_ids, proposal.parents, strict=True):
         depths.append(0 if token == MASK else depths[parent] + 1 if parent >= 0 else 1)

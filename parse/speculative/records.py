@@ -1,28 +1,32 @@
-"""Statistics of past proposals: how many tokens were accepted, at which positions, and how long to pause."""
+"""Statistics of past proposals.
+
+They say how many tokens were accepted, at which positions, and how long to pause.
+"""
 
 from dataclasses import dataclass, field, replace
 
 INITIAL_PAUSE, MAX_PAUSE = 4, 64  # steps without proposals before the next trial
-CALIBRATION_PRIOR = 2.0  # tokens: how strongly the calibration is assumed to be 1 at first
-CALIBRATION_HORIZON = 10.0  # proposals, over which the calibration forgets
-POSITION_PRIOR = 3  # proposals: how strongly a new position is assumed to be as good as the one before it
+CALIBRATION_PRIOR = 2.0  # tokens; the weight of the assumption that the calibration is 1
+CALIBRATION_HORIZON = 10.0  # proposals after which an observation has lost most of its weight
+POSITION_PRIOR = 3  # proposals; the weight of the assumption that a new position is as good as the one before it
 
 
 @dataclass
 class AcceptanceRecord:
-    """Running means over proposals: of one sequence, or of all sequences of a method."""
+    """Running means over the proposals of one sequence, or of all sequences of a method."""
 
-    mean_accepted: float = 0.0  # accepted tokens of a proposal
-    mean_cost_s: float = 0.0  # seconds that its tokens added to a step
+    mean_accepted: float = 0.0  # accepted tokens per proposal
+    mean_cost_s: float = 0.0  # seconds that the tokens of a proposal added to a step
     acceptance_rates: list[float] = field(default_factory=list)
-    """For each position: the share of tokens accepted there, of the proposals that reached that far."""
+    """The acceptance rate at each position, over the proposals that reached it."""
     num_observed: list[int] = field(default_factory=list)
-    """For each position: how many proposals reached that far, with the prior counted as proposals too."""
+    """The number of proposals that reached each position, including the prior."""
 
     def add(self, accepted: int, depth: int, cost_s: float, weight: float, position_weight: float) -> None:
-        """Adds a proposal of `depth` positions, of which the first `accepted` were accepted.
+        """Adds a proposal of `depth` positions whose first `accepted` were accepted.
 
-        The new value has the given weight in the means. A position that few proposals have reached gives it more.
+        The proposal has the weight `weight` in the means, and at least `position_weight` at each position. At positions
+        that few proposals have reached, it has more weight.
         """
         self.mean_accepted += weight * (accepted - self.mean_accepted)
         self.mean_cost_s += weight * (cost_s - self.mean_cost_s)
@@ -41,19 +45,22 @@ class AcceptanceRecord:
 
 @dataclass
 class Calibration:
-    """Compares the acceptance that a method predicted for its proposals with the acceptance that was observed."""
+    """Compares the predicted acceptance of proposals with the observed one."""
 
     _predicted: float = CALIBRATION_PRIOR  # accepted tokens, with exponentially decaying weights
     _observed: float = CALIBRATION_PRIOR
 
     def add(self, predicted: float, observed: float) -> None:
-        """Adds a proposal: how many tokens the method expected to be accepted, and how many were."""
+        """Adds a proposal: the expected and the actual number of accepted tokens."""
         self._predicted += predicted - (self._predicted - CALIBRATION_PRIOR) / CALIBRATION_HORIZON
         self._observed += observed - (self._observed - CALIBRATION_PRIOR) / CALIBRATION_HORIZON
 
     @property
     def ratio(self) -> float:
-        """Observed over predicted acceptance, within bounds that keep one bad estimate from stopping all proposals."""
+        """The observed acceptance divided by the predicted one, within bounds.
+
+        The bounds prevent one bad estimate from stopping all proposals.
+        """
         return min(1.5, max(0.05, self._observed / self._predicted))
 
 
@@ -61,8 +68,8 @@ class Calibration:
 class Backoff:
     """Steps without proposals, more of them each time that a trial does not pay.
 
-    A pause ends at a multiple of its length. Sequences that could share the time of proposing therefore try in the same
-    step: alone, none of them could find out that it pays for all of them together.
+    A pause ends at a multiple of its length. Sequences that could share the time of proposing therefore try again in
+    the same step. A single sequence could not measure that proposing pays for all of them together.
     """
 
     length: int = INITIAL_PAUSE
@@ -74,7 +81,10 @@ class Backoff:
         self.length = min(2 * self.length, MAX_PAUSE)
 
     def update(self, pays: bool, step: int) -> None:
-        """Begins a pause if proposals do not pay; otherwise the next pause will be short again."""
+        """Begins a pause if proposals do not pay.
+
+        Otherwise the next pause is short again.
+        """
         if pays:
             self.length = INITIAL_PAUSE
         else:

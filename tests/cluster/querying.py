@@ -1,4 +1,4 @@
-"""The queries of dashboards and alerts, and a real Prometheus that runs them."""
+"""Reads the queries of dashboards and alerts, and runs them in a real Prometheus."""
 
 import json
 import math
@@ -44,7 +44,7 @@ class LabeledQuery:
 
 
 def dashboards() -> dict[str, Any]:
-    """As they are checked in."""
+    """Returns the dashboards in the repository."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 
 
@@ -53,7 +53,7 @@ def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def replaced(expression: str, *, prefix: str, rate_interval: str, shown: str) -> str:
-    """As Grafana would with everything chosen."""
+    """Replaces the variables as Grafana does if all values are selected."""
     for name, value in (
         ("${prefix}", prefix),
         ("$__rate_interval", rate_interval),
@@ -64,7 +64,7 @@ def replaced(expression: str, *, prefix: str, rate_interval: str, shown: str) ->
         ("$mode", ".*"),
     ):
         expression = expression.replace(name, value)
-    assert "$" not in expression.replace('"0$1"', ""), expression  # label_replace's own
+    assert "$" not in expression.replace('"0$1"', ""), expression  # an argument of label_replace
     return expression
 
 
@@ -81,13 +81,16 @@ def dashboard_queries(*, prefix: str = "", rate_interval: str = "1m", shown: str
 
 
 def recorded_queries(*, prefix: str = "") -> list[LabeledQuery]:
-    """The recording rules, by what they are computed from."""
+    """Returns the recording rules, each with its expression."""
     (group,) = [group for group in rules()["groups"] if group["name"] == f"parse-{'ray' if prefix else 'router'}"]
     return [LabeledQuery(rule["record"], rule["expr"]) for rule in group["rules"]]
 
 
 def alert_queries() -> list[LabeledQuery]:
-    """Without what they are compared with: over recorded series, and so for both prefixes."""
+    """Returns the queries of the alerts, without their comparisons.
+
+    They use recorded series, which exist for both prefixes.
+    """
     return [LabeledQuery(alert.name, alert.expression) for alert in ALERTS]
 
 
@@ -96,7 +99,7 @@ def alert_conditions() -> list[LabeledQuery]:
 
 
 class QueryFailed(AssertionError):
-    """Prometheus rejected the query; the message is its own."""
+    """Raised if Prometheus rejects a query. The message is that of Prometheus."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,18 @@ class Prometheus:
     url: str
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series there are now, each with `metric` and `value`."""
+        """Returns the current series, each with `metric` and `value`."""
         return list(self._get("/api/v1/query", query=expression)["result"])
 
     def has_data(self, expression: str) -> bool:
-        """A series with a number: what is divided by nothing is none."""
+        """Returns whether a series has a number. A division by zero gives none."""
         return any(not math.isnan(float(series["value"][1])) for series in self.query(expression))
 
     def without_data(self, queries: Sequence[LabeledQuery], *, within_s: float) -> list[LabeledQuery]:
-        """Returns the queries that brought no data in that time; each is repeated until it does."""
+        """Returns the queries that had no data before the timeout.
+
+        Each query is repeated until it has data.
+        """
         until = time.monotonic() + within_s
         missing = list(queries)
         while True:
@@ -128,7 +134,7 @@ class Prometheus:
         return list(self._get("/api/v1/targets")["activeTargets"])
 
     def rule_faults(self) -> list[str]:
-        """What went wrong in recording rules and alerts when they were last evaluated."""
+        """Returns the errors of the last evaluation of recording rules and alerts."""
         groups = self._get("/api/v1/rules")["groups"]
         evaluated = [rule for group in groups for rule in group["rules"]]
         return [f"{rule['name']}: {rule['lastError']}" for rule in evaluated if rule.get("lastError")]
@@ -151,7 +157,10 @@ def prometheus(
     interval: str = "1s",
     key: str | None = None,
 ) -> Iterator[Prometheus]:
-    """A real one, with our rules and alerts: it scrapes /metrics of the targets (host:port), and Ray's by its file."""
+    """Runs a real Prometheus with this project's rules and alerts.
+
+    It scrapes /metrics of the targets (host:port), and those of Ray's service discovery file.
+    """
     scrape_configs: list[dict[str, Any]] = []
     if targets:
         credentials = {"authorization": {"credentials": key}} if key else {}

@@ -1,4 +1,4 @@
-"""Everything that can be deployed fits the schemas of Ray Serve and of our settings."""
+"""Checks all configurations against the schemas of Ray Serve and of the settings."""
 
 import re
 from pathlib import Path
@@ -43,14 +43,14 @@ def application(config):
     return application_config
 
 
-def test_it_fits_both_schemas(config):
+def test_each_config_fits_the_schemas_of_serve_and_of_the_settings(config):
     ServeDeploySchema.model_validate(config)
     assert application(config)["import_path"] == BUILDER_IMPORT_PATH
     AppSettings.model_validate(application(config)["args"])
 
 
-def test_it_has_no_key_that_serve_would_pass_over(config):
-    """Its own schema lets them by."""
+def test_no_config_has_a_key_that_serve_would_ignore(config):
+    """Serve's own schema accepts unknown keys."""
     app = application(config)
     assert config.keys() <= ServeDeploySchema.model_fields.keys()
     assert config["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
@@ -60,15 +60,15 @@ def test_it_has_no_key_that_serve_would_pass_over(config):
         assert deployment["ray_actor_options"].keys() <= RayActorOptionsSchema.model_fields.keys()
 
 
-def test_the_deployments_it_names_are_those_that_are_built(config):
+def test_each_config_names_only_deployments_that_are_built(config):
     app = application(config)
     built = {deployment.name for deployment in list_deployments(build(AppSettings.model_validate(app["args"])))}
     assert built == {"Router", "Verifier", "Drafter"}
     assert {deployment["name"] for deployment in app.get("deployments", [])} <= built
 
 
-def test_each_names_the_cores_and_a_model_on_gpus_its_gpus(config):
-    """What a config leaves out of `ray_actor_options` is a whole core, and no GPU."""
+def test_each_deployment_sets_its_cores_and_a_model_on_gpus_its_gpus(config):
+    """A key that is missing in `ray_actor_options` means a whole core, or no GPU."""
     app = application(config)
     for deployment in app.get("deployments", []):
         options = deployment["ray_actor_options"]
@@ -83,17 +83,17 @@ def test_without_a_draft_there_is_no_drafter():
     assert {deployment.name for deployment in built} == {"Router", "Verifier"}
 
 
-def test_the_container_serves_what_make_serve_does_but_to_the_network():
+def test_the_container_serves_the_same_as_make_serve_but_to_the_network():
     here, container = (yaml.safe_load(TEXTS[name]) for name in ("serve_config.yaml", "serve_container.yaml"))
     assert here["http_options"].pop("host") == "127.0.0.1" and container["http_options"].pop("host") == "0.0.0.0"
     assert here == container
 
 
-def test_kubernetes_serves_what_the_config_for_gpus_says():
+def test_the_rayservice_contains_the_config_for_gpus():
     assert yaml.safe_load(embedded()) == yaml.safe_load(TEXTS["serve_gpu.yaml"])
 
 
-def test_the_page_on_deploying_names_what_there_is():
+def test_the_page_on_deploying_names_all_files_and_variables():
     page = (PROJECT_ROOT / "docs" / "deploying.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     for deployment in yaml.safe_load(example)["deployments"]:
@@ -104,7 +104,7 @@ def test_the_page_on_deploying_names_what_there_is():
 
 
 @pytest.mark.parametrize("page", ["api.md", "configuration.md", "deploying.md", "monitoring.md"])
-def test_what_the_pages_link_to_is_there(page):
+def test_links_of_the_pages_have_targets(page):
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", (PROJECT_ROOT / "docs" / page).read_text()):
         name, _, part = link.partition("#")
         target = PROJECT_ROOT / "docs" / (name or page)
@@ -115,7 +115,7 @@ def test_what_the_pages_link_to_is_there(page):
 
 
 @pytest.mark.parametrize("name", ["serve_gpu.yaml", "rayservice.yaml"])
-def test_what_nobody_has_tried_says_so(name):
+def test_untried_files_say_that_they_are_untried(name):
     assert (CLUSTER / name).read_text().startswith("# NOT TRIED ON HARDWARE")
 
 
@@ -129,10 +129,10 @@ def test_what_nobody_has_tried_says_so(name):
         (("args", "verification"), {"full": 1.5}),
         (("args", "api"), {"key": "secret"}),
         (("deployments", 0), {"num_replicas": -1}),
-        (("deployments", 0), {"autoscaling_config": {"min_replicas": 1}}),  # and num_replicas
+        (("deployments", 0), {"autoscaling_config": {"min_replicas": 1}}),  # num_replicas is set too
     ],
 )
-def test_wrong_keys_and_values_are_refused(place, wrong, tmp_path: Path):
+def test_wrong_keys_and_values_are_rejected(place, wrong, tmp_path: Path):
     config = yaml.safe_load(TEXTS["serve_gpu.yaml"])
     part = application(config)
     for step in place:

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be read without building it."""
+"""Checks the Dockerfile without building an image."""
 
 import json
 import re
@@ -60,13 +60,13 @@ def test_the_parser_joins_lines_and_reads_flags():
     assert third.flags == {"interval": "1s", "retries": "3"} and third.rest == 'CMD ["z"]'
 
 
-def test_it_holds_known_instructions_and_one_base_of_a_full_version(instructions):
+def test_the_dockerfile_has_known_instructions_and_one_base_with_a_full_version(instructions):
     assert {instruction.name for instruction in instructions} <= INSTRUCTIONS
     assert instructions[0].name == "FROM" and len(of(instructions, "FROM")) == 1
     assert re.fullmatch(r"python:3\.11\.\d+-slim-[a-z]+", instructions[0].rest)
 
 
-def test_everything_copied_exists(instructions):
+def test_all_copied_files_exist(instructions):
     for instruction in of(instructions, "COPY"):
         *sources, target = instruction.words
         assert all((PROJECT_ROOT / source).exists() for source in sources), instruction
@@ -80,7 +80,7 @@ def test_every_package_and_the_demo_pair_are_copied(instructions):
     assert {"models", "cluster", "serve_config.yaml", "requirements.lock", "pyproject.toml"} <= copied
 
 
-def test_what_is_installed_is_what_is_pinned(instructions):
+def test_the_image_installs_the_pinned_dependencies(instructions):
     (dependencies, package) = (run for run in of(instructions, "RUN") if "pip install" in run.rest)
     assert "--constraint requirements.lock" in dependencies.rest
     assert "--no-deps" in package.rest
@@ -95,7 +95,7 @@ def test_what_is_installed_is_what_is_pinned(instructions):
     assert {"torch", "ray", "transformers"} <= names <= pinned
 
 
-def test_it_holds_no_secret_and_does_not_run_as_root(instructions):
+def test_the_image_contains_no_secret_and_does_not_run_as_root(instructions):
     assert not re.search(r"(KEY|TOKEN|SECRET|PASSWORD)\w*[= ]", "\n".join(i.rest for i in of(instructions, "ENV")))
     assert {arg.rest.partition("=")[0] for arg in of(instructions, "ARG")} == {"TORCH_INDEX"}
     (user,) = of(instructions, "USER")
@@ -103,7 +103,7 @@ def test_it_holds_no_secret_and_does_not_run_as_root(instructions):
     assert instructions.index(user) < instructions.index(of(instructions, "CMD")[0])
 
 
-def test_it_serves_and_is_asked_for_its_health(instructions):
+def test_the_image_serves_and_has_a_health_check(instructions):
     (command,), (check,), (port,) = (of(instructions, name) for name in ("CMD", "HEALTHCHECK", "EXPOSE"))
     python, flag, module, config = json.loads(command.rest)
     assert (python, flag, module) == ("python", "-m", "deployments")
@@ -114,5 +114,5 @@ def test_it_serves_and_is_asked_for_its_health(instructions):
     assert f":{port.rest}/health" in health_check[2]
 
 
-def test_it_says_that_nobody_has_tried_it():
+def test_the_dockerfile_says_that_it_is_untried():
     assert DOCKERFILE.read_text().startswith("# NOT TRIED")

@@ -1,4 +1,4 @@
-"""The dashboards that are checked in: what is on them, and whether it is there at all."""
+"""Checks the dashboards in the repository."""
 
 import re
 from itertools import pairwise
@@ -25,21 +25,21 @@ OF_EVERY_SERIES = {"application", "deployment", "replica"}
 SERIES = re.compile(r"(\w*?)(parse_[a-z_]+)(?:\{([^}]*)\})?")
 
 
-def test_they_are_what_the_code_makes():
+def test_the_dashboards_are_up_to_date():
     for path, text in render_files().items():
         assert path.read_text() == text, f"{path.name} is not up to date: make dashboards"
     assert set(render_files()) == set(FOLDER.glob("*.json"))
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_grafana_s_own_schema_reads_them(name):
+def test_the_dashboards_fit_grafana_s_schema(name):
     again = Dashboard.from_json(BOARDS[name])
     assert again.title == BOARDS[name]["title"]
     assert len(again.panels or ()) == len(BOARDS[name]["panels"])
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_each_leads_to_the_others_and_keeps_what_was_chosen(name):
+def test_each_dashboard_links_to_the_others_with_the_same_variables(name):
     board = BOARDS[name]
     assert board["uid"] == f"parse-{name}" and board["tags"] == ["parse"] and board["refresh"] == "10s"
     (link,) = board["links"]
@@ -49,14 +49,14 @@ def test_each_leads_to_the_others_and_keeps_what_was_chosen(name):
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_the_prefix_is_nothing_or_ray_as_grafana_reads_it(name):
+def test_the_choices_of_the_prefix_are_none_and_ray(name):
     (prefix,) = [variable for variable in BOARDS[name]["templating"]["list"] if variable["name"] == "prefix"]
     choices = [re.fullmatch(r"\s*(.+)\s:\s(.+)", option) for option in prefix["query"].split(",")]
     assert [option and option[2].strip() for option in choices] == list(PREFIXES)
 
 
 @pytest.mark.parametrize("panel", PANELS)
-def test_every_panel_says_what_it_shows_and_what_is_bad(panel):
+def test_every_panel_describes_what_it_shows_and_which_values_are_bad(panel):
     description = panel["description"]
     assert len(description) > 60 and description.endswith(".")
     assert re.search(r"[:;,.] ", description), "one sentence on what it shows, one on what is bad"
@@ -66,7 +66,7 @@ def test_every_panel_says_what_it_shows_and_what_is_bad(panel):
 
 
 @pytest.mark.parametrize("panel", PANELS)
-def test_ratios_are_of_counters_and_rates_go_by_grafana_s_interval(panel):
+def test_rates_use_counters_and_grafana_s_interval(panel):
     for target in panel["targets"]:
         for window in re.findall(r"\[([$\w]+)\]", target["expr"]):
             assert window in ("$__rate_interval", "$__range", "15m", "1h")
@@ -89,7 +89,7 @@ def test_panels_fill_rows_and_do_not_overlap(name):
 
 
 def named(expression: str) -> list[tuple[str, Metric, set[str]]]:
-    """Of each series: what its name begins with, the metric, the labels that choose it."""
+    """Returns prefix, metric and selecting labels of each series in a query."""
     series = []
     for prefix, name, chosen in SERIES.findall(expression):
         base = name if name in DECLARED else re.sub(r"_(bucket|sum|count)$", "", name)
@@ -101,7 +101,7 @@ def named(expression: str) -> list[tuple[str, Metric, set[str]]]:
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_no_query_names_what_is_not_declared(prefix):
+def test_queries_use_only_declared_metrics_and_labels(prefix):
     for query in dashboard_queries(prefix=prefix):
         for began, metric, labels in named(query.expression):
             assert began == prefix, query
@@ -109,12 +109,12 @@ def test_no_query_names_what_is_not_declared(prefix):
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_every_declared_metric_is_shown_somewhere(prefix):
+def test_every_declared_metric_is_on_a_dashboard(prefix):
     shown = {metric.name for query in dashboard_queries(prefix=prefix) for _, metric, _ in named(query.expression)}
     assert shown == DECLARED.keys()
 
 
-def test_a_label_that_is_kept_is_one_that_the_series_have():
+def test_queries_group_only_by_labels_of_their_series():
     for query in dashboard_queries():
         metrics = [metric for _, metric, _ in named(query.expression)]
         having = OF_EVERY_SERIES | {"le"} | {label for metric in metrics for label in metric.labels}
@@ -122,7 +122,7 @@ def test_a_label_that_is_kept_is_one_that_the_series_have():
             assert set(kept.split(", ")) <= having, query
 
 
-def test_legends_name_labels_that_are_kept():
+def test_legends_use_only_labels_of_the_result():
     for board in BOARDS.values():
         for panel in panels(board):
             for target in panel["targets"]:
@@ -130,7 +130,7 @@ def test_legends_name_labels_that_are_kept():
                 assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= kept, panel["title"]
 
 
-def test_a_name_has_one_colour_on_all_of_them():
+def test_a_series_has_the_same_colour_on_all_dashboards():
     colours: dict[str, set[str]] = {}
     for board in BOARDS.values():
         for panel in panels(board):
@@ -141,12 +141,12 @@ def test_a_name_has_one_colour_on_all_of_them():
     assert colours["accepted"] == colours["drafter"] != colours["generated"] == colours["verifier"]
 
 
-def test_their_colours_are_those_of_the_playground():
+def test_the_colours_are_those_of_the_playground():
     style = (PROJECT_ROOT / "deployments" / "playground" / "playground.css").read_text()
     for name, colour in (("accepted", "#2fb89d"), ("target", "#9c82f5"), ("rejected", "#e0675e")):
         assert re.search(rf"--{name}-line: light-dark\(#\w+, {colour}\)", style), name
 
 
-def test_the_page_on_monitoring_tells_of_each():
+def test_the_page_on_monitoring_describes_each_dashboard():
     page = (PROJECT_ROOT / "docs" / "monitoring.md").read_text()
     assert [board["title"] for board in BOARDS.values() if board["title"].removeprefix("PARSE / ") not in page] == []

@@ -1,4 +1,4 @@
-"""`make monitoring` and `make tools`, as programs."""
+"""Runs `make monitoring` and `make tools` as programs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from deployments.config import PROJECT_ROOT
 from tests.cluster.querying import needs_prometheus
 
 TOOLS = PROJECT_ROOT / "cluster" / "tools.sh"
-# Stands for Grafana's server: tells who it is, and says that it is well.
+# A substitute for Grafana's server. It prints its settings and reports that it is healthy.
 GRAFANA = """#!{python}
 import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -36,7 +36,7 @@ HTTPServer((os.environ["GF_SERVER_HTTP_ADDR"], int(os.environ["GF_SERVER_HTTP_PO
 
 
 def only_prometheus(folder: Path) -> str:
-    """A path on which no Grafana is found."""
+    """Returns a PATH without Grafana."""
     executable = shutil.which("prometheus")
     assert executable, "see needs_prometheus"
     (folder / "prometheus").symlink_to(executable)
@@ -94,13 +94,13 @@ def running(pid: int) -> bool:
 
 @needs_prometheus
 @pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, stop_signal):
+def test_monitoring_runs_until_it_is_stopped_and_leaves_no_process(tmp_path, stop_signal):
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
         script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, report=tmp_path / "report.json"))
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
         with monitoring(tmp_path / "data", "--port", str(port), "--grafana-port", str(port), path=path) as process:
-            output = output_until(process, "Until Ctrl-C")
+            output = output_until(process, "Press Ctrl-C")
             source, shown = re.findall(r"^(?:Prometheus|Grafana) +(\S+)", output, re.MULTILINE)
             assert not source.endswith(f":{port}"), "somebody else has that one"
             assert source != shown
@@ -110,7 +110,7 @@ def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, stop_
             with urlopen(f"{source}/api/v1/status/config", timeout=5) as response:
                 assert "prom_metrics_service_discovery.json" in response.read().decode()
             process.send_signal(stop_signal)
-            process.send_signal(signal.SIGINT)  # as the impatient do
+            process.send_signal(signal.SIGINT)  # a second signal must not interrupt the shutdown
             rest, faults = process.communicate(timeout=30)
             assert process.returncode == 0 and rest.endswith("Stopped.\n") and not faults
         assert not answers(f"{source}/-/ready")
@@ -118,7 +118,7 @@ def test_it_serves_until_it_is_stopped_and_leaves_nothing_behind(tmp_path, stop_
         assert stood_in["arguments"][0] == "server" and not running(stood_in["pid"])
 
 
-def test_grafana_is_given_the_source_and_the_dashboards_and_may_be_looked_at_only(tmp_path, monkeypatch):
+def test_grafana_gets_the_source_and_the_dashboards_and_is_read_only(tmp_path, monkeypatch):
     script(tmp_path / "grafana", GRAFANA.format(python=sys.executable, report=tmp_path / "report.json"))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     program = grafana_program("http://127.0.0.1:9", tmp_path, 3)
@@ -136,7 +136,7 @@ def test_grafana_is_given_the_source_and_the_dashboards_and_may_be_looked_at_onl
 
 
 @needs_prometheus
-def test_a_prometheus_that_does_not_start_is_said_why(tmp_path):
+def test_if_prometheus_does_not_start_the_reason_is_printed(tmp_path):
     (tmp_path / "wrong.yml").write_text("scrape: []")
     with monitoring(tmp_path / "data", "--config", str(tmp_path / "wrong.yml")) as process:
         _, faults = process.communicate(timeout=30)
@@ -145,9 +145,9 @@ def test_a_prometheus_that_does_not_start_is_said_why(tmp_path):
 
 
 @needs_prometheus
-def test_a_prometheus_that_dies_ends_it(tmp_path):
+def test_if_prometheus_dies_monitoring_ends(tmp_path):
     with monitoring(tmp_path / "data", path=only_prometheus(tmp_path)) as process:
-        output_until(process, "Until Ctrl-C")
+        output_until(process, "Press Ctrl-C")
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
         _, faults = process.communicate(timeout=30)
@@ -155,28 +155,28 @@ def test_a_prometheus_that_dies_ends_it(tmp_path):
 
 
 @needs_prometheus
-def test_two_do_not_record_in_one_folder(tmp_path):
+def test_two_programs_cannot_use_the_same_folder(tmp_path):
     path, data = only_prometheus(tmp_path), tmp_path / "with a space"
     with monitoring(data, path=path) as first:
-        output_until(first, "Until Ctrl-C")
+        output_until(first, "Press Ctrl-C")
         with monitoring(data, path=path) as second:
             stdout, faults = second.communicate(timeout=30)
-        assert (second.returncode, stdout) == (1, "") and f"another one records in {data}" in faults
+        assert (second.returncode, stdout) == (1, "") and f"another monitoring program already uses {data}" in faults
         first.send_signal(signal.SIGINT)
         first.communicate(timeout=30)
     with monitoring(data, path=path) as third:
-        output_until(third, "Until Ctrl-C")
+        output_until(third, "Press Ctrl-C")
         third.send_signal(signal.SIGINT)
         third.communicate(timeout=30)
 
 
 @needs_prometheus
-def test_a_proxy_is_not_asked_for_what_is_on_this_machine(tmp_path, monkeypatch):
+def test_requests_to_this_machine_use_no_proxy(tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     with monitoring(tmp_path / "data", path=only_prometheus(tmp_path)) as process:
-        output_until(process, "Until Ctrl-C")
+        output_until(process, "Press Ctrl-C")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
 
@@ -186,23 +186,23 @@ def test_a_proxy_is_not_asked_for_what_is_on_this_machine(tmp_path, monkeypatch)
     ("arguments", "fault"),
     [
         (("--port", "70000"), "there is no port 70000"),
-        (("--data", "/dev/null/there"), "nothing can be recorded in /dev/null/there: Not a directory"),
+        (("--data", "/dev/null/there"), "data cannot be stored in /dev/null/there: Not a directory"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(tmp_path, arguments, fault):
+def test_errors_are_printed_in_one_line(tmp_path, arguments, fault):
     with monitoring(tmp_path / "data", *arguments) as process:
         stdout, faults = process.communicate(timeout=30)
     assert (process.returncode, stdout, faults) == (1, "", f"{fault}\n")
 
 
-def test_without_prometheus_it_says_how_to_get_it(tmp_path):
+def test_without_prometheus_the_error_says_how_to_install_it(tmp_path):
     with monitoring(tmp_path / "data", path=str(tmp_path)) as process:
         stdout, faults = process.communicate(timeout=30)
     assert process.returncode == 1 and not stdout
     assert "apt-get install --no-install-recommends prometheus" in faults
 
 
-def test_a_port_that_is_taken_is_passed_over():
+def test_a_port_in_use_is_skipped():
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
         assert find_free_port(port) > port
@@ -213,7 +213,10 @@ def test_a_port_that_is_taken_is_passed_over():
 def tools(
     folder: Path, *, root: bool, installed: Sequence[str] = (), fails: Sequence[str] = ()
 ) -> tuple[str, list[str]]:
-    """What it says, and how it called apt-get, on a machine made up of scripts."""
+    """Runs tools.sh on a simulated machine.
+
+    Returns its output and its calls of apt-get.
+    """
     called = folder / "called"
     failing = "|".join(f"*{word}*" for word in fails) or "nothing"
     script(folder / "id", f"#!/bin/sh\necho {0 if root else 1000}\n")
@@ -231,24 +234,24 @@ def tools(
 ALL_THERE = ("prometheus", "promtool", "chromium", "chromedriver")
 
 
-def test_tools_that_are_there_are_left_alone(tmp_path):
+def test_installed_tools_are_not_installed_again(tmp_path):
     assert tools(tmp_path, root=True, installed=ALL_THERE) == ("", [])
 
 
-def test_root_gets_what_is_missing_and_nothing_more(tmp_path):
+def test_as_root_only_missing_tools_are_installed(tmp_path):
     stdout, called = tools(tmp_path, root=True, installed=ALL_THERE[:2])
     assert stdout == "Installing chromium chromium-driver\n"
     (call,) = called
     assert call.endswith("install --yes --no-install-recommends chromium chromium-driver") and call.startswith("-qq")
 
 
-def test_lists_of_packages_are_brought_up_to_date_where_a_package_is_not_found(tmp_path):
+def test_package_lists_are_updated_if_a_package_is_not_found(tmp_path):
     stdout, called = tools(tmp_path, root=True, installed=ALL_THERE[2:], fails=["prometheus"])
     assert [call.split()[5] for call in called] == ["install", "update", "install"]
     assert "Without prometheus some tests are skipped" in stdout
 
 
-def test_others_are_told_the_command(tmp_path):
+def test_other_users_see_the_command(tmp_path):
     stdout, called = tools(tmp_path, root=False)
     assert not called
     assert re.findall(r"sudo (.*)", stdout) == [

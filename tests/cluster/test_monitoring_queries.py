@@ -1,4 +1,4 @@
-"""Every query is asked of a real Prometheus, over figures whose meaning is known beforehand."""
+"""Runs every query in a real Prometheus, on metrics with known values."""
 
 import re
 import threading
@@ -32,14 +32,17 @@ HAPPENED = re.compile(r"^(?!#)(parse_\w+)(.*) (?!0\.0$)(\S+)$", re.MULTILINE)
 
 
 class SimulatedService:
-    """Routers and engines as they would tell of themselves: in each tick the same happens."""
+    """Simulated routers and engines. The same events happen in every tick."""
 
     def __init__(self) -> None:
         self.router = MetricsRecorder(metrics.ROUTER_METRICS, deployment="Router")
         self.engines = [MetricsRecorder(metrics.ENGINE_METRICS, deployment=name) for name in ("Drafter", "Verifier")]
 
     def page(self) -> bytes:
-        """By both ways on one page; the second leaves out what has never happened."""
+        """Returns a page with the series of both sources.
+
+        The second source leaves out series without events.
+        """
         everyone = (self.router, *self.engines)
         text = encode_metrics([meters.collect() for meters in everyone], "text/plain")[0].decode()
         by_ray = [f"ray_{name}{labels} {value}" for name, labels, value in HAPPENED.findall(text)]
@@ -139,7 +142,7 @@ def served(service: SimulatedService) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            with lock:  # a tick is seen whole or not at all
+            with lock:  # a scrape must see a complete tick
                 body = service.page()
             self.send_response(200)
             self.send_header("Content-Type", "text/plain; version=0.0.4")
@@ -183,11 +186,11 @@ EVERYTHING = {prefix: [*dashboard_queries(prefix=prefix), *recorded_queries(pref
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_every_query_brings_data(server, prefix):
+def test_every_query_returns_data(server, prefix):
     assert server.without_data(EVERYTHING[prefix], within_s=10) == []
 
 
-def test_every_alert_can_be_asked(server):
+def test_every_alert_query_can_be_evaluated(server):
     assert server.without_data(alert_queries(), within_s=10) == []
     for one in alert_conditions():
         server.query(one.expression)
@@ -198,7 +201,7 @@ def test_every_alert_can_be_asked(server):
 @pytest.mark.parametrize(
     ("figure", "expected"),
     [
-        # 0.7 s for 70 tokens are 10 ms each; 150 tokens took 1 s, waiting aside.
+        # The target needs 0.7 s for 70 tokens, so 10 ms per token. 150 tokens took 1 s without queueing.
         (figures.speed_up, 1.5),
         (lambda view: figures.speed_up(view, figures.VERIFIED_MODES), 2.0),
         (figures.accepted_share, 85 / 110),
@@ -219,7 +222,7 @@ def test_every_alert_can_be_asked(server):
         (lambda view: view.mean(metrics.AUDIT_GAP), 0.2),
     ],
 )
-def test_figures_say_what_has_happened(server, prefix, figure, expected):
+def test_figures_have_the_expected_values(server, prefix, figure, expected):
     (series,) = server.query(figure(View(prefix, "1m")))
     assert float(series["value"][1]) == pytest.approx(expected, abs=1e-6)
 
@@ -232,7 +235,7 @@ def test_speed_up_by_mode(server, prefix):
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_what_is_proposed_by_who_proposes_it_and_where(server, prefix):
+def test_proposals_are_counted_by_method_and_position(server, prefix):
     view = View(prefix, "1m")
     shares = {
         series["metric"]["method"]: float(series["value"][1])
@@ -251,12 +254,12 @@ def test_what_is_proposed_by_who_proposes_it_and_where(server, prefix):
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_the_pace_is_the_target_s_whichever_mode_is_looked_at(server, prefix):
+def test_the_time_per_token_does_not_depend_on_the_selected_mode(server, prefix):
     chosen = View(prefix, "1m", {"mode": "rounds"})
     (series,) = server.query(figures.speed_up(chosen))
     assert float(series["value"][1]) == pytest.approx(2.0)
 
 
-def test_what_is_no_query_is_refused(server):
+def test_an_invalid_query_is_rejected(server):
     with pytest.raises(QueryFailed, match="parse error"):
         server.query("sum(rate(")

@@ -1,4 +1,4 @@
-"""Recording rules and alerts, as Prometheus' own tool reads and tries them."""
+"""Checks and tests recording rules and alerts with Prometheus' own tool."""
 
 import re
 import subprocess
@@ -25,37 +25,37 @@ def promtool(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_the_files_are_what_the_code_makes():
+def test_the_files_are_up_to_date():
     for path, text in render_files().items():
         assert path.read_text() == text, f"{path.name} is not up to date: make dashboards"
 
 
 @needs_prometheus
-def test_the_configuration_is_one():
+def test_promtool_accepts_the_configuration():
     assert "2 rule files found" in promtool("check", "config", RULES / "prometheus.yml")
 
 
 @needs_prometheus
-def test_the_rules_are_rules():
+def test_promtool_accepts_the_rules():
     promtool("check", "rules", "--lint=all", "--lint-fatal", RULES / "rules.yml", RULES / "alerts.yml")
 
 
 @needs_prometheus
 @pytest.mark.parametrize("path", TRIED, ids=lambda path: path.stem)
-def test_alerts_fire_when_they_should_and_only_then(path):
+def test_alerts_fire_only_in_their_scenarios(path):
     promtool("test", "rules", path)
 
 
 @needs_prometheus
 @pytest.mark.parametrize("path", TRIED, ids=lambda path: path.stem)
-def test_and_so_they_do_for_the_series_of_ray_s_pipeline(path, tmp_path):
+def test_alerts_also_fire_for_the_series_that_ray_exports(path, tmp_path):
     text = path.read_text().replace("../", f"{RULES}/").replace("'parse_", "'ray_parse_")
     (tmp_path / path.name).write_text(text)
     promtool("test", "rules", tmp_path / path.name)
 
 
 @needs_prometheus
-def test_both_ways_at_once_call_nobody_twice(tmp_path):
+def test_an_alert_fires_once_if_both_sources_have_series(tmp_path):
     text = (RULES / "tests" / "failures.yml").read_text().replace("../", f"{RULES}/")
     series = [line for line in text.splitlines() if "{series: 'parse_" in line]
     doubled = text.replace(
@@ -65,7 +65,7 @@ def test_both_ways_at_once_call_nobody_twice(tmp_path):
     promtool("test", "rules", tmp_path / "doubled.yml")
 
 
-def test_each_alert_is_tried():
+def test_each_alert_has_a_scenario():
     texts = {path.stem: path.read_text() for path in TRIED}
     stems = {alert: re.sub(r"(?<=.)(?=[A-Z])", "_", alert.name.removeprefix("Parse")).lower() for alert in ALERTS}
     assert texts.keys() == {*stems.values(), "healthy", "quiet"}
@@ -74,7 +74,7 @@ def test_each_alert_is_tried():
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
-def test_each_alert_says_what_to_do_and_where_to_read_on(alert):
+def test_each_alert_says_what_to_do_and_names_its_documentation(alert):
     annotations = alert.rule()["annotations"]
     page, _, anchor = annotations["runbook"].partition("#")
     assert page == "docs/monitoring.md"
@@ -84,11 +84,11 @@ def test_each_alert_says_what_to_do_and_where_to_read_on(alert):
     assert alert.hold_time.endswith("m")
 
 
-def test_the_page_tells_of_no_alert_that_is_gone():
+def test_the_page_describes_no_removed_alert():
     assert set(re.findall(r"^#+ (Parse\w+)$", PAGE, re.MULTILINE)) == {alert.name for alert in ALERTS}
 
 
-def test_the_scrapes_are_of_the_router_and_of_ray():
+def test_prometheus_scrapes_the_router_and_ray():
     config = yaml.safe_load((RULES / "prometheus.yml").read_text())
     service = yaml.safe_load((PROJECT_ROOT / "serve_config.yaml").read_text())["http_options"]
     router, ray = config["scrape_configs"]
@@ -99,12 +99,12 @@ def test_the_scrapes_are_of_the_router_and_of_ray():
 @pytest.mark.parametrize(
     "condition", ['mood="full"', 'mode="ful"', 'mode=~"full|of"', "mode", 'mode="full",finish="stop"']
 )
-def test_a_query_names_nothing_that_is_not_declared(condition):
+def test_a_query_with_an_undeclared_name_is_rejected(condition):
     with pytest.raises(ValueError, match=r"is not declared|not a condition"):
         View().rate(metrics.DRAFT_TOKENS, condition)
 
 
-def test_parentheses_are_written_where_they_are_needed():
+def test_parentheses_are_added_only_if_needed():
     assert parenthesized("sum(a)") == "sum(a)" and parenthesized("(a + b)") == "(a + b)"
     assert parenthesized("sum by (x, y) (rate(a[5m]))") == "sum by (x, y) (rate(a[5m]))"
     assert parenthesized("sum(a) / sum(b)") == "(sum(a) / sum(b))"

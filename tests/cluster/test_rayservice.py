@@ -1,6 +1,6 @@
-"""The RayService against KubeRay's own definition of one.
+"""Checks the RayService against KubeRay's own definition.
 
-rayservice.json.gz is the schema of ray.io/v1 in KubeRay 1.7.0's CRD, as it is. Made, in a checkout of
+rayservice.json.gz is the unchanged schema of ray.io/v1 in the CRD of KubeRay 1.7.0. It was made in a checkout of
 github.com/ray-project/kuberay at v1.7.0, by
 
     python -c 'import gzip, json, yaml
@@ -29,7 +29,10 @@ SCHEMA = Path(__file__).with_name("rayservice.json.gz")
 
 
 def strict(schema: Any) -> Any:
-    """Kubernetes drops what a schema does not list; here it is an error."""
+    """Returns a strict schema, in which an unknown key is an error.
+
+    Kubernetes itself drops keys that the schema does not list.
+    """
     if isinstance(schema, list):
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
@@ -77,13 +80,13 @@ def pods(cluster):
     return [group["template"]["spec"] for group in groups(cluster)]
 
 
-def test_it_is_a_ray_service(service, check):
+def test_the_file_is_a_valid_rayservice(service, check):
     assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
     assert [error.message for error in check.iter_errors(service)] == []
 
 
 def places(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Of all mappings in it whose keys are given names, not names of ours."""
+    """Yields the paths of all mappings whose keys the schema defines."""
     free = {"metadata", "rayStartParams", "requests", "limits", "nodeSelector"}
     if isinstance(part, dict):
         if not free & set(path):
@@ -95,11 +98,11 @@ def places(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(value, (*path, place))
 
 
-def test_an_unknown_key_is_refused_wherever_it_stands(service, check):
+def test_an_unknown_key_is_rejected_at_every_place(service, check):
     paths = [path for path in places(service) if path]
     assert len(paths) > 30
     for path in paths:
-        changed = copy.deepcopy(service)  # with no mapping shared, as it is after YAML's anchors
+        changed = copy.deepcopy(service)  # YAML's anchors share mappings, so they are copied
         changed = json.loads(json.dumps(changed))
         part = changed
         for step in path:
@@ -108,33 +111,33 @@ def test_an_unknown_key_is_refused_wherever_it_stands(service, check):
         assert list(check.iter_errors(changed)), path
 
 
-def test_a_value_of_the_wrong_kind_is_refused(service, check):
+def test_a_value_of_the_wrong_type_is_rejected(service, check):
     service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"] = "two"
     assert list(check.iter_errors(service))
 
 
-# What KubeRay checks beyond its schema.
+# These rules are checked by KubeRay, and are not in its schema.
 
 
-def test_groups_say_how_many_they_may_be(cluster):
+def test_groups_set_valid_numbers_of_replicas(cluster):
     for group in cluster["workerGroupSpecs"]:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
-def test_its_name_and_strategy_are_such_as_kuberay_takes(service):
+def test_kuberay_accepts_the_name_and_the_strategy(service):
     assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", service["metadata"]["name"])
     assert service["spec"]["upgradeStrategy"]["type"] in ("NewCluster", "None")
 
 
-# What must agree.
+# These values must agree with each other.
 
 
-def test_ray_is_the_one_that_is_pinned(cluster):
+def test_the_version_of_ray_is_the_pinned_one(cluster):
     (pinned,) = re.findall(r"^ray==(.+)$", (PROJECT_ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert cluster["rayVersion"] == pinned
 
 
-def test_all_pods_run_one_image_whose_commands_kuberay_makes(cluster):
+def test_all_pods_run_one_image_and_kuberay_sets_their_commands(cluster):
     containers = [container for pod in pods(cluster) for container in pod["containers"]]
     assert len({container["image"] for container in containers}) == 1
     assert not any(container.keys() & {"command", "args"} for container in containers)
@@ -153,7 +156,7 @@ def test_all_replicas_fit_and_none_is_on_the_head(service, cluster):
         assert requested <= available, name
 
 
-def test_its_port_is_the_one_that_serve_listens_on(service, cluster):
+def test_the_port_is_that_of_serve(service, cluster):
     options = serve_config(service)["http_options"]
     assert options["host"] == "0.0.0.0"
     for pod in pods(cluster):
@@ -161,13 +164,13 @@ def test_its_port_is_the_one_that_serve_listens_on(service, cluster):
         assert ports["serve"] == options["port"] == 8000  # where KubeRay looks
 
 
-def test_serve_is_set_up_as_make_serve_does_it(cluster):
+def test_the_environment_is_that_of_make_serve(cluster):
     for pod in pods(cluster):
         env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
         assert THROUGHPUT_ENVIRONMENT.items() <= env.items()
 
 
-def test_keys_come_from_a_secret_to_where_routers_run(service, cluster):
+def test_pods_with_routers_get_the_keys_from_a_secret(service, cluster):
     variable = settings_of_the_api(service)["api_keys_env"]
     for group in cluster["workerGroupSpecs"]:
         env = {entry["name"]: entry for entry in group["template"]["spec"]["containers"][0]["env"]}
@@ -175,17 +178,19 @@ def test_keys_come_from_a_secret_to_where_routers_run(service, cluster):
     assert cluster["authOptions"] == {"mode": "token"}
 
 
-def test_what_is_stopped_has_the_time_to_end_what_it_began(service, cluster):
+def test_a_stopped_pod_has_time_to_finish_its_requests(service, cluster):
     request_timeout_s = settings_of_the_api(service)["request_timeout_s"]
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > request_timeout_s
     for group in cluster["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         script, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-        assert (PROJECT_ROOT / script.removeprefix("/app/")).stat().st_mode & 0o111  # may be executed
-        assert request_timeout_s < int(seconds) <= pod["terminationGracePeriodSeconds"] - 30  # and be found late
+        assert (PROJECT_ROOT / script.removeprefix("/app/")).stat().st_mode & 0o111  # the file is executable
+        assert (
+            request_timeout_s < int(seconds) <= pod["terminationGracePeriodSeconds"] - 30
+        )  # the time until the script starts
 
 
-def test_every_container_is_probed_and_may_do_little(cluster):
+def test_every_container_has_health_checks_and_few_privileges(cluster):
     for pod in pods(cluster):
         (container,) = pod["containers"]
         assert container["livenessProbe"]["httpGet"] and container["readinessProbe"]["httpGet"]
@@ -193,7 +198,7 @@ def test_every_container_is_probed_and_may_do_little(cluster):
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
 
 
-def test_volumes_that_are_mounted_are_there(cluster):
+def test_mounted_volumes_exist(cluster):
     for pod in pods(cluster):
         mounted = {mount["name"] for container in pod["containers"] for mount in container.get("volumeMounts", [])}
         assert mounted == {volume["name"] for volume in pod.get("volumes", [])}

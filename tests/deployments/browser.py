@@ -1,6 +1,6 @@
-"""A real browser, and the playground as somebody before it uses it.
+"""Controls the playground in a real browser, as a user does.
 
-`.venv/bin/python -m tests.deployments.browser docs/images` takes the pictures in docs/playground.md again.
+`.venv/bin/python -m tests.deployments.browser docs/images` takes the screenshots in docs/playground.md.
 """
 
 import argparse
@@ -37,7 +37,9 @@ def browsing(*flags: str) -> Iterator[Chrome]:
         for flag in (*FLAGS, *flags, f"--user-data-dir={profile}"):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        browser = Chrome(options=options, service=Service(str(DRIVER)))  # both named, so that nothing is downloaded
+        browser = Chrome(
+            options=options, service=Service(str(DRIVER))
+        )  # both paths are set, so that Selenium downloads nothing
         try:
             yield browser
         finally:
@@ -72,7 +74,7 @@ class Playground:
         field.send_keys(text)
 
     def put(self, selector: str, text: str) -> None:
-        """What no keyboard types."""
+        """Sets a text that cannot be typed on a keyboard."""
         self.run("arguments[0].value = arguments[1]", self.one(selector), text)
 
     def choose(self, selector: str, value: str) -> None:
@@ -98,7 +100,7 @@ class Playground:
         self.one("#ask").click()
 
     def ended(self) -> Sequence[str]:
-        """The states of the answers, once none is on its way."""
+        """Waits until all answers have ended, and returns their states."""
         return self.until(
             lambda: (
                 (states := self.run("return [...document.querySelectorAll('.pane')].map(p => p.dataset.state)"))
@@ -109,7 +111,7 @@ class Playground:
         )
 
     def runs(self, pane: int = 0) -> list[tuple[str, str]]:
-        """Kind and text."""
+        """Returns kind and text of each run of an answer."""
         script = """return [...document.querySelectorAll('.pane')[arguments[0]]?.querySelectorAll('.run') ?? []]
             .map(r => [['accepted', 'target', 'rejected'].find(k => r.classList.contains(k)), r.textContent])"""
         return [(kind, text) for kind, text in self.run(script, pane)]
@@ -130,14 +132,17 @@ ASK, BACK = Keys.CONTROL + Keys.ENTER, Keys.SHIFT + Keys.TAB
 
 
 def pictures(folder: Path, address: str) -> None:
-    """Two modes side by side, in both themes. On a machine that is busy otherwise they show odd figures."""
+    """Takes screenshots of two modes side by side, in both themes.
+
+    On a busy machine they show unusual times.
+    """
     for theme in ("light", "dark"):
         with browsing("--force-device-scale-factor=1.5") as browser:
             page = Playground(browser)
             page.open(address)
             while page.one("#theme-name").text != theme:
                 page.one("#theme").click()
-            page.ask(mode="rounds", against="off")  # every part has run once
+            page.ask(mode="rounds", against="off")  # all code has run once, so the times are representative
             page.ended()
             page.open(address)
             page.write("#full", "0.97")

@@ -1,4 +1,4 @@
-"""One demo pair for all tests of the HTTP side, and one server over it."""
+"""Provides one demo pair and one server for all tests of the HTTP API."""
 
 from collections.abc import Iterator
 
@@ -42,7 +42,7 @@ def address(pair: Pair) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def client(address: str) -> Iterator[OpenAI]:
-    """The official one."""
+    """The official OpenAI client."""
     with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
 

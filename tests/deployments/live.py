@@ -1,4 +1,4 @@
-"""The HTTP side over a pipeline in this process, on a real port."""
+"""Serves the HTTP API on a real port, with a pipeline in this process."""
 
 import asyncio
 import socket
@@ -41,14 +41,14 @@ class LocalBackend:
 
 
 def without_methods(pipeline: Pipeline) -> Pipeline:
-    """The pipeline of a target for which no token-level method is loaded."""
+    """Returns the pipeline of a target without token-level methods."""
     return replace(pipeline, capabilities=replace(pipeline.capabilities, speculative_methods=()))
 
 
 @contextmanager
 def served(app: FastAPI, *, log_level: str = "warning") -> Iterator[str]:
-    """Its address."""
-    # Bound here, so that a port is known at once and early requests wait in its line.
+    """Serves an app and yields its address."""
+    # The socket is bound here, so that the port is known at once and early requests wait in its backlog.
     with socket.create_server(("127.0.0.1", 0)) as port:
         config = uvicorn.Config(app, log_level=log_level, log_config=None, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
@@ -66,11 +66,14 @@ def served(app: FastAPI, *, log_level: str = "warning") -> Iterator[str]:
 
 @dataclass
 class Writer:
-    """A verifier that writes some tokens, and then fails, or waits until it may go on."""
+    """A verifier that generates some tokens, and then fails or waits.
+
+    It waits until `may_go_on` is set.
+    """
 
     tokens: Sequence[int] = ()
     error: Exception | None = None
-    speculated: SpeculationStats | None = None  # of those tokens
+    speculated: SpeculationStats | None = None  # the number of these tokens
     may_go_on: threading.Event = field(default_factory=threading.Event)
     busy: int = 0
 

@@ -1,4 +1,4 @@
-"""The official client, over the demo pair."""
+"""Tests the API with the official client and the demo pair."""
 
 import time
 from collections import Counter
@@ -21,10 +21,11 @@ from parse.prompts import chat_prompt_token_ids
 from tests.deployments.conftest import MODEL
 from training import measure
 
-PROBLEMS = sorted(measure.draw_problems(11, 60, split="client"), key=lambda problem: problem.steps)[:6]  # short ones
+# These problems have short answers.
+PROBLEMS = sorted(measure.draw_problems(11, 60, split="client"), key=lambda problem: problem.steps)[:6]
 MODES = ["off", "full", "progressive", "rounds", "exact", "auto"]
-OPEN: Any = [{"role": "user", "content": "Hello."}]  # the pair has much to say to what it does not know
-REPEATABLE = ["off", "full", "progressive", "exact"]  # the others weigh what drafts cost at the time
+OPEN: Any = [{"role": "user", "content": "Hello."}]  # the demo pair writes long answers to unknown questions
+REPEATABLE = ["off", "full", "progressive", "exact"]  # the other modes depend on measured times
 
 
 def problem_messages(index: int = 0) -> Any:
@@ -83,7 +84,7 @@ def peer() -> Any:
 
 @pytest.fixture(scope="module")
 def prompts(pair: Pair) -> list[list[int]]:
-    """Texts that are gone on from at length."""
+    """Returns prompts with long continuations."""
     return [chat_prompt_token_ids(pair.tokenizer, problem_messages(index)) for index in range(2)]
 
 
@@ -100,7 +101,7 @@ def _generated(peer: Any, *prompt: int) -> list[int]:
 
 
 def target_token_ids(peer: Any, pair: Pair, messages: Any) -> list[int]:
-    """What the target writes by itself, its end token left out."""
+    """Returns what the target generates alone, without its end token."""
     *ids, end = _generated(peer, *chat_prompt_token_ids(pair.tokenizer, messages))
     assert end == pair.tokenizer.eos_token_id
     return ids
@@ -109,7 +110,7 @@ def target_token_ids(peer: Any, pair: Pair, messages: Any) -> list[int]:
 # Chat.
 
 
-def test_a_greedy_answer_is_what_the_library_writes(client, pair, peer):
+def test_a_greedy_answer_equals_that_of_the_library(client, pair, peer):
     for index in range(2):
         answer = chat(client, problem_messages(index))
         ids = target_token_ids(peer, pair, problem_messages(index))
@@ -121,7 +122,7 @@ def test_a_greedy_answer_is_what_the_library_writes(client, pair, peer):
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(ids)
 
 
-def test_an_answer_is_addressed_as_the_api_does(client):
+def test_an_answer_has_the_ids_and_names_of_the_api(client):
     before = int(time.time())
     first, second = chat(client, max_tokens=1), chat(client, max_tokens=1)
     assert first.object == "chat.completion" and first.model == MODEL and first.id != second.id
@@ -133,7 +134,7 @@ def test_an_answer_is_addressed_as_the_api_does(client):
 @pytest.mark.parametrize(
     "sampling_params", [{}, {"temperature": 1.0, "seed": 5, "max_tokens": 40}, {"stop": ["Third", "move"]}]
 )
-def test_a_stream_is_the_answer_in_parts(client, mode, sampling_params):
+def test_the_parts_of_a_stream_form_the_answer(client, mode, sampling_params):
     complete_answer = chat(client, mode=mode, **sampling_params)
     chunk_list = chunks(client, mode=mode, **sampling_params)
     assert joined_text(chunk_list) == text_of(complete_answer) and text_of(complete_answer)
@@ -145,11 +146,11 @@ def test_a_stream_is_the_answer_in_parts(client, mode, sampling_params):
     assert all(chunk.usage is None for chunk in chunk_list)
 
 
-def test_the_first_words_come_before_the_last_are_written(client):
+def test_the_first_tokens_arrive_before_the_last_are_generated(client):
     assert len([chunk for chunk in chunks(client) if chunk.choices[0].delta.content]) > 1
 
 
-def test_usage_comes_at_a_streams_end_where_it_is_asked_for(client):
+def test_a_stream_ends_with_its_usage_if_it_is_requested(client):
     complete_answer = chat(client)
     *chunk_list, totals = chunks(client, stream_options={"include_usage": True})
     assert totals.choices == [] and totals.usage is not None and complete_answer.usage is not None
@@ -159,7 +160,7 @@ def test_usage_comes_at_a_streams_end_where_it_is_asked_for(client):
 
 
 @pytest.mark.parametrize("mode", ["off", "full", "exact"])
-def test_the_same_seed_gives_the_same_answer_and_choices_have_seeds_of_their_own(client, mode):
+def test_the_same_seed_gives_the_same_answer_and_each_choice_has_its_own_seed(client, mode):
     params: Any = {"messages": OPEN, "mode": mode, "temperature": 1.5, "max_tokens": 16}
     both = chat(client, n=2, seed=41, **params)
     one, other = chat(client, seed=41, **params), chat(client, seed=42, **params)
@@ -199,7 +200,7 @@ def test_log_probabilities_are_the_targets_own(client, pair, peer, mode):
     assert [entry.token for delta in parts for entry in delta] == [entry.token for entry in entries]
 
 
-def test_log_probabilities_alone_name_no_others(client):
+def test_log_probabilities_without_alternatives_name_no_other_tokens(client):
     answer = chat(client, logprobs=True, max_tokens=4)
     assert answer.choices[0].logprobs is not None
     assert [entry.top_logprobs for entry in answer.choices[0].logprobs.content or []] == [[]] * 4
@@ -222,7 +223,7 @@ def test_an_answer_ends_before_a_stop_string(client, pair, peer, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_an_answer_ends_at_its_limit(client, mode, name):
+def test_an_answer_ends_at_its_token_limit(client, mode, name):
     for limit in (1, 7, 16):
         params: Any = {name: limit}
         answer = chat(client, mode=mode, **params)
@@ -230,14 +231,14 @@ def test_an_answer_ends_at_its_limit(client, mode, name):
         assert answer.choices[0].finish_reason == "length"
 
 
-def test_an_answer_ends_where_the_context_does(client, pair):
+def test_an_answer_ends_at_the_context_length(client, pair):
     long: Any = [{"role": "user", "content": " 53" * 990}]
     answer = chat(client, long, logit_bias={str(pair.tokenizer.eos_token_id): -100})
     assert answer.usage is not None
     assert answer.usage.total_tokens == 1024 and answer.choices[0].finish_reason == "length"
 
 
-def test_what_is_said_in_parts_or_by_a_developer_is_the_same_to_the_model(client):
+def test_content_parts_and_developer_messages_give_the_same_prompt(client):
     content = PROBLEMS[0].question
     plain: Any = [{"role": "system", "content": "Answer step by step."}, {"role": "user", "content": content}]
     halves = [{"type": "text", "text": text} for text in (content[:20], content[20:])]
@@ -251,7 +252,7 @@ def test_what_is_said_in_parts_or_by_a_developer_is_the_same_to_the_model(client
 
 
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact", "auto"])
-def test_a_right_prediction_is_taken_whole(client, pair, peer, mode):
+def test_a_correct_prediction_is_accepted_in_full(client, pair, peer, mode):
     own = target_token_ids(peer, pair, problem_messages())
     text = pair.tokenizer.decode(own)
     for content in (text, [{"type": "text", "text": delta} for delta in (text[:30], text[30:])]):
@@ -272,12 +273,12 @@ def test_a_wrong_prediction_is_rejected(client, pair, peer, mode):
     details = answer.usage.completion_tokens_details
     assert details.rejected_prediction_tokens is not None and details.accepted_prediction_tokens is not None
     assert details.rejected_prediction_tokens > 0
-    if mode != "rounds":  # there the rest of it is tried again further on
+    if mode != "rounds":  # there, the rest of the prediction is tried again after the correction
         drafted = details.accepted_prediction_tokens + details.rejected_prediction_tokens
         assert drafted == len(pair.tokenizer.encode(wrong, add_special_tokens=False))
 
 
-def test_a_bias_forbids_a_token_or_forces_it(client, pair):
+def test_a_bias_can_forbid_or_force_a_token(client, pair):
     free = chat(client, logprobs=True, max_tokens=8)
     assert free.choices[0].logprobs is not None
     first = (free.choices[0].logprobs.content or [])[0].token
@@ -290,7 +291,7 @@ def test_a_bias_forbids_a_token_or_forces_it(client, pair):
 
 
 @pytest.mark.parametrize(("presence", "frequency"), [(2.0, 0.0), (0.0, 2.0), (-2.0, 0.5), (1.5, 1.5)])
-def test_penalties_are_as_the_api_defines_them(client, pair, peer, presence, frequency):
+def test_penalties_follow_the_definition_of_the_api(client, pair, peer, presence, frequency):
     prompt, ids = chat_prompt_token_ids(pair.tokenizer, OPEN), list[int]()
     for _ in range(40):
         logits = logits_of(peer, [*prompt, *ids])[-1].clone()
@@ -307,7 +308,7 @@ def test_penalties_are_as_the_api_defines_them(client, pair, peer, presence, fre
 # Completions.
 
 
-def test_a_prompt_may_be_text_or_tokens_one_or_several(client, pair, prompts):
+def test_prompts_may_be_one_or_several_texts_or_token_lists(client, pair, prompts):
     texts, ids = [pair.tokenizer.decode(tokens) for tokens in prompts], prompts
     alone = [complete(client, text, max_tokens=6) for text in texts]
     assert [answer.choices[0].text for answer in alone] == [
@@ -321,15 +322,15 @@ def test_a_prompt_may_be_text_or_tokens_one_or_several(client, pair, prompts):
         assert answer.usage.completion_tokens == 12
 
 
-def test_text_is_gone_on_from_as_the_library_does(client, pair, peer, prompts):
+def test_a_continuation_equals_that_of_the_library(client, pair, peer, prompts):
     expected = peer.generate(torch.tensor([prompts[0]]), do_sample=False, max_new_tokens=16)[0, len(prompts[0]) :]
     answer = complete(client, pair.tokenizer.decode(prompts[0]))
-    assert answer.choices[0].text == pair.tokenizer.decode(expected)  # 16 tokens are the API's default
+    assert answer.choices[0].text == pair.tokenizer.decode(expected)  # the default of the API is 16 tokens
     assert answer.object == "text_completion" and answer.choices[0].finish_reason == "length"
     assert report(answer).mode == "off"
 
 
-def test_choices_of_several_prompts_stand_in_order_with_seeds_of_their_own(client, pair):
+def test_choices_of_several_prompts_are_in_order_and_have_their_own_seeds(client, pair):
     prompts = [
         chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": text}]) for text in ("Hello.", "What?")
     ]
@@ -340,7 +341,7 @@ def test_choices_of_several_prompts_stand_in_order_with_seeds_of_their_own(clien
     assert len(parse_extension(answer)) == 4
 
 
-def test_a_completions_log_probabilities_stand_beside_its_text(client, pair, peer, prompts):
+def test_the_log_probabilities_of_a_completion_match_its_text(client, pair, peer, prompts):
     ids = prompts[0]
     (choice,) = complete(client, ids, max_tokens=8, logprobs=2).choices
     tokens = choice.logprobs
@@ -358,7 +359,7 @@ def test_a_completions_log_probabilities_stand_beside_its_text(client, pair, pee
         assert sorted(top.values(), reverse=True) == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
 
 
-def test_a_completion_is_streamed_too(client, prompts):
+def test_a_completion_can_be_streamed(client, prompts):
     params: Any = {"model": MODEL, "prompt": prompts[0], "max_tokens": 12, "logprobs": 1, "temperature": 0}
     (complete_answer,) = client.completions.create(**params).choices
     stream = client.completions.create(stream=True, stream_options={"include_usage": True}, **params)
@@ -375,17 +376,17 @@ def test_a_completion_is_streamed_too(client, prompts):
         assert streamed == getattr(complete_answer.logprobs, name)
 
 
-def test_text_may_be_gone_on_from_with_drafts(client, pair):
+def test_a_text_can_be_continued_with_drafts(client, pair):
     prompt = chat_prompt_token_ids(pair.tokenizer, problem_messages())
     answer = complete(client, prompt, max_tokens=200, extra_body={"parse": {"mode": "full"}})
     assert report(answer).accepted > 0
     assert answer.choices[0].text == text_of(chat(client, mode="full", max_tokens=200))
 
 
-# Models, and what cannot be served.
+# Models and rejected requests.
 
 
-def test_the_model_is_named(client):
+def test_the_model_is_listed(client):
     (card,) = client.models.list().data
     assert (card.id, card.object, client.models.retrieve(MODEL).id) == (MODEL, "model", MODEL)
     assert card.model_extra is not None and card.model_extra["max_model_len"] == 1024
@@ -393,7 +394,7 @@ def test_the_model_is_named(client):
         client.models.retrieve("another/one")
 
 
-def test_the_client_understands_what_is_refused(client):
+def test_the_client_understands_rejections(client):
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, temperature=3)
     assert (refused.value.param, refused.value.code) == ("temperature", "invalid_value")
@@ -409,7 +410,7 @@ def test_the_client_understands_what_is_refused(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_does_not_fit_the_context_is_refused(client, stream):
+def test_a_request_beyond_the_context_length_is_rejected(client, stream):
     long: Any = [{"role": "user", "content": "53 " * 2000}]
     params: list[Any] = [{"messages": long}, {"messages": problem_messages(), "max_tokens": 1000}]
     for body in params:
@@ -422,18 +423,18 @@ def test_what_does_not_fit_the_context_is_refused(client, stream):
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
 
 
-def test_what_just_fits_the_context_is_served_and_a_token_more_is_not(client):
+def test_a_request_at_the_context_length_is_served_and_one_more_token_is_not(client):
     answer = complete(client, [5] * 1000, max_tokens=24, extra_body={"ignore_eos": True})
     assert answer.usage is not None and answer.usage.total_tokens == 1024
     with pytest.raises(openai.BadRequestError):
         complete(client, [5] * 1000, max_tokens=25)
 
 
-# What became of drafts.
+# Reports on drafts.
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_request_chooses_its_mode_and_is_told_what_came_of_it(client, mode):
+def test_a_request_chooses_its_mode_and_gets_a_report(client, mode):
     answer = chat(client, mode=mode, trace=True)
     response, usage = report(answer), answer.usage
     assert usage is not None and usage.completion_tokens_details is not None and usage.prompt_tokens_details is not None
@@ -479,12 +480,12 @@ def check_times(response: ParseReport) -> None:
 
 @pytest.mark.parametrize("mode", REPEATABLE)
 @pytest.mark.parametrize("params", [{"stop": ["Third", "has"]}, {"max_tokens": 30, "logprobs": True}])
-def test_a_stream_tells_the_same(client, mode, params):
+def test_a_stream_has_the_same_report(client, mode, params):
     response = report(chat(client, mode=mode, trace=True, **params))
     chunk_list = chunks(client, mode=mode, trace=True, **params)
     streamed = last_report(chunk_list)
     names = ["mode", "accepted", "written", "rounds", "boundary", "fallback", "retries"]
-    if mode != "progressive":  # how far the drafter comes until it is stopped is a matter of time
+    if mode != "progressive":  # how far the drafter gets before it is stopped depends on timing
         names += ["drafted", "rejected"]
     assert [getattr(response, name) for name in names] == [getattr(streamed, name) for name in names]
     check_times(streamed)
@@ -501,7 +502,7 @@ def test_a_stream_tells_the_same(client, mode, params):
     ]
 
 
-def test_what_happened_is_told_in_full_only_where_it_is_asked_for(client):
+def test_the_report_contains_a_trace_only_on_request(client):
     response = report(chat(client, mode="full"))
     assert response.pieces is None and response.verdicts is None and response.accepted > 0
     chunk_list = chunks(client, mode="full")
@@ -509,7 +510,7 @@ def test_what_happened_is_told_in_full_only_where_it_is_asked_for(client):
     assert last_report(chunk_list).accepted == response.accepted
 
 
-def test_every_choice_has_a_report_of_its_own(client):
+def test_every_choice_has_its_own_report(client):
     answer = chat(client, n=3, mode="full", seed=3, temperature=1.0, trace=True)
     reports = [ParseReport.model_validate(messages) for messages in parse_extension(answer)]
     assert len(reports) == 3
@@ -519,7 +520,7 @@ def test_every_choice_has_a_report_of_its_own(client):
     assert answer.usage.completion_tokens == sum(response.accepted + response.written for response in reports)
 
 
-def test_exact_is_the_target_alone(client):
+def test_mode_exact_gives_the_answer_of_the_target_alone(client):
     for index in range(2):
         cases: list[Any] = [{}, {"temperature": 1.0, "seed": index, "max_tokens": 60}]
         for sampling_params in cases:
@@ -529,7 +530,7 @@ def test_exact_is_the_target_alone(client):
             assert text_of(exact) == text_of(off) and exact.choices[0].finish_reason == off.choices[0].finish_reason
 
 
-def test_thresholds_are_obeyed_and_may_only_be_raised(client):
+def test_thresholds_are_applied_and_have_a_minimum(client):
     def answer(**options: float) -> ParseReport:
         body = {"parse": {"mode": "full"} | options}
         return report(
@@ -538,7 +539,7 @@ def test_thresholds_are_obeyed_and_may_only_be_raised(client):
             )
         )
 
-    assert answer(full=1.0, prefix=1.0).accepted == 0  # nothing is ever certain
+    assert answer(full=1.0, prefix=1.0).accepted == 0  # P(correct) is never exactly 1
     assert answer(full=0.5, prefix=0.5).accepted >= answer().accepted > 0
     for name in ("full", "prefix"):
         with pytest.raises(openai.BadRequestError) as refused:
@@ -546,11 +547,11 @@ def test_thresholds_are_obeyed_and_may_only_be_raised(client):
         assert refused.value.param == f"parse.{name}"
 
 
-def test_what_was_read_before_is_told_as_cached(client, pair):
+def test_a_repeated_prompt_is_reported_as_cached(client, pair):
     fresh: Any = [{"role": "user", "content": "A question nobody asked before: " + PROBLEMS[5].question}]
     first, second = chat(client, fresh, max_tokens=2), chat(client, fresh, max_tokens=2)
     assert first.usage is not None and first.usage.prompt_tokens_details is not None
     assert second.usage is not None and second.usage.prompt_tokens_details is not None
     length = first.usage.prompt_tokens
-    assert (first.usage.prompt_tokens_details.cached_tokens or 0) < 5  # the header
+    assert (first.usage.prompt_tokens_details.cached_tokens or 0) < 5  # the header of the chat template
     assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= length - 1

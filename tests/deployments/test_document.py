@@ -1,4 +1,4 @@
-"""Requests made up from our own OpenAPI document, against the server that wrote it."""
+"""Tests the server with requests generated from its own OpenAPI document."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -24,7 +24,7 @@ from training.tokenizer import build_tokenizer
 
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-# What the document says does not depend on who answers.
+# The document does not depend on the pipeline.
 PIPELINE = Pipeline(
     verifier=cast(Verifier, None),
     tokenizer=build_tokenizer(),
@@ -39,7 +39,10 @@ SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=list(H
 
 
 def narrowed() -> dict[str, Any]:
-    """What this server serves of it: its model, its limits, and nothing that needs another field."""
+    """Returns the document, restricted to the model and the limits of this server.
+
+    Fields that need another field are left out.
+    """
     openapi_document = deepcopy(OPENAPI_DOCUMENT)
     schemas = openapi_document["components"]["schemas"]
     max_values = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2}
@@ -71,7 +74,7 @@ served_here.config.generation.update(deterministic=True, modes=[schemathesis.Gen
 
 @served_here.hook
 def map_body(_: schemathesis.HookContext, body: Any) -> Any:
-    """To a JSON schema 1.0 is a whole number. To us it is none, nor to OpenAI."""
+    """Excludes 1.0, which is a whole number for JSON schemas but not for this API."""
     match body:
         case float() if body.is_integer():
             return int(body)
@@ -84,7 +87,7 @@ def map_body(_: schemathesis.HookContext, body: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def guarded(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that has a key."""
+    """A server with a key."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(KEY)
     with served(create_app(LocalBackend(pair.pipeline), ApiSettings(api_keys_file=str(keys)), MODEL)) as address:
@@ -93,8 +96,8 @@ def guarded(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 @document.parametrize()
 @SETTINGS
-def test_every_answer_is_as_documented(case: schemathesis.Case, guarded: str) -> None:
-    excluded: list[CheckFunction] = [positive_data_acceptance]  # what it takes depends on the model and its limits
+def test_every_response_matches_the_document(case: schemathesis.Case, guarded: str) -> None:
+    excluded: list[CheckFunction] = [positive_data_acceptance]  # valid values depend on the model and its limits
     case.call_and_validate(guarded, headers=HEADERS, excluded_checks=excluded)
 
 

@@ -1,4 +1,4 @@
-"""What is told while the application comes up, and why the wait ends."""
+"""Tests the messages while the service starts, and the end of the wait."""
 
 import os
 import re
@@ -48,11 +48,11 @@ GPU_EACH = [
         ([{"CPU": 0.6, "GPU": 2}], "all replicas together need 0.9 CPU, and there are 0.6"),
     ],
 )
-def test_what_no_waiting_will_bring_is_named(nodes, message):
+def test_a_missing_resource_is_named(nodes, message):
     assert find_missing_capacity(GPU_EACH, nodes) == message
 
 
-def test_what_others_hold_is_named():
+def test_an_occupied_resource_is_named():
     assert find_occupied_resource(GPU_EACH, {"CPU": 4, "GPU": 1}) is None
     assert (
         find_occupied_resource(GPU_EACH, {"CPU": 4, "GPU": 0.5})
@@ -73,13 +73,13 @@ def details(status="DEPLOYING", message="", *, pid=None, state="STARTING"):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Its only node has no GPU."""
+    """A cluster whose only node has no GPU."""
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 4})
     monkeypatch.setattr(launch, "CAPACITY_CHECK_DELAY_S", 0.0)
 
 
-def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
+def test_the_wait_prints_changes_and_ends_when_the_service_responds(capsys):
     responses = [
         {"applications": {}},
         details(),
@@ -102,22 +102,22 @@ def test_the_wait_tells_what_changes_and_ends_when_it_answers(capsys):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_the_wait_ends_where_there_is_no_place():
+def test_the_wait_ends_if_replicas_cannot_be_placed():
     with pytest.raises(LaunchError, match="needs 1 GPU, and no node has more than 0"):
         wait_until_ready(details, lambda: False, timeout_s=60, logs="/logs")
 
 
-def test_the_wait_ends_with_the_reasons_of_a_failure():
+def test_the_wait_ends_with_the_reason_of_a_failure():
     with pytest.raises(LaunchError, match=r"cannot be deployed: wrong\nits constructor failed"):
         wait_until_ready(lambda: details("DEPLOY_FAILED", "wrong"), lambda: False, timeout_s=60, logs="/logs")
 
 
-def test_the_wait_ends_when_it_took_too_long():
+def test_the_wait_ends_at_the_timeout():
     with pytest.raises(LaunchError, match=r"not ready after 0 s: Verifier loading; the logs are in /logs$"):
         wait_until_ready(lambda: details(pid=1), lambda: False, timeout_s=0, logs="/logs")
 
 
-def test_what_is_unhealthy_may_recover_and_is_told_if_it_does_not():
+def test_an_unhealthy_application_may_recover_and_is_reported_at_the_timeout():
     sick, well = details("UNHEALTHY", "a replica died", pid=1), details("RUNNING", pid=1, state="RUNNING")
     responses = [sick, sick, well]
     wait_until_ready(lambda: responses.pop(0), lambda: True, timeout_s=60, logs="/logs")
@@ -167,8 +167,8 @@ def test_a_configuration_is_checked_before_anything_starts(tmp_path, text, messa
         read_config(tmp_path / "nowhere.yaml")
 
 
-def test_serve_deploy_names_the_key_to_write_instead():
-    """It calls the builder, whose error is all that it shows."""
+def test_serve_deploy_names_the_correct_key():
+    """`serve deploy` calls the builder and shows only its error."""
     args = {"target": {"model": "m", "memory_mb": 512}, "api": {"max_answer": 4}}
     with pytest.raises(ValidationError) as rejected:
         call_user_app_builder_with_args_if_necessary(build, args)  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def test_serve_deploy_names_the_key_to_write_instead():
     assert "api.max_answer is not known; did you mean max_answers?" in printed
 
 
-def test_folders_that_are_not_there_are_named(tmp_path):
+def test_missing_folders_are_named(tmp_path):
     for model in (DEMO_TARGET, "models/demo-target", "Qwen/Qwen3-8B", "gpt2"):
         configs = (SpeculativeConfig(method="eagle3", model=model), SpeculativeConfig(method="ngram"))
         launch.check_model_folders("target", EngineSettings(model=model, speculative_configs=configs))
@@ -193,7 +193,7 @@ def test_folders_that_are_not_there_are_named(tmp_path):
             launch.check_model_folders("target", with_configs)
 
 
-def test_models_and_heads_of_the_house_are_found_wherever_a_replica_runs(monkeypatch, tmp_path):
+def test_models_and_heads_of_the_project_are_found_from_any_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     configs = [{"method": "eagle3", "model": "models/demo-eagle3"}, {"method": "draft_model", "model": "some/model"}]
     target = {"model": "models/demo-target", "speculative_configs": [*configs, {"method": "ngram"}]}
@@ -216,12 +216,12 @@ def test_the_mode_off_needs_no_quotes(tmp_path):
     assert read_config(path)[1].api.modes == ("off", "full")
 
 
-def test_the_demo_is_served_on_this_machine_only():
+def test_the_demo_is_served_only_on_this_machine():
     config, settings = read_config(command.DEFAULT_CONFIG)
     assert config["http_options"]["host"] == "127.0.0.1" and settings.model_name == "demo-target"
 
 
-def test_a_port_that_is_taken_is_named():
+def test_a_port_in_use_is_named():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -231,8 +231,8 @@ def test_a_port_that_is_taken_is_named():
     check_port("127.0.0.1", port)
 
 
-def test_rays_ports_are_guarded_by_a_token_of_our_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "")  # so that it is afterwards as it was
+def test_ray_requires_a_token_of_this_project(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # restored after the test
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setattr(command, "TOKEN_FILE", tmp_path / "deep" / "token")
     monkeypatch.setattr(command, "RAY_DEFAULT_TOKEN_FILE", tmp_path / "none")
@@ -246,7 +246,7 @@ def test_rays_ports_are_guarded_by_a_token_of_our_own(tmp_path, monkeypatch):
     assert command.TOKEN_FILE.read_text() == token
 
 
-def test_who_decided_about_tokens_is_left_alone(tmp_path, monkeypatch):
+def test_an_existing_choice_about_tokens_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "TOKEN_FILE", tmp_path / "token")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     command.require_ray_token()

@@ -1,4 +1,4 @@
-"""The page at /, in a real browser before the real demo pair, and before servers that do not behave."""
+"""Tests the playground in a real browser, with the demo pair and faulty servers."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ except ImportError as missing:
 FILES = sorted(path for path in Path(playground.__file__).parent.iterdir() if path.suffix != ".py" and path.is_file())
 CHAT = "/v1/chat/completions"
 TIMES = "\N{MULTIPLICATION SIGN}"
-# The draft is wrong from the third line on; the target corrects it.
+# The draft is wrong from the third line on, and the target corrects it.
 KIM = (
     "Kim has the record with 27. In turn: first Uma 73, second Max 52, third Jack 74, fourth Quinn 34, fifth Dan 38, "
     "sixth Ben 80, seventh Sam 26. Who has the record now?"
@@ -63,7 +63,7 @@ def page(browser: Any) -> Iterator["Playground"]:
     yield Playground(browser)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
-    browser.get("about:blank")  # whatever it still asks for ends here
+    browser.get("about:blank")  # this ends all requests of the page
     browser.get_log("browser")
 
 
@@ -74,7 +74,7 @@ Script = Callable[[GenerationRequest], AsyncIterator[Event]]
 
 @dataclass(frozen=True, kw_only=True)
 class Scripted(Pipeline):
-    """Says what it is told to."""
+    """A pipeline with scripted events."""
 
     script: Script
 
@@ -100,7 +100,7 @@ def saying(pair: Pair, script: Script, model: str = MODEL, **settings: Any) -> I
 
 @contextmanager
 def serving_chat(chat: Callable[[], Response]) -> Iterator[str]:
-    """The page over a server of which nothing but the answer to a chat is to be expected."""
+    """Serves the page with a scripted response to chat requests only."""
     app = FastAPI()
     app.include_router(playground.create_router())
 
@@ -129,10 +129,10 @@ def done(**usage: Any) -> Finished:
     return Finished("stop", Usage("full", **usage, stages=stages, ttft_s=0.1, total_s=0.5))
 
 
-# What the files are.
+# The files.
 
 
-def test_the_page_and_its_parts_are_there_for_everybody_and_for_nothing_but_themselves(pair, monkeypatch):
+def test_the_page_and_its_files_need_no_key_and_load_nothing_else(pair, monkeypatch):
     monkeypatch.setenv("PARSE_API_KEYS", "a-key")
     with served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address:
         for path in ("/", *(f"/playground/{name}" for name in playground.ASSETS)):
@@ -164,17 +164,17 @@ def test_every_file_is_served():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_no_file_reads_markup_or_comes_from_elsewhere(path):
+def test_no_file_parses_markup_or_loads_from_other_servers(path):
     text = path.read_text()
     assert not re.search(r"(inner|outer)HTML|AdjacentHTML|document\.write|\beval\b|new Function|DOMParser", text)
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|url\(|@import|\s(href|src)=\"/", text)
     if path.suffix == ".html":
         assert not re.search(r"\sstyle=|\son\w+=|<style|<script[^>]*>[^<]", text)
-        loaded = re.findall(r'"playground/(\w+\.js)"', text)  # all at once, not one after the other as they ask for it
+        loaded = re.findall(r'"playground/(\w+\.js)"', text)  # the page preloads all modules at once
         assert sorted(loaded) == sorted(name for name in playground.ASSETS if name.endswith(".js"))
 
 
-# What it shows.
+# The shown answers.
 
 
 def send_request(address: str, mode: str, **fields: Any) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def send_request(address: str, mode: str, **fields: Any) -> dict[str, Any]:
 
 
 def struck(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Each rejected part, and what of the answer stands before it."""
+    """Returns each rejected part, and the text of the answer before it."""
     rejected_parts = []
     for verification in report["verdicts"]:
         tokens, before = 0, ""
@@ -202,7 +202,10 @@ def joined_text(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
 
 
 class Hopeful(DraftingController):
-    """Whether another round pays is measured otherwise, and so not the same each time."""
+    """A controller for which another round always pays.
+
+    The real decision depends on measured times, so it is not the same each time.
+    """
 
     def another_round_pays(self, remaining_tokens: int) -> bool:
         return remaining_tokens > 0
@@ -226,9 +229,9 @@ def steady(pair):
         ("full", {"temperature": 0.9, "seed": 7, "max_tokens": 70}),
     ],
 )
-def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, mode, fields):
+def test_the_page_shows_the_same_as_the_api_reports(page, steady, mode, fields):
     address = steady
-    send_request(address, mode, **fields)  # both have read the prompt before
+    send_request(address, mode, **fields)  # both models have cached the prompt
     response = send_request(address, mode, **fields)
     report = response["parse"]
     page.open(address)
@@ -251,7 +254,7 @@ def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, m
 
     for name in ("mode", "accepted", "written", "rounds", "retries"):
         assert page.report(name) == str(report[name]), name
-    if mode != "progressive":  # there, how far the drafter had come when it was stopped
+    if mode != "progressive":  # there, the number depends on when the drafter was stopped
         assert page.report("drafted") == str(report["drafted"])
     assert int(page.report("drafted")) == int(page.report("accepted")) + int(page.report("rejected"))
     assert page.report("boundary") == str(report["boundary"] if report["boundary"] is not None else "none")
@@ -266,8 +269,8 @@ def test_what_is_shown_is_what_the_api_tells_of_the_same_request(page, steady, m
     assert sorted(stages) == sorted(stage["name"] for stage in report["stages"])
 
 
-def test_each_cut_lies_where_the_draft_was_cut(page, address):
-    """Of the windows of one draft, one after the other; of drafts of their own, each from its own beginning."""
+def test_prefix_lengths_count_from_the_start_of_their_draft(page, address):
+    """Windows of one draft continue each other, and each draft starts at 0."""
     page.open(address)
     report = send_request(address, "progressive")["parse"]
     page.ask(KIM, mode="progressive")
@@ -304,7 +307,7 @@ def test_thresholds_are_sent_and_drawn(page, address):
     assert "Thresholds: full 0.97, prefix 0.5" in str(page.one(".curve svg").get_attribute("aria-label"))
 
 
-def test_where_none_are_set_the_servers_thresholds_are_drawn(page, address):
+def test_without_thresholds_those_of_the_server_are_drawn(page, address):
     (card,) = httpx.get(f"{address}/v1/models").json()["data"]
     page.open(address)
     page.ask(KIM)
@@ -316,7 +319,7 @@ def test_where_none_are_set_the_servers_thresholds_are_drawn(page, address):
     assert page.one("#full").get_attribute("placeholder") == str(card["parse"]["full"])
 
 
-def test_a_method_is_chosen_beside_the_mode_and_the_report_shows_what_came_of_a_pass(page, address):
+def test_a_method_can_be_chosen_and_the_report_shows_the_tokens_per_pass(page, address):
     page.open(address)
     page.until(lambda: page.one("#methods").is_displayed(), "the methods are known")
     assert page.run("return [...document.querySelectorAll('#method option')].map(o => o.value)") == [
@@ -324,7 +327,7 @@ def test_a_method_is_chosen_beside_the_mode_and_the_report_shows_what_came_of_a_
         "ngram",
         "none",
     ]
-    assert page.run("return document.getElementById('method').value") == "parallel"  # the server's
+    assert page.run("return document.getElementById('method').value") == "parallel"  # the default of the server
     page.ask(KIM, mode="off", against="off", methods=("parallel", "none"))
     assert page.ended() == ["done", "done"]
     assert page.runs(0) == page.runs(1)
@@ -339,7 +342,7 @@ def test_a_method_is_chosen_beside_the_mode_and_the_report_shows_what_came_of_a_
     assert page.console() == []
 
 
-def test_where_the_target_writes_in_one_way_there_is_no_method_to_choose(page, pair):
+def test_without_methods_there_is_no_choice_of_a_method(page, pair):
     with served(create_app(LocalBackend(without_methods(pair.pipeline)), ApiSettings(), MODEL)) as address:
         page.open(address)
         page.until(lambda: page.one("#model").text == MODEL, "the model is known")
@@ -348,7 +351,7 @@ def test_where_the_target_writes_in_one_way_there_is_no_method_to_choose(page, p
         assert page.ended() == ["done"]
 
 
-def test_a_draft_of_ones_own_takes_the_drafters_place(page, address):
+def test_the_user_s_draft_replaces_that_of_the_drafter(page, address):
     page.open(address)
     page.write("#prediction", "First, Uma scores 73")
     page.ask(KIM, mode="exact")
@@ -357,7 +360,7 @@ def test_a_draft_of_ones_own_takes_the_drafters_place(page, address):
     assert "exact, own draft" in page.one("#session-rows").text
 
 
-def test_two_modes_stand_side_by_side_and_the_speed_up_is_told(page, address):
+def test_two_modes_are_shown_side_by_side_with_their_speed_up(page, address):
     page.open(address)
     page.ask(KIM, mode="full", against="off")
     assert page.ended() == ["done", "done"]
@@ -379,7 +382,7 @@ def test_two_modes_stand_side_by_side_and_the_speed_up_is_told(page, address):
     assert page.console() == []
 
 
-def test_there_is_no_speed_up_before_the_target_alone_was_measured(page, address):
+def test_there_is_no_speed_up_before_mode_off_was_measured(page, address):
     page.open(address)
     page.ask(KIM)
     page.ended()
@@ -388,14 +391,14 @@ def test_there_is_no_speed_up_before_the_target_alone_was_measured(page, address
     page.until(lambda: len(page.all(".pane")) == 2, "the target is asked")
     assert page.ended() == ["done", "done"]
     assert not page.one("#no-baseline").is_displayed()
-    assert page.run("return document.activeElement.id") == "answers"  # not lost with the button
+    assert page.run("return document.activeElement.id") == "answers"  # the focus is not lost when the button disappears
     assert page.one("#session-rows tr[data-mode=full] [data-figure=speedup]").text.endswith(TIMES)
 
 
-def test_the_examples_are_what_their_names_say(page, address):
+def test_the_names_of_the_examples_match_their_answers(page, address):
     page.open(address)
     examples = page.run("return [...document.querySelectorAll('.example')].map(b => [b.textContent, b.title])")
-    kept = {"half-way": (0.3, 0.7), "near": (0.6, 0.95), "uncertain": (0.6, 0.99), "early": (0.1, 0.5), "wrong": (0, 0)}
+    kept = {"middle": (0.3, 0.7), "near": (0.6, 0.95), "uncertain": (0.6, 0.99), "early": (0.1, 0.5), "wrong": (0, 0)}
     assert len(examples) == 6
     for name, prompt in examples:
         report = send_request(address, "full", messages=[{"role": "user", "content": prompt}])["parse"]
@@ -404,12 +407,12 @@ def test_the_examples_are_what_their_names_say(page, address):
         assert ("uncertain" in name) == any(p and 0.1 < p < 0.9 for p in report["verdicts"][0]["correct"]), name
 
 
-# As it comes.
+# Streams.
 
 
 @dataclass
 class Slow:
-    """Says a part, and the rest when it may."""
+    """Sends a part of the answer, and the rest when `may_go_on` is set."""
 
     may_go_on: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
@@ -427,7 +430,7 @@ class Slow:
             self.left.set()
 
 
-def test_words_are_shown_as_they_come_and_told_once(page, pair):
+def test_text_is_shown_as_it_arrives_and_announced_once(page, pair):
     slow = Slow()
     with saying(pair, slow) as address:
         page.open(address)
@@ -441,7 +444,7 @@ def test_words_are_shown_as_they_come_and_told_once(page, pair):
         assert page.runs() == [("accepted", "A beginning "), ("rejected", "that was wrong")]
         pane = page.one(".pane")
         assert (pane.get_attribute("data-state"), pane.get_attribute("aria-busy")) == ("generating", "true")
-        assert len(page.all(".prefix-point")) == 2  # so is what the judge thought of them
+        assert len(page.all(".prefix-point")) == 2  # P(correct) is shown too
         slow.may_go_on.set()
         assert page.ended() == ["done"] and pane.get_attribute("aria-busy") == "false"
         assert page.runs()[2] == ("target", "".join(f"{word} " for word in range(200)))
@@ -450,7 +453,7 @@ def test_words_are_shown_as_they_come_and_told_once(page, pair):
 
 
 @pytest.mark.parametrize("trigger", ["Escape", "button"])
-def test_an_answer_can_be_stopped_and_what_had_come_stays(page, pair, trigger):
+def test_a_stopped_answer_keeps_its_text(page, pair, trigger):
     slow = Slow()
     with saying(pair, slow) as address:
         page.open(address)
@@ -467,11 +470,11 @@ def test_an_answer_can_be_stopped_and_what_had_come_stays(page, pair, trigger):
         assert "Stopped" in str(page.one("#live").get_attribute("textContent"))
         assert page.console() == []
         slow.may_go_on.set()
-        page.ask("Again?")  # and it can be asked again
+        page.ask("Again?")  # the page can send another request
         assert page.ended() == ["done"]
 
 
-def test_events_are_read_however_their_bytes_are_cut(page, address):
+def test_events_are_read_with_any_chunk_boundaries(page, address):
     page.open(address)
     stream = 'data: {"a":"ü𝄞"}\r\n\r\n: a comment\ndata: one\ndata:two\n\nevent: x\ndata: [DONE]\n\ndata: never ended'
     script = """
@@ -489,7 +492,7 @@ def test_events_are_read_however_their_bytes_are_cut(page, address):
         assert page.browser.execute_async_script(script, stream, size) == ['{"a":"ü𝄞"}', "one\ntwo", "[DONE]"]
 
 
-def test_what_was_rejected_finds_its_place_even_before_the_words_do(page, address):
+def test_rejected_text_has_its_place_even_if_it_arrives_first(page, address):
     page.open(address)
     script = """
         const [pieces, verdicts, tell] = arguments;
@@ -513,10 +516,10 @@ def test_what_was_rejected_finds_its_place_even_before_the_words_do(page, addres
     assert page.browser.execute_async_script(script, pieces, verdicts) == expected
     assert page.browser.execute_async_script(script, pieces, verdicts[::-1]) == expected
     assert page.browser.execute_async_script(script, pieces[:1], verdicts[:1]) == expected[:2]
-    assert page.browser.execute_async_script(script, [], verdicts) == []  # they wait for their words
+    assert page.browser.execute_async_script(script, [], verdicts) == []  # they are shown when their text arrives
 
 
-# What goes wrong.
+# Errors.
 
 
 def failing(error: Exception, *before: Event) -> Script:
@@ -542,19 +545,19 @@ def problem(page: "Playground") -> str:
         (failing(RuntimeError("secret")), "The server failed.*Ask again", ""),
         (
             failing(RuntimeError("secret"), text_delta("Half of")),
-            "The answer broke off.*What had arrived stays",
+            "The answer is incomplete.*text that has arrived stays",
             "Half of",
         ),
     ],
     ids=["503", "500", "an error in the stream"],
 )
-def test_a_failure_says_what_to_do_and_leaves_what_had_come(page, pair, script, message, shown):
+def test_an_error_says_what_to_do_and_keeps_the_text(page, pair, script, message, shown):
     with saying(pair, script) as address:
         page.open(address)
         page.ask("Well?")
         text = problem(page)
         assert re.search(message, text, re.DOTALL) and "secret" not in text
-        assert re.search(r"Request [0-9a-f-]{8,} in the server", text)
+        assert re.search(r"request [0-9a-f-]{8,} in the server", text)
         assert joined_text(page.runs(), "target") == shown
         assert not page.one("#stop").is_enabled()
 
@@ -566,7 +569,7 @@ def chunk(text: str) -> str:
 
 
 def breaking(now: threading.Event | None = None) -> Response:
-    """Ends as if that were all, or without a word."""
+    """Returns a stream that ends too early, or whose connection breaks."""
 
     async def parts() -> AsyncIterator[str]:
         yield chunk("Half of")
@@ -585,10 +588,10 @@ def refusing(status: int, message: str, code: str | None = None, **more: Any) ->
 @pytest.mark.parametrize(
     ("chat", "message", "shown"),
     [
-        (breaking, "stream was cut off.*What had arrived stays", "Half of"),
+        (breaking, "stream was cut off.*text that has arrived stays", "Half of"),
         (lambda: Response("Internal Server Error", 500), "The server failed", ""),
         (lambda: Response("Bad gateway", 502, media_type="text/html"), "The server failed", ""),
-        (lambda: refusing(401, "no", "no_keys"), "only serves its own machine.*through a tunnel", ""),
+        (lambda: refusing(401, "no", "no_keys"), "serves only its own machine.*through a tunnel", ""),
         (lambda: refusing(404, "no", "model_not_found"), "rejected the request", ""),
         (lambda: refusing(413, "no", "too_long"), "too long.*Shorten", ""),
         (lambda: refusing(504, "no", "timeout"), "too long", ""),
@@ -598,7 +601,7 @@ def refusing(status: int, message: str, code: str | None = None, **more: Any) ->
     ],
     ids="cut 500 502 no-keys 404 413 504 400 no-json empty".split(),
 )
-def test_a_server_that_does_not_behave_is_survived(page, chat, message, shown):
+def test_the_page_handles_faulty_responses(page, chat, message, shown):
     with serving_chat(chat) as address:
         page.open(address)
         page.ask("Well?")
@@ -607,25 +610,25 @@ def test_a_server_that_does_not_behave_is_survived(page, chat, message, shown):
         assert page.run("return window.hacked") is None
 
 
-def test_a_connection_that_is_lost_is_told_of_and_what_had_come_stays(page):
+def test_a_lost_connection_is_reported_and_the_text_stays(page):
     now = threading.Event()
     with serving_chat(lambda: breaking(now)) as address:
         page.open(address)
         page.ask("Well?")
         page.until(page.runs, "the first words")
         now.set()
-        assert re.search("connection was lost.*What had arrived stays", problem(page), re.DOTALL)
+        assert re.search("connection was lost.*text that has arrived stays", problem(page), re.DOTALL)
         assert page.runs() == [("target", "Half of")]
 
 
-def test_a_server_that_is_gone_is_told_of(page, pair):
+def test_an_unreachable_server_is_reported(page, pair):
     with saying(pair, Slow()) as address:
         page.open(address)
     page.ask("Well?")
     assert "The connection was lost" in problem(page)
 
 
-def test_a_field_that_is_refused_is_marked(page, address):
+def test_a_rejected_field_is_marked(page, address):
     page.open(address)
     page.write("#prefix", "0.1")
     page.ask(KIM)
@@ -642,7 +645,7 @@ def test_a_mode_that_the_operator_does_not_allow_cannot_be_chosen(page, pair):
         page.until(lambda: page.one("#model").text == MODEL, "the model is known")
         allowed = "return [...document.querySelectorAll('#mode option:not(:disabled)')].map(o => o.value)"
         assert page.run(allowed) == ["full", "off"]
-        # Who chooses it all the same is told by the API which field is at fault.
+        # If a user chooses it anyway, the API names the faulty field.
         page.run("document.querySelectorAll('option').forEach(o => { o.disabled = false })")
         page.ask(KIM, mode="rounds", against="off")
         assert page.ended() == ["failed", "done"]
@@ -651,7 +654,7 @@ def test_a_mode_that_the_operator_does_not_allow_cannot_be_chosen(page, pair):
         assert "not both completed" in page.one("#comparison").text
 
 
-def test_a_key_is_asked_for_sent_and_kept_in_this_tab_only(page, pair, monkeypatch):
+def test_the_page_requests_and_sends_a_key_and_keeps_it_in_its_tab(page, pair, monkeypatch):
     monkeypatch.setenv("PARSE_API_KEYS", "open-sesame")
     with served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address:
         page.open(address)
@@ -673,10 +676,10 @@ def test_a_key_is_asked_for_sent_and_kept_in_this_tab_only(page, pair, monkeypat
         assert page.one("#model").text == MODEL
 
 
-# Hostile text.
+# Security.
 
 
-def test_what_a_model_writes_never_becomes_markup(page, pair):
+def test_the_output_of_a_model_never_becomes_markup(page, pair):
     async def script(_: GenerationRequest) -> AsyncIterator[Event]:
         yield text_delta(HOSTILE, "draft", 3)
         yield Verification(0, (0,) * 6, (3, 6), (0.99, 0.01), 3, HOSTILE)
@@ -693,13 +696,13 @@ def test_what_a_model_writes_never_becomes_markup(page, pair):
         assert page.run("return document.getElementById('model').textContent") == HOSTILE.strip()
         assert page.run("return window.hacked") is None
         assert page.run("return document.querySelectorAll('img, iframe, script:not([src])').length") == 0
-        assert before == 1  # the page's own script
+        assert before == 1  # the script of the page itself
         isolated = "return [...document.querySelectorAll('.pane .run')].map(r => getComputedStyle(r).unicodeBidi)"
         assert page.run(isolated) == ["isolate"] * 3
         assert page.console() == []
 
 
-def test_the_browser_itself_would_refuse_what_slips_through(page, address):
+def test_the_browser_also_blocks_markup_and_foreign_scripts(page, address):
     page.open(address)
     trying = """try { document.body.innerHTML = '<b>'; return 'taken' } catch (error) { return error.name }"""
     assert page.run(trying) == "TypeError"
@@ -708,10 +711,10 @@ def test_the_browser_itself_would_refuse_what_slips_through(page, address):
     assert page.run("return window.hacked") is None
 
 
-# Whoever uses it.
+# Accessibility.
 
 
-def test_everything_can_be_done_from_the_keyboard(page, pair):
+def test_all_functions_can_be_used_from_the_keyboard(page, pair):
     slow = Slow()
     with saying(pair, slow) as address:
         page.open(address)
@@ -791,7 +794,7 @@ WORDS = (
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_words_can_be_read_in_both_themes(page, address, theme):
+def test_text_has_enough_contrast_in_both_themes(page, address, theme):
     page.open(address)
     while page.one("#theme-name").text != theme:
         page.one("#theme").click()
@@ -806,11 +809,11 @@ def test_words_can_be_read_in_both_themes(page, address, theme):
     assert len(pale) > 40
     assert {name: ratio for name, ratio in pale.items() if ratio < 4.5} == {}
     page.open(address)
-    assert page.one("#theme-name").text == theme  # remembered
+    assert page.one("#theme-name").text == theme  # the browser has stored the choice
     page.run("localStorage.clear()")
 
 
-def test_the_theme_is_the_systems_until_another_is_chosen(page, address):
+def test_the_theme_follows_the_system_until_the_user_chooses_one(page, address):
     page.open(address)
 
     def dark(system: str) -> bool:
@@ -829,7 +832,7 @@ def test_the_theme_is_the_systems_until_another_is_chosen(page, address):
     assert page.one("#theme-name").text == "system"
 
 
-def test_whoever_is_disturbed_by_motion_sees_none(page, pair):
+def test_animations_are_off_if_the_user_prefers_reduced_motion(page, pair):
     slow = Slow()
     with saying(pair, slow) as address:
         page.open(address)
@@ -845,7 +848,7 @@ def test_whoever_is_disturbed_by_motion_sees_none(page, pair):
 
 
 @pytest.mark.parametrize("width", [360, 700, 1000, 2560])
-def test_it_fits_from_a_telephone_to_a_wall(page, pair, width):
+def test_the_page_fits_small_and_large_screens(page, pair, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
 
     async def script(_: GenerationRequest) -> AsyncIterator[Event]:
@@ -867,7 +870,7 @@ def test_it_fits_from_a_telephone_to_a_wall(page, pair, width):
         assert page.run(beyond) == 0
 
 
-def test_it_lies_under_any_prefix(page, pair):
+def test_the_page_works_under_any_route_prefix(page, pair):
     inner = create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)
     outer = FastAPI()
     outer.mount("/some/prefix", inner)
@@ -880,8 +883,8 @@ def test_it_lies_under_any_prefix(page, pair):
         assert page.console() == []
 
 
-def test_without_the_last_slash_of_a_prefix_one_is_led_there(pair, monkeypatch):
-    """As Ray Serve calls it: the path with its prefix, and the prefix as the root of it."""
+def test_a_prefix_without_its_last_slash_redirects(pair, monkeypatch):
+    """The request is like those of Ray Serve, whose path includes the prefix."""
     monkeypatch.setenv("PARSE_API_KEYS", "a-key")
     app = create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)
 
@@ -896,7 +899,7 @@ def test_without_the_last_slash_of_a_prefix_one_is_led_there(pair, monkeypatch):
     assert asyncio.run(get("/parse/v1/models")).status_code == 401
 
 
-def test_how_the_server_is_doing_is_told(page, pair):
+def test_the_page_shows_the_readiness_of_the_server(page, pair):
     backend = LocalBackend(pair.pipeline)
     for wrong, shown in [
         ({}, "ready"),

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the settings say, and docs/api.md what the API is."""
+"""Checks docs/configuration.md and docs/api.md against the code."""
 
 import json
 import re
@@ -41,18 +41,18 @@ def examples() -> Iterator[str]:
         yield part.partition("```")[0]
 
 
-def test_the_page_is_what_the_settings_make_of_it():
+def test_the_page_on_the_configuration_is_up_to_date():
     assert PAGE.read_text() == render_configuration_page(), "python -m deployments.reference > docs/configuration.md"
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_setting_says_what_it_is_for_and_stands_on_the_page(model):
+def test_every_setting_has_a_description_and_is_on_the_page(model):
     for name, field in model.model_fields.items():
         assert len(describe_meaning(field)) > 10, name
         assert f"| `{name}` |" in PAGE.read_text()
 
 
-def test_values_are_named_as_one_writes_them():
+def test_types_and_bounds_are_described_in_words():
     class Example(BaseModel):
         plain: str
         complete: int = Field(ge=1)
@@ -73,11 +73,11 @@ def test_values_are_named_as_one_writes_them():
         "several": 'list of `"a"`, `"b"`, not empty',
         "sections": "list of sections",
     }
-    with pytest.raises(TypeError, match=MultipleOf.__name__):  # better than a page that is silent about it
+    with pytest.raises(TypeError, match=MultipleOf.__name__):  # an error is better than a missing description
         describe_type(Example.model_fields["odd"])
 
 
-def test_its_examples_can_be_deployed():
+def test_the_examples_of_the_page_can_be_deployed():
     complete, autoscaling = (yaml.safe_load(example) for example in examples())
     ServeDeploySchema.model_validate(complete)
     AppSettings.model_validate(complete["applications"][0]["args"])
@@ -124,7 +124,7 @@ def test_the_page_on_the_api_names_every_field(model):
     assert [name for name in model.model_fields if f"`{name}`" not in API and f"`{name}:" not in API] == []
 
 
-def test_the_page_on_the_api_names_every_field_of_openais_that_is_refused():
+def test_the_page_on_the_api_names_every_rejected_field_of_openai():
     for official, ours in ((OfficialChat, ChatCompletionRequest), (OfficialCompletion, CompletionRequest)):
         refused = official.__annotations__.keys() - ours.model_fields.keys()
         assert [name for name in sorted(refused) if f"`{name}`" not in API] == []
@@ -143,7 +143,7 @@ def test_the_python_example_runs(address, capsys):
     assert re.search(r"\d+ of \d+ drafted tokens accepted, \d+ written by the target", capsys.readouterr().out)
 
 
-def test_the_commands_for_the_shell_are_answered(raw):
+def test_the_shell_commands_of_the_page_work(raw):
     commands = re.findall(rf"curl {HERE}(\S+) .*?-d '(.*?)'\n", API, re.DOTALL)
     assert len(commands) == 2
     for path, body in commands:

@@ -71,7 +71,7 @@ def test_while_the_target_has_written_nothing_its_pace_is_unknown_and_drafting_g
     controller = DraftingController()
     fully_accepted = DraftingOutcome(draft_tokens=100, accepted_tokens=100, target_tokens=0, total_s=0.3, target_s=0.0)
     assert drafted_for(controller, 20, fully_accepted) == 20
-    assert controller.gain is None and "weighed" in controller.summary()
+    assert controller.gain is None and "measured" in controller.summary()
 
 
 def test_another_round_is_worth_what_it_is_expected_to_save():

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from parse.tree import trunk_with_suffixes
 from training.prefix_verification import prefill, tree_logits
-from training.verification_tree import suffix_end_nodes, trunk_with_suffixes
+from training.verification_tree import suffix_end_nodes
 
 
 def parents(trunk, prefix_lengths, width):

@@ -1,7 +1,9 @@
-"""Attention over many sequences at once, registered under a name of its own for unmodified models.
+"""Attention over many sequences at once, for unmodified models.
 
-The library passes no mask to an attention function that is registered under an unknown name, but it passes the keyword
-arguments of the forward call. So the step is passed as `step`, and decides which keys each query sees.
+It is registered under a name that the library does not know.
+
+The library passes no mask to such a function, but it passes the keyword arguments of the forward call. The step is
+therefore passed as the argument `step`. It decides which keys each query sees.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +30,10 @@ class StepAttention(Protocol):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """query [1, heads, T, size], key and value [1, key heads, T, size] -> [1, T, heads, value size]."""
+        """Returns the attention output [1, T, heads, value size].
+
+        `query` is [1, heads, T, size]; `key` and `value` are [1, key heads, T, size].
+        """
         ...
 
 
@@ -51,10 +56,12 @@ def step_attention(
 ) -> tuple[Tensor, None]:
     if step is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__}: the model does not pass the forward's keyword arguments to it"
+            f"{type(module).__name__}: the model does not pass the keyword arguments of `forward` to its attention"
         )
     if softcap is not None or s_aux is not None:
-        raise UnsupportedModelError(f"{type(module).__name__}: capped scores and sinks are not supported")
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: softcapped attention scores and attention sinks are not supported"
+        )
     out = step.attend(module.layer_idx, query, key, value, scaling, sliding_window)  # type: ignore[arg-type]
     return out.contiguous(), None  # some models call `view` on it
 
@@ -63,7 +70,10 @@ AttentionInterface.register(STEP_ATTENTION, step_attention)
 
 
 class _QueryGroup:
-    """Queries computed together: one chunk, or single tokens of sequences in adjacent blocks."""
+    """Queries that are computed together.
+
+    A group is one chunk, or single tokens of sequences in adjacent blocks.
+    """
 
     def __init__(self, chunks: Sequence[ScheduledChunk]) -> None:
         self.chunks = chunks
@@ -79,7 +89,10 @@ class _QueryGroup:
         ] = {}  # keyed by window and queries per key head, which may differ between layers
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
-        """[chunks, 1, groups * queries, keys], additive."""
+        """Returns an additive mask, [chunks, 1, groups * queries, keys].
+
+        Returns None if all keys are visible.
+        """
         if window is not None and window >= self.num_keys:
             window = None
         if self.is_unmasked and window is None:
@@ -91,7 +104,7 @@ class _QueryGroup:
         return self._masks[window, groups]
 
     def _visible(self, window: int | None) -> Tensor:
-        """[chunks, 1, queries, keys]"""
+        """Returns which keys each query sees, [chunks, 1, queries, keys]."""
         if self.num_queries > 1 or not self.chunks[0].is_causal:
             (chunk,) = self.chunks
             return torch.from_numpy(chunk.visibility(window))[None, None]
@@ -111,7 +124,9 @@ def contiguous_attention(kv_cache: KVCache, chunks: Sequence[ScheduledChunk]) ->
 
 
 class ContiguousAttention:
-    """Attention on CPUs, where a block holds a whole sequence: its keys are one strided view and nothing is gathered.
+    """Attention on CPUs.
+
+    A block holds a whole sequence, so its keys are one strided view and nothing is gathered.
 
     Chunks of single tokens must come first and in the order of their blocks. Those in adjacent blocks are computed as
     one batch.
@@ -138,7 +153,10 @@ class ContiguousAttention:
     def _attend_group(
         self, group: _QueryGroup, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """query [1, heads, T, size], keys and values [1, key heads, slots, size] -> [1, T, heads, size]"""
+        """Returns the attention output [1, T, heads, size] of one group.
+
+        `query` is [1, heads, T, size]; `keys` and `values` are [1, key heads, slots, size].
+        """
         n, heads, key_heads, block_size = len(group.chunks), query.shape[1], keys.shape[1], self.kv_cache.block_size
         mask = group.mask(window, heads // key_heads, query.dtype)
         if n == 1:

@@ -1,12 +1,12 @@
 """Records decode steps as CUDA graphs and replays them.
 
-If every request computes a single token, each step does the same work on other tokens and other blocks. All that
-changes is in one small table. So the work is recorded for a few batch sizes, and a step fills the table, copies it to
-the device and replays the graph. Padding rows write to a spare block. The host makes one launch instead of about twenty
-per layer.
+If every request computes a single token, each step does the same work on different tokens and blocks. One small table
+holds everything that differs. The work is therefore recorded for a few batch sizes. A step fills the table, copies it
+to the device and replays the graph. Padding rows write to a spare block. The host makes one launch instead of about
+twenty per layer.
 
 A batch size is recorded when it first occurs, after an ordinary step of that size. A recording whose logits differ
-from those of the ordinary step is never used. Steps that cannot be recorded stay ordinary steps.
+from those of the ordinary step is never used. If steps of a size cannot be recorded, they remain ordinary steps.
 """
 
 import logging
@@ -31,11 +31,17 @@ TOKEN_COLUMN, LENGTH_COLUMN, FIRST_BLOCK_COLUMN = 0, 1, 2  # columns of the tabl
 
 class Recorder(Protocol):
     def warm_up(self, work: Callable[[], Tensor]) -> None:
-        """Runs the work once, so that lazy initialization does not happen while it is recorded."""
+        """Runs the work once, before it is recorded.
+
+        Lazy initialization then does not happen during the recording.
+        """
         ...
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        """Records the work; returns its result and a function that repeats it into the same tensors."""
+        """Records the work.
+
+        Returns its result, and a function that repeats the work into the same tensors.
+        """
         ...
 
 
@@ -47,19 +53,28 @@ class Recording:
 
 
 def cuda_graphs_for(model: Model, kv_cache: KVCache, spare_block: int, max_model_len: int) -> "CudaGraphs | None":
-    """Returns None for a model on a CPU or on several GPUs; a graph belongs to a single GPU."""
+    """Returns the graphs of a model, or None if it is not on a single GPU.
+
+    A graph belongs to one GPU.
+    """
     if model.device.type != "cuda" or model.is_multi_device:
         return None
     return CudaGraphs(model, kv_cache, spare_block, max_model_len, CudaRecorder(model.device))
 
 
 class CudaGraphs:
-    """The recorded steps of one model on one KV cache, whose tensors never move once they are allocated."""
+    """The recorded steps of one model on one KV cache.
+
+    The tensors of the cache never move once they are allocated.
+    """
 
     def __init__(
         self, model: Model, kv_cache: KVCache, spare_block: int, max_model_len: int, recorder: Recorder
     ) -> None:
-        """`spare_block` is a block that no sequence gets; `max_model_len` bounds the length of sequences."""
+        """Prepares the table of steps, without recording any.
+
+        `spare_block` is a block that no sequence gets. `max_model_len` bounds the length of sequences.
+        """
         self._model, self._kv_cache, self._spare_block, self._recorder = model, kv_cache, spare_block, recorder
         self._width = FIRST_BLOCK_COLUMN + -(-max_model_len // kv_cache.block_size)
         self._recordings: dict[int, Recording | None] = {}  # by batch size; None if recording failed
@@ -67,7 +82,10 @@ class CudaGraphs:
         self._host = torch.empty(0, self._width, dtype=torch.long)
 
     def replay(self, chunks: Sequence[ScheduledChunk]) -> Tensor | None:
-        """Returns the logits of causal single tokens, valid until the next step; None if the size is not recorded."""
+        """Replays the step of causal single tokens and returns its logits.
+
+        The logits are valid until the next step. Returns None if the batch size is not recorded.
+        """
         recording = self._recordings.get(padded_batch_size(len(chunks)))
         if recording is None:
             return None
@@ -87,10 +105,10 @@ class CudaGraphs:
             difference = float((recording.logits[: len(chunks)] - logits).abs().max())
             allowed = TOLERANCE[self._model.network.dtype] * float(logits.abs().max())
             if not difference <= allowed:
-                raise CannotReplayError(f"logits differ by {difference:.2g}, {allowed:.2g} is allowed")
+                raise CannotReplayError(f"the logits differ by {difference:.2g}, and {allowed:.2g} is allowed")
         except Exception as error:
             logger.warning("%s: steps of %d tokens are not recorded: %s", self._model.name, batch_size, error)
-            self._disabled = isinstance(error, CannotReplayError)  # this does not depend on the batch size
+            self._disabled = isinstance(error, CannotReplayError)  # such an error does not depend on the batch size
             return
         self._recordings[batch_size] = recording
         logger.info("%s: steps of %d tokens are recorded and will be replayed", self._model.name, batch_size)
@@ -115,7 +133,7 @@ class CudaGraphs:
     def _fill_table(self, table: Tensor, chunks: Sequence[ScheduledChunk]) -> None:
         """Fills the table through pinned memory.
 
-        The previous copy from that memory has ended, because the engine has read the tokens of that step since.
+        The previous copy from that memory has ended, because the engine has already read the tokens of that step.
         """
         host = self._host[: len(table)]
         host_table = host.numpy()
@@ -128,12 +146,17 @@ class CudaGraphs:
 
 
 def padded_batch_size(count: int) -> int:
-    """Returns the next power of two: up to a few hundred rows, reading the weights dominates the cost of a step."""
+    """Returns the next power of two.
+
+    Up to a few hundred rows, reading the weights dominates the cost of a step, so padding costs little.
+    """
     return 1 << (count - 1).bit_length()
 
 
 class ForbidHostSync(TorchDispatchMode):
-    """Rejects operations that cannot be recorded: those that read a value from the device or move data to or from it.
+    """Rejects operations that cannot be recorded.
+
+    These are operations that read a value from the device, or move data to or from it.
 
     It runs before the recording, because a failed recording may leave the CUDA context in an undefined state. Unlike
     the alternatives, it does not affect other threads.
@@ -158,7 +181,10 @@ class ForbidHostSync(TorchDispatchMode):
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one memory pool, because no two of them are replayed at the same time."""
+    """Records CUDA graphs that share one memory pool.
+
+    They can share it because no two of them are replayed at the same time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -175,7 +201,7 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        # Other engines of the process continue meanwhile, but only one at a time can record.
+        # Other engines of the process continue meanwhile, but only one engine at a time can record.
         with (
             _RECORDING,
             torch.cuda.device(self._device),

@@ -1,4 +1,7 @@
-"""Drafters on the native engine, for draft models with the target's tokenizer or with their own."""
+"""Drafters on the native engine.
+
+A draft model has the target's tokenizer or its own.
+"""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -32,7 +35,10 @@ class SharedVocabularyDrafter:
 
 
 class RetokenizingDrafter:
-    """A drafter with its own tokenizer. Text is passed on up to the start of a word, so that no token is split."""
+    """A drafter with its own tokenizer.
+
+    Text is passed on up to the start of a word, so that no token is split.
+    """
 
     def __init__(self, engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase) -> None:
         self.engine, self.target_tokenizer = engine, target_tokenizer
@@ -70,7 +76,10 @@ def drafter_for(engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase)
 
 
 def _last_word_start(text: str) -> int:
-    """Returns the index of the last word, which may still grow, including the space before it."""
+    """Returns the index of the last word, including the space before it.
+
+    The last word may still grow.
+    """
     index = len(text.rstrip())
     while index and not text[index - 1].isspace():
         index -= 1

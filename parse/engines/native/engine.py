@@ -10,15 +10,9 @@ from parse.engines.native.engine_core import EngineCore, EngineCoreConfig, Engin
 from parse.engines.native.kv_cache_size import kv_cache_bytes
 from parse.engines.native.model import Model
 from parse.engines.native.output_stream import OutputStream, Waker
-from parse.engines.native.programs import (
-    Program,
-    VerifyOptions,
-    generate,
-    prefill,
-    verify_and_generate,
-    verify_only,
-)
+from parse.engines.native.programs import Program, TreeOutput, generate, prefill
 from parse.engines.native.request import Request
+from parse.engines.native.verification import VerifyOptions, verify_and_generate, verify_only
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.registry import MODES
@@ -111,10 +105,10 @@ class NativeEngine:
     async def verify(self, request: VerifyRequest) -> VerifyResult:
         """Returns P(correct) of the request's prefixes of a draft."""
         request = self._validated_verification(request)
-        tokens, trunk = _verification_context(request)
+        tokens, trunk = _verification_context(request, trunk_start=None)
         stream = OutputStream(self._waker)
         program = verify_only(request, self._verify_options(), trunk, emit=stream.put)
-        running = Request(tokens, program, len(trunk) + self._suffix_tokens(request), stream)
+        running = Request(tokens, program, len(trunk) + _num_suffix_tokens(request), stream)
         async with aclosing(self._run(running, stream)) as results:
             (result,) = [result async for result in results]
         assert isinstance(result, VerifyResult)
@@ -140,20 +134,21 @@ class NativeEngine:
     async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
         """Yields the result of the verification, then what is generated after the accepted prefix.
 
-        Both are one request of the engine, so there is no round trip, queue or idle step between them.
+        Both are one request of the engine, so there is no round trip, queue or idle step between them. The first token
+        after the accepted prefix comes from the pass that verifies.
         """
         request = replace(request, verify=self._validated_verification(request.verify))
         self._check_options(request.sampling_params, request.speculative_method)
-        tokens, trunk = _verification_context(request.verify)
+        tokens, trunk = _verification_context(request.verify, trunk_start=request.num_accepted)
         stream = OutputStream(self._waker, patient=request.stream_interval == 1)
         program = verify_and_generate(
             request,
             self._verify_options(),
             trunk,
             emit=stream.put,
-            start_generation=lambda continuation: self._generation(continuation, stream, truncate_context=True),
+            start_generation=lambda continuation, last_output: self._generation(continuation, stream, last_output),
         )
-        max_new_tokens = max(len(trunk) + self._suffix_tokens(request.verify), self.max_model_len + 1 - len(tokens))
+        max_new_tokens = max(len(trunk) + _num_suffix_tokens(request.verify), self.max_model_len + 1 - len(tokens))
         running = Request(tokens, program, max_new_tokens, stream)
         async with aclosing(self._run(running, stream)) as results:
             async for result in results:
@@ -170,7 +165,9 @@ class NativeEngine:
         finally:
             self.core.abort(request)
 
-    def _generation(self, request: GenerateRequest, stream: OutputStream, *, truncate_context: bool = False) -> Program:
+    def _generation(
+        self, request: GenerateRequest, stream: OutputStream, last_output: TreeOutput | None = None
+    ) -> Program:
         method = self._method(request.speculative_method)
         detokenizer = None
         if request.sampling_params.stop:
@@ -185,7 +182,7 @@ class NativeEngine:
             emit=stream.put,
             detokenizer=detokenizer,
             speculation=method.start_sequence() if method else None,
-            truncate_context=truncate_context,
+            last_output=last_output,
         )
 
     def _max_new_tokens(self, request: GenerateRequest) -> int:
@@ -240,10 +237,6 @@ class NativeEngine:
             answer_first=self.model.device.type == "cpu",
         )
 
-    def _suffix_tokens(self, request: VerifyRequest) -> int:
-        width = len(request.suffix.token_ids)
-        return max(width, min(MAX_SUFFIX_TOKENS, len(request.prefix_lengths) * width))
-
     def _method(self, name: str | None) -> SpeculativeMethod | None:
         if name is None:
             return next(iter(self._methods.values()), None)
@@ -281,11 +274,21 @@ class NativeEngine:
         return max_sequences, num_tokens // max_sequences  # with small blocks the remainder is used too
 
 
-def _verification_context(request: VerifyRequest) -> tuple[list[int], list[int]]:
-    """Returns the context of a verification, and the tokens after it that are run as nodes to get their logits."""
+def _verification_context(request: VerifyRequest, trunk_start: int | None) -> tuple[list[int], list[int]]:
+    """Returns the context of a verification, and its trunk: the tokens after it, which are run as nodes.
+
+    The trunk starts with the token before that index of the draft, or with None not at all, and ends with the last
+    prefix. Log-probabilities of the draft need all of it as the trunk.
+    """
+    if request.num_logprobs is not None:
+        trunk_start = 0
     before = [*request.prompt_token_ids, *request.output_token_ids]
     tokens = [*before, *request.draft_token_ids[: max(request.prefix_lengths, default=0)]]
-    if request.num_logprobs is None:
-        return tokens, []
-    split = len(before) - 1
+    split = len(tokens) if trunk_start is None else len(before) + trunk_start - 1
     return tokens[:split], tokens[split:]
+
+
+def _num_suffix_tokens(request: VerifyRequest) -> int:
+    """Returns the maximum number of suffix tokens in one forward pass of a verification."""
+    width = len(request.suffix.token_ids)
+    return max(width, min(MAX_SUFFIX_TOKENS, len(request.prefix_lengths) * width))

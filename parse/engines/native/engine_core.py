@@ -56,12 +56,12 @@ class EngineStats:
     num_running: int
     num_waiting: int
     num_steps: int
-    num_step_requests: int  # summed over the steps; divided by their number, this is the mean batch size
-    busy_s: float  # spent in these steps
-    num_tokens: int  # computed
+    num_step_requests: int  # requests of all steps; divided by the number of steps, this is the mean batch size
+    busy_s: float  # seconds spent in these steps
+    num_tokens: int  # tokens computed in these steps
     prefix_queries: int  # tokens that were looked up in the prefix cache
     prefix_hits: int  # tokens that were found there
-    evictions: int
+    evictions: int  # of cached sequences
     blocks_used: int
     blocks_cached: int  # the used blocks that no running request holds
     blocks_total: int
@@ -115,7 +115,8 @@ class EngineCore:
         if length > self.max_sequence_length:
             raise RequestError(
                 "prompt",
-                f"needs memory for {length} tokens with what may follow it, the limit is {self.max_sequence_length}",
+                f"may grow to {length} tokens with its output, and the KV cache holds {self.max_sequence_length} for "
+                "one request; shorten it or request fewer tokens",
             )
         if self._stopped:
             raise EngineStopped("the engine was shut down")
@@ -129,7 +130,10 @@ class EngineCore:
         request.cancelled = True
 
     def reset_prefix_cache(self) -> None:
-        """Discards all cached sequences. Sequences of running requests can still be shared."""
+        """Discards all cached sequences.
+
+        Sequences of running requests can still be shared.
+        """
         self._reset_requested = True
         self._inbox.put(None)
 
@@ -178,9 +182,9 @@ class EngineCore:
                         self._busy_s += time.perf_counter() - began
                     self._after_step()
         except BaseException as fault:
-            logger.exception("the engine's thread died")
+            logger.exception("the engine's thread failed; the engine serves no more requests")
             self._stopped = True
-            error = EngineStopped(f"the engine broke down: {fault!r}")
+            error = EngineStopped(f"the engine's thread failed: {fault!r}")
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self._finish(request, error)
         self._reject_pending()
@@ -196,7 +200,7 @@ class EngineCore:
         """Takes new requests, and waits for one if there is nothing else to do."""
         while not self._inbox.empty() or not self.scheduler.has_requests:
             request = self._inbox.get()
-            if request is None:  # a call only woke the thread
+            if request is None:  # another method only woke the thread
                 break
             self.scheduler.add(request)
         if self._reset_requested:
@@ -206,7 +210,7 @@ class EngineCore:
             self._finish(request, RequestCancelled("the request was cancelled"))
 
     def _start(self, request: Request) -> None:
-        """Starts the program of an admitted request, or continues that of a preempted one."""
+        """Starts the program of a request, or continues that of a preempted one."""
         if not request.started:
             request.started, request.num_cached_tokens = True, request.num_computed
             self._advance(request, None)
@@ -263,7 +267,7 @@ class EngineCore:
             self._advance(request, TreeOutput(logits, request.sampled_token_ids, hidden_states))
 
     def _advance(self, request: Request, output: TreeOutput | Proposal | None) -> None:
-        """Sends an output to the program (None starts it), and takes the next input from it."""
+        """Sends an output to the program, or None to start it; takes its next input."""
         try:
             tree_input = request.program.send(output)
             if isinstance(tree_input, ProposalCall):
@@ -278,13 +282,19 @@ class EngineCore:
             self._finish(request, error)
             return
         if request.num_entries > self.max_sequence_length:
-            message = f"outgrew {self.max_sequence_length} tokens with what follows it"
+            message = (
+                f"needs more than the {self.max_sequence_length} tokens that the KV cache holds for one request; "
+                "shorten it or request fewer tokens"
+            )
             self._finish(request, RequestError("prompt", message))
         elif not request.num_uncomputed:
             self._advance(request, EMPTY_OUTPUT)
 
     def _set_tree_input(self, request: Request, tree_input: TreeInput) -> None:
-        """Commits the accepted path of the last tree, truncates the context if requested, and sets the next tree."""
+        """Commits the accepted path of the last tree and sets the next tree.
+
+        If the input requests it, the context is truncated in between.
+        """
         sequence, nodes = request.sequence, request.tree_input.nodes
         assert sequence is not None
         path = tree_input.accepted_path if len(nodes) else ()  # the first input follows no tree
@@ -296,7 +306,7 @@ class EngineCore:
         if tree_input.context_length is not None:
             if tree_input.context_length > len(sequence.token_ids):
                 raise ValueError(
-                    f"a context of {len(sequence.token_ids)} tokens cannot be cut to {tree_input.context_length}"
+                    f"a context of {len(sequence.token_ids)} tokens cannot be truncated to {tree_input.context_length}"
                 )
             self.scheduler.prefix_cache.truncate(sequence, tree_input.context_length)
         request.tree_input, request.num_computed = tree_input, sequence.num_computed_tokens

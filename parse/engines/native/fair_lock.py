@@ -1,7 +1,9 @@
-"""A fair lock, with which the engines that share a process and its CPU alternate step by step.
+"""A fair lock for engines in one process, which alternate step by step.
 
-Without it they would compete for the interpreter at every operation: two small models were measured to take three times
-as long each. Models that should compute at the same time need processes of their own.
+The engines share the CPU.
+
+Without the lock they would compete for the interpreter at every operation. In a measurement with two small models,
+each took three times as long. Models that should compute at the same time need separate processes.
 """
 
 import threading

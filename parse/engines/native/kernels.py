@@ -1,4 +1,6 @@
-"""Replaces layers of a loaded model by faster kernels that compute the same, where a comparison at load confirms it.
+"""Replaces layers of a loaded model by faster kernels.
+
+A kernel is used only if a comparison at load confirms that it computes the same.
 
 A root-mean-square norm becomes one operation. The library uses seven, and with small batches the launch of an operation
 dominates its cost.
@@ -20,7 +22,7 @@ ROUNDING = {
     torch.float32: 1e-5,
     torch.bfloat16: 2**-6,
     torch.float16: 2**-9,
-}  # the library rounds one intermediate result more
+}  # allowed relative difference; the library rounds one more intermediate result than the kernels
 MIN_MULTIPLICATIONS = 1 << 19  # below this number, a call of oneDNN costs more than it saves
 MIN_WEIGHT_ELEMENTS = 1 << 18  # from this size on, even a single token is faster
 
@@ -29,7 +31,10 @@ Forward = Callable[[Tensor], Tensor]
 
 @torch.inference_mode()
 def optimize_modules(network: nn.Module, *, linears: bool = True) -> int:
-    """Replaces the forward functions of a network's modules; returns how many were replaced."""
+    """Replaces the forward functions of a network's modules.
+
+    Returns how many functions were replaced.
+    """
     shared = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
     can_pack = linears and _can_pack()
     changed = 0
@@ -48,7 +53,10 @@ def optimize_modules(network: nn.Module, *, linears: bool = True) -> int:
 
 
 def _replace_forward(module: nn.Module, forward: Forward | None) -> bool:
-    """Replaces a forward function if it computes the same; some norms add one to their weight, and keep theirs."""
+    """Replaces a forward function if the new one computes the same.
+
+    For example, some norms add one to their weight. These keep their own function.
+    """
     if forward is None:
         return False
     weight = module.weight
@@ -56,7 +64,7 @@ def _replace_forward(module: nn.Module, forward: Forward | None) -> bool:
     x = torch.linspace(-2.0, 3.0, 3 * weight.shape[-1], device=weight.device).to(weight.dtype).view(1, 3, -1)
     try:
         expected = module(x)
-    except TypeError:  # it takes further arguments
+    except TypeError:  # the module takes further arguments
         return False
     bound = ROUNDING.get(weight.dtype, 0.0) * max(1.0, float(expected.abs().max()))
     if expected.dtype != x.dtype or not torch.allclose(forward(x), expected, rtol=bound, atol=bound):
@@ -78,7 +86,10 @@ def _can_pack() -> bool:
 
 
 def padded_num_tokens(tokens: int) -> int:
-    """Rounds large numbers of tokens up to a few dozen sizes; small numbers stay as they are."""
+    """Rounds a number of tokens up to one of a few dozen sizes.
+
+    Numbers up to 16 are not changed.
+    """
     if tokens <= 16:
         return tokens
     step = 8 if tokens <= 64 else 16 if tokens <= 256 else 32
@@ -103,7 +114,10 @@ class _PackedLinear:
         return linear(x, self.weight, self.bias)
 
     def release_weight(self, module: nn.Linear) -> None:
-        """Replaces the unpacked weight of a large layer by NaN, which frees it and makes any accidental use visible."""
+        """Frees the unpacked weight of a large layer.
+
+        The weight is replaced by NaN, so any accidental use is visible.
+        """
         if self.is_large:
             placeholder = module.weight.new_full((1, 1), torch.nan).expand(module.weight.shape)
             module.weight = nn.Parameter(placeholder, requires_grad=False)

@@ -1,7 +1,7 @@
 """The keys and values of all sequences: per layer, two tensors of token slots.
 
-If a proposer reads hidden states of the model, these are cached in the same slots, so that a request that finds a
-computed prefix finds its hidden states too.
+If a proposer reads hidden states of the model, these are cached in the same slots. A request that finds a computed
+prefix then also finds its hidden states.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,10 @@ CACHE_LINE = 64  # bytes; attention takes 5% longer if vectors are not aligned t
 
 
 class KVCache:
-    """Allocates the tensors of a layer at its first write, when the shapes of its keys and values are known."""
+    """The tensors that hold keys and values.
+
+    The tensors of a layer are allocated at its first write, when the shapes of its keys and values are known.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -43,7 +46,7 @@ class KVCache:
         self.aux_hidden_states[torch.tensor(slots, device=hidden_states.device)] = hidden_states
 
     def as_blocks(self, layer: int) -> tuple[Tensor, Tensor]:
-        """[blocks, block size, heads, head size]"""
+        """Returns keys and values of a layer, each [blocks, block size, heads, head size]."""
         keys, values = self.keys[layer], self.values[layer]
         return keys.unflatten(0, (self.num_blocks, -1)), values.unflatten(0, (self.num_blocks, -1))
 
@@ -54,7 +57,7 @@ class KVCache:
         )
 
     def move_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Moves slots to other slots; all are read before any is written."""
+        """Moves slots to other slots. All of them are read before any is written."""
 
         def move(slots: Tensor) -> None:
             slots[torch.tensor(targets, device=slots.device)] = slots[torch.tensor(sources, device=slots.device)]
@@ -66,10 +69,12 @@ class KVCache:
         return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
 
     def _allocate(self, like: Tensor) -> Tensor:
-        """Allocates zeros: attention multiplies masked entries too, so they must be finite.
+        """Allocates a tensor of zeros.
 
-        On a CPU the keys of a head are contiguous, because attention reads them so. Kernels for GPUs expect the heads
-        of a token side by side.
+        Attention multiplies masked entries too, so they must be finite.
+
+        On a CPU the keys of a head are contiguous, because attention reads them in this order. Kernels for GPUs expect
+        the heads of a token next to each other.
         """
         _, heads, _, width = like.shape
         slots = self.num_blocks * self.block_size

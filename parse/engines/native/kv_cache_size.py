@@ -12,12 +12,14 @@ CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
 def kv_cache_bytes(settings: EngineSettings, network: nn.Module) -> int:
-    """Returns the size of the KV cache in bytes: the one in the settings, or what the devices of the model can hold.
+    """Returns the size of the KV cache in bytes.
 
-    On a GPU this is what `gpu_memory_utilization` leaves of its memory beside everything that this process has
-    allocated there so far, and at most what is free: another process may use the same GPU. The layers of a model that
-    is spread over several GPUs keep their keys and values where their weights are, so the GPU with the least memory for
-    its share of the weights limits the whole.
+    It is the size in the settings, or else what the devices of the model can hold.
+
+    On a GPU, the cache and everything that this process has allocated there so far may together use the share
+    `gpu_memory_utilization` of the memory. The cache never takes more than is free, because another process may use
+    the same GPU. If a model is spread over several GPUs, the keys and values of a layer are where its weights are. The
+    GPU with the least memory for its share of the weights then limits the size of the whole cache.
     """
     if settings.kv_cache_memory_bytes is not None:
         return settings.kv_cache_memory_bytes

@@ -1,4 +1,4 @@
-"""Loads an unmodified Hugging Face causal language model, checks it, and runs its forward passes."""
+"""Loads, checks and runs an unmodified Hugging Face causal language model."""
 
 import logging
 from collections.abc import Sequence
@@ -31,19 +31,22 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}  # 
 
 
 class ModelNotFoundError(ValueError):
-    """Raised if a path is not a folder or hub id of a causal language model."""
+    """Raised if a path is neither a folder nor a hub id of a causal language model."""
 
 
 class MaskEmbedder(Protocol):
-    """The input embedding of mask nodes, and the change to the network at these nodes."""
+    """The input embedding of mask nodes.
+
+    It also changes the network's computation at these nodes.
+    """
 
     @property
     def embedding(self) -> Tensor:
-        """[hidden size]"""
+        """The input embedding of a mask, [hidden size]."""
         ...
 
     def at(self, indices: Tensor) -> AbstractContextManager[None]:
-        """Applies the change during a forward pass in which these entries are masks."""
+        """Changes the network during a forward pass in which these entries are masks."""
         ...
 
 
@@ -77,7 +80,7 @@ class Model:
         """
         resolved_device = _resolve_device(device)
         if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
-            raise ModelNotFoundError(f"{path} is no directory")
+            raise ModelNotFoundError(f"{path} is not a directory")
         precision = "float32" if dtype == "auto" and resolved_device == "cpu" else dtype
         try:
             AutoConfig.from_pretrained(path)
@@ -92,7 +95,7 @@ class Model:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelNotFoundError(f"{path} is not a causal language model that can be loaded: {error}") from error
         if missing := sorted(loading_info["missing_keys"]):  # the library has filled them with random numbers
-            raise ModelNotFoundError(f"{path} lacks {len(missing)} weights of its model, the first is {missing[0]}")
+            raise ModelNotFoundError(f"{path} lacks {len(missing)} weights of its model; the first one is {missing[0]}")
         if int8 and resolved_device != "cpu":
             raise UnsupportedModelError("int8 works only on CPUs; on a GPU, load a quantized checkpoint")
         model = cls(network, tokenizer, str(path), int8=int8)
@@ -130,7 +133,9 @@ class Model:
         logits_entries: Tensor | int,
         embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes one step from tensors: positions, and either tokens, [1, T], or embeddings.
+        """Computes one step from tensors.
+
+        `positions` is [1, T]. Either `tokens`, [1, T], or `embeddings`, [1, T, hidden size], is set.
 
         `logits_entries` is a tensor of entries, or 0 for all.
         """
@@ -150,10 +155,12 @@ class Model:
         return logits.float(), aux_hidden_states
 
     def _self_check(self) -> int:
-        """Compares a small tree in packed steps with separate sequences; returns the bytes per token of the KV cache.
+        """Checks that packed steps compute the same as separate sequences.
 
-        This finds unsupported models that `check_supported` does not know, for example those with a mask or a state of
-        their own. Such a model fails with every random sequence. A mixture of experts may fail with one of them, where
+        Returns the bytes per token of the KV cache.
+
+        This finds unsupported models that `check_supported` does not know, for example models with their own mask or
+        state. Such a model fails with every random sequence. A mixture of experts may fail with one sequence, if
         rounding changes the choice between two nearly equal experts.
         """
         for seed in range(MAX_SELF_CHECKS):
@@ -164,13 +171,16 @@ class Model:
             if difference <= allowed:
                 return kv_cache.num_bytes // (kv_cache.num_blocks * kv_cache.block_size)
         raise UnsupportedModelError(
-            f"{self.name} ({self.network.config.model_type}) does not compute the same packed as alone: logits "
-            f"differ by {difference:.2g}, {allowed:.2g} is allowed"
+            f"{self.name} ({self.network.config.model_type}) does not compute the same in packed steps as alone: the "
+            f"logits differ by {difference:.2g}, and {allowed:.2g} is allowed"
         )
 
     @torch.inference_mode()
     def _packed_and_separate(self, kv_cache: KVCache, seed: int) -> tuple[Tensor, Tensor]:
-        """Logits at all nodes of a few suffixes on a random sequence, from packed and from separate forward passes."""
+        """Returns logits from packed and from separate forward passes.
+
+        They belong to all nodes of a few suffixes on a random sequence.
+        """
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.vocab_size, (14,), generator=generator).tolist()
         prompt, suffix, prefix_lengths = tokens[:11], tokens[11:], [4, 9, 11]
@@ -209,18 +219,21 @@ def _resolve_device(device: str) -> str:
 
 
 def check_supported(network: PreTrainedModel) -> None:
-    """Raises `UnsupportedModelError` for models that the engine is known to compute incorrectly."""
+    """Raises `UnsupportedModelError` for a model that is known to be unsupported.
+
+    The engine would compute such a model incorrectly.
+    """
     config = network.config.get_text_config()
     kind = config.model_type
     if network.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{kind}: an encoder-decoder, not a causal language model")
+        raise UnsupportedModelError(f"{kind}: this is an encoder-decoder model, not a causal language model")
     if getattr(network, "_is_stateful", False):
-        raise UnsupportedModelError(f"{kind}: keeps a recurrent state, which cannot be truncated to a prefix")
+        raise UnsupportedModelError(f"{kind}: the model has a recurrent state, which cannot be truncated to a prefix")
     for module, part in network.named_modules():
         label = f"{module.rsplit('.', 1)[-1]} {type(part).__name__}".lower()
         if isinstance(part, nn.Conv1d) or any(word in label for word in RECURRENT):
             raise UnsupportedModelError(
-                f"{kind}: has recurrent layers ({module}), which cannot be truncated to a prefix"
+                f"{kind}: the model has recurrent layers ({module}), whose state cannot be truncated to a prefix"
             )
         if getattr(part, "sinks", None) is not None:
             raise UnsupportedModelError(f"{kind}: attention sinks ({module}) are not supported")
@@ -234,7 +247,10 @@ def check_supported(network: PreTrainedModel) -> None:
 
 
 def _eos_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Returns the end tokens of the generation config, which may name several, and of the tokenizer."""
+    """Returns the end tokens of a model.
+
+    These are the end tokens of the generation config, which may name several, and that of the tokenizer.
+    """
     generation: Any = getattr(network, "generation_config", None)
     configured = getattr(generation, "eos_token_id", None)
     token_ids = configured if isinstance(configured, list) else [configured]

@@ -1,4 +1,7 @@
-"""Runs the forward pass of a step: packs the scheduled chunks, writes their keys and values, and samples tokens."""
+"""Runs the forward pass of a step.
+
+It packs the scheduled chunks, writes their keys and values, and samples tokens.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -68,7 +71,10 @@ class ModelRunner:
         ]
 
     def move_to_context(self, sequence: SequenceState, path: Sequence[int]) -> None:
-        """Moves the keys and values of the nodes of a path to the slots right after the sequence's tokens."""
+        """Moves the keys and values of a path into the context.
+
+        They move to the slots right after those of the sequence's tokens.
+        """
         length = len(sequence.token_ids)
         moves = [(length + node, length + depth) for depth, node in enumerate(path) if node != depth]
         if moves:
@@ -76,13 +82,19 @@ class ModelRunner:
             self.kv_cache.move_slots(self._slots(sequence, sources), self._slots(sequence, targets))
 
     def aux_hidden_states(self, sequence: SequenceState, entries: Sequence[int]) -> Tensor:
-        """Returns hidden states [entries, width] of entries of the row: the sequence's tokens, then the nodes."""
+        """Returns the hidden states [entries, width] of entries of the row.
+
+        The row consists of the sequence's tokens, followed by the nodes.
+        """
         hidden_states = self.kv_cache.aux_hidden_states
         assert hidden_states is not None, "the model has no `aux_hidden_state_layers`"
         return hidden_states[torch.tensor(self._slots(sequence, entries), device=hidden_states.device)]
 
     def _logits(self, chunks: Sequence[ScheduledChunk], logits_entries: Sequence[int] | None) -> Tensor:
-        """Returns logits [entries, vocabulary] at these entries of the step, or at all of them if None."""
+        """Returns the logits [entries, vocabulary] of the step at these entries.
+
+        If `logits_entries` is None, the logits of all entries are returned.
+        """
         is_decode = logits_entries is None and all(len(chunk) == 1 and chunk.is_causal for chunk in chunks)
         use_graphs = is_decode and not self.model.aux_hidden_state_layers
         if use_graphs and self.cuda_graphs and (replayed := self.cuda_graphs.replay(chunks)) is not None:
@@ -106,7 +118,10 @@ class ModelRunner:
 
 
 def _logits_offsets(logits_nodes: Sequence[int] | None, chunk: ScheduledChunk) -> list[int]:
-    """Returns the entries of the chunk whose logits the program reads, as offsets from its start."""
+    """Returns the offsets of a chunk's entries whose logits the program reads.
+
+    Offsets count from the start of the chunk.
+    """
     length = len(chunk.sequence.token_ids)
     nodes = range(len(chunk.tree)) if logits_nodes is None else logits_nodes
     return [length + node - chunk.start for node in nodes if chunk.start <= length + node < chunk.end]

@@ -8,11 +8,11 @@ from contextlib import suppress
 
 from parse.types import TokenDelta, VerifyResult, merge_deltas
 
-WAKE_INTERVAL_S = 0.02  # nobody reads faster
+WAKE_INTERVAL_S = 0.02  # people do not read faster than this
 
 
 class Waker:
-    """Wakes the coroutines that wait for one engine, all of them at once.
+    """Wakes all coroutines that wait for one engine at the same time.
 
     Waking an event loop takes a large part of the time of a small model's step. The engine's thread therefore does it
     between steps, at most every `WAKE_INTERVAL_S` unless a result is urgent.
@@ -41,7 +41,7 @@ class Waker:
                 stream = self._waiting.popleft()
                 streams_by_loop.setdefault(stream.loop, []).append(stream)
         for loop, streams in streams_by_loop.items():
-            with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so no coroutine waits in it
                 loop.call_soon_threadsafe(_notify_all, streams)
 
 
@@ -51,7 +51,9 @@ def _notify_all(streams: "Sequence[OutputStream]") -> None:
 
 
 class OutputStream:
-    """Takes results in the engine's thread and yields them in a coroutine, which merges pending deltas into one.
+    """Passes the results of one request from the engine's thread to a coroutine.
+
+    The coroutine merges pending deltas into one.
 
     The first result, the one after a verification and the end are urgent. With `patient=False` all results are urgent.
     """

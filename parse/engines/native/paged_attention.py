@@ -29,7 +29,10 @@ def attention_for(device: torch.device) -> AttentionFactory:
 
 
 class PagedAttention:
-    """Attention of one step; causal chunks must come first. Each device with layers receives the block table once."""
+    """Attention of one step; causal chunks must come first.
+
+    Each device with layers receives the block table once.
+    """
 
     def __init__(self, kv_cache: KVCache, chunks: Sequence[ScheduledChunk]) -> None:
         self._kv_cache, self._chunks = kv_cache, chunks
@@ -63,7 +66,7 @@ class _DeviceStep:
         )  # [T], its entry in the row of the chunk
         slots = block_table[owner, entry // size] * size + entry % size
         bounds = [np.concatenate([[0], counts[:num_causal].cumsum()]) for counts in (queries, keys)]
-        # A single transfer moves everything to the device.
+        # All numbers are packed into one tensor, so that a single transfer moves them to the device.
         packed = torch.from_numpy(np.concatenate([slots, *bounds, keys, block_table.ravel()])).to(
             device, non_blocking=True
         )
@@ -99,7 +102,10 @@ class _DeviceStep:
         return (out[0] if len(out) == 1 else torch.cat(out)).unsqueeze(0)
 
     def _parts(self, use_kernel: bool) -> "list[_CausalChunks | _GatheredChunks]":
-        """Divides the chunks between the kernel and gathered attention; nearly all layers share one division."""
+        """Divides the chunks between the kernel and gathered attention.
+
+        Nearly all layers share one division.
+        """
         if use_kernel not in self._parts_by_kernel:
             num_by_kernel = self._num_causal if use_kernel else 0
             parts: list[_CausalChunks | _GatheredChunks] = [self._causal_chunks] if num_by_kernel else []
@@ -123,7 +129,10 @@ class _CausalChunks:
     max_keys: int  # an upper bound
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """query [T, heads, size], keys and values [blocks, block size, key heads, size] -> [T, heads, size]."""
+        """Returns the attention output [T, heads, size].
+
+        `query` is [T, heads, size]; `keys` and `values` are [blocks, block size, key heads, size].
+        """
         if window is not None:
             window_size = (window - 1, 0)  # keys to the left and right of the query
         elif self.max_queries == 1:
@@ -145,7 +154,7 @@ class _CausalChunks:
             enable_gqa=True,
             seqused_k=self.num_keys,
             block_table=self.block_table,
-            # By default the kernel may split the keys, and then loses rows of paged keys: pytorch issue 194167.
+            # By default the kernel may split the keys. It then loses rows of paged keys (pytorch issue 194167).
             num_splits=1,
         )
         assert isinstance(out, Tensor)
@@ -157,13 +166,18 @@ class CannotReplayError(RuntimeError):
 
 
 class DecodeAttention:
-    """Attention of single tokens at the ends of their sequences, described by tensors alone.
+    """Attention of single tokens at the ends of their sequences.
+
+    Tensors alone describe the step.
 
     The operations and their arguments depend on the shapes of the tensors and not on their values.
     """
 
     def __init__(self, kv_cache: KVCache, lengths: Tensor, block_table: Tensor) -> None:
-        """lengths [sequences] and block_table [sequences, max blocks], both int64 and on the device."""
+        """Computes the slots and bounds of the step.
+
+        `lengths` is [sequences] and `block_table` is [sequences, max blocks]. Both are int64 tensors on the device.
+        """
         self._kv_cache = kv_cache
         num_seqs, size = len(lengths), kv_cache.block_size
         last = lengths - 1
@@ -196,7 +210,7 @@ class _GatheredChunks:
     def __init__(
         self, chunks: Sequence[ScheduledChunk], block_table: Tensor, num_keys: Tensor, block_size: int
     ) -> None:
-        """block_table [chunks, blocks], num_keys [chunks]."""
+        """Computes the slots of the keys. `block_table` is [chunks, blocks], `num_keys` is [chunks]."""
         self.chunks = chunks
         self.queries_per_chunk = len(chunks[0])
         self.num_queries = len(chunks) * self.queries_per_chunk
@@ -207,7 +221,10 @@ class _GatheredChunks:
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """query [T, heads, size], keys and values [blocks, block size, key heads, size] -> [T, heads, value size]."""
+        """Returns the attention output [T, heads, value size].
+
+        `query` is [T, heads, size]; `keys` and `values` are [blocks, block size, key heads, size].
+        """
         n, t, heads, key_heads = len(self.chunks), self.queries_per_chunk, query.shape[1], keys.shape[2]
         groups = heads // key_heads
         key, value = (
@@ -223,7 +240,7 @@ class _GatheredChunks:
         return out.view(n, key_heads, groups, t, -1).permute(0, 3, 1, 2, 4).reshape(n * t, heads, -1)
 
     def _mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
-        """[chunks, 1, groups * queries, keys], additive."""
+        """Returns an additive mask, [chunks, 1, groups * queries, keys]."""
         if window is not None and window >= self.num_keys:
             window = None
         if (window, groups) not in self._masks:
@@ -238,7 +255,10 @@ class _GatheredChunks:
 
 
 def kernel_supports(query: Tensor, values: Tensor) -> bool:
-    """query [T, heads, size], values [blocks, block size, key heads, size]."""
+    """Returns whether the kernel supports these tensors on their device.
+
+    `query` is [T, heads, size]; `values` is [blocks, block size, key heads, size].
+    """
     head_dim = query.shape[-1]
     return (
         query.dtype in (torch.float16, torch.bfloat16)
@@ -261,7 +281,10 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 def _equal_length_ranges(chunks: Sequence[ScheduledChunk], start: int) -> list[tuple[int, int]]:
-    """Ranges of chunks from `start` on: adjacent single tokens together, all other chunks alone."""
+    """Divides the chunks from `start` on into ranges.
+
+    Adjacent single tokens form one range. Every other chunk is a range of its own.
+    """
     ranges: list[tuple[int, int]] = []
     for index in range(start, len(chunks)):
         if index > start and len(chunks[index]) == len(chunks[index - 1]) == 1:

@@ -1,9 +1,9 @@
-"""Manages the blocks of the KV cache, and finds the cached sequence that shares the longest prefix with a new one.
+"""Manages the blocks of the KV cache, and finds cached prefixes.
 
-This is pure bookkeeping of block ids, without tensors. A sequence is a list of token ids. The keys and values of its
-first `num_computed_tokens` are in its blocks. A sequence whose request has finished stays cached for later requests
-with the same prefix, and the least recently used one is evicted first. Several sequences may share a full block. A
-partly used block is written to and belongs to a single sequence, so that sharing its tokens copies them.
+This module handles only block ids, no tensors. A sequence is a list of token ids. The keys and values of its first
+`num_computed_tokens` are in its blocks. A sequence whose request has finished stays cached for later requests with the
+same prefix. The least recently used sequence is evicted first. Several sequences may share a full block. A partly used
+block is still written to, so it belongs to a single sequence, and other sequences copy its tokens.
 """
 
 import heapq
@@ -27,7 +27,10 @@ class SequenceState:
 
 
 class PrefixCache:
-    """`copy_block(source, target, count)` copies the first slots of a block into another block."""
+    """Assigns blocks to sequences, and keeps finished sequences for reuse.
+
+    `copy_block(source, target, count)` copies the first `count` slots of a block into another block.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, copy_block: Callable[[int, int, int], None]) -> None:
         self.block_size = block_size
@@ -49,19 +52,27 @@ class PrefixCache:
 
     @property
     def num_cached_blocks(self) -> int:
-        """How many blocks cached sequences hold; while no request runs, these are all that are not free."""
+        """The number of blocks that cached sequences hold.
+
+        While no request runs, these are all blocks that are not free.
+        """
         return len({block_id for sequence in list(self._cached_sequences) for block_id in sequence.block_ids})
 
     def is_being_computed(self, tokens: Sequence[int]) -> bool:
-        """Whether a running request computes a prefix that a request with these tokens could share."""
+        """Returns whether a running request is computing a prefix of these tokens.
+
+        A request with these tokens could then share that prefix.
+        """
         match, length = self._longest_match(list(tokens))
         return match is not None and match.in_use and length - min(length, match.num_computed_tokens) >= HASH_STRIDE
 
     def allocate(self, tokens: Sequence[int], num_extra_tokens: int) -> SequenceState | None:
-        """Returns a sequence of these tokens, with blocks for them and for `num_extra_tokens` more.
+        """Returns a sequence of these tokens, with blocks for its keys and values.
 
-        As many of its tokens are computed as any other sequence has computed. Returns None while there are too few free
-        blocks.
+        It also gets blocks for `num_extra_tokens` more tokens.
+
+        The tokens that it shares with the best matching sequence are not computed again. Returns None while there are
+        too few free blocks.
         """
         tokens = list(tokens)
         match, length = self._longest_match(tokens)
@@ -88,7 +99,10 @@ class PrefixCache:
         return sequence
 
     def reserve(self, sequence: SequenceState, length: int) -> bool:
-        """Allocates blocks for that many tokens in total; returns False if there are too few."""
+        """Allocates blocks for `length` tokens in total.
+
+        Returns False if there are too few.
+        """
         return self._grow(sequence, self._num_blocks_for(length))
 
     def commit(self, sequence: SequenceState, tokens: Sequence[int]) -> None:
@@ -98,9 +112,11 @@ class PrefixCache:
         self._index_hashes(sequence)
 
     def truncate(self, sequence: SequenceState, length: int) -> None:
-        """Cuts a sequence in use to at most `length` tokens, so that other tokens can follow there.
+        """Truncates a sequence in use to at most `length` tokens.
 
-        What follows is written into the last block that remains. If another sequence shares that block, this sequence
+        Other tokens can then follow there.
+
+        These tokens are written into the last block that remains. If another sequence shares that block, this sequence
         gets a copy. If there is no free block for the copy, the tokens in that block are computed again.
         """
         self._truncate(sequence, length)
@@ -140,7 +156,10 @@ class PrefixCache:
         self._cached_sequences[sequence] = None
 
     def _longest_match(self, tokens: list[int]) -> tuple[SequenceState | None, int]:
-        """Returns the sequence with the longest common prefix, and its length; prefers cached ones among equals."""
+        """Returns the sequence with the longest common prefix, and its length.
+
+        Among sequences with equal prefixes, a cached one is preferred.
+        """
         candidates: tuple[SequenceState, ...] = ()
         chained_hash = start = 0
         while start + HASH_STRIDE <= len(tokens):
@@ -157,16 +176,21 @@ class PrefixCache:
         return best, length
 
     def _can_take_over(self, sequence: SequenceState, usable: int) -> bool:
-        """Whether a new request may continue this very sequence, which destroys the rest of it.
+        """Returns whether a new request may continue this cached sequence itself.
 
-        It may not if the rest is the greater part, or if another sequence shares the block to write to.
+        That destroys the rest of the sequence.
+
+        Returns False if the rest is the greater part, or if another sequence shares the block to write to.
         """
         if sequence.in_use or sequence.num_computed_tokens - usable > usable:
             return False
         return usable % self.block_size == 0 or self._ref_counts[sequence.block_ids[usable // self.block_size]] == 1
 
     def _fork(self, sequence: SequenceState, source: SequenceState | None, usable: int, num_blocks: int) -> bool:
-        """Shares the full blocks of the source with a new sequence, and copies the partly used one."""
+        """Shares the full blocks of the source with a new sequence.
+
+        The partly used block is copied.
+        """
         if source is None:
             return self._grow(sequence, num_blocks)
         shared, rest = divmod(usable, self.block_size)
@@ -240,7 +264,10 @@ class PrefixCache:
 
 
 def _common_prefix_length(cached: list[int], tokens: list[int], start: int) -> int:
-    """Returns the length of the common prefix, whose first `start` tokens are equal unless hashes have collided."""
+    """Returns the length of the common prefix of two sequences.
+
+    Their first `start` tokens are equal unless hashes have collided.
+    """
     if cached[:start] != tokens[:start]:
         return 0
     size = min(len(cached), len(tokens))

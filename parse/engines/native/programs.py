@@ -5,20 +5,18 @@ receives the logits. It does not depend on batches, memory or threads, so it can
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from parse.acceptance import next_batch
 from parse.detokenizer import IncrementalDetokenizer
-from parse.engines.native.sampler import Sampler, SamplingState, token_logprobs
-from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.engines.native.sampler import Sampler, SamplingState, sample, token_logprobs
+from parse.requests import GenerateRequest
 from parse.speculative.proposal import NO_PROPOSAL, MaskPrediction, Proposal, chain_proposal
 from parse.speculative.proposal_policy import ProposalCall, SequenceSpeculation
-from parse.tree import MASK, TokenTree, child, suffix_forest, tree_from_parents
-from parse.types import FinishReason, Logprob, SpeculationStats, TokenDelta, VerifyResult
+from parse.tree import MASK, TokenTree, child, tree_from_parents
+from parse.types import FinishReason, Logprob, SpeculationStats, TokenDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +62,14 @@ def generate(
     emit: Callable[[TokenDelta], None],
     detokenizer: IncrementalDetokenizer | None = None,
     speculation: SequenceSpeculation | None = None,
-    truncate_context: bool = False,
+    last_output: TreeOutput | None = None,
 ) -> Program:
     """Generates after the request's prompt and output, of which all but the last token are the context.
 
     At most `max_new_tokens` tokens, not counting the end token, are passed to `emit`, at least `stream_interval` at a
     time. `detokenizer` finds stop strings. The request's draft, and then the proposals of the speculative method, are
-    run in the same pass and accepted as long as the target chooses the same tokens. With `truncate_context` the context
-    may hold more tokens, which are removed first.
+    run in the same pass and accepted as long as the target chooses the same tokens. If the last token is in the context
+    as well, `last_output` is what an earlier pass computed there, and the first token follows without a pass.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
     sampler = Sampler(params, prompt, output)
@@ -84,9 +82,8 @@ def generate(
     if speculation is not None and not speculation.needs_hidden_states:
         speculation.extend(unseen, None, None)
         unseen = ()
-        if not draft and (proposal_call := speculation.proposal_call(max_new_tokens - 1)):
+        if not draft and last_output is None and (proposal_call := speculation.proposal_call(max_new_tokens - 1)):
             proposal = yield proposal_call
-    truncated_length = context_length if truncate_context else None
     accepted_path: Sequence[int] = ()
     output_ids: list[int] = []
     output_logprobs: list[Logprob] = []
@@ -94,10 +91,12 @@ def generate(
     remaining, num_accepted = max_new_tokens, 0
     while True:
         nodes = _attach(last, proposal)
-        tree_output: TreeOutput = yield TreeInput(
-            nodes, accepted_path=accepted_path, sampling_states=sampler.states(nodes), context_length=truncated_length
-        )
-        truncated_length = None
+        if last_output is None:
+            tree_output: TreeOutput = yield TreeInput(
+                nodes, accepted_path=accepted_path, sampling_states=sampler.states(nodes)
+            )
+        else:
+            tree_output = replace(last_output, token_ids=sample(last_output.logits, sampler.states(nodes)))
         finish: FinishReason | None = None
         node: int | None = 0
         path, new_tokens = [], []
@@ -124,16 +123,17 @@ def generate(
         num_matched = len(new_tokens) - (node is None)  # tokens of the proposal
         if draft:
             num_accepted += num_matched
-        if speculation is not None:
+        if speculation is not None and last_output is None:
             step_stats = speculation.observe(NO_PROPOSAL if draft else proposal, num_matched)
             stats = step_stats if stats is None else stats + step_stats
+        accepted_path, last_output = path if last_output is None else (), None
         if finish or len(output_ids) >= request.stream_interval:
             emit(TokenDelta(tuple(output_ids), tuple(output_logprobs), finish, num_accepted, speculation=stats))
             output_ids, output_logprobs, num_accepted, stats = [], [], 0, None
         if finish:
-            yield TreeInput((), logits_nodes=(), accepted_path=path)  # a following message can reuse it
+            yield TreeInput((), logits_nodes=(), accepted_path=accepted_path)  # a following message can reuse it
             return
-        last, draft, accepted_path, proposal = new_tokens[-1], (), path, NO_PROPOSAL
+        last, draft, proposal = new_tokens[-1], (), NO_PROPOSAL
         if speculation is not None:
             hidden_states = None
             if speculation.needs_hidden_states and tree_output.aux_hidden_states is not None:
@@ -164,86 +164,3 @@ def _attach(token: int, proposal: Proposal) -> TokenTree | Sequence[int]:
         return [token, *proposal.token_ids]
     tree, _ = tree_from_parents([token, *proposal.token_ids], [-1, *(parent + 1 for parent in proposal.parents)])
     return tree
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyOptions:
-    """How an engine runs verifications."""
-
-    max_nodes: int
-    """Suffix tokens in one forward pass."""
-    max_model_len: int
-    """Prefixes whose suffix would reach beyond it are not evaluated."""
-    answer_first: bool
-    """Evaluate a complete answer alone before its prefixes. Where a further pass costs more than its tokens, all are
-    evaluated together."""
-
-
-def verify(
-    request: VerifyRequest, options: VerifyOptions, trunk: Sequence[int]
-) -> Generator[TreeInput, TreeOutput, VerifyResult]:
-    """Evaluates P(correct) of those prefixes of the request that can matter under its policy.
-
-    The context is prompt, output and draft, up to the last prefix. If log-probabilities of the draft are requested, the
-    context ends before `trunk`: the last token before the draft, and the draft. These are run as a chain of nodes,
-    because logits are returned for nodes only.
-    """
-    suffix, lengths = request.suffix, request.prefix_lengths
-    draft_logprobs: list[Logprob] = []
-    accepted_path: Sequence[int] = ()
-    if trunk:
-        tree_output = yield TreeInput(trunk)
-        accepted_path = range(len(trunk))
-        draft_logprobs = token_logprobs(tree_output.logits[:-1], trunk[1:], request.num_logprobs or 0)
-    width = len(suffix.token_ids)
-    start = len(request.prompt_token_ids) + len(request.output_token_ids)
-    num_evaluable = sum(1 for length in lengths if start + length + width <= options.max_model_len)
-    complete = request.draft_complete and num_evaluable == len(lengths)
-    p_correct: dict[int, float] = {}
-    while batch := next_batch(
-        num_evaluable,
-        p_correct,
-        request.policy,
-        complete=complete,
-        max_batch=max(1, options.max_nodes // width),
-        answer_first=options.answer_first,
-    ):
-        tree = suffix_forest([start + lengths[index] for index in batch], suffix.token_ids)
-        tree_output = yield TreeInput(
-            tree, logits_nodes=range(width - 1, len(tree), width), accepted_path=accepted_path
-        )
-        accepted_path = ()
-        answer_logits = [
-            tree_output.logits[:, list(token_ids)].logsumexp(-1)
-            for token_ids in (suffix.correct_token_ids, suffix.incorrect_token_ids)
-        ]
-        p_correct.update(zip(batch, torch.stack(answer_logits).softmax(0)[0].tolist(), strict=True))
-    if accepted_path:  # no prefix could be evaluated
-        yield TreeInput((), logits_nodes=(), accepted_path=accepted_path)
-    return VerifyResult(tuple(p_correct.get(index) for index in range(len(lengths))), tuple(draft_logprobs))
-
-
-def verify_only(
-    request: VerifyRequest, options: VerifyOptions, trunk: Sequence[int], *, emit: Callable[[VerifyResult], None]
-) -> TreeProgram:
-    """Passes the result of the verification to `emit`."""
-    emit((yield from verify(request, options, trunk)))
-
-
-def verify_and_generate(
-    request: VerifyAndGenerateRequest,
-    options: VerifyOptions,
-    trunk: Sequence[int],
-    *,
-    emit: Callable[[VerifyResult], None],
-    start_generation: Callable[[GenerateRequest], Program],
-) -> Program:
-    """Passes the result of the verification to `emit`, then generates after the accepted prefix.
-
-    `start_generation` returns the program that generates. It has to truncate the context, which holds the whole draft.
-    """
-    result = yield from verify(request.verify, options, trunk)
-    emit(result)
-    continuation = request.continuation(request.accepted_prefix_length(result.p_correct))
-    if continuation is not None:
-        yield from start_generation(continuation)

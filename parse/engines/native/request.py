@@ -1,4 +1,7 @@
-"""A request in the engine: its program, and the progress of the tree that it waits for."""
+"""A request in the engine.
+
+It consists of a program and the progress of the tree that the program waits for.
+"""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,11 +26,11 @@ class Request:
     in chunks, from left to right.
     """
 
-    token_ids: list[int]  # the context; a preempted request continues with all that it has committed
+    token_ids: list[int]  # the context; a preempted request continues with all tokens that it has committed
     program: Program
     max_new_tokens: int  # how many tokens it may add to its context
     listener: RequestListener
-    sequence: SequenceState | None = None  # None while it waits
+    sequence: SequenceState | None = None  # None while the request waits
     started: bool = False
     num_cached_tokens: int = 0  # how many tokens of the context were already computed at its start
     tree_input: TreeInput = field(default_factory=lambda: TreeInput((), ()))

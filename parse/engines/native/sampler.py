@@ -1,8 +1,10 @@
-"""Samples the tokens of a step from its logits; each is the same whatever else is in the step.
+"""Samples the tokens of a step from its logits.
 
-A token follows from its logits, the tokens so far, and one uniform number computed from the seed and the position. No
-random generator keeps a state, so a request that continues elsewhere, or whose tokens were proposed by a draft, gets
-the same tokens. Only the transfer of the results waits for the device.
+The token of a row does not depend on the other rows of the step.
+
+A token follows from its logits, the tokens so far, and one uniform number that is computed from the seed and the
+position. There is no random generator with a state. A request that continues on another replica, or whose tokens were
+proposed by a draft, therefore gets the same tokens. Only the transfer of the results waits for the device.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from parse.types import Logprob, SamplingParams
 
 MIN_TEMPERATURE = 1e-30  # equivalent to zero; logits divided by much less are not finite
 MAX_LOGITS_PER_PASS = 1 << 23  # the intermediate results take several times the memory of the logits
-MAX_LOGITS_PER_PASS_ON_CPU = 1 << 16  # more do not fit into its caches and take twice as long
+MAX_LOGITS_PER_PASS_ON_CPU = 1 << 16  # more logits do not fit into the CPU's caches and take twice as long
 
 Setting = TypeVar("Setting", int, float)
 
@@ -35,7 +37,10 @@ class SamplingState:
 
 
 class Sampler:
-    """The sampling state of one request; it counts tokens only if penalties need the counts."""
+    """The sampling state of one request.
+
+    It counts tokens only if penalties need the counts.
+    """
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]) -> None:
         self.params = params
@@ -49,9 +54,11 @@ class Sampler:
             self._output_counts[token] += 1
 
     def states(self, nodes: TokenTree | Sequence[int] = (0,)) -> list[SamplingState]:
-        """Returns the state for the token after each node: the root is the last token, the other nodes may follow it.
+        """Returns the sampling state for the token after each node.
 
-        Returns an empty list if the likeliest token is always taken.
+        The root is the last token of the sequence. The other nodes are tokens that may follow it.
+
+        Returns an empty list if the most likely token is always taken.
         """
         params = self.params
         if params.greedy and not params.modifies_logits:
@@ -71,7 +78,9 @@ class Sampler:
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState | None] = ()) -> list[int]:
-    """Returns the token for each row of logits [n, vocabulary]: sampled by its state, or the likeliest without one.
+    """Returns the token for each row of logits, [n, vocabulary].
+
+    It is sampled as the state of the row says. Without a state it is the most likely token.
 
     A row whose maximum is not finite gives -1. This is the only place in a step that waits for the device.
     """
@@ -93,7 +102,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState | None] = ()) -> list[
 
 
 def _sample_rows(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """[n], the token sampled for each row."""
+    """Returns the token sampled for each row, [n]."""
     adjusted = _apply_penalties(logits, states)
     greedy = [state.params.greedy for state in states]
     if all(greedy):
@@ -111,7 +120,10 @@ def _sample_rows(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Applies the repetition penalty, then the presence and frequency penalties, then the bias."""
+    """Applies penalties and biases to the logits.
+
+    The order is repetition penalty, presence and frequency penalties, bias.
+    """
     if not any(state.params.modifies_logits for state in states):
         return logits
     flat = logits.flatten().clone()
@@ -143,7 +155,8 @@ def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 def _probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Applies the temperature, then top-k, then top-p, then min-p."""
-    # A division by a scalar may round differently, so it is always a tensor: other requests must not change the result.
+    # The divisor is always a tensor, because a division by a scalar may round differently. The result of a request
+    # would then depend on the other requests.
     logits = logits / _column([max(s.temperature, MIN_TEMPERATURE) for s in params], logits)
     logits = _apply_where_set([s.top_k if s.top_k < logits.shape[-1] else 0 for s in params], 0, logits, _top_k)
     probabilities = logits.softmax(-1)
@@ -160,7 +173,7 @@ def _top_k(logits: Tensor, limits: Sequence[int]) -> Tensor:
 def _top_p(probabilities: Tensor, limits: Sequence[float]) -> Tensor:
     ordered, ids = probabilities.sort(descending=True, stable=True)
     mass_before = ordered.cumsum(-1) - ordered  # the token that crosses the border is kept
-    beyond = (mass_before >= _column(limits, probabilities)) & (mass_before > 0)  # the likeliest always stays
+    beyond = (mass_before >= _column(limits, probabilities)) & (mass_before > 0)  # the most likely token always stays
     return probabilities.scatter(-1, ids, ordered.masked_fill_(beyond, 0.0))
 
 
@@ -184,7 +197,7 @@ def _apply_where_set(
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """[n, 1], of the dtype and on the device of another tensor."""
+    """Returns the values as a column, [n, 1], with the dtype and device of another tensor."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
@@ -194,7 +207,10 @@ def _indices_and_values(terms: Mapping[int, float], flat: Tensor) -> tuple[Tenso
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Logprob]:
-    """Returns the logprob of a token at each row, before temperature, penalties and bias, and the `top` likeliest."""
+    """Returns the log-probability of each row's token, and the `top` most likely ones.
+
+    Temperature, penalties and bias are not applied.
+    """
     normalizer = logits.logsumexp(-1, keepdim=True)
     indices = torch.tensor(tokens, device=logits.device)[:, None]
     logprobs: list[float] = (logits.gather(-1, indices) - normalizer)[:, 0].tolist()

@@ -18,7 +18,10 @@ from parse.tree import TokenTree
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """Entries `start` to `end` of the row of a request. A chain of nodes is passed as its token ids."""
+    """Entries `start` to `end` of the row of a request.
+
+    A chain of nodes is passed as its token ids.
+    """
 
     sequence: SequenceState
     tree: TokenTree | Sequence[int]
@@ -51,7 +54,10 @@ class ScheduledChunk:
         return [*range(self.start, min(self.end, context_length)), *tree_positions.tolist()]
 
     def visibility(self, window: int | None) -> NDArray[np.bool_]:
-        """[entries, keys], which keys up to `end` each entry sees, in a layer with that sliding window."""
+        """Returns which keys up to `end` each entry sees, [entries, keys].
+
+        `window` is the sliding window of the layer.
+        """
         context_length = len(self.sequence.token_ids)
         key, entry = np.arange(self.end), np.arange(self.start, self.end)
         visible = key <= entry[:, None]

@@ -1,4 +1,7 @@
-"""Decides which requests run, how many tokens of each the next step computes, and which request is preempted."""
+"""Schedules the requests of an engine.
+
+It decides which requests run, how many tokens of each the next step computes, and which request is preempted.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +19,10 @@ class ScheduledRequest:
 
 
 class Scheduler:
-    """Owns the queues of waiting and running requests, and the blocks of their sequences."""
+    """The queues of waiting and running requests.
+
+    It also owns the blocks of their sequences.
+    """
 
     def __init__(self, prefix_cache: PrefixCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.prefix_cache = prefix_cache
@@ -32,11 +38,13 @@ class Scheduler:
         self.waiting.append(request)
 
     def admit(self) -> Iterator[Request]:
-        """Moves waiting requests to the running ones, first come, first served, as long as there are free blocks.
+        """Moves waiting requests to the running ones while there are free blocks.
 
-        A request that shares uncomputed tokens with a running one waits until these are computed, and later requests
-        may pass it. The caller starts each request before it takes the next one: a request that ends at once leaves its
-        blocks and its place to the next.
+        The order is first come, first served.
+
+        A request that shares uncomputed tokens with a running one waits until these are computed. Later requests may
+        overtake it. The caller starts each request before it takes the next one. If a request ends at once, the next
+        one can use its blocks.
         """
         for request in list(self.waiting):
             if len(self.running) >= self.max_num_seqs:
@@ -54,9 +62,9 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRequest]:
         """Returns the chunks of the next step, after allocating blocks for all of them.
 
-        Requests that need a single token come first and always run, in the order of their blocks, so that attention can
-        batch neighbours. The others share the rest of the budget in the order of their arrival. Causal chunks come
-        before chunks of trees.
+        Requests that need a single token come first and always run. They are in the order of their blocks, so that
+        attention can batch neighbours. The other requests share the rest of the budget in the order of their arrival.
+        Causal chunks come before chunks of trees.
         """
         decodes = [request for request in self.running if request.num_uncomputed == 1]
         if len(decodes) > 1:
@@ -79,7 +87,10 @@ class Scheduler:
         return [each for each in scheduled if each.request.sequence is not None]
 
     def preempt(self, request: Request) -> None:
-        """Takes the blocks of a running request and puts it at the front of the queue, with its committed tokens."""
+        """Takes the blocks of a running request, which continues later.
+
+        The request moves to the front of the queue, with its committed tokens.
+        """
         assert request.sequence is not None
         request.token_ids = list(request.sequence.token_ids)
         self.running.remove(request)
@@ -93,7 +104,7 @@ class Scheduler:
         chunk.sequence.num_computed_tokens = min(chunk.end, len(chunk.sequence.token_ids))
 
     def finish(self, request: Request) -> None:
-        """Removes a request; what it has computed stays in the cache."""
+        """Removes a request. The tokens that it has computed stay in the cache."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -116,4 +127,4 @@ def _next_chunk(request: Request, num_tokens: int) -> ScheduledRequest:
 
 def _first_block_id(request: Request) -> int:
     assert request.sequence is not None
-    return request.sequence.block_ids[0] if request.sequence.block_ids else 0  # there are none before the first step
+    return request.sequence.block_ids[0] if request.sequence.block_ids else 0  # no blocks before the first step

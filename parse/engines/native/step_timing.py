@@ -16,7 +16,10 @@ CONTEXT_LENGTH = 64  # computed tokens before those of the step
 
 
 def measure_step_seconds(model: Model) -> list[tuple[int, float]]:
-    """Returns numbers of tokens, and the seconds that a step of so many tokens takes after a short context."""
+    """Returns pairs of a number of tokens and the seconds of such a step.
+
+    Each step follows a short context.
+    """
     length = min(CONTEXT_LENGTH + SIZES[-1], model.max_model_len)
     kv_cache = KVCache(num_blocks=1, block_size=CONTEXT_LENGTH + SIZES[-1])
     sequence = SequenceState([token % model.vocab_size for token in range(length)])

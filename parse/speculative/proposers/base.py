@@ -1,4 +1,4 @@
-"""What each method's `load` function takes and returns.
+"""The argument and the result of each method's `load` function.
 
 To add a method, write a module with a `Proposer` and a `load` function, and add it to `parse.registry.METHODS`.
 """
@@ -13,7 +13,7 @@ DEFAULT_CHAIN_LENGTH = 12  # tokens of a proposal without branches, for methods 
 
 
 class ProposerLoadError(ValueError):
-    """A method's checkpoint that cannot be used, or does not fit the target."""
+    """Raised for a checkpoint that cannot be used, or does not fit the target."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LoadContext:
     """The engine that a method is loaded for."""
 
     target: Model
-    device: str  # as in the settings, for methods that load a model of their own
+    device: str  # as in the settings, for methods that load their own model
     dtype: Dtype
 
 
@@ -30,5 +30,5 @@ class LoadedProposer:
     """A method that is ready to use."""
 
     proposer: Proposer[Any]
-    max_tokens: int  # of a proposal
+    max_tokens: int  # in a proposal
     mask_embedder: MaskEmbedder | None = None  # what the target reads at masks, if the method proposes masks

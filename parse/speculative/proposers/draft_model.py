@@ -1,7 +1,7 @@
 """A small model with the target's tokenizer drafts a chain, token by token.
 
-It has a KV cache and a prefix cache of its own, like the engine. Tokens that it drafted and the target accepted are
-already in that cache, so they are not computed again.
+Like the engine, it has a KV cache and a prefix cache. Tokens that it drafted and the target accepted are already in
+that cache, so they are not computed again.
 """
 
 from collections import deque
@@ -31,7 +31,7 @@ from parse.speculative.proposal import (
 from parse.speculative.proposers.base import DEFAULT_CHAIN_LENGTH, LoadContext, LoadedProposer, ProposerLoadError
 
 MAX_PREFILL_TOKENS = 512  # tokens in one call, so that a long prompt does not delay the other sequences
-MAX_TOKENS_WITH_FIRST_STEP = 32  # so many pending tokens are computed in the first drafting step, not before it
+MAX_TOKENS_WITH_FIRST_STEP = 32  # up to this many pending tokens are computed in the first drafting step
 
 
 def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
@@ -47,7 +47,7 @@ class DraftModelProposer(Proposer["DraftModelState"]):
     """Drafts for all requests of a call in the same passes of the small model."""
 
     def __init__(self, model: Model, vocab_size: int | None = None) -> None:
-        """`vocab_size` is the target's, if it differs: only its tokens are proposed."""
+        """Only the first `vocab_size` tokens are proposed, if the target has fewer tokens."""
         self.model, self.vocab_size = model, vocab_size or model.vocab_size
         self.bytes_per_token = model.bytes_per_token
         self._make_attention = attention_for(model.device)
@@ -62,7 +62,7 @@ class DraftModelProposer(Proposer["DraftModelState"]):
         if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
             raise ProposerLoadError(f"{path} has a different tokenizer than the target")
         if model.vocab_size < (needed := max(target.tokenizer.get_vocab().values()) + 1):
-            raise ProposerLoadError(f"{path} has {model.vocab_size} tokens, the target's tokenizer {needed}")
+            raise ProposerLoadError(f"{path} has {model.vocab_size} tokens, and the target's tokenizer has {needed}")
         return cls(model, target.vocab_size)
 
     def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
@@ -111,7 +111,7 @@ class DraftModelProposer(Proposer["DraftModelState"]):
         ]
 
     def _catch_up(self, state: "DraftModelState") -> bool:
-        """Keeps what was drafted and accepted, and computes most of the other new tokens.
+        """Keeps the accepted tokens, and computes most of the other new tokens.
 
         Returns whether the rest is short enough to be computed with the first drafting step.
         """
@@ -149,11 +149,14 @@ class DraftModelProposer(Proposer["DraftModelState"]):
         return state.is_computed
 
     def _supports(self, state: "DraftModelState") -> bool:
-        """Whether the small model has all positions and tokens of the sequence; the target may have more."""
+        """Returns whether the small model has all positions and tokens of a sequence.
+
+        The target may have more of both.
+        """
         return state.length <= self.max_model_len and max(state.pending, default=0) < self.model.vocab_size
 
     def _fits(self, state: "DraftModelState") -> bool:
-        """Whether the sequence can be extended by a token."""
+        """Returns whether the sequence can be extended by a token."""
         assert state.sequence is not None
         length = len(state.sequence.token_ids) + len(state.pending) + len(state.proposed)
         return length <= self.max_model_len and self._prefix_cache.reserve(state.sequence, length)
@@ -178,7 +181,7 @@ class DraftModelProposer(Proposer["DraftModelState"]):
         probabilities, tokens = logits.softmax(-1).max(-1)
         for state, _ in chunks:
             assert state.sequence is not None
-            if not state.proposed:  # the new tokens of the sequence are computed now
+            if not state.proposed:  # this step has computed the new tokens of the sequence
                 self._prefix_cache.commit(state.sequence, state.pending)
                 state.pending = []
             else:
@@ -208,7 +211,7 @@ class DraftModelState:
 
     @property
     def is_computed(self) -> bool:
-        """Whether all tokens but the pending ones are in the cache."""
+        """Whether all tokens except the pending ones are in the cache."""
         return self.sequence is not None and self.sequence.num_computed_tokens == len(self.sequence.token_ids)
 
     def extend(

@@ -1,7 +1,7 @@
 """EAGLE-3: a head drafts token by token from the target's hidden states.
 
-Each step feeds back the head's own output, in place of the target's hidden states, together with the token it drafted.
-When the sequence grows, the drafted elements are dropped and the target's true hidden states take their place.
+In each step the head reads its own output, instead of the target's hidden states, and the token that it drafted. When
+the sequence grows, the drafted elements are dropped, and the target's hidden states replace them.
 """
 
 import math
@@ -25,7 +25,7 @@ STEPS_PER_SYNC = 4  # drafting steps between two checks of whether to continue, 
 
 
 def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
-    """Loads a head. With `topk` 1 it proposes chains, else trees."""
+    """Loads a head. With `topk` 1 it proposes chains, otherwise trees."""
     assert config.model is not None, "the settings require a model"
     if config.topk == 1:
         depth = max_tokens = config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH
@@ -49,7 +49,7 @@ class Eagle3Proposer(HeadProposer):
         config = head.config
         if config.num_hidden_layers != 1 or config.parallel_tokens != 1:
             raise ProposerLoadError(
-                "not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass"
+                "this is not an EAGLE-3 head: it has more than one layer, or proposes several tokens in a pass"
             )
         if depth < 0 or not 1 <= topk <= config.draft_vocab_size:
             raise ProposerLoadError(
@@ -63,7 +63,11 @@ class Eagle3Proposer(HeadProposer):
         return cls(*load_head(path, TargetModel.of(network)), depth=depth, topk=topk)
 
     def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
-        """Shapes: R requests, B = topk nodes in a beam; a level adds N nodes, first B, then B * B."""
+        """Proposes a tree for each request.
+
+        In the shapes, R is the number of requests and B the number of nodes in a beam, `topk`. A level adds N nodes:
+        first B, then B * B.
+        """
         states = [request.state for request in requests]
         depth = min(self.depth, max(min(request.max_tokens, request.max_depth) for request in requests) - 1)
         count, topk = len(states), self.topk
@@ -109,7 +113,10 @@ class Eagle3Proposer(HeadProposer):
         )
 
     def _top_children(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and target tokens of the most likely children of each element, [..., B]."""
+        """Returns the most likely children of each element, [..., B].
+
+        The results are their log-probabilities and the target's token ids.
+        """
         logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.topk)
         return logprobs, self.head.to_target[tokens]
 
@@ -127,7 +134,10 @@ class Eagle3Proposer(HeadProposer):
         ).view(shape)
 
     def _draft_attention(self, states: Sequence[HeadState], level: int, mask: Tensor | None) -> Attend:
-        """Attention of drafted elements to their sequence and to their ancestors; stores their keys and values."""
+        """Returns the attention of drafted elements to their sequence and ancestors.
+
+        It also stores their keys and values.
+        """
         topk = self.topk
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -151,10 +161,12 @@ class Eagle3Proposer(HeadProposer):
 def _select_nodes(
     scores: Tensor, tokens: Tensor, parents: Tensor, topk: int, requests: Sequence[ProposalRequest[HeadState]]
 ) -> list[Proposal]:
-    """The most likely nodes for each request; scores, tokens and parents are [R, nodes].
+    """Returns the most likely nodes for each request.
 
-    A child is never more likely than its parent, and of equal nodes the earlier one is preferred. So the parent of a
-    selected node is always selected too.
+    `scores`, `tokens` and `parents` are [R, nodes].
+
+    A child is never more likely than its parent. Among nodes of equal probability, the earlier one is preferred. The
+    parent of a selected node is therefore always selected too.
     """
     max_tokens = max(request.max_tokens for request in requests)
     num_allowed = torch.tensor(

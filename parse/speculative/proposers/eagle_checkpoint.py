@@ -1,4 +1,6 @@
-"""Checkpoints of heads in the layout of the EAGLE-3 authors, or with `layers.0` in place of their `midlayer`.
+"""Loads checkpoints of heads in the layout of the EAGLE-3 authors.
+
+A checkpoint may also name the first layer `layers.0` instead of `midlayer`.
 
 Our ParallelSpec heads add the tensors `mask_embedding` and `mask_hidden`, `parallel_tokens` in the config, and further
 layers as `layers.1` and so on.
@@ -20,7 +22,7 @@ from parse.speculative.proposers.eagle_head import EagleHead, EagleHeadConfig, R
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 
-# For each parameter of a layer: the tensors of a checkpoint whose rows it consists of.
+# Each parameter of a layer consists of the rows of these tensors of a checkpoint.
 LAYER_PARTS = {
     "input_layernorm": ("input_layernorm",),
     "hidden_norm": ("hidden_norm",),
@@ -35,15 +37,18 @@ MASKS: dict[str, tuple[str, ...]] = {name: (name,) for name in ("mask_embedding"
 
 
 def load_head(path: str | Path, target: TargetModel) -> tuple[EagleHead, Tensor]:
-    """Loads a head onto the device and dtype of its target, together with the embedding of its input tokens."""
+    """Loads a head with the device and dtype of its target.
+
+    Returns the head and the embedding of its input tokens.
+    """
     folder = str(path)
     config = _load_config(resolve_file(folder, CONFIG), target)
     file, tensors = _load_tensors(folder)
     embedding = tensors.pop("embed_tokens.weight", target.embedding)
     if embedding.shape[1] != config.hidden_size:
         raise ProposerLoadError(
-            f"{file}: the target's embeddings have width {embedding.shape[1]}, the head {config.hidden_size}, "
-            "and the checkpoint has no embed_tokens.weight of its own"
+            f"{file}: the target's embeddings have width {embedding.shape[1]}, the head has width "
+            f"{config.hidden_size}, and the checkpoint has no embed_tokens.weight"
         )
     head = EagleHead(config)
     midlayer = "midlayer" if any(name.startswith("midlayer.") for name in tensors) else "layers.0"
@@ -59,7 +64,7 @@ def load_head(path: str | Path, target: TargetModel) -> tuple[EagleHead, Tensor]
 
 
 def checkpoint_layout(config: EagleHeadConfig, midlayer: str) -> dict[str, tuple[str, ...]]:
-    """The tensors of a checkpoint for each parameter of the head."""
+    """Returns the names of the checkpoint's tensors for each parameter of the head."""
     layout = PARTS | (MASKS if config.parallel_tokens > 1 else {})
     for number in range(config.num_hidden_layers):
         prefix = midlayer if number == 0 else f"layers.{number}"
@@ -70,7 +75,7 @@ def checkpoint_layout(config: EagleHeadConfig, midlayer: str) -> dict[str, tuple
 
 
 def row_counts(names: tuple[str, ...], config: EagleHeadConfig) -> list[int]:
-    """The number of rows of each of several tensors that form one parameter."""
+    """Returns the number of rows of each of several tensors that form one parameter."""
     keys = config.num_key_value_heads * config.head_dim
     counts = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": keys, "v_proj": keys}
     return [counts.get(name.split(".")[-2], config.intermediate_size) for name in names]
@@ -85,13 +90,13 @@ def _fill(
 
 
 def copy_tensor(parameter: Tensor, name: str, tensors: dict[str, Tensor], file: str) -> None:
-    """Moves the tensor of that name from `tensors` into the parameter, after checking it."""
+    """Checks a tensor and moves it from `tensors` into the parameter."""
     if name not in tensors:
         raise ProposerLoadError(f"{file} has no tensor {name}")
     tensor = tensors.pop(name)
     if tensor.shape != parameter.shape:
         raise ProposerLoadError(
-            f"{file}: {name} is {tuple(tensor.shape)}, must be {tuple(parameter.shape)} for this target"
+            f"{file}: {name} must have the shape {tuple(parameter.shape)} for this target, got {tuple(tensor.shape)}"
         )
     if not tensor.isfinite().all():
         raise ProposerLoadError(f"{file}: {name} has values that are not finite")
@@ -99,7 +104,10 @@ def copy_tensor(parameter: Tensor, name: str, tensors: dict[str, Tensor], file: 
 
 
 def _draft_to_target(tensors: dict[str, Tensor], config: EagleHeadConfig, file: str) -> Tensor:
-    """The target's token ids, [draft vocabulary], from the offsets in d2t; t2d has to mark the same tokens."""
+    """Returns the target's id of each draft token, [draft vocabulary].
+
+    It follows from the offsets in d2t. If there is a t2d, it has to mark the same tokens.
+    """
     draft_ids, mask = torch.arange(config.draft_vocab_size), tensors.pop("t2d", None)
     offsets = tensors.pop("d2t", None)
     if offsets is None:
@@ -107,13 +115,13 @@ def _draft_to_target(tensors: dict[str, Tensor], config: EagleHeadConfig, file: 
             raise ProposerLoadError(f"{file} has no tensor d2t")
         return draft_ids
     if offsets.shape != draft_ids.shape:
-        raise ProposerLoadError(f"{file}: d2t is {tuple(offsets.shape)}, must be {tuple(draft_ids.shape)}")
+        raise ProposerLoadError(f"{file}: d2t must have the shape {tuple(draft_ids.shape)}, got {tuple(offsets.shape)}")
     target_ids = draft_ids + offsets.long()
     if not (target_ids.min() >= 0 and target_ids.max() < config.vocab_size):
         raise ProposerLoadError(f"{file}: d2t maps to tokens outside 0..{config.vocab_size - 1}")
     if mask is not None:
         if mask.shape != (config.vocab_size,):
-            raise ProposerLoadError(f"{file}: t2d is {tuple(mask.shape)}, must be {(config.vocab_size,)}")
+            raise ProposerLoadError(f"{file}: t2d must have the shape {(config.vocab_size,)}, got {tuple(mask.shape)}")
         if not torch.equal(mask.bool().nonzero()[:, 0], target_ids.sort().values):
             raise ProposerLoadError(f"{file}: t2d and d2t name different tokens")
     return target_ids
@@ -155,20 +163,21 @@ def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
         ("target_hidden_size", config.target_hidden_size, target.hidden_size),
     ):
         if head_size != target_size:
-            raise ProposerLoadError(f"{path}: {name} is {head_size}, the target's {target_size}")
+            raise ProposerLoadError(f"{path}: {name} is {head_size}, and the target's is {target_size}")
     if config.draft_vocab_size > config.vocab_size:
         raise ProposerLoadError(
-            f"{path}: draft_vocab_size, {config.draft_vocab_size}, exceeds vocab_size, {config.vocab_size}"
+            f"{path}: draft_vocab_size must be at most vocab_size, got {config.draft_vocab_size} and "
+            f"{config.vocab_size}"
         )
     return config
 
 
 def _aux_layers(config_json: Mapping[str, Any], target: TargetModel, path: str) -> tuple[int, ...]:
-    """The layers whose hidden states the head reads, as indices into `hidden_states`.
+    """Returns the layers that the head reads, as indices into `hidden_states`.
 
-    In `eagle_config`, most published heads number the layers whose *output* they read, which is one less, but some use
-    indices as we do. If the numbers are the default layers in one of the two conventions, that convention applies.
-    Otherwise numbers in `eagle_config` are taken for outputs.
+    In `eagle_config`, most published heads number the layers whose *output* they read, which is one less. Others use
+    indices as this project does. If the numbers are the default layers in one of the two conventions, that convention
+    applies. Otherwise, numbers in `eagle_config` are interpreted as outputs.
     """
     key = "eagle_aux_hidden_state_layer_ids"
     nested = (config_json.get("eagle_config") or {}).get(key)
@@ -176,15 +185,15 @@ def _aux_layers(config_json: Mapping[str, Any], target: TargetModel, path: str) 
     outputs = tuple(layer - 1 for layer in target.default_aux_layers)
     if layers == outputs or (nested and layers != target.default_aux_layers):
         layers = tuple(layer + 1 for layer in layers)
-    if invalid := [layer for layer in layers if not 0 <= layer <= target.num_layers]:
+    if not all(0 <= layer <= target.num_layers for layer in layers):
         raise ProposerLoadError(
-            f"{path}: auxiliary layers {list(layers)} include {invalid[0]}, the target has {target.num_layers} layers"
+            f"{path}: auxiliary layers must lie in 0..{target.num_layers} for this target, got {list(layers)}"
         )
     return layers
 
 
 def _load_tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
-    """The path of the weights, and the tensors in it."""
+    """Returns the path of the weights, and the tensors in it."""
     try:
         file = resolve_file(folder, WEIGHTS)
     except ProposerLoadError:
@@ -200,7 +209,10 @@ def _load_tensors(folder: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def resolve_file(folder: str, name: str) -> str:
-    """The local path of a file of a directory, or of a repository on the Hugging Face Hub."""
+    """Returns the local path of a file.
+
+    The file is in a directory, or in a repository on the Hugging Face Hub.
+    """
     try:
         file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:

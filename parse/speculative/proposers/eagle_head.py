@@ -1,8 +1,10 @@
-"""The network of an EAGLE-3 head, which predicts the token after the next from the target's hidden states.
+"""The network of an EAGLE-3 head.
 
-Element i combines the target's hidden states of token i, taken from a few layers and fused to one vector, with the
-embedding of token i + 1. The output is an estimate of the fused vector of token i + 1, and through `lm_head` a
-distribution over token i + 2. The head can therefore be run on its own output together with the token that it drafted.
+It predicts the token after the next one from the target's hidden states.
+
+Element i combines two vectors. One is the target's hidden states of token i, taken from a few layers and fused. The
+other is the embedding of token i + 1. The output is an estimate of the fused vector of token i + 1. `lm_head` maps it
+to a distribution over token i + 2. The head can therefore be run on its own output and the token that it drafted.
 """
 
 import math
@@ -18,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from parse.speculative.proposers.base import ProposerLoadError
 
-# The types whose frequencies do not depend on the length of the sequence.
+# With these types, the frequencies do not depend on the length of the sequence.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 MAX_PARALLEL_TOKENS = 256  # tokens proposed in one pass; a checkpoint that names more is damaged
@@ -65,7 +67,10 @@ class TargetModel:
 
     @property
     def default_aux_layers(self) -> tuple[int, ...]:
-        """The layers that EAGLE-3 uses by default: low, middle and high, as indices into `hidden_states`."""
+        """The layers that EAGLE-3 uses by default, as indices into `hidden_states`.
+
+        These are a low, a middle and a high layer.
+        """
         return 2, self.num_layers // 2, self.num_layers - 3
 
 
@@ -100,8 +105,8 @@ class EagleHeadConfig:
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ProposerLoadError(
-                f"num_attention_heads, {self.num_attention_heads}, must be a multiple of num_key_value_heads, "
-                f"{self.num_key_value_heads}"
+                "num_attention_heads must be a multiple of num_key_value_heads, got "
+                f"{self.num_attention_heads} and {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
             raise ProposerLoadError(f"head_dim must be even, got {self.head_dim}")
@@ -121,9 +126,12 @@ class EagleHeadConfig:
 
 
 class EagleHead(nn.Module):
-    """The network. Linear weights are [out, in]; those with the same input are stored as one tensor."""
+    """The network.
 
-    to_target: Tensor  # [draft vocabulary], the target's token id for each of the head's
+    Linear weights are [out, in]. Weights with the same input are stored as one tensor.
+    """
+
+    to_target: Tensor  # [draft vocabulary], the target's token id for each token id of the head
 
     def __init__(self, config: EagleHeadConfig) -> None:
         super().__init__()
@@ -150,7 +158,10 @@ class EagleHead(nn.Module):
         attend: Attend,
         keep: Index | None = None,
     ) -> Tensor:
-        """Estimates of the next fused hidden states, at the elements that `keep` selects (None: all)."""
+        """Returns estimates of the next fused hidden states.
+
+        `keep` selects the elements. None selects all of them.
+        """
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             hidden = layer(
@@ -159,12 +170,15 @@ class EagleHead(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the draft vocabulary, [..., draft vocabulary]."""
+        """Returns logits over the draft vocabulary, [..., draft vocabulary]."""
         return linear(rms_norm(hidden, self.norm.shape, self.norm, self.config.rms_norm_eps), self.lm_head)
 
 
 class EagleLayer(nn.Module):
-    """A decoder layer. The first one reads embedding and hidden vector concatenated, and adds to the hidden vector."""
+    """A decoder layer.
+
+    The first one reads embedding and hidden vector concatenated, and adds to the hidden vector.
+    """
 
     def __init__(self, config: EagleHeadConfig, *, first: bool) -> None:
         super().__init__()
@@ -209,7 +223,10 @@ class EagleLayer(nn.Module):
 
 
 class RotaryEmbedding:
-    """Tables of the cosines and sines of positions, which grow with the positions that are requested."""
+    """Tables of the cosines and sines of positions.
+
+    The tables grow with the positions that are requested.
+    """
 
     def __init__(self, config: EagleHeadConfig, like: Tensor) -> None:
         self._like = like
@@ -230,7 +247,7 @@ class RotaryEmbedding:
         self._cos = self._sin = torch.empty(0, 1, width)
 
     def cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions, [positions, 1, d] each."""
+        """Returns the cosines and sines of the positions, each [positions, 1, d]."""
         self._extend_tables(max(positions) + 1)
         indices = torch.tensor(positions, device=self._cos.device)
         return self._cos[indices], self._sin[indices]
@@ -248,7 +265,10 @@ class RotaryEmbedding:
 
 
 def apply_rotary(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Applies rotary position embeddings to x [..., heads, d], with the halves paired as in Llama."""
+    """Applies rotary position embeddings to x, [..., heads, d].
+
+    The halves are paired as in Llama.
+    """
     cos, sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 

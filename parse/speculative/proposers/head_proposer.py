@@ -1,7 +1,9 @@
-"""What methods with an EAGLE head share: each sequence's keys and values, and its elements that are not computed yet.
+"""The code that methods with an EAGLE head share.
 
-New elements are computed when a proposal is requested. A sequence that gets no proposals therefore costs no pass of the
-head, and several sequences share one.
+It holds each sequence's keys and values, and its elements that are not computed yet.
+
+New elements are computed when a proposal is requested. A sequence without proposals therefore costs no pass of the
+head, and several sequences share a pass.
 """
 
 import math
@@ -17,12 +19,15 @@ from parse.speculative.proposal import NO_PROPOSAL, NOT_READY, MaskPrediction, P
 from parse.speculative.proposers.eagle_head import Attend, EagleHead, Index, RotaryEmbedding
 
 MASKED = float("-inf")
-MAX_BMM_QUERIES = 32  # queries; above it the fused attention kernel is used
+MAX_BMM_QUERIES = 32  # above this number of queries, the fused attention kernel is used
 MAX_PREFILL_TOKENS = 512  # elements in one pass, so that a long prompt does not delay the other sequences
 
 
 class HeadState:
-    """State of one sequence. The element at position p stands for token p + 1 and the hidden states of token p."""
+    """State of one sequence.
+
+    The element at position p stands for token p + 1 and the hidden states of token p.
+    """
 
     def __init__(self) -> None:
         self.length = 0  # tokens of the sequence
@@ -47,16 +52,16 @@ class HeadState:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the hidden states for the last token's element are there."""
+        """Whether the hidden states for the last token's element have arrived."""
         return bool(self.pending_positions) and self.pending_positions[-1] == self.length - 2
 
     @property
     def num_elements(self) -> int:
-        """Elements, computed and pending."""
+        """The number of elements, computed and pending."""
         return self.num_computed + len(self.pending_token_ids)
 
     def reserve(self, head: EagleHead, num_draft_elements: int) -> None:
-        """Allocates memory for all elements and so many drafted ones."""
+        """Allocates memory for all elements and for `num_draft_elements` more."""
         needed, capacity = self.num_elements + num_draft_elements, self.keys.shape[2] if self.keys.ndim == 4 else 0
         if needed <= capacity:
             return
@@ -70,7 +75,10 @@ class HeadState:
 
 
 class HeadProposer(Proposer[HeadState]):
-    """Base class of the methods with a head. They differ in how they build their trees."""
+    """Base class of the methods with a head.
+
+    They differ in how they build their trees.
+    """
 
     def __init__(self, head: EagleHead, embedding: Tensor) -> None:
         self.head, self.embedding = head, embedding
@@ -101,7 +109,10 @@ class HeadProposer(Proposer[HeadState]):
         ]
 
     def _prefill_long(self, states: Sequence[HeadState]) -> None:
-        """Computes a part of the sequences that have too many pending elements for one pass."""
+        """Computes a part of the pending elements of long sequences.
+
+        A sequence is long if its pending elements do not fit into one pass.
+        """
         budget = MAX_PREFILL_TOKENS
         for state in states:
             count = min(len(state.pending_token_ids) - 1, budget)
@@ -111,7 +122,7 @@ class HeadProposer(Proposer[HeadState]):
 
     @abstractmethod
     def _propose_trees(self, requests: Sequence[ProposalRequest[HeadState]]) -> list[Proposal]:
-        """One tree for each request. All of them are ready."""
+        """Returns one tree for each request. All requests are ready."""
 
 
 def prefill(head: EagleHead, embedding: Tensor, rotary: RotaryEmbedding, state: HeadState, count: int) -> None:
@@ -138,7 +149,9 @@ def run_head(
     states: Sequence[HeadState],
     num_masks: int = 0,
 ) -> Tensor:
-    """The head's output at each sequence's last element and at masks after it: [sequences, 1 + masks, H].
+    """Returns the head's output, [sequences, 1 + masks, H].
+
+    The output belongs to each sequence's last element and to the masks after it.
 
     Computes all pending elements of all sequences, packed into one pass. The keys and values of masks are not kept.
     """
@@ -172,12 +185,17 @@ def run_head(
 
 
 def _insert_after_each(elements: Tensor, counts: Sequence[int], inserted: Tensor) -> Tensor:
-    """Inserts the same elements after each group of `elements`; `counts` are the sizes of the groups."""
+    """Inserts the same elements after each group of `elements`.
+
+    `counts` are the sizes of the groups.
+    """
     return torch.cat([part for group in elements.split(list(counts)) for part in (group, inserted)])
 
 
 def _pending_attention(states: Sequence[HeadState], sizes: Sequence[int], num_outputs: int, last_layer: int) -> Attend:
-    """Causal attention of each sequence's new elements; stores their keys and values.
+    """Returns the causal attention of each sequence's new elements.
+
+    It also stores their keys and values.
 
     The last layer computes only the last `num_outputs` elements of each sequence.
     """
@@ -200,10 +218,12 @@ def _pending_attention(states: Sequence[HeadState], sizes: Sequence[int], num_ou
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of queries [Q, heads, d] to keys [key heads, T, d] with an additive mask [Q, T]: [Q, heads * d].
+    """Returns the attention output [Q, heads * d].
 
-    For the few queries of a draft, plain matrix products are faster than the CPU's fused kernel. For the many queries
-    of a prompt they would need too much memory.
+    `query` is [Q, heads, d], `keys` and `values` are [key heads, T, d], and `mask` is [Q, T] and additive.
+
+    For the few queries of a draft, matrix products are faster than the CPU's fused kernel. For the many queries of a
+    prompt they would need too much memory.
     """
     num_queries, heads, width = query.shape
     groups = keys.shape[0]

@@ -1,4 +1,7 @@
-"""N-gram lookup: proposes the tokens that followed the last few tokens earlier in the same sequence."""
+"""N-gram lookup: proposes tokens that occur earlier in the same sequence.
+
+It looks for an earlier occurrence of the last few tokens and proposes the tokens that followed it.
+"""
 
 from collections.abc import Sequence
 
@@ -19,8 +22,8 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 class NgramProposer(Proposer["NgramState"]):
     """Searches the prompt and the output. It needs no model.
 
-    For example, after the tokens 7 8 9 5 6 7 8 the last two tokens occurred before and were followed by 9 5 6, so with
-    `max_tokens=3` it proposes 9 5 6. Longer matches are preferred to shorter ones, later matches to earlier ones.
+    For example, in the sequence 7 8 9 5 6 7 8, the last two tokens occurred before and were followed by 9 5 6. With
+    `max_tokens=3` it proposes 9 5 6. Longer matches are preferred to shorter ones, and later matches to earlier ones.
     """
 
     bytes_per_token = 4
@@ -49,7 +52,7 @@ class NgramState:
         self._size = size
 
     def continuation(self, max_tokens: int) -> Proposal:
-        """At most `max_tokens` that followed the longest match of the last tokens."""
+        """Returns at most `max_tokens` that followed the longest match of the last tokens."""
         token_ids = self._token_ids[: self._size]
         for width in range(min(MAX_NGRAM, len(token_ids) - 1), MIN_NGRAM - 1, -1):
             if (start := _end_of_last_match(token_ids, width)) is not None:
@@ -58,7 +61,10 @@ class NgramState:
 
 
 def _end_of_last_match(token_ids: np.ndarray, width: int) -> int | None:
-    """The index after the last earlier occurrence of the last `width` tokens, or None."""
+    """Returns the index after the last earlier occurrence of the last tokens.
+
+    `width` tokens must match. Returns None if there is no such occurrence.
+    """
     is_match = token_ids[width - 1 : -1] == token_ids[-1]
     for back in range(1, width):
         is_match &= token_ids[width - 1 - back : -1 - back] == token_ids[-1 - back]

@@ -1,4 +1,7 @@
-"""ParallelSpec: one pass of a head proposes several tokens, at masks that follow the last element of the sequence."""
+"""ParallelSpec: one pass of a head proposes several tokens.
+
+The head predicts them at masks that follow the last element of the sequence.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +21,10 @@ from parse.speculative.proposers.head_proposer import HeadProposer, HeadState, r
 
 
 def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
-    """Loads a head. By default a chain is as long as the head was trained for, and a tree has twice as many tokens."""
+    """Loads a head.
+
+    By default a chain is as long as the head was trained for, and a tree has twice as many tokens.
+    """
     assert config.model is not None, "the settings require a model"
     proposer = ParallelSpecProposer.load(config.model, load_context.target.network, topk=config.topk)
     parallel_tokens = proposer.head.config.parallel_tokens
@@ -29,15 +35,15 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 class ParallelSpecProposer(HeadProposer):
     """A head that proposes for any number of requests.
 
-    Each position of a proposal has a distribution of its own, which does not depend on the tokens that were chosen for
-    the positions before it. The tree holds the most likely paths, as if the positions were independent. With `topk=1`
-    it is the chain of each position's most likely token.
+    Each position of a proposal has its own distribution. It does not depend on the tokens that were chosen for the
+    positions before it. The tree holds the most likely paths, as if the positions were independent. With `topk=1` it is
+    a chain of the most likely token of each position.
     """
 
     def __init__(self, head: EagleHead, embedding: Tensor, *, topk: int = 1) -> None:
         config = head.config
         if config.parallel_tokens < 2:
-            raise ProposerLoadError("not a parallel head: it proposes one token in a pass")
+            raise ProposerLoadError("this is not a parallel head: it proposes one token in a pass")
         if not 1 <= topk <= config.draft_vocab_size:
             raise ProposerLoadError(f"topk must lie in 1..{config.draft_vocab_size}, got {topk}")
         super().__init__(head, embedding)
@@ -68,7 +74,10 @@ class ParallelSpecProposer(HeadProposer):
 def _best_first_tree(
     logprobs: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]], max_tokens: int, min_probability: float
 ) -> Proposal:
-    """The most likely nodes; log-probabilities and tokens are [positions, topk], most likely first."""
+    """Returns the most likely nodes of a tree.
+
+    `logprobs` and `tokens` are [positions, topk], the most likely first.
+    """
     # A node is no more likely than its parent and its previous sibling. A best-first search that adds the first child
     # and the next sibling of each node it takes therefore finds the nodes in the order of their probability.
     min_logprob = math.log(min_probability) if min_probability > 0 else -math.inf

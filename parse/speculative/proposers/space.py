@@ -1,8 +1,10 @@
-"""SPACE: the target proposes by itself, at masks that it computes in the same pass as the tokens it verifies.
+"""SPACE: the target proposes its own next tokens, at masks.
 
-A group of masks follows the last token of the sequence and every candidate that may turn out to be the last accepted
-one. The masks of the group at that place predict the next candidates. The first mask predicts the token after the
-target's own next token, which needs no guess. A mask is visible only to the later masks of its group.
+It computes the masks in the same pass as the tokens that it verifies.
+
+A group of masks follows the last token of the sequence, and every candidate that may turn out to be the last accepted
+one. The masks after the last accepted candidate predict the next candidates. The target itself gives the next token,
+so the first mask predicts the token after that one. A mask is visible only to the later masks of its group.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,10 @@ DEFAULT_NUM_MASKS = 5  # as in the SPACE paper, for a tuned model that does not 
 
 
 def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
-    """Loads adapters, or without a model uses the mask token that the target itself was tuned to read."""
+    """Loads the adapters of the settings.
+
+    Without a model, it uses the mask token that the target itself was tuned to read.
+    """
     network = load_context.target.network
     if config.model:
         proposer = SpaceProposer.load(config.model, network)
@@ -44,7 +49,10 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 
 @dataclass(frozen=True)
 class MaskTokenEmbedder:
-    """Embeds masks as an ordinary token of the vocabulary, for a model that was tuned as a whole."""
+    """Embeds masks as an ordinary token of the vocabulary.
+
+    It is for a model that was tuned as a whole.
+    """
 
     embedding: Tensor
 
@@ -54,15 +62,18 @@ class MaskTokenEmbedder:
 
 
 class SpaceProposer(Proposer["SpaceState"]):
-    """Proposes the target's own predictions, and groups of masks for the next ones, for any number of requests."""
+    """Proposes the target's own predictions, and masks for the next ones.
+
+    It serves any number of requests.
+    """
 
     def __init__(self, mask_embedder: SpaceAdapters | MaskTokenEmbedder, num_masks: int) -> None:
-        """Uses groups of `num_masks` masks."""
+        """Proposes groups of `num_masks` masks."""
         self.mask_embedder, self.num_masks = mask_embedder, num_masks
 
     @classmethod
     def load(cls, path: str | Path, network: PreTrainedModel) -> Self:
-        """Loads adapters that `training.space` made and attaches them to the network."""
+        """Loads adapters that `training.space` trained, and attaches them to the network."""
         adapters = load_adapters(path, network).attach(network)
         return cls(adapters, adapters.config.masks)
 
@@ -70,15 +81,18 @@ class SpaceProposer(Proposer["SpaceState"]):
     def from_tuned_model(
         cls, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_masks: int = DEFAULT_NUM_MASKS
     ) -> Self:
-        """Returns a proposer for a network that was tuned to read the mask token of its tokenizer."""
+        """Returns a proposer for a network that reads its tokenizer's mask token.
+
+        The network must have been tuned for that.
+        """
         token, target = tokenizer.mask_token_id, TargetModel.of(network)
         if not isinstance(token, int):
             raise ProposerLoadError(
-                "without adapters, space needs a tokenizer with a mask token, and this one has none"
+                "without adapters, space needs a tokenizer with a mask token, and this tokenizer has none"
             )
         if token >= target.vocab_size:
             raise ProposerLoadError(
-                f"the tokenizer's mask token is {token}, the target's token ids lie in 0..{target.vocab_size - 1}"
+                f"the tokenizer's mask token must lie in 0..{target.vocab_size - 1} for this target, got {token}"
             )
         return cls(MaskTokenEmbedder(target.embedding[token]), num_masks)
 
@@ -89,7 +103,10 @@ class SpaceProposer(Proposer["SpaceState"]):
         return [self._propose_tree(request) for request in requests]
 
     def _propose_tree(self, request: ProposalRequest["SpaceState"]) -> Proposal:
-        """Returns the candidates, with groups of masks at the places where acceptance most likely ends."""
+        """Returns the candidates, with groups of masks after some of them.
+
+        The masks are at the places where acceptance most likely ends.
+        """
         prediction = request.state.prediction
         cumulative = list(accumulate(prediction.probabilities, mul))
         num_candidates = sum(
@@ -99,7 +116,7 @@ class SpaceProposer(Proposer["SpaceState"]):
         )
         tokens, probabilities = list(prediction.token_ids[:num_candidates]), cumulative[:num_candidates]
         parents = list(range(-1, num_candidates - 1))
-        # Acceptance ends after a candidate if that one is accepted and the next one is not.
+        # Acceptance ends after a candidate if this candidate is accepted and the next one is not.
         ends_here = [
             accepted - next_accepted
             for accepted, next_accepted in zip((1.0, *probabilities), (*probabilities, 0.0), strict=True)

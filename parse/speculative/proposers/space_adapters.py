@@ -1,8 +1,10 @@
-"""Adapters that let a model predict at masks: an embedding for masks, and a small network after every layer.
+"""Adapters that let a model predict at masks.
 
-The adapters change the computation at masks only. At all other tokens the model computes what it computes without them,
-bit for bit. (In a mixture of experts this holds up to rounding, because the rounding of an expert depends on the number
-of tokens that it computes.)
+They consist of an embedding for masks, and a small network after every layer.
+
+The adapters change the computation only at masks. At all other tokens, the model computes bit for bit the same as
+without them. (In a mixture of experts this holds up to rounding, because the rounding of an expert depends on the
+number of tokens that it computes.)
 """
 
 import json
@@ -56,14 +58,17 @@ class SpaceAdapters(nn.Module):
         return self.mask_embedding
 
     def attach(self, network: PreTrainedModel) -> Self:
-        """Hooks the adapters into the layers of the network; returns itself."""
+        """Registers the adapters as hooks of the network's layers, and returns itself."""
         for number, layer in enumerate(decoder_layers(network)):
             layer.register_forward_hook(self._make_hook(number))
         return self
 
     @contextmanager
     def at(self, indices: MaskIndices) -> Iterator[None]:
-        """Marks the masks of the network's next pass: entries of [1, T, H], or a slice of every row of [..., T, H]."""
+        """Marks the masks of the network's next pass.
+
+        `indices` are entries of [1, T, H], or a slice of every row of [..., T, H].
+        """
         self._mask_indices = indices
         try:
             yield
@@ -92,7 +97,10 @@ class SpaceAdapters(nn.Module):
 
 
 def decoder_layers(network: PreTrainedModel) -> Sequence[nn.Module]:
-    """The network's decoder layers, which are its first module list of that length."""
+    """Returns the decoder layers of a network.
+
+    They are its first module list whose length is the number of layers.
+    """
     count = network.config.get_text_config().num_hidden_layers
     candidates = (m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     layers = next(candidates, None)
@@ -102,7 +110,10 @@ def decoder_layers(network: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def load_adapters(path: str | Path, network: PreTrainedModel) -> SpaceAdapters:
-    """Loads adapters for a network, with its device and dtype. They are not attached yet."""
+    """Loads adapters for a network, with its device and dtype.
+
+    They are not attached yet.
+    """
     embedding = network.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     config_file, file = resolve_file(str(path), CONFIG), resolve_file(str(path), WEIGHTS)
@@ -120,11 +131,13 @@ def load_adapters(path: str | Path, network: PreTrainedModel) -> SpaceAdapters:
         ("num_hidden_layers", network.config.get_text_config().num_hidden_layers),
     ):
         if getattr(config, name) != target_size:
-            raise ProposerLoadError(f"{config_file}: {name} is {getattr(config, name)}, the target's {target_size}")
+            raise ProposerLoadError(
+                f"{config_file}: {name} is {getattr(config, name)}, and the target's is {target_size}"
+            )
     if not (1 <= config.masks <= MAX_PARALLEL_TOKENS and config.rank >= 1):
         sizes = f"rank {config.rank} and {config.masks} masks"
         raise ProposerLoadError(
-            f"{config_file}: rank and masks must be at least 1, masks at most {MAX_PARALLEL_TOKENS}, got {sizes}"
+            f"{config_file}: rank and masks must be at least 1, and masks at most {MAX_PARALLEL_TOKENS}, got {sizes}"
         )
     try:
         tensors = load_file(file)

@@ -9,7 +9,7 @@ from deployments.api.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Overloa
 
 
 class Visitor:
-    """Enters, stays until told to leave, and notes where it got."""
+    """A request that holds slots until it is told to leave, and records its progress."""
 
     def __init__(self, admission_queue: AdmissionQueue, count: int) -> None:
         self.admission_queue, self.count = admission_queue, count
@@ -37,7 +37,7 @@ class Visitor:
 
 
 async def settled() -> None:
-    """Everything that can happen has happened."""
+    """Lets the event loop run until no task can continue."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -54,7 +54,7 @@ def is_unused(admission_queue: AdmissionQueue) -> bool:
     return admission_queue.num_free_slots == admission_queue.num_slots and admission_queue.num_waiting == 0
 
 
-def test_who_came_first_is_served_first_even_if_a_later_one_would_fit():
+def test_requests_are_admitted_in_order_even_if_a_later_one_would_fit():
     async def check() -> None:
         admission_queue = AdmissionQueue(3, 10)
         first, large, small = (Visitor(admission_queue, count) for count in (2, 3, 1))
@@ -72,7 +72,7 @@ def test_who_came_first_is_served_first_even_if_a_later_one_would_fit():
     asyncio.run(check())
 
 
-def test_who_gives_up_makes_way_for_those_behind():
+def test_a_cancelled_request_lets_the_next_one_in():
     async def check() -> None:
         admission_queue = AdmissionQueue(2, 10)
         inside, large, small = Visitor(admission_queue, 1), Visitor(admission_queue, 2), Visitor(admission_queue, 1)
@@ -87,7 +87,7 @@ def test_who_gives_up_makes_way_for_those_behind():
 
 
 @pytest.mark.parametrize("give_up_first", [False, True])
-def test_nothing_is_lost_when_a_place_becomes_free_and_its_heir_gives_up_in_the_same_moment(give_up_first):
+def test_no_slot_is_lost_if_a_request_is_cancelled_when_its_slot_becomes_free(give_up_first):
     async def check() -> None:
         admission_queue = AdmissionQueue(1, 10)
         inside, successor, next_one = (Visitor(admission_queue, 1) for _ in range(3))
@@ -104,13 +104,13 @@ def test_nothing_is_lost_when_a_place_becomes_free_and_its_heir_gives_up_in_the_
     asyncio.run(check())
 
 
-def test_nothing_is_lost_when_who_was_let_in_gives_up_before_noticing():
+def test_no_slot_is_lost_if_an_admitted_request_is_cancelled_before_it_runs():
     async def check() -> None:
         admission_queue = AdmissionQueue(1, 10)
         inside, successor, next_one = (Visitor(admission_queue, 1) for _ in range(3))
         await settled()
         inside.leave()
-        while admission_queue.num_waiting > 1:  # until the heir is let in, which its own task has not seen
+        while admission_queue.num_waiting > 1:  # until the next request is admitted; its task has not run yet
             await asyncio.sleep(0)
         assert successor.state == "waiting"
         successor.give_up()
@@ -138,7 +138,7 @@ def test_a_full_queue_rejects_with_the_time_to_retry_after():
     asyncio.run(check())
 
 
-def test_where_nobody_may_wait_those_are_served_for_whom_there_is_a_place():
+def test_without_a_queue_requests_are_served_while_there_are_slots():
     async def check() -> None:
         admission_queue = AdmissionQueue(1, 0)
         for _ in range(3):
@@ -154,9 +154,7 @@ def test_where_nobody_may_wait_those_are_served_for_whom_there_is_a_place():
 @pytest.mark.parametrize(
     ("visit_s", "min_retry_after_s", "max_retry_after_s"), [(0.0, 1, 1), (30.0, 2, 30), (1e6, 60, 60)]
 )
-def test_the_longer_visits_take_the_later_one_is_to_come_again(
-    visit_s, min_retry_after_s, max_retry_after_s, monkeypatch
-):
+def test_retry_after_grows_with_the_service_time(visit_s, min_retry_after_s, max_retry_after_s, monkeypatch):
     async def check() -> None:
         now = [0.0]
         monkeypatch.setattr("deployments.api.admission.time.monotonic", lambda: now[0])
@@ -173,7 +171,7 @@ def test_the_longer_visits_take_the_later_one_is_to_come_again(
     asyncio.run(check())
 
 
-def test_a_visit_that_fails_gives_its_places_back():
+def test_a_failed_request_releases_its_slots():
     async def check() -> None:
         admission_queue = AdmissionQueue(2, 0)
         with pytest.raises(ZeroDivisionError):
@@ -185,7 +183,7 @@ def test_a_visit_that_fails_gives_its_places_back():
 
 
 class ReferenceQueue:
-    """What the admission queue should do, in plain lists."""
+    """The expected behaviour of the admission queue, implemented with lists."""
 
     def __init__(self, slots: int, max_waiting: int) -> None:
         self.places, self.max_waiting = slots, max_waiting
@@ -219,7 +217,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["come", "leave", "give up"]), st.i
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(slots=st.integers(1, 4), max_waiting=st.integers(0, 4), actions=ACTIONS)
-def test_it_admits_as_a_plain_queue_does(slots, max_waiting, actions):
+def test_the_queue_admits_like_the_reference_queue(slots, max_waiting, actions):
     async def check() -> None:
         admission_queue, reference_queue = AdmissionQueue(slots, max_waiting), ReferenceQueue(slots, max_waiting)
         visitors: list[Visitor] = []
@@ -250,7 +248,7 @@ def test_it_admits_as_a_plain_queue_does(slots, max_waiting, actions):
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(slots=st.integers(1, 3), actions=ACTIONS, pauses=st.lists(st.integers(0, 2), min_size=40, max_size=40))
-def test_nothing_leaks_however_comings_and_goings_meet(slots, actions, pauses):
+def test_no_slot_leaks_with_random_arrivals_and_cancellations(slots, actions, pauses):
     async def check() -> None:
         admission_queue = AdmissionQueue(slots, 3)
         visitors: list[Visitor] = []
@@ -272,11 +270,11 @@ def test_nothing_leaks_however_comings_and_goings_meet(slots, actions, pauses):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
+def test_the_queue_is_idle_only_if_no_slot_was_held_for_a_while(count):
     async def seen():
         admission_queue = AdmissionQueue(2, 5)
         resting = asyncio.ensure_future(admission_queue.wait_until_idle(0.05))
-        visitors = [Visitor(admission_queue, count) for _ in range(3)]  # some of them wait
+        visitors = [Visitor(admission_queue, count) for _ in range(3)]  # some of these requests wait
         await settled()
         busy = asyncio.ensure_future(admission_queue.wait_until_busy())
         await asyncio.wait_for(busy, 1)
@@ -295,13 +293,13 @@ def test_it_rests_only_after_nobody_was_inside_for_a_while(count):
     asyncio.run(seen())
 
 
-def test_it_rests_when_who_was_let_in_leaves_in_the_same_moment():
+def test_the_queue_becomes_idle_if_an_admitted_request_is_cancelled_at_once():
     async def seen():
         admission_queue = AdmissionQueue(1, 5)
         first, successor = Visitor(admission_queue, 1), Visitor(admission_queue, 1)
         await settled()
         first.leave()
-        while admission_queue.num_waiting:  # until the heir is let in, which it does not know yet
+        while admission_queue.num_waiting:  # until the next request is admitted; its task has not run yet
             await asyncio.sleep(0)
         successor.give_up()
         await settled()
@@ -311,7 +309,7 @@ def test_it_rests_when_who_was_let_in_leaves_in_the_same_moment():
     asyncio.run(seen())
 
 
-def test_who_comes_meanwhile_keeps_it_from_resting():
+def test_a_request_during_the_wait_keeps_the_queue_busy():
     async def seen():
         admission_queue = AdmissionQueue(1, 5)
         resting = asyncio.ensure_future(admission_queue.wait_until_idle(0.1))

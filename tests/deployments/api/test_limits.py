@@ -30,7 +30,7 @@ class CapturedResponse:
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the body it is given, and the kind of message that follows it."""
+    """Responds with the body of the request and the type of the next message."""
     first, second = await receive(), await receive()
     assert not first["more_body"]
     await send({"type": "http.response.start", "status": 200, "headers": [(b"then", second["type"].encode())]})
@@ -47,7 +47,7 @@ def send_request(
     patience: float = 10.0,
     root_path: str = "",
 ) -> CapturedResponse:
-    """What comes of a request whose client sends these messages and nothing more."""
+    """Returns the response to a client that sends these messages and nothing else."""
     incoming, sent = list(messages or [part(b"")]), []
     if incoming[-1] != LEFT and not incoming[-1]["more_body"]:
         incoming.append(LEFT)
@@ -77,7 +77,7 @@ def bearer(key: str | bytes) -> list[tuple[bytes, bytes]]:
     return [(b"authorization", b"Bearer " + (key.encode() if isinstance(key, str) else key))]
 
 
-# Who may ask.
+# Authentication.
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_without_keys_clients_on_this_machine_are_served(client):
     "client",
     ["192.0.2.7", "10.0.0.1", "0.0.0.0", "2001:db8::1", "::ffff:10.0.0.1", "fe80::1%eth0", "unknown", "localhost", ""],
 )
-def test_without_keys_nobody_else_is(client):
+def test_without_keys_clients_on_other_machines_are_rejected(client):
     response = send_request(client=(client, 1))
     assert response.status == 401 and response.error["code"] == "no_keys"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/x", "/v1", "/x"])
 @pytest.mark.parametrize("root_path", ["", "/parse", "/a/b"])
-def test_with_keys_one_of_them_is_needed_wherever_the_server_is_mounted(path, root_path):
+def test_with_keys_every_request_needs_one_under_any_route_prefix(path, root_path):
     def status(headers: list[tuple[bytes, bytes]]) -> int:
         return send_request(path=root_path + path, root_path=root_path, headers=headers, keys=["one", "two"]).status
 
@@ -109,17 +109,17 @@ def test_with_keys_one_of_them_is_needed_wherever_the_server_is_mounted(path, ro
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/openapi.json"])
 @pytest.mark.parametrize("root_path", ["", "/parse"])
-def test_how_the_server_is_doing_and_what_it_takes_is_for_everybody(path, root_path):
+def test_health_and_documentation_need_no_key(path, root_path):
     for keys in ([], ["one"]):
         assert send_request(path=root_path + path, root_path=root_path, client=ELSEWHERE, keys=keys).status == 200
 
 
 @pytest.mark.parametrize("path", ["//v1/models", "/health/../v1/models", "/docs/v1/models", "/healthx", "/HEALTH"])
-def test_what_only_looks_like_an_open_path_is_none(path):
+def test_paths_similar_to_open_ones_need_a_key(path):
     assert send_request(path=path, keys=["one"]).status == 401
 
 
-def test_with_keys_clients_anywhere_are_served_and_those_here_need_one_too():
+def test_with_keys_all_clients_are_served_and_local_ones_need_a_key_too():
     assert send_request(client=ELSEWHERE, keys=["one"], headers=bearer("one")).status == 200
     response = send_request(client=HERE, keys=["one"])
     assert response.status == 401 and response.error["type"] == "authentication_error"
@@ -133,21 +133,21 @@ def test_with_keys_clients_anywhere_are_served_and_those_here_need_one_too():
         *(b"Bearer ONE", b"Bearer \xff\xfe", b"\xff\xfe one", b"Bearer \xc3\xa9", b"Bearer one\x00", b" " * 10_000),
     ],
 )
-def test_what_is_no_key_is_refused(sent):
+def test_a_wrong_key_is_rejected(sent):
     assert send_request(keys=["one", "zwei"], headers=[(b"authorization", sent)]).status == 401
 
 
 @pytest.mark.parametrize("sent", [b"Bearer one", b"bearer one", b"BEARER  one "])
-def test_a_key_may_be_written_as_http_allows(sent):
+def test_the_header_may_have_any_form_that_http_allows(sent):
     assert send_request(keys=["one"], headers=[(b"authorization", sent)]).status == 200
 
 
-def test_a_key_may_hold_letters_beyond_ascii():
+def test_a_key_may_contain_characters_outside_ascii():
     assert send_request(keys=["schlüssel"], headers=bearer("schlüssel")).status == 200
     assert send_request(keys=["schlüssel"], headers=bearer("schlussel")).status == 401
 
 
-def test_keys_are_told_to_nobody(caplog):
+def test_keys_are_not_revealed(caplog):
     caplog.set_level(logging.DEBUG)
     for key in ("sesame-open", "sesame-closed"):
         response = send_request(keys=["sesame-open"], headers=bearer(key))
@@ -155,7 +155,7 @@ def test_keys_are_told_to_nobody(caplog):
     assert "sesame" not in caplog.text
 
 
-def test_keys_come_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
+def test_keys_are_read_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("one\n\n  two \n")
     monkeypatch.setenv("OUR_KEYS", "three, four,,")
@@ -173,12 +173,12 @@ def test_a_file_without_keys_is_an_error_and_does_not_open_the_server(tmp_path):
         load_api_keys(str(tmp_path / "none"), "NOT_SET")
 
 
-# What they may send.
+# Limits on bodies.
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(parts=st.lists(st.binary(max_size=40), min_size=1, max_size=6), max_bytes=st.integers(0, 120))
-def test_a_body_arrives_whole_or_is_refused_for_its_length(parts, max_bytes):
+def test_a_body_is_passed_on_complete_or_rejected_as_too_long(parts, max_bytes):
     messages = [part(body, more=place < len(parts) - 1) for place, body in enumerate(parts)]
     response = send_request(*messages, LEFT, max_bytes=max_bytes)
     body = b"".join(parts)
@@ -186,40 +186,40 @@ def test_a_body_arrives_whole_or_is_refused_for_its_length(parts, max_bytes):
         assert response.status == 413 and response.error["code"] == "too_long" and response.error["param"] == "body"
     else:
         assert (response.status, response.body) == (200, body)
-        assert response.headers[b"then"] == b"http.disconnect"  # what comes after it is the client's own
+        assert response.headers[b"then"] == b"http.disconnect"  # the next message comes from the client
 
 
 @pytest.mark.parametrize("declared", [b"101", b"10000000", b"9" * 30])
-def test_a_body_that_is_declared_too_long_is_refused_before_it_comes(declared):
+def test_a_body_with_a_declared_length_above_the_limit_is_rejected_unread(declared):
     response = send_request(part(b"", more=True), headers=[(b"content-length", declared)])
     assert response.status == 413 and "100" in response.error["message"]
 
 
 @pytest.mark.parametrize("declared", [b"", b"-1", b"1e9", b"many", b"\xb2", b"0x10"])
-def test_a_length_that_is_no_number_is_not_believed(declared):
+def test_a_declared_length_that_is_not_a_number_is_ignored(declared):
     assert send_request(part(b"short"), headers=[(b"content-length", declared)]).body == b"short"
 
 
-def test_a_client_that_does_not_go_on_is_told_so_and_let_go():
+def test_a_client_that_stops_sending_gets_a_408():
     response = send_request(part(b"{", more=True), patience=0.01)
     assert response.status == 408 and response.error["param"] == "body"
     assert response.headers[b"connection"] == b"close"
 
 
-def test_a_client_that_leaves_is_not_waited_for():
+def test_a_client_that_disconnects_ends_the_request():
     assert send_request(part(b"{", more=True), LEFT).status == 499
 
 
 @pytest.mark.parametrize("path", ["/health", CHAT])
-def test_the_limits_of_a_body_hold_everywhere(path):
+def test_the_limits_of_a_body_apply_to_all_paths(path):
     assert send_request(part(b"x" * 101), path=path).status == 413
 
 
-def test_what_is_refused_is_told_as_the_openai_api_tells_it():
+def test_rejections_have_the_format_of_the_openai_api():
     response = send_request(part(b"x" * 101))
     assert json.loads(response.body).keys() == {"error"}
     assert response.error == {
-        "message": "body: is longer than 100 bytes",
+        "message": "body: must be at most 100 bytes long",
         "type": "invalid_request_error",
         "param": "body",
         "code": "too_long",
@@ -227,7 +227,7 @@ def test_what_is_refused_is_told_as_the_openai_api_tells_it():
     assert response.headers[b"content-type"] == b"application/json"
 
 
-def test_what_is_no_request_passes_untouched():
+def test_scopes_other_than_http_are_passed_on():
     seen = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

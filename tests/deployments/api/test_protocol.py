@@ -21,7 +21,7 @@ CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hello"}
 LIMITS = "max_tokens", "max_completion_tokens"
 WRONG: list[Any] = [None, True, "x", [], {}]
-HALF = "\ud83d"  # of a surrogate pair
+HALF = "\ud83d"  # one half of a surrogate pair
 
 
 def message(**fields: Any) -> dict[str, Any]:
@@ -29,26 +29,26 @@ def message(**fields: Any) -> dict[str, Any]:
 
 
 def parse_body(model: type[BaseCompletionRequest], body: Any) -> Any:
-    """As it comes over the wire."""
+    """Parses a body as the server does, from its JSON text."""
     return model.model_validate(json.loads(json.dumps(body)))
 
 
 def rejected_error(model: type[BaseCompletionRequest], body: Any) -> ErrorInfo:
-    """What a client is told."""
+    """Returns the error that the client receives."""
     with pytest.raises(ValidationError) as rejected:
         model.model_validate(body)
     errors = [error | {"loc": ("body", *error["loc"])} for error in rejected.value.errors()]
     assert len(errors) < 20, "a long list of faults takes long to make"
     error = to_validation_error(errors)
     assert error.status == 400
-    error.to_response()  # can be written
+    error.to_response()  # the error can be encoded
     return error.body.error
 
 
-# What is asked, understood.
+# Valid requests.
 
 
-def test_what_is_not_said_or_null_is_plain_sampling():
+def test_missing_and_null_fields_mean_plain_sampling():
     nothing = dict.fromkeys(ChatCompletionRequest.model_fields.keys() - {"model", "messages", "ignore_eos"})
     for body in (CHAT, CHAT | nothing):
         request = parse_body(ChatCompletionRequest, body)
@@ -61,7 +61,7 @@ def test_what_is_not_said_or_null_is_plain_sampling():
         )
 
 
-def test_what_is_said_reaches_the_sampling():
+def test_fields_are_passed_to_the_sampling_parameters():
     fields: dict[str, Any] = dict(
         temperature=0.5,
         top_p=0.25,
@@ -80,7 +80,7 @@ def test_what_is_said_reaches_the_sampling():
 
 
 @pytest.mark.parametrize(("stop", "expected"), [(None, ()), ("a", ("a",)), ([], ()), (["a", "bc"], ("a", "bc"))])
-def test_a_stop_string_may_stand_alone(stop, expected):
+def test_stop_may_be_a_single_string(stop, expected):
     assert (
         parse_body(ChatCompletionRequest, CHAT | {"stop": stop})
         .to_sampling_params(0, max_tokens=None, logprobs=None)
@@ -89,7 +89,7 @@ def test_a_stop_string_may_stand_alone(stop, expected):
     )
 
 
-def test_whole_numbers_are_numbers():
+def test_whole_numbers_are_accepted_as_numbers():
     assert parse_body(ChatCompletionRequest, CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
 
 
@@ -97,7 +97,7 @@ def test_whole_numbers_are_numbers():
     ("fields", "limit"),
     [({}, None), ({"max_tokens": 3}, 3), ({"max_completion_tokens": 4}, 4), (dict.fromkeys(LIMITS, 5), 5)],
 )
-def test_the_limit_has_two_names(fields, limit):
+def test_the_token_limit_has_two_names(fields, limit):
     assert parse_body(ChatCompletionRequest, CHAT | fields).effective_max_tokens == limit
 
 
@@ -105,11 +105,11 @@ def test_the_limit_has_two_names(fields, limit):
     ("fields", "expected"),
     [({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 3}, 3), ({"logprobs": False}, None)],
 )
-def test_log_probabilities_are_asked_for_in_two_fields(fields, expected):
+def test_two_fields_request_log_probabilities(fields, expected):
     assert parse_body(ChatCompletionRequest, CHAT | fields).num_logprobs == expected
 
 
-def test_turns_are_text_and_developers_speak_for_the_system():
+def test_messages_are_text_and_developer_messages_become_system_messages():
     parts = [{"type": "text", "text": "One"}, {"type": "text", "text": ", two"}]
     roles = ["system", "developer", "user", "assistant"]
     request = parse_body(
@@ -119,7 +119,7 @@ def test_turns_are_text_and_developers_speak_for_the_system():
     assert {message["content"] for message in request.to_template_messages()} == {"One, two"}
 
 
-def test_an_answer_of_ours_may_be_sent_back():
+def test_an_earlier_answer_may_be_sent_back():
     ours = {"role": "assistant", "content": "57.", "refusal": None, "annotations": None, "audio": None}
     ours |= {"function_call": None, "tool_calls": None}
     assert (
@@ -134,7 +134,7 @@ def test_an_answer_of_ours_may_be_sent_back():
     ("prompt", "expected"),
     [("a b", ["a b"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])],
 )
-def test_prompts_are_texts_or_tokens_one_or_several(prompt, expected):
+def test_prompts_are_one_or_several_texts_or_token_lists(prompt, expected):
     assert parse_body(CompletionRequest, COMPLETION | {"prompt": prompt}).split_prompts() == expected
 
 
@@ -151,17 +151,17 @@ def test_thresholds_are_the_operators_unless_a_request_sets_its_own():
 
 
 @pytest.mark.parametrize("field", ["full", "prefix"])
-def test_thresholds_below_the_operators_lowest_are_refused(field):
+def test_thresholds_below_the_operators_minimum_are_rejected(field):
     request = parse_body(ChatCompletionRequest, CHAT | {"parse": {field: 0.49}})
     with pytest.raises(RequestError) as rejected:
         request.resolve_thresholds(Thresholds(), min_full=0.5, min_prefix=0.5)
     assert rejected.value.field == f"parse.{field}" and "0.5" in str(rejected.value)
 
 
-# What is refused, and by which name.
+# Rejected requests, and the field that the error names.
 
 
-def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
+def test_every_field_of_the_official_client_is_served_or_rejected_by_name():
     for ours, body, official in (
         (ChatCompletionRequest, CHAT, OfficialChat),
         (CompletionRequest, COMPLETION, OfficialCompletion),
@@ -264,7 +264,7 @@ def test_every_field_of_the_official_client_is_served_or_refused_by_its_name():
         ({"no.such": 1}, "no.such"),
     ],
 )
-def test_a_chat_that_cannot_be_served_is_refused_by_the_fields_name(fields, param):
+def test_an_invalid_chat_request_is_rejected_with_the_field_name(fields, param):
     error = rejected_error(ChatCompletionRequest, CHAT | fields)
     assert error.param == param and error.type == "invalid_request_error"
     assert error.message.startswith(f"{param}: ")
@@ -298,26 +298,26 @@ def test_a_chat_that_cannot_be_served_is_refused_by_the_fields_name(fields, para
         ({"prompt": {"text": "x"}}, "prompt"),
     ],
 )
-def test_a_completion_that_cannot_be_served_is_refused_by_the_fields_name(fields, param):
+def test_an_invalid_completion_request_is_rejected_with_the_field_name(fields, param):
     error = rejected_error(CompletionRequest, COMPLETION | fields)
     assert error.param == param and error.type == "invalid_request_error"
     assert error.message.startswith(f"{param}: ")
 
 
 @pytest.mark.parametrize("name", ["model", "messages"])
-def test_what_is_missing_is_named(name):
+def test_a_missing_field_is_named(name):
     error = rejected_error(ChatCompletionRequest, {key: value for key, value in CHAT.items() if key != name})
     assert error.param == name and "required" in error.message
 
 
-def test_what_is_said_of_a_token_id_regards_token_ids():
+def test_the_error_of_an_invalid_token_id_states_the_lower_bound():
     assert "greater than or equal to 0" in rejected_error(CompletionRequest, COMPLETION | {"prompt": [-1]}).message
 
 
 @pytest.mark.parametrize(
     "token", ["", "x", "-1", "1.5", " 5", "5 ", "5\n", "05", "+5", "٣", "1e3", "0x5", "9" * 10, "9" * 5000, "[key]"]
 )
-def test_a_bias_is_for_a_token_id(token):
+def test_keys_of_a_bias_must_be_token_ids(token):
     error = rejected_error(ChatCompletionRequest, CHAT | {"logit_bias": {token: 1}})
     assert error.param is not None and error.param.startswith(f"logit_bias.{token}"[:90]) and len(error.message) < 200
 
@@ -345,8 +345,8 @@ MANY = 50_000
         (CompletionRequest, COMPLETION | {"prompt": ["a"] * MANY}),
     ],
 )
-def test_of_a_body_full_of_faults_only_a_few_are_looked_for(model, body):
-    rejected_error(model, body)  # asks how many were found
+def test_only_a_few_errors_of_a_faulty_body_are_collected(model, body):
+    rejected_error(model, body)  # it checks how many errors were collected
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_of_a_body_full_of_faults_only_a_few_are_looked_for(model, body):
         message(**{HALF: 1}),
     ],
 )
-def test_half_a_surrogate_pair_is_no_text_wherever_it_stands(fields):
+def test_half_a_surrogate_pair_is_rejected_in_every_field(fields):
     error = rejected_error(ChatCompletionRequest, CHAT | fields)
     index = next(iter(fields))
     assert error.param is not None and error.param.startswith(index.encode(errors="replace").decode())
@@ -390,7 +390,7 @@ JSON = st.recursive(
     field=st.sampled_from(sorted(ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys())),
     value=JSON,
 )
-def test_whatever_a_field_holds_it_is_taken_or_named(model, field, value):
+def test_any_value_of_a_field_is_accepted_or_named_in_the_error(model, field, value):
     body = (CHAT if model is ChatCompletionRequest else COMPLETION) | {field: value}
     try:
         model.model_validate(body)
@@ -399,17 +399,17 @@ def test_whatever_a_field_holds_it_is_taken_or_named(model, field, value):
         assert error.param is not None and error.param.startswith(field)
 
 
-# What is counted.
+# Usage.
 
 
-def test_a_method_s_proposals_are_no_draft():
+def test_proposals_of_a_method_do_not_count_as_drafts():
     usage = Usage("off", target_tokens=12, speculation=SpeculationStats("parallel", 4, (4, 4, 4), (4, 3, 1)))
     details = aggregate_usage([5], [12], [usage]).completion_tokens_details
     assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (0, 0)
 
 
-def test_a_prompt_of_several_choices_counts_once_and_the_answers_each():
-    # Two prompts of 10 and 20 tokens, two choices each; a choice finds what the one before it computed.
+def test_a_prompt_of_several_choices_counts_once_and_each_answer_counts():
+    # There are two prompts of 10 and 20 tokens with two choices each. A choice reuses what the previous one computed.
     usages = [
         Usage("full", draft_tokens=8, accepted_tokens=5, target_tokens=2, cached_tokens=0),
         Usage("full", draft_tokens=4, accepted_tokens=4, target_tokens=0, cached_tokens=9),

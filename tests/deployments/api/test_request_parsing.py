@@ -9,7 +9,7 @@ def engine_with(*modes: str) -> Capabilities:
     return Capabilities(modes, (), frozenset(), max_logprobs=0, max_model_len=100, block_size=16)
 
 
-def test_a_mode_that_the_settings_name_and_the_engine_lacks_is_refused_at_startup():
+def test_a_configured_mode_that_the_engine_lacks_is_rejected_at_startup():
     with pytest.raises(ValueError, match=r"api\.modes: the engine does not support rounds"):
         offered_modes(ApiSettings(modes=("full", "rounds")), engine_with("full", "off"))
 

@@ -31,12 +31,12 @@ def data(sent: str | None) -> dict:
     return body
 
 
-# Tokens, shown one by one.
+# Single tokens.
 
 
 @pytest.fixture(scope="module")
 def spaced() -> PreTrainedTokenizerBase:
-    """A tokenizer whose texts lose the space before their first word."""
+    """Returns a tokenizer whose texts lose the space before their first word."""
     words = {"<unk>": 0, "▁a": 1, "▁b": 2, "c": 3}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -44,40 +44,40 @@ def spaced() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
-def test_a_token_is_shown_with_the_space_it_has_within_a_text(spaced):
-    assert spaced.decode([2]) == "b"  # alone it has none
+def test_a_token_keeps_the_space_that_it_has_within_a_text(spaced):
+    assert spaced.decode([2]) == "b"  # decoded alone, the token has no space
     vocabulary = TokenText(spaced)
     assert [vocabulary.decode(token) for token in (1, 2, 3)] == [" a", " b", "c"]
     assert vocabulary.decode_bytes(2) == [32, 98]
 
 
-def test_tokens_shown_one_by_one_are_the_text(tokenizer):
+def test_the_texts_of_single_tokens_form_the_whole_text(tokenizer):
     text = "First, Uma 73 — naïve.\nStep 2:"
     ids = tokenizer.encode(text, add_special_tokens=False)
     vocabulary = TokenText(tokenizer)
     response = [token for token in ids if vocabulary.decode_bytes(token) is not None]
-    assert len(response) < len(ids)  # some hold half a character only
+    assert len(response) < len(ids)  # some tokens contain only a part of a character
     assert all(bytes(vocabulary.decode_bytes(token) or []).decode() == vocabulary.decode(token) for token in response)
     plain = tokenizer.encode("First, Uma 73.\nStep 2:", add_special_tokens=False)
     assert "".join(map(vocabulary.decode, plain)) == "First, Uma 73.\nStep 2:"
 
 
-def test_special_tokens_are_shown_too(tokenizer):
+def test_special_tokens_have_a_text_too(tokenizer):
     assert TokenText(tokenizer).decode(tokenizer.eos_token_id) == tokenizer.eos_token
 
 
-# Events, sent as chunks.
+# Chunks of streams.
 
 
 @pytest.mark.parametrize("text", ["\u2028", "a\x85b", "\x0b\x0c\x1c", "\r\n", "\n\ndata: [DONE]\n\n", "é\U0001f600"])
-def test_an_event_is_one_whatever_its_text_holds(text):
+def test_any_text_is_sent_as_one_event(text):
     sent = format_sse({"text": text})
-    (line, _) = httpx.Response(200, content=sent.encode()).iter_lines()  # ends lines where Python does
+    (line, _) = httpx.Response(200, content=sent.encode()).iter_lines()  # characters at which Python ends a line
     assert json.loads(line.removeprefix("data: ")) == {"text": text} == data(sent)
 
 
 @pytest.mark.parametrize("builder_class", [ChatResponseBuilder, CompletionResponseBuilder])
-def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, builder_class):
+def test_deltas_without_text_are_sent_only_with_a_trace_or_logprobs(tokenizer, builder_class):
     half_character = TextDelta("", (200,), "draft")  # half a character
     vocabulary = TokenText(tokenizer)
     assert (
@@ -96,7 +96,7 @@ def test_what_has_no_text_yet_is_sent_only_where_all_is_to_be_told(tokenizer, bu
 
 
 @pytest.mark.parametrize("builder_class", [ChatResponseBuilder, CompletionResponseBuilder])
-def test_what_is_impossible_is_a_number_all_the_same(tokenizer, builder_class):
+def test_a_log_probability_of_minus_infinity_is_sent_as_a_number(tokenizer, builder_class):
     impossible = TextDelta("x", (300,), "target", (Logprob(float("-inf"), ((301, float("-inf")),)),))
     done = Finished("stop", Usage("off", target_tokens=1))
     for sent in (
@@ -110,7 +110,7 @@ def test_what_is_impossible_is_a_number_all_the_same(tokenizer, builder_class):
         assert "-9999.0" in json.dumps(sent) and "Infinity" not in json.dumps(sent)
 
 
-def test_waiting_for_a_place_counts_among_the_times():
+def test_the_queueing_time_is_part_of_all_times():
     choice = choice_state(
         TextDelta("x", (300,), "target"), Finished("stop", Usage("off", target_tokens=1, ttft_s=0.5, total_s=1.0))
     )
@@ -120,7 +120,7 @@ def test_waiting_for_a_place_counts_among_the_times():
     assert [(stage.name, stage.start, stage.end) for stage in report.stages] == [("queue", 0.0, 2.0)]
 
 
-def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
+def test_the_report_counts_proposals_by_position():
     usage = Usage(
         "rounds",
         draft_tokens=9,
@@ -135,7 +135,7 @@ def test_what_came_of_several_tokens_in_a_pass_is_told_by_place():
     assert report.model_dump() == counted | {"tokens_per_pass": 2.5}
 
 
-def test_a_method_that_proposed_nothing_wrote_all_the_same():
+def test_the_report_of_a_method_without_proposals_has_its_passes():
     usage = Usage("off", target_tokens=3, speculation=SpeculationStats("ngram", 3))
     report = build_report(choice_state(Finished("stop", usage)), trace=False)
     assert report.speculation is not None and (report.speculation.tokens_per_pass, report.speculation.places) == (
@@ -144,11 +144,11 @@ def test_a_method_that_proposed_nothing_wrote_all_the_same():
     )
 
 
-def test_where_no_method_was_at_work_the_report_says_so():
+def test_the_report_without_a_method_is_null():
     assert build_report(choice_state(Finished("stop", Usage("off", target_tokens=3))), trace=False).speculation is None
 
 
-def test_an_answer_of_nothing_is_an_answer(tokenizer):
+def test_an_empty_answer_is_a_valid_response(tokenizer):
     response = ChatResponseBuilder(response_context(), TokenText(tokenizer)).build_response(
         [choice_state(Finished("stop", Usage("off")))]
     )

@@ -1,4 +1,4 @@
-"""The server on a real port, and clients that do not behave."""
+"""Tests the server on a real port, also with faulty clients."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
 BODY: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 2, "parse": {"mode": "off"}}
 JSON = {"content-type": "application/json"}
-CLIENTS = {"openai", "httpx", "httpx2", "httpcore", "httpcore2"}  # their logs show what they send
+CLIENTS = {"openai", "httpx", "httpx2", "httpcore", "httpcore2"}  # their logs contain the sent headers
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def serving(pair: Pair, writer: Any = None, **settings: Any) -> Iterator[str]:
 
 @contextmanager
 def connected(address: str, body: bytes, *, length: int | None = None) -> Iterator[socket.socket]:
-    """A client that has sent that much of a request."""
+    """Connects a client that sends only this part of a request."""
     url = urlsplit(address)
     with socket.create_connection((url.hostname, url.port), timeout=PATIENCE_S) as client:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
@@ -55,7 +55,7 @@ def connected(address: str, body: bytes, *, length: int | None = None) -> Iterat
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error, in the OpenAI API's shape and no other."""
+    """Returns the error after checking that it has the format of the OpenAI API."""
     assert response.status_code == status, response.text
     body = response.json()
     assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
@@ -70,7 +70,7 @@ def post(address: str, body: Any = None, path: str = CHAT, **headers: str) -> ht
 
 @pytest.fixture(autouse=True)
 def it_serves_on(raw):
-    """Whatever was done to it."""
+    """Checks that the server still answers after each test."""
     yield
     response = raw.post(CHAT, json=BODY)
     assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 2
@@ -102,28 +102,28 @@ def it_serves_on(raw):
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_what_is_no_request_is_refused(raw, path, body, code):
+def test_invalid_requests_are_rejected(raw, path, body, code):
     error = error_of(raw.post(path, content=body, headers=JSON), 400)
     assert (error["param"], error["code"]) == ("body", code)
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x", ""])
-def test_a_body_of_another_type_is_refused(raw, kind):
+def test_a_body_with_another_content_type_is_rejected(raw, kind):
     error = error_of(raw.post(CHAT, content=json.dumps(BODY), headers={"content-type": kind}), 400)
     assert error["param"] == "body" and "application/json" in error["message"]
 
 
-def test_half_a_surrogate_pair_in_bytes_is_no_text(raw):
+def test_an_encoded_half_of_a_surrogate_pair_is_rejected(raw):
     error = error_of(raw.post(CHAT, content=b'{"model": "\xed\xa0\x80", "messages": []}', headers=JSON), 400)
     assert error["code"] == "invalid_value"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_a_body_may_be_encoded_as_json_allows(raw, encoding):
+def test_a_body_may_have_any_encoding_that_json_allows(raw, encoding):
     assert raw.post(CHAT, content=json.dumps(BODY).encode(encoding), headers=JSON).status_code == 200
 
 
-def test_of_two_fields_of_a_name_the_last_counts(raw):
+def test_the_last_of_two_fields_with_the_same_name_counts(raw):
     body = json.dumps(BODY)[:-1] + ', "max_tokens": 1}'
     assert raw.post(CHAT, content=body, headers=JSON).json()["usage"]["completion_tokens"] == 1
 
@@ -131,7 +131,7 @@ def test_of_two_fields_of_a_name_the_last_counts(raw):
 @pytest.mark.parametrize(
     "value", ['{"nonsense": [1]}', "[[null]]", "-1e30", "1" * 30, "NaN", "-Infinity", "1e999", '"\\ud800"']
 )
-def test_a_wrong_value_is_refused_by_the_fields_name(raw, value):
+def test_a_wrong_value_is_rejected_with_the_field_name(raw, value):
     for path, usual, fields in (
         (CHAT, BODY, ChatCompletionRequest.model_fields),
         (COMPLETIONS, {"model": MODEL, "prompt": "Hello"}, CompletionRequest.model_fields),
@@ -142,7 +142,7 @@ def test_a_wrong_value_is_refused_by_the_fields_name(raw, value):
             assert error["param"].startswith(name) and error["message"].startswith(name)
 
 
-def test_an_empty_list_of_them_is_none(raw):
+def test_empty_lists_of_tools_and_stop_strings_are_accepted(raw):
     assert raw.post(CHAT, json=BODY | {"tools": [], "stop": []}).status_code == 200
 
 
@@ -155,13 +155,13 @@ def test_any_text_is_served(raw, text):
 
 
 @pytest.mark.parametrize("name", ["", "a\x00b", "\ud800", "x" * 5000, "model ", "a.b[0]", "__class__"])
-def test_an_unknown_field_is_refused_whatever_it_is_called(raw, name):
+def test_an_unknown_field_with_any_name_is_rejected(raw, name):
     error = error_of(raw.post(CHAT, content=json.dumps(BODY | {name: 1}), headers=JSON), 400)
     assert error["code"] == "unsupported_field" or not name
     assert len(error["message"]) < 200
 
 
-def test_what_is_refused_is_refused_the_same_in_a_stream(raw):
+def test_a_stream_is_rejected_with_the_same_error(raw):
     assert error_of(raw.post(CHAT, json=BODY | {"stream": True, "n": 0}), 400)["param"] == "n"
 
 
@@ -180,12 +180,12 @@ def test_what_is_refused_is_refused_the_same_in_a_stream(raw):
         (COMPLETIONS, {"prompt": ["a", "b"], "n": 10**4299}, "n"),
     ],
 )
-def test_what_this_model_or_operator_does_not_allow_is_refused(raw, path, body, param):
+def test_requests_beyond_the_limits_of_model_and_operator_are_rejected(raw, path, body, param):
     usual = {"model": MODEL} | ({"messages": HELLO} if path == CHAT else {})
     assert error_of(raw.post(path, json=usual | body), 400)["param"] == param
 
 
-def test_long_bodies_are_refused_however_they_come(raw):
+def test_long_bodies_are_rejected_with_any_transfer_encoding(raw):
     long = b"x" * 10_000_000
     chunks = (long[:100_000] for _ in range(100))
     for content in (long, chunks):
@@ -193,7 +193,7 @@ def test_long_bodies_are_refused_however_they_come(raw):
         assert (error["param"], error["code"]) == ("body", "too_long")
 
 
-def test_a_body_as_long_as_allowed_is_read(raw):
+def test_a_body_at_the_length_limit_is_accepted(raw):
     max_bytes = ApiSettings().max_body_bytes
     body = json.dumps(BODY)
     assert raw.post(CHAT, content=body + " " * (max_bytes - len(body)), headers=JSON).status_code == 200
@@ -201,16 +201,16 @@ def test_a_body_as_long_as_allowed_is_read(raw):
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"model": '])
-def test_a_client_that_sends_too_slowly_is_told_so_and_let_go(pair, sent):
+def test_a_client_that_sends_too_slowly_gets_a_408(pair, sent):
     with serving(pair, body_timeout_s=0.1) as address:
         with connected(address, sent, length=100) as client:
-            raw_response = b"".join(iter(lambda: client.recv(10_000), b""))  # until the server hangs up
+            raw_response = b"".join(iter(lambda: client.recv(10_000), b""))  # until the server closes the connection
         head, _, body = raw_response.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 ") and json.loads(body)["error"]["param"] == "body"
         assert post(address).status_code == 200
 
 
-def test_clients_that_leave_while_they_send_are_forgotten(pair):
+def test_clients_that_disconnect_while_sending_leave_nothing_behind(pair):
     with serving(pair, max_answers=1, max_queued_requests=0) as address:
         for sent in (b"", b'{"model": ', json.dumps(BODY).encode()[:-1]):
             with connected(address, sent, length=1000):
@@ -233,17 +233,17 @@ def test_clients_that_leave_while_they_send_are_forgotten(pair):
         ("DELETE", "/v1/models", 405),
     ],
 )
-def test_what_is_not_there_is_told_in_the_same_shape(raw, method, path, status):
+def test_unknown_paths_and_methods_have_the_same_error_format(raw, method, path, status):
     error_of(raw.request(method, path), status)
 
 
 @pytest.mark.parametrize("name", ["other", "", MODEL.upper(), f"{MODEL} ", "\x00", "x" * 100_000])
-def test_another_model_is_not_served(raw, name):
+def test_a_request_for_another_model_is_rejected(raw, name):
     error = error_of(raw.post(CHAT, json=BODY | {"model": name}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found") and MODEL in error["message"]
 
 
-def test_it_says_how_it_is(pair):
+def test_readiness_reports_unavailable_parts(pair):
     backend = LocalBackend(pair.pipeline)
     with served(create_app(backend, ApiSettings(), MODEL)) as address:
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
@@ -261,7 +261,7 @@ def test_it_says_how_it_is(pair):
 # Keys.
 
 
-def test_with_keys_only_who_has_one_is_served_and_they_are_told_to_nobody(pair, tmp_path, monkeypatch, caplog):
+def test_with_keys_only_clients_with_a_key_are_served_and_keys_are_not_logged(pair, tmp_path, monkeypatch, caplog):
     (tmp_path / "keys").write_text("sesame-one\n")
     monkeypatch.setenv("OUR_KEYS", "sesame-two")
     settings = ApiSettings(api_keys_file=str(tmp_path / "keys"), api_keys_env="OUR_KEYS")
@@ -281,20 +281,20 @@ def test_with_keys_only_who_has_one_is_served_and_they_are_told_to_nobody(pair, 
         for path in ("/health", "/ready", "/docs", "/openapi.json"):
             assert httpx.get(f"{address}{path}").status_code == 200
     logs = [record.getMessage() for record in caplog.records if record.name.partition(".")[0] not in CLIENTS]
-    assert any("401" in line for line in logs)  # the log of accesses is among them
+    assert any("401" in line for line in logs)  # the records include the access log
     assert not any("sesame" in line for line in logs)
 
 
 @pytest.mark.parametrize("forwarded", ["192.0.2.1", "unknown", "127.0.0.1.example.org"])
-def test_without_keys_whoever_a_proxy_speaks_for_is_refused(raw, forwarded):
+def test_without_keys_clients_behind_a_proxy_are_rejected(raw, forwarded):
     error = error_of(raw.post(CHAT, json=BODY, headers={"x-forwarded-for": forwarded}), 401)
     assert error["code"] == "no_keys"
 
 
-# Many at once, and too long.
+# Concurrency and timeouts.
 
 
-def test_who_finds_the_queue_full_is_told_when_to_come_again(pair):
+def test_a_full_queue_rejects_requests_with_retry_after(pair):
     writer = Writer()
     with serving(pair, writer, max_answers=2, max_queued_requests=2) as address, ThreadPoolExecutor(20) as clients:
         futures = [clients.submit(post, address) for _ in range(20)]
@@ -310,11 +310,11 @@ def test_who_finds_the_queue_full_is_told_when_to_come_again(pair):
             assert post(address, BODY | {"n": 2}).status_code == 200
 
 
-def test_all_are_served_in_the_end(pair):
+def test_all_clients_are_served_if_they_retry(pair):
     with serving(pair, max_answers=2, max_queued_requests=2) as address, ThreadPoolExecutor(10) as clients:
 
         def ask(place: int) -> int:
-            """As a patient client does."""
+            """Sends a request and repeats it after each 503."""
             for _ in range(1000):
                 response = post(address, BODY | {"stream": place % 2 == 0, "n": 1 + place % 2})
                 if response.status_code != 503:
@@ -326,14 +326,14 @@ def test_all_are_served_in_the_end(pair):
     until(lambda: pair.target.stats.num_running == pair.target.stats.num_waiting == 0)
 
 
-def test_more_answers_than_are_worked_on_at_once_are_refused(pair):
+def test_more_answers_than_slots_are_rejected(pair):
     with serving(pair, max_answers=3) as address:
         assert post(address, BODY | {"n": 3}).status_code == 200
         assert error_of(post(address, BODY | {"n": 4}), 400)["param"] == "n"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_takes_too_long_fails_with_the_status_for_that(pair, stream):
+def test_a_slow_answer_fails_with_a_504(pair, stream):
     writer = Writer()
     with serving(pair, writer, request_timeout_s=0.1, max_answers=1) as address:
         for _ in range(2):
@@ -341,7 +341,7 @@ def test_what_takes_too_long_fails_with_the_status_for_that(pair, stream):
         until(lambda: writer.busy == 0)
 
 
-def test_who_waits_too_long_for_a_place_is_told_the_same(pair):
+def test_a_long_wait_in_the_queue_fails_with_a_504(pair):
     writer = Writer()
     with serving(pair, writer, request_timeout_s=0.3, max_answers=1) as address, ThreadPoolExecutor(3) as clients:
         for response in clients.map(lambda _: post(address), range(3)):
@@ -349,43 +349,43 @@ def test_who_waits_too_long_for_a_place_is_told_the_same(pair):
 
 
 def events(response: httpx.Response) -> list[Any]:
-    """Of a stream that is whole, its end left out."""
+    """Returns the events of a complete stream, without the final [DONE]."""
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
     *lines, end, rest = response.text.split("\n\n")
     assert (end, rest) == ("data: [DONE]", "")
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_a_stream_that_takes_too_long_says_so_and_ends(pair):
+def test_a_slow_stream_ends_with_a_timeout_error(pair):
     with serving(pair, Writer([300, 301]), request_timeout_s=0.3) as address:
         *chunks, failed = events(post(address, BODY | {"stream": True}))
         assert "".join(event["choices"][0]["delta"].get("content", "") for event in chunks)
         assert failed["error"]["code"] == "timeout"
 
 
-# What breaks.
+# Internal errors.
 
 SECRET = "the verifier at 10.1.2.3 burns"
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_what_breaks_is_an_error_without_its_inside(pair, caplog, path, stream):
+def test_an_internal_error_reveals_no_details(pair, caplog, path, stream):
     body = {"model": MODEL, "prompt": "x"} if path == COMPLETIONS else BODY
     with serving(pair, Writer(error=RuntimeError(SECRET)), max_answers=1) as address:
         for _ in range(2):
             error = error_of(post(address, body | {"stream": stream}, path), 500)
             assert (error["type"], error["code"]) == ("server_error", "internal_error")
             assert SECRET not in json.dumps(error)
-    assert SECRET in caplog.text  # for the operator
+    assert SECRET in caplog.text  # the log has the details
 
 
-def test_a_call_that_takes_too_long_inside_is_told_without_its_inside_too(pair):
+def test_an_internal_timeout_reveals_no_details(pair):
     with serving(pair, Writer(error=TimeoutError(SECRET))) as address:
         assert SECRET not in error_of(post(address), 504)["message"]
 
 
-def test_what_breaks_in_a_stream_is_told_in_it(pair, caplog):
+def test_an_error_in_a_stream_is_sent_in_the_stream(pair, caplog):
     with serving(pair, Writer([300, 301], error=RuntimeError(SECRET)), max_answers=1) as address:
         for _ in range(2):
             response = post(address, BODY | {"stream": True})
@@ -398,7 +398,7 @@ def test_what_breaks_in_a_stream_is_told_in_it(pair, caplog):
     assert SECRET in caplog.text
 
 
-def test_what_breaks_outside_of_an_answer_is_told_in_the_same_shape(pair, caplog):
+def test_errors_outside_of_answers_have_the_same_format(pair, caplog):
     class Broken(LocalBackend):
         def unavailable_parts(self) -> dict[str, str]:
             raise RuntimeError(SECRET)
@@ -409,7 +409,7 @@ def test_what_breaks_outside_of_an_answer_is_told_in_the_same_shape(pair, caplog
         assert post(address).status_code == 200
 
 
-def test_one_of_several_choices_that_breaks_ends_them_all(pair):
+def test_a_failed_choice_ends_all_choices_of_the_request(pair):
     class Half(Writer):
         def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
             self.error = RuntimeError(SECRET) if self.busy else None
@@ -421,13 +421,13 @@ def test_one_of_several_choices_that_breaks_ends_them_all(pair):
         until(lambda: writer.busy == 0)
 
 
-# Clients that leave.
+# Clients that disconnect.
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("target_tokens", [[], [300, 301]])
 def test_the_work_for_a_client_that_disconnects_is_cancelled(pair, stream, target_tokens):
-    writer = Writer(target_tokens)  # it never finishes unless `may_go_on` is set
+    writer = Writer(target_tokens)  # the answer never finishes unless `may_go_on` is set
     body = json.dumps(BODY | {"stream": stream, "n": 2}).encode()
     with serving(pair, writer, max_answers=2, max_queued_requests=0) as address:
         with connected(address, body) as client:
@@ -437,10 +437,10 @@ def test_the_work_for_a_client_that_disconnects_is_cancelled(pair, stream, targe
             assert error_of(post(address), 503)
         until(lambda: writer.busy == 0)
         writer.may_go_on.set()
-        assert post(address, BODY | {"n": 2}).status_code == 200  # both places are free again
+        assert post(address, BODY | {"n": 2}).status_code == 200  # both slots are free again
 
 
-def test_answers_end_with_their_stream_even_if_somebody_keeps_what_broke_it(pair):
+def test_generation_ends_with_its_stream_even_if_the_exception_is_kept(pair):
     writer = Writer([300, 301])
     pipeline = replace(pair.pipeline, verifier=cast(Verifier, writer), drafter=None)
     app = create_app(LocalBackend(pipeline), ApiSettings(), MODEL)
@@ -473,13 +473,13 @@ def test_answers_end_with_their_stream_even_if_somebody_keeps_what_broke_it(pair
     asyncio.run(check())
 
 
-def test_a_client_that_leaves_its_place_in_the_line_makes_way(pair):
+def test_a_client_that_disconnects_in_the_queue_lets_the_next_one_in(pair):
     writer = Writer()
     body = json.dumps(BODY).encode()
     with serving(pair, writer, max_answers=1, max_queued_requests=1) as address, connected(address, body) as first:
 
         def refused() -> bool:
-            """Who is not stands in the line, and leaves it again."""
+            """Returns whether a request is rejected. A request that waits is cancelled."""
             with connected(address, body) as client:
                 client.settimeout(0.2)
                 try:
@@ -496,17 +496,17 @@ def test_a_client_that_leaves_its_place_in_the_line_makes_way(pair):
         assert post(address).status_code == 200
 
 
-def test_a_stream_that_nobody_reads_frees_the_engine(pair, raw):
+def test_an_unread_stream_releases_the_engine(pair, raw):
     before = pair.target.stats.num_tokens
     endless = BODY | {"stream": True, "max_tokens": 900, "ignore_eos": True}
     with raw.stream("POST", CHAT, json=endless) as response:
         next(response.iter_bytes())
         assert pair.target.stats.num_running == 1
     until(lambda: pair.target.stats.num_running == pair.target.stats.num_waiting == 0)
-    assert pair.target.stats.num_tokens - before < 800  # it did not simply come to its end
+    assert pair.target.stats.num_tokens - before < 800  # the answer had not reached its end
 
 
-# How a request is understood.
+# Interpretation of requests.
 
 
 def parse(pair: Pair, body: dict[str, Any], **settings: Any) -> ParsedRequest:
@@ -518,7 +518,7 @@ def parse(pair: Pair, body: dict[str, Any], **settings: Any) -> ParsedRequest:
     )
 
 
-def test_a_prediction_beyond_the_context_is_not_looked_at(pair):
+def test_the_part_of_a_prediction_beyond_the_context_is_ignored(pair):
     body = {"prediction": {"type": "content", "content": "x" * 100_000}, "stop": ["no such thing"]}
     (request,) = parse(pair, body).generation_requests
     assert request.prediction is not None and len(request.prediction) <= pair.pipeline.capabilities.max_model_len
@@ -528,12 +528,12 @@ def test_a_prediction_beyond_the_context_is_not_looked_at(pair):
     ("modes", "chat", "completion"),
     [(("auto", "off", "full"), "auto", "off"), (("off",), "off", "off"), (("full", "exact"), "full", "full")],
 )
-def test_who_names_no_mode_gets_one_that_the_operator_allows(pair, modes, chat, completion):
+def test_the_default_mode_is_one_that_the_operator_allows(pair, modes, chat, completion):
     assert parse(pair, {}, modes=modes).generation_requests[0].mode == chat
     assert parse(pair, {"prompt": "x"}, modes=modes).generation_requests[0].mode == completion
 
 
-def test_modes_the_operator_does_not_allow_are_refused(pair):
+def test_modes_that_the_operator_does_not_allow_are_rejected(pair):
     with serving(pair, modes=("full", "off")) as address:
         for mode in ("full", "off"):
             assert post(address, BODY | {"parse": {"mode": mode}}).json()["parse"]["mode"] == mode
@@ -542,7 +542,7 @@ def test_modes_the_operator_does_not_allow_are_refused(pair):
             assert error["param"] == "parse.mode" and "full, off" in error["message"]
 
 
-def test_a_request_chooses_its_method_the_text_stays_and_the_report_tells_what_came_of_it(address):
+def test_a_request_chooses_its_method_which_changes_the_report_but_not_the_text(address):
     (card,) = httpx.get(f"{address}/v1/models").json()["data"]
     assert (card["parse"]["methods"], card["parse"]["speculation"]) == (["parallel", "ngram", "none"], "parallel")
     request: list[Any] = [{"role": "user", "content": draw_problems(3, 1, split="service")[0].question}]
@@ -557,7 +557,7 @@ def test_a_request_chooses_its_method_the_text_stays_and_the_report_tells_what_c
             continue
         assert speculation["method"] == (choice or "parallel") and speculation["tokens"] == target_tokens
         assert speculation["tokens_per_pass"] == speculation["tokens"] / speculation["passes"]
-        # A pass writes what it accepts and one token more; only the last may come to an end before.
+        # A pass gives the accepted tokens and one more. Only the last pass may end earlier.
         assert speculation["tokens"] <= speculation["passes"] + speculation["accepted"] <= speculation["tokens"] + 1
         assert speculation["proposed"] == sum(place["proposed"] for place in speculation["places"])
         assert speculation["accepted"] == sum(place["accepted"] for place in speculation["places"])
@@ -565,10 +565,10 @@ def test_a_request_chooses_its_method_the_text_stays_and_the_report_tells_what_c
     assert len(texts) == 1
 
 
-def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(address, pair):
+def test_a_method_that_is_not_loaded_is_rejected_with_the_loaded_ones(address, pair):
     error = error_of(post(address, BODY | {"parse": {"speculation": "eagle3"}}), 400)
     assert (error["param"], error["code"]) == ("parse.speculation", "invalid_value")
-    assert "parallel, ngram, none here, got eagle3" in error["message"]
+    assert "parallel, ngram, none, got eagle3" in error["message"]
     with served(create_app(LocalBackend(without_methods(pair.pipeline)), ApiSettings(), MODEL)) as bare:
         card = httpx.get(f"{bare}/v1/models").json()["data"][0]["parse"]
         assert (card["methods"], card["speculation"]) == (["none"], "none")
@@ -577,13 +577,13 @@ def test_methods_that_the_target_has_not_loaded_are_refused_with_those_it_has(ad
         assert answer.json()["parse"]["speculation"] is None
 
 
-def test_completions_choose_a_method_too(pair):
+def test_a_completion_can_choose_a_method(pair):
     parsed = parse(pair, {"prompt": "x", "n": 2, "parse": {"speculation": "ngram"}})
     assert [request.speculative_method for request in parsed.generation_requests] == ["ngram"] * 2
     assert parse(pair, {"prompt": "x"}).generation_requests[0].speculative_method is None
 
 
-def test_what_belongs_together_meets_the_same_replica(pair):
+def test_requests_of_a_conversation_have_the_same_session_key(pair):
     def key(body: dict[str, Any]) -> str:
         return parse(pair, body).choices[0].session.id
 
@@ -599,6 +599,6 @@ def test_what_belongs_together_meets_the_same_replica(pair):
     assert key(system) != key({})
 
 
-def test_a_pipeline_is_asked_for_small_deltas_only_where_somebody_reads_along(pair):
+def test_only_streams_request_small_deltas(pair):
     assert parse(pair, {"stream": True}).generation_requests[0].stream_interval == 1
     assert parse(pair, {}).generation_requests[0].stream_interval > 1

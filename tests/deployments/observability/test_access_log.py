@@ -1,4 +1,4 @@
-"""What /metrics and the log tell, against what clients were told themselves."""
+"""Compares /metrics and the log with the responses that clients received."""
 
 import json
 import logging
@@ -54,7 +54,10 @@ def chat_body(content: str = "Hello.", mode: str = "off", **more: Any) -> dict[s
 
 
 def read_metrics(client: httpx.Client, **headers: str) -> dict[tuple[str, tuple[str, ...]], float]:
-    """By name and the values of labels, in the order of their names; those that are not zero."""
+    """Returns all values that are not zero.
+
+    The keys are the name and the values of the labels, in the order of the label names.
+    """
     samples = {}
     for family in text_string_to_metric_families(client.get("/metrics", headers=headers).text):
         for sample in family.samples:
@@ -67,7 +70,7 @@ def read_metrics(client: httpx.Client, **headers: str) -> dict[tuple[str, tuple[
 
 
 def read_outcomes(client: httpx.Client, **headers: str) -> dict[tuple[str, ...], float]:
-    """Of requests, by mode and outcome: once the server has come to know them."""
+    """Returns the numbers of recorded requests by mode and outcome."""
     return {
         labels: count
         for (name, labels), count in read_metrics(client, **headers).items()
@@ -76,7 +79,7 @@ def read_outcomes(client: httpx.Client, **headers: str) -> dict[tuple[str, ...],
 
 
 def stream_report(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
-    """The report in the last chunks, and the usage."""
+    """Returns the report in the last chunks, and the usage."""
     chunks: dict[str, Any] = {}
     options = {"stream": True, "stream_options": {"include_usage": True}}
     with client.stream("POST", CHAT, json=body | options) as response:
@@ -89,7 +92,7 @@ def stream_report(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
     return chunks
 
 
-def test_figures_add_up_to_exactly_what_clients_were_told(pair):
+def test_the_metrics_equal_the_sums_of_the_responses(pair):
     expected: Counts = Counts()
     with serving(pair) as client:
         for number, problem in enumerate(draw_problems(8, 18, split="service")):
@@ -133,7 +136,7 @@ def test_figures_add_up_to_exactly_what_clients_were_told(pair):
         until(lambda: sum(read_outcomes(client).values()) == 18)
         samples: dict[tuple[str, tuple[str, ...]], float] = {}
         for (name, labels), count in read_metrics(client).items():
-            key = name, labels[:1] if name.startswith("parse_proposed_") else labels  # of all places together
+            key = name, labels[:1] if name.startswith("parse_proposed_") else labels  # the sum over all positions
             samples[key] = samples.get(key, 0.0) + count
     exact = {key: value for key, value in samples.items() if key[0] in {name for name, _ in expected}}
     assert exact == {key: value for key, value in expected.items() if value}
@@ -145,7 +148,7 @@ def test_figures_add_up_to_exactly_what_clients_were_told(pair):
     )
 
 
-def test_requests_that_come_to_nothing_are_counted_by_what_became_of_them(pair):
+def test_failed_requests_are_counted_by_outcome(pair):
     with serving(pair, api_keys_env="OUR_TEST_KEYS", max_body_bytes=2000) as client:
         client.post(CHAT, content=b"{")
         client.post(CHAT, json=chat_body(surprise=1))
@@ -157,7 +160,7 @@ def test_requests_that_come_to_nothing_are_counted_by_what_became_of_them(pair):
         assert read_outcomes(client) == {("unknown", "invalid"): 6}
 
 
-def test_who_may_not_ask_is_counted_and_sees_no_figures(pair, monkeypatch):
+def test_unauthorized_requests_are_counted_and_get_no_metrics(pair, monkeypatch):
     monkeypatch.setenv("OUR_TEST_KEYS", "right")
     with serving(pair, api_keys_env="OUR_TEST_KEYS") as client:
         assert client.post(CHAT, json=chat_body(), headers={"Authorization": "Bearer wrong"}).status_code == 401
@@ -167,7 +170,7 @@ def test_who_may_not_ask_is_counted_and_sees_no_figures(pair, monkeypatch):
         assert read_outcomes(client, **key) == {("unknown", "unauthorized"): 1, ("off", "ok"): 1}
 
 
-def test_overload_slowness_and_failure_have_names_of_their_own(pair):
+def test_overload_timeout_and_failure_are_separate_outcomes(pair):
     writer = Writer()
     with serving(pair, verifier=writer, drafter=None, max_answers=1, max_n=1, max_queued_requests=0) as client:
         with ThreadPoolExecutor() as beside:
@@ -191,7 +194,7 @@ def test_overload_slowness_and_failure_have_names_of_their_own(pair):
         until(lambda: read_outcomes(client) == {("off", "failed"): 1})
 
 
-def test_who_leaves_is_counted_by_when(pair):
+def test_disconnections_are_counted_by_their_time(pair):
     writer = Writer()
     with serving(pair, verifier=writer, drafter=None) as client:
         with pytest.raises(httpx.ReadTimeout):
@@ -207,7 +210,7 @@ def test_who_leaves_is_counted_by_when(pair):
         assert not any(name.startswith("parse_written") for name, _ in read_metrics(client))
 
 
-def test_why_the_target_wrote_alone_is_told_by_name(pair):
+def test_fallbacks_are_counted_by_cause(pair):
     class Busy:
         async def draft(self, *args, **kwargs):
             raise DraftUnavailable("busy", HOSTILE)
@@ -223,7 +226,7 @@ def test_why_the_target_wrote_alone_is_told_by_name(pair):
         assert read_metrics(client)["parse_fallbacks_total", ("none_there",)] == 1
 
 
-def test_lost_calls_are_counted_even_if_the_answer_was_not_given():
+def test_lost_calls_are_counted_even_if_the_request_fails():
     recorder = MetricsRecorder(ROUTER_METRICS, deployment="Router")
     record = RequestRecord(
         "id",
@@ -251,7 +254,7 @@ def test_a_proposal_is_counted_by_position_up_to_the_first_that_differs():
     ) == 3
 
 
-def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_with_what_came_of_them():
+def test_proposals_are_counted_by_method_and_position_and_passes_with_their_tokens():
     recorder = MetricsRecorder(ROUTER_METRICS, deployment="Router")
     proposed, accepted = (9,) * 18, (8, 5, *[0] * 15, 2)
     speculated = SpeculationStats("eagle3", 9, proposed, accepted)
@@ -275,7 +278,7 @@ def test_what_a_method_proposes_is_counted_by_its_name_and_place_and_the_passes_
     assert not response("parse_proposed_tokens_total", "parallel")
 
 
-def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, caplog):
+def test_the_log_line_has_the_method_and_the_tokens_per_pass(pair, caplog):
     caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
     writer = Writer((300, 301, 302, 303, 304), speculated=SpeculationStats("ngram", 2, (2, 1, 1), (2, 1, 0)))
     writer.may_go_on.set()
@@ -286,11 +289,14 @@ def test_the_line_of_a_request_names_the_method_and_what_came_of_a_pass(pair, ca
             assert client.post(CHAT, json=chat_body(n=2)).status_code == 200
     until(lambda: len([r for r in caplog.records if r.name == "deployments.observability.access_log"]) == 2)
     first, second = (vars(record) for record in caplog.records if record.name == "deployments.observability.access_log")
-    assert (first["speculation"], first["tokens_per_pass"]) == ("ngram", 3.0)  # six in two passes, twice
+    assert (first["speculation"], first["tokens_per_pass"]) == (
+        "ngram",
+        3.0,
+    )  # there are two choices with six tokens in two passes each
     assert "speculation" not in second and "tokens_per_pass" not in second
 
 
-def test_chances_are_told_by_whether_the_prefix_was_kept():
+def test_p_correct_is_recorded_by_whether_the_prefix_was_kept():
     recorder = MetricsRecorder(ROUTER_METRICS, deployment="Router")
     answer = ChoiceState(0, 5, Session("s"), 0.0)
     answer.add_event(Verification(0, tuple(range(12)), (4, 8, 12), (0.99, 0.2, None), 4, "x"))
@@ -319,7 +325,7 @@ def test_nothing_a_client_sends_becomes_a_label(pair):
             assert {(k, v) for k, v in sample.labels.items() - vars(OWN).items() if k != "le"} <= declared
 
 
-def test_every_request_has_an_id_and_a_line_without_a_word_of_it(pair, caplog):
+def test_every_request_has_an_id_and_a_log_line_without_its_text(pair, caplog):
     caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
     with serving(pair) as client:
         secret = "Xylophone"
@@ -330,13 +336,13 @@ def test_every_request_has_an_id_and_a_line_without_a_word_of_it(pair, caplog):
     lines = [vars(record) for record in caplog.records if record.name == "deployments.observability.access_log"]
     ids = [first.headers["x-request-id"], second.headers["x-request-id"], "mine"]
     assert [line["request_id"] for line in lines] == ids and len(set(ids)) == 3
-    assert "x-request-id" not in third.headers  # Ray Serve's proxy returns an id that the client sent
+    assert "x-request-id" not in third.headers  # Ray Serve's proxy returns an id that the client has sent
     assert [(line["outcome"], line["status"]) for line in lines] == [("ok", 200), ("invalid", 400), ("ok", 200)]
     assert lines[0]["written"] == 3 and lines[0]["prompt_tokens"] == first.json()["usage"]["prompt_tokens"]
     assert secret not in caplog.text
 
 
-def test_an_id_is_one_word_of_the_line(pair, caplog):
+def test_an_id_cannot_break_the_log_line(pair, caplog):
     caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
     forged = "a outcome=failed\t\x85\xfcb" + "c" * 200
     with serving(pair) as client:
@@ -348,7 +354,7 @@ def test_an_id_is_one_word_of_the_line(pair, caplog):
     assert line.getMessage().split()[:3] == [f"request_id={request_id}", f"path={CHAT}", "outcome=invalid"]
 
 
-def test_who_is_refused_elsewhere_finds_his_request_in_the_log_too(pair, caplog, monkeypatch):
+def test_rejected_requests_to_other_paths_are_logged_too(pair, caplog, monkeypatch):
     monkeypatch.setenv("OUR_TEST_KEYS", "right")
     caplog.set_level(logging.INFO, logger="deployments.observability.access_log")
     with serving(pair, api_keys_env="OUR_TEST_KEYS") as client:

@@ -1,4 +1,7 @@
-"""The target asked again: by a scripted target, whose own answers and opinions are known."""
+"""Tests audits with a scripted target.
+
+Its answers and log-probabilities are known.
+"""
 
 import asyncio
 import random
@@ -25,7 +28,7 @@ REQUEST = GenerationRequest(
 
 
 class Target:
-    """Answers alone with the given text, and finds each text as likely as it is told."""
+    """A target with a fixed answer and a fixed log-probability for each text."""
 
     suffix = None
 
@@ -96,7 +99,7 @@ def _hurried(monkeypatch):
         ("It is 12.", "No idea", "disagree"),
     ],
 )
-def test_the_same_result_agrees_in_whatever_words(own, sent_text, result):
+def test_answers_with_the_same_result_agree_in_any_wording(own, sent_text, result):
     async def check():
         audited = Audited(Target(own, {(30, 31): -9.0}), result=NUMBER)
         audited.auditor.submit("id", REQUEST, sent(sent_text))
@@ -116,7 +119,7 @@ def test_the_same_result_agrees_in_whatever_words(own, sent_text, result):
 @pytest.mark.parametrize(
     ("logprob", "expected", "gap"), [(-1.3, "agree", 0.3), (-2.0, "disagree", 1.0), (-0.2, "agree", 0)]
 )
-def test_where_no_result_is_known_the_targets_opinion_decides(result, logprob, expected, gap):
+def test_without_a_result_the_log_probability_gap_decides(result, logprob, expected, gap):
     async def check():
         audited = Audited(Target("none", {(30, 31): logprob}), result=result, gap=0.5)
         audited.auditor.submit("id", REQUEST, sent("12"))
@@ -132,7 +135,7 @@ def test_where_no_result_is_known_the_targets_opinion_decides(result, logprob, e
     [{"mode": "off"}, {"mode": "exact"}, {"accepted_tokens": 0}],
     ids=["the target's own", "exact", "nothing accepted"],
 )
-def test_only_what_may_be_lossy_is_audited(usage):
+def test_only_lossy_answers_with_accepted_drafts_are_audited(usage):
     async def check():
         audited = Audited(Target("12"), result=NUMBER)
         audited.auditor.submit("id", REQUEST, sent("13", **usage))
@@ -144,7 +147,7 @@ def test_only_what_may_be_lossy_is_audited(usage):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
-def test_a_share_is_audited(share):
+def test_the_configured_share_is_audited(share):
     async def check():
         random.seed(1)
         audited = Audited(Target("12"), share=share, result=NUMBER)
@@ -157,7 +160,7 @@ def test_a_share_is_audited(share):
     asyncio.run(check())
 
 
-def test_who_comes_has_the_service_to_himself_and_the_audit_begins_again_later():
+def test_a_request_interrupts_an_audit_which_starts_again_later():
     async def check():
         audited = Audited(Target("12", wait_s=0.1), result=NUMBER)
         audited.auditor.submit("id", REQUEST, sent("12"))
@@ -179,7 +182,7 @@ def test_who_comes_has_the_service_to_himself_and_the_audit_begins_again_later()
     asyncio.run(check())
 
 
-def test_what_never_finds_its_moment_is_dropped_and_counted():
+def test_an_audit_without_idle_time_is_dropped_and_counted():
     async def check():
         audited = Audited(Target("12", wait_s=5), result=NUMBER)
         audited.auditor.submit("id", REQUEST, sent("12"))
@@ -200,7 +203,7 @@ def test_what_never_finds_its_moment_is_dropped_and_counted():
     asyncio.run(check())
 
 
-def test_an_audit_that_fails_harms_nobody():
+def test_a_failed_audit_does_not_stop_the_auditor():
     class Broken(Target):
         async def verify(self, request):
             raise ConnectionError("gone")
@@ -214,13 +217,13 @@ def test_an_audit_that_fails_harms_nobody():
     asyncio.run(check())
 
 
-def test_a_faulty_expression_is_refused():
+def test_an_invalid_expression_is_rejected():
     with pytest.raises(ValueError, match="is not a regular expression"):
         AuditSettings(result="(")
 
 
-def test_against_the_demo_pair_a_wrong_answer_is_found_out(pair):
-    """The sum that the draft got wrong on purpose; the very service that runs in production."""
+def test_an_audit_with_the_demo_pair_detects_a_wrong_answer(pair):
+    """The draft contains a wrong sum on purpose. The service is the same as in production."""
     pipeline = pair.pipeline
     text = "First, Uma scores 73, above 27, so Uma leads with 73.\nSo Uma has the record now, with 73."
     request = "Kim has the record with 27. In turn: first Uma 73, second Max 52. Who has the record now?"

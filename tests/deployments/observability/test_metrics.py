@@ -1,4 +1,7 @@
-"""What is declared, and how it is written and read. Prometheus' own parsers say whether a page is right."""
+"""Tests the declared metrics and their export.
+
+Prometheus' own parsers read the export.
+"""
 
 import re
 from collections.abc import Iterable
@@ -30,7 +33,7 @@ def values(families: Iterable) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def read_samples(recorder: MetricsRecorder) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Without the labels of a replica."""
+    """Returns the samples without the labels of a replica."""
     text, _ = encode_metrics([recorder.collect()], "")
     samples = values(plain_families(text.decode()))
     own = {f"{name}={value}" for name, value in vars(recorder.replica_labels).items()}
@@ -39,13 +42,13 @@ def read_samples(recorder: MetricsRecorder) -> dict[tuple[str, tuple[str, ...]],
     }
 
 
-def test_every_metric_is_told_by_routers_or_by_engines():
+def test_every_metric_is_exported_by_routers_or_by_engines():
     declared = [value for value in vars(metrics).values() if isinstance(value, Counter | Gauge | Histogram)]
     assert sorted(declared, key=id) == sorted(ALL, key=id)
 
 
 @pytest.mark.parametrize("metric", ALL, ids=lambda metric: metric.name)
-def test_a_declaration_keeps_to_the_rules(metric):
+def test_declarations_follow_prometheus_naming_rules(metric):
     assert re.fullmatch(r"parse(_[a-z]+)+", metric.name) and metric.help.endswith(".")
     assert isinstance(metric, Counter) == metric.name.endswith("_total")
     assert all(label.isidentifier() and values for label, values in metric.labels.items())
@@ -54,18 +57,18 @@ def test_a_declaration_keeps_to_the_rules(metric):
         assert metric.buckets[0] > 0 and all(low < high for low, high in pairwise(metric.buckets))
 
 
-def test_names_are_given_once():
+def test_a_metric_name_can_be_declared_only_once():
     assert len({metric.name for metric in ALL}) == len(ALL)
 
 
-def test_a_label_takes_no_value_but_those_declared():
+def test_a_label_value_that_is_not_declared_is_rejected():
     recorder = MetricsRecorder((COUNTER,), deployment="Coop")
     with pytest.raises(ValueError, match="'<b>' is not declared for colour"):
         recorder.add(COUNTER, colour="<b>")
     assert {labels for _, labels in read_samples(recorder)} == {("colour=white",), ("colour=brown",)}
 
 
-def test_what_is_told_is_shown_and_counters_begin_at_zero():
+def test_recorded_values_are_exported_and_counters_start_at_zero():
     recorder = MetricsRecorder((COUNTER, GAUGE, HISTOGRAM), deployment="Coop")
     assert read_samples(recorder)["parse_eggs_total", ("colour=brown",)] == 0.0
     recorder.add(COUNTER, 3, colour="white")
@@ -83,7 +86,7 @@ def test_what_is_told_is_shown_and_counters_begin_at_zero():
     assert samples["parse_weight_grams_sum", ()] == 120.0
 
 
-def test_what_somebody_else_counts_is_brought_up_to_his_count():
+def test_a_counter_can_follow_a_total_that_is_counted_elsewhere():
     recorder = MetricsRecorder((COUNTER,), deployment="Coop")
     for total in (5, 5, 12):
         recorder.update_total(COUNTER, total, colour="white")
@@ -98,7 +101,7 @@ def test_what_somebody_else_counts_is_brought_up_to_his_count():
 @pytest.mark.parametrize(
     ("accept", "read"), [("", plain_families), ("text/plain", plain_families), (OPEN, open_families)]
 )
-def test_replicas_stand_side_by_side_on_one_page(accept, read):
+def test_one_page_contains_the_series_of_all_replicas(accept, read):
     figures = []
     for replica, eggs in (("a", 1), ("b", 20)):
         recorder = MetricsRecorder((COUNTER, HISTOGRAM), deployment="Coop")
@@ -116,13 +119,13 @@ def test_replicas_stand_side_by_side_on_one_page(accept, read):
 
 @pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
 @pytest.mark.parametrize("version", ["x", "1.x", "", "2.0.0", "9" * 5000, "\xb2"])
-def test_a_version_that_nobody_knows_is_no_reason_to_tell_nothing(kind, version):
+def test_an_unknown_format_version_gets_the_plain_text_format(kind, version):
     recorder = MetricsRecorder((COUNTER,), deployment="Coop")
     text, _ = encode_metrics([recorder.collect()], f"{kind}; version={version}")
     assert b"\nparse_eggs_total{" in text
 
 
-def test_the_page_on_metrics_is_what_the_declarations_make_of_it():
+def test_the_page_on_metrics_is_up_to_date():
     page = (PROJECT_ROOT / "docs" / "metrics.md").read_text()
     assert page == reference_page(), "python -m deployments.observability.metrics_reference > docs/metrics.md"
     assert [metric.name for metric in ALL if f"| `{metric.name}` |" not in page] == []

@@ -3,7 +3,7 @@ from parse.events import Usage
 from parse.types import SpeculationStats
 
 
-def test_a_span_of_an_answer_says_what_it_took():
+def test_the_span_of_an_answer_has_its_counts():
     usage = Usage("rounds", draft_tokens=9, accepted_tokens=4, target_tokens=10, rounds=1, cached_tokens=3)
     counts = {"drafted": 9, "accepted": 4, "written": 10, "rounds": 1, "cached": 3}
     expected = {f"parse.{name}": count for name, count in counts.items()} | {"parse.mode": "rounds"}

@@ -1,4 +1,4 @@
-"""A real Ray with two pretended GPUs, and the application deployed on it as its users deploy it."""
+"""Deploys the application on a real Ray with two simulated GPUs."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from tests.deployments.service.service_client import ServiceClient, free_port
 from tests.deployments.service.spans import Spans
 
-RAYS_PORTS = range(10002, 20000)  # of its workers
+RAYS_PORTS = range(10002, 20000)  # the ports of Ray's workers
 TRACED = {"exporter_import_path": "deployments.observability.tracing:otlp", "sampling_ratio": 1.0}
 SMALL = {"num_threads": 1, "kv_cache_memory_bytes": 256 * 2**20, "max_model_len": 1024}
 
@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 @dataclass(frozen=True)
 class Cluster:
     address: str
-    logs: Path  # Ray Serve's
-    metrics: str  # where Ray exports them, host:port
+    logs: Path  # the logs of Ray Serve
+    metrics: str  # host:port where Ray exports metrics
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def spans() -> Iterator[Spans]:
 
 @pytest.fixture(scope="session")
 def cluster(spans: Spans) -> Iterator[Cluster]:
-    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = spans.url  # of no effect before a deployment wants traces
+    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = spans.url  # this has no effect until a deployment sets tracing_config
     port = free_port(outside=RAYS_PORTS)
     quiet: dict[str, Any] = dict(log_to_driver=False, namespace="serve", _metrics_export_port=port)
     context: Any = ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=True, **quiet)
@@ -56,7 +56,10 @@ def cluster(spans: Spans) -> Iterator[Cluster]:
 
 
 class Deployed:
-    """Deploys one after the other on the same cluster; what is deployed already stays."""
+    """Deploys configurations on the same cluster, one after the other.
+
+    A configuration that is already deployed stays.
+    """
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster, self._folder = cluster, folder
@@ -108,7 +111,7 @@ def deployed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Depl
 
 @pytest.fixture
 def service(deployed: Deployed) -> Iterator[ServiceClient]:
-    """One replica of each, at rest."""
+    """A service with one replica of each deployment, which is idle."""
     service = deployed.service()
     yield service
     asyncio.run(service.wait_until_idle())

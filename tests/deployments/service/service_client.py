@@ -19,7 +19,7 @@ from training import measure
 from training.task import Problem
 
 MODEL = "demo-target"
-TIMEOUT_S = 90.0  # generous: these tests do not measure speed
+TIMEOUT_S = 90.0  # long, because these tests do not measure speed
 
 
 def problems(count: int, seed: int = 3) -> list[Problem]:
@@ -67,7 +67,7 @@ class ServiceClient:
         return list(await replicas(name).broadcast("describe").results_async())
 
     async def wait_until_idle(self) -> None:
-        """Returns once no engine runs a request or holds blocks for one."""
+        """Returns when no engine runs a request or holds blocks for one."""
 
         async def is_idle() -> bool:
             all_stats = [stats for name in ("Verifier", "Drafter") for stats in await self.stats(name)]
@@ -77,7 +77,7 @@ class ServiceClient:
             )
 
         await until(is_idle)
-        await until(is_idle)  # twice, because a call between queue and engine is in neither for a moment
+        await until(is_idle)  # twice, because for a moment a call is neither in the queue nor in the engine
 
 
 def replicas(name: str) -> DeploymentHandle:
@@ -95,7 +95,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
         try:
             if await condition():
                 return
-        except Exception as error:  # a replica may be dead for a moment
+        except Exception as error:  # a replica may be down for a moment
             last = error
         await asyncio.sleep(0.2)
     raise AssertionError(f"the condition never held: {last!r}")

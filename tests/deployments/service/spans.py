@@ -1,4 +1,4 @@
-"""A collector of traces, as OpenTelemetry's protocol has them."""
+"""Collects traces in the protocol of OpenTelemetry."""
 
 import gzip
 import threading

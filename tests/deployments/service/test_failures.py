@@ -1,4 +1,4 @@
-"""Parts that die, hang or have too much to do."""
+"""Tests replicas that die, hang or are overloaded."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ async def drafts_again(service):
     await until(drafting)
 
 
-def test_a_verifier_killed_amid_a_stream_is_not_noticed_but_by_the_report(service):
+def test_a_verifier_killed_during_a_stream_shows_only_in_the_report(service):
     async def streamed(body, *, kill):
         text, finish, report, chunks = "", None, None, 0
         async with service.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -55,19 +55,19 @@ def test_a_verifier_killed_amid_a_stream_is_not_noticed_but_by_the_report(servic
     asyncio.run(compared())
 
 
-def test_a_killed_drafter_costs_only_speed_and_comes_back(service):
+def test_after_a_killed_drafter_answers_continue_and_it_is_replaced(service):
     async def ask():
         await kill_replica(service, "Drafter")
         answers = [await service.answer(chat(problem.question)) for problem in problems(6)]
         assert all(answer["choices"][0]["finish_reason"] == "stop" for answer in answers)
-        # A new drafter may come so soon that nobody has to do without.
+        # A new drafter may start so soon that every request gets a draft.
         assert all(answer["parse"]["drafted"] or answer["parse"]["fallback"] for answer in answers)
         await drafts_again(service)
 
     asyncio.run(ask())
 
 
-def test_a_drafter_that_hangs_costs_only_speed_and_comes_back(service):
+def test_while_a_drafter_hangs_answers_continue_without_drafts(service):
     async def ask():
         (drafter,) = await service.describe("Drafter")
         os.kill(drafter.pid, signal.SIGSTOP)
@@ -86,7 +86,7 @@ def test_a_drafter_that_hangs_costs_only_speed_and_comes_back(service):
     asyncio.run(ask())
 
 
-def test_a_client_that_leaves_frees_its_work_everywhere(service):
+def test_a_client_that_disconnects_ends_its_work_on_all_replicas(service):
     async def leave():
         async with service.client() as client:
             body = chat(COUNT, mode="off", stream=True, max_tokens=800, ignore_eos=True)
@@ -98,12 +98,12 @@ def test_a_client_that_leaves_frees_its_work_everywhere(service):
         (before,) = await service.stats("Verifier")
         await service.wait_until_idle()
         (after,) = await service.stats("Verifier")
-        assert after.num_tokens - before.num_tokens < 2 * 800  # they did not write to the end
+        assert after.num_tokens - before.num_tokens < 2 * 800  # the answers had not reached their end
 
     asyncio.run(leave())
 
 
-def test_of_200_requests_every_client_that_stays_gets_its_answer_whoever_dies(service):
+def test_all_200_clients_get_answers_although_replicas_are_killed(service):
     rng = random.Random(5)
     modes = ["full", "rounds", "progressive", "auto", "off"]
     cases = [(p, rng.random() < 0.25, rng.choice(modes), rng.random() < 0.5) for p in problems(200)]

@@ -1,4 +1,7 @@
-"""Other ways to deploy it: several replicas, tight limits, changes under load, and what no cluster can place."""
+"""Tests deployments that differ from the default one.
+
+They have several replicas, tight limits, changes under load, or impossible requirements.
+"""
 
 import asyncio
 from itertools import count
@@ -14,7 +17,7 @@ TWO_OF_EACH = [
 ]
 
 
-def test_under_tight_limits_many_clients_get_answers_or_are_told_to_come_again(deployed):
+def test_with_tight_limits_clients_get_answers_or_a_503(deployed):
     service = deployed.service(**TIGHT)
 
     async def storm():
@@ -26,15 +29,15 @@ def test_under_tight_limits_many_clients_get_answers_or_are_told_to_come_again(d
 
     answers, afterwards = asyncio.run(storm())
     assert {answer.status_code for answer in answers} == {200, 503}
-    assert sum(answer.status_code == 200 for answer in answers) >= 12  # worked on, or waiting
+    assert sum(answer.status_code == 200 for answer in answers) >= 12  # these run or wait
     for refused in (answer for answer in answers if answer.status_code == 503):
         assert refused.json()["error"]["code"] == "overloaded" and int(refused.headers["Retry-After"]) >= 1
     assert {answer.status_code for answer in afterwards} == {200}
     asyncio.run(service.wait_until_idle())
 
 
-def test_of_several_verifiers_a_conversation_meets_the_one_that_knows_it(deployed):
-    deployed.clear()  # Serve would start new replicas beside the old ones, and has no GPU left for that
+def test_a_conversation_uses_the_verifier_that_has_cached_it(deployed):
+    deployed.clear()  # Serve would start new replicas before it stops the old ones, and no GPU is left for them
     service = deployed.service(TWO_OF_EACH)
 
     async def conversations():
@@ -54,7 +57,7 @@ def test_of_several_verifiers_a_conversation_meets_the_one_that_knows_it(deploye
             num_tokens = [stats.num_tokens for stats in await service.stats("Verifier")]
             if len(token_counts) >= 8 and min(num_tokens) > max(
                 first_tokens, second_tokens
-            ):  # both had conversations of their own
+            ):  # both verifiers had conversations
                 return token_counts
         raise AssertionError("one of the two had nothing to do")
 
@@ -94,7 +97,7 @@ def test_a_change_under_load_loses_no_request(deployed):
     before = {pid for name in ("Verifier", "Drafter", "Router") for pid in asyncio.run(pids(service, name))}
     answers = asyncio.run(changed())
     after = {pid for name in ("Verifier", "Drafter", "Router") for pid in asyncio.run(pids(service, name))}
-    assert not before & after  # all of it is new
+    assert not before & after  # only new replicas remain
     assert len(answers) > 20 and {answer.status_code for answer in answers} == {200}
     asyncio.run(service.wait_until_idle())
 
@@ -103,7 +106,7 @@ async def pids(service, name):
     return [replica.pid for replica in await service.describe(name)]
 
 
-def test_what_cannot_be_placed_or_is_not_known_is_said(deployed):
+def test_impossible_resources_and_unknown_keys_are_reported(deployed):
     too_many_gpus = [{"name": "Verifier", "ray_actor_options": {"num_cpus": 0.1, "num_gpus": 3}}]
     result = deployed.deploy(too_many_gpus)
     assert result.returncode == 1

@@ -1,4 +1,7 @@
-"""A live deployment under a load that has everything in it, watched by a real Prometheus, on both ways."""
+"""Monitors a deployment under a mixed load with a real Prometheus.
+
+It reads the metrics from both sources.
+"""
 
 import asyncio
 import json
@@ -24,7 +27,7 @@ from tests.cluster.querying import (
 from tests.deployments.service.conftest import SMALL
 from tests.deployments.service.service_client import ServiceClient, chat, events, problems, until
 
-IN_TIME_S = 5.0  # half of what Prometheus allows by default
+IN_TIME_S = 5.0  # half of the default timeout of Prometheus
 QUICKLY_S = 30.0
 MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
 CHOICES = (None, "ngram", "none", None)
@@ -38,7 +41,7 @@ SETTINGS = {
 
 
 class ClientTotals:
-    """What clients were told, added up."""
+    """The sums of the responses that clients received."""
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
@@ -66,7 +69,7 @@ async def send_request(
 ) -> None:
     body = chat(prompt, mode=mode)
     body["parse"]["speculation"] = CHOICES[number % len(CHOICES)]
-    if number % 9 == 8:  # leaves
+    if number % 9 == 8:  # the client disconnects
         try:
             await client.post("/v1/chat/completions", json=body, timeout=0.02)
         except httpx.TimeoutException:
@@ -90,7 +93,7 @@ async def send_request(
 
 
 async def load(service: ServiceClient, client_totals: ClientTotals) -> None:
-    """Bursts with more than there is room for, pauses in which audits find their moment, and some faults."""
+    """Sends bursts of too many requests and some faulty ones, with pauses for audits."""
     rng = random.Random(7)
     load_problems = problems(72, seed=9)
     async with service.client() as client:
@@ -123,7 +126,7 @@ def total(watching: Prometheus, query: str) -> float:
 
 
 @needs_prometheus
-def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cluster, tmp_path):
+def test_every_query_of_dashboards_and_alerts_returns_data(deployed, cluster, tmp_path):
     service = deployed.service(**SETTINGS)
     client_totals = ClientTotals()
     before = httpx.get(f"{service.url}/metrics").text
@@ -140,7 +143,7 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
         assert not empty, [(query.label, query.expression) for query in empty]
         assert watching.rule_faults() == []
 
-        # Clients and Prometheus have counted the same, on both ways. Ray still tells of routers that are gone.
+        # Clients and Prometheus have counted the same, in both sources. Ray still exports routers that have stopped.
         (router,) = {sample["metric"]["replica"] for sample in watching.query("parse_places")}
         counts = [(name, "", n) for name, n in client_totals.tokens.items()]
         counts += [(name, f'method="{method}",', n) for (name, method), n in client_totals.by_method.items()]
@@ -167,7 +170,7 @@ def test_every_query_of_every_dashboard_and_alert_finds_its_figures(deployed, cl
 
 
 def reports(text: str) -> Counter[str]:
-    """Of how many replicas each deployment's figures are."""
+    """Returns how many replicas of each deployment report metrics."""
     replicas = {
         (sample.labels["deployment"], sample.labels["replica"])
         for family in text_string_to_metric_families(text)
@@ -182,7 +185,7 @@ def unreached(text: str) -> float:
     return sum(sample.value for sample in samples if sample.name == "parse_unreached_replicas_total")
 
 
-def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_up_nobody(deployed):
+def test_a_scrape_returns_all_replicas_and_a_hanging_one_does_not_delay_it(deployed):
     service = deployed.service(deployments=[{"name": "Router", "num_replicas": 2}], target=TARGET)
 
     async def load_problems():
@@ -197,7 +200,7 @@ def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_
                 return reports((await client.get("/metrics")).text) == counts
 
             await until(lambda: all_reported({"Router": 2, "Verifier": 1, "Drafter": 1}))
-            for _ in range(6):  # whichever router answers
+            for _ in range(6):  # the result does not depend on the router that responds
                 text = (await client.get("/metrics")).text
                 samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
                 drafted = sum(s.value for s in samples if s.name == "parse_drafted_tokens_total")
@@ -209,7 +212,7 @@ def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_
                 assert reports(response.text) == {"Router": 2, "Verifier": 1}
                 await until(lambda: counted(client))
             finally:
-                os.kill(drafter.pid, signal.SIGKILL)  # a stopped one as well
+                os.kill(drafter.pid, signal.SIGKILL)  # a stopped replica is left out too
             response = await client.get("/metrics", timeout=IN_TIME_S)
             assert response.status_code == 200 and reports(response.text)["Verifier"] == 1
             await until(lambda: all_reported({"Router": 2, "Verifier": 1, "Drafter": 1}))
@@ -221,14 +224,14 @@ def test_figures_of_all_replicas_come_with_every_scrape_and_a_hanging_one_holds_
     asyncio.run(load_problems())
 
 
-def test_the_log_tells_of_each_request_by_its_id(deployed, cluster):
+def test_the_log_has_one_line_per_request_with_its_id(deployed, cluster):
     service = deployed.service()
 
     async def load_problems() -> str:
         async with service.client() as client:
             response = await client.post("/v1/chat/completions", json=chat("Xylophone?", mode="off", max_tokens=4))
             request_id = response.headers["x-request-id"]
-            assert "," not in request_id  # told once
+            assert "," not in request_id  # each request is logged once
 
             async def is_logged() -> bool:
                 return any(line.get("request_id") == request_id and "outcome" in line for line in lines(cluster.logs))

@@ -1,4 +1,4 @@
-"""The deployed service as its clients meet it."""
+"""Tests the deployed service from the view of its clients."""
 
 import asyncio
 
@@ -20,7 +20,7 @@ def messages_of(problem):
 
 
 def library_answer(problem):
-    """What transformers lets the target write."""
+    """Returns the target's answer from `generate()` of transformers."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_TARGET)
     model = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
     prompt = torch.tensor([chat_prompt_token_ids(tokenizer, messages_of(problem))])
@@ -28,7 +28,7 @@ def library_answer(problem):
     return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-def test_the_official_client_is_answered_in_every_way_it_asks(service):
+def test_the_official_client_gets_all_kinds_of_answers(service):
     api, (problem, *_) = client(service), problems(1)
     request = dict(model=MODEL, messages=messages_of(problem), temperature=0, extra_body={"parse": {"mode": "off"}})
     completion = api.chat.completions.create(**request)
@@ -66,7 +66,7 @@ def test_the_official_client_is_answered_in_every_way_it_asks(service):
     assert [model.id for model in api.models.list()] == [MODEL]
 
 
-def test_drafts_are_accepted_and_what_happened_adds_up(service):
+def test_drafts_are_accepted_and_the_counts_are_consistent(service):
     async def request():
         return [await service.answer(chat(p.question, mode=mode)) for p in problems(4) for mode in ("full", "rounds")]
 
@@ -82,7 +82,7 @@ def test_drafts_are_accepted_and_what_happened_adds_up(service):
     )
 
 
-def test_drafter_and_verifier_have_a_device_each_and_the_router_none(service):
+def test_drafter_and_verifier_have_one_device_each_and_the_router_has_none(service):
     async def described():
         return [await service.describe(name) for name in ("Verifier", "Drafter", "Router")]
 

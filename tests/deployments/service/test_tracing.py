@@ -1,4 +1,4 @@
-"""One request, one trace, over all replicas that had to do with it."""
+"""Tests that one request has one trace over all replicas."""
 
 import asyncio
 from collections import Counter
@@ -16,8 +16,8 @@ EXPECTED_SPANS = Counter(
 )
 
 
-def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans):
-    deployed.clear()  # replicas that run already would go on without
+def test_the_trace_of_a_request_contains_router_and_replicas(deployed, spans):
+    deployed.clear()  # replicas that already run would continue without tracing
     service = deployed.service(traced=True)
 
     async def send_requests():
@@ -26,7 +26,7 @@ def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans
             async with service.client() as client:
                 await client.get("/metrics")
 
-        async def all_exported():  # each process sends its own, now and then
+        async def all_exported():  # each process sends its spans at intervals
             names = Counter(span.name for span in spans.exported)
             return names >= EXPECTED_SPANS
 
@@ -36,7 +36,7 @@ def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans
     by_id = {span.id: span for span in spans.exported}
 
     def within(span):
-        """The names of all it is a part of."""
+        """Returns the names of a span's ancestors."""
         names = []
         while (span := by_id.get(span.parent)) is not None:
             names.append(span.name)
@@ -54,7 +54,7 @@ def test_a_request_is_followed_from_the_router_into_the_replicas(deployed, spans
             assert "replica_handle_request Router __call__" in within(span)
     traces = {span.trace for span in spans.exported if span.name == "answer"}
     assert len(traces) == 4
-    # What is asked every second by the service itself, or by those who watch it, leaves no trace.
+    # Health checks and scrapes, which happen every second, leave no trace.
     assert sum(span.name == "replica_handle_request Router __call__" for span in spans.exported) == 4
     assert not [
         span.name

@@ -1,4 +1,4 @@
-"""Figures fetched from replicas that answer, hang, fail, or are not there."""
+"""Collects metrics from replicas that respond, hang, fail or do not exist."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -14,7 +14,7 @@ HERE = ReplicaMetrics(ReplicaLabels("farm", "Verifier", "a"), [])
 
 
 class Replica:
-    """Its end of a call, as Ray Serve's handle has it."""
+    """The replica's end of a call, like in Ray Serve's handle."""
 
     def __init__(self, answer: Callable[[], Awaitable[ReplicaMetrics]]) -> None:
         self.answer, self.given_up = answer, False
@@ -66,7 +66,7 @@ def recorder() -> MetricsRecorder:
     return MetricsRecorder(ROUTER_METRICS, deployment="Router")
 
 
-def test_who_does_not_answer_is_counted_and_given_up(recorder, monkeypatch):
+def test_replicas_that_do_not_respond_are_counted_and_cancelled(recorder, monkeypatch):
     monkeypatch.setattr("deployments.serving.metrics_collection.SCRAPE_TIMEOUT_S", 0.02)
     hanging = Replica(never)
     handles: Any = {"Verifier": Handle(Replica(at_once), hanging, Replica(failing)), "Drafter": Handle()}
@@ -79,7 +79,7 @@ def test_who_does_not_answer_is_counted_and_given_up(recorder, monkeypatch):
     assert hanging.given_up and unreached(recorder) == {"Verifier": 2.0, "Drafter": 1.0}
 
 
-def test_a_reader_who_leaves_takes_his_questions_along(recorder):
+def test_a_cancelled_scrape_cancels_its_calls(recorder):
     hanging = Replica(never)
     handles: Any = {"Verifier": Handle(hanging)}
 

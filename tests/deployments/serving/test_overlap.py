@@ -4,8 +4,8 @@ from typing import Any
 from deployments.serving.overlap import BusyTime, ServicePart
 
 
-def test_times_are_those_of_a_count_moment_by_moment(monkeypatch):
-    """Against a clock that moves only here, and a second way to count."""
+def test_busy_times_equal_a_count_in_small_time_steps(monkeypatch):
+    """The clock is simulated, and the expected times are counted in another way."""
     now = 0.0
     monkeypatch.setattr("deployments.serving.overlap.time.perf_counter", lambda: now)
     rng = random.Random(4)

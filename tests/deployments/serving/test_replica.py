@@ -1,4 +1,4 @@
-"""When a replica says that it is ill."""
+"""Tests the health checks and the preparation of replicas."""
 
 import asyncio
 from dataclasses import replace
@@ -23,7 +23,7 @@ def hosted(monkeypatch):
     hosted.engine.shutdown()
 
 
-def test_it_warms_up_and_keeps_nothing_of_it(hosted):
+def test_a_new_replica_has_run_all_kinds_of_requests_and_caches_nothing(hosted):
     asyncio.run(hosted.warm_up())
     stats = hosted.engine.stats
     assert stats.num_steps > 10 and not stats.num_running
@@ -32,7 +32,7 @@ def test_it_warms_up_and_keeps_nothing_of_it(hosted):
     assert (description.device, description.visible_gpus, description.max_model_len) == ("cpu", "", 512)
 
 
-def test_an_engine_that_makes_no_step_is_ill_and_one_without_work_is_not(hosted, monkeypatch):
+def test_an_engine_without_steps_is_unhealthy_unless_it_has_no_work(hosted, monkeypatch):
     monkeypatch.setattr(replica, "MAX_STEP_DURATION_S", 0.0)
     hosted.check_health()
 
@@ -41,7 +41,7 @@ def test_an_engine_that_makes_no_step_is_ill_and_one_without_work_is_not(hosted,
         stream = hosted.engine.generate(GenerateRequest(prompt_token_ids=(1, 2, 3), sampling_params=params))
         await anext(stream)
         monkeypatch.setattr(type(hosted.engine), "stats", property(lambda _: frozen))
-        hosted.check_health()  # has just seen it move
+        hosted.check_health()  # the check has just seen a step
         with pytest.raises(RuntimeError, match="no step for 0 s"):
             await hosted.alive()
         await stream.aclose()
@@ -51,7 +51,7 @@ def test_an_engine_that_makes_no_step_is_ill_and_one_without_work_is_not(hosted,
     asyncio.run(held_up())
 
 
-def test_a_stopped_engine_is_ill(hosted):
+def test_a_stopped_engine_is_unhealthy(hosted):
     hosted.engine.shutdown()
     with pytest.raises(RuntimeError, match="died"):
         hosted.check_health()

@@ -1,4 +1,4 @@
-"""Calls over handles that lose their replicas, hang, or are busy; the handles are scripted."""
+"""Tests calls over scripted handles that lose their replicas, hang or are busy."""
 
 import asyncio
 from contextlib import nullcontext
@@ -40,7 +40,10 @@ def generate_request(output=(), draft=(), **fields):
 
 @dataclass
 class Handle:
-    """Plays its script: a list for each call, of items to give and errors to raise; the last one plays on."""
+    """A scripted handle.
+
+    The script has a list for each call, with items to return and errors to raise. Further calls use the last list.
+    """
 
     script: list
     calls: list = field(default_factory=list)
@@ -108,7 +111,7 @@ async def collect(stream):
 
 
 @pytest.mark.parametrize("loss", [ActorDiedError(), raised_there(EngineStopped("shut down"))])
-def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
+def test_a_broken_stream_continues_on_another_replica_after_the_received_tokens(loss):
     handle = scripted(
         [
             [TokenDelta((10, 11), num_accepted=2), TokenDelta((12, 20), num_accepted=1), loss],
@@ -126,7 +129,7 @@ def test_a_stream_goes_on_elsewhere_from_what_was_passed_on(loss):
     assert [options["session_id"] for options, _ in handle.calls] == ["s", "s/1", "s/2"]
 
 
-def test_of_a_proposal_taken_so_far_the_rest_is_proposed_again():
+def test_after_a_retry_the_rest_of_the_draft_is_proposed_again():
     handle = scripted(
         [
             [TokenDelta((10, 11), num_accepted=2), ActorDiedError()],
@@ -137,13 +140,13 @@ def test_of_a_proposal_taken_so_far_the_rest_is_proposed_again():
     assert handle.calls[1][1] == (generate_request((10, 11), (12,)),)
 
 
-def test_a_stream_that_ends_before_the_answer_was_lost():
+def test_a_stream_that_ends_before_the_answer_counts_as_lost():
     handle = scripted([[TokenDelta((10,))], [TokenDelta((11,), finish_reason="length")]])
     deltas = asyncio.run(collect(VerifierClient(handle, Session("s"), DEAF).generate(generate_request())))
     assert [delta.token_ids for delta in deltas] == [(10,), (11,)]
 
 
-def test_a_lost_verification_is_asked_for_again_and_a_refused_one_is_not():
+def test_a_lost_verification_is_repeated_and_a_rejected_one_is_not():
     result = VerifyResult((0.5, 0.4))
     handle = scripted([[ActorDiedError()], [result]])
     session = Session("s")
@@ -161,7 +164,7 @@ FUSED = VerifyAndGenerateRequest(
 
 
 @pytest.mark.parametrize("loss", [ActorDiedError(), raised_there(EngineStopped("shut down"))])
-def test_a_fused_call_that_is_lost_before_the_result_is_made_again_as_a_whole(loss):
+def test_a_fused_call_that_is_lost_before_its_result_is_repeated(loss):
     result = VerifyResult((0.99, 0.1))
     handle = scripted([[loss], [], [result, TokenDelta((9,), finish_reason="stop")]])
     session = Session("s")
@@ -172,13 +175,16 @@ def test_a_fused_call_that_is_lost_before_the_result_is_made_again_as_a_whole(lo
 
 
 @pytest.mark.parametrize("received", [[], [TokenDelta((9, 8))]])
-def test_a_fused_call_that_is_lost_after_the_result_goes_on_from_the_accepted_prefix(received):
+def test_a_fused_call_that_is_lost_after_its_result_continues_from_the_accepted_prefix(received):
     result = VerifyResult((0.99, 0.1))
     handle = scripted([[result, *received, ActorDiedError()], [TokenDelta((7,), finish_reason="stop")]])
     session = Session("s")
     items = asyncio.run(collect(VerifierClient(handle, session, DEAF).verify_and_generate(FUSED)))
     assert items == [result, *received, TokenDelta((7,), finish_reason="stop")] and session.num_retries == 1
-    output = (2, *(token for delta in received for token in delta.token_ids))  # the first token of the draft passed
+    output = (
+        2,
+        *(token for delta in received for token in delta.token_ids),
+    )  # the first token of the draft was accepted
     assert handle.calls[1][0]["method_name"] == "generate"
     assert handle.calls[1][1] == (generate_request(output, speculative_method="ngram"),)
 
@@ -191,14 +197,14 @@ def test_a_fused_call_whose_draft_is_accepted_ends_with_the_result():
     assert handle.cancelled == 1
 
 
-def test_verifiers_that_die_one_after_the_other_end_the_request():
+def test_too_many_lost_verifiers_end_the_request():
     handle, session = scripted([[ActorDiedError()]]), Session("s")
     with pytest.raises(RetriesExhausted):
         asyncio.run(VerifierClient(handle, session, DEAF).prefill((1,)))
     assert len(handle.calls) == replica_clients.MAX_RETRIES + 1
 
 
-def test_whoever_gives_up_cancels_the_call():
+def test_a_cancelled_caller_cancels_the_call():
     handle = scripted([[FOREVER]])
 
     async def give_up():
@@ -232,7 +238,7 @@ async def drafted(handle, alive, *, stream_interval=NO_STREAMING, session=None):
         breaker.close()
 
 
-def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
+def test_whole_drafts_use_a_call_and_windows_use_a_stream():
     complete_drafts = scripted([[TokenDelta((7, 8), finish_reason="stop")]])
     assert asyncio.run(drafted(complete_drafts, scripted([[None]]))) == [TokenDelta((7, 8), finish_reason="stop")]
     assert complete_drafts.calls[0][0] == {"method_name": "draft_complete", "session_id": "s"}
@@ -246,13 +252,13 @@ def test_whole_drafts_come_in_a_call_and_windows_in_a_stream():
     ("error", "reason"),
     [(BackPressureError(1, 1), "the drafters are busy"), (ActorDiedError(), "the drafter was lost")],
 )
-def test_what_goes_wrong_with_a_drafter_leaves_no_draft(error, reason):
+def test_errors_of_a_drafter_raise_draft_unavailable(error, reason):
     for stream_interval in (NO_STREAMING, 4):
         with pytest.raises(DraftUnavailable, match=reason):
             asyncio.run(drafted(scripted([[error]]), scripted([[None]]), stream_interval=stream_interval))
 
 
-def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers():
+def test_a_drafter_that_hangs_is_skipped_until_it_responds():
     alive = scripted([[None], [None], [FOREVER], [FOREVER], [None]])
     hanging, well = scripted([[FOREVER]]), scripted([[TokenDelta((7,), finish_reason="stop")]])
 
@@ -273,7 +279,7 @@ def test_a_drafter_that_hangs_is_given_up_and_not_asked_again_until_it_answers()
     asyncio.run(asyncio.wait_for(requests(), 30))
 
 
-def test_after_a_death_there_are_no_drafts_until_one_answers():
+def test_after_a_drafter_died_there_are_no_drafts_until_one_responds():
     async def requests():
         breaker = CircuitBreaker("drafter", scripted([[None], [ActorDiedError()], [None]]), BusyTime())
         dying = DrafterClient(scripted([[ActorDiedError()], [TokenDelta((7,))]]), Session("s"), breaker)
@@ -289,11 +295,11 @@ def test_after_a_death_there_are_no_drafts_until_one_answers():
     asyncio.run(asyncio.wait_for(requests(), 30))
 
 
-def test_one_that_answers_others_is_well_though_our_question_waits_in_line():
+def test_a_part_whose_calls_succeed_is_available_although_the_health_check_waits():
     async def requests():
         breaker = CircuitBreaker("verifier", scripted([[None], [FOREVER]]), BusyTime())
         verifier = VerifierClient(scripted([[7]]), Session("s"), breaker)
-        for _ in range(40):  # four times as long as its patience
+        for _ in range(40):  # four times as long as the timeout of the health check
             assert await verifier.prefill((1,)) == 7
             await asyncio.sleep(0.005)
         assert breaker.failure is None

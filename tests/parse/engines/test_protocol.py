@@ -26,7 +26,7 @@ LIMITED = Capabilities(
 @pytest.mark.parametrize(
     ("fields", "params", "field", "reason"),
     [
-        ({"mode": "progressive"}, {}, "mode", "only full, off"),
+        ({"mode": "progressive"}, {}, "mode", "supports full, off"),
         ({"speculative_method": "ngram"}, {}, "speculation", "none, eagle3"),
         ({}, {"repetition_penalty": 1.1}, "repetition_penalty", "is not supported"),
         ({}, {"logit_bias": {5: 1.0}}, "logit_bias", "is not supported"),
@@ -70,10 +70,10 @@ def test_a_pipeline_refuses_a_request_before_it_calls_the_engine(tokenizer):
     async def first_event():
         return await anext(pipeline.generate(GenerationRequest((1, 2), mode="rounds")))
 
-    with pytest.raises(RequestError, match=r"^mode: rounds is not supported"):
+    with pytest.raises(RequestError, match=r"^mode: this engine supports full, off, got 'rounds'"):
         asyncio.run(first_event())
 
 
 def test_settings_that_the_engine_cannot_serve_are_refused_at_startup(tokenizer):
-    with pytest.raises(ValueError, match=r"verification\.auto_mode: this engine supports full, off, not rounds"):
+    with pytest.raises(ValueError, match=r"verification\.auto_mode: this engine supports full, off, got rounds"):
         limited_pipeline(tokenizer, auto_mode="rounds")

@@ -88,7 +88,7 @@ def test_a_sequence_for_which_no_state_can_be_made_gets_no_proposals(caplog):
     guarded = guard.new_state()
     guarded.extend((1,), None, None)
     assert guard.propose([ProposalRequest(guarded, 3)]) == [NO_PROPOSAL]
-    assert "no state for a new sequence" in caplog.text
+    assert "there is no state for a new sequence" in caplog.text
 
 
 def test_the_proposer_is_not_called_for_requests_of_no_tokens():

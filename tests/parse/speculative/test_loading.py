@@ -137,7 +137,7 @@ def test_each_method_reads_the_hidden_states_that_it_names(model):
         ("space", "demo-eagle3", ProposerLoadError, "config.json lacks 'rank'"),
         ("eagle3", "demo-space", ProposerLoadError, "config.json lacks"),
         ("eagle3", "nowhere", ProposerLoadError, "nowhere"),
-        ("draft_model", "nowhere", ModelNotFoundError, "nowhere is no directory"),
+        ("draft_model", "nowhere", ModelNotFoundError, "nowhere is not a directory"),
         ("space", None, ProposerLoadError, "this one has none"),
     ],
 )
@@ -164,5 +164,5 @@ def test_invalid_settings_are_rejected(values, message):
 
 
 def test_a_method_may_be_named_once():
-    with pytest.raises(ValueError, match="each method may be named once, got ngram, ngram"):
+    with pytest.raises(ValueError, match="each method may be named only once, got ngram, ngram"):
         settings(config("ngram"), config("ngram"))

@@ -3,12 +3,14 @@
 import asyncio
 import random
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
@@ -17,8 +19,8 @@ from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
 from parse.engines.native.step_timing import measure_step_seconds
 from parse.errors import RequestError
-from parse.prompts import chat_prompt_token_ids
-from parse.requests import GenerateRequest
+from parse.prompts import VerificationSuffix, chat_prompt_token_ids
+from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.proposal import Proposal, Proposer
@@ -128,6 +130,20 @@ def engine(request):
     engine.shutdown()
 
 
+@pytest.fixture(scope="module")
+def plain_continuation(plain_engine):
+    """What the target alone generates for a request; the tests of all methods share the results."""
+    results: dict = {}
+
+    def continuation(request):
+        key = (request.prompt_token_ids, request.output_token_ids, request.sampling_params.seed)
+        if key not in results:
+            results[key], _, _ = asyncio.run(generate(plain_engine, request))
+        return results[key]
+
+    return continuation
+
+
 def prompts_for(engine, count):
     conversations = [[{"role": "user", "content": problem.question}] for problem in draw_problems(5, count)]
     return [chat_prompt_token_ids(engine.model.tokenizer, messages) for messages in conversations]
@@ -166,6 +182,34 @@ async def generate_all(engine, requests):
     return await asyncio.gather(*(generate(engine, request) for request in requests))
 
 
+def fused_requests(requests, drafts):
+    """Requests that verify a draft first. The thresholds differ, so that all, some or none of it is accepted."""
+    return [
+        VerifyAndGenerateRequest(
+            verify=VerifyRequest(
+                prompt_token_ids=request.prompt_token_ids,
+                draft_token_ids=tuple(draft),
+                prefix_lengths=range(4, len(draft) + 1, 4),
+                suffix=VerificationSuffix((1, 2, 3), (4,), (5,)),
+                policy=AcceptancePolicy(Thresholds(prefix=(0.0, 0.5, 1.0)[number % 3]), "longest_passing"),
+            ),
+            sampling_params=request.sampling_params,
+        )
+        for number, (request, draft) in enumerate(zip(requests, drafts, strict=True))
+    ]
+
+
+async def verify_and_generate(engine, fused_request):
+    """The number of accepted draft tokens, and the tokens generated after them."""
+    async with aclosing(engine.verify_and_generate(fused_request)) as items:
+        accepted = fused_request.accepted_prefix_length((await anext(items)).p_correct)
+        return accepted, [token async for delta in items for token in delta.token_ids]
+
+
+async def verify_and_generate_all(engine, requests):
+    return await asyncio.gather(*(verify_and_generate(engine, request) for request in requests))
+
+
 def test_the_output_in_a_mixed_batch_is_the_targets_own(plain_engine, engine):
     requests = requests_for(prompts_for(plain_engine, 12))
     expected = asyncio.run(generate_all(plain_engine, requests))
@@ -179,6 +223,15 @@ def test_the_output_in_a_mixed_batch_is_the_targets_own(plain_engine, engine):
             assert token_ids == expected_ids and finish_reason == expected_finish
             assert [top for _, top in logprobs] == [top for _, top in expected_logprobs]
             assert [p for p, _ in logprobs] == pytest.approx([p for p, _ in expected_logprobs], abs=1e-4)
+
+
+def test_the_output_after_a_verification_is_the_targets_own(plain_engine, engine, plain_continuation):
+    requests = requests_for(prompts_for(plain_engine, 6))
+    drafts = [plain_continuation(request)[:24] for request in requests]
+    outputs = asyncio.run(verify_and_generate_all(engine, fused_requests(requests, drafts)))
+    assert {0, 24} <= {accepted for accepted, _ in outputs}
+    for request, draft, (accepted, token_ids) in zip(requests, drafts, outputs, strict=True):
+        assert token_ids == plain_continuation(replace(request, output_token_ids=tuple(draft[:accepted])))
 
 
 @pytest.mark.parametrize("method", ["eagle3", "eagle3 tree", "parallel", "space"])
@@ -202,9 +255,11 @@ def test_proposers_receive_the_models_hidden_states_of_the_token_before_each(pla
         requests = requests_for(prompts_for(plain_engine, 4), PARAMS[:2])
         for _ in range(2):
             asyncio.run(generate_all(engine, requests))
+        drafts = [ids[:24] for ids, _, _ in asyncio.run(generate_all(plain_engine, requests))]
+        asyncio.run(verify_and_generate_all(engine, fused_requests(requests, drafts)))
     finally:
         engine.shutdown()
-    assert len(proposer.states) == 8
+    assert len(proposer.states) == 12
     for state in proposer.states:
         tokens = [token for new_tokens, _ in state.received for token in new_tokens]
         hidden_states = torch.cat([new_states for _, new_states in state.received])

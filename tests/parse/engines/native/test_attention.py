@@ -7,8 +7,7 @@ from parse.engines.native.attention import ContiguousAttention, UnsupportedModel
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
-from parse.tree import chain, suffix_forest
-from training.verification_tree import trunk_with_suffixes
+from parse.tree import chain, suffix_forest, trunk_with_suffixes
 
 LAYER = 3
 
@@ -118,7 +117,7 @@ def test_layers_of_a_model_may_differ_in_their_heads():
 
 @pytest.mark.parametrize("argument", [dict(softcap=30.0), dict(s_aux=torch.zeros(4))])
 def test_capped_scores_and_sinks_are_refused(argument):
-    with pytest.raises(UnsupportedModelError, match="capped scores and sinks"):
+    with pytest.raises(UnsupportedModelError, match="softcapped attention scores and attention sinks"):
         zeros = torch.zeros(1, 1, 1, 4)
         step = ContiguousAttention(KVCache(num_blocks=1, block_size=1), [], torch.tensor([]))
         step_attention(torch.nn.Module(), zeros, zeros, zeros, None, step=step, **argument)

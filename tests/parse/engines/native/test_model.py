@@ -108,7 +108,7 @@ def test_an_unknown_model_that_computes_wrong_logits_is_caught_at_load(mixing, t
     Model(network, tokenizer)
     layer = network.model.layers[1]
     layer.mlp = mixing(layer.mlp)
-    with pytest.raises(UnsupportedModelError, match="does not compute the same packed as alone"):
+    with pytest.raises(UnsupportedModelError, match="does not compute the same in packed steps as alone"):
         Model(network, tokenizer)
 
 
@@ -120,7 +120,7 @@ def test_no_model_is_refused_for_what_rounding_does_in_half_precision(kind, dtyp
         Model(build(kind, seed, num_hidden_layers=3).to(dtype), tokenizer)
     network = build(kind, num_hidden_layers=3).to(dtype)
     network.model.layers[0].mlp = Neighbours(network.model.layers[0].mlp, 1.0)
-    with pytest.raises(UnsupportedModelError, match="does not compute the same packed as alone"):
+    with pytest.raises(UnsupportedModelError, match="does not compute the same in packed steps as alone"):
         Model(network, tokenizer)
 
 
@@ -129,7 +129,7 @@ def test_a_wrong_model_is_caught_however_small_its_logits_are(tokenizer):
     network.model.layers[1].mlp = Neighbours(network.model.layers[1].mlp)
     with torch.no_grad():
         network.lm_head.weight *= 1e-5
-    with pytest.raises(UnsupportedModelError, match="does not compute the same packed as alone"):
+    with pytest.raises(UnsupportedModelError, match="does not compute the same in packed steps as alone"):
         Model(network, tokenizer)
 
 

@@ -639,9 +639,15 @@ def test_every_call_tells_how_much_it_found_known(path):
     assert all(delta.num_cached_tokens == 0 for delta in generated_ids[1:])
 
 
-def test_the_fused_call_is_a_verification_and_then_a_generation_whoever_else_is_served(engine, tokenizer):
-    """Held against the two calls made one after the other, greedy and sampled, with logprobs and stop strings."""
+@pytest.mark.parametrize("answer_first", [True, False])
+def test_the_fused_call_is_a_verification_and_then_a_generation(engine, tokenizer, monkeypatch, answer_first):
+    """The reference are the two calls one after the other, greedy and sampled, with logprobs and stop strings.
+
+    Other requests run at the same time.
+    """
     rng = random.Random(21)
+    options = replace(engine._verify_options(), answer_first=answer_first, max_nodes=4 * len(SUFFIX.token_ids))
+    monkeypatch.setattr(engine, "_verify_options", lambda: options)
 
     def request(index):
         prompt, output, draft = text(rng, rng.randint(1, 50)), text(rng, rng.choice([0, 0, 5])), text(rng, 24)
@@ -705,6 +711,26 @@ def test_the_fused_call_is_a_verification_and_then_a_generation_whoever_else_is_
         True,
         False,
     }
+
+
+def test_a_fused_call_saves_the_pass_of_the_first_token_and_computes_each_token_once(path):
+    """The reference is a verification and a generation in an engine of their own."""
+    prompt, draft = text(random.Random(31), 30), text(random.Random(32), 20)
+    params = replace(GREEDY, max_tokens=8 + 6, ignore_eos=True)
+    policy = AcceptancePolicy(Thresholds(1.0, 0.0), "longest_passing")
+    verify_request = replace(verification(prompt, draft, [8], SUFFIX), policy=policy)
+    request = VerifyAndGenerateRequest(verify=verify_request, sampling_params=params)
+    fused, separate = (load_native_engine(settings(path, max_num_batched_tokens=512)) for _ in range(2))
+    try:
+        result, *deltas = asyncio.run(collect(fused.verify_and_generate(request)))
+        assert asyncio.run(separate.verify(request.verify)).p_correct == pytest.approx(result.p_correct, abs=1e-5)
+        assert ids(deltas) == asyncio.run(write(separate, prompt, draft[:8], params))
+        assert fused.stats.num_steps == 1 + 5  # the pass of the verification gives the first of six tokens
+        assert separate.stats.num_steps == 1 + 6
+        assert fused.stats.num_tokens == separate.stats.num_tokens - 1
+    finally:
+        fused.shutdown()
+        separate.shutdown()
 
 
 def test_the_result_of_a_fused_call_comes_before_anything_is_generated(slow):

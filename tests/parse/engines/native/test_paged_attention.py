@@ -19,10 +19,9 @@ from parse.engines.native.scheduler import Scheduler
 from parse.errors import RequestCancelled, RequestError
 from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
-from parse.tree import suffix_forest, tree_from_parents
+from parse.tree import suffix_forest, tree_from_parents, trunk_with_suffixes
 from parse.types import SamplingParams
 from tests.parse.engines.native.tiny import VOCABULARY, WINDOW, alone, build, paused, plain, run_trees, serving, submit
-from training.verification_tree import trunk_with_suffixes
 
 KINDS = "llama", "qwen3", "mistral", "gemma3_text", "deepseek_v3"
 ATOL = 1e-4

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.detokenizer import IncrementalDetokenizer
-from parse.engines.native.programs import TreeOutput, VerifyOptions, generate, prefill, verify
+from parse.engines.native.programs import TreeOutput, generate, prefill
 from parse.engines.native.sampler import Sampler, sample
+from parse.engines.native.verification import VerifyOptions, verify
 from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.proposal import Proposal, Proposer
 from parse.speculative.proposal_policy import ProposalCall, SpeculativeMethod
-from parse.tree import TokenTree
+from parse.tree import TokenTree, chain
 from parse.types import SamplingParams, SpeculationStats, sum_stats
 from tests.parse.engines.native.chance import surprising
 from training.tokenizer import build_tokenizer
@@ -324,7 +325,7 @@ SUFFIX = VerificationSuffix((1, 2, 3), correct_token_ids=(4, 5), incorrect_token
 
 
 def verified(probabilities, prefix_lengths, *, max_nodes=100, in_one_pass=False, full=None, prefix=None, **fields):
-    """The result where the model answers so at each prefix, and which prefixes are evaluated, run by run.
+    """The output where the model answers so at each prefix, and which prefixes are evaluated, run by run.
 
     `full` and `prefix` are thresholds; without both of them every prefix matters.
     """
@@ -346,40 +347,43 @@ def verified(probabilities, prefix_lengths, *, max_nodes=100, in_one_pass=False,
         VerifyOptions(max_nodes=max_nodes, max_model_len=1000, answer_first=not in_one_pass),
         trunk,
     )
+    context_length = prompt_length + max(prefix_lengths, default=0) - len(trunk)
+    num_trunk = len(trunk)
     try:
         step = next(program)
         while True:
             committed += len(step.accepted_path)
-            if isinstance(step.nodes, TokenTree):
-                nodes = list(step.logits_nodes or ())
-                assert tokens(step) == [1, 2, 3] * len(nodes)
-                assert nodes == list(range(2, 3 * len(nodes), 3))
-                context_lengths = step.nodes.visible_context(999)[nodes].tolist()
-                lengths = [length - prompt_length for length in context_lengths]
-                runs.append(lengths)
-                logits = torch.randn(len(lengths), VOCABULARY)
-                for row, length in zip(logits, lengths, strict=True):
-                    p = probabilities[prefix_lengths.index(length)]
-                    # Shared among the variants of a word, however the rest of the vocabulary fares.
-                    row[[4, 5, 6]] = torch.tensor([p / 4, 3 * p / 4, 1 - p]).log() + row[0]
-            else:
-                assert tokens(step) == list(trunk)
-                logits = TABLE[tokens(step)]
+            context_length += len(step.accepted_path)
+            assert tokens(step)[:num_trunk] == list(trunk[:num_trunk])
+            assert tokens(step)[num_trunk:] == [1, 2, 3] * ((len(step.nodes) - num_trunk) // 3)
+            tree = step.nodes if isinstance(step.nodes, TokenTree) else chain(step.nodes)
+            answers = [node for node in step.logits_nodes or () if node >= num_trunk]
+            assert answers == list(range(num_trunk + 2, len(tree), 3))
+            positions = tree.visible_context(context_length) + tree.depth
+            lengths = [int(positions[node]) - 2 - prompt_length for node in answers]
+            runs.append(sorted(lengths))
+            logits = TABLE[[trunk[node] if node < num_trunk else 0 for node in step.logits_nodes or ()]]
+            for row, length in zip(logits[len(logits) - len(answers) :], lengths, strict=True):
+                p = probabilities[prefix_lengths.index(length)]
+                # Shared among the variants of a word, however the rest of the vocabulary fares.
+                row[[4, 5, 6]] = torch.tensor([p / 4, 3 * p / 4, 1 - p]).log() + row[0]
+            num_trunk = 0
             step = program.send(TreeOutput(logits, sample(logits, step.sampling_states)))
     except StopIteration as finished:
-        assert committed == len(trunk)
+        assert committed + len(finished.value.accepted_path) == len(trunk)
         return finished.value, runs
 
 
 def test_every_cut_is_asked_about_in_as_few_runs_as_fit():
     probabilities = [0.1, 0.9, 0.5, 0.7]
-    result, runs = verified(probabilities, [3, 8, 9, 20])
-    assert result.p_correct == pytest.approx(probabilities, abs=1e-5)
+    output, runs = verified(probabilities, [3, 8, 9, 20])
+    assert output.result.p_correct == pytest.approx(probabilities, abs=1e-5)
     assert runs == [[3, 8, 9, 20]]
-    result, runs = verified(probabilities, [3, 8, 9, 20], max_nodes=8)
-    assert result.p_correct == pytest.approx(probabilities, abs=1e-5)
+    output, runs = verified(probabilities, [3, 8, 9, 20], max_nodes=8)
+    assert output.result.p_correct == pytest.approx(probabilities, abs=1e-5)
     assert runs == [[3, 8], [9, 20]]
-    assert verified([], []) == (replace(result, p_correct=()), [])
+    output, runs = verified([], [])
+    assert (output.result.p_correct, runs) == ((), [])
 
 
 @pytest.mark.parametrize(
@@ -396,22 +400,33 @@ def test_every_cut_is_asked_about_in_as_few_runs_as_fit():
     ],
 )
 def test_what_no_longer_matters_is_not_asked(probabilities, options, runs, evaluated_indices):
-    result, evaluated = verified(probabilities, [10, 20, 30], **options)
+    output, evaluated = verified(probabilities, [10, 20, 30], **options)
     assert evaluated == runs
-    for place, (got, chance) in enumerate(zip(result.p_correct, probabilities, strict=True)):
+    for place, (got, chance) in enumerate(zip(output.result.p_correct, probabilities, strict=True)):
         assert got == (pytest.approx(chance, abs=1e-5) if place in evaluated_indices else None)
 
 
 def test_the_log_probabilities_of_the_draft_come_with_the_result():
     trunk = [5, 0, 3, 3, 7]
-    result, runs = verified([0.5, 0.6], [2, 4], trunk=trunk, num_logprobs=2)
+    output, runs = verified([0.5, 0.6], [2, 4], trunk=trunk, num_logprobs=2)
     assert runs == [[2, 4]]
     assert verified([0.5, 0.6], [2, 4], trunk=trunk, num_logprobs=2, max_nodes=3)[1] == [[2], [4]]
-    assert len(result.logprobs) == 4
-    for last, token, got in zip(trunk, trunk[1:], result.logprobs, strict=False):
+    assert len(output.result.logprobs) == 4
+    for last, token, got in zip(trunk, trunk[1:], output.result.logprobs, strict=False):
         probabilities = TABLE[last].double().softmax(-1)
         assert math.exp(got.logprob) == pytest.approx(float(probabilities[token]), abs=1e-5)
         assert [other for other, _ in got.top] == probabilities.argsort(descending=True)[:2].tolist()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(in_one_pass=True), dict(max_nodes=3), dict(num_logprobs=0)])
+@pytest.mark.parametrize("lengths", [[2, 4], [4], [1, 2, 3, 4], []])
+def test_the_logits_after_each_prefix_come_from_the_pass_that_runs_the_trunk(options, lengths):
+    trunk = [5, 0, 3, 3, 7] if lengths else [5]
+    output, runs = verified([0.1] * len(lengths), lengths, full=0.9, trunk=trunk, **options)
+    assert sum(run.count(4) for run in runs) == bool(lengths)  # the complete answer is evaluated once
+    assert set(output.next_token_logits) >= {0, *lengths}
+    for length, logits in output.next_token_logits.items():
+        assert logits.tolist() == [TABLE[trunk[length]].tolist()]
 
 
 def test_a_prefill_computes_the_context_and_nothing_else():

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
-from parse.tree import TokenTree, chain, suffix_forest, tree_from_parents
-from training.verification_tree import trunk_with_suffixes
+from parse.tree import TokenTree, chain, suffix_forest, tree_from_parents, trunk_with_suffixes
 
 
 @dataclass

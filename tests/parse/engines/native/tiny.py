@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lfm2": (dict(layer_types=["conv", "full_attention"]), "recurrent"),
     "gpt_oss": (dict(num_local_experts=4) | _HEADS, "sinks"),
     "gemma2": (_HEADS, "softcapping"),
-    "nemotron": ({}, "does not pass the forward's keyword arguments"),
+    "nemotron": ({}, "does not pass the keyword arguments of `forward`"),
     "diffllama": (_HEADS, "does not compute the same"),
     "llama4_text": (dict(intermediate_size_mlp=48, num_local_experts=2) | _HEADS, "chunk"),
 }

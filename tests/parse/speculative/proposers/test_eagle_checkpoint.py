@@ -124,20 +124,24 @@ WRONG = {
     "midlayer.self_attn.k_proj.weight": lambda t: t.pop("midlayer.self_attn.k_proj.weight"),
     "fc.weight": lambda t: t.pop("fc.weight"),
     "has no tensor d2t": lambda t: t.pop("d2t"),
-    r"fc.weight is \(16, 32\), must be \(16, 48\)": lambda t: t.update({"fc.weight": torch.zeros(16, 32)}),
-    r"lm_head.weight is \(30, 16\), must be \(25, 16\)": lambda t: t.update({"lm_head.weight": torch.zeros(30, 16)}),
-    r"v_proj.weight is \(16, 32\), must be \(8, 32\)": lambda t: t.update(
+    r"fc.weight must have the shape \(16, 48\) for this target, got \(16, 32\)": lambda t: t.update(
+        {"fc.weight": torch.zeros(16, 32)}
+    ),
+    r"lm_head.weight must have the shape \(25, 16\) for this target, got \(30, 16\)": lambda t: t.update(
+        {"lm_head.weight": torch.zeros(30, 16)}
+    ),
+    r"v_proj.weight must have the shape \(8, 32\) for this target, got \(16, 32\)": lambda t: t.update(
         {"midlayer.self_attn.v_proj.weight": torch.zeros(16, 32)}
     ),
-    r"d2t is \(3,\), must be \(25,\)": lambda t: t.update({"d2t": torch.zeros(3, dtype=torch.long)}),
+    r"d2t must have the shape \(25,\), got \(3,\)": lambda t: t.update({"d2t": torch.zeros(3, dtype=torch.long)}),
     r"d2t maps to tokens outside 0..39": lambda t: t.update({"d2t": t["d2t"] + 30}),
-    r"t2d is \(9,\), must be \(40,\)": lambda t: t.update({"t2d": torch.zeros(9, dtype=torch.bool)}),
+    r"t2d must have the shape \(40,\), got \(9,\)": lambda t: t.update({"t2d": torch.zeros(9, dtype=torch.bool)}),
     "t2d and d2t name different tokens": lambda t: t.update({"t2d": ~t["t2d"]}),
     "has an unexpected tensor midlayer.self_attn.q_norm.weight": lambda t: t.update(
         {"midlayer.self_attn.q_norm.weight": torch.ones(4)}
     ),
     "fc.weight has values that are not finite": lambda t: t.update({"fc.weight": torch.full((16, 48), torch.nan)}),
-    r"embeddings have width 8, the head 16": lambda t: t.update({"embed_tokens.weight": torch.zeros(40, 8)}),
+    r"embeddings have width 8, the head has width 16": lambda t: t.update({"embed_tokens.weight": torch.zeros(40, 8)}),
 }
 
 
@@ -151,15 +155,21 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 41}, "vocab_size is 41, the target's 40"),
-        ({"target_hidden_size": 32}, "target_hidden_size is 32, the target's 16"),
-        ({"draft_vocab_size": 50}, "draft_vocab_size, 50, exceeds vocab_size, 40"),
-        ({"eagle_aux_hidden_state_layer_ids": [2, 3, 7]}, "include 7, the target has 6 layers"),
-        ({"eagle_aux_hidden_state_layer_ids": [2, 4]}, r"fc.weight is \(16, 48\), must be \(16, 32\)"),
+        ({"vocab_size": 41}, "vocab_size is 41, and the target's is 40"),
+        ({"target_hidden_size": 32}, "target_hidden_size is 32, and the target's is 16"),
+        ({"draft_vocab_size": 50}, "draft_vocab_size must be at most vocab_size, got 50 and 40"),
+        (
+            {"eagle_aux_hidden_state_layer_ids": [2, 3, 7]},
+            r"auxiliary layers must lie in 0\.\.6 for this target, got \[2, 3, 7\]",
+        ),
+        (
+            {"eagle_aux_hidden_state_layer_ids": [2, 4]},
+            r"fc.weight must have the shape \(16, 32\) for this target, got \(16, 48\)",
+        ),
         ({"norm_before_residual": True}, "norm_before_residual is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling must be one of .* got 'dynamic'"),
-        ({"num_key_value_heads": 3}, "num_attention_heads, 4, must be a multiple of num_key_value_heads, 3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3"),
         ({"intermediate_size": None}, "lacks intermediate_size"),
         ({"num_attention_heads": 0}, "has an invalid value"),
         ({"num_key_value_heads": -1}, "num_key_value_heads must be a whole number above 0, got -1"),
@@ -182,7 +192,9 @@ def test_a_head_of_another_width_than_its_target_needs_embeddings_of_its_own(tmp
     narrow = TargetModel(6, torch.zeros(40, 8))
     config = CONFIG | {"target_hidden_size": 8}
     tensors = naive.checkpoint(CONFIG) | {"fc.weight": torch.zeros(16, 24)}
-    with pytest.raises(ProposerLoadError, match="embeddings have width 8, the head 16, and the checkpoint has no"):
+    with pytest.raises(
+        ProposerLoadError, match="embeddings have width 8, the head has width 16, and the checkpoint has no"
+    ):
         load_head(naive.write(tmp_path / "without", config, tensors), narrow)
     head, _ = load_head(naive.write(tmp_path / "with", config, tensors | {"embed_tokens.weight": EMBEDDING}), narrow)
     assert head.fc.shape == (16, 24)

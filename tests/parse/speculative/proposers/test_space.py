@@ -197,10 +197,10 @@ def test_saved_adapters_load_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 64}, "hidden_size is 64, the target's 32"),
-        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, the target's 2"),
-        ({"rank": 6}, r"down is \(2, 5, 32\), must be \(2, 6, 32\)"),
-        ({"masks": 0}, "must be at least 1, masks at most 256, got rank 5 and 0 masks"),
+        ({"hidden_size": 64}, "hidden_size is 64, and the target's is 32"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and the target's is 2"),
+        ({"rank": 6}, r"down must have the shape \(2, 6, 32\) for this target, got \(2, 5, 32\)"),
+        ({"masks": 0}, "must be at least 1, and masks at most 256, got rank 5 and 0 masks"),
         ({"masks": 1000}, "got rank 5 and 1000 masks"),
         ({"rank": -3}, "got rank -3"),
         ({"rank": "many"}, "is damaged"),
@@ -265,7 +265,7 @@ def test_a_model_that_was_tuned_as_a_whole_reads_its_mask_token():
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [(None, "this one has none"), (VOCABULARY, rf"mask token is {VOCABULARY}, the target's token ids")],
+    [(None, "this tokenizer has none"), (VOCABULARY, rf"mask token must lie in .*, got {VOCABULARY}")],
 )
 def test_a_tokenizer_without_a_usable_mask_token_is_rejected(token, message):
     with pytest.raises(ProposerLoadError, match=message):
