@@ -12,7 +12,7 @@ from bench.contenders import PipelineContender
 from bench.output import heading, row
 from parse.config import EngineSettings
 from parse.engines.protocol import Drafter
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import DraftRequest
 from parse.types import TokenDelta
@@ -44,7 +44,7 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
     target, draft = (
         EngineSettings(model=str(models / name), num_threads=num_threads) for name in ("demo-target", "demo-draft")
     )
-    pair = LocalPair(target, draft)
+    pair = Pair(target, draft)
     assert pair.pipeline.drafter is not None
     corrupting_drafter = CorruptingDrafter(pair.pipeline.drafter, wrong=pair.tokenizer.encode(" 98")[0])
     pair.pipeline = replace(pair.pipeline, drafter=corrupting_drafter)

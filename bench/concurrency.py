@@ -19,7 +19,7 @@ from bench.contenders import BenchResult, PipelineContender, clear_caches
 from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel, measure_passes
 from bench.output import heading, row
 from bench.speedup_model import DecodingStats, decoding_stats, speedup_by_depth
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.types import sum_stats
 from training.confidence import format_ratio, rounds_interval
 
@@ -42,7 +42,7 @@ class ConcurrentRun:
 
 
 async def run(
-    pair: LocalPair,
+    pair: Pair,
     recorder: RecordingCostModel,
     prompts: Sequence[Sequence[int]],
     single_stats: Mapping[str, DecodingStats],

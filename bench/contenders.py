@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from parse.config import EngineSettings
 from parse.controller import DraftingController
 from parse.events import Finished, TextDelta
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.requests import GenerateRequest, GenerationRequest, VerifyRequest
 from parse.types import SamplingParams, SpeculationStats
 from training import measure
@@ -93,10 +93,10 @@ def accuracy_figures(
     return share_figures("accuracy", is_correct)
 
 
-def build_contenders(models: Path, *, num_threads: int) -> tuple[LocalPair, dict[str, Contender]]:
+def build_contenders(models: Path, *, num_threads: int) -> tuple[Pair, dict[str, Contender]]:
     """Returns all contenders. The baselines have models of their own, because the engine replaces attention."""
     target, draft = models / "demo-target", models / "demo-draft"
-    pair = LocalPair(
+    pair = Pair(
         EngineSettings(model=str(target), num_threads=num_threads),
         EngineSettings(model=str(draft), num_threads=num_threads),
     )
@@ -116,7 +116,7 @@ class PipelineContender:
     Every contender has a drafting controller of its own, so that mode `auto` does not learn from the other contenders.
     """
 
-    def __init__(self, pair: LocalPair, mode: str, method: str = "none") -> None:
+    def __init__(self, pair: Pair, mode: str, method: str = "none") -> None:
         self.pair, self.mode, self.method = pair, mode, method
         self.pipeline = replace(pair.pipeline, controller=DraftingController())
 
@@ -148,7 +148,7 @@ class PipelineContender:
         )
 
 
-def clear_caches(pair: LocalPair) -> None:
+def clear_caches(pair: Pair) -> None:
     """Clears the prefix caches, so that no contender benefits from the one before."""
     for engine in (pair.target, pair.draft):
         if engine is not None:
@@ -158,7 +158,7 @@ def clear_caches(pair: LocalPair) -> None:
 class Baselines:
     """Generation by Hugging Face, and the stepwise verification of SpecReason on the native engine."""
 
-    def __init__(self, pair: LocalPair, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    def __init__(self, pair: Pair, target: PreTrainedModel, draft: PreTrainedModel) -> None:
         self.pair, self.target, self.draft = pair, target, draft
         self.eos_token_id = next(iter(pair.target.model.eos_token_ids))
 

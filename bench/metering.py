@@ -33,7 +33,8 @@ from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import ROUTER_METRICS, Counter, Gauge, Histogram, MetricsRecorder
 from deployments.session import Session
 from parse.config import EngineSettings
-from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.pair import Pair
 from parse.pipeline import Pipeline
 from training.confidence import format_ratio, rounds_interval
 from training.provenance import describe_run
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     timed = TimedRecorder()
     with ExitStack() as stack:
-        pair = stack.enter_context(LocalPair(target, draft))
+        pair = stack.enter_context(Pair(target, draft))
         meters = {"with metrics": timed, "without": NullRecorder()}
         addresses = {
             name: stack.enter_context(serve(InProcessBackend(pair.pipeline, recorder)))

@@ -25,7 +25,7 @@ from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel,
 from bench.output import heading, row
 from bench.speedup_model import DecodingStats, break_even_tokens, decoding_stats, predict_speedup
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.prompts import chat_prompt_token_ids
 from parse.types import sum_stats
 from training import measure
@@ -75,8 +75,8 @@ def run(count: int, seed: int, models: Path, num_threads: int, rounds: int = ROU
         EngineSettings(model=str(models / name), num_threads=num_threads) for name in ("demo-target", "demo-draft")
     )
     with (
-        LocalPair(target.model_copy(update={"speculative_configs": speculation_settings(models)}), draft) as pair,
-        LocalPair(target) as plain_pair,
+        Pair(target.model_copy(update={"speculative_configs": speculation_settings(models)}), draft) as pair,
+        Pair(target) as plain_pair,
     ):
         prompts = [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
         recorder = RecordingCostModel(pair.target)

@@ -5,23 +5,21 @@ Without colours the target's words are in [brackets] and the rejected ones in {-
 """
 
 import argparse
-import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from pydantic import ValidationError
 from transformers.utils import logging as transformers_logging
 
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.demo import EXAMPLE_PROMPT
+from parse.demo import DEMO_DRAFT, DEMO_TARGET, EXAMPLE_PROMPT
 from parse.errors import RequestError
-from parse.events import Finished, StageName, TextDelta, Usage, Verification
-from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
-from parse.prompts import chat_prompt_token_ids
+from parse.events import Event, Finished, TextDelta, Verification
+from parse.generation_output import describe_usage
+from parse.pair import Pair
 from parse.registry import METHODS, MODES
-from parse.requests import GenerationRequest
 from parse.types import SamplingParams
 
 RESET = "\x1b[0m"
@@ -50,25 +48,8 @@ class AnswerPrinter:
         self._out.flush()
 
 
-def summary(usage: Usage) -> str:
-    parts = [f"mode {usage.mode}"]
-    if usage.draft_tokens:
-        parts.append(
-            f"accepted {usage.accepted_tokens} of {usage.draft_tokens} draft tokens in {usage.rounds} round(s)"
-        )
-    parts.append(f"the target generated {usage.target_tokens}")
-    if usage.speculation:
-        parts[-1] += f" in {usage.speculation.passes} passes by {usage.speculation.method}"
-    stages: list[StageName] = ["draft", "judge", "write"]
-    times = [f"{name} {usage.seconds(name) * 1e3:.0f} ms" for name in stages]
-    parts.append(", ".join([*times, f"total {usage.total_s * 1e3:.0f} ms"]))
-    if usage.fallback:
-        parts.append(usage.fallback.message)
-    return "; ".join(parts)
-
-
-async def print_answer(pair: LocalPair, request: GenerationRequest, printer: AnswerPrinter) -> None:
-    async for event in pair.pipeline.generate(request):
+def print_answer(events: Iterable[Event], printer: AnswerPrinter) -> None:
+    for event in events:
         match event:
             case TextDelta():
                 printer.write(event.text, event.origin)
@@ -76,7 +57,7 @@ async def print_answer(pair: LocalPair, request: GenerationRequest, printer: Ans
                 printer.write(event.rejected_text, "rejected")
             case Finished():
                 limit = "; cut off at the token limit" if event.finish_reason == "length" else ""
-                printer.write(f"\n{summary(event.usage)}{limit}\n", "summary")
+                printer.write(f"\n{describe_usage(event.usage)}{limit}\n", "summary")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -127,12 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         target = EngineSettings(
             model=args.target, num_threads=args.threads, speculative_configs=speculative_configs(args)
         )
-        with LocalPair(target, draft) as pair:
-            messages = [{"role": "system", "content": args.system}] if args.system else []
-            messages.append({"role": "user", "content": text})
-            prompt = chat_prompt_token_ids(pair.tokenizer, messages)
-            request = GenerationRequest(prompt, messages, params, args.mode)
-            asyncio.run(print_answer(pair, request, AnswerPrinter(sys.stdout)))
+        messages = [{"role": "system", "content": args.system}] if args.system else []
+        messages.append({"role": "user", "content": text})
+        with Pair(target, draft) as pair:
+            events = pair.stream(messages, mode=args.mode, sampling_params=params)
+            print_answer(events, AnswerPrinter(sys.stdout))
     except ValueError as error:  # its message names the invalid input
         sys.exit(f"python -m parse: {error}")
 

@@ -1,16 +1,15 @@
-"""The acceptance rule: how much of a draft is kept, and which prefixes must be evaluated to decide that.
+"""Acceptance: how much of a draft is kept, and which prefixes must be evaluated to decide that.
 
-To change the rule, edit this file only. Engines call `next_batch` to learn which prefixes to evaluate next and
-`accepted_prefix_length` to learn where to continue; the pipeline calls the latter again to check their result.
+Engines call `next_batch` to learn which prefixes to evaluate next and `accepted_prefix_length` to learn where to
+continue; the pipeline calls the latter again to check their result. The rules are entries of `parse.registry.RULES`.
+Use `parse.registry.register_rule` to add your own.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from parse.errors import RequestError
-
-AcceptanceRule = Literal["first_failure", "longest_passing"]
+from parse.errors import RequestError, VerificationError
+from parse.registry import get_rule, resolve
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,32 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class AcceptancePolicy:
-    """Thresholds and the rule that applies them.
-
-    `first_failure` keeps the last prefix before the first one that fails. `longest_passing` keeps the longest prefix
-    that passes. It keeps more, but each further prefix adds a chance that a single false positive is trusted.
-    """
+    """Thresholds, and the name of the rule that applies them. A policy is sent between processes with its requests."""
 
     thresholds: Thresholds = Thresholds()
-    rule: AcceptanceRule = "first_failure"
+    rule: str = "first_failure"
+
+    def __post_init__(self) -> None:
+        get_rule(self.rule)
+
+
+def passes(p_correct: float | None, threshold: float) -> bool:
+    """Whether a prefix passes. A prefix that was not evaluated (None) does not."""
+    return p_correct is not None and p_correct >= threshold
+
+
+def first_failure(p_correct: Sequence[float | None], threshold: float) -> int:
+    """Keeps the prefixes before the first one that fails."""
+    failures = (index for index, value in enumerate(p_correct) if not passes(value, threshold))
+    return next(failures, len(p_correct))
+
+
+def last_passing(p_correct: Sequence[float | None], threshold: float) -> int:
+    """Keeps the longest prefix that passes, whatever the shorter ones do.
+
+    It keeps more than `first_failure`, but each further prefix adds a chance that a single false positive is trusted.
+    """
+    return max((index + 1 for index, value in enumerate(p_correct) if passes(value, threshold)), default=0)
 
 
 def accepted_prefix_length(
@@ -52,18 +69,16 @@ def accepted_prefix_length(
     """Returns the number of draft tokens to keep.
 
     `prefix_lengths` are in ascending order. If the draft is `complete`, the last one is the complete answer. It is kept
-    if it passes its own, higher threshold; otherwise it does not count as a prefix. A prefix that was not evaluated
-    (None) does not pass.
+    if it passes its own, higher threshold; otherwise it does not count as a prefix. The rule of the policy chooses
+    among the prefixes.
     """
-    if complete and prefix_lengths and _passes(p_correct[-1], policy.thresholds.full):
+    if complete and prefix_lengths and passes(p_correct[-1], policy.thresholds.full):
         return prefix_lengths[-1]
-    accepted = 0
-    for length, probability in zip(prefix_lengths[: len(prefix_lengths) - complete], p_correct, strict=False):
-        if _passes(probability, policy.thresholds.prefix):
-            accepted = length
-        elif policy.rule == "first_failure":
-            break
-    return accepted
+    num_prefixes = max(0, len(prefix_lengths) - complete)
+    num_kept = resolve(get_rule(policy.rule).function)(p_correct[:num_prefixes], policy.thresholds.prefix)
+    if not 0 <= num_kept <= num_prefixes:
+        raise VerificationError(f"the rule {policy.rule} kept {num_kept} of {num_prefixes} prefixes")
+    return prefix_lengths[num_kept - 1] if num_kept else 0
 
 
 def next_batch(
@@ -83,17 +98,13 @@ def next_batch(
     """
     last = num_prefixes - 1
     if policy is not None and complete and num_prefixes:
-        if last in p_correct and _passes(p_correct[last], policy.thresholds.full):
+        if last in p_correct and passes(p_correct[last], policy.thresholds.full):
             return []
         if last not in p_correct:
             others = [index for index in range(last) if index not in p_correct]
             return [*([] if answer_first else others[: max_batch - 1]), last]
-    if policy is not None and policy.rule == "first_failure":
+    if policy is not None and get_rule(policy.rule).stops_at_failure:
         prefixes = range(num_prefixes - complete)
-        if any(index in p_correct and not _passes(p_correct[index], policy.thresholds.prefix) for index in prefixes):
+        if any(index in p_correct and not passes(p_correct[index], policy.thresholds.prefix) for index in prefixes):
             return []
     return [index for index in range(num_prefixes) if index not in p_correct][:max_batch]
-
-
-def _passes(probability: float | None, threshold: float) -> bool:
-    return probability is not None and probability >= threshold

@@ -4,7 +4,7 @@ Each is documented, and unknown keys are rejected.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -18,35 +18,52 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
-from parse.acceptance import AcceptanceRule, Thresholds
+from parse.acceptance import Thresholds
 from parse.prefixes import DEFAULT_STRIDE, PrefixBoundary
 from parse.prompts import VERIFICATION_PROMPT
-from parse.registry import DRAFTING_MODES, METHODS, MODES
+from parse.registry import DRAFTING_MODES, METHODS, MODES, RULES
 from parse.renamed_settings import describe_errors, explain_unknown_keys
 
 VERIFICATION_FILE = "parse.json"
 """A file in the target's folder with the verification settings that the model was trained for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OneOf:
     """Annotates a string that must be one of the names in a registry.
 
-    Pydantic and JSON schemas show the names as choices.
+    Pydantic and JSON schemas show the names as choices. The registry is read at each validation, so names that are
+    registered later are valid too.
     """
 
-    names: tuple[str, ...]
+    registry: Collection[str]
+    more: tuple[str, ...] = ()
+    """Valid names that are not in the registry."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.registry, *self.more)
 
     def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
-        return core_schema.literal_schema(list(self.names))
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def __get_pydantic_json_schema__(self, _schema: object, _handler: object) -> dict[str, Any]:
+        return {"enum": list(self.names), "type": "string"}
+
+    def _validate(self, value: object) -> str:
+        if isinstance(value, str) and value in self.names:
+            return value
+        *others, last = (repr(name) for name in self.names)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
 
 
-ModeName = Annotated[str, OneOf(tuple(MODES))]
+ModeName = Annotated[str, OneOf(MODES)]
 DraftingModeName = Annotated[str, OneOf(DRAFTING_MODES)]
-MethodName = Annotated[str, OneOf(tuple(METHODS))]
-MethodChoice = Annotated[str, OneOf((*METHODS, "none"))]
+MethodName = Annotated[str, OneOf(METHODS)]
+MethodChoice = Annotated[str, OneOf(METHODS, more=("none",))]
+RuleName = Annotated[str, OneOf(RULES)]
 
 
 class Settings(BaseModel):
@@ -189,7 +206,7 @@ class VerificationSettings(Settings):
         Thresholds.full, ge=0, le=1, description="The minimum P(correct) at which a complete draft is accepted."
     )
     prefix: float = Field(Thresholds.prefix, ge=0, le=1, description="The minimum P(correct) at which a prefix passes.")
-    rule: AcceptanceRule = Field(
+    rule: RuleName = Field(
         "first_failure",
         description="Which prefix is kept: the last one before the first that fails, or the longest that passes.",
     )

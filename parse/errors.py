@@ -21,6 +21,18 @@ class RequestError(ValueError):
         return type(self), (self.field, self.message)
 
 
+class ModelLoadError(ValueError):
+    """A model that cannot be loaded. The error names the argument, the model and what is wrong, in one line."""
+
+    def __init__(self, argument: str, message: str) -> None:
+        super().__init__(f"{argument}: {message}")
+        self.argument = argument
+        self.message = message
+
+    def __reduce__(self) -> tuple[type["ModelLoadError"], tuple[str, str]]:
+        return type(self), (self.argument, self.message)
+
+
 class NumericalError(RuntimeError):
     """The model returned logits that are not finite."""
 

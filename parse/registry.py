@@ -1,14 +1,24 @@
-"""The registry of everything that is chosen by name: the modes and the token-level speculative methods.
+"""The registry of everything that is chosen by name: modes, token-level speculative methods and acceptance rules.
 
-Settings, HTTP API, metrics and documentation read their choices from this module. To add a mode or a method, write
-its module and add an entry here. An entry names its function by path, and the module is imported on first use, so
-this table imports none of them.
+Settings, HTTP API, metrics and documentation read their choices from this module. To add a mode, a method or a rule to
+the project, write its module and add an entry here. An entry names its function by path, and the module is imported on
+first use, so this table imports none of them.
+
+Code outside the project adds methods and rules with `register_method` and `register_rule`. They are then available by
+name in the same process.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
+
+from parse.errors import RequestError
+
+RuleFunction = Callable[[Sequence[float | None], float], int]
+"""An acceptance rule. It takes P(correct) of each prefix in ascending order, and the threshold `prefix`. It returns the
+number of prefixes to keep, counted from the shortest. A prefix that was not evaluated (None) must not pass."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +37,24 @@ class MethodSpec:
     """A method that proposes several of the target's next tokens. It does not change the output."""
 
     description: str
-    loader: str
+    loader: str | Callable[..., Any]
+    """The function `load(config, load_context)` of the method, or its path `module:function`."""
     model: Literal["required", "optional", "none"]
     """Whether the method needs its own checkpoint."""
     supports_trees: bool = False
     is_sequential: bool = False
     """Whether each further token of a proposal takes another step of the method."""
+
+
+@dataclass(frozen=True)
+class RuleSpec:
+    """An acceptance rule, that is, a way to choose the accepted prefix from P(correct) of all prefixes."""
+
+    description: str
+    function: str | RuleFunction
+    """The rule, or its path `module:function`."""
+    stops_at_failure: bool = False
+    """Whether the prefixes after the first one that fails cannot change the result. They are then not evaluated."""
 
 
 MODES: Mapping[str, ModeSpec] = {
@@ -50,7 +72,7 @@ MODES: Mapping[str, ModeSpec] = {
     "off": ModeSpec("The target alone.", "parse.modes.off:run", uses_draft=False, keeps_distribution=True),
 }
 
-METHODS: Mapping[str, MethodSpec] = {
+_methods: dict[str, MethodSpec] = {
     "draft_model": MethodSpec(
         "a small model beside the target",
         "parse.speculative.proposers.draft_model:load",
@@ -82,12 +104,59 @@ METHODS: Mapping[str, MethodSpec] = {
     ),
 }
 
+METHODS: Mapping[str, MethodSpec] = _methods
+
+_rules: dict[str, RuleSpec] = {
+    "first_failure": RuleSpec(
+        "keeps the last prefix before the first one that fails", "parse.acceptance:first_failure", stops_at_failure=True
+    ),
+    "longest_passing": RuleSpec("keeps the longest prefix that passes", "parse.acceptance:last_passing"),
+}
+RULES: Mapping[str, RuleSpec] = _rules
+
 DRAFTING_MODES = tuple(name for name, mode in MODES.items() if mode.function and mode.uses_draft)
 LOSSY_MODES = tuple(name for name, mode in MODES.items() if mode.function and not mode.keeps_distribution)
 
+_BUILT_IN = frozenset((*METHODS, *RULES, "none"))  # "none" selects no method in requests
 
-def resolve(path: str) -> Callable[..., Any]:
-    """Returns the function that a `module:function` path names."""
-    module, _, name = path.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
+
+def register_method(name: str, spec: MethodSpec) -> None:
+    """Adds a token-level method, which `SpeculativeConfig` and requests can then name.
+
+    A second call with the same name replaces the method, unless it is one of this project.
+    """
+    _check_name(name)
+    _methods[name] = spec
+
+
+def register_rule(name: str, spec: RuleSpec) -> None:
+    """Adds an acceptance rule, which `VerificationSettings` and `AcceptancePolicy` can then name.
+
+    A second call with the same name replaces the rule, unless it is one of this project. Every process that verifies
+    drafts has to register the rule.
+    """
+    _check_name(name)
+    _rules[name] = spec
+
+
+def get_rule(name: str) -> RuleSpec:
+    if name not in RULES:
+        choices = ", ".join(RULES)
+        raise RequestError("rule", f"must be one of {choices}, or registered with `register_rule`; got {name!r}")
+    return RULES[name]
+
+
+def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function that a `module:function` path names, or the function itself."""
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+    resolved: Callable[..., Any] = getattr(import_module(module), name)
+    return resolved
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name: must consist of lower-case letters, digits and underscores, got {name!r}")
+    if name in _BUILT_IN:
+        raise ValueError(f"name: {name!r} is a name of this project; choose another one")

@@ -54,7 +54,7 @@ def describe_unknown_key(location: str, key: str, valid_keys: Collection[str]) -
 
     The message suggests the valid key with the most similar spelling.
     """
-    return f"{location} is not known; {_suggest_key(key, valid_keys)}"
+    return f"{location} is not known; {suggest_key(key, valid_keys)}"
 
 
 def describe_errors(error: ValidationError) -> str:
@@ -93,7 +93,7 @@ def explain_unknown_keys(
                 explained.append(_renamed_key(details, (key,), (renamed[key].new_name,), renamed[key].conversion))
                 explained += _explain_contents(renamed[key], validate, data)
             else:
-                explained.append(_unknown_key(details, _suggest_key(key, valid_keys)))
+                explained.append(_unknown_key(details, suggest_key(key, valid_keys)))
         else:
             explained.append(_repeat(details))
     return ValidationError.from_exception_data(error.title, explained)
@@ -150,6 +150,7 @@ def _unknown_key(details: ErrorDetails, suggestion: str) -> InitErrorDetails:
     return InitErrorDetails(type=error, loc=details["loc"], input=details["input"])
 
 
-def _suggest_key(key: str, valid_keys: Collection[str]) -> str:
+def suggest_key(key: str, valid_keys: Collection[str]) -> str:
+    """Returns a question with the closest valid key, or all valid keys if none is close."""
     closest = get_close_matches(key, valid_keys, n=1, cutoff=0.5)
     return f"did you mean {closest[0]}?" if closest else f"the keys here are {', '.join(valid_keys)}"

@@ -22,7 +22,8 @@ from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.config import EngineSettings
-from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.pair import Pair
 from tests.deployments.live import LocalBackend, served
 from training import measure
 from training.confidence import rounds_interval
@@ -35,7 +36,7 @@ SPREADS = "ttft_s", "itl_s", "latency_s"
 def server():
     target, draft = (EngineSettings(model=model, num_threads=1) for model in (DEMO_TARGET, DEMO_DRAFT))
     with (
-        LocalPair(target, draft) as pair,
+        Pair(target, draft) as pair,
         served(create_app(LocalBackend(pair.pipeline), ApiSettings(), "demo-target")) as url,
     ):
         yield url

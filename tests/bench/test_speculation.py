@@ -6,7 +6,7 @@ from bench import concurrency, forward_passes, speculation
 from bench.contenders import BenchResult, PipelineContender, tokens_per_s
 from bench.speculation import contender_name, speculation_settings, summarize
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.prompts import chat_prompt_token_ids
 from parse.registry import METHODS
 from parse.types import SpeculationStats
@@ -19,9 +19,7 @@ from training.wording import TARGET
 @pytest.fixture(scope="module")
 def pair():
     ngram = SpeculativeConfig(method="ngram")
-    with LocalPair(
-        EngineSettings(model=str(MODELS / "demo-target"), num_threads=1, speculative_configs=(ngram,))
-    ) as pair:
+    with Pair(EngineSettings(model=str(MODELS / "demo-target"), num_threads=1, speculative_configs=(ngram,))) as pair:
         yield pair
 
 

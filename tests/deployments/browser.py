@@ -173,12 +173,13 @@ def main() -> None:
         return
     from deployments.api.routes import create_app
     from deployments.config import ApiSettings
-    from parse.local import DEMO_DRAFT, DEMO_TARGET, LocalPair
+    from parse.demo import DEMO_DRAFT, DEMO_TARGET
+    from parse.pair import Pair
     from tests.deployments.conftest import MODEL, SPECULATIVE_CONFIGS, settings
     from tests.deployments.live import LocalBackend, served
 
     with (
-        LocalPair(settings(DEMO_TARGET, *SPECULATIVE_CONFIGS), settings(DEMO_DRAFT)) as pair,
+        Pair(settings(DEMO_TARGET, *SPECULATIVE_CONFIGS), settings(DEMO_DRAFT)) as pair,
         served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address,
     ):
         pictures(args.folder, address)

@@ -9,14 +9,15 @@ from openai import OpenAI
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
+from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
+from parse.pair import Pair
 from tests.deployments.live import LocalBackend, served
 
 MODEL = "demo-target"
 
 
 SPECULATIVE_CONFIGS = (
-    SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel")),
+    SpeculativeConfig(method="parallel", model=str(DEMO_MODELS / "demo-parallel")),
     SpeculativeConfig(method="ngram"),
 )
 
@@ -28,13 +29,13 @@ def settings(path: str, *configs: SpeculativeConfig) -> EngineSettings:
 
 
 @pytest.fixture(scope="session")
-def pair() -> Iterator[LocalPair]:
-    with LocalPair(settings(DEMO_TARGET, *SPECULATIVE_CONFIGS), settings(DEMO_DRAFT)) as pair:
+def pair() -> Iterator[Pair]:
+    with Pair(settings(DEMO_TARGET, *SPECULATIVE_CONFIGS), settings(DEMO_DRAFT)) as pair:
         yield pair
 
 
 @pytest.fixture(scope="session")
-def address(pair: LocalPair) -> Iterator[str]:
+def address(pair: Pair) -> Iterator[str]:
     with served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address:
         yield address
 

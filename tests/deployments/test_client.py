@@ -15,7 +15,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from transformers import AutoModelForCausalLM
 
 from deployments.api.response_models import ParseReport
-from parse.local import DEMO_TARGET, LocalPair
+from parse.demo import DEMO_TARGET
+from parse.pair import Pair
 from parse.prompts import chat_prompt_token_ids
 from tests.deployments.conftest import MODEL
 from training import measure
@@ -82,7 +83,7 @@ def peer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def prompts(pair: LocalPair) -> list[list[int]]:
+def prompts(pair: Pair) -> list[list[int]]:
     """Returns prompts with long continuations."""
     return [chat_prompt_token_ids(pair.tokenizer, problem_messages(index)) for index in range(2)]
 
@@ -99,7 +100,7 @@ def _generated(peer: Any, *prompt: int) -> list[int]:
     return complete_answer[len(prompt) :]
 
 
-def target_token_ids(peer: Any, pair: LocalPair, messages: Any) -> list[int]:
+def target_token_ids(peer: Any, pair: Pair, messages: Any) -> list[int]:
     """Returns what the target generates alone, without its end token."""
     *ids, end = _generated(peer, *chat_prompt_token_ids(pair.tokenizer, messages))
     assert end == pair.tokenizer.eos_token_id

@@ -14,7 +14,7 @@ from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.config import VerificationSettings
 from parse.engines.protocol import Capabilities, Verifier
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.pipeline import Pipeline
 from parse.prompts import VerificationSuffix
 from parse.registry import MODES
@@ -86,7 +86,7 @@ def map_body(_: schemathesis.HookContext, body: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def guarded(pair: LocalPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def guarded(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with a key."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(KEY)

@@ -25,7 +25,7 @@ from deployments.launch import (
 )
 from deployments.reference import list_deployments
 from parse.config import EngineSettings, SpeculativeConfig
-from parse.local import DEMO_TARGET
+from parse.demo import DEMO_TARGET
 
 GPU_EACH = [
     DeploymentProgress(

@@ -23,7 +23,7 @@ from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.controller import DraftingController
 from parse.events import Event, Fallback, Finished, Stage, TextDelta, Usage, Verification
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.pipeline import Pipeline
 from parse.requests import GenerationRequest
 from tests.deployments.conftest import MODEL
@@ -84,7 +84,7 @@ class Scripted(Pipeline):
 
 
 @contextmanager
-def saying(pair: LocalPair, script: Script, model: str = MODEL, **settings: Any) -> Iterator[str]:
+def saying(pair: Pair, script: Script, model: str = MODEL, **settings: Any) -> Iterator[str]:
     real = pair.pipeline
     pipeline = Scripted(
         verifier=real.verifier,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parse.local import DEMO_TARGET
+from parse.demo import DEMO_TARGET
 from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle_checkpoint import load_head
 from parse.speculative.proposers.eagle_head import RotaryEmbedding, TargetModel

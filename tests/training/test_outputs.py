@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from parse.local import DEMO_TARGET
+from parse.demo import DEMO_TARGET
 from training import outputs
 from training.outputs import (
     TargetOutput,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculativeConfig
+from parse.demo import DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
-from parse.local import DEMO, DEMO_TARGET
 from parse.requests import GenerateRequest
 from parse.speculative.proposers.space_adapters import load_adapters
 from parse.types import SamplingParams, sum_stats
@@ -155,10 +155,10 @@ def test_the_passes_of_the_card_are_those_of_the_engine(monkeypatch):
     monkeypatch.setattr("parse.engines.loader.measure_step_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     proof = [text for text in generate_held_out(DEMO_TARGET, 8, seed=5, num_threads=1) if not text.begun][:3]
-    network = load_model(DEMO / "demo-target")
-    adapters = load_adapters(DEMO / "demo-space", network).attach(network)
+    network = load_model(DEMO_MODELS / "demo-target")
+    adapters = load_adapters(DEMO_MODELS / "demo-space", network).attach(network)
     counted = space.measure_acceptance(adapters, network, proof)
-    config = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
+    config = SpeculativeConfig(method="space", model=str(DEMO_MODELS / "demo-space"))
     engine = load_native_engine(
         EngineSettings(
             model=DEMO_TARGET,

@@ -23,7 +23,7 @@ from deployments.api.request_parsing import ParsedRequest, RequestParser
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.engines.protocol import Verifier
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.requests import GenerateRequest
 from parse.types import TokenDelta
 from tests.deployments.conftest import MODEL
@@ -38,7 +38,7 @@ CLIENTS = {"openai", "httpx", "httpx2", "httpcore", "httpcore2"}  # their logs c
 
 
 @contextmanager
-def serving(pair: LocalPair, writer: Any = None, **settings: Any) -> Iterator[str]:
+def serving(pair: Pair, writer: Any = None, **settings: Any) -> Iterator[str]:
     pipeline = replace(pair.pipeline, verifier=writer, drafter=None) if writer else pair.pipeline
     with served(create_app(LocalBackend(pipeline), ApiSettings(**settings), MODEL)) as address:
         yield address
@@ -509,7 +509,7 @@ def test_an_unread_stream_releases_the_engine(pair, raw):
 # Interpretation of requests.
 
 
-def parse(pair: LocalPair, body: dict[str, Any], **settings: Any) -> ParsedRequest:
+def parse(pair: Pair, body: dict[str, Any], **settings: Any) -> ParsedRequest:
     parser = RequestParser(pair.pipeline, ApiSettings(**settings), MODEL)
     if "prompt" in body:
         return asyncio.run(parser.parse_completion(CompletionRequest.model_validate({"model": MODEL} | body)))

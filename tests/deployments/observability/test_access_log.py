@@ -23,7 +23,7 @@ from deployments.observability.request_metrics import record_choice_metrics
 from deployments.session import Session
 from parse.errors import DraftUnavailable
 from parse.events import Finished, Stage, TextDelta, Usage, Verification
-from parse.local import LocalPair
+from parse.pair import Pair
 from parse.types import SpeculationStats
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served, until
@@ -38,7 +38,7 @@ HOSTILE = 'x"} 1\nparse_requests_total{mode="<b>"} 9\n'
 
 
 @contextmanager
-def serving(pair: LocalPair, **changes: Any) -> Iterator[httpx.Client]:
+def serving(pair: Pair, **changes: Any) -> Iterator[httpx.Client]:
     settings = ApiSettings(**{name: changes.pop(name) for name in list(changes) if name in ApiSettings.model_fields})
     pipeline = replace(pair.pipeline, **changes)
     with (

@@ -14,7 +14,7 @@ import ray
 import yaml
 from ray import serve
 
-from parse.local import DEMO_DRAFT, DEMO_TARGET
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from tests.deployments.service.service_client import ServiceClient, free_port
 from tests.deployments.service.spans import Spans
 

@@ -6,7 +6,7 @@ They have several replicas, tight limits, changes under load, or impossible requ
 import asyncio
 from itertools import count
 
-from parse.local import DEMO_DRAFT, DEMO_TARGET
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from tests.deployments.service.conftest import SMALL
 from tests.deployments.service.service_client import chat, problems
 

@@ -15,7 +15,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.serving.metrics_collection import SCRAPE_TIMEOUT_S
-from parse.local import DEMO_TARGET
+from parse.demo import DEMO_TARGET
 from tests.cluster.querying import (
     Prometheus,
     alert_queries,

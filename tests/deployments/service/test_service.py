@@ -6,7 +6,7 @@ import openai
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parse.local import DEMO_TARGET
+from parse.demo import DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
 from tests.deployments.service.service_client import MODEL, chat, problems
 

@@ -8,7 +8,7 @@ import pytest
 from deployments.serving import replica
 from deployments.serving.replica import ModelReplica
 from parse.config import EngineSettings
-from parse.local import DEMO_DRAFT
+from parse.demo import DEMO_DRAFT
 from parse.requests import GenerateRequest
 from parse.types import SamplingParams
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculativeConfig
+from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.model import Model
 from parse.engines.native.programs import generate
-from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel
@@ -42,13 +42,13 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 CHAINS = (
     SpeculativeConfig(method="ngram"),
     SpeculativeConfig(method="draft_model", model=DEMO_DRAFT),
-    SpeculativeConfig(method="eagle3", model=str(DEMO / "demo-eagle3")),
-    SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel")),
-    SpeculativeConfig(method="space", model=str(DEMO / "demo-space")),
+    SpeculativeConfig(method="eagle3", model=str(DEMO_MODELS / "demo-eagle3")),
+    SpeculativeConfig(method="parallel", model=str(DEMO_MODELS / "demo-parallel")),
+    SpeculativeConfig(method="space", model=str(DEMO_MODELS / "demo-space")),
 )
 TREES = (
-    SpeculativeConfig(method="eagle3", model=str(DEMO / "demo-eagle3"), topk=3, num_speculative_tokens=12),
-    SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel"), topk=2),
+    SpeculativeConfig(method="eagle3", model=str(DEMO_MODELS / "demo-eagle3"), topk=3, num_speculative_tokens=12),
+    SpeculativeConfig(method="parallel", model=str(DEMO_MODELS / "demo-parallel"), topk=2),
 )
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from parse.config import EngineSettings, SpeculativeConfig
+from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
 from parse.engines.native.model import Model, ModelNotFoundError
-from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.registry import METHODS
 from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel
@@ -21,9 +21,9 @@ from parse.speculative.proposers.ngram import NgramProposer
 from parse.types import SamplingParams
 
 MODELS = {
-    "eagle3": str(DEMO / "demo-eagle3"),
-    "parallel": str(DEMO / "demo-parallel"),
-    "space": str(DEMO / "demo-space"),
+    "eagle3": str(DEMO_MODELS / "demo-eagle3"),
+    "parallel": str(DEMO_MODELS / "demo-parallel"),
+    "space": str(DEMO_MODELS / "demo-space"),
     "draft_model": DEMO_DRAFT,
     "ngram": None,
 }
@@ -142,7 +142,7 @@ def test_each_method_reads_the_hidden_states_that_it_names(model):
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_rejected_while_loading(model, method, model_name, error, message):
-    unfit = SpeculativeConfig(method=method, model=model_name and str(DEMO / model_name))
+    unfit = SpeculativeConfig(method=method, model=model_name and str(DEMO_MODELS / model_name))
     with pytest.raises(error, match=message):
         load_methods(settings(unfit), model, StepCostModel())
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings, SpeculativeConfig
+from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
 from parse.engines.native.step_timing import measure_step_seconds
 from parse.errors import RequestError
-from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET
 from parse.prompts import VerificationSuffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.speculative.cost_model import StepCostModel
@@ -82,13 +82,13 @@ class RecordingState:
 CONFIGS = {
     "ngram": SpeculativeConfig(method="ngram", num_speculative_tokens=6),
     "draft_model": SpeculativeConfig(method="draft_model", model=DEMO_DRAFT, num_speculative_tokens=5),
-    "eagle3": SpeculativeConfig(method="eagle3", model=str(DEMO / "demo-eagle3")),
+    "eagle3": SpeculativeConfig(method="eagle3", model=str(DEMO_MODELS / "demo-eagle3")),
     "eagle3 tree": SpeculativeConfig(
-        method="eagle3", model=str(DEMO / "demo-eagle3"), topk=3, num_speculative_tokens=12
+        method="eagle3", model=str(DEMO_MODELS / "demo-eagle3"), topk=3, num_speculative_tokens=12
     ),
-    "parallel": SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel")),
-    "parallel tree": SpeculativeConfig(method="parallel", model=str(DEMO / "demo-parallel"), topk=2),
-    "space": SpeculativeConfig(method="space", model=str(DEMO / "demo-space")),
+    "parallel": SpeculativeConfig(method="parallel", model=str(DEMO_MODELS / "demo-parallel")),
+    "parallel tree": SpeculativeConfig(method="parallel", model=str(DEMO_MODELS / "demo-parallel"), topk=2),
+    "space": SpeculativeConfig(method="space", model=str(DEMO_MODELS / "demo-space")),
 }
 
 

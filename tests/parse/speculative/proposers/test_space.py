@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parse.config import EngineSettings, SpeculativeConfig
+from parse.demo import DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput
 from parse.engines.native.step_timing import measure_step_seconds
-from parse.local import DEMO, DEMO_TARGET
 from parse.requests import GenerateRequest
 from parse.speculative.proposal import MaskPrediction, ProposalRequest
 from parse.speculative.proposers.base import ProposerLoadError
@@ -276,7 +276,7 @@ def test_a_tokenizer_without_a_usable_mask_token_is_rejected(token, message):
 
 
 def load_engine_with_space():
-    config = SpeculativeConfig(method="space", model=str(DEMO / "demo-space"))
+    config = SpeculativeConfig(method="space", model=str(DEMO_MODELS / "demo-space"))
     return load_native_engine(
         EngineSettings(
             model=DEMO_TARGET,

@@ -1,4 +1,4 @@
-"""The method with the demo pair, in this process."""
+"""The library: both models of the demo pair in this process, and the command line."""
 
 import asyncio
 import json
@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parse.__main__ import main
 from parse.config import VERIFICATION_FILE, EngineSettings, VerificationSettings
-from parse.demo import EXAMPLE_PROMPT as EXAMPLE
+from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET, EXAMPLE_PROMPT
 from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
 from parse.events import Finished, TextDelta
-from parse.local import DEMO, DEMO_DRAFT, DEMO_TARGET, LocalPair
+from parse.pair import Pair
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerationRequest
 from parse.types import SamplingParams
@@ -34,9 +34,8 @@ def settings(path):
 
 @pytest.fixture(scope="module")
 def pair():
-    pair = LocalPair(settings(DEMO_TARGET), settings(DEMO_DRAFT))
-    yield pair
-    pair.close()
+    with Pair(settings(DEMO_TARGET), settings(DEMO_DRAFT)) as pair:
+        yield pair
 
 
 def messages_of(problem):
@@ -58,7 +57,7 @@ def answered(pair, problem, mode, params=GREEDY, **fields):
     return ids, events[-1]
 
 
-def test_the_target_alone_writes_what_generate_writes(pair):
+def test_the_target_alone_generates_what_transformers_generates(pair):
     peer = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
     for problem in PROBLEMS[:4]:
         prompt = torch.tensor([chat_prompt_token_ids(pair.tokenizer, messages_of(problem))])
@@ -68,7 +67,7 @@ def test_the_target_alone_writes_what_generate_writes(pair):
 
 
 @pytest.mark.parametrize("mode", ["full", "rounds", "progressive"])
-def test_drafts_are_taken_and_the_answers_are_right(pair, mode):
+def test_drafts_are_accepted_and_the_answers_are_correct(pair, mode):
     writer = ExampleBuilder(pair.tokenizer, own=TARGET)
     right = accepted = draft_tokens = 0
     for problem in PROBLEMS:
@@ -80,21 +79,21 @@ def test_drafts_are_taken_and_the_answers_are_right(pair, mode):
     assert accepted > draft_tokens / 2
 
 
-def test_exact_is_the_target_alone_whatever_was_drafted(pair):
+def test_mode_exact_gives_the_answer_of_the_target_alone(pair):
     for seed, problem in enumerate(PROBLEMS[:5]):
         assert answered(pair, problem, "exact")[0] == answered(pair, problem, "off")[0]
         sampled = SamplingParams(temperature=1.0, seed=seed, max_tokens=60)
         assert answered(pair, problem, "exact", sampled)[0] == answered(pair, problem, "off", sampled)[0]
 
 
-def test_a_right_prediction_is_taken_whole_and_nothing_is_written(pair):
+def test_a_correct_prediction_is_accepted_in_full(pair):
     own, _ = answered(pair, PROBLEMS[0], "off")
     for mode in ("full", "progressive", "rounds", "exact"):
         ids, finished = answered(pair, PROBLEMS[0], mode, prediction=own)
         assert ids == own and finished.usage.accepted_tokens == len(own) and finished.usage.target_tokens == 0
 
 
-def test_log_probabilities_are_the_targets_whoever_wrote(pair):
+def test_log_probabilities_are_those_of_the_target_for_tokens_of_both_models(pair):
     request = GenerationRequest(
         chat_prompt_token_ids(pair.tokenizer, messages_of(PROBLEMS[0])),
         sampling_params=SamplingParams(temperature=0.0, logprobs=2),
@@ -120,7 +119,7 @@ def test_log_probabilities_are_the_targets_whoever_wrote(pair):
 
 @pytest.fixture(scope="module")
 def foreign_draft(tmp_path_factory):
-    """The demo's draft in other tokens: the same vocabulary in another order."""
+    """The demo draft model with another tokenizer: the same vocabulary in another order."""
     folder = tmp_path_factory.mktemp("foreign")
     model = AutoModelForCausalLM.from_pretrained(DEMO_DRAFT)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DRAFT)
@@ -142,9 +141,8 @@ def foreign_draft(tmp_path_factory):
     return folder
 
 
-def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
-    other = LocalPair(settings(DEMO_TARGET), settings(foreign_draft))
-    try:
+def test_a_drafter_with_another_tokenizer_drafts_the_same_text(pair, foreign_draft):
+    with Pair(settings(DEMO_TARGET), settings(foreign_draft)) as other:
         assert isinstance(pair.pipeline.drafter, SharedVocabularyDrafter) and isinstance(
             other.pipeline.drafter, RetokenizingDrafter
         )
@@ -155,15 +153,13 @@ def test_a_drafter_with_other_tokens_drafts_the_same_text(pair, foreign_draft):
                 assert ours[0] == theirs[0]
                 accepted += theirs[1].usage.accepted_tokens
         assert accepted > 100
-    finally:
-        other.close()
 
 
-def test_the_demo_is_asked_what_it_was_taught():
+def test_the_demo_target_gets_the_verification_prompt_of_its_training():
     assert VerificationSettings.for_model(DEMO_TARGET).prompt == VERIFICATION_PROMPT
 
 
-def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):
+def test_arguments_take_precedence_over_the_settings_in_the_folder_of_a_model(tmp_path):
     (tmp_path / VERIFICATION_FILE).write_text('{"full": 0.5, "prefix": 0.4}')
     settings = VerificationSettings.for_model(str(tmp_path), prefix=0.6)
     assert (settings.full, settings.prefix) == (0.5, 0.6)
@@ -174,8 +170,8 @@ def test_what_lies_beside_a_model_gives_way_to_ones_own_settings(tmp_path):
             VerificationSettings.for_model(str(tmp_path))
 
 
-def test_the_command_answers_and_tells_what_happened(capsys):
-    main([EXAMPLE, "--mode", "full"])
+def test_the_command_prints_the_answer_and_the_usage(capsys):
+    main([EXAMPLE_PROMPT, "--mode", "full"])
     answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     assert "Ben" in answer.splitlines()[-1] and "80" in answer.splitlines()[-1]
     assert re.match(
@@ -183,10 +179,10 @@ def test_the_command_answers_and_tells_what_happened(capsys):
     )
 
 
-def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
+def test_the_command_generates_several_tokens_in_a_pass_with_a_speculative_method(capsys):
     answers = []
-    for how in ([], ["--speculation", "parallel", "--head", str(DEMO / "demo-parallel")]):
-        main([EXAMPLE, "--mode", "off", *how])
+    for how in ([], ["--speculation", "parallel", "--head", str(DEMO_MODELS / "demo-parallel")]):
+        main([EXAMPLE_PROMPT, "--mode", "off", *how])
         answer, summary = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
         answers.append(answer)
     assert answers[0] == answers[1]
@@ -198,16 +194,16 @@ def test_the_command_writes_several_tokens_in_a_pass_if_told_how(capsys):
     ("arguments", "message"),
     [
         ([""], "question: must not be empty"),
-        ([EXAMPLE, "--max-tokens", "0"], "max_tokens: must be at least 1"),
-        ([EXAMPLE, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
-        ([EXAMPLE, "--target", "/nowhere"], "/nowhere is not a directory"),
-        ([EXAMPLE * 200], "prompt: is"),
-        ([EXAMPLE, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a model"),
-        ([EXAMPLE, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
+        ([EXAMPLE_PROMPT, "--max-tokens", "0"], "max_tokens: must be at least 1"),
+        ([EXAMPLE_PROMPT, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
+        ([EXAMPLE_PROMPT, "--target", "/nowhere"], "target: /nowhere is not a folder"),
+        ([EXAMPLE_PROMPT * 200], "prompt: is"),
+        ([EXAMPLE_PROMPT, "--speculation", "eagle3"], "speculation: Value error, eagle3 needs a model"),
+        ([EXAMPLE_PROMPT, "--head", "models/demo-eagle3"], "speculation: Input should be 'draft_model'"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_line(arguments, message, capsys, monkeypatch):
+def test_the_command_reports_invalid_input_in_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parse", *arguments])
     with pytest.raises(SystemExit) as ended:
         main(arguments)
-    assert message in str(ended.value) and "\n" not in str(ended.value).split("holds no")[0]
+    assert message in str(ended.value) and "\n" not in str(ended.value)

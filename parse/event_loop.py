@@ -1,0 +1,135 @@
+"""An event loop in a thread of its own, which runs coroutines for callers in any thread and any other event loop."""
+
+import asyncio
+import threading
+from asyncio import AbstractEventLoop
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from concurrent.futures import CancelledError, Future
+from contextlib import aclosing, suppress
+from queue import SimpleQueue
+from typing import Any, Final, TypeVar
+
+from parse.errors import EngineStopped
+
+T = TypeVar("T")
+
+
+class _End:
+    """Follows the last item of a stream."""
+
+
+END: Final = _End()
+
+
+class EventLoopThread:
+    """The event loop of a `Pair`, which runs all its requests.
+
+    The thread is a daemon and holds no reference to the pair. Calls that are in progress while it is closed, and later
+    ones, raise `EngineStopped`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.RLock()  # reentrant, because garbage collection may call `close` at any point
+        self._closed = False
+        self._loop: AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        started = threading.Event()
+        # `asyncio.run` cancels all tasks and closes all asynchronous generators at its end.
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._wait_for_close(started)), name=name, daemon=True
+        )
+        self._thread.start()
+        started.wait()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Returns the result of a coroutine. The calling thread waits for it."""
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError(f"a synchronous call in the thread {self._name!r} would wait for itself")
+        future = self._submit(coroutine)
+        try:
+            return future.result()
+        except CancelledError:
+            raise EngineStopped("the pair was closed during the call") from None
+        finally:
+            future.cancel()  # has an effect only if the wait was interrupted, for example by Ctrl-C
+
+    async def run_async(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Returns the result of a coroutine. The caller's event loop continues meanwhile."""
+        future = self._submit(coroutine)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise EngineStopped("the pair was closed during the call") from None
+
+    def iterate(self, start: Callable[[], AsyncGenerator[T]]) -> Generator[T]:
+        """Yields the items of an asynchronous generator. Closing this generator closes the other one."""
+        items: SimpleQueue[T | _End] = SimpleQueue()
+        future = self._submit(_pump(start, items.put))
+        future.add_done_callback(lambda _: items.put(END))
+        try:
+            while not isinstance(item := items.get(), _End):
+                yield item
+            _raise_error(future)
+        finally:
+            future.cancel()
+
+    async def iterate_async(self, start: Callable[[], AsyncGenerator[T]]) -> AsyncGenerator[T]:
+        """Yields the items of an asynchronous generator in the caller's event loop."""
+        items: asyncio.Queue[T | _End] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(item: T | _End) -> None:
+            with suppress(RuntimeError):  # the caller's loop is closed, so nothing reads the items
+                loop.call_soon_threadsafe(items.put_nowait, item)
+
+        future = self._submit(_pump(start, put))
+        future.add_done_callback(lambda _: put(END))
+        try:
+            while not isinstance(item := await items.get(), _End):
+                yield item
+            _raise_error(future)
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Cancels what is running and ends the thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            assert self._loop is not None and self._stop is not None
+            self._loop.call_soon_threadsafe(self._stop.set)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    async def _wait_for_close(self, started: threading.Event) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        started.set()
+        await self._stop.wait()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        with self._lock:  # after `close` the loop would never run the coroutine
+            if self._closed:
+                coroutine.close()
+                raise EngineStopped("the pair is closed")
+            assert self._loop is not None
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+async def _pump(start: Callable[[], AsyncGenerator[T]], put: Callable[[T], None]) -> None:
+    async with aclosing(start()) as items:
+        async for item in items:
+            put(item)
+
+
+def _raise_error(future: "Future[None]") -> None:
+    """Raises the error with which a stream ended, if there is one."""
+    try:
+        future.result()
+    except CancelledError:
+        raise EngineStopped("the pair was closed during the call") from None

@@ -1,0 +1,36 @@
+"""Shows an answer in a notebook, with marks for the model that wrote each part."""
+
+from collections.abc import Iterable
+from html import escape
+from typing import Literal
+
+MarkedText = tuple[str, Literal["draft", "target", "rejected"]]
+
+# Translucent colors over the page's own, and one more mark besides the color: this works in light and dark themes.
+STYLES = {
+    "draft": "background:rgba(22,163,74,.22)",
+    "target": "border-bottom:2px solid rgba(59,130,246,.75)",
+    "rejected": "background:rgba(220,38,38,.18);text-decoration:line-through;opacity:.75",
+}
+LABELS = {
+    "draft": "draft, accepted",
+    "target": "written by the target",
+    "rejected": "draft, rejected",
+}
+
+
+def render_html(texts: Iterable[MarkedText], usage_line: str) -> str:
+    """Returns an HTML fragment without scripts: the marked texts, a legend and the line about the usage."""
+    answer = "".join(_mark(text, kind) for text, kind in texts)
+    legend = " &nbsp; ".join(_mark(label, kind) for kind, label in LABELS.items())
+    return (
+        '<div style="color:inherit;line-height:1.6">'
+        f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{answer}</div>'
+        f'<div style="font-size:85%;opacity:.8;margin-top:.6em">{legend}<br>{escape(usage_line)}</div>'
+        "</div>"
+    )
+
+
+def _mark(text: str, kind: str) -> str:
+    tag = "del" if kind == "rejected" else "span"
+    return f'<{tag} style="{STYLES[kind]}" title="{escape(LABELS[kind])}">{escape(text)}</{tag}>'

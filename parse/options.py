@@ -1,0 +1,144 @@
+"""The options of a call of `Pair`, and how they become a request to the pipeline."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypedDict
+
+from transformers import PreTrainedTokenizerBase
+
+from parse.acceptance import Thresholds
+from parse.engines.protocol import Capabilities
+from parse.errors import RequestError
+from parse.prompts import Message, chat_prompt_token_ids
+from parse.registry import MODES
+from parse.renamed_settings import suggest_key
+from parse.requests import GenerationRequest
+from parse.types import SamplingParams, validate_token_ids
+
+Prompt = str | Sequence[Message]
+"""A user message, or the messages of a conversation as dicts with `role` and `content`."""
+
+SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
+ARGUMENT_NAMES = {"speculation": "speculative_method", "messages": "prompt"}
+"""Fields of the HTTP API in errors, and the arguments of `Pair` that they belong to."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The keyword arguments of `Pair.generate`, `stream`, `agenerate` and `astream`, besides `mode`.
+
+    The fields of `SamplingParams` have the defaults of that class. They cannot be combined with `sampling_params`.
+    """
+
+    thresholds: Thresholds | None
+    """By default those of the pair's verification settings."""
+    prediction: str | Sequence[int] | None
+    """The expected answer, as text or as tokens of the target. It replaces the draft."""
+    speculative_method: str | None
+    """One of the target's token-level methods, or "none". By default the first one in its settings."""
+    sampling_params: SamplingParams | None
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    max_tokens: int | None
+    stop: str | Sequence[str]
+    ignore_eos: bool
+    logprobs: int | None
+
+
+def build_request(
+    prompt: Prompt,
+    mode: str,
+    options: Mapping[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    capabilities: Capabilities,
+    has_drafter: bool,
+) -> GenerationRequest:
+    """Returns the request for a call. Raises RequestError with the name of the invalid argument."""
+    try:
+        for name in options:
+            if name not in GenerateOptions.__annotations__:
+                names = ("mode", *GenerateOptions.__annotations__)
+                raise RequestError(name, f"is not an argument; {suggest_key(name, names)}")
+        messages = _messages(prompt)
+        prediction = _prediction_token_ids(options.get("prediction"), tokenizer)
+        if mode in MODES and mode != "auto" and MODES[mode].uses_draft and not has_drafter and prediction is None:
+            raise RequestError("mode", f"{mode} needs a draft model or a `prediction`, and the pair has no draft model")
+        request = GenerationRequest(
+            prompt_token_ids=chat_prompt_token_ids(tokenizer, messages),
+            messages=messages,
+            sampling_params=_sampling_params(options),
+            mode=mode,
+            thresholds=_thresholds(options.get("thresholds")),
+            prediction=prediction,
+            speculative_method=options.get("speculative_method"),
+        )
+        capabilities.check(request)
+        if len(request.prompt_token_ids) >= capabilities.max_model_len:
+            length, limit = len(request.prompt_token_ids), capabilities.max_model_len
+            raise RequestError("prompt", f"is {length} tokens long; prompt and answer together are limited to {limit}")
+    except RequestError as error:
+        raise _with_argument_name(error) from error.__cause__
+    return request
+
+
+def _messages(prompt: Prompt) -> Sequence[Message]:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise RequestError("prompt", "must not be empty")
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence):
+        raise RequestError("prompt", f"must be a text or a list of messages, got {prompt!r}")
+    if not prompt:
+        raise RequestError("prompt", "must not be empty")
+    messages: list[Message] = []
+    for index, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise RequestError(f"prompt[{index}]", f"must be a dict with role and content, got {message!r}")
+        messages.append(message)
+    return messages
+
+
+def _prediction_token_ids(prediction: object, tokenizer: PreTrainedTokenizerBase) -> Sequence[int] | None:
+    if prediction is None:
+        return None
+    if isinstance(prediction, str):
+        prediction = tokenizer.encode(prediction, add_special_tokens=False)
+    if not isinstance(prediction, Sequence):
+        raise RequestError("prediction", f"must be a text or token ids, got {prediction!r}")
+    if not prediction:
+        raise RequestError("prediction", "must not be empty; leave it out to let the draft model write the draft")
+    return validate_token_ids("prediction", prediction, len(tokenizer))
+
+
+def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    values = {name: options[name] for name in SAMPLING_FIELDS if name in options}
+    params = options.get("sampling_params")
+    if params is None:
+        if isinstance(values.get("stop"), str):
+            values["stop"] = (values["stop"],)
+        return SamplingParams(**values)
+    if not isinstance(params, SamplingParams):
+        raise RequestError("sampling_params", f"must be SamplingParams, got {params!r}")
+    if values:
+        raise RequestError("sampling_params", f"cannot be combined with {', '.join(values)}; set the fields in it")
+    return params
+
+
+def _thresholds(thresholds: object) -> Thresholds | None:
+    if thresholds is None or isinstance(thresholds, Thresholds):
+        return thresholds
+    raise RequestError("thresholds", f"must be Thresholds, for example Thresholds(full=0.99), got {thresholds!r}")
+
+
+def _with_argument_name(error: RequestError) -> RequestError:
+    for field, argument in ARGUMENT_NAMES.items():
+        if error.field == field or error.field.startswith(f"{field}["):
+            return RequestError(argument + error.field.removeprefix(field), error.message)
+    return error
