@@ -218,7 +218,7 @@ def test_a_failed_audit_does_not_stop_the_auditor():
 
 
 def test_an_invalid_expression_is_rejected():
-    with pytest.raises(ValueError, match="is not a regular expression"):
+    with pytest.raises(ValueError, match="must be a regular expression"):
         AuditSettings(result="(")
 
 

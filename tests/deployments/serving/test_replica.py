@@ -53,5 +53,5 @@ def test_an_engine_without_steps_is_unhealthy_unless_it_has_no_work(hosted, monk
 
 def test_a_stopped_engine_is_unhealthy(hosted):
     hosted.engine.shutdown()
-    with pytest.raises(RuntimeError, match="died"):
+    with pytest.raises(RuntimeError, match="thread has ended"):
         hosted.check_health()

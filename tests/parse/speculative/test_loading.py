@@ -138,7 +138,7 @@ def test_each_method_reads_the_hidden_states_that_it_names(model):
         ("eagle3", "demo-space", ProposerLoadError, "config.json lacks"),
         ("eagle3", "nowhere", ProposerLoadError, "nowhere"),
         ("draft_model", "nowhere", ModelNotFoundError, "nowhere is not a directory"),
-        ("space", None, ProposerLoadError, "this one has none"),
+        ("space", None, ProposerLoadError, "this tokenizer has none"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_rejected_while_loading(model, method, model_name, error, message):
