@@ -24,7 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import adversary, comparison, concurrency, gpu, metering, offline, overlap, speculation, throughput
+from bench import (
+    adversary,
+    comparison,
+    concurrency,
+    fused_call,
+    gpu,
+    metering,
+    offline,
+    overlap,
+    speculation,
+    throughput,
+)
 from bench.output import heading, row
 from training.confidence import format_share
 from training.provenance import PROJECT_ROOT, provenance_sentence
@@ -100,6 +111,7 @@ BLOCKS: dict[str, Block] = {
     "load-summary": _result("load", comparison.summary_table),
     "metering": _result("metering", metering.table),
     "overlap": _result("overlap", overlap.table),
+    "fused-call": _result("fused_call", fused_call.table),
     "gpu": Block(RESULTS / "gpu.json", gpu.table, required=False),
     "pair": Block(PAIR, pair_table),
 }

@@ -57,6 +57,15 @@ def rounds_interval(ratios: Sequence[float]) -> Interval | None:
     return math.exp(center - spread), math.exp(center + spread)
 
 
+def median_interval(values: Sequence[float]) -> Interval | None:
+    """Returns the bootstrap interval of a median, or None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    chosen = np.random.default_rng(0).choice(values, size=(NUM_RESAMPLES, len(values)))
+    low, high = np.quantile(np.median(chosen, axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
 def share_figures(name: str, hits: Sequence[bool]) -> dict[str, object]:
     """Returns a share under its name, with `<name>_count` of cases and `<name>_interval`. It is null without cases."""
     share = sum(hits) / len(hits) if hits else None

@@ -6,6 +6,7 @@ import pytest
 from training.confidence import (
     format_ratio,
     format_share,
+    median_interval,
     rounds_interval,
     share_figures,
     throughput_ratio_interval,
@@ -34,7 +35,18 @@ def test_the_bootstrap_interval_covers_the_true_ratio_in_most_runs():
     assert covered >= 50
 
 
+def test_the_interval_of_a_median_covers_the_true_median_in_most_runs():
+    rng = random.Random(4)
+    covered = 0
+    for _ in range(60):
+        interval = median_interval([rng.lognormvariate(0, 1) for _ in range(50)])
+        assert interval is not None
+        covered += interval[0] <= 1 <= interval[1]
+    assert covered >= 50
+
+
 def test_one_problem_or_one_round_gives_no_interval():
+    assert median_interval([1.0]) is None
     assert throughput_ratio_interval([1], [1], [1], [1]) is None
     assert rounds_interval([2.0]) is None
 
