@@ -72,7 +72,7 @@ MODES: Mapping[str, ModeSpec] = {
     "off": ModeSpec("The target alone.", "parse.modes.off:run", uses_draft=False, keeps_distribution=True),
 }
 
-_methods: dict[str, MethodSpec] = {
+METHODS: dict[str, MethodSpec] = {
     "draft_model": MethodSpec(
         "a small model beside the target",
         "parse.speculative.proposers.draft_model:load",
@@ -104,15 +104,12 @@ _methods: dict[str, MethodSpec] = {
     ),
 }
 
-METHODS: Mapping[str, MethodSpec] = _methods
-
-_rules: dict[str, RuleSpec] = {
+RULES: dict[str, RuleSpec] = {
     "first_failure": RuleSpec(
         "keeps the last prefix before the first one that fails", "parse.acceptance:first_failure", stops_at_failure=True
     ),
     "longest_passing": RuleSpec("keeps the longest prefix that passes", "parse.acceptance:last_passing"),
 }
-RULES: Mapping[str, RuleSpec] = _rules
 
 DRAFTING_MODES = tuple(name for name, mode in MODES.items() if mode.function and mode.uses_draft)
 LOSSY_MODES = tuple(name for name, mode in MODES.items() if mode.function and not mode.keeps_distribution)
@@ -126,7 +123,7 @@ def register_method(name: str, spec: MethodSpec) -> None:
     A second call with the same name replaces the method, unless it is one of this project.
     """
     _check_name(name)
-    _methods[name] = spec
+    METHODS[name] = spec
 
 
 def register_rule(name: str, spec: RuleSpec) -> None:
@@ -136,7 +133,7 @@ def register_rule(name: str, spec: RuleSpec) -> None:
     drafts has to register the rule.
     """
     _check_name(name)
-    _rules[name] = spec
+    RULES[name] = spec
 
 
 def get_rule(name: str) -> RuleSpec:

@@ -10,7 +10,7 @@ from parse import registry
 @contextmanager
 def temporary_registrations() -> Iterator[None]:
     """Removes at its end the rules and methods that were registered inside."""
-    registries: list[dict[str, Any]] = [registry._rules, registry._methods]
+    registries: list[dict[str, Any]] = [registry.RULES, registry.METHODS]
     saved = [dict(entries) for entries in registries]
     try:
         yield
