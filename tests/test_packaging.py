@@ -19,7 +19,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from setuptools import find_packages  # type: ignore[import-untyped]
 
-from parse.demo import EXAMPLE_PROMPT
+from deployments.api.routes import create_app
+from deployments.config import ApiSettings
+from parse.config import EngineSettings
+from parse.demo import DEMO_DRAFT, DEMO_TARGET, EXAMPLE_PROMPT
+from parse.pair import Pair
+from tests.deployments.live import LocalBackend, served
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -144,10 +149,16 @@ def installed_python(tmp_path_factory, wheel) -> Path:
     return python
 
 
-def run_installed(python: Path, folder: Path, *arguments: str) -> str:
+def run_installed(python: Path, folder: Path, *arguments: str, standard_input: str = "") -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.run(
-        [python, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [python, *arguments],
+        cwd=folder,
+        env=environment,
+        input=standard_input,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
@@ -184,3 +195,26 @@ print(json.dumps([deployments.__file__, str(path), *models]))
     paths = [Path(path) for path in re.findall(r'"([^"]+)"', output)]
     assert all(path.is_relative_to(installed_python.parents[1]) and path.exists() for path in paths), paths
     assert {path.name for path in paths[2:]} == {path.name for path in (ROOT / "models").iterdir()}
+
+
+@pytest.mark.slow
+def test_all_examples_pass_with_an_installed_wheel(installed_python, tmp_path):
+    """They run one after the other in one process. The service for the client runs in the process of this test."""
+    examples = shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    script = """
+import runpy, sys
+for line in sys.stdin.read().splitlines():
+    sys.argv = line.split("\t")
+    print("example:", sys.argv[0])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    settings = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=256 * 2**20)
+    with Pair(settings) as pair, served(create_app(LocalBackend(pair.pipeline), ApiSettings(), "demo-target")) as url:
+        arguments = {
+            "openai_client.py": ("--url", url),
+            "your_own_pair.py": (DEMO_TARGET, DEMO_DRAFT, EXAMPLE_PROMPT),
+        }
+        names = sorted(path.name for path in examples.glob("*.py"))
+        lines = ["\t".join((name, *arguments.get(name, ()))) for name in names]
+        output = run_installed(installed_python, examples, "-c", script, standard_input="\n".join(lines))
+    assert re.findall("^example: (.+)$", output, re.MULTILINE) == names and len(names) == 7
