@@ -21,6 +21,7 @@ def test_the_bounds_count_the_weights_of_the_model(name):
     )
 
 
+@pytest.mark.slow
 def test_the_program_can_be_tried_without_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "ANSWER_TOKENS", 4)
     monkeypatch.setattr(gpu, "ROUNDS", 1)

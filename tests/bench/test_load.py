@@ -56,6 +56,7 @@ def load_figures(*options):
 # The command, with a server of the demo pair.
 
 
+@pytest.mark.slow
 def test_modes_are_compared_on_the_same_problems(server, tmp_path):
     path, picture = tmp_path / "load.json", tmp_path / "load.svg"
     options = ("--requests", 4, "--concurrency", "1,2", "--compare", "off,full", "--rounds", 2, "--seed", 11)

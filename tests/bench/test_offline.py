@@ -38,6 +38,7 @@ def test_the_prompt_is_prefilled_while_the_draft_is_written():
     assert ideal_speedup([short], COSTS) == pytest.approx((15 + 50) / (15 + 20))
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_mode_and_peer(tmp_path):
     picture, figures = tmp_path / "offline.svg", tmp_path / "figures.json"
     command = [sys.executable, "-m", "bench.offline", "--problems", "2", "--json", str(figures), "--plot", str(picture)]
@@ -82,6 +83,7 @@ def test_every_contender_has_a_drafting_controller_of_its_own():
     assert len(pipelines) == len(PARSE_MODES) and len(controllers) == len(pipelines) + 1
 
 
+@pytest.mark.slow
 def test_all_drafts_of_the_adversary_are_wrong():
     figures = adversary.run(3, seed=1, models=MODELS, num_threads=1)
     assert figures["drafted_for"] == 3 and figures["accepted_tokens"] == 0

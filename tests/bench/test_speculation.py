@@ -97,6 +97,7 @@ def test_all_clients_share_one_list_of_prompts(pair, few):
     assert max(p.num_seqs for p in summary.records.passes) == 3
 
 
+@pytest.mark.slow
 def test_the_whole_comparison_on_a_single_problem(few, monkeypatch):
     monkeypatch.setattr(speculation, "MODES", ("off", "full"))
     summary = speculation.run(1, 5, MODELS, 1, rounds=1)
