@@ -107,7 +107,7 @@ async def compare(
         prefix = (rng.choice(FIRST_TOKEN_IDS), rng.choice(FIRST_TOKEN_IDS))
         milliseconds: dict[str, float] = {}
         output: list[int] = []
-        for way in rng.sample(list(ANSWERS), len(ANSWERS)):
+        for name in rng.sample(list(ANSWERS), len(ANSWERS)):
             prompt = (*prefix, rng.choice(FIRST_TOKEN_IDS), *request.verify.prompt_token_ids)
             own_request = replace(
                 request, verify=replace(request.verify, prompt_token_ids=prompt), speculative_method=method
@@ -115,8 +115,8 @@ async def compare(
             client = VerifierClient(handle, Session("benchmark"), circuit_breaker)
             await client.prefill(prompt)
             started = time.perf_counter()
-            output = await ANSWERS[way](client, own_request)
-            milliseconds[way] = (time.perf_counter() - started) * 1e3
+            output = await ANSWERS[name](client, own_request)
+            milliseconds[name] = (time.perf_counter() - started) * 1e3
         if number >= WARMUP:
             times[CONTINUED if output else COMPLETE].append(milliseconds)
     return {kind: _figures(pairs) for kind, pairs in times.items() if pairs}
@@ -126,7 +126,7 @@ def _figures(pairs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     saved = [pair["two_calls"] - pair["one_call"] for pair in pairs]
     return {
         "drafts": len(pairs),
-        **{f"{way}_ms": statistics.median(pair[way] for pair in pairs) for way in ANSWERS},
+        **{f"{name}_ms": statistics.median(pair[name] for pair in pairs) for name in ANSWERS},
         "saved_ms": statistics.median(saved),
         "saved_ms_interval": median_interval(saved),
     }
