@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deployments.config import IS_CHECKOUT, PROJECT_ROOT
 
-# The wheel has its copy inside the package.
+# The wheel contains a copy of this file inside the package.
 DEFAULT_CONFIG = PROJECT_ROOT / "serve_config.yaml" if IS_CHECKOUT else Path(__file__).with_name("serve_config.yaml")
 RAY_DEFAULT_TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 TOKEN_FILE = Path.home() / ".cache" / "parse-serve" / "ray_token"

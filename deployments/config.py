@@ -121,7 +121,7 @@ class AppSettings(Settings):
         description="How drafts are verified. Keys that are not set are taken from parse.json in the target's folder.",
     )
     api: ApiSettings = Field(ApiSettings(), description="The limits on what clients may request.")
-    audit: AuditSettings = Field(AuditSettings(), description="How often drafts are checked for changed results.")
+    audit: AuditSettings = Field(AuditSettings(), description="How often audits run, and how they compare answers.")
 
     @property
     def model_name(self) -> str:
@@ -141,7 +141,10 @@ def resolve_model_path(model: str) -> str:
 
 
 def is_local_path(model: str) -> bool:
-    """Whether the name of a model is a path, because it is written like one or its parent folder exists."""
+    """Returns whether the name of a model is a path.
+
+    It is one if it is written like a path or if its parent folder exists.
+    """
     parent = model.rpartition("/")[0]
     return (
         model.startswith((".", "/", "~"))

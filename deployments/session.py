@@ -10,7 +10,7 @@ RetryCause = Literal["died", "cancelled", "stopped", "unavailable"]
 
 @dataclass
 class Session:
-    """Calls that go to the same replica, until that replica is lost."""
+    """Calls that go to the same replica, unless that replica is full or lost."""
 
     key: str
     request_id: str = ""
@@ -26,5 +26,8 @@ class Session:
 
     @property
     def id(self) -> str:
-        """Changes with every retry, so that a retry goes to another replica."""
+        """Changes with every retry.
+
+        A retry therefore goes to another replica if there is one.
+        """
         return f"{self.key}/{self.num_retries}" if self.num_retries else self.key

@@ -1,4 +1,6 @@
-"""PARSE: a small model drafts a whole answer, and a large one verifies all its prefixes in a single forward pass.
+"""PARSE: a small model drafts a complete answer, and a large one verifies it.
+
+The large model verifies many prefixes of the draft in parallel, keeps the accepted prefix, and generates the rest.
 
     from parse import Pair
 

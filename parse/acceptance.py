@@ -1,8 +1,10 @@
-"""Acceptance: how much of a draft is kept, and which prefixes must be evaluated to decide that.
+"""Acceptance: decides how much of a draft is kept.
+
+It also decides which prefixes must be evaluated for that.
 
 Engines call `next_batch` to learn which prefixes to evaluate next and `accepted_prefix_length` to learn where to
-continue; the pipeline calls the latter again to check their result. The rules are entries of `parse.registry.RULES`.
-Use `parse.registry.register_rule` to add your own.
+continue. The pipeline calls the latter again on the result that it receives. The rules are entries of
+`parse.registry.RULES`. Use `parse.registry.register_rule` to add your own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from parse.registry import get_rule, resolve
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The minimum P(correct) at which a complete draft is accepted, and at which a prefix passes.
+    """The minimum P(correct) of a complete draft, and of a prefix.
 
     With the defaults the demo pair accepts 98% of the correct drafts in full and 1% of the wrong ones. An error in a
     prefix is caught by longer prefixes. Nothing catches an error in the complete answer, so its threshold is higher.
@@ -31,7 +33,10 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class AcceptancePolicy:
-    """Thresholds, and the name of the rule that applies them. A policy is sent between processes with its requests."""
+    """Thresholds, and the name of the rule that applies them.
+
+    A policy is sent between processes with its requests.
+    """
 
     thresholds: Thresholds = Thresholds()
     rule: str = "first_failure"
@@ -41,7 +46,7 @@ class AcceptancePolicy:
 
 
 def passes(p_correct: float | None, threshold: float) -> bool:
-    """Whether a prefix passes. A prefix that was not evaluated (None) does not."""
+    """Returns whether a prefix passes. A prefix that was not evaluated (None) fails."""
     return p_correct is not None and p_correct >= threshold
 
 
@@ -52,9 +57,9 @@ def first_failure(p_correct: Sequence[float | None], threshold: float) -> int:
 
 
 def last_passing(p_correct: Sequence[float | None], threshold: float) -> int:
-    """Keeps the longest prefix that passes, whatever the shorter ones do.
+    """Keeps the longest prefix that passes, even if shorter ones fail.
 
-    It keeps more than `first_failure`, but each further prefix adds a chance that a single false positive is trusted.
+    It keeps more than `first_failure`, but each further prefix adds another chance that a wrong prefix passes.
     """
     return max((index + 1 for index, value in enumerate(p_correct) if passes(value, threshold)), default=0)
 
@@ -90,11 +95,12 @@ def next_batch(
     max_batch: int,
     answer_first: bool,
 ) -> list[int]:
-    """Returns the indices of the prefixes to evaluate next, at most `max_batch`, or [] once the result is decided.
+    """Returns the indices of the prefixes to evaluate next, at most `max_batch`.
 
-    `p_correct` holds the results so far, by index. A complete answer that passes decides everything, so it is always in
-    the first batch. With `answer_first` it is the only one there. This saves evaluating prefixes on devices where a
-    further forward pass costs little more than its tokens. Without a policy, every prefix is evaluated.
+    Returns [] once the result is decided. `p_correct` holds the results so far, by index. A complete answer that passes
+    decides everything, so it is always in the first batch. With `answer_first` it is the only one there. If it passes,
+    no prefix needs to be evaluated. This saves time on devices where the cost of a forward pass is almost proportional
+    to its number of tokens. Without a policy, every prefix is evaluated.
     """
     last = num_prefixes - 1
     if policy is not None and complete and num_prefixes:

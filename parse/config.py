@@ -1,6 +1,6 @@
 """The settings of a model and of the verification.
 
-Each is documented, and unknown keys are rejected.
+Every setting has a description, and unknown keys are rejected.
 """
 
 import json
@@ -171,8 +171,8 @@ class EngineSettings(Settings):
     max_num_batched_tokens: int = Field(
         512,
         ge=1,
-        description="The maximum number of tokens computed in one forward pass. A higher value raises the throughput "
-        "and makes streams stall for longer.",
+        description="The maximum number of tokens computed in one forward pass. A higher value raises the throughput, "
+        "but long prompts then delay the streams of other requests for longer.",
     )
     cuda_graphs: bool = Field(
         False,

@@ -3,16 +3,16 @@
 The decision follows from measured gains and is revised when these change.
 
 A draft saves the time that the target alone would have needed for the accepted tokens. It costs the time of drafting
-and verifying. The gain is the difference, as a share of the time that the target alone would have taken for the
-answer. When drafting has cost more than it saved for a while, it pauses. One request at growing intervals then tries
-it again. `Pipeline._choose_mode` calls this controller for requests in mode `auto` without a prediction.
+and verifying. The gain is the difference, as a share of the time that the target alone would have taken for the answer.
+When drafting has cost more than it saved for a while, it is paused. Single requests then try it again, at growing
+intervals. `Pipeline._choose_mode` calls this controller for requests in mode `auto` without a prediction.
 """
 
 from dataclasses import dataclass
 
 EMA_WEIGHT = 0.2  # weight of the newest request in the running means
 MIN_OBSERVATIONS = 3  # drafts before the gain decides
-MIN_GAIN_TO_RESUME = 0.1  # drafting pauses below a gain of 0; the distance prevents it from alternating
+MIN_GAIN_TO_RESUME = 0.1  # above 0, where drafting pauses, so that drafting does not switch on and off all the time
 INITIAL_PAUSE, MAX_PAUSE = 8, 256  # requests answered without a draft before the next trial
 
 
@@ -34,9 +34,9 @@ class DraftingDecision:
 
 
 class DraftingController:
-    """The state of one deployment.
+    """Decides whether requests in mode `auto` get a draft.
 
-    It is not thread-safe and belongs to one event loop.
+    It holds the measurements of one deployment. It is not thread-safe and belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class DraftingController:
         return DraftingDecision(True, f"this is a trial: {self.summary()}")
 
     def record(self, outcome: DraftingOutcome) -> None:
-        """Adds one answer to the means, and pauses or resumes drafting if they call for it."""
+        """Adds one answer to the means, and pauses or resumes drafting."""
         if outcome.target_tokens:
             self.token_s = _running_mean(self.token_s, outcome.target_s / outcome.target_tokens)
         if not outcome.draft_tokens:

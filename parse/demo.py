@@ -1,4 +1,4 @@
-"""The demo pair: the paths of its models and heads, and a prompt that it can answer.
+"""The demo pair: the paths of its models and heads, and an example prompt.
 
 In a checkout the models are in the folder `models` beside the package. The wheel has them inside the package.
 """
@@ -21,9 +21,10 @@ EXAMPLE_PROMPT = (
 
 
 def find_demo_model(path: str) -> Path | None:
-    """Returns the folder of a demo model from its path in the repository, for example `models/demo-target`.
+    """Returns the folder of a demo model from its path in the repository.
 
-    Configurations use these paths. An installed wheel has no folder `models`, so they need this translation.
+    An example of such a path is `models/demo-target`. Configurations contain these paths, but an installed wheel has no
+    folder `models`.
     """
     parent, _, name = path.partition("/")
     folder = DEMO_MODELS / name

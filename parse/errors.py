@@ -22,7 +22,10 @@ class RequestError(ValueError):
 
 
 class ModelLoadError(ValueError):
-    """A model that cannot be loaded. The error names the argument, the model and what is wrong, in one line."""
+    """A model that cannot be loaded.
+
+    The error names the argument, the model and what is wrong, in one line.
+    """
 
     def __init__(self, argument: str, message: str) -> None:
         super().__init__(f"{argument}: {message}")

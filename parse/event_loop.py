@@ -1,4 +1,7 @@
-"""An event loop in a thread of its own, which runs coroutines for callers in any thread and any other event loop."""
+"""An event loop in a thread of its own.
+
+It runs coroutines for callers in any other thread or event loop.
+"""
 
 import asyncio
 import threading
@@ -67,7 +70,10 @@ class EventLoopThread:
             raise EngineStopped("the pair was closed during the call") from None
 
     def iterate(self, start: Callable[[], AsyncGenerator[T]]) -> Generator[T]:
-        """Yields the items of an asynchronous generator. Closing this generator closes the other one."""
+        """Yields the items of an asynchronous generator.
+
+        Closing this generator closes the asynchronous one.
+        """
         items: SimpleQueue[T | _End] = SimpleQueue()
         future = self._submit(_pump(start, items.put))
         future.add_done_callback(lambda _: items.put(END))

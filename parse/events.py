@@ -14,7 +14,7 @@ Origin = Literal["draft", "target"]
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A part of the answer, which does not change any more."""
+    """A part of the answer. It is final."""
 
     text: str
     token_ids: tuple[int, ...]

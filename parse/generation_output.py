@@ -1,4 +1,4 @@
-"""The result of a call of `Pair.generate`: the text, which model wrote what, and what it took."""
+"""The result of `Pair.generate`: the text, which model wrote what, and the cost."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,10 @@ class Segment:
 
 @dataclass(frozen=True, repr=False)
 class GenerationOutput:
-    """An answer. `str()` returns its text, and notebooks show which model wrote which part of it."""
+    """An answer.
+
+    `str()` returns its text. Notebooks show which model wrote which part of it.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -90,7 +93,10 @@ class GenerationOutput:
         return render_html(self._marked_texts(), describe_usage(self.usage))
 
     def _marked_texts(self) -> list[MarkedText]:
-        """Returns the texts of all segments, with rejected text at the place where it was rejected."""
+        """Returns the texts of all segments.
+
+        Rejected text is at the place where it was rejected.
+        """
         rejected = [(item.start + item.accepted_prefix_length, item.rejected_text) for item in self.verifications]
         texts: list[MarkedText] = []
         position = 0

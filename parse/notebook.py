@@ -6,7 +6,7 @@ from typing import Literal
 
 MarkedText = tuple[str, Literal["draft", "target", "rejected"]]
 
-# Translucent colors over the page's own, and one more mark besides the color: this works in light and dark themes.
+# The colors are translucent, so they work in light and dark themes. The marks differ in more than color.
 STYLES = {
     "draft": "background:rgba(22,163,74,.22)",
     "target": "border-bottom:2px solid rgba(59,130,246,.75)",
@@ -20,7 +20,10 @@ LABELS = {
 
 
 def render_html(texts: Iterable[MarkedText], usage_line: str) -> str:
-    """Returns an HTML fragment without scripts: the marked texts, a legend and the line about the usage."""
+    """Returns an HTML fragment: the marked texts, a legend and the usage.
+
+    The fragment contains no scripts.
+    """
     answer = "".join(_mark(text, kind) for text, kind in texts)
     legend = " &nbsp; ".join(_mark(label, kind) for kind, label in LABELS.items())
     return (

@@ -24,17 +24,18 @@ ARGUMENT_NAMES = {"speculation": "speculative_method", "messages": "prompt"}
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of `Pair.generate`, `stream`, `agenerate` and `astream`, besides `mode`.
+    """The keyword arguments of `Pair.generate` besides `mode`.
 
-    The fields of `SamplingParams` have the defaults of that class. They cannot be combined with `sampling_params`.
+    `stream`, `agenerate` and `astream` take the same arguments. The fields of `SamplingParams` have the defaults of
+    that class. They cannot be combined with `sampling_params`.
     """
 
     thresholds: Thresholds | None
-    """By default those of the pair's verification settings."""
+    """By default, the thresholds of the pair's verification settings apply."""
     prediction: str | Sequence[int] | None
     """The expected answer, as text or as tokens of the target. It replaces the draft."""
     speculative_method: str | None
-    """One of the target's token-level methods, or "none". By default the first one in its settings."""
+    """One of the target's token-level methods, or "none". By default, the first one in its settings is used."""
     sampling_params: SamplingParams | None
     temperature: float
     top_p: float
@@ -60,7 +61,10 @@ def build_request(
     capabilities: Capabilities,
     has_drafter: bool,
 ) -> GenerationRequest:
-    """Returns the request for a call. Raises RequestError with the name of the invalid argument."""
+    """Returns the request for a call.
+
+    Raises RequestError with the name of the invalid argument.
+    """
     try:
         for name in options:
             if name not in GenerateOptions.__annotations__:

@@ -35,24 +35,26 @@ class Pair:
             print(pair.generate("What is 7 times 8?", mode="full", temperature=0))
 
     Synchronous calls can be made from several threads at once and also where an event loop runs, as in Jupyter. The
-    asynchronous ones can be awaited in any event loop. All calls at the same time share the passes of the models.
+    asynchronous ones can be awaited in any event loop. Calls that run at the same time share the forward passes of the
+    models.
     """
 
     def __init__(
         self, target: ModelChoice, draft: ModelChoice | None = None, *, verification: VerificationSettings | None = None
     ) -> None:
-        """Loads the models, each from a folder or by its Hugging Face id. Their tokenizers may differ.
+        """Loads the models, each from a folder or by its Hugging Face id.
 
-        Pass `EngineSettings` instead to set the device, the memory or token-level methods. Without a draft model, the
-        target answers alone or verifies your predictions. `verification` replaces the settings in the target's folder;
-        use `VerificationSettings.for_model(target, stride=4)` to change some of them.
+        The tokenizers of the models may differ. Pass `EngineSettings` instead to set the device, the memory or
+        token-level methods. Without a draft model, the target answers alone or verifies your predictions.
+        `verification` replaces the settings in the target's folder. To change some of them, pass
+        `VerificationSettings.for_model(target, stride=4)`.
         """
         target_settings = engine_settings("target", target)
         draft_settings = None if draft is None else engine_settings("draft", draft)
         verification = verification_settings(verification, target_settings.model)
         self._names = (target_settings.model, draft_settings and draft_settings.model)
         resources = ExitStack()
-        # The finalizer closes the pair once: by `close`, when it is garbage, or at the end of the interpreter.
+        # The finalizer closes the pair only once: in `close`, on garbage collection, or when the interpreter exits.
         self._finalizer = weakref.finalize(self, resources.close)
         try:
             self._event_loop = EventLoopThread(f"pair {target_settings.model}")
@@ -70,10 +72,11 @@ class Pair:
 
     @classmethod
     def from_config(cls, path: str | Path) -> Self:
-        """Loads the pair that a YAML file describes: `target`, `draft` and `verification`.
+        """Loads the pair that a YAML file describes.
 
-        The file can also be the configuration of a service, such as serve_config.yaml. Its sections `api` and `audit`
-        are about the service and have no effect here. Relative paths of models refer to the folder of the file.
+        The file has the sections `target`, `draft` and `verification`. It can also be the configuration of a service,
+        such as serve_config.yaml. Its sections `api` and `audit` are about the service and have no effect here.
+        Relative paths of models refer to the folder of the file.
         """
         settings = read_pair_settings(path)
         return cls(settings.target, settings.draft, verification=settings.verification_for_target())
@@ -88,16 +91,20 @@ class Pair:
         return self._event_loop.run(self._collect(self._request(prompt, mode, options)))
 
     def stream(self, prompt: Prompt, *, mode: str = "auto", **options: Unpack[GenerateOptions]) -> Generator[Event]:
-        """Yields `TextDelta` and `Verification` events while the answer is written, and finally `Finished`.
+        """Yields the events of an answer while it is written.
 
-        The arguments are those of `generate`. The answer is aborted if you close the generator or drop it.
+        These are `TextDelta` and `Verification`, and finally `Finished`. The arguments are those of `generate`. The
+        answer is aborted if you close the generator or drop it.
         """
         return self._stream(self._request(prompt, mode, options))
 
     async def agenerate(
         self, prompt: Prompt, *, mode: str = "auto", **options: Unpack[GenerateOptions]
     ) -> GenerationOutput:
-        """Answers a prompt as `generate` does. The answer is aborted if the calling task is cancelled."""
+        """Answers a prompt as `generate` does.
+
+        The answer is aborted if the calling task is cancelled.
+        """
         return await self._event_loop.run_async(self._collect(self._request(prompt, mode, options)))
 
     def astream(

@@ -1,4 +1,4 @@
-"""The models of a `Pair`: their settings, from arguments or from a file, and how they are loaded."""
+"""Reads the settings of a `Pair` from arguments or a file, and loads its models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +34,10 @@ class PairSettings(Settings):
     verification: VerificationSettings = VerificationSettings()
 
     def verification_for_target(self) -> VerificationSettings:
-        """Returns the verification settings. Unset ones are taken from the target's folder."""
+        """Returns the verification settings.
+
+        Those that are not set are taken from the target's folder.
+        """
         return VerificationSettings.for_model(self.target.model, **self.verification.model_dump(exclude_unset=True))
 
 
@@ -45,12 +48,12 @@ def engine_settings(argument: str, model: ModelChoice) -> EngineSettings:
     if not isinstance(model, str | Path):
         raise RequestError(argument, f"must be a folder, a Hugging Face id or EngineSettings, got {model!r}")
     if model == "":
-        raise RequestError(argument, "must name a model, a folder or a Hugging Face id, got an empty text")
+        raise RequestError(argument, "must name a model: a folder or a Hugging Face id, got an empty text")
     return EngineSettings(model=str(Path(model).expanduser()) if str(model).startswith("~") else str(model))
 
 
 def verification_settings(verification: VerificationSettings | None, target: str) -> VerificationSettings:
-    """Returns the verification settings that `Pair` was given, or those in the target's folder."""
+    """Returns the settings that `Pair` was given, or those in the target's folder."""
     if verification is None:
         try:
             return VerificationSettings.for_model(target)
@@ -62,7 +65,10 @@ def verification_settings(verification: VerificationSettings | None, target: str
 
 
 def load_engine(argument: str, settings: EngineSettings) -> NativeEngine:
-    """Loads a model and starts its engine. Errors name the argument and the model in one line."""
+    """Loads a model and starts its engine.
+
+    Errors name the argument and the model in one line.
+    """
     check_model_folder(argument, settings.model)
     try:
         return load_native_engine(settings)
@@ -73,14 +79,17 @@ def load_engine(argument: str, settings: EngineSettings) -> NativeEngine:
 
 
 def model_load_error(argument: str, model: str, error: ValueError) -> ModelLoadError:
-    """Returns an error with the first line of the cause, because those of libraries have many lines."""
+    """Returns an error with the first line of the cause.
+
+    The messages of libraries can have many lines.
+    """
     reason = str(error).partition("\n")[0]
     model = model if model not in reason else ""
     return ModelLoadError(argument, f"{model}: {reason}" if model else reason)
 
 
 def check_model_folder(argument: str, model: str) -> None:
-    """Raises ModelLoadError if the model is a folder without a model, or a path that is no folder."""
+    """Raises ModelLoadError if the model is a path, but not the folder of a model."""
     folder = Path(model)
     if not folder.is_dir():
         if model.startswith(("/", ".", "~")) or folder.exists():
@@ -100,9 +109,10 @@ def check_model_folder(argument: str, model: str) -> None:
 
 
 def read_pair_settings(path: str | Path) -> PairSettings:
-    """Reads a configuration file of the service, or a file with the keys of `PairSettings`.
+    """Reads a file with the keys of `PairSettings`, or a service's configuration.
 
-    Of a service, the first application counts. Relative paths of models are looked up in the folder of the file.
+    In a configuration of the service, the first application is read. Relative paths of models are looked up in the
+    folder of the file.
     """
     try:
         data = yaml.safe_load(Path(path).read_text())

@@ -1,7 +1,7 @@
 """The pipeline of PARSE: draft, verify, accept, generate.
 
-A drafter writes a draft and the target verifies all its prefixes. The longest valid prefix is kept, and the target
-generates the rest.
+A drafter writes a draft, and the target verifies prefixes of it in parallel. The acceptance rule decides which prefix
+is kept, and the target generates the rest.
 
 The pipeline uses a drafter and a verifier through two small protocols, so the same code runs in one process and across
 machines. Each call is independent of earlier ones. If a drafter fails, the answer only takes longer.

@@ -76,7 +76,9 @@ def build_verification_suffix(
             f"{prompt!r} against {before!r}"
         )
     if verification_prompt.strip() not in suffix or SENTINEL in suffix:
-        raise TemplateError(f"the chat template does not put the verification prompt once after the answer: {suffix!r}")
+        raise TemplateError(
+            f"the chat template does not render the verification prompt exactly once after the answer: {suffix!r}"
+        )
     return _distinguishing_tokens(tokenizer, suffix, correct, incorrect)
 
 
@@ -94,7 +96,7 @@ def _distinguishing_tokens(
         shared += 1
     if shared == min(map(len, words)):
         raise TemplateError(
-            f"the answer words {correct!r} and {incorrect!r} begin alike, and one ends before the other differs"
+            f"the answer words {correct!r} and {incorrect!r} begin alike: one is the beginning of the other"
         )
     first_tokens = [[ids[shared]] for ids in words]
     if not shared:

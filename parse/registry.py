@@ -1,8 +1,8 @@
-"""The registry of everything that is chosen by name: modes, token-level speculative methods and acceptance rules.
+"""The registry of modes, token-level methods and acceptance rules.
 
-Settings, HTTP API, metrics and documentation read their choices from this module. To add a mode, a method or a rule to
-the project, write its module and add an entry here. An entry names its function by path, and the module is imported on
-first use, so this table imports none of them.
+All of them are chosen by name. Settings, HTTP API, metrics and documentation read their choices from this module. To
+add a mode, a method or a rule to the project, write its module and add an entry here. An entry names its function by
+path, and the module is imported on first use, so this table imports none of them.
 
 Code outside the project adds methods and rules with `register_method` and `register_rule`. They are then available by
 name in the same process.
@@ -23,7 +23,10 @@ number of prefixes to keep, counted from the shortest. A prefix that was not eva
 
 @dataclass(frozen=True)
 class ModeSpec:
-    """A mode, that is, a way to use drafts. `auto` selects one of the others and has no function."""
+    """A mode, that is, a way to use drafts.
+
+    `auto` selects one of the others and has no function.
+    """
 
     description: str
     function: str | None
@@ -34,7 +37,10 @@ class ModeSpec:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method that proposes several of the target's next tokens. It does not change the output."""
+    """A method that proposes several of the target's next tokens.
+
+    It does not change the output.
+    """
 
     description: str
     loader: str | Callable[..., Any]
@@ -48,17 +54,20 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class RuleSpec:
-    """An acceptance rule, that is, a way to choose the accepted prefix from P(correct) of all prefixes."""
+    """An acceptance rule.
+
+    It chooses the accepted prefix from P(correct) of all prefixes.
+    """
 
     description: str
     function: str | RuleFunction
     """The rule, or its path `module:function`."""
     stops_at_failure: bool = False
-    """Whether the prefixes after the first one that fails cannot change the result. They are then not evaluated."""
+    """If true, the prefixes after the first one that fails cannot change the result, so they are not evaluated."""
 
 
 MODES: Mapping[str, ModeSpec] = {
-    "auto": ModeSpec("The mode of the setting `auto` while drafting pays, else `off`.", None),
+    "auto": ModeSpec("The mode in `verification.auto_mode` while drafting pays, else `off`.", None),
     "full": ModeSpec("Verify the whole draft at once.", "parse.modes.full:run"),
     "progressive": ModeSpec(
         "Verify windows of the draft while the next one is drafted.", "parse.modes.progressive:run"
@@ -118,19 +127,20 @@ _BUILT_IN = frozenset((*METHODS, *RULES, "none"))  # "none" selects no method in
 
 
 def register_method(name: str, spec: MethodSpec) -> None:
-    """Adds a token-level method, which `SpeculativeConfig` and requests can then name.
+    """Adds a token-level method.
 
-    A second call with the same name replaces the method, unless it is one of this project.
+    `SpeculativeConfig` and requests can then name it. A second call with the same name replaces the method, unless it
+    is one of this project.
     """
     _check_name(name)
     METHODS[name] = spec
 
 
 def register_rule(name: str, spec: RuleSpec) -> None:
-    """Adds an acceptance rule, which `VerificationSettings` and `AcceptancePolicy` can then name.
+    """Adds an acceptance rule.
 
-    A second call with the same name replaces the rule, unless it is one of this project. Every process that verifies
-    drafts has to register the rule.
+    `VerificationSettings` and `AcceptancePolicy` can then name it. A second call with the same name replaces the rule,
+    unless it is one of this project. Every process that verifies drafts has to register the rule.
     """
     _check_name(name)
     RULES[name] = spec
@@ -144,7 +154,7 @@ def get_rule(name: str) -> RuleSpec:
 
 
 def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function that a `module:function` path names, or the function itself."""
+    """Returns a function, which is passed itself or as a path `module:function`."""
     if not isinstance(function, str):
         return function
     module, _, name = function.partition(":")

@@ -151,6 +151,6 @@ def _unknown_key(details: ErrorDetails, suggestion: str) -> InitErrorDetails:
 
 
 def suggest_key(key: str, valid_keys: Collection[str]) -> str:
-    """Returns a question with the closest valid key, or all valid keys if none is close."""
+    """Returns a question with the most similar valid key, or else all valid keys."""
     closest = get_close_matches(key, valid_keys, n=1, cutoff=0.5)
     return f"did you mean {closest[0]}?" if closest else f"the keys here are {', '.join(valid_keys)}"

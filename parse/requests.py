@@ -21,7 +21,7 @@ class GenerationRequest:
     """A request from a client to the pipeline."""
 
     prompt_token_ids: Sequence[int]
-    """The target's tokens, up to and including the assistant header."""
+    """The prompt in the target's tokens. For a chat, it ends with the assistant header."""
     messages: Sequence[Message] = ()
     """The same conversation, for a drafter that has its own chat template."""
     sampling_params: SamplingParams = SamplingParams()

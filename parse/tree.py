@@ -1,6 +1,7 @@
-"""The token tree: everything that a model runs, laid out so that one comparison decides which node sees which.
+"""The token tree: everything that a model computes.
 
-The nodes are in preorder, and `end[j]` is one past the last node of the subtree of j. Then
+Its layout lets one comparison decide which node sees which. The nodes are in preorder, and `end[j]` is one past the
+last node of the subtree of j. Then
 
     visible(q, k)  =  k <= q < end[k]
 
@@ -32,17 +33,20 @@ class TokenTree:
         return len(self.tokens)
 
     def visible_context(self, context_length: int) -> Ints:
-        """[T], how many tokens of a context of that length each node sees."""
+        """Returns how many tokens of a context of that length each node sees, [T]."""
         return np.full(len(self), context_length) if self.at is None else self.at
 
     def visible(self) -> NDArray[np.bool_]:
-        """[T, T], True where the node of the row sees the node of the column."""
+        """Returns whether the node of a row sees the node of a column, [T, T]."""
         node = np.arange(len(self))
         return (node <= node[:, None]) & (node[:, None] < self.end)
 
 
 def child(nodes: TokenTree | Sequence[int], node: int, token: int) -> int | None:
-    """Returns the child of a node that holds the token. A chain may be passed as its token ids."""
+    """Returns the child of `node` that holds `token`, or None.
+
+    A chain may be passed as its token ids.
+    """
     if not isinstance(nodes, TokenTree):
         return node + 1 if node + 1 < len(nodes) and nodes[node + 1] == token else None
     candidate = node + 1
@@ -59,7 +63,10 @@ def chain(tokens: Sequence[int]) -> TokenTree:
 
 
 def suffix_forest(prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
-    """Returns copies of `suffix`, one attached at each prefix length of the context. They do not see each other."""
+    """Returns copies of `suffix`, one attached at each prefix length of the context.
+
+    The copies do not see each other.
+    """
     width = len(suffix)
     starts = width * np.arange(len(prefix_lengths))
     return TokenTree(
@@ -71,9 +78,10 @@ def suffix_forest(prefix_lengths: Sequence[int], suffix: Sequence[int]) -> Token
 
 
 def trunk_with_suffixes(trunk: Sequence[int], prefix_lengths: Sequence[int], suffix: Sequence[int]) -> TokenTree:
-    """Returns a trunk with a copy of `suffix` after its first n tokens, for every prefix length n.
+    """Returns a trunk with one copy of `suffix` per prefix length.
 
-    The trunk comes first, then the suffix of the longest prefix, and that of the shortest one last.
+    The copy of prefix length n follows the first n tokens of the trunk. In the tree, the trunk comes first, then the
+    suffix of the longest prefix. The suffix of the shortest prefix comes last.
     """
     size, width = len(trunk), len(suffix)
     if any(not 0 < length <= size for length in prefix_lengths):
@@ -90,9 +98,9 @@ def trunk_with_suffixes(trunk: Sequence[int], prefix_lengths: Sequence[int], suf
 
 
 def tree_from_parents(tokens: Sequence[int], parents: Sequence[int]) -> tuple[TokenTree, Ints]:
-    """Builds the tree in which the parent of node j is `parents[j]`, an earlier node, or -1 for a root.
+    """Returns the tree in which the parent of node j is `parents[j]`.
 
-    Also returns the index of each node in the preorder of the tree.
+    A parent is an earlier node, or -1 for a root. Also returns the index of each node in the preorder of the tree.
     """
     size = len(tokens)
     subtree_size = np.ones(size, np.int64)  # nodes in each subtree

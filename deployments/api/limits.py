@@ -1,6 +1,6 @@
-"""Checks before every request.
+"""Checks every request before it is handled.
 
-They concern the API key, the size of the body, and the time that the body takes to arrive.
+The checks concern the API key, the size of the body, and the time that the body takes to arrive.
 """
 
 import asyncio

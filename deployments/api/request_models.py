@@ -109,11 +109,15 @@ class TextResponseFormat(OpenAIBaseModel):
 class ParseOptions(OpenAIBaseModel):
     """How drafts are used for this request, and how the target generates."""
 
-    mode: ModeName | None = Field(None, description="How drafts are used. By default, the operator has chosen it.")
+    mode: ModeName | None = Field(
+        None,
+        description="How drafts are used. The default is auto for chats and off for "
+        "completions, if the operator allows it.",
+    )
     speculation: MethodChoice | None = Field(
         None,
         description="The token-level method with which the target generates several tokens per forward pass. With "
-        "none, it generates one token per pass. The text is the same. By default, the operator has chosen the method.",
+        "none, it generates one token per pass. The text is the same. The operator sets the default.",
     )
     full: float | None = Field(None, ge=0, le=1, description="The minimum P(correct) of a complete draft.")
     prefix: float | None = Field(None, ge=0, le=1, description="The minimum P(correct) of a prefix.")

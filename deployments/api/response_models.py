@@ -86,7 +86,9 @@ class SpeculationReport(BaseModel):
 
     method: MethodName
     passes: int = Field(description="Forward passes of the target while it generated, with and without proposals.")
-    tokens: int = Field(description="Answer tokens from these passes. In mode exact, they include draft tokens.")
+    tokens: int = Field(
+        description="Answer tokens from these passes. In mode exact, they include accepted draft tokens."
+    )
     tokens_per_pass: float
     proposed: int
     accepted: int

@@ -101,7 +101,7 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
     async def ready() -> JSONResponse:
         """Says whether requests can be answered.
 
-        Without a drafter they can, but slower.
+        If no drafter responds, requests are answered, but it takes longer.
         """
         troubles = backend.unavailable_parts()
         status = "unavailable" if "verifier" in troubles else "degraded" if troubles else "ready"

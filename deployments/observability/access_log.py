@@ -58,7 +58,7 @@ class RequestRecord:
     def final_outcome(self) -> RequestOutcome:
         """Returns the outcome of a finished request.
 
-        Without a complete answer or an error, the client has left.
+        If there is neither a complete answer nor an error, the client has disconnected.
         """
         if self.outcome is None and self.status is not None and self.status >= 400:
             self.mark_failed(self.status)

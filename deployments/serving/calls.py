@@ -66,7 +66,7 @@ def run_in_fresh_context(context: CallContext, function: Callable[..., Any], *ar
 
     In that context, Ray Serve gives every call the internal id of the request. It uses this id to find the caller that
     waits for a replica. If two calls of a request wait at the same time, one of them is never woken. Serve would also
-    cancel the calls together with the request, but here their callers do that.
+    cancel the calls together with the request, but in this project the callers cancel their calls.
     """
     fresh = contextvars.Context()
     fresh.run(context.activate)

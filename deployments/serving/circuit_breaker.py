@@ -20,7 +20,7 @@ HEALTH_CHECK_TIMEOUT_S = 5.0
 class CircuitBreaker:
     """Checks every second whether a deployment responds.
 
-    Requests then fail at once and need not wait to find out.
+    While it does not respond, calls fail at once instead of waiting for a timeout.
     """
 
     def __init__(self, name: ServicePart, handle: DeploymentHandle, busy_time: BusyTime) -> None:

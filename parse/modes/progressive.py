@@ -19,7 +19,7 @@ async def run(run: Run) -> None:
     accepted, window = 0, run.settings.window
     try:
         while state.finish_reason is None:
-            # One more token than the window shows whether the draft continues after it.
+            # The token after the window shows that the draft continues.
             await draft.wait_for(accepted + window + 1)
             await prefilling
             is_last = len(draft.token_ids) <= accepted + window

@@ -1,4 +1,4 @@
-"""The objects that belong to one request in a mode, and the steps that the modes consist of."""
+"""The objects of one request in a mode, and the steps that modes consist of."""
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -48,14 +48,17 @@ class Run:
 
 
 async def prefill(run: Run) -> None:
-    """Prefills the prompt on the target, if this is enabled and nothing has been generated yet."""
+    """Prefills the prompt if this is enabled and nothing has been generated yet."""
     if run.prefill_while_drafting and not run.state.output:
         with run.state.stage("warm"):
             run.state.record_cached(await run.verifier.prefill(run.request.prompt_token_ids))
 
 
 async def generate(run: Run, draft_token_ids: Sequence[int] = ()) -> None:
-    """Generates the rest of the answer. Draft tokens are accepted as long as the target chooses the same ones."""
+    """Generates the rest of the answer.
+
+    Draft tokens are accepted as long as the target chooses the same ones.
+    """
     state = run.state
     deltas = run.verifier.generate(_generate_request(run, state.output, draft_token_ids))
     with state.stage("write"):
@@ -70,14 +73,14 @@ class DraftWindow:
     """The part of a draft that one call verifies."""
 
     token_ids: Sequence[int]
-    """From the start of the draft."""
+    """The tokens from the start of the draft to the end of the window."""
     prefix_lengths: Sequence[int]
     complete: bool
-    """The draft ends here, and with it the answer."""
+    """Whether the draft ends with this window and is a complete answer."""
     final_text: str | None = None
     """The text of the whole output if the draft is accepted and a stop string cuts the text of its last token."""
     num_accepted: int = 0
-    """Draft tokens that are in the output already."""
+    """The number of draft tokens that are already in the output."""
 
 
 async def verify_and_generate(
@@ -88,7 +91,10 @@ async def verify_and_generate(
     max_continuation_tokens: int | None = None,
     on_verified: Callable[[int], None] = lambda accepted_prefix_length: None,
 ) -> int:
-    """Verifies a draft, generates what follows its accepted prefix, and returns the length of that prefix."""
+    """Verifies a draft and generates what follows its accepted prefix.
+
+    Returns the length of that prefix.
+    """
     state = run.state
     output_before = tuple(state.output[: len(state.output) - window.num_accepted])
     request = VerifyAndGenerateRequest(
@@ -113,7 +119,7 @@ async def verify_and_generate(
         with state.stage("judge"):
             result = await anext(items, None)
         if not isinstance(result, VerifyResult):
-            raise VerificationError("the verifier did not answer with the result of the verification")
+            raise VerificationError("the verifier did not return the result of the verification")
         _check_result(result, request.verify)
         accepted = request.accepted_prefix_length(result.p_correct)
         _accept(run, request, result, accepted, window.final_text)
@@ -171,7 +177,10 @@ def _accept(
 
 
 def _check_result(result: VerifyResult, request: VerifyRequest) -> None:
-    """Raises VerificationError on a malformed result, so that no draft is accepted by accident."""
+    """Raises VerificationError if a result is malformed.
+
+    Without this check, such a result might accept a draft by accident.
+    """
     expected = len(request.prefix_lengths)
     if len(result.p_correct) != expected:
         raise VerificationError(f"the verifier evaluated {len(result.p_correct)} prefixes instead of {expected}")

@@ -44,7 +44,7 @@ MAX_TIMINGS = 15  # calls of a method whose times are remembered
 MIN_TRIALS = 3  # proposals for a sequence before its own record decides
 MIN_SHARED_TRIALS = 10  # proposals for all sequences before the method's record decides
 NEGLIGIBLE_LOSS = 0.02  # a loss of this share of a sequence's step time is not worth a pause
-MARGINAL_TOKENS = 4.0  # the price of one more token is averaged over so many
+MARGINAL_TOKENS = 4.0  # the price of one more token is averaged over this many tokens
 
 
 @dataclass
@@ -293,7 +293,7 @@ class SequenceSpeculation:
     def _max_depth(self) -> int:
         """Returns the depth up to which tokens pay.
 
-        It follows from the observed acceptance rates. In some steps it is half as much again, to explore greater
+        It follows from the observed acceptance rates. In some steps it is 1.5 times as large, to explore greater
         depths.
         """
         method, seconds_per_token = self.method, self._seconds_per_output_token

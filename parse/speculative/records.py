@@ -13,7 +13,7 @@ POSITION_PRIOR = 3  # proposals; the weight of the assumption that a new positio
 
 @dataclass
 class AcceptanceRecord:
-    """Running means over the proposals of one sequence, or of all sequences of a method."""
+    """Running means over the proposals of one sequence, or of all sequences."""
 
     mean_accepted: float = 0.0  # accepted tokens per proposal
     mean_cost_s: float = 0.0  # seconds that the tokens of a proposal added to a step
@@ -66,10 +66,11 @@ class Calibration:
 
 @dataclass
 class Backoff:
-    """Steps without proposals, more of them each time that a trial does not pay.
+    """Pauses of a method: numbers of steps without proposals.
 
-    A pause ends at a multiple of its length. Sequences that could share the time of proposing therefore try again in
-    the same step. A single sequence could not measure that proposing pays for all of them together.
+    Each trial that does not pay doubles the next pause. A pause ends at a multiple of its length. Sequences that could
+    share the time of proposing therefore try again in the same step. A single sequence could not measure that proposing
+    pays for all of them together.
     """
 
     length: int = INITIAL_PAUSE

@@ -1,4 +1,7 @@
-"""The native engine as the pipeline calls it: coroutines over an engine core with a thread of its own."""
+"""The native engine as the pipeline calls it: coroutines over an engine core.
+
+The engine core has a thread of its own.
+"""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -21,11 +24,11 @@ from parse.speculative.cost_model import StepCostModel
 from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.types import MAX_LOGPROBS, SamplingParams, TokenDelta, VerifyResult, validate_token_ids
 
-MAX_SUFFIX_TOKENS = 1024  # per forward pass; each sequence has memory for so many tokens beyond `max_model_len`
+MAX_SUFFIX_TOKENS = 1024  # per forward pass; each sequence has memory for this many tokens beyond `max_model_len`
 
 
 class NativeEngine:
-    """Serves one model to many callers. Calls are independent of each other and share only the prefix cache."""
+    """Serves one model to many callers, whose calls share only the prefix cache."""
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class NativeEngine:
         methods: Mapping[str, SpeculativeMethod] | None = None,
         cost_model: StepCostModel | None = None,
     ) -> None:
-        """Serves the model with the given token-level methods, the first of which is the default.
+        """Serves the model. The first token-level method in `methods` is the default.
 
         `cost_model` is the one that the methods consult; the engine keeps it up to date.
         """
@@ -84,7 +87,7 @@ class NativeEngine:
             method.proposer.reset()
 
     def reset_acceptance_history(self) -> None:
-        """Resets the statistics of past proposals. Call it only while no request is running."""
+        """Resets the statistics of past proposals. No request may be running."""
         for method in self._methods.values():
             method.reset()
 
@@ -92,7 +95,7 @@ class NativeEngine:
         self.core.shutdown()
 
     async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
-        """Computes a prompt ahead of time; returns how many of its tokens were cached already."""
+        """Computes a prompt ahead of time. Returns how many of its tokens were cached."""
         prompt = self._validated("prompt", prompt_token_ids)
         self._check_length("prompt", len(prompt))
         stream = OutputStream(self._waker)
@@ -115,7 +118,7 @@ class NativeEngine:
         return result
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
-        """Yields the generated tokens. All tokens since the last delta are merged into one.
+        """Yields the generated tokens. A delta contains all tokens since the last one.
 
         The speculative method changes the speed, never the tokens. The token limit, penalties, stop strings and seed
         apply to the output as a whole. Closing the generator aborts the request.
@@ -132,7 +135,7 @@ class NativeEngine:
                 yield result
 
     async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
-        """Yields the result of the verification, then what is generated after the accepted prefix.
+        """Yields the result of the verification, then what follows the accepted prefix.
 
         Both are one request of the engine, so there is no round trip, queue or idle step between them. The first token
         after the accepted prefix comes from the pass that verifies.
@@ -155,7 +158,7 @@ class NativeEngine:
                 yield result
 
     async def _run(self, request: Request, stream: OutputStream) -> AsyncGenerator[VerifyResult | TokenDelta]:
-        """Yields the results of a request. The first one contains the number of cached context tokens."""
+        """Yields the results of a request. The first one has the number of cached tokens."""
         self.core.add_request(request)
         is_first = True
         try:
@@ -174,7 +177,7 @@ class NativeEngine:
             detokenizer = IncrementalDetokenizer(self.model.tokenizer, request.sampling_params.stop)
             detokenizer.add(request.output_token_ids)
             if detokenizer.matched_stop is not None:
-                raise RequestError("output", f"holds the stop string {detokenizer.matched_stop!r} already")
+                raise RequestError("output", f"already contains the stop string {detokenizer.matched_stop!r}")
         return generate(
             request,
             stop_token_ids=self.model.eos_token_ids,
@@ -202,7 +205,9 @@ class NativeEngine:
         length = len(request.prompt_token_ids) + len(request.output_token_ids)
         self._check_length("prompt", length, spare=1)
         if self._max_new_tokens(request) < 1:
-            raise RequestError("output", f"leaves nothing of max_tokens, {request.sampling_params.max_tokens}")
+            raise RequestError(
+                "output", f"already has max_tokens, {request.sampling_params.max_tokens}, or more tokens"
+            )
         return request
 
     def _check_options(self, params: SamplingParams, speculative_method: str | None) -> None:
@@ -254,11 +259,11 @@ class NativeEngine:
         if not length:
             raise RequestError(field, "must not be empty")
         if length + spare > self.max_model_len:
-            message = f"is {length} tokens long with what it follows, the limit is {self.max_model_len}"
+            message = f"makes the sequence {length} tokens long, and the limit is {self.max_model_len}"
             raise RequestError(field, message)
 
     def _divide_memory(self, num_bytes: int) -> tuple[int, int]:
-        """Returns how many sequences fit into memory, and the capacity of each, including verification suffixes."""
+        """Returns how many sequences fit into memory, and their capacity with suffixes."""
         config = self.model.network.config.get_text_config()
         hidden_states = len(self.model.aux_hidden_state_layers) * config.hidden_size * self.model.network.dtype.itemsize
         proposers = sum(method.proposer.bytes_per_token for method in self._methods.values())
@@ -275,10 +280,11 @@ class NativeEngine:
 
 
 def _verification_context(request: VerifyRequest, trunk_start: int | None) -> tuple[list[int], list[int]]:
-    """Returns the context of a verification, and its trunk: the tokens after it, which are run as nodes.
+    """Returns the context of a verification, and its trunk.
 
-    The trunk starts with the token before that index of the draft, or with None not at all, and ends with the last
-    prefix. Log-probabilities of the draft need all of it as the trunk.
+    The trunk consists of the tokens after the context, which are run as nodes. It starts one token before the index
+    `trunk_start` of the draft and ends where the longest prefix ends. If `trunk_start` is None, there is no trunk. If
+    log-probabilities of the draft are requested, the trunk covers the draft from its start.
     """
     if request.num_logprobs is not None:
         trunk_start = 0
@@ -289,6 +295,6 @@ def _verification_context(request: VerifyRequest, trunk_start: int | None) -> tu
 
 
 def _num_suffix_tokens(request: VerifyRequest) -> int:
-    """Returns the maximum number of suffix tokens in one forward pass of a verification."""
+    """Returns the maximum number of suffix tokens in one pass of a verification."""
     width = len(request.suffix.token_ids)
     return max(width, min(MAX_SUFFIX_TOKENS, len(request.prefix_lengths) * width))

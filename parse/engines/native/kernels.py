@@ -1,14 +1,15 @@
 """Replaces layers of a loaded model by faster kernels.
 
-A kernel is used only if a comparison at load confirms that it computes the same.
+A kernel is used only if a comparison at load confirms that it gives the same results.
 
-A root-mean-square norm becomes one operation. The library uses seven, and with small batches the launch of an operation
-dominates its cost.
+A root-mean-square norm becomes one operation. `transformers` uses seven, and with small batches the launch of an
+operation dominates its cost.
 
-On CPUs, linear layers in float32 store their weights in the order in which oneDNN reads them. Compared with `linear` of
-torch, which does not reorder them, this took 0.4 to 0.5 of the time for 64 tokens and more on the machine where it was
-measured (AVX-512, AMD), and 0.5 to 0.7 for a single token where the weights do not fit into the cache. oneDNN compiles
-a kernel for each number of tokens, which takes 0.4 ms and 0.6 MB, so the numbers are rounded up to a few sizes.
+On CPUs, linear layers in float32 store their weights in the order in which oneDNN reads them. PyTorch's `linear` does
+not reorder them. On the machine where it was measured (AVX-512, AMD), the kernel took 0.4 to 0.5 of the time of
+`linear` for 64 tokens and more. For a single token it took 0.5 to 0.7 of the time, if the weights did not fit into the
+cache. oneDNN compiles a kernel for each number of tokens, which takes 0.4 ms and 0.6 MB, so the numbers are rounded up
+to a few sizes.
 """
 
 from collections import Counter

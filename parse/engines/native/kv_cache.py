@@ -46,7 +46,7 @@ class KVCache:
         self.aux_hidden_states[torch.tensor(slots, device=hidden_states.device)] = hidden_states
 
     def as_blocks(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Returns keys and values of a layer, each [blocks, block size, heads, head size]."""
+        """Returns keys and values of a layer, [blocks, block size, heads, head size]."""
         keys, values = self.keys[layer], self.values[layer]
         return keys.unflatten(0, (self.num_blocks, -1)), values.unflatten(0, (self.num_blocks, -1))
 

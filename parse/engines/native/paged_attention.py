@@ -210,7 +210,10 @@ class _GatheredChunks:
     def __init__(
         self, chunks: Sequence[ScheduledChunk], block_table: Tensor, num_keys: Tensor, block_size: int
     ) -> None:
-        """Computes the slots of the keys. `block_table` is [chunks, blocks], `num_keys` is [chunks]."""
+        """Computes the slots of the keys.
+
+        `block_table` is [chunks, blocks], and `num_keys` is [chunks].
+        """
         self.chunks = chunks
         self.queries_per_chunk = len(chunks[0])
         self.num_queries = len(chunks) * self.queries_per_chunk

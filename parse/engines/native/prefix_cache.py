@@ -114,10 +114,8 @@ class PrefixCache:
     def truncate(self, sequence: SequenceState, length: int) -> None:
         """Truncates a sequence in use to at most `length` tokens.
 
-        Other tokens can then follow there.
-
-        These tokens are written into the last block that remains. If another sequence shares that block, this sequence
-        gets a copy. If there is no free block for the copy, the tokens in that block are computed again.
+        The next tokens are written into the last block that remains. If another sequence shares that block, this
+        sequence gets a copy of it. If there is no free block for the copy, the tokens in that block are computed again.
         """
         self._truncate(sequence, length)
         self._free_unused_blocks(sequence)

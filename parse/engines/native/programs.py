@@ -1,7 +1,8 @@
-"""Programs: what a request does, written as a generator of trees to run on its context.
+"""Programs: what a request does, written as a generator of trees.
 
-A program yields the next tree, together with the nodes of the previous tree that now belong to its context. It
-receives the logits. It does not depend on batches, memory or threads, so it can be preempted at any point.
+A tree is run on the context of the request. A program yields the next tree, together with the nodes of the previous
+tree that now belong to its context. It receives the logits. It does not depend on batches, memory or threads, so it can
+be preempted at any point.
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -21,7 +22,7 @@ from parse.types import FinishReason, Logprob, SpeculationStats, TokenDelta
 
 @dataclass(frozen=True, slots=True)
 class TreeInput:
-    """A tree to run on the end of the context."""
+    """A tree to run after the context."""
 
     nodes: TokenTree | Sequence[int]
     logits_nodes: Sequence[int] | None = None
@@ -50,7 +51,10 @@ Program = Generator[TreeInput | ProposalCall, Any, None]
 
 
 def prefill() -> TreeProgram:
-    """Computes its context and nothing else: the engine computes the context of a program before its first tree."""
+    """Computes its context and nothing else.
+
+    The engine computes the context of a program before its first tree, so the tree is empty.
+    """
     yield TreeInput((), logits_nodes=())
 
 
@@ -64,12 +68,13 @@ def generate(
     speculation: SequenceSpeculation | None = None,
     last_output: TreeOutput | None = None,
 ) -> Program:
-    """Generates after the request's prompt and output, of which all but the last token are the context.
+    """Generates the tokens that follow the request's prompt and output.
 
-    At most `max_new_tokens` tokens, not counting the end token, are passed to `emit`, at least `stream_interval` at a
-    time. `detokenizer` finds stop strings. The request's draft, and then the proposals of the speculative method, are
-    run in the same pass and accepted as long as the target chooses the same tokens. If the last token is in the context
-    as well, `last_output` is what an earlier pass computed there, and the first token follows without a pass.
+    The context is prompt and output without their last token. At most `max_new_tokens` tokens are passed to `emit`, not
+    counting the end token, and at least `stream_interval` of them at a time. `detokenizer` finds stop strings. A pass
+    also runs the request's draft, and later the proposals of the speculative method. They are accepted as long as the
+    target chooses the same tokens. `last_output` is set if an earlier pass has already computed the last token. The
+    context then contains that token, and the first new token needs no pass.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
     sampler = Sampler(params, prompt, output)
@@ -131,7 +136,7 @@ def generate(
             emit(TokenDelta(tuple(output_ids), tuple(output_logprobs), finish, num_accepted, speculation=stats))
             output_ids, output_logprobs, num_accepted, stats = [], [], 0, None
         if finish:
-            yield TreeInput((), logits_nodes=(), accepted_path=accepted_path)  # a following message can reuse it
+            yield TreeInput((), logits_nodes=(), accepted_path=accepted_path)  # a later request can reuse it
             return
         last, draft, proposal = new_tokens[-1], (), NO_PROPOSAL
         if speculation is not None:

@@ -197,7 +197,7 @@ def _apply_where_set(
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """Returns the values as a column, [n, 1], with the dtype and device of another tensor."""
+    """Returns the values as a column, [n, 1], with the dtype and device of `like`."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
@@ -207,7 +207,7 @@ def _indices_and_values(terms: Mapping[int, float], flat: Tensor) -> tuple[Tenso
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Logprob]:
-    """Returns the log-probability of each row's token, and the `top` most likely ones.
+    """Returns the log-probability of each row's token, and the `top` likeliest ones.
 
     Temperature, penalties and bias are not applied.
     """

@@ -24,13 +24,13 @@ class VerifyOptions:
     max_model_len: int
     """Prefixes whose suffix would reach beyond it are not evaluated."""
     answer_first: bool
-    """Evaluate a complete answer alone before its prefixes. Where a further pass costs more than its tokens, all are
-    evaluated together."""
+    """Whether a complete answer is evaluated alone, before its prefixes. If a further pass is expensive, all of them
+    are evaluated together instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyOutput:
-    """The result of a verification, and what its passes have computed for the program that follows."""
+    """The result of a verification, and what its passes computed for later use."""
 
     result: VerifyResult
     next_token_logits: Mapping[int, Tensor]
@@ -44,11 +44,12 @@ class VerifyOutput:
 def verify(
     request: VerifyRequest, options: VerifyOptions, trunk: Sequence[int]
 ) -> Generator[TreeInput, TreeOutput, VerifyOutput]:
-    """Evaluates P(correct) of those prefixes of the request that can matter under its policy.
+    """Evaluates P(correct) of the prefixes that can change the result.
 
-    The context is prompt, output and draft up to the last prefix, or all of this before `trunk`: the tokens whose
-    logits the caller needs, from the last token before the draft (or before an accepted part of it) to the last prefix.
-    The first pass runs the trunk and the first suffixes as one tree, because logits are returned for nodes only.
+    The sequence is the prompt, the output, and the draft up to the end of the longest prefix. `trunk` is the end of
+    this sequence: the tokens whose logits the caller needs. It starts with the last token before the draft, or with the
+    last token that an earlier call accepted. It may be empty. The context is the rest of the sequence. The first pass
+    runs the trunk and the first suffixes as one tree, because logits are returned for nodes only.
     """
     suffix, lengths = request.suffix, request.prefix_lengths
     width = len(suffix.token_ids)
@@ -102,7 +103,7 @@ def verify(
 
 
 def _p_correct(logits: Tensor, suffix: VerificationSuffix) -> list[float]:
-    """Returns the probability of the answer "correct" against "incorrect" for each row of logits [n, vocabulary]."""
+    """Returns P(correct) for each row of logits [n, vocabulary]."""
     answers = (suffix.correct_token_ids, suffix.incorrect_token_ids)
     answer_logits = torch.stack([logits[:, list(token_ids)].logsumexp(-1) for token_ids in answers])
     p_correct: list[float] = answer_logits.softmax(0)[0].tolist()
@@ -112,7 +113,10 @@ def _p_correct(logits: Tensor, suffix: VerificationSuffix) -> list[float]:
 def _trunk_with_suffixes(
     trunk: Sequence[int], prefix_lengths: Sequence[int], suffix: Sequence[int]
 ) -> TokenTree | Sequence[int]:
-    """Returns the tree of `trunk_with_suffixes`. A chain is returned as token ids, which attention computes faster."""
+    """Returns the tree of `trunk_with_suffixes`.
+
+    A chain is returned as token ids, which attention computes faster.
+    """
     if not prefix_lengths:
         return trunk
     if prefix_lengths == [len(trunk)]:
@@ -138,7 +142,7 @@ def verify_and_generate(
     emit: Callable[[VerifyResult], None],
     start_generation: Callable[[GenerateRequest, TreeOutput], Program],
 ) -> Program:
-    """Passes the result of the verification to `emit`, then generates after the accepted prefix.
+    """Passes the result of the verification to `emit`, then generates the rest.
 
     The verification has computed the first token of the continuation as well. `start_generation` returns the program
     that generates, given the output at the last token of the accepted prefix.

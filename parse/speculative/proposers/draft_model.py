@@ -47,7 +47,10 @@ class DraftModelProposer(Proposer["DraftModelState"]):
     """Drafts for all requests of a call in the same passes of the small model."""
 
     def __init__(self, model: Model, vocab_size: int | None = None) -> None:
-        """Only the first `vocab_size` tokens are proposed, if the target has fewer tokens."""
+        """Proposes only the first `vocab_size` tokens of the small model's vocabulary.
+
+        The target may have a smaller vocabulary. None means all tokens.
+        """
         self.model, self.vocab_size = model, vocab_size or model.vocab_size
         self.bytes_per_token = model.bytes_per_token
         self._make_attention = attention_for(model.device)

@@ -1,7 +1,8 @@
 """EAGLE-3: a head drafts token by token from the target's hidden states.
 
-In each step the head reads its own output, instead of the target's hidden states, and the token that it drafted. When
-the sequence grows, the drafted elements are dropped, and the target's hidden states replace them.
+The first step reads the target's hidden states. Each further step reads the head's own output of the step before, and
+the token that was drafted there. When the sequence grows, the drafted elements are dropped, and the target's hidden
+states replace them.
 """
 
 import math
@@ -39,10 +40,11 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 class Eagle3Proposer(HeadProposer):
     """A head that drafts for any number of requests.
 
-    The `topk` most likely tokens are the first level of the tree, and its first beam. Then, `depth` times, each node of
-    the beam gets its `topk` most likely children, and the `topk` best of these by the probability of their whole path
-    are the next beam. The most likely of all nodes seen are proposed, down to `min_probability`. Drafting ends early
-    when no node of the beam reaches it. With `topk=1` the result is a chain of `depth + 1` tokens.
+    The `topk` most likely tokens are the first level of the tree and the first beam. A further level gives each node of
+    the beam its `topk` most likely children. The `topk` children with the most likely paths are the next beam. There
+    are at most `depth` further levels. The most likely nodes of all levels are proposed, if their probability is at
+    least `min_probability`. Drafting ends early when no node of the beam is that likely. With `topk=1` the result is a
+    chain of `depth + 1` tokens.
     """
 
     def __init__(self, head: EagleHead, embedding: Tensor, *, depth: int = 7, topk: int = 10) -> None:

@@ -175,9 +175,9 @@ def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
 def _aux_layers(config_json: Mapping[str, Any], target: TargetModel, path: str) -> tuple[int, ...]:
     """Returns the layers that the head reads, as indices into `hidden_states`.
 
-    In `eagle_config`, most published heads number the layers whose *output* they read, which is one less. Others use
-    indices as this project does. If the numbers are the default layers in one of the two conventions, that convention
-    applies. Otherwise, numbers in `eagle_config` are interpreted as outputs.
+    In `eagle_config`, most published heads name the layers whose *output* they read. These numbers are one less than
+    the indices. Other heads use indices, as this project does. If the numbers are the default layers in one of the two
+    conventions, that convention applies. Otherwise, numbers in `eagle_config` are interpreted as outputs.
     """
     key = "eagle_aux_hidden_state_layer_ids"
     nested = (config_json.get("eagle_config") or {}).get(key)

@@ -177,7 +177,7 @@ class EagleHead(nn.Module):
 class EagleLayer(nn.Module):
     """A decoder layer.
 
-    The first one reads embedding and hidden vector concatenated, and adds to the hidden vector.
+    The first layer reads the embedding and the hidden vector concatenated, and adds its output to the hidden vector.
     """
 
     def __init__(self, config: EagleHeadConfig, *, first: bool) -> None:

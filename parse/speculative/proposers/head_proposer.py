@@ -32,7 +32,7 @@ class HeadState:
     def __init__(self) -> None:
         self.length = 0  # tokens of the sequence
         self.num_computed = 0  # elements whose keys and values are stored
-        # Elements that are not computed yet. The last one stays after it was computed, for the next proposal.
+        # Elements that are not computed yet. The last element stays here after it is computed, for the next proposal.
         self.pending_token_ids: list[int] = []
         self.pending_positions: list[int] = []
         self.pending_hidden_states: list[Tensor] = []

@@ -52,7 +52,7 @@ class NgramState:
         self._size = size
 
     def continuation(self, max_tokens: int) -> Proposal:
-        """Returns at most `max_tokens` that followed the longest match of the last tokens."""
+        """Returns at most `max_tokens` tokens, which followed the longest match."""
         token_ids = self._token_ids[: self._size]
         for width in range(min(MAX_NGRAM, len(token_ids) - 1), MIN_NGRAM - 1, -1):
             if (start := _end_of_last_match(token_ids, width)) is not None:
