@@ -348,7 +348,7 @@ def count_running(engine, running):
 def test_a_request_that_could_never_fit_is_refused_with_the_limit(tokenizer):
     with serving(Model(build("llama"), tokenizer), max_sequences=1, sequence_capacity=100, block_size=8) as engine:
         assert engine.max_sequence_length == 96
-        with pytest.raises(RequestError, match=r"97 tokens.* the limit is 96"):
+        with pytest.raises(RequestError, match=r"97 tokens.* holds 96"):
             run_trees(engine, random_tokens(random.Random(0), 96), TreeInput([1]))
         run_trees(engine, random_tokens(random.Random(0), 95), TreeInput([1])).result()
 
