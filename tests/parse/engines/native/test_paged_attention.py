@@ -362,7 +362,7 @@ def test_an_engine_refuses_what_could_never_fit(tokenizer, tmp_path):
         suffix = VerificationSuffix(
             tuple(range(5, 405)) * 4, (1,), (2,)
         )  # longer than the memory that is reserved for suffixes
-        with pytest.raises(RequestError, match=f"the limit is {engine.core.max_sequence_length}"):
+        with pytest.raises(RequestError, match=f"holds {engine.core.max_sequence_length}"):
             request = VerifyRequest(
                 prompt_token_ids=[5, 6], draft_token_ids=[7, 8], prefix_lengths=[2], suffix=suffix, policy=None
             )
