@@ -1,8 +1,8 @@
 """Adds an acceptance rule: how many prefixes of a draft are kept.
 
 The built-in rule `first_failure` keeps the prefixes before the first one below the threshold. The rule in this example
-tolerates a single prefix below the threshold, if the next prefix passes again. It keeps more of a draft. The price is
-that an error is accepted more often.
+tolerates a single prefix below the threshold, if the next prefix passes again. It therefore keeps more of a draft, but
+also accepts more errors.
 
     python examples/custom_acceptance_rule.py
 """
@@ -38,7 +38,8 @@ def tolerate_one_failure(p_correct: Sequence[float | None], threshold: float) ->
 def main() -> None:
     register_rule("tolerate_one_failure", RuleSpec("keeps what precedes two failures in a row", tolerate_one_failure))
     for rule in ("first_failure", "tolerate_one_failure"):
-        # The demo target is very sure, so only an extreme threshold shows the difference: a correct prefix misses it.
+        # The demo target gives correct prefixes a P(correct) near 1. The rules differ only if a correct prefix fails.
+        # The threshold is therefore extremely high here.
         verification = VerificationSettings.for_model(DEMO_TARGET, rule=rule, prefix=0.9988, stride=4)
         with Pair(DEMO_TARGET, DEMO_DRAFT, verification=verification) as pair:
             answer = pair.generate(EXAMPLE_PROMPT, mode="full", temperature=0)

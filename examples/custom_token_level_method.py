@@ -1,8 +1,9 @@
 """Adds a token-level method: it proposes several of the target's next tokens at once.
 
 The target computes all proposed tokens in one forward pass and accepts them as long as it would choose the same ones.
-A method therefore changes the speed, but never the text. The method in this example remembers all answers since the
-start and proposes what followed the last three tokens there. It is useful if answers resemble each other.
+A method therefore changes the speed, but never the text. The method in this example remembers all sequences since the
+start. It finds the last three tokens in them and proposes the tokens that followed. It is useful if answers resemble
+each other.
 
     python examples/custom_token_level_method.py
 """

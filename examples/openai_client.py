@@ -1,6 +1,6 @@
 """Streams an answer from a running service with the OpenAI client.
 
-Start the service first, for example with `python -m deployments`. The client is a package of its own, `openai`.
+Start the service first, for example with `python -m deployments`. You also need the package `openai`.
 
     python examples/openai_client.py --url http://127.0.0.1:8000
 """
