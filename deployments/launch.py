@@ -28,7 +28,7 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from deployments.config import AppSettings, is_local_path, resolve_model_path
+from deployments.config import IS_CHECKOUT, AppSettings, is_local_path, resolve_model_path
 from parse.config import EngineSettings
 from parse.demo import EXAMPLE_PROMPT
 from parse.renamed_settings import describe_errors, describe_unknown_key
@@ -259,13 +259,14 @@ def format_greeting(url: str, model: str, dashboard: str, logs: str, *, keys: bo
     content = EXAMPLE_PROMPT if model == "demo-target" else "What is the capital of France?"
     key = " -H 'Authorization: Bearer <one of your keys>'" if keys else ""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0})
+    dashboards = "; for dashboards run: make monitoring" if IS_CHECKOUT else ""
     return f"""
 Ready.
 
   API        {url}/v1
   playground {url}/
   API docs   {url}/docs
-  metrics    {url}/metrics; for dashboards run: make monitoring
+  metrics    {url}/metrics{dashboards}
   Ray        {dashboard}
   logs       {logs}
   status     {_ray_environment_prefix()}{Path(sys.executable).parent}/serve status --address {dashboard}
