@@ -21,9 +21,10 @@ from parse import (
 
 
 def tolerate_one_failure(p_correct: Sequence[float | None], threshold: float) -> int:
-    """Returns the number of prefixes to keep. `p_correct` has one value per prefix, from the shortest to the longest.
+    """Returns the number of prefixes to keep.
 
-    A value is None if the prefix was not evaluated, for example because it does not fit into the context.
+    `p_correct` has one value per prefix, from the shortest to the longest. A value is None if the prefix was not
+    evaluated, for example because it does not fit into the context.
     """
     passes = [value is not None and value >= threshold for value in p_correct]
     num_kept = 0

@@ -1,9 +1,9 @@
-"""Adds a token-level method: it proposes several of the target's next tokens at once.
+"""Adds a token-level method.
 
-The target computes all proposed tokens in one forward pass and accepts them as long as it would choose the same ones.
-A method therefore changes the speed, but never the text. The method in this example remembers all sequences since the
-start. It finds the last three tokens in them and proposes the tokens that followed. It is useful if answers resemble
-each other.
+A method proposes several of the target's next tokens at once. The target computes all proposed tokens in one forward
+pass and accepts them as long as it would choose the same ones. A method therefore changes the speed, but never the
+text. The method in this example remembers all sequences since the start. It finds the last three tokens in them and
+proposes the tokens that followed. It is useful if answers resemble each other.
 
     python examples/custom_token_level_method.py
 """
@@ -22,7 +22,10 @@ Followers = dict[tuple[int, ...], int]
 
 
 class AnswerMemory(Proposer["RememberedSequence"]):
-    """Proposes the tokens that followed the last tokens in earlier sequences. All sequences share one memory."""
+    """Proposes the tokens that followed the last tokens in earlier sequences.
+
+    All sequences share one memory.
+    """
 
     def __init__(self) -> None:
         self.followers: Followers = {}
@@ -31,7 +34,7 @@ class AnswerMemory(Proposer["RememberedSequence"]):
         return RememberedSequence(self.followers)
 
     def propose(self, requests: Sequence[ProposalRequest["RememberedSequence"]]) -> list[Proposal]:
-        """Returns one proposal for each sequence. An empty proposal is allowed."""
+        """Returns one proposal for each sequence, which may be empty."""
         return [request.state.continuation(min(request.max_tokens, request.max_depth)) for request in requests]
 
     def reset(self) -> None:
@@ -39,7 +42,10 @@ class AnswerMemory(Proposer["RememberedSequence"]):
 
 
 class RememberedSequence:
-    """The state of one sequence. The engine passes it every new token, beginning with the whole prompt."""
+    """The state of one sequence.
+
+    The engine passes it every new token, beginning with the whole prompt.
+    """
 
     def __init__(self, followers: Followers) -> None:
         self.followers = followers
@@ -64,7 +70,10 @@ class RememberedSequence:
 
 
 def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer:
-    """Creates the method for one engine. `config.model` names its checkpoint if it needs one."""
+    """Creates the method for one engine.
+
+    `config.model` names its checkpoint if it needs one.
+    """
     return LoadedProposer(AnswerMemory(), max_tokens=config.num_speculative_tokens or 8)
 
 

@@ -1,4 +1,4 @@
-"""Answers a question with two models in this process, first as a whole and then as a stream.
+"""Answers a question with two models, first as a whole and then as a stream.
 
 python examples/library.py
 """

@@ -1,7 +1,8 @@
-"""Answers one question in every mode. A mode says how drafts are used, and each request can choose its own.
+"""Answers one question in every mode.
 
-`exact` and `off` give the answer of the target alone. `full`, `rounds` and `progressive` may word it differently,
-because they accept a draft that the target verified as correct. `auto` uses drafts while they save time.
+A mode says how drafts are used, and each request can choose its own. `exact` and `off` give the answer of the target
+alone. `full`, `rounds` and `progressive` may word it differently, because they accept a draft that the target verified
+as correct. `auto` uses drafts while they save time.
 
     python examples/per_request_modes.py
 """

@@ -1,4 +1,4 @@
-"""Answers a question with any two models, and reports whether the draft model helps.
+"""Answers a question with any two models, and reports whether drafting helps.
 
 The tokenizers of the models may differ: the draft is then converted to the tokens of the target. Both models need a
 chat template.

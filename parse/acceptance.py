@@ -59,7 +59,8 @@ def first_failure(p_correct: Sequence[float | None], threshold: float) -> int:
 def last_passing(p_correct: Sequence[float | None], threshold: float) -> int:
     """Keeps the longest prefix that passes, even if shorter ones fail.
 
-    It keeps more than `first_failure`, but each further prefix adds another chance that a wrong prefix passes.
+    It keeps more than `first_failure`, but each further prefix is one more chance that a single false positive extends
+    the accepted prefix.
     """
     return max((index + 1 for index, value in enumerate(p_correct) if passes(value, threshold)), default=0)
 
@@ -99,8 +100,8 @@ def next_batch(
 
     Returns [] once the result is decided. `p_correct` holds the results so far, by index. A complete answer that passes
     decides everything, so it is always in the first batch. With `answer_first` it is the only one there. If it passes,
-    no prefix needs to be evaluated. This saves time on devices where the cost of a forward pass is almost proportional
-    to its number of tokens. Without a policy, every prefix is evaluated.
+    no prefix needs to be evaluated. This avoids evaluating the other prefixes on devices where the number of tokens
+    dominates the cost of a pass. Without a policy, every prefix is evaluated.
     """
     last = num_prefixes - 1
     if policy is not None and complete and num_prefixes:

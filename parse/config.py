@@ -69,7 +69,7 @@ RuleName = Annotated[str, OneOf(RULES)]
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     section: ClassVar[str]
-    """The part of a configuration that these settings are for, as the documentation calls it."""
+    """The name of this section in the documentation."""
 
     @model_validator(mode="wrap")
     @classmethod

@@ -34,9 +34,9 @@ class DraftingDecision:
 
 
 class DraftingController:
-    """Decides whether requests in mode `auto` get a draft.
+    """Decides for one pipeline whether mode `auto` drafts.
 
-    It holds the measurements of one deployment. It is not thread-safe and belongs to one event loop.
+    It is not thread-safe and belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class DraftingController:
         return DraftingDecision(True, f"this is a trial: {self.summary()}")
 
     def record(self, outcome: DraftingOutcome) -> None:
-        """Adds one answer to the means, and pauses or resumes drafting."""
+        """Adds one answer to the means. Pauses or resumes drafting if they require it."""
         if outcome.target_tokens:
             self.token_s = _running_mean(self.token_s, outcome.target_s / outcome.target_tokens)
         if not outcome.draft_tokens:

@@ -27,8 +27,8 @@ END: Final = _End()
 class EventLoopThread:
     """The event loop of a `Pair`, which runs all its requests.
 
-    The thread is a daemon and holds no reference to the pair. Calls that are in progress while it is closed, and later
-    ones, raise `EngineStopped`.
+    The thread is a daemon and holds no reference to the pair. Calls in progress when it is closed, and all later calls,
+    raise `EngineStopped`.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,7 @@
-"""The result of `Pair.generate`: the text, which model wrote what, and the cost."""
+"""The result of `Pair.generate`.
+
+It contains the text, which model wrote which part, and how many tokens and how much time it took.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ class GenerationOutput:
     """"stop" at an end token or a stop string, "length" at a limit."""
     usage: Usage
     segments: tuple[Segment, ...]
-    """The parts of the text in order. Their texts together are `text`, their tokens are `token_ids`."""
+    """The parts of the text in order. Their joined texts equal `text`, and their joined tokens equal `token_ids`."""
     verifications: tuple[Verification, ...]
     """The verified drafts, or windows of them, with P(correct) of each prefix and the text that was rejected."""
     logprobs: tuple[Logprob, ...] | None

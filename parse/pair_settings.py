@@ -79,9 +79,9 @@ def load_engine(argument: str, settings: EngineSettings) -> NativeEngine:
 
 
 def model_load_error(argument: str, model: str, error: ValueError) -> ModelLoadError:
-    """Returns an error with the first line of the cause.
+    """Returns the error of a model that cannot be loaded.
 
-    The messages of libraries can have many lines.
+    Keeps only the first line of the cause, because library errors have many lines.
     """
     reason = str(error).partition("\n")[0]
     model = model if model not in reason else ""
@@ -111,7 +111,7 @@ def check_model_folder(argument: str, model: str) -> None:
 def read_pair_settings(path: str | Path) -> PairSettings:
     """Reads a file with the keys of `PairSettings`, or a service's configuration.
 
-    In a configuration of the service, the first application is read. Relative paths of models are looked up in the
+    If the file configures a service, the first application is used. Relative paths of models are looked up in the
     folder of the file.
     """
     try:

@@ -1,6 +1,6 @@
 """Chooses the prefix lengths at which a draft is verified.
 
-A length n stands for its first n tokens.
+A length n stands for the first n tokens of the draft.
 """
 
 from collections.abc import Sequence

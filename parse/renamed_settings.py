@@ -18,7 +18,7 @@ RENAMED_KEY, UNKNOWN_KEY = "renamed_key", "unknown_key"
 
 @dataclass(frozen=True)
 class RenamedSetting:
-    """A key that a section had once, and what to write instead."""
+    """A renamed key and its replacement."""
 
     section: str
     old_name: str
@@ -81,8 +81,8 @@ def explain_unknown_keys(
 ) -> ValidationError:
     """Returns the error of a section, with an explanation for each unknown key.
 
-    Nested sections are validated first and explain their own keys. The locations in their explanations begin with the
-    nested section. The sections around it only make the location longer.
+    A nested section is validated first and explains its own keys. Each outer section only adds its name to the
+    location.
     """
     renamed = {setting.old_name: setting for setting in RENAMED_SETTINGS if setting.section == section}
     explained: list[InitErrorDetails] = []

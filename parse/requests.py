@@ -62,7 +62,7 @@ class VerifyRequest:
     """The part of the answer before the draft."""
     draft_token_ids: Sequence[int]
     draft_complete: bool = False
-    """The draft ends the answer, so the last prefix is the complete answer."""
+    """Whether the draft is a complete answer. If so, the last prefix is that answer."""
     prefix_lengths: Sequence[int]
     """In ascending order. A length n stands for the first n tokens of the draft."""
     suffix: VerificationSuffix

@@ -94,7 +94,7 @@ async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:
             run.state.fallback = Fallback("slow", f"no draft: the drafter took longer than {limit:g} s")
         except Exception as error:
             logger.warning("the drafter failed; the target answers without a draft", exc_info=True)
-            run.state.fallback = Fallback("failed", f"no draft: the drafter failed: {error}")
+            run.state.fallback = Fallback("failed", f"no draft, because the drafter failed: {error}")
     draft.close()
 
 

@@ -1,6 +1,6 @@
 """Mode progressive: windows of the draft are verified while it is written.
 
-The first rejected window ends the draft. The limits of the windows depend on the draft and not on timing. The same
+The first rejected window ends the draft. The ends of the windows depend on the draft and not on timing. The same
 request therefore gets the same answer.
 """
 

@@ -76,7 +76,7 @@ class DraftWindow:
     """The tokens from the start of the draft to the end of the window."""
     prefix_lengths: Sequence[int]
     complete: bool
-    """Whether the draft ends with this window and is a complete answer."""
+    """Whether the window ends with the end of a complete draft."""
     final_text: str | None = None
     """The text of the whole output if the draft is accepted and a stop string cuts the text of its last token."""
     num_accepted: int = 0

@@ -293,8 +293,7 @@ class SequenceSpeculation:
     def _max_depth(self) -> int:
         """Returns the depth up to which tokens pay.
 
-        It follows from the observed acceptance rates. In some steps it is 1.5 times as large, to explore greater
-        depths.
+        It follows from the observed acceptance rates. In some steps it is 50% larger, to explore greater depths.
         """
         method, seconds_per_token = self.method, self._seconds_per_output_token
         price_s = self._marginal_token_s + (method.drafting_step_s if method.is_sequential else 0.0)

@@ -66,9 +66,9 @@ class Calibration:
 
 @dataclass
 class Backoff:
-    """Pauses of a method: numbers of steps without proposals.
+    """Pauses proposals for some steps.
 
-    Each trial that does not pay doubles the next pause. A pause ends at a multiple of its length. Sequences that could
+    The pause doubles each time a trial does not pay. A pause ends at a multiple of its length. Sequences that could
     share the time of proposing therefore try again in the same step. A single sequence could not measure that proposing
     pays for all of them together.
     """

@@ -282,9 +282,9 @@ class NativeEngine:
 def _verification_context(request: VerifyRequest, trunk_start: int | None) -> tuple[list[int], list[int]]:
     """Returns the context of a verification, and its trunk.
 
-    The trunk consists of the tokens after the context, which are run as nodes. It starts one token before the index
-    `trunk_start` of the draft and ends where the longest prefix ends. If `trunk_start` is None, there is no trunk. If
-    log-probabilities of the draft are requested, the trunk covers the draft from its start.
+    The trunk consists of the tokens after the context, which are run as nodes. It starts with the token before
+    `trunk_start`, an index of the draft, and ends with the last prefix. With None there is no trunk. If
+    log-probabilities are requested, it starts with the token before the draft.
     """
     if request.num_logprobs is not None:
         trunk_start = 0

@@ -55,7 +55,8 @@ class OutputStream:
 
     The coroutine merges pending deltas into one.
 
-    The first result, the one after a verification and the end are urgent. With `patient=False` all results are urgent.
+    These results are urgent: the first one, the one after a verification, and the end. With `patient=False` all results
+    are urgent.
     """
 
     def __init__(self, waker: Waker, *, patient: bool = True) -> None:

@@ -104,7 +104,7 @@ class _DeviceStep:
     def _parts(self, use_kernel: bool) -> "list[_CausalChunks | _GatheredChunks]":
         """Divides the chunks between the kernel and gathered attention.
 
-        Nearly all layers share one division.
+        Nearly all layers divide the chunks in the same way, so the division is reused.
         """
         if use_kernel not in self._parts_by_kernel:
             num_by_kernel = self._num_causal if use_kernel else 0

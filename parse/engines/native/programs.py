@@ -28,7 +28,7 @@ class TreeInput:
     logits_nodes: Sequence[int] | None = None
     """The nodes whose logits the program reads. None means all."""
     accepted_path: Sequence[int] = ()
-    """The path from a root, in the tree that was run before, that now belongs to the context."""
+    """The nodes of the previous tree, as a path from a root, that now belong to the context."""
     sampling_states: Sequence[SamplingState] = ()
     """How a token is chosen at each of `logits_nodes`. If empty, the most likely token is chosen."""
     context_length: int | None = None
@@ -51,9 +51,9 @@ Program = Generator[TreeInput | ProposalCall, Any, None]
 
 
 def prefill() -> TreeProgram:
-    """Computes its context and nothing else.
+    """Runs an empty tree.
 
-    The engine computes the context of a program before its first tree, so the tree is empty.
+    The engine computes a program's context before its first tree, which is the prefill.
     """
     yield TreeInput((), logits_nodes=())
 
@@ -73,7 +73,7 @@ def generate(
     The context is prompt and output without their last token. At most `max_new_tokens` tokens are passed to `emit`, not
     counting the end token, and at least `stream_interval` of them at a time. `detokenizer` finds stop strings. A pass
     also runs the request's draft, and later the proposals of the speculative method. They are accepted as long as the
-    target chooses the same tokens. `last_output` is set if an earlier pass has already computed the last token. The
+    target chooses the same tokens. If the last token has already been computed, `last_output` is its output. The
     context then contains that token, and the first new token needs no pass.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params

@@ -24,8 +24,10 @@ class VerifyOptions:
     max_model_len: int
     """Prefixes whose suffix would reach beyond it are not evaluated."""
     answer_first: bool
-    """Whether a complete answer is evaluated alone, before its prefixes. If a further pass is expensive, all of them
-    are evaluated together instead."""
+    """Whether a complete answer is evaluated alone, before its prefixes.
+
+    If False, the answer and its prefixes are evaluated together, which is cheaper where the number of passes dominates
+    the cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,10 @@ def verify(
 ) -> Generator[TreeInput, TreeOutput, VerifyOutput]:
     """Evaluates P(correct) of the prefixes that can change the result.
 
-    The sequence is the prompt, the output, and the draft up to the end of the longest prefix. `trunk` is the end of
-    this sequence: the tokens whose logits the caller needs. It starts with the last token before the draft, or with the
-    last token that an earlier call accepted. It may be empty. The context is the rest of the sequence. The first pass
-    runs the trunk and the first suffixes as one tree, because logits are returned for nodes only.
+    Without a trunk, the context is prompt, output and draft up to the last prefix. With a trunk, it ends before the
+    trunk. The trunk holds the tokens whose logits the caller needs. It starts with the last token before the draft, or
+    with the last token that an earlier call accepted, and ends with the last prefix. The first pass runs the trunk and
+    the first suffixes as one tree, because logits are returned for nodes only.
     """
     suffix, lengths = request.suffix, request.prefix_lengths
     width = len(suffix.token_ids)

@@ -1,6 +1,6 @@
-"""A small model with the target's tokenizer drafts a chain, token by token.
+"""A small model with the target's tokenizer proposes a chain, token by token.
 
-Like the engine, it has a KV cache and a prefix cache. Tokens that it drafted and the target accepted are already in
+Like the engine, it has a KV cache and a prefix cache. Tokens that it proposed and the target accepted are already in
 that cache, so they are not computed again.
 """
 
@@ -44,12 +44,12 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 
 
 class DraftModelProposer(Proposer["DraftModelState"]):
-    """Drafts for all requests of a call in the same passes of the small model."""
+    """Proposes for all requests of a call in the same passes of the small model."""
 
     def __init__(self, model: Model, vocab_size: int | None = None) -> None:
-        """Proposes only the first `vocab_size` tokens of the small model's vocabulary.
+        """Proposes only the first `vocab_size` tokens, because the target may have fewer tokens.
 
-        The target may have a smaller vocabulary. None means all tokens.
+        None means all tokens of the small model's vocabulary.
         """
         self.model, self.vocab_size = model, vocab_size or model.vocab_size
         self.bytes_per_token = model.bytes_per_token
@@ -165,7 +165,7 @@ class DraftModelProposer(Proposer["DraftModelState"]):
         return length <= self.max_model_len and self._prefix_cache.reserve(state.sequence, length)
 
     def _step(self, states: "Sequence[DraftModelState]") -> "list[tuple[DraftModelState, int, float]]":
-        """Drafts one token for each state; returns the tokens and their probabilities."""
+        """Proposes one token for each state; returns the tokens and their probabilities."""
         chunks = []
         for state in states:
             sequence = state.sequence
@@ -208,8 +208,8 @@ class DraftModelState:
     def __init__(self) -> None:
         self.sequence: SequenceState | None = None
         self.pending: list[int] = []  # tokens that follow those of `sequence`
-        self.proposed: list[int] = []  # tokens drafted after `sequence` in the last call
-        self.num_proposed_computed = 0  # drafted tokens whose keys and values are stored after the sequence's
+        self.proposed: list[int] = []  # tokens proposed after `sequence` in the last call
+        self.num_proposed_computed = 0  # proposed tokens whose keys and values are stored after the sequence's
         self.length = 0
 
     @property

@@ -1,7 +1,7 @@
-"""EAGLE-3: a head drafts token by token from the target's hidden states.
+"""EAGLE-3: a head proposes token by token from the target's hidden states.
 
 The first step reads the target's hidden states. Each further step reads the head's own output of the step before, and
-the token that was drafted there. When the sequence grows, the drafted elements are dropped, and the target's hidden
+the token that was proposed there. When the sequence grows, the proposed elements are dropped, and the target's hidden
 states replace them.
 """
 
@@ -38,7 +38,7 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 
 
 class Eagle3Proposer(HeadProposer):
-    """A head that drafts for any number of requests.
+    """A head that proposes for any number of requests.
 
     The `topk` most likely tokens are the first level of the tree and the first beam. A further level gives each node of
     the beam its `topk` most likely children. The `topk` children with the most likely paths are the next beam. There
@@ -82,7 +82,7 @@ class Eagle3Proposer(HeadProposer):
         all_scores, all_tokens = [scores], [tokens]  # [R, N] each
         all_parents = [tokens.new_full((count, topk), -1)]
         beam_nodes = torch.arange(topk, device=tokens.device).expand(count, -1)  # indices into all nodes
-        # [R, B, depth * B]: which drafted elements each node of the beam sees. In a chain it sees all of them.
+        # [R, B, depth * B]: which proposed elements each node of the beam sees. In a chain it sees all of them.
         mask = hidden.new_full((count, topk, depth * topk), MASKED) if topk > 1 else None
         beam_indices = torch.arange(topk, device=tokens.device)
         min_logprobs = scores.new_tensor([_log(request.min_probability) for request in requests])
@@ -136,7 +136,7 @@ class Eagle3Proposer(HeadProposer):
         ).view(shape)
 
     def _draft_attention(self, states: Sequence[HeadState], level: int, mask: Tensor | None) -> Attend:
-        """Returns the attention of drafted elements to their sequence and ancestors.
+        """Returns the attention of proposed elements to their sequence and ancestors.
 
         It also stores their keys and values.
         """

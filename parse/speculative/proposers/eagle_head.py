@@ -76,7 +76,7 @@ class TargetModel:
 
 @dataclass(frozen=True)
 class EagleHeadConfig:
-    """The configuration of a head, with the names of its config.json."""
+    """The configuration of a head, with the field names of its config.json."""
 
     hidden_size: int
     intermediate_size: int
