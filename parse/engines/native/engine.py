@@ -75,6 +75,7 @@ class NativeEngine:
             max_logprobs=MAX_LOGPROBS,
             max_model_len=self.max_model_len,
             block_size=self.core.scheduler.prefix_cache.block_size,
+            eos_token_ids=self.model.eos_token_ids,
         )
 
     def reset_prefix_cache(self) -> None:
@@ -168,6 +169,7 @@ class NativeEngine:
     def _generation(
         self, request: GenerateRequest, stream: OutputStream, last_output: TreeOutput | None = None
     ) -> Program:
+        self._check_remaining_tokens(request)
         method = self._method(request.speculative_method)
         detokenizer = None
         if request.sampling_params.stop:
@@ -199,11 +201,13 @@ class NativeEngine:
             output_token_ids=self._validated("output", request.output_token_ids),
             draft_token_ids=self._validated("draft", request.draft_token_ids),
         )
+        return request
+
+    def _check_remaining_tokens(self, request: GenerateRequest) -> None:
         length = len(request.prompt_token_ids) + len(request.output_token_ids)
         self._check_length("prompt", length, spare=1)
         if self._max_new_tokens(request) < 1:
             raise RequestError("output", f"leaves nothing of max_tokens, {request.sampling_params.max_tokens}")
-        return request
 
     def _check_options(self, params: SamplingParams, speculative_method: str | None) -> None:
         self._validated("logit_bias", list(params.logit_bias))
