@@ -16,7 +16,6 @@ from parse.prompts import chat_prompt_token_ids
 from parse.requests import DraftRequest, GenerateRequest
 from parse.types import TokenDelta
 
-
 EXTRA_TOKENS = 16
 
 

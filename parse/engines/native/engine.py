@@ -195,17 +195,15 @@ class NativeEngine:
     def _validated_generation(self, request: GenerateRequest) -> GenerateRequest:
         """Returns the request with plain token ids."""
         self._check_options(request.sampling_params, request.speculative_method)
-        request = replace(
+        return replace(
             request,
             prompt_token_ids=self._validated("prompt", request.prompt_token_ids),
             output_token_ids=self._validated("output", request.output_token_ids),
             draft_token_ids=self._validated("draft", request.draft_token_ids),
         )
-        return request
 
     def _check_remaining_tokens(self, request: GenerateRequest) -> None:
-        length = len(request.prompt_token_ids) + len(request.output_token_ids)
-        self._check_length("prompt", length, spare=1)
+        self._check_length("prompt", len(request.prompt_token_ids) + len(request.output_token_ids), spare=1)
         if self._max_new_tokens(request) < 1:
             raise RequestError("output", f"leaves nothing of max_tokens, {request.sampling_params.max_tokens}")
 
