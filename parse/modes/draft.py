@@ -28,8 +28,9 @@ class Draft:
         self.final_text: str | None = None
         """The text of the whole answer if the draft ends at a stop string, which may cut the text of a token."""
         self.complete = False
-        """Whether the draft ended with an end token or a stop string, and so is a complete answer. With `ignore_eos` only a
-    stop string completes it."""
+        """Whether the draft ended with an end token or a stop string, and so is a complete answer.
+
+        With `ignore_eos`, only a stop string completes it."""
         self.closed = False
         """Whether no more tokens will follow."""
         self._changed = asyncio.Event()

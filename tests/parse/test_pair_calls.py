@@ -310,6 +310,30 @@ def test_closing_a_pair_ends_the_calls_in_progress():
         list(stream)
 
 
+@pytest.mark.parametrize("mode", ["full", "progressive"])
+def test_closing_a_pair_while_it_drafts_is_no_fault_of_the_drafter(mode, caplog):
+    other = open_pair()
+    errors = []
+
+    def call():
+        while True:
+            try:
+                other.generate(EXAMPLE_PROMPT, mode=mode)
+            except EngineStopped as error:
+                errors.append(error)
+                break
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    while not other.draft.stats.num_running:
+        time.sleep(0.001)
+    other.close()
+    for caller in callers:
+        caller.join(PATIENCE_S)
+    assert len(errors) == 3 and not caplog.records
+
+
 def test_a_pair_is_closed_by_both_kinds_of_with_blocks():
     before = engine_threads()
 

@@ -16,7 +16,7 @@ from parse.prompts import chat_prompt_token_ids
 from parse.requests import DraftRequest, GenerateRequest
 from parse.types import TokenDelta
 
-EXTRA_TOKENS = 16
+EXTRA_TOKENS = 16  # of a draft in another tokenizer, beyond twice the target's token limit
 
 
 class SharedVocabularyDrafter:
