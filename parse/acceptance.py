@@ -27,8 +27,9 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for name in ("full", "prefix"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise RequestError(f"thresholds.{name}", f"must lie in 0..1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+                raise RequestError(f"thresholds.{name}", f"must be a number in 0..1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ def accepted_prefix_length(
     if complete and prefix_lengths and passes(p_correct[-1], policy.thresholds.full):
         return prefix_lengths[-1]
     num_prefixes = max(0, len(prefix_lengths) - complete)
+    if not num_prefixes:
+        return 0
     num_kept = resolve(get_rule(policy.rule).function)(p_correct[:num_prefixes], policy.thresholds.prefix)
-    if not 0 <= num_kept <= num_prefixes:
+    if not hasattr(num_kept, "__index__") or not 0 <= num_kept <= num_prefixes:
         raise VerificationError(f"the rule {policy.rule} kept {num_kept} of {num_prefixes} prefixes")
     return prefix_lengths[num_kept - 1] if num_kept else 0
 

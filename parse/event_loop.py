@@ -4,6 +4,7 @@ It runs coroutines for callers in any other thread or event loop.
 """
 
 import asyncio
+import os
 import threading
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
@@ -35,21 +36,23 @@ class EventLoopThread:
         self._name = name
         self._lock = threading.RLock()  # reentrant, because garbage collection may call `close` at any point
         self._closed = False
-        self._loop: AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        started = threading.Event()
-        # `asyncio.run` cancels all tasks and closes all asynchronous generators at its end.
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._wait_for_close(started)), name=name, daemon=True
-        )
-        self._thread.start()
-        started.wait()
+        self._process_id = os.getpid()
+        self._stop = asyncio.Event()
+        self._loop = asyncio.new_event_loop()  # in the caller's thread, which receives the error if this fails
+        self._thread = threading.Thread(target=_run_until, args=(self._stop, self._loop), name=name, daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._loop.close()
+            raise
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Returns the result of a coroutine. The calling thread waits for it."""
-        if threading.current_thread() is self._thread:
+        try:
+            self._check_caller()
+        except RuntimeError:
             coroutine.close()
-            raise RuntimeError(f"a synchronous call in the thread {self._name!r} would wait for itself")
+            raise
         future = self._submit(coroutine)
         try:
             return future.result()
@@ -74,6 +77,7 @@ class EventLoopThread:
 
         Closing this generator closes the asynchronous one.
         """
+        self._check_caller()
         items: SimpleQueue[T | _End] = SimpleQueue()
         future = self._submit(_pump(start, items.put))
         future.add_done_callback(lambda _: items.put(END))
@@ -108,23 +112,34 @@ class EventLoopThread:
             if self._closed:
                 return
             self._closed = True
-            assert self._loop is not None and self._stop is not None
-            self._loop.call_soon_threadsafe(self._stop.set)
+            with suppress(RuntimeError):  # the loop has ended by itself
+                self._loop.call_soon_threadsafe(self._stop.set)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    async def _wait_for_close(self, started: threading.Event) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        started.set()
-        await self._stop.wait()
+    def _check_caller(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"a synchronous call in the thread {self._name!r} would wait for itself")
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        if os.getpid() != self._process_id:  # a fork has no threads, so the coroutine would never run
+            coroutine.close()
+            raise EngineStopped("the pair belongs to another process; create a new Pair in this one")
         with self._lock:  # after `close` the loop would never run the coroutine
-            if self._closed:
+            if self._closed or not self._thread.is_alive():
                 coroutine.close()
                 raise EngineStopped("the pair is closed")
-            assert self._loop is not None
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+def _run_until(stop: asyncio.Event, loop: AbstractEventLoop) -> None:
+    """Runs the loop until the event is set, then cancels all tasks and closes all asynchronous generators."""
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(_wait(stop))
+
+
+async def _wait(stop: asyncio.Event) -> None:
+    await stop.wait()
 
 
 async def _pump(start: Callable[[], AsyncGenerator[T]], put: Callable[[T], None]) -> None:

@@ -27,7 +27,8 @@ def render_html(texts: Iterable[MarkedText], usage_line: str) -> str:
     answer = "".join(_mark(text, kind) for text, kind in texts)
     legend = " &nbsp; ".join(_mark(label, kind) for kind, label in LABELS.items())
     return (
-        '<div style="color:inherit;line-height:1.6">'
+        # The classes keep MathJax from typesetting what lies between two dollar signs.
+        '<div class="tex2jax_ignore mathjax_ignore" style="color:inherit;line-height:1.6">'
         f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{answer}</div>'
         f'<div style="font-size:85%;opacity:.8;margin-top:.6em">{legend}<br>{escape(usage_line)}</div>'
         "</div>"

@@ -33,7 +33,7 @@ class GenerateOptions(TypedDict, total=False):
     thresholds: Thresholds | None
     """By default, the thresholds of the pair's verification settings apply."""
     prediction: str | Sequence[int] | None
-    """The expected answer, as text or as tokens of the target. It replaces the draft."""
+    """The expected answer, as text or as tokens of the target. It replaces the draft. Mode `off` uses no draft."""
     speculative_method: str | None
     """One of the target's token-level methods, or "none". By default, the first one in its settings is used."""
     sampling_params: SamplingParams | None
@@ -70,6 +70,8 @@ def build_request(
             if name not in GenerateOptions.__annotations__:
                 names = ("mode", *GenerateOptions.__annotations__)
                 raise RequestError(name, f"is not an argument; {suggest_key(name, names)}")
+        if not isinstance(mode, str):
+            raise RequestError("mode", f"must be one of {', '.join(MODES)}, got {mode!r}")
         messages = _messages(prompt)
         prediction = _prediction_token_ids(options.get("prediction"), tokenizer)
         if mode in MODES and mode != "auto" and MODES[mode].uses_draft and not has_drafter and prediction is None:
@@ -96,8 +98,9 @@ def _messages(prompt: Prompt) -> Sequence[Message]:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise RequestError("prompt", "must not be empty")
+        _check_unicode("prompt", prompt)
         return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise RequestError("prompt", f"must be a text or a list of messages, got {prompt!r}")
     if not prompt:
         raise RequestError("prompt", "must not be empty")
@@ -105,6 +108,12 @@ def _messages(prompt: Prompt) -> Sequence[Message]:
     for index, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise RequestError(f"prompt[{index}]", f"must be a dict with role and content, got {message!r}")
+        field, content = f"prompt[{index}].content", message["content"]
+        if not isinstance(content, str):
+            raise RequestError(
+                field, f"must be text, got {content!r}; join the texts of a list of parts, and leave out other parts"
+            )
+        _check_unicode(field, content)
         messages.append(message)
     return messages
 
@@ -113,12 +122,23 @@ def _prediction_token_ids(prediction: object, tokenizer: PreTrainedTokenizerBase
     if prediction is None:
         return None
     if isinstance(prediction, str):
+        _check_unicode("prediction", prediction)
         prediction = tokenizer.encode(prediction, add_special_tokens=False)
-    if not isinstance(prediction, Sequence):
+    if not isinstance(prediction, Sequence) or isinstance(prediction, bytes | bytearray):
         raise RequestError("prediction", f"must be a text or token ids, got {prediction!r}")
     if not prediction:
         raise RequestError("prediction", "must not be empty; leave it out to let the draft model write the draft")
     return validate_token_ids("prediction", prediction, len(tokenizer))
+
+
+def _check_unicode(field: str, text: str) -> None:
+    """Raises RequestError for a surrogate, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            field, f"must be valid Unicode; the character {text[error.start]!r} at index {error.start} is a surrogate"
+        ) from error
 
 
 def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:

@@ -57,8 +57,6 @@ class Pair:
         # The finalizer closes the pair only once: in `close`, on garbage collection, or when the interpreter exits.
         self._finalizer = weakref.finalize(self, resources.close)
         try:
-            self._event_loop = EventLoopThread(f"pair {target_settings.model}")
-            resources.callback(self._event_loop.close)
             self.target = load_engine("target", target_settings)
             resources.callback(_shut_down, self.target)
             self.draft = None if draft_settings is None else load_engine("draft", draft_settings)
@@ -66,6 +64,9 @@ class Pair:
                 resources.callback(_shut_down, self.draft)
             self.tokenizer = self.target.model.tokenizer
             self.pipeline = self._build_pipeline(verification)
+            # The last one is closed first, so no request sees that an engine has ended.
+            self._event_loop = EventLoopThread(f"pair {target_settings.model}")
+            resources.callback(self._event_loop.close)
         except BaseException:
             self.close()
             raise

@@ -114,6 +114,8 @@ def read_pair_settings(path: str | Path) -> PairSettings:
     If the file configures a service, the first application is used. Relative paths of models are looked up in the
     folder of the file.
     """
+    if not isinstance(path, str | Path):
+        raise RequestError("path", f"must be the path of a YAML file, got {path!r}")
     try:
         data = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

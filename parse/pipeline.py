@@ -106,6 +106,7 @@ class Pipeline:
             verifier=self.verifier,
             drafter=self.drafter,
             tokenizer=self.tokenizer,
+            eos_token_ids=self.capabilities.eos_token_ids or frozenset((self.tokenizer.eos_token_id,)),
             suffix=self.suffix,
             policy=AcceptancePolicy(request.thresholds or self.settings.thresholds(), self.settings.rule),
             settings=self.settings,

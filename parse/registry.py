@@ -12,9 +12,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from parse.errors import RequestError
+
+ModelNeed = Literal["required", "optional", "none"]
 
 RuleFunction = Callable[[Sequence[float | None], float], int]
 """An acceptance rule. It takes P(correct) of each prefix in ascending order, and the threshold `prefix`. It returns the
@@ -45,7 +47,7 @@ class MethodSpec:
     description: str
     loader: str | Callable[..., Any]
     """The function `load(config, load_context)` of the method, or its path `module:function`."""
-    model: Literal["required", "optional", "none"]
+    model: ModelNeed
     """Whether the method needs its own checkpoint."""
     supports_trees: bool = False
     is_sequential: bool = False
@@ -132,7 +134,10 @@ def register_method(name: str, spec: MethodSpec) -> None:
     `SpeculativeConfig` and requests can then name it. A second call with the same name replaces the method, unless it
     is one of this project.
     """
-    _check_name(name)
+    _check_entry(name, spec, MethodSpec)
+    _check_function("loader", spec.loader)
+    if spec.model not in get_args(ModelNeed):
+        raise RequestError("model", f"must be one of {', '.join(get_args(ModelNeed))}, got {spec.model!r}")
     METHODS[name] = spec
 
 
@@ -142,7 +147,8 @@ def register_rule(name: str, spec: RuleSpec) -> None:
     `VerificationSettings` and `AcceptancePolicy` can then name it. A second call with the same name replaces the rule,
     unless it is one of this project. Every process that verifies drafts has to register the rule.
     """
-    _check_name(name)
+    _check_entry(name, spec, RuleSpec)
+    _check_function("function", spec.function)
     RULES[name] = spec
 
 
@@ -162,8 +168,16 @@ def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
     return resolved
 
 
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"name: must consist of lower-case letters, digits and underscores, got {name!r}")
+def _check_entry(name: object, spec: object, spec_type: type) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise RequestError("name", f"must consist of lower-case letters, digits and underscores, got {name!r}")
     if name in _BUILT_IN:
-        raise ValueError(f"name: {name!r} is a name of this project; choose another one")
+        raise RequestError("name", f"{name!r} is a name of this project; choose another one")
+    if not isinstance(spec, spec_type):
+        raise RequestError("spec", f"must be a {spec_type.__name__}, got {spec!r}")
+
+
+def _check_function(field: str, function: object) -> None:
+    is_path = isinstance(function, str) and re.fullmatch(r"[\w.]+:\w+", function)
+    if not is_path and not callable(function):
+        raise RequestError(field, f"must be a function or its path module:function, got {function!r}")

@@ -54,6 +54,8 @@ class SamplingParams:
             _check_range("logit_bias", token, 0, None, integer=True)
             _check_range("logit_bias", bias, -100.0, 100.0)
         _check_range("seed", self.seed, None, None, integer=True)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError("ignore_eos", f"must be True or False, got {self.ignore_eos!r}")
         if self.max_tokens is not None:
             _check_range("max_tokens", self.max_tokens, 1, None, integer=True)
         if self.logprobs is not None:

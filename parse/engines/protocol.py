@@ -61,6 +61,8 @@ class Capabilities:
     """The maximum number of tokens of prompt and answer together."""
     block_size: int
     """Tokens per block of the KV cache, the unit in which prefixes are shared."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """The tokens that end an answer. If there are none, it is the end token of the target's tokenizer."""
 
     def check(self, request: GenerationRequest) -> None:
         """Raises RequestError if the request needs a capability that the engine lacks."""

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from parse.detokenizer import IncrementalDetokenizer
 from parse.errors import DraftUnavailable, RequestError
@@ -27,7 +28,9 @@ class Draft:
         self.final_text: str | None = None
         """The text of the whole answer if the draft ends at a stop string, which may cut the text of a token."""
         self.complete = False
-        """Whether the draft ended with an end token or a stop string, and so is a complete answer."""
+        """Whether the draft ended with an end token or a stop string, and so is a complete answer.
+
+        With `ignore_eos`, only a stop string completes it."""
         self.closed = False
         """Whether no more tokens will follow."""
         self._changed = asyncio.Event()
@@ -101,7 +104,7 @@ async def receive(run: Run, draft: Draft, *, stream_interval: int) -> None:
 async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
     request = run.request
     if request.prediction is not None:
-        draft.complete = not run.state.output
+        draft.complete = not run.state.output and not run.sampling_params.ignore_eos
         _extend_until_end(run, draft, request.prediction[len(run.state.output) :])
         return
     assert run.drafter is not None
@@ -110,27 +113,29 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=tuple(run.state.output),
             messages=request.messages,
-            sampling_params=request.sampling_params,
+            # An end token ends the draft also if the target has to continue after it.
+            sampling_params=replace(run.sampling_params, ignore_eos=False),
             stream_interval=stream_interval,
         )
     )
     async with asyncio.timeout(run.settings.draft_timeout_s), aclosing(deltas):
         async for delta in deltas:
-            draft.complete = delta.finish_reason == "stop"
+            draft.complete = delta.finish_reason == "stop" and not run.sampling_params.ignore_eos
             if _extend_until_end(run, draft, delta.token_ids):
                 break
 
 
 def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
-    """Adds tokens up to an end token, a stop string or the token limit.
+    """Adds tokens up to an end token, another special token, a stop string or the token limit.
 
-    Returns whether one of these was reached.
+    Returns whether one of these was reached. Only an end token of the target and a stop string complete the draft.
     """
     token_ids, ended = validate_token_ids("draft", token_ids, len(run.tokenizer)), False
-    special = frozenset(run.tokenizer.all_special_ids)
+    special = run.eos_token_ids.union(run.tokenizer.all_special_ids)
     end = next((index for index, token in enumerate(token_ids) if token in special), None)
     if end is not None:
-        token_ids, ended, draft.complete = token_ids[:end], True, True
+        draft.complete = token_ids[end] in run.eos_token_ids and not run.sampling_params.ignore_eos
+        token_ids, ended = token_ids[:end], True
     output = [*draft.output_before, *draft.token_ids]
     if run.sampling_params.stop:
         detokenizer = IncrementalDetokenizer(run.tokenizer, run.sampling_params.stop)

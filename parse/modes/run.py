@@ -30,6 +30,8 @@ class Run:
     verifier: Verifier
     drafter: Drafter | None
     tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: frozenset[int]
+    """The tokens that end an answer of the target."""
     suffix: VerificationSuffix
     policy: AcceptancePolicy
     settings: VerificationSettings

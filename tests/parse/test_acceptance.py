@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,8 @@ def test_the_longest_passing_prefix_is_kept_under_the_other_rule():
 
 
 def test_a_threshold_that_is_no_probability_is_refused():
-    for value in (-0.1, 1.1, float("nan")):
+    values: tuple[Any, ...] = (-0.1, 1.1, float("nan"), "0.5", None, True)
+    for value in values:
         with pytest.raises(RequestError, match=r"thresholds\.prefix"):
             Thresholds(prefix=value)
 

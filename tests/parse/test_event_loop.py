@@ -1,6 +1,8 @@
 """The event loop of a pair: results, errors and cancellation across threads and event loops."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 
@@ -176,8 +178,67 @@ def test_a_call_that_would_wait_for_itself_is_rejected(event_loop):
     async def call():
         return event_loop.run(thread_name())
 
-    with pytest.raises(RuntimeError, match="would wait for itself"):
-        event_loop.run(call())
+    async def read():
+        return list(event_loop.iterate(Counter().count))
+
+    for waiting in (call(), read()):
+        with pytest.raises(RuntimeError, match="would wait for itself"):
+            event_loop.run(waiting)
+
+
+def test_a_loop_that_cannot_be_created_is_an_error_of_the_caller(monkeypatch):
+    def fail():
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(asyncio, "new_event_loop", fail)
+    monkeypatch.setattr(asyncio.events, "new_event_loop", fail)
+    errors = []
+
+    def create():
+        try:
+            EventLoopThread("test")
+        except OSError as error:
+            errors.append(str(error))
+
+    caller = threading.Thread(target=create, daemon=True)
+    caller.start()
+    caller.join(30)
+    assert errors == ["too many open files"]
+
+
+def test_calls_in_a_forked_process_are_rejected(event_loop):
+    """A fork has no copy of the thread, so a call would wait forever."""
+    process_id = os.fork()
+    if process_id == 0:  # nothing of pytest may run here
+        signal.alarm(30)
+        outcomes = []
+        for call in (
+            lambda: event_loop.run(thread_name()),
+            lambda: next(event_loop.iterate(Counter().count)),
+            lambda: asyncio.run(event_loop.run_async(thread_name())),
+        ):
+            try:
+                call()
+            except EngineStopped as error:
+                outcomes.append("create a new Pair in this one" in str(error))
+        os._exit(0 if outcomes == [True, True, True] else 1)
+    assert os.waitpid(process_id, 0)[1] == 0
+    assert event_loop.run(thread_name()) == "test"  # the original process is not affected
+
+
+def test_calls_after_the_thread_has_ended_by_itself_are_rejected(monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    async def exit_thread():
+        raise SystemExit
+
+    event_loop = EventLoopThread("test")
+    with pytest.raises(SystemExit):
+        event_loop.run(exit_thread())
+    event_loop._thread.join(PATIENCE_S)
+    with pytest.raises(EngineStopped):
+        event_loop.run(thread_name())
+    event_loop.close()
 
 
 def test_calls_of_several_threads_run_at_the_same_time(event_loop):

@@ -111,6 +111,12 @@ def test_colors_work_in_light_and_in_dark_themes():
     assert re.findall(r"background:(\w+)\(", html).count("rgba") == html.count("background:")
 
 
+def test_a_notebook_does_not_typeset_dollar_signs_as_formulas():
+    html = output([TextDelta("$5 and $6", (1,), "target"), Finished("stop", USAGE)])._repr_html_()
+    assert "$5 and $6" in html
+    assert re.match(r'<div class="tex2jax_ignore mathjax_ignore"', html)  # around everything
+
+
 def test_the_representation_is_short():
     long = output([TextDelta("word " * 1000, (1,), "target"), Finished("length", USAGE)])
     assert len(repr(long)) < 250 and "finish_reason='length'" in repr(long) and "accepted_tokens=3" in repr(long)

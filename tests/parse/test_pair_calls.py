@@ -199,6 +199,18 @@ def test_a_speculative_method_is_chosen_by_name(pair):
         ([{"role": "user"}], {}, r"prompt\[0\]: must be a dict with role and content"),
         ([{"role": "usr", "content": "Hello."}], {}, r"prompt\[0\]\.role: must be one of system, user, assistant"),
         ([{"role": "user", "content": None}], {}, r"prompt\[0\]\.content: must be text"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "Hello."}]}],
+            {},
+            r"prompt\[0\]\.content: must be text, got \[.*join the texts of a list of parts",
+        ),
+        ([{"role": "user", "content": "a\ud800"}], {}, r"prompt\[0\]\.content: must be valid Unicode"),
+        ("a\ud800", {}, r"prompt: must be valid Unicode; the character '\\ud800' at index 1 is a surrogate"),
+        (b"Hello.", {}, "prompt: must be a text or a list of messages, got b'Hello.'"),
+        ("Hello.", {"mode": ["full"]}, r"mode: must be one of auto, full, .* got \['full'\]"),
+        ("Hello.", {"ignore_eos": "no"}, "ignore_eos: must be True or False, got 'no'"),
+        ("Hello.", {"prediction": b"Hello."}, "prediction: must be a text or token ids, got b'Hello.'"),
+        ("Hello.", {"prediction": "\udc00"}, "prediction: must be valid Unicode"),
         ("Hello. " * 2000, {}, r"prompt: is \d+ tokens long; prompt and answer together are limited to 1024"),
         ("Hello.", {"mode": "fulll"}, "mode: must be one of auto, full, .* got 'fulll'"),
         ("Hello.", {"temprature": 0}, r"temprature: is not an argument; did you mean temperature\?"),
@@ -308,6 +320,30 @@ def test_closing_a_pair_ends_the_calls_in_progress():
     assert len(errors) == 1
     with pytest.raises(EngineStopped):
         list(stream)
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive"])
+def test_closing_a_pair_while_it_drafts_is_no_fault_of_the_drafter(mode, caplog):
+    other = open_pair()
+    errors = []
+
+    def call():
+        while True:
+            try:
+                other.generate(EXAMPLE_PROMPT, mode=mode)
+            except EngineStopped as error:
+                errors.append(error)
+                break
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    while not other.draft.stats.num_running:
+        time.sleep(0.001)
+    other.close()
+    for caller in callers:
+        caller.join(PATIENCE_S)
+    assert len(errors) == 3 and not caplog.records
 
 
 def test_a_pair_is_closed_by_both_kinds_of_with_blocks():

@@ -76,6 +76,9 @@ def test_errors_in_a_file_name_the_file_and_the_key(tmp_path, data, message):
 def test_a_file_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(RequestError, match=f"path: {tmp_path}/none.yaml cannot be read"):
         Pair.from_config(tmp_path / "none.yaml")
+    for path in (None, 7):
+        with pytest.raises(RequestError, match=f"path: must be the path of a YAML file, got {path}"):
+            Pair.from_config(path)  # type: ignore[arg-type]
 
 
 def test_a_folder_without_a_model_is_reported_with_the_argument_and_what_it_lacks(tmp_path):

@@ -434,6 +434,58 @@ def test_a_draft_ends_at_the_first_token_that_is_no_text(make, tokenizer, mode):
 
 
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+def test_only_an_end_token_of_the_target_completes_a_draft(make, tokenizer, mode):
+    end, user = 160, tokenizer.convert_tokens_to_ids("<|user|>")  # the target has an end token that is not special
+    for token, is_complete in ((end, True), (user, False)):
+        for source in ({}, {"prediction": [*RIGHT[:9], token, *RIGHT]}):
+            target = Target()
+            pipeline = make(target, Scripted([[*RIGHT[:9], token, *RIGHT], [], []]))
+            pipeline = replace(pipeline, capabilities=replace(CAPABILITIES, eos_token_ids=frozenset((end,))))
+            token_ids, _, _, finished = answered(pipeline, mode, **source)
+            assert token_ids == (RIGHT[:9] if is_complete else RIGHT[:8] + OWN[8:]), (token, source)
+            assert finished.usage.draft_tokens == 9 and finished.usage.fallback is None
+            verified = [call for call in target.calls if call[0] == "verify"]
+            assert [call[4] for call in verified] == [is_complete]
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+def test_with_ignore_eos_the_target_continues_after_an_accepted_draft(make, tokenizer, mode):
+    params = replace(GREEDY, ignore_eos=True, max_tokens=15)
+    drafts = [RIGHT[:9], [*RIGHT[:9], tokenizer.eos_token_id, *RIGHT]]
+    for draft in drafts:
+        for source in ({}, {"prediction": draft}):
+            target, drafter = Target(), Scripted([draft, [], []])
+            token_ids, _, _, finished = answered(make(target, drafter), mode, params, **source)
+            assert token_ids == RIGHT[:8] + OWN[8:15] and finished.finish_reason == "length"
+            assert not any(call[4] for call in target.calls if call[0] == "verify")
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+def test_with_ignore_eos_a_stop_string_still_ends_the_answer(make, tokenizer, mode):
+    draft = tokenizer.encode("Step 1: 27 minus 3 makes 24.")
+    params = replace(GREEDY, ignore_eos=True, stop=(" makes",))
+    _, deltas, _, finished = answered(make(Target(), Scripted([draft])), mode, params)
+    assert "".join(delta.text for delta in deltas) == "Step 1: 27 minus 3" and finished.finish_reason == "stop"
+
+
+def test_a_drafter_knows_the_token_limit_and_ends_its_draft_at_an_end_token(make):
+    received = []
+
+    class Recording(Scripted):
+        async def draft(self, request):
+            received.append(request.sampling_params)
+            async for delta in super().draft(request):
+                yield delta
+
+    for max_tokens in (None, 7, 5000):
+        params = replace(GREEDY, ignore_eos=True, max_tokens=max_tokens)
+        answered(make(Target(), Recording([RIGHT])), "full", params)
+    limits = [CAPABILITIES.max_model_len - len(PROMPT), 7, CAPABILITIES.max_model_len - len(PROMPT)]
+    assert [params.max_tokens for params in received] == limits
+    assert not any(params.ignore_eos for params in received)
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
 def test_a_draft_is_no_longer_than_what_the_verifier_takes(make, mode):
     target = Target()
     pipeline = replace(

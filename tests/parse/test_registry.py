@@ -1,5 +1,7 @@
 """Rules and methods from outside the package: how they are registered, and where they take effect."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -11,6 +13,7 @@ from parse.requests import GenerationRequest
 from tests.registrations import temporary_registrations
 
 HALF = Thresholds(0.5, 0.5)
+INVALID: Any = 7
 
 
 def keep_before_two_failures(p_correct, threshold):
@@ -54,7 +57,7 @@ def test_all_prefixes_are_evaluated_unless_a_rule_stops_at_the_first_failure():
     assert batches == {"patient": [1, 2, 3], "strict": []}
 
 
-@pytest.mark.parametrize("num_kept", [-1, 3])
+@pytest.mark.parametrize("num_kept", [-1, 3, None, 1.0])
 def test_a_rule_that_keeps_more_prefixes_than_there_are_is_an_error(num_kept):
     register_rule("broken", RuleSpec("", lambda p_correct, threshold: num_kept))
     with pytest.raises(VerificationError, match=f"the rule broken kept {num_kept} of 2 prefixes"):
@@ -93,6 +96,29 @@ def test_names_of_the_project_cannot_be_replaced_but_own_ones_can():
     for description in ("old", "new"):
         register_rule("mine", RuleSpec(description, keep_before_two_failures))
     assert RULES["mine"].description == "new"
+
+
+def test_a_rule_is_not_called_without_prefixes():
+    register_rule("never_empty", RuleSpec("fails without prefixes", lambda p_correct, _: int(p_correct[0] == 1)))
+    assert accepted_prefix_length([4], [0.1], AcceptancePolicy(HALF, "never_empty"), complete=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("register", "name", "spec", "message"),
+    [
+        (register_rule, "mine", keep_before_two_failures, "spec: must be a RuleSpec"),
+        (register_rule, "mine", RuleSpec("", "parse.acceptance"), "function: must be a function or its path"),
+        (register_rule, "mine", RuleSpec("", INVALID), "function: must be a function or its path"),
+        (register_rule, None, RuleSpec("", keep_before_two_failures), "name: must consist of"),
+        (register_method, "mine", RuleSpec("", "json:loads"), "spec: must be a MethodSpec"),
+        (register_method, "mine", MethodSpec("", "json", model="none"), "loader: must be a function or its path"),
+        (register_method, "mine", MethodSpec("", "json:loads", model=INVALID), "model: must be one of required"),
+    ],
+)
+def test_an_invalid_registration_is_reported_by_name(register, name, spec, message):
+    with pytest.raises(RequestError, match=f"^{message}"):
+        register(name, spec)
+    assert "mine" not in RULES and "mine" not in METHODS
 
 
 @pytest.mark.parametrize("name", ["", "Two", "two failures", "2nd"])

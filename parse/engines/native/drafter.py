@@ -16,6 +16,8 @@ from parse.prompts import chat_prompt_token_ids
 from parse.requests import DraftRequest, GenerateRequest
 from parse.types import TokenDelta
 
+EXTRA_TOKENS = 16  # of a draft in another tokenizer, beyond twice the target's token limit
+
 
 class SharedVocabularyDrafter:
     """A drafter that reads and writes the target's tokens."""
@@ -48,11 +50,18 @@ class RetokenizingDrafter:
     async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
         tokenizer = self.engine.model.tokenizer
         output = self.target_tokenizer.decode(list(request.output_token_ids), skip_special_tokens=True)
+        output_token_ids = tokenizer.encode(output, add_special_tokens=False)
+        max_tokens = request.sampling_params.max_tokens
+        if max_tokens is not None:
+            # The limit refers to the target's tokens, and the receiver applies it exactly. This one only ends a draft
+            # that does not end by itself. The same text may have more tokens here than in the target's vocabulary.
+            remaining = max(0, max_tokens - len(request.output_token_ids))
+            max_tokens = len(output_token_ids) + 2 * remaining + EXTRA_TOKENS
         generate = GenerateRequest(
             prompt_token_ids=chat_prompt_token_ids(tokenizer, request.messages),
-            output_token_ids=tokenizer.encode(output, add_special_tokens=False),
-            # Biases and the token limit refer to the target's tokens, so the receiver applies the limit.
-            sampling_params=replace(request.sampling_params, logprobs=None, logit_bias={}, max_tokens=None),
+            output_token_ids=output_token_ids,
+            # The bias refers to the target's tokens.
+            sampling_params=replace(request.sampling_params, logprobs=None, logit_bias={}, max_tokens=max_tokens),
             stream_interval=request.stream_interval,
         )
         detokenizer, pending = IncrementalDetokenizer(tokenizer), ""

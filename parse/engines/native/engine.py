@@ -78,6 +78,7 @@ class NativeEngine:
             max_logprobs=MAX_LOGPROBS,
             max_model_len=self.max_model_len,
             block_size=self.core.scheduler.prefix_cache.block_size,
+            eos_token_ids=self.model.eos_token_ids,
         )
 
     def reset_prefix_cache(self) -> None:
@@ -171,6 +172,7 @@ class NativeEngine:
     def _generation(
         self, request: GenerateRequest, stream: OutputStream, last_output: TreeOutput | None = None
     ) -> Program:
+        self._check_remaining_tokens(request)
         method = self._method(request.speculative_method)
         detokenizer = None
         if request.sampling_params.stop:
@@ -196,19 +198,18 @@ class NativeEngine:
     def _validated_generation(self, request: GenerateRequest) -> GenerateRequest:
         """Returns the request with plain token ids."""
         self._check_options(request.sampling_params, request.speculative_method)
-        request = replace(
+        return replace(
             request,
             prompt_token_ids=self._validated("prompt", request.prompt_token_ids),
             output_token_ids=self._validated("output", request.output_token_ids),
             draft_token_ids=self._validated("draft", request.draft_token_ids),
         )
-        length = len(request.prompt_token_ids) + len(request.output_token_ids)
-        self._check_length("prompt", length, spare=1)
+
+    def _check_remaining_tokens(self, request: GenerateRequest) -> None:
+        self._check_length("prompt", len(request.prompt_token_ids) + len(request.output_token_ids), spare=1)
         if self._max_new_tokens(request) < 1:
-            raise RequestError(
-                "output", f"already has max_tokens, {request.sampling_params.max_tokens}, or more tokens"
-            )
-        return request
+            max_tokens = request.sampling_params.max_tokens
+            raise RequestError("output", f"already has max_tokens, {max_tokens}, or more tokens")
 
     def _check_options(self, params: SamplingParams, speculative_method: str | None) -> None:
         self._validated("logit_bias", list(params.logit_bias))
@@ -272,9 +273,8 @@ class NativeEngine:
         num_tokens = num_bytes // bytes_per_token
         max_sequences = num_tokens // capacity
         if max_sequences < 1:
-            message = (
-                f"a sequence of {self.max_model_len} tokens needs {capacity * bytes_per_token} bytes, got {num_bytes}"
-            )
+            needed = capacity * bytes_per_token
+            message = f"a sequence of {self.max_model_len} tokens needs {needed} bytes, got {num_bytes}"
             raise RequestError("kv_cache_memory_bytes", message)
         return max_sequences, num_tokens // max_sequences  # with small blocks the remainder is used too
 

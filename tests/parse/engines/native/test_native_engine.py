@@ -769,3 +769,20 @@ def test_what_an_earlier_call_accepted_is_kept_even_where_no_prefix_can_be_evalu
         assert ids(deltas) == asyncio.run(write(engine, prompt, draft[:40], params))
     finally:
         engine.shutdown()
+
+
+def test_a_fused_call_does_not_generate_beyond_the_context_length(engine):
+    """The accepted prefix fills the context, so the separate generation would be rejected as well."""
+    prompt, draft = text(random.Random(33), MAX_MODEL_LEN - 8), text(random.Random(34), 8)
+    policy = AcceptancePolicy(Thresholds(0.0, 0.0))
+    verify_request = replace(verification(prompt, draft, [8], SUFFIX), policy=policy)
+    params = replace(GREEDY, ignore_eos=True)
+    fused_request = VerifyAndGenerateRequest(verify=verify_request, sampling_params=params)
+
+    async def both():
+        with pytest.raises(RequestError) as expected:
+            await write(engine, prompt, draft, params)
+        with pytest.raises(RequestError, match=f"^{expected.value}$"):
+            await collect(engine.verify_and_generate(fused_request))
+
+    asyncio.run(both())
