@@ -1,4 +1,4 @@
-"""Writes the figures of the JSON documents into README.md and the other pages.
+"""Writes the figures of the JSON documents into README.md, the other pages and the model cards.
 
     python -m bench.report           # `make results`: updates the pages
     python -m bench.report --check   # exits with 1 if a page differs from its documents or a document is missing
@@ -37,6 +37,7 @@ from bench import (
     throughput,
 )
 from bench.output import heading, row
+from training import cards, head_cards
 from training.confidence import format_share
 from training.provenance import PROJECT_ROOT, provenance_sentence
 
@@ -165,6 +166,19 @@ def markdown_files(root: Path) -> list[Path]:
     return sorted(path for pattern in MARKDOWN_FILES for path in root.glob(pattern))
 
 
+def model_cards(models: Path) -> dict[Path, str]:
+    """Returns the text of every model card, from the figures in the folder of its model."""
+    pair = {"demo-target": cards.TARGET_CARD, "demo-draft": cards.DRAFT_CARD}
+    folders = sorted(path.parent for path in models.glob("*/figures.json"))
+    return {
+        folder / "README.md": cards.render_card(figures, folder, pair[folder.name])
+        if folder.name in pair
+        else head_cards.render_card(folder, figures)
+        for folder in folders
+        if (figures := read_document(folder / "figures.json")) is not None
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,9 +190,9 @@ def main() -> None:
         for block in BLOCKS.values()
         if block.required and not (PROJECT_ROOT / block.document).exists()
     ]
-    for path in markdown_files(PROJECT_ROOT):
-        text = path.read_text()
-        if (updated := update_markdown(text, PROJECT_ROOT)) != text:
+    texts = {path: update_markdown(path.read_text(), PROJECT_ROOT) for path in markdown_files(PROJECT_ROOT)}
+    for path, updated in (texts | model_cards(PROJECT_ROOT / "models")).items():
+        if updated != path.read_text():
             problems.append(f"{path.relative_to(PROJECT_ROOT)} differs from its documents")
             if not args.check:
                 path.write_text(updated)

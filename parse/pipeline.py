@@ -68,7 +68,7 @@ class Pipeline:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
         usage = run.state.usage()
-        if usage.draft_tokens and request.prediction is None:
+        if usage.draft_tokens and _informs_controller(request):
             self.controller.record(
                 DraftingOutcome(
                     draft_tokens=usage.draft_tokens,
@@ -113,6 +113,16 @@ class Pipeline:
             controller=self.controller,
             prefill_while_drafting=self.prefill_while_drafting,
         )
+
+
+def _informs_controller(request: GenerationRequest) -> bool:
+    """Whether the controller learns from the answer to a request.
+
+    It decides for all clients, so one client's own choices of a mode, of thresholds, of a speculative method or of a
+    draft must not influence it.
+    """
+    own_choices = (request.thresholds, request.speculative_method, request.prediction)
+    return request.mode == "auto" and all(choice is None for choice in own_choices)
 
 
 async def _work(run: Run) -> None:

@@ -38,6 +38,12 @@ def test_committed_markdown_shows_the_committed_figures(path):
     assert update_markdown(text, PROJECT_ROOT) == text
 
 
+def test_committed_model_cards_show_the_committed_figures():
+    model_cards = report.model_cards(PROJECT_ROOT / "models")
+    assert len(model_cards) == 5
+    assert {path: path.read_text() for path in model_cards} == model_cards
+
+
 def test_every_block_is_used():
     text = "".join(path.read_text() for path in markdown_files(PROJECT_ROOT))
     names = set(re.findall(r"<!-- results: ([\w-]+) -->", text))

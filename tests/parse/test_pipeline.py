@@ -358,6 +358,28 @@ def test_the_callers_own_draft_takes_the_drafters_place(make):
     assert pipeline.controller.acceptance is None  # it says nothing about the drafter
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        dict(mode="exact"),
+        dict(mode="full"),
+        dict(mode="rounds"),
+        dict(mode="auto", thresholds=Thresholds(1.0, 1.0)),
+        dict(mode="auto", speculative_method="none"),
+    ],
+    ids=str,
+)
+def test_what_one_client_chooses_does_not_teach_the_controller_of_all(make, choice):
+    pipeline = make(Target(), Scripted([RIGHT] * 100))
+    before = vars(pipeline.controller).copy()
+    for _ in range(30):
+        _, _, _, finished = answered(pipeline, **choice)
+        assert finished.usage.draft_tokens
+    assert vars(pipeline.controller) == before
+    answered(pipeline, "auto")
+    assert vars(pipeline.controller) != before
+
+
 def test_a_verifiers_error_reaches_the_caller(make):
     class Broken(Target):
         async def verify(self, *args, **kwargs):
