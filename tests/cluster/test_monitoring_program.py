@@ -186,7 +186,10 @@ def test_requests_to_this_machine_use_no_proxy(tmp_path, monkeypatch):
     ("arguments", "fault"),
     [
         (("--port", "70000"), "there is no port 70000"),
-        (("--data", "/dev/null/there"), "data cannot be stored in /dev/null/there: Not a directory"),
+        (
+            ("--data", "/dev/null/there"),
+            "data cannot be stored in /dev/null/there: Not a directory; set another folder (--data)",
+        ),
     ],
 )
 def test_errors_are_printed_in_one_line(tmp_path, arguments, fault):
