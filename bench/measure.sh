@@ -25,7 +25,7 @@ offline      $results/offline.json              25 quiet
 speculation  $results/speculation.json          15 quiet
 adversary    $results/adversary.json             5 quiet
 engine       $results/engine.json                8 quiet
-load         $results/load.json                 20 quiet
+load         $results/load.json                 13 quiet
 metering     $results/metering.json              5 quiet
 overlap      $results/overlap.json               3 quiet
 fused_call   $results/fused_call.json            3 quiet
@@ -42,7 +42,7 @@ load() {
         kill -0 $server || { echo "measure.sh: the server stopped" >&2; exit 1; }
         sleep 2
     done
-    "$python" -m bench.load --url $url --requests 300 --concurrency 1,8 --compare $contenders --rounds 6 \
+    "$python" -m bench.load --url $url --requests 200 --concurrency 1,8 --compare $contenders --rounds 4 \
         --json $results/load.json
     kill -INT $server
     wait $server || true
