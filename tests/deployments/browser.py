@@ -144,7 +144,8 @@ def pictures(folder: Path, address: str) -> None:
             page.open(address)
             while page.one("#theme-name").text != theme:
                 page.one("#theme").click()
-            page.ask(mode="rounds", against="off", methods=methods)  # all code has run once, so the times are representative
+            # After this answer all code has run once, so the times are representative.
+            page.ask(mode="rounds", against="off", methods=methods)
             page.ended()
             page.open(address)
             page.write("#full", "0.97")
