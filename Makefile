@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMETHEUS_PORT ?= 9090
+# One worker per core. tests/conftest.py decides which tests share a worker.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical
 
 .PHONY: help setup serve monitoring check unit test tools lint wheel models heads evaluate measure results docs dashboards lock clean
 
@@ -37,10 +39,10 @@ tools:  ## install Debian's Prometheus and Chromium for some tests (as root; oth
 check: lint unit  ## run lint and the unit tests, for everyday work
 
 unit: setup  ## run the unit tests
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(PYTEST) -m "not ray and not slow"
 
 test: lint tools  ## run lint, then all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 wheel: setup  ## build the wheel in dist/; it contains the demo pair
 	rm -rf build dist

@@ -1,15 +1,42 @@
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from deployments.__main__ import set_ray_environment
 from training.tokenizer import build_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 set_ray_environment()  # before anybody imports Ray
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # pytest runs one worker per core
+
+
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no type hints
+    """Runs each test on whichever worker is free, and all tests that need a real Ray on one, with one cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith("tests/deployments/service/") else nodeid
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs slow tests first, so that no worker ends with one while the others have nothing left to do."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Resets the number of threads, which the code under test may have changed."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "tests" / "contributing_program.py"
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()

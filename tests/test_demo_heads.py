@@ -3,13 +3,14 @@
 import json
 
 import pytest
-import torch
 
 from training import space
 from training.acceptance import generate_held_out, load_method, measure_acceptance, proposal_options
 from training.checkpoints import load_model
 from training.evaluate import MODELS
 from training.head_cards import read_figures, render_card
+
+pytestmark = pytest.mark.slow
 
 COUNT = 8
 SLACK = 0.8  # allows for chance on so few answers
@@ -22,9 +23,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def texts():
-    before = torch.get_num_threads()
-    yield generate_held_out(str(MODELS / "demo-target"), COUNT, seed=77, num_threads=1)
-    torch.set_num_threads(before)
+    return generate_held_out(str(MODELS / "demo-target"), COUNT, seed=77, num_threads=1)
 
 
 @pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel"])

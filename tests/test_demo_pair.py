@@ -22,6 +22,8 @@ from training.task import check_answer, correct_answer
 from training.verification_tree import suffix_end_nodes
 from training.wording import DRAFT, TARGET
 
+pytestmark = pytest.mark.slow
+
 COUNT = 160
 # The limits are those of a measurement on a thousand problems. The slack allows for chance on fewer problems.
 SLACK = 0.03
@@ -142,10 +144,10 @@ def loss(model, builder, drafts):
 @pytest.mark.parametrize(("name", "own"), [("target", TARGET), ("draft", DRAFT)])
 def test_every_layer_reduces_the_loss(pair, drafts, name, own):
     model, builder = getattr(pair, name), ExampleBuilder(pair.tokenizer, own=own)
-    full_loss = loss(model, builder, drafts[:60])
+    full_loss = loss(model, builder, drafts[:20])
     for layer in model.get_decoder().layers:
         skipped = layer.register_forward_hook(lambda _module, inputs, _output: inputs[0])
-        assert loss(model, builder, drafts[:60]) > full_loss
+        assert loss(model, builder, drafts[:20]) > full_loss
         skipped.remove()
 
 

@@ -28,6 +28,8 @@ from tests.deployments.live import LocalBackend, served
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+pytestmark = pytest.mark.slow
+
 OURS = ("parse", "deployments", "training", "bench")
 BUILD = """
 import sys
@@ -197,7 +199,6 @@ print(json.dumps([deployments.__file__, str(path), *models]))
     assert {path.name for path in paths[2:]} == {path.name for path in (ROOT / "models").iterdir()}
 
 
-@pytest.mark.slow
 def test_all_examples_pass_with_an_installed_wheel(installed_python, tmp_path):
     """They run one after the other in one process. The service for the client runs in the process of this test."""
     examples = shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))

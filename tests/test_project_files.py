@@ -77,8 +77,9 @@ def test_an_environment_is_created_with_the_chosen_interpreter(tmp_path):
 
 
 def test_check_is_lint_and_the_tests_without_a_slow_marker():
-    assert commands_of("check") == [*commands_of("lint"), '.venv/bin/python -m pytest -m "not ray and not slow"']
-    assert commands_of("test")[-1] == ".venv/bin/python -m pytest"
+    pytest_command = ".venv/bin/python -m pytest --numprocesses logical"
+    assert commands_of("check") == [*commands_of("lint"), f'{pytest_command} -m "not ray and not slow"']
+    assert commands_of("test")[-1] == pytest_command
     markers = {marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
     assert markers == {"cuda", "ray", "slow"}
 

@@ -29,6 +29,8 @@ from parse.requests import GenerationRequest
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import LocalBackend, served, without_methods
 
+pytestmark = pytest.mark.slow
+
 try:
     from selenium.webdriver.common.keys import Keys
 

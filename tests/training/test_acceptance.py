@@ -17,15 +17,6 @@ from training.head_checkpoints import save_head
 from training.outputs import TargetOutput
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Uses one thread, because several would mostly wait for one another in operations this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_accepted_tokens_follow_one_path_of_the_tree():
     tree = Proposal((5, 6, 7, 8, 9), (-1, -1, 1, 1, 3))
     assert count_accepted(tree, [6, 8, 9, 1]) == 3

@@ -11,6 +11,8 @@ from training.evaluate import MODELS
 from training.measure import VerifiedDraft
 from training.task import draw_problem
 
+pytestmark = pytest.mark.slow
+
 FAMILY = draw_problem("test", 1, 0)
 HALF = Thresholds(0.5, 0.5)
 

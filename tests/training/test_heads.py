@@ -23,15 +23,6 @@ RECIPE = eagle3.HeadRecipe(steps=4, rate=1e-2, warmup=2, texts=2, ahead=3, draft
 PARALLEL = parallel.ParallelRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=3, draft_vocabulary=18, share=0.8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Uses one thread, because several would mostly wait for one another in operations this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def network():
     return target()

@@ -12,6 +12,8 @@ from training.pair import train_pair
 from training.pair_recipe import SMOKE, new_model, target_config
 from training.tokenizer import build_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):

@@ -28,15 +28,6 @@ RECIPE = space.SpaceRecipe(steps=4, rate=1e-2, warmup=2, texts=3, ahead=3, rank=
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Uses one thread, because several would mostly wait for one another in operations this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def in_full(monkeypatch):
     """Turns off bfloat16, which rounds."""
     monkeypatch.setattr(space, "bfloat16_is_faster", lambda device: False)

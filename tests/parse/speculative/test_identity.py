@@ -35,6 +35,8 @@ from tests.parse.speculative import naive
 from tests.parse.speculative.proposers.test_space import random_adapters
 from training.measure import draw_problems
 
+pytestmark = pytest.mark.slow
+
 NUM_PROMPTS = 200
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)

@@ -28,6 +28,8 @@ from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.types import SamplingParams, sum_stats
 from training.measure import draw_problems
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=256 * 2**20)
 LAYERS = (2, 7, 11)
 PARAMS = [
