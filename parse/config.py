@@ -198,7 +198,11 @@ class VerificationSettings(Settings):
 
     section = "verification"
 
-    auto_mode: DraftingModeName = Field("rounds", description='The mode that "auto" uses while drafting pays.')
+    auto_mode: DraftingModeName | None = Field(
+        None,
+        description='The mode that "auto" uses while drafting pays. With null, it is full if the target uses a '
+        "speculative method, and rounds otherwise.",
+    )
     prompt: str = Field(VERIFICATION_PROMPT, min_length=1, description="The question to the target about each prefix.")
     correct: str = Field("Correct", min_length=1, description="The answer that accepts a prefix.")
     incorrect: str = Field("Incorrect", min_length=1, description="The answer that rejects a prefix.")

@@ -43,7 +43,6 @@ class DraftingController:
         self.gain: float | None = None  # mean of (time alone - time taken) / time alone
         self.acceptance: float | None = None  # mean accepted share of the draft tokens
         self.token_s: float | None = None  # mean seconds in which the target generates a token
-        self.overhead_s: float | None = None  # mean seconds to draft and verify, per draft token
         self._num_drafts = 0
         self._paused = False
         self._pause = INITIAL_PAUSE
@@ -72,10 +71,9 @@ class DraftingController:
         if self._num_drafts == 1:  # the first draft includes work that is done only once
             return
         self.acceptance = _running_mean(self.acceptance, outcome.accepted_tokens / outcome.draft_tokens)
-        spent_s = outcome.total_s - outcome.target_s
-        self.overhead_s = _running_mean(self.overhead_s, spent_s / outcome.draft_tokens)
         if self.token_s is None:  # every draft was accepted in full, so the target has not generated a token yet
             return
+        spent_s = outcome.total_s - outcome.target_s
         target_alone_s = self.token_s * (outcome.accepted_tokens + outcome.target_tokens)
         gain = (self.token_s * outcome.accepted_tokens - spent_s) / target_alone_s if target_alone_s else -1.0
         if self._paused:
@@ -84,17 +82,6 @@ class DraftingController:
         self.gain = _running_mean(self.gain, gain)
         if self._num_drafts >= MIN_OBSERVATIONS and self.gain < 0:
             self._paused, self._requests_until_trial, self._pause = True, INITIAL_PAUSE, INITIAL_PAUSE
-
-    def another_round_pays(self, remaining_tokens: int) -> bool:
-        """Returns whether a further draft is expected to save more time than it costs.
-
-        The draft is expected to have about `remaining_tokens` tokens.
-        """
-        if remaining_tokens <= 0:
-            return False
-        if self.token_s is None or self.acceptance is None or self.overhead_s is None:
-            return True
-        return self.acceptance * self.token_s > self.overhead_s
 
     def summary(self) -> str:
         if self.gain is None or self.acceptance is None:

@@ -44,9 +44,9 @@ class Pipeline:
     controller: DraftingController = field(default_factory=DraftingController)
 
     def __post_init__(self) -> None:
-        if self.settings.auto_mode not in self.capabilities.modes:
-            offered = ", ".join(self.capabilities.modes)
-            raise ValueError(f"verification.auto_mode: this engine supports {offered}, got {self.settings.auto_mode}")
+        auto_mode, modes = self.settings.auto_mode, self.capabilities.modes
+        if auto_mode is not None and auto_mode not in modes:
+            raise ValueError(f"verification.auto_mode: this engine supports {', '.join(modes)}, got {auto_mode}")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         """Answers one request and yields its events.
@@ -84,16 +84,29 @@ class Pipeline:
         mode: str = request.mode
         fallback: Fallback | None = None
         if mode == "auto" and request.prediction is not None:
-            mode = self.settings.auto_mode  # a prediction costs no drafting
+            mode = self._auto_mode(request)  # a prediction costs no drafting
         elif mode == "auto":
             decision = self.controller.decide()
             if decision.draft:
-                mode = self.settings.auto_mode
+                mode = self._auto_mode(request)
             else:
                 mode, fallback = "off", Fallback("does_not_pay", decision.reason)
         if MODES[mode].uses_draft and self.drafter is None and request.prediction is None:
             mode, fallback = "off", Fallback("none_there", "there is no drafter")
         return mode, fallback
+
+    def _auto_mode(self, request: GenerationRequest) -> str:
+        """Returns the mode in which `auto` drafts.
+
+        With a speculative method, the tokens of the target are so cheap that another draft after a correction costs
+        more than it saves. The choice depends on the request and the settings only, not on other requests.
+        """
+        if self.settings.auto_mode is not None:
+            return self.settings.auto_mode
+        default_method = next(iter(self.capabilities.speculative_methods), "none")
+        has_method = (request.speculative_method or default_method) != "none"
+        preferred = ("full", "rounds") if has_method else ("rounds", "full")
+        return next((mode for mode in preferred if mode in self.capabilities.modes), "off")
 
     def _start(self, request: GenerationRequest, mode: str, fallback: Fallback | None) -> Run:
         params = request.sampling_params
@@ -110,7 +123,6 @@ class Pipeline:
             suffix=self.suffix,
             policy=AcceptancePolicy(request.thresholds or self.settings.thresholds(), self.settings.rule),
             settings=self.settings,
-            controller=self.controller,
             prefill_while_drafting=self.prefill_while_drafting,
         )
 

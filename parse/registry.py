@@ -69,7 +69,7 @@ class RuleSpec:
 
 
 MODES: Mapping[str, ModeSpec] = {
-    "auto": ModeSpec("Uses the mode of the setting `auto_mode` while drafting pays, otherwise `off`.", None),
+    "auto": ModeSpec("Drafts while drafting pays, in the mode of the setting `auto_mode`; otherwise like `off`.", None),
     "full": ModeSpec("Verify the whole draft at once.", "parse.modes.full:run"),
     "progressive": ModeSpec(
         "Verify windows of the draft while the next one is drafted.", "parse.modes.progressive:run"

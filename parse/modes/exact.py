@@ -10,4 +10,5 @@ from parse.modes.run import Run, generate
 async def run(run: Run) -> None:
     draft = await draft_whole(run)
     await generate(run, draft.token_ids)
-    run.state.accepted_prefix_length = run.state.accepted_tokens
+    if draft.token_ids:
+        run.state.accepted_prefix_length = run.state.accepted_tokens

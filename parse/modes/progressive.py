@@ -50,7 +50,7 @@ async def run(run: Run) -> None:
         prefilling.cancel()
         await asyncio.gather(drafting, prefilling, return_exceptions=True)
         state.record_draft(len(draft.token_ids))
-        state.accepted_prefix_length = accepted
+        state.accepted_prefix_length = accepted if draft.token_ids else None
     if state.finish_reason is None:
         await generate(run)
 

@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.acceptance import AcceptancePolicy
 from parse.config import VerificationSettings
-from parse.controller import DraftingController
 from parse.engines.protocol import Drafter, Verifier
 from parse.errors import VerificationError
 from parse.events import Verification
@@ -35,7 +34,6 @@ class Run:
     suffix: VerificationSuffix
     policy: AcceptancePolicy
     settings: VerificationSettings
-    controller: DraftingController
     prefill_while_drafting: bool
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -115,6 +115,6 @@ class GenerationState:
             stages=tuple(self._stages),
             ttft_s=(self._first_token or now) - self._start,
             total_s=now - self._start,
-            fallback=self.fallback,
+            fallback=None if self.accepted_tokens else self.fallback,
             speculation=self._speculation,
         )

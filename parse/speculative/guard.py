@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from parse.device_errors import is_device_error
 from parse.speculative.proposal import NO_PROPOSAL, MaskPrediction, Proposal, ProposalRequest, Proposer, ProposerState
 from parse.tree import MASK
 
@@ -79,7 +80,9 @@ class GuardedProposer(Proposer[GuardedState]):
             if len(proposals) != len(requests):
                 raise ValueError(f"got {len(proposals)} proposals for {len(requests)} requests")
             return proposals
-        except Exception:
+        except Exception as error:
+            if is_device_error(error):
+                raise  # the model cannot run any more either
             if len(requests) > 1:  # repeat the call for each request, so that only the faulty one fails
                 return [self._call_proposer([request])[0] for request in requests]
             self._report_fault("the call failed; the request gets no proposal in this step")

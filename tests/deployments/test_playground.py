@@ -21,7 +21,6 @@ from deployments import playground
 from deployments.api.admission import Overloaded
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from parse.controller import DraftingController
 from parse.events import Event, Fallback, Finished, Stage, TextDelta, Usage, Verification
 from parse.pair import Pair
 from parse.pipeline import Pipeline
@@ -203,23 +202,6 @@ def joined_text(runs: Sequence[tuple[str, str]], *kinds: str) -> str:
     return "".join(text for kind, text in runs if kind in kinds)
 
 
-class Hopeful(DraftingController):
-    """A controller for which another round always pays.
-
-    The real decision depends on measured times, so it is not the same each time.
-    """
-
-    def another_round_pays(self, remaining_tokens: int) -> bool:
-        return remaining_tokens > 0
-
-
-@pytest.fixture(scope="module")
-def steady(pair):
-    pipeline = replace(pair.pipeline, controller=Hopeful())
-    with served(create_app(LocalBackend(pipeline), ApiSettings(), MODEL)) as address:
-        yield address
-
-
 @pytest.mark.parametrize(
     ("mode", "fields"),
     [
@@ -231,8 +213,7 @@ def steady(pair):
         ("full", {"temperature": 0.9, "seed": 7, "max_tokens": 70}),
     ],
 )
-def test_the_page_shows_the_same_as_the_api_reports(page, steady, mode, fields):
-    address = steady
+def test_the_page_shows_the_same_as_the_api_reports(page, address, mode, fields):
     send_request(address, mode, **fields)  # both models have cached the prompt
     response = send_request(address, mode, **fields)
     report = response["parse"]

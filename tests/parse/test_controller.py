@@ -74,17 +74,6 @@ def test_while_the_target_has_written_nothing_its_pace_is_unknown_and_drafting_g
     assert controller.gain is None and "measured" in controller.summary()
 
 
-def test_another_round_is_worth_what_it_is_expected_to_save():
-    controller = DraftingController()
-    assert controller.another_round_pays(10)  # nothing is known: try
-    assert not controller.another_round_pays(0)
-    drafted_for(controller, 2, GOOD)  # a drafted token costs 1 ms and saves 0.8 * 10 ms
-    assert controller.another_round_pays(10)
-    worse = DraftingController()
-    drafted_for(worse, 2, BAD)
-    assert not worse.another_round_pays(10)
-
-
 def test_the_first_request_counts_for_nothing_whatever_it_took():
     controller = DraftingController()
     controller.record(

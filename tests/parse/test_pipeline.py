@@ -7,6 +7,7 @@ import pytest
 
 from parse.acceptance import Thresholds
 from parse.config import VerificationSettings
+from parse.controller import DraftingController, DraftingOutcome
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError, VerificationError
 from parse.events import Finished, TextDelta, Verification
@@ -343,6 +344,7 @@ def test_what_a_failing_drafter_has_drafted_is_verified_like_any_prefix(make):
 def test_an_empty_draft_is_no_draft(make, mode):
     token_ids, _, _, finished = answered(make(Target(), Scripted([[]])), mode)
     assert token_ids == OWN and finished.usage.draft_tokens == 0
+    assert finished.usage.accepted_prefix_length is None
 
 
 def test_without_a_drafter_the_target_answers_and_says_why(make):
@@ -415,10 +417,56 @@ def test_auto_stops_drafting_that_does_not_pay_and_says_so(make):
     drafter = Scripted([[WRONG] * 20] * 50)
     pipeline = make(Patient(), drafter)
     seen = [answered(pipeline, "auto")[3].usage for _ in range(12)]
-    assert [usage.mode for usage in seen[:3]] == ["rounds"] * 3
+    assert [usage.mode for usage in seen[:3]] == ["full"] * 3
     assert [usage.mode for usage in seen[3:11]] == ["off"] * 8
     assert seen[3].fallback.cause == "does_not_pay" and "0% acceptance" in seen[3].fallback.message
-    assert seen[11].mode == "rounds"  # a trial
+    assert seen[11].mode == "full"  # a trial
+
+
+@pytest.mark.parametrize(
+    ("default_method", "choice", "setting", "mode"),
+    [
+        ((), None, None, "rounds"),
+        (("ngram",), None, None, "full"),
+        (("ngram",), "none", None, "rounds"),
+        ((), None, "progressive", "progressive"),
+        (("ngram",), None, "progressive", "progressive"),
+    ],
+)
+@pytest.mark.parametrize("source", [{}, {"prediction": RIGHT}], ids=["drafted", "predicted"])
+def test_the_mode_of_auto_depends_on_the_setting_and_the_method(make, default_method, choice, setting, mode, source):
+    pipeline = make(Target(), Scripted([RIGHT]), auto_mode=setting)
+    pipeline = replace(pipeline, capabilities=replace(CAPABILITIES, speculative_methods=default_method))
+    assert answered(pipeline, "auto", speculative_method=choice, **source)[3].usage.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["full", "rounds", "progressive"])
+def test_what_drafts_of_other_requests_cost_does_not_change_an_answer(make, mode):
+    def answer(controller):
+        drafter = Scripted([[*RIGHT[:6], WRONG, *RIGHT[7:]] for _ in range(3)])
+        pipeline = replace(make(Target(), drafter, correction_tokens=2), controller=controller)
+        token_ids, _, verifications, finished = answered(pipeline, mode)
+        return token_ids, [verification.accepted_prefix_length for verification in verifications], finished.usage.rounds
+
+    discouraged = DraftingController()
+    for _ in range(30):
+        discouraged.record(
+            DraftingOutcome(draft_tokens=100, accepted_tokens=0, target_tokens=100, total_s=9.0, target_s=1.0)
+        )
+    assert answer(discouraged) == answer(DraftingController())
+
+
+@pytest.mark.parametrize("mode", ["rounds", "progressive"])
+def test_a_drafter_that_fails_after_an_accepted_part_is_no_fallback(make, mode):
+    """The fallback says why the target answered alone, and here it did not."""
+    scripts = {
+        "rounds": [[*RIGHT[:8], WRONG, *RIGHT[:9]], [RuntimeError("gone")]],
+        "progressive": [[*RIGHT[:9], RuntimeError("gone")]],
+    }
+    pipeline = make(Target(), Scripted(scripts[mode]), window=4, correction_tokens=2)
+    token_ids, _, _, finished = answered(pipeline, mode)
+    assert token_ids == RIGHT[:8] + OWN[8:] and finished.usage.accepted_tokens == 8
+    assert finished.usage.fallback is None
 
 
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])

@@ -11,8 +11,10 @@ from functools import partial
 
 import torch
 
+from parse.device_errors import is_device_error
 from parse.engines.native.attention import AttentionFactory
 from parse.engines.native.cuda_graphs import cuda_graphs_for
+from parse.engines.native.failed_step import smaller_steps
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
 from parse.engines.native.model_runner import ChunkOutput, ModelRunner
@@ -224,7 +226,8 @@ class EngineCore:
             self._proposal_calls = []
             for method in {id(call.method): call.method for _, call in calls}.values():
                 batch = [(request, call.request) for request, call in calls if call.method is method]
-                proposals = method.propose([proposal_request for _, proposal_request in batch])
+                with self.model_runner.lock:
+                    proposals = method.propose([proposal_request for _, proposal_request in batch])
                 for (request, _), proposal in zip(batch, proposals, strict=True):
                     self._advance(request, proposal)
 
@@ -234,15 +237,17 @@ class EngineCore:
             each.request.tree_input.logits_nodes is None and each.chunk.start >= len(each.chunk.sequence.token_ids)
             for each in scheduled
         )
+        error: Exception | None = None
         try:
             outputs = self.model_runner.execute(scheduled)
-        except Exception as error:
-            if len(scheduled) == 1:
+        except Exception as fault:
+            if is_device_error(fault):
+                raise  # all later steps would fail, so the thread ends
+            if not smaller_steps(scheduled, fault):
                 logger.exception("a request failed in the model")
-                self._finish(scheduled[0].request, error)
-                return
-            for each in scheduled:  # run each one alone, so that only the faulty one fails
-                self._execute([each])
+            error = fault.with_traceback(None)  # a traceback would keep the tensors of the failed step in memory
+        if error is not None:
+            self._retry(scheduled, error)
             return
         for each, output in zip(scheduled, outputs, strict=True):
             self.scheduler.mark_computed(each)
@@ -252,6 +257,17 @@ class EngineCore:
             num_output_tokens = self._num_output_tokens - self._num_recorded_tokens
             self.cost_model.record(len(scheduled), num_tokens, num_output_tokens, time.perf_counter() - began)
         self._num_recorded_tokens = self._num_output_tokens
+
+    def _retry(self, scheduled: list[ScheduledRequest], error: Exception) -> None:
+        """Runs a failed step in smaller parts, or ends the request that is at fault."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        steps = smaller_steps(scheduled, error)
+        if not steps:
+            self._finish(scheduled[0].request, error)
+        for step in steps:
+            if remaining := [each for each in step if each.request.sequence is each.chunk.sequence]:
+                self._execute(remaining)
 
     def _process_output(self, request: Request, output: ChunkOutput) -> None:
         """Collects the output of a chunk; the last chunk of a tree advances the program."""

@@ -4,34 +4,29 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.engines.native.attention import STEP_ATTENTION, StepAttention, UnsupportedModelError
+from parse.engines.native.checkpoint import Dtype, load_checkpoint, resolve_device
 from parse.engines.native.kernels import optimize_modules
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.paged_attention import BLOCK_SIZE, attention_for
 from parse.engines.native.prefix_cache import SequenceState
+from parse.engines.native.rope import max_sequence_length, position_thresholds
 from parse.engines.native.scheduled_chunk import ScheduledChunk
-from parse.errors import RequestError
 from parse.tree import MASK, suffix_forest
 
 logger = logging.getLogger(__name__)
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "dense", "sparse"}
 RECURRENT = "linear_attn", "mamba", "recurrent", "short_conv", "rwkv", "time_mix"
 MAX_SELF_CHECKS = 3
+SELF_CHECK_TOKENS = 14  # of the longer sequence, with its suffix
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}  # of the largest logit, in the self-check
-
-
-class ModelNotFoundError(ValueError):
-    """Raised if a path is neither a folder nor a hub id of a causal language model."""
 
 
 class MaskEmbedder(Protocol):
@@ -67,7 +62,8 @@ class Model:
         optimize_modules(network, linears=not int8)
         self.aux_hidden_state_layers: tuple[int, ...] = ()  # which hidden states are returned besides the logits
         self.mask_embedder: MaskEmbedder | None = None
-        self.max_model_len: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        limits = getattr(config, "max_position_embeddings", None), max_sequence_length(config)
+        self.max_model_len: int = min((limit for limit in limits if limit), default=1 << 20)
         self.eos_token_ids = _eos_token_ids(network, tokenizer)
         self.bytes_per_token = self._self_check()
 
@@ -75,27 +71,10 @@ class Model:
     def load(cls, path: str | Path, *, device: str = "auto", dtype: Dtype = "auto", int8: bool = False) -> "Model":
         """Loads a model from a folder or by its hub id.
 
-        The dtype "auto" means float32 on a CPU and the dtype of the checkpoint elsewhere. The device "balanced" spreads
-        the layers evenly over all GPUs.
+        The device "balanced" spreads the layers evenly over all GPUs.
         """
-        resolved_device = _resolve_device(device)
-        if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
-            raise ModelNotFoundError(f"{path} is not a directory")
-        precision = "float32" if dtype == "auto" and resolved_device == "cpu" else dtype
-        try:
-            AutoConfig.from_pretrained(path)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            load: Any = AutoModelForCausalLM.from_pretrained
-            network, loading_info = load(
-                path,
-                dtype=precision,
-                device_map=None if resolved_device == "cpu" else resolved_device,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelNotFoundError(f"{path} is not a causal language model that can be loaded: {error}") from error
-        if missing := sorted(loading_info["missing_keys"]):  # the library has filled them with random numbers
-            raise ModelNotFoundError(f"{path} lacks {len(missing)} weights of its model; the first one is {missing[0]}")
+        resolved_device = resolve_device(device)
+        network, tokenizer = load_checkpoint(path, resolved_device, dtype)
         if int8 and resolved_device != "cpu":
             raise UnsupportedModelError("int8 works only on CPUs; on a GPU, load a quantized checkpoint")
         model = cls(network, tokenizer, str(path), int8=int8)
@@ -160,62 +139,77 @@ class Model:
         Returns the bytes per token of the KV cache.
 
         This finds unsupported models that `check_supported` does not know, for example models with their own mask or
-        state. Such a model fails with every random sequence. A mixture of experts may fail with one sequence, if
-        rounding changes the choice between two nearly equal experts.
+        state, or whose computation depends on the other sequences of a step. Such a model fails with every random
+        sequence. A mixture of experts may fail with one sequence, if rounding changes the choice between two nearly
+        equal experts.
         """
-        for seed in range(MAX_SELF_CHECKS):
-            kv_cache = KVCache(num_blocks=2, block_size=BLOCK_SIZE)
-            packed, separate = self._packed_and_separate(kv_cache, seed)
-            difference = float((packed - separate).abs().max())
-            allowed = TOLERANCE[self.network.dtype] * float(separate.abs().max())
-            if difference <= allowed:
-                return kv_cache.num_bytes // (kv_cache.num_blocks * kv_cache.block_size)
-        raise UnsupportedModelError(
-            f"{self.name} ({self.network.config.model_type}) does not compute the same in packed steps as alone: the "
-            f"logits differ by {difference:.2g}, and {allowed:.2g} is allowed"
-        )
+        kv_cache = KVCache(num_blocks=3, block_size=BLOCK_SIZE)
+        for start in self._self_check_positions():
+            for seed in range(MAX_SELF_CHECKS):
+                packed, separate = self._packed_and_separate(kv_cache, seed, start)
+                difference = float((packed - separate).abs().max())
+                allowed = TOLERANCE[self.network.dtype] * float(separate.abs().max())
+                if difference <= allowed:
+                    break
+            else:
+                raise UnsupportedModelError(
+                    f"{self.name} ({self.network.config.model_type}) does not compute the same in packed steps as "
+                    f"alone: at position {start} the logits differ by {difference:.2g}, and {allowed:.2g} is allowed"
+                )
+        return kv_cache.num_bytes // (kv_cache.num_blocks * kv_cache.block_size)
+
+    def _self_check_positions(self) -> list[int]:
+        """Returns the positions where the sequences of the self-check start.
+
+        They start at 0 and shortly before each position where the computation of the model may change.
+        """
+        last = self.max_model_len - SELF_CHECK_TOKENS
+        thresholds = position_thresholds(self.network.config.get_text_config())
+        return sorted({0, *(max(0, min(threshold - SELF_CHECK_TOKENS // 2, last)) for threshold in thresholds)})
 
     @torch.inference_mode()
-    def _packed_and_separate(self, kv_cache: KVCache, seed: int) -> tuple[Tensor, Tensor]:
+    def _packed_and_separate(self, kv_cache: KVCache, seed: int, start: int) -> tuple[Tensor, Tensor]:
         """Returns logits from packed and from separate forward passes.
 
-        They belong to all nodes of a few suffixes on a random sequence.
+        They belong to all nodes of a few suffixes on a random sequence whose first token is at position `start`, and to
+        the tokens of a short sequence that begins at position 0 and is part of the first packed step.
         """
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(self.vocab_size, (14,), generator=generator).tolist()
-        prompt, suffix, prefix_lengths = tokens[:11], tokens[11:], [4, 9, 11]
-        sequence = SequenceState(prompt)
-        sequence.block_ids = [1]
-        chunks = [
-            ScheduledChunk(sequence, suffix_forest(prefix_lengths, suffix), start, end)
-            for start, end in ((0, 6), (6, 20))
-        ]
+        tokens = torch.randint(self.vocab_size, (SELF_CHECK_TOKENS + 5,), generator=generator).tolist()
+        prompt, suffix, short, prefix_lengths = tokens[:11], tokens[11:14], tokens[14:], [4, 9, 11]
+        sequence, short_sequence = SequenceState(prompt), SequenceState(short)
+        sequence.block_ids, short_sequence.block_ids = [1], [2]
+        forest = suffix_forest(prefix_lengths, suffix)
+        beginning, rest = (ScheduledChunk(sequence, forest, first, end) for first, end in ((0, 6), (6, 20)))
+        short_chunk = ScheduledChunk(short_sequence, [], 0, len(short))
         self._set_attention(STEP_ATTENTION)
         make_attention = attention_for(self.device)
-        packed = [
-            self.forward(chunk.token_ids(), chunk.positions(), make_attention(kv_cache, [chunk]), None)[0]
-            for chunk in chunks
-        ]
+        packed = []
+        for chunks in ([beginning, short_chunk], [rest]):
+            tokens = [token for chunk in chunks for token in chunk.token_ids()]
+            offsets = [0 if chunk is short_chunk else start for chunk in chunks]
+            positions = [
+                offset + position
+                for chunk, offset in zip(chunks, offsets, strict=True)
+                for position in chunk.positions()
+            ]
+            packed.append(self.forward(tokens, positions, make_attention(kv_cache, chunks), None)[0])
         self._set_attention("sdpa" if self.network._supports_sdpa else "eager")
-        separate = [
-            self.network(input_ids=torch.tensor([prompt[:length] + suffix], device=self.device), use_cache=False)
-            for length in prefix_lengths
-        ]
+        separate = [self._logits_alone(prompt[:length] + suffix, start)[-len(suffix) :] for length in prefix_lengths]
+        separate.append(self._logits_alone(short, 0))
         self._set_attention(STEP_ATTENTION)
-        return torch.cat(packed)[len(prompt) :], torch.cat([out.logits[0, -len(suffix) :].float() for out in separate])
+        suffixes = torch.cat(packed)[len(prompt) + len(short) :]
+        return torch.cat([suffixes, packed[0][-len(short) :]]), torch.cat(separate)
+
+    def _logits_alone(self, tokens: list[int], start: int) -> Tensor:
+        """Returns the logits [T, vocabulary] of one sequence, computed by the library."""
+        input_ids = torch.tensor([tokens], device=self.device)
+        positions = torch.arange(start, start + len(tokens), device=self.device)[None]
+        logits: Tensor = self.network(input_ids=input_ids, position_ids=positions, use_cache=False).logits[0]
+        return logits.float()
 
     def _set_attention(self, implementation: str) -> None:
         self.network.set_attn_implementation(implementation)
-
-
-def _resolve_device(device: str) -> str:
-    gpus = torch.cuda.device_count()
-    available = ["cpu", *(["cuda", "balanced"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
-    if device == "auto":
-        return "cuda" if gpus else "cpu"
-    if device not in available:
-        raise RequestError("device", f"must be auto or one of {', '.join(available)}, got {device!r}")
-    return device
 
 
 def check_supported(network: PreTrainedModel) -> None:

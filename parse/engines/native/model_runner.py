@@ -40,7 +40,8 @@ class ModelRunner:
     ) -> None:
         self.model, self.kv_cache, self.cuda_graphs = model, kv_cache, cuda_graphs
         self._make_attention = make_attention
-        self._lock = CPU_LOCK if model.device.type == "cpu" else nullcontext()
+        self.lock = CPU_LOCK if model.device.type == "cpu" else nullcontext()
+        """Held while this engine computes, so that engines in one process take turns on the CPU."""
         self.num_steps = self.num_replayed_steps = self.num_tokens = 0
 
     def execute(self, scheduled: Sequence[ScheduledRequest]) -> list[ChunkOutput]:
@@ -103,7 +104,7 @@ class ModelRunner:
         tokens = [token for chunk in chunks for token in chunk.token_ids()]
         positions = [position for chunk in chunks for position in chunk.positions()]
         attention = self._make_attention(self.kv_cache, chunks)
-        with self._lock:
+        with self.lock:
             logits, hidden_states = self.model.forward(tokens, positions, attention, logits_entries)
         if hidden_states is not None:
             slots = [slot for chunk in chunks for slot in self._slots(chunk.sequence, range(chunk.start, chunk.end))]

@@ -9,7 +9,8 @@ import torch
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
-from parse.engines.native.model import Model, ModelNotFoundError
+from parse.engines.native.checkpoint import CheckpointError
+from parse.engines.native.model import Model
 from parse.registry import METHODS
 from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel
@@ -137,7 +138,7 @@ def test_each_method_reads_the_hidden_states_that_it_names(model):
         ("space", "demo-eagle3", ProposerLoadError, "config.json lacks 'rank'"),
         ("eagle3", "demo-space", ProposerLoadError, "config.json lacks"),
         ("eagle3", "nowhere", ProposerLoadError, "nowhere"),
-        ("draft_model", "nowhere", ModelNotFoundError, "nowhere is not a directory"),
+        ("draft_model", "nowhere", CheckpointError, "nowhere is not a directory"),
         ("space", None, ProposerLoadError, "this tokenizer has none"),
     ],
 )

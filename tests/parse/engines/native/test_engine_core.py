@@ -1,6 +1,7 @@
 import random
 import threading
 import time
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -292,6 +293,74 @@ def test_if_the_engine_thread_fails_all_requests_end_with_its_error(model, monke
         engine._thread.join()
         with pytest.raises(EngineStopped):
             submit(engine, [1], prefill())
+
+
+def test_a_step_that_needs_too_much_memory_is_split(model, reference, layout, monkeypatch):
+    """Also, nothing of the failed step is in memory at the next attempt."""
+    compute, leftovers, sizes = model.forward, [], []
+
+    def forward(tokens, *args):
+        assert not [reference for reference in leftovers if reference() is not None]
+        sizes.append(len(tokens))
+        if len(tokens) > 6:
+            hidden = torch.zeros(1000)
+            leftovers.append(weakref.ref(hidden))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(tokens, *args)
+
+    monkeypatch.setattr(model, "forward", forward)
+    forest, _ = tree_from_parents(random_tokens(5, 9), [-1, 0, 0, -1, 3, 1, 4, 0, 7])
+    with serving(model, **layout) as engine:
+        with paused(engine):
+            chains = [run_trees(engine, random_tokens(n, 17 + n), *single_tokens(random_tokens(n, 5))) for n in (1, 2)]
+            tree = run_trees(engine, random_tokens(3, 11), TreeInput(forest))
+        for number, response in enumerate(chains, 1):
+            assert match(reference, random_tokens(number, 17 + number), random_tokens(number, 5), response.result())
+        expected = alone(reference, random_tokens(3, 11), forest)
+        torch.testing.assert_close(tree.result()[0], expected, atol=1e-4, rtol=0)
+    assert max(sizes) > 40 and leftovers
+
+
+def test_a_request_that_needs_too_much_memory_for_a_single_token_fails_alone(model, reference, layout, monkeypatch):
+    compute = model.forward
+
+    def forward(tokens, *args):
+        if POISON in tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(tokens, *args)
+
+    monkeypatch.setattr(model, "forward", forward)
+    with serving(model, **layout) as engine:
+        with paused(engine):
+            good = run_trees(engine, random_tokens(1, 20), *single_tokens(random_tokens(1, 5)))
+            bad = run_trees(engine, [*random_tokens(2, 10), POISON, *random_tokens(3, 10)], TreeInput([1]))
+        assert match(reference, random_tokens(1, 20), random_tokens(1, 5), good.result())
+        assert isinstance(bad.wait().error, torch.OutOfMemoryError)
+        assert engine.alive
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_after_an_error_of_the_device_the_engine_serves_no_more_requests(model, error, monkeypatch, caplog):
+    """No later step could succeed. The replica reports itself as unhealthy and is replaced."""
+
+    def forward(*args):
+        raise error
+
+    with serving(model) as engine:
+        streams = [Stream(engine, random_tokens(seed, 20)).started() for seed in (1, 2)]
+        monkeypatch.setattr(model, "forward", forward)
+        for stream in streams:
+            assert isinstance(stream.response.wait().error, EngineStopped)
+            assert str(error) in str(stream.response.error)
+        engine._thread.join()
+        assert not engine.alive
 
 
 def test_a_prompt_that_many_requests_share_is_computed_once(model, reference, layout):

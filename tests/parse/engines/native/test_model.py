@@ -1,6 +1,4 @@
-import json
 import random
-import shutil
 from copy import deepcopy
 
 import pytest
@@ -9,9 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from parse.engines.native.attention import UnsupportedModelError
-from parse.engines.native.model import Model, ModelNotFoundError
+from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput
-from parse.errors import RequestError
 from parse.prompts import chat_prompt_token_ids
 from parse.tree import suffix_forest, tree_from_parents
 from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, build, paused, plain, run_trees, serving
@@ -19,6 +16,21 @@ from training.evaluate import MODELS
 from training.task import correct_answer, draw_problem
 
 ATOL = 1e-4
+
+
+YARN = {"original_max_position_embeddings": 100}
+
+# Models whose rotary frequencies depend on the longest sequence of a forward pass, and how long it may be.
+LIMITED = {
+    "phi3": (
+        dict(
+            original_max_position_embeddings=64,
+            rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 4.0, 8.0]),
+        ),
+        64,
+    ),
+    "llama": (dict(max_position_embeddings=64, rope_scaling=dict(rope_type="dynamic", factor=4.0)), 64),
+}
 
 
 def random_tokens(rng, size):
@@ -112,6 +124,43 @@ def test_an_unknown_model_that_computes_wrong_logits_is_caught_at_load(mixing, t
         Model(network, tokenizer)
 
 
+class PassDependentRotary(nn.Module):
+    """Changes the positions of all tokens if one of them lies beyond a limit, as LongRoPE does."""
+
+    def __init__(self, inner, limit):
+        super().__init__()
+        self.inner, self.limit = inner, limit
+
+    def forward(self, hidden, position_ids):
+        return self.inner(hidden, position_ids * (2 if position_ids.max() >= self.limit else 1))
+
+
+@pytest.mark.parametrize("limit", [20, 100, 255])
+def test_a_model_that_a_long_request_would_change_for_others_is_caught_at_load(limit, tokenizer):
+    network = build("llama", rope_parameters={"rope_type": "yarn", "factor": 2.5, "rope_theta": 1e4, **YARN})
+    Model(network, tokenizer)
+    network.model.rotary_emb = PassDependentRotary(network.model.rotary_emb, limit)
+    with pytest.raises(UnsupportedModelError, match="does not compute the same in packed steps as alone: at position"):
+        Model(network, tokenizer)
+
+
+@pytest.mark.parametrize("kind", LIMITED)
+def test_long_and_short_requests_do_not_change_each_other(kind, tokenizer):
+    """Rotary frequencies that depend on the longest request of a step are served up to where they change."""
+    changes, limit = LIMITED[kind]
+    network = build(kind, **changes)
+    reference, rng = deepcopy(network), random.Random(3)
+    model = Model(network, tokenizer)
+    assert model.max_model_len == limit
+    requests = [random_tokens(rng, size) for size in (5, limit, 9, limit - 1, 30)]
+    with serving(model, max_num_batched_tokens=300) as engine:
+        with paused(engine):
+            responses = [run_trees(engine, tokens[:-3], TreeInput(tokens[-3:])) for tokens in requests]
+        logits = [response.result()[0] for response in responses]
+    for tokens, found in zip(requests, logits, strict=True):
+        torch.testing.assert_close(found, plain(reference, tokens)[-3:], atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "mixtral", "gemma3_text"])
 def test_no_model_is_refused_for_what_rounding_does_in_half_precision(kind, dtype, tokenizer):
@@ -141,14 +190,6 @@ def test_a_model_whose_logits_are_not_finite_is_refused(tokenizer):
         Model(network, tokenizer)
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ModelNotFoundError, match=str(tmp_path)):
-        Model.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelNotFoundError, match=str(tmp_path)):
-        Model.load(tmp_path)
-
-
 def test_a_loaded_model_knows_its_limits_and_all_its_end_tokens(tokenizer, tmp_path):
     network = build("qwen3", vocab_size=len(tokenizer))
     network.generation_config.eos_token_id = [7, 9]
@@ -172,22 +213,3 @@ def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
         (logits,) = run_trees(engine, [], TreeInput(token_ids)).result()
     same = logits.argmax(-1) == plain(AutoModelForCausalLM.from_pretrained(path), token_ids).argmax(-1)
     assert same.float().mean() > 0.95
-
-
-@pytest.mark.parametrize("device", ["banana", "cuda:99", "balance"])
-def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
-    with pytest.raises(RequestError, match="device: must be auto or one of cpu.*" + device):
-        Model.load("anything", device=device)
-
-
-def test_a_folder_without_all_the_weights_or_with_others_is_refused(tmp_path):
-    folder = shutil.copytree(MODELS / "demo-draft", tmp_path / "draft")
-    config = json.loads((folder / "config.json").read_text())
-    for change, why in (({"num_hidden_layers": 3}, "lacks"), ({"hidden_size": 48}, "cannot|can be loaded")):
-        (folder / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ModelNotFoundError, match=why):
-            Model.load(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ModelNotFoundError, match="can be loaded"):
-        Model.load(folder)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings
 from parse.engines.loader import load_native_engine
-from parse.engines.native.model import ModelNotFoundError
+from parse.engines.native.checkpoint import CheckpointError
 from parse.errors import EngineStopped, RequestCancelled, RequestError
 from parse.prompts import VerificationSuffix, build_verification_suffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
@@ -608,7 +608,7 @@ def test_a_service_that_cannot_be_is_refused_with_the_reason(tmp_path):
         RequestError, match=r"kv_cache_memory_bytes: a sequence of 600 tokens needs 2\d{7} bytes, got 8388608"
     ):
         load_native_engine(settings(MODELS / "demo-target", kv_cache_memory_bytes=8 * 2**20, max_model_len=600))
-    with pytest.raises(ModelNotFoundError, match="nowhere"):
+    with pytest.raises(CheckpointError, match="nowhere"):
         load_native_engine(settings(tmp_path / "nowhere"))
 
 

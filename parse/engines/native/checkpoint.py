@@ -1,0 +1,126 @@
+"""Reads a Hugging Face checkpoint, and says in one line why one cannot be loaded."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from parse.device_errors import is_out_of_memory
+from parse.errors import RequestError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class CheckpointError(ValueError):
+    """A path that is neither a folder nor a hub id of a causal language model that can be loaded here."""
+
+
+def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the network, onto a device or spread over all GPUs, and the tokenizer.
+
+    `device` comes from `resolve_device`. The dtype "auto" means float32 on a CPU and the dtype of the checkpoint
+    elsewhere.
+    """
+    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise CheckpointError(f"{path} is not a directory")
+    precision = "float32" if dtype == "auto" and device == "cpu" else dtype
+    config: PretrainedConfig | None = None
+    try:
+        config = AutoConfig.from_pretrained(path)
+        _check_memory(path, config, device, precision)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        network, loading_info = load(
+            path, dtype=precision, device_map=None if device == "cpu" else device, output_loading_info=True
+        )
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs a package that is not installed: {_one_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        if config is not None and is_out_of_memory(error):
+            raise _out_of_memory(path, config, device, precision) from error
+        raise CheckpointError(
+            f"{path} is not a causal language model that can be loaded: {_one_line(error)}"
+        ) from error
+    if missing := sorted(loading_info["missing_keys"]):  # the library has filled them with random numbers
+        raise CheckpointError(f"{path} lacks {len(missing)} weights of its model; the first one is {missing[0]}")
+    placed = {str(place) for place in getattr(network, "hf_device_map", {}).values()}
+    if device != "cpu" and (offloaded := placed & {"cpu", "disk"}):
+        message = (
+            f"the GPUs are too small for it, and some layers would be on the {' and the '.join(sorted(offloaded))}"
+        )
+        raise CheckpointError(f"{_out_of_memory(path, config, device, precision)}; {message}")
+    return network, tokenizer
+
+
+def resolve_device(device: str) -> str:
+    gpus = torch.cuda.device_count()
+    available = ["cpu", *(["cuda", "balanced"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    if device not in available:
+        raise RequestError("device", f"must be auto or one of {', '.join(available)}, got {device!r}")
+    return device
+
+
+def weight_bytes(config: PretrainedConfig, dtype: Dtype) -> int | None:
+    """Returns the size of the weights, or None if it is not known without loading them."""
+    if getattr(config, "quantization_config", None):
+        return None
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+    except (RuntimeError, NotImplementedError):  # an operation that has no shapes without values
+        return None
+    precision = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    return sum(parameter.numel() for parameter in network.parameters()) * (precision or torch.float32).itemsize
+
+
+def free_bytes(device: str) -> int | None:
+    """Returns the free memory of a device, or of all GPUs. Returns None if the system does not tell."""
+    if device == "balanced":
+        return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
+    return sizes.get("MemAvailable", 0) + sizes.get("SwapFree", 0) or None
+
+
+def _check_memory(path: str | Path, config: PretrainedConfig, device: str, dtype: Dtype) -> None:
+    """Raises if the weights cannot fit.
+
+    Without this check, the operating system would end the process without a message.
+    """
+    needed, free = weight_bytes(config, dtype), free_bytes(device)
+    if needed is not None and free is not None and needed > free:
+        raise _out_of_memory(path, config, device, dtype)
+
+
+def _out_of_memory(path: str | Path, config: PretrainedConfig, device: str, dtype: Dtype) -> CheckpointError:
+    needed, free = (_readable(size) for size in (weight_bytes(config, dtype), free_bytes(device)))
+    place = {"cpu": "this machine", "balanced": "all GPUs together"}.get(device, device)
+    return CheckpointError(f"{path}: out of memory: its weights need {needed}, and {free} is free on {place}")
+
+
+def _readable(size: int | None) -> str:
+    if size is None:
+        return "an unknown amount"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

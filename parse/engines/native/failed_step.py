@@ -1,0 +1,28 @@
+"""Divides a failed step into smaller ones."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from parse.device_errors import is_out_of_memory
+from parse.engines.native.scheduler import ScheduledRequest
+
+
+def smaller_steps(scheduled: Sequence[ScheduledRequest], error: Exception) -> list[list[ScheduledRequest]]:
+    """Returns the steps that compute the same as a failed one, or [] if the only request of it is at fault.
+
+    If memory ran out, half of the step may fit, so the requests and then the chunk of a single request are halved.
+    After any other error, each request runs alone, so that only the faulty one fails.
+    """
+    middle = len(scheduled) // 2
+    if not is_out_of_memory(error):
+        return [[each] for each in scheduled] if middle else []
+    if middle:
+        return [list(scheduled[:middle]), list(scheduled[middle:])]
+    (only,) = scheduled
+    if len(only.chunk) == 1:
+        return []
+    split = only.chunk.start + len(only.chunk) // 2
+    return [
+        [replace(only, chunk=replace(only.chunk, end=split))],
+        [replace(only, chunk=replace(only.chunk, start=split))],
+    ]
