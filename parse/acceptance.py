@@ -41,6 +41,8 @@ class AcceptancePolicy:
 
     thresholds: Thresholds = Thresholds()
     rule: str = "first_failure"
+    min_answer_mass: float = 0.0
+    """If the answer words have less probability than this after a prefix, its P(correct) counts as 0."""
 
     def __post_init__(self) -> None:
         get_rule(self.rule)

@@ -152,6 +152,11 @@ class EngineSettings(Settings):
         description="The maximum number of tokens of a prompt and its answer together. The model's own limit applies "
         "if it is lower.",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables for the chat template, for example `enable_thinking: false`. A request can replace "
+        "those of the target.",
+    )
     kv_cache_memory_bytes: int | None = Field(
         None,
         ge=1,
@@ -202,6 +207,13 @@ class VerificationSettings(Settings):
         None,
         description='The mode that "auto" uses while drafting pays. With null, it is full if the target uses a '
         "speculative method, and rounds otherwise.",
+    )
+    min_answer_mass: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="The minimum probability of the two answer words together. If the target gives them less at "
+        "start-up, no mode that verifies drafts is offered. If it does so for a draft, the draft is rejected.",
     )
     prompt: str = Field(VERIFICATION_PROMPT, min_length=1, description="The question to the target about each prefix.")
     correct: str = Field("Correct", min_length=1, description="The answer that accepts a prefix.")

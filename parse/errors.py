@@ -48,7 +48,18 @@ class EngineStopped(RuntimeError):
     """The engine was shut down or died before the request was finished."""
 
 
-FallbackCause = Literal["none_there", "does_not_pay", "busy", "lost", "silent", "slow", "refused", "failed"]
+FallbackCause = Literal[
+    "none_there",
+    "does_not_pay",
+    "busy",
+    "lost",
+    "silent",
+    "slow",
+    "refused",
+    "failed",
+    "reasoning",
+    "unreliable",
+]
 """Why the target answers without a draft. The values are labels of a Prometheus metric."""
 
 

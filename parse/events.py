@@ -20,6 +20,8 @@ class TextDelta:
     token_ids: tuple[int, ...]
     origin: Origin
     logprobs: tuple[Logprob, ...] = ()
+    reasoning: str = ""
+    """The part of the model's reasoning in these tokens. It comes before `text`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Verification:
     p_correct: tuple[float | None, ...]
     accepted_prefix_length: int
     rejected_text: str
+    answer_mass: tuple[float | None, ...] = ()
+    """The probability of both answer words together, for each prefix that was evaluated."""
 
 
 StageName = Literal["warm", "draft", "judge", "write"]
@@ -78,6 +82,8 @@ class Usage:
     total_s: float = 0.0
     fallback: Fallback | None = None
     speculation: SpeculationStats | None = None
+    answer_mass: float | None = None
+    """The smallest probability of both answer words together, over all prefixes that were evaluated."""
 
     @property
     def rejected_tokens(self) -> int:

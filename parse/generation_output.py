@@ -31,6 +31,7 @@ class GenerationOutput:
     """
 
     text: str
+    """The answer, without reasoning."""
     token_ids: tuple[int, ...]
     """In the target's vocabulary, without the end token."""
     finish_reason: FinishReason
@@ -43,6 +44,8 @@ class GenerationOutput:
     logprobs: tuple[Logprob, ...] | None
     """The log-probability of each token, or None if `logprobs` was not requested."""
     prompt_token_ids: tuple[int, ...]
+    reasoning: str = ""
+    """What the target thought before the answer, if it is a reasoning model."""
 
     @classmethod
     def from_events(
@@ -78,6 +81,7 @@ class GenerationOutput:
             verifications=tuple(verifications),
             logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs) if has_logprobs else None,
             prompt_token_ids=tuple(prompt_token_ids),
+            reasoning="".join(delta.reasoning for delta in deltas),
         )
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from parse.acceptance import Thresholds
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
-from parse.prompts import Message, chat_prompt_token_ids
+from parse.prompts import Message, chat_prompt, validate_template_kwargs
 from parse.registry import MODES
 from parse.renamed_settings import suggest_key
 from parse.requests import GenerationRequest
@@ -36,6 +36,8 @@ class GenerateOptions(TypedDict, total=False):
     """The expected answer, as text or as tokens of the target. It replaces the draft. Mode `off` uses no draft."""
     speculative_method: str | None
     """One of the target's token-level methods, or "none". By default, the first one in its settings is used."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Variables for the target's chat template, for example `{"enable_thinking": False}`."""
     sampling_params: SamplingParams | None
     temperature: float
     top_p: float
@@ -58,6 +60,7 @@ def build_request(
     options: Mapping[str, Any],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any],
     capabilities: Capabilities,
     has_drafter: bool,
 ) -> GenerationRequest:
@@ -76,8 +79,11 @@ def build_request(
         prediction = _prediction_token_ids(options.get("prediction"), tokenizer)
         if mode in MODES and mode != "auto" and MODES[mode].uses_draft and not has_drafter and prediction is None:
             raise RequestError("mode", f"{mode} needs a draft model or a `prediction`, and the pair has no draft model")
+        template_kwargs = validate_template_kwargs(options.get("chat_template_kwargs") or {})
+        chat = chat_prompt(tokenizer, messages, {**chat_template_kwargs, **template_kwargs})
         request = GenerationRequest(
-            prompt_token_ids=chat_prompt_token_ids(tokenizer, messages),
+            prompt_token_ids=chat.token_ids,
+            reasoning=chat.reasoning,
             messages=messages,
             sampling_params=_sampling_params(options),
             mode=mode,

@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self, Unpack
 
-from parse.config import VerificationSettings
+from parse.config import EngineSettings, VerificationSettings
 from parse.engines.native.drafter import drafter_for
 from parse.engines.native.engine import NativeEngine
 from parse.errors import EngineStopped
@@ -26,6 +26,7 @@ from parse.pair_settings import (
 from parse.pipeline import Pipeline
 from parse.prompts import TemplateError, build_verification_suffix
 from parse.requests import GenerationRequest
+from parse.verification_check import measure_answer_mass, without_unreliable_modes
 
 
 class Pair:
@@ -63,10 +64,10 @@ class Pair:
             if self.draft is not None:
                 resources.callback(_shut_down, self.draft)
             self.tokenizer = self.target.model.tokenizer
-            self.pipeline = self._build_pipeline(verification)
             # The last one is closed first, so no request sees that an engine has ended.
             self._event_loop = EventLoopThread(f"pair {target_settings.model}")
             resources.callback(self._event_loop.close)
+            self.pipeline = self._build_pipeline(verification, target_settings, draft_settings)
         except BaseException:
             self.close()
             raise
@@ -134,21 +135,32 @@ class Pair:
         target, draft = self._names
         return f"Pair({target!r}, {draft!r}{'' if self._finalizer.alive else ', closed'})"
 
-    def _build_pipeline(self, verification: VerificationSettings) -> Pipeline:
-        target_model, draft_model = self._names
+    def _build_pipeline(
+        self, verification: VerificationSettings, target: EngineSettings, draft: EngineSettings | None
+    ) -> Pipeline:
+        template_kwargs = target.chat_template_kwargs
         try:
             suffix = build_verification_suffix(
-                self.tokenizer, verification.prompt, verification.correct, verification.incorrect
+                self.tokenizer,
+                verification.prompt,
+                verification.correct,
+                verification.incorrect,
+                template_kwargs=template_kwargs,
             )
         except TemplateError as error:
-            raise model_load_error("target", target_model, error) from error
-        try:
-            drafter = drafter_for(self.draft, self.tokenizer) if self.draft else None
-        except TemplateError as error:
-            raise model_load_error("draft", draft_model or "", error) from error
+            raise model_load_error("target", target.model, error) from error
+        drafter = None
+        if self.draft is not None and draft is not None:
+            try:
+                drafter = drafter_for(self.draft, self.tokenizer, draft.chat_template_kwargs)
+            except TemplateError as error:
+                raise model_load_error("draft", draft.model, error) from error
+        answer_mass = self._event_loop.run(measure_answer_mass(self.target, self.tokenizer, suffix, template_kwargs))
+        capabilities = self.target.capabilities()
         return Pipeline(
             verifier=self.target,
-            capabilities=self.target.capabilities(),
+            capabilities=without_unreliable_modes(capabilities, answer_mass, verification, target.model),
+            chat_template_kwargs=template_kwargs,
             tokenizer=self.tokenizer,
             suffix=suffix,
             settings=verification,
@@ -164,6 +176,7 @@ class Pair:
             mode,
             options,
             tokenizer=self.tokenizer,
+            chat_template_kwargs=self.pipeline.chat_template_kwargs,
             capabilities=self.pipeline.capabilities,
             has_drafter=self.pipeline.drafter is not None,
         )

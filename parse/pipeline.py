@@ -8,8 +8,9 @@ machines. Each call is independent of earlier ones. If a drafter fails, the answ
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,8 +21,9 @@ from parse.engines.protocol import Capabilities, Drafter, Verifier
 from parse.events import Event, Fallback, Finished
 from parse.modes.run import Run
 from parse.modes.state import GenerationState
-from parse.prompts import VerificationSuffix
-from parse.registry import MODES, resolve
+from parse.prompts import VerificationSuffix, reasoning_tags
+from parse.reasoning import ReasoningParser
+from parse.registry import LOSSY_MODES, MODES, resolve
 from parse.requests import GenerationRequest
 from parse.types import validate_token_ids
 
@@ -38,6 +40,8 @@ class Pipeline:
     suffix: VerificationSuffix
     settings: VerificationSettings
     drafter: Drafter | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the target's chat template, which a request can replace."""
     prefill_while_drafting: bool = True
     """Whether the target prefills the prompt while the drafter writes. If both share a processor, it is faster to
     compute the prompt and the draft in one pass."""
@@ -81,19 +85,19 @@ class Pipeline:
         yield Finished(run.state.finish_reason or "length", usage)
 
     def _choose_mode(self, request: GenerationRequest) -> tuple[str, Fallback | None]:
-        mode: str = request.mode
-        fallback: Fallback | None = None
-        if mode == "auto" and request.prediction is not None:
-            mode = self._auto_mode(request)  # a prediction costs no drafting
-        elif mode == "auto":
+        is_auto = request.mode == "auto"
+        mode = self._auto_mode(request) if is_auto else request.mode
+        if is_auto and mode == "off":
+            return "off", Fallback("unreliable", "this target does not verify drafts")
+        if mode in LOSSY_MODES and request.reasoning in ("open", "expected"):
+            return "off", Fallback("reasoning", "the answer begins with reasoning, which is not drafted")
+        if is_auto and request.prediction is None:  # a prediction costs no drafting
             decision = self.controller.decide()
-            if decision.draft:
-                mode = self._auto_mode(request)
-            else:
-                mode, fallback = "off", Fallback("does_not_pay", decision.reason)
+            if not decision.draft:
+                return "off", Fallback("does_not_pay", decision.reason)
         if MODES[mode].uses_draft and self.drafter is None and request.prediction is None:
-            mode, fallback = "off", Fallback("none_there", "there is no drafter")
-        return mode, fallback
+            return "off", Fallback("none_there", "there is no drafter")
+        return mode, None
 
     def _auto_mode(self, request: GenerationRequest) -> str:
         """Returns the mode in which `auto` drafts.
@@ -115,13 +119,22 @@ class Pipeline:
         return Run(
             request=request,
             sampling_params=replace(params, max_tokens=max_tokens) if max_tokens > 0 else params,
-            state=GenerationState(mode, fallback, self.tokenizer, params.stop, len(request.prompt_token_ids)),
+            state=GenerationState(
+                mode,
+                fallback,
+                self.tokenizer,
+                params.stop,
+                len(request.prompt_token_ids),
+                ReasoningParser(reasoning_tags(self.tokenizer) if request.reasoning else None, request.reasoning),
+            ),
             verifier=self.verifier,
             drafter=self.drafter,
             tokenizer=self.tokenizer,
             eos_token_ids=self.capabilities.eos_token_ids or frozenset((self.tokenizer.eos_token_id,)),
             suffix=self.suffix,
-            policy=AcceptancePolicy(request.thresholds or self.settings.thresholds(), self.settings.rule),
+            policy=AcceptancePolicy(
+                request.thresholds or self.settings.thresholds(), self.settings.rule, self.settings.min_answer_mass
+            ),
             settings=self.settings,
             prefill_while_drafting=self.prefill_while_drafting,
         )

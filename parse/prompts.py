@@ -3,16 +3,22 @@
 Both use the model's own chat template.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from parse.errors import RequestError
+from parse.reasoning import WITHOUT_REASONING, ReasoningState, ReasoningTags, find_reasoning_tags
 
 Message = Mapping[str, str]
 
+RESERVED_TEMPLATE_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
+    "messages"
+}
 ROLES = "system", "user", "assistant"
 SENTINEL = "PARSE-SENTINEL"  # ends in a letter, so that no template or tokenizer merges it with what follows
 
@@ -40,8 +46,23 @@ class VerificationSuffix:
     incorrect_token_ids: tuple[int, ...]
 
 
-def chat_prompt_token_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Returns the tokens of a conversation, including the assistant header."""
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A rendered conversation, including the assistant header."""
+
+    token_ids: list[int]
+    reasoning: ReasoningState
+
+
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> ChatPrompt:
+    """Renders a conversation. `template_kwargs` are passed to the chat template, for example `enable_thinking`.
+
+    If `enable_thinking` is false and the template opens a reasoning block nevertheless, the block is closed.
+    """
     if not messages:
         raise RequestError("messages", "must not be empty")
     for place, message in enumerate(messages):
@@ -49,7 +70,45 @@ def chat_prompt_token_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence
             raise RequestError(f"messages[{place}].role", f"must be one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise RequestError(f"messages[{place}].content", "must be text")
-    return _encode(tokenizer, _render(tokenizer, messages))
+    kwargs = template_kwargs or {}
+    text = _render(tokenizer, messages, kwargs)
+    tags = reasoning_tags(tokenizer)
+    if tags is None:
+        return ChatPrompt(_encode(tokenizer, text), "none")
+    switch = next((kwargs[name] for name in WITHOUT_REASONING if name in kwargs), None)
+    if switch is False:
+        return ChatPrompt(_encode(tokenizer, tags.close(text)), "none")
+    if tags.is_open(text):
+        return ChatPrompt(_encode(tokenizer, text), "open")
+    # If the template changes when reasoning is switched off, the model decides by itself to begin with it.
+    decides = _render(tokenizer, messages, {**kwargs, **WITHOUT_REASONING}) != text
+    return ChatPrompt(_encode(tokenizer, text), "expected" if decides else "none")
+
+
+def validate_template_kwargs(kwargs: object) -> dict[str, Any]:
+    """Returns the variables for a chat template.
+
+    Raises RequestError for names that the rendering itself uses. They would replace the template or the conversation.
+    """
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise RequestError("chat_template_kwargs", f"must map names to values, got {kwargs!r}")
+    if reserved := sorted(RESERVED_TEMPLATE_KWARGS & set(kwargs)):
+        raise RequestError("chat_template_kwargs", f"must not contain {', '.join(reserved)}")
+    return dict(kwargs)
+
+
+def chat_prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Returns the tokens of a conversation, including the assistant header."""
+    return chat_prompt(tokenizer, messages, template_kwargs).token_ids
+
+
+def reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> ReasoningTags | None:
+    template = tokenizer.chat_template
+    return find_reasoning_tags(template if isinstance(template, str) else str(template or ""))
 
 
 def build_verification_suffix(
@@ -57,19 +116,27 @@ def build_verification_suffix(
     verification_prompt: str = VERIFICATION_PROMPT,
     correct: str = "Correct",
     incorrect: str = "Incorrect",
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> VerificationSuffix:
     """Returns the verification suffix of a chat template.
 
-    The suffix is taken from a rendered conversation whose answer is a sentinel.
+    The suffix is taken from a rendered conversation whose answer is a sentinel. It is rendered without reasoning, and a
+    reasoning block that the template opens for the verdict is closed, because the next token has to be the verdict.
     """
+    kwargs = {**(template_kwargs or {}), **WITHOUT_REASONING}
+    tags = reasoning_tags(tokenizer)
     user_message = {"role": "user", "content": "Hello."}
-    prompt = _render(tokenizer, [user_message])
+    prompt = _render(tokenizer, [user_message], kwargs)
     conversation = [
         user_message,
         {"role": "assistant", "content": SENTINEL},
         {"role": "user", "content": verification_prompt},
     ]
-    before, separator, suffix = _render(tokenizer, conversation).partition(SENTINEL)
+    before, separator, suffix = _render(tokenizer, conversation, kwargs).partition(SENTINEL)
+    if tags is not None:  # a template may leave out the reasoning of earlier answers
+        prompt, before = tags.without_trailing_block(prompt), tags.without_trailing_block(before)
+        suffix = tags.close(suffix)
     if not separator or before != prompt:
         raise TemplateError(
             "the chat template does not keep the generation prompt as a prefix of the answered conversation: "
@@ -121,11 +188,16 @@ def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[i
     return word_ids
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_kwargs: Mapping[str, Any]) -> str:
     if not tokenizer.chat_template:
         raise TemplateError("the tokenizer has no chat template")
     try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            **template_kwargs,
+        )
     except JinjaError as error:
         raise TemplateError(f"the chat template rejects the conversation: {error}") from error
     assert isinstance(text, str)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length
 from parse.errors import RequestError
 from parse.prompts import Message, VerificationSuffix
+from parse.reasoning import ReasoningState
 from parse.registry import METHODS, MODES
 from parse.types import NO_STREAMING, SamplingParams
 
@@ -33,6 +34,8 @@ class GenerationRequest:
     """The number of tokens that the target generates between two deltas. Larger values are cheaper."""
     speculative_method: str | None = None
     """The token-level method with which the target generates, or "none". None selects the engine's default."""
+    reasoning: ReasoningState | None = None
+    """How the answer begins. None means that its text is not separated into reasoning and answer."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

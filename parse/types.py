@@ -191,3 +191,6 @@ class VerifyResult:
     """The target's own log-probabilities of the draft's tokens, if they were requested."""
     num_cached_tokens: int = 0
     """The number of tokens of prompt and draft that were found in the prefix cache."""
+    answer_mass: tuple[float | None, ...] = ()
+    """The probability of both answer words together, for each prefix that was evaluated. If it is small, the target
+    would reply with something else, and P(correct) means nothing."""

@@ -176,6 +176,17 @@ PROBABILITIES = Row(
             Query(VIEW.quantile(0.9, metrics.CORRECT_PROBABILITY, NOT_ACCEPTED), "rejected"),
             max_value=1.0,
         ),
+        time_series_panel(
+            PanelOptions(
+                "Answer mass",
+                "Probability of both answer words together after a prefix: median and 10th percentile. If it is low, "
+                "the target would reply with something else, and P(correct) means little.",
+                SHARE,
+            ),
+            Query(VIEW.quantile(0.5, metrics.ANSWER_MASS), "median"),
+            Query(VIEW.quantile(0.1, metrics.ANSWER_MASS), "10th percentile"),
+            max_value=1.0,
+        ),
     ],
 )
 

@@ -34,6 +34,7 @@ def build_report(choice: ChoiceState, *, trace: bool) -> ParseReport:
         rounds=usage.rounds,
         boundary=usage.accepted_prefix_length,
         fallback=usage.fallback.message if usage.fallback else None,
+        answer_mass=usage.answer_mass,
         cached=usage.cached_tokens,
         speculation=build_speculation_report(usage),
         retries=choice.session.num_retries,
@@ -47,7 +48,7 @@ def build_report(choice: ChoiceState, *, trace: bool) -> ParseReport:
 
 
 def trace_text_delta(delta: TextDelta) -> TracedTextDelta:
-    return TracedTextDelta(text=delta.text, origin=delta.origin, tokens=len(delta.token_ids))
+    return TracedTextDelta(text=delta.reasoning + delta.text, origin=delta.origin, tokens=len(delta.token_ids))
 
 
 def aggregate_usage(

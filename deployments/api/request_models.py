@@ -85,6 +85,7 @@ class ChatMessage(OpenAIBaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     # Clients send messages of earlier responses back, which have these fields.
+    reasoning_content: Text | None = None
     refusal: None = None
     annotations: None = None
     audio: None = None
@@ -204,6 +205,9 @@ class ChatCompletionRequest(BaseCompletionRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prediction: Prediction | None = Field(None, description="Your own draft. It replaces that of the drafter.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables for the chat template, for example `enable_thinking`. They replace the operator's."
+    )
     prompt_cache_key: Text | None = Field(
         None, max_length=512, description="Requests with the same key go to the same replica and its prefix cache."
     )
@@ -236,6 +240,7 @@ class ChatCompletionRequest(BaseCompletionRequest):
             {
                 "role": "system" if message.role == "developer" else message.role,
                 "content": join_text_parts(message.content),
+                **({"reasoning_content": message.reasoning_content} if message.reasoning_content else {}),
             }
             for message in self.messages
         ]

@@ -33,7 +33,8 @@ from deployments.session import Session
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.pipeline import Pipeline
-from parse.prompts import chat_prompt_token_ids
+from parse.prompts import ChatPrompt, chat_prompt, validate_template_kwargs
+from parse.reasoning import ReasoningState
 from parse.requests import GenerationRequest
 
 DEFAULT_COMPLETION_MAX_TOKENS = 16  # the default of the OpenAI API
@@ -68,6 +69,7 @@ class RequestInput:
     logprobs: int | None
     messages: Sequence[dict[str, str]] = ()
     prediction: Sequence[int] | None = None
+    reasoning: ReasoningState | None = None
 
 
 class RequestParser:
@@ -101,9 +103,12 @@ class RequestParser:
         self._check_num_choices(request.num_choices)
         messages = request.to_template_messages()
         tokenizer = self._pipeline.tokenizer
-        prompt = await _run_in_thread_if_long(
-            sum(len(message["content"]) for message in messages), chat_prompt_token_ids, tokenizer, messages
-        )
+        template_kwargs = {
+            **self._pipeline.chat_template_kwargs,
+            **validate_template_kwargs(request.chat_template_kwargs or {}),
+        }
+        num_chars = sum(len(message["content"]) for message in messages)
+        chat: ChatPrompt = await _run_in_thread_if_long(num_chars, chat_prompt, tokenizer, messages, template_kwargs)
         prediction = None
         if request.prediction is not None:
             text = join_text_parts(request.prediction.content)
@@ -112,7 +117,8 @@ class RequestParser:
             ]
         request_input = RequestInput(
             prompt_field="messages",
-            prompts=[prompt],
+            prompts=[chat.token_ids],
+            reasoning=chat.reasoning,
             session_key=request.prompt_cache_key or request.user or _conversation_key(messages),
             mode=request.parse.mode or self._allowed_mode("auto"),
             max_tokens=request.effective_max_tokens,
@@ -206,6 +212,7 @@ class RequestParser:
             prediction=request_input.prediction,
             stream_interval=1 if request.stream else NON_STREAM_INTERVAL,
             speculative_method=request.parse.speculation,
+            reasoning=request_input.reasoning,
         )
         pipeline.capabilities.check(generation_request)
         return generation_request

@@ -108,6 +108,9 @@ class ParseReport(BaseModel):
     rounds: int
     boundary: int | None = Field(description="The number of accepted tokens of the first draft.")
     fallback: str | None = Field(description="Why the target answered without a draft although one was requested.")
+    answer_mass: float | None = Field(
+        description="The smallest probability of both answer words of the verification together; null without one."
+    )
     cached: int = Field(description="The number of prompt tokens that the verifier found in its prefix cache.")
     speculation: SpeculationReport | None = Field(description="Null if no token-level method was used.")
     retries: int = Field(description="The number of calls to a verifier that were lost and repeated.")
@@ -155,6 +158,9 @@ class ChatCompletionLogprobs(BaseModel):
 class ChatCompletionMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
+    reasoning_content: str | None = Field(
+        None, description="What a reasoning model thought before the answer; null without reasoning."
+    )
     refusal: None = None
 
 

@@ -94,7 +94,7 @@ class ChatResponseBuilder:
         response_choices = [
             ChatCompletionChoice(
                 index=choice.index,
-                message=ChatCompletionMessage(content=choice.text),
+                message=ChatCompletionMessage(content=choice.text, reasoning_content=choice.reasoning),
                 logprobs=self._build_logprobs(choice.deltas),
                 finish_reason=choice.result.finish_reason,
             )
@@ -115,13 +115,14 @@ class ChatResponseBuilder:
 
     def event_chunk(self, choice: ChoiceState, event: Event) -> str | None:
         match event:
-            case TextDelta(text=text):
+            case TextDelta(text=text, reasoning=reasoning):
                 logprobs = self._build_logprobs([event])
-                if not text and logprobs is None and not self.context.trace:
+                if not text and not reasoning and logprobs is None and not self.context.trace:
                     return None
-                return self._format_chunk(
-                    choice, {"content": text}, logprobs=logprobs, parse=self.context.trace_event(event)
-                )
+                delta = {"reasoning_content": reasoning} if reasoning else {}
+                if text or not reasoning:
+                    delta["content"] = text
+                return self._format_chunk(choice, delta, logprobs=logprobs, parse=self.context.trace_event(event))
             case Verification():
                 event_trace = self.context.trace_event(event)
                 return self._format_chunk(choice, {}, parse=event_trace) if event_trace else None

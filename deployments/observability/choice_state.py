@@ -52,5 +52,9 @@ class ChoiceState:
         return "".join(delta.text for delta in self.deltas)
 
     @property
+    def reasoning(self) -> str | None:
+        return "".join(delta.reasoning for delta in self.deltas) or None
+
+    @property
     def num_tokens(self) -> int:
         return sum(len(delta.token_ids) for delta in self.deltas)

@@ -210,6 +210,12 @@ CORRECT_PROBABILITY = ROUTER_METRICS.histogram(
     PROBABILITY_BUCKETS,
     {"kept": ("yes", "no")},
 )
+ANSWER_MASS = ROUTER_METRICS.histogram(
+    "parse_answer_mass",
+    "The probability of both answer words of a verification together, for each verified prefix. If it is low, "
+    "P(correct) means little.",
+    PROBABILITY_BUCKETS,
+)
 STAGE_SECONDS = ROUTER_METRICS.histogram(
     "parse_stage_seconds",
     "Seconds that an answer spent in a stage: queue, warm (the target prefills the prompt), draft, judge (the target "

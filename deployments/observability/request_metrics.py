@@ -56,6 +56,9 @@ def _record_proposals(recorder: MetricsRecorder, method: str, proposed: Sequence
 
 
 def _record_correct_probabilities(recorder: MetricsRecorder, verification: Verification) -> None:
+    for mass in verification.answer_mass:
+        if mass is not None:
+            recorder.observe(metrics.ANSWER_MASS, mass)
     for prefix_length, probability in zip(verification.prefix_lengths, verification.p_correct, strict=True):
         if probability is not None:
             is_accepted = prefix_length <= verification.accepted_prefix_length

@@ -17,7 +17,7 @@ class Drafter(ModelReplica):
 
     async def __init__(self, settings: EngineSettings, target: str) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         super().__init__(settings)
-        self._drafter = drafter_for(self.engine, AutoTokenizer.from_pretrained(target))
+        self._drafter = drafter_for(self.engine, AutoTokenizer.from_pretrained(target), settings.chat_template_kwargs)
         await self.warm_up()
 
     async def draft_complete(self, request: DraftRequest) -> TokenDelta:

@@ -23,6 +23,7 @@ from deployments.session import Session
 from parse.config import VerificationSettings
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
+from parse.verification_check import measure_answer_mass, without_unreliable_modes
 
 
 @serve.ingress()
@@ -38,9 +39,15 @@ class Router:
         target = settings.target.model
         verification = VerificationSettings.for_model(target, **settings.verification.model_dump(exclude_unset=True))
         tokenizer = AutoTokenizer.from_pretrained(target)
-        suffix = build_verification_suffix(tokenizer, verification.prompt, verification.correct, verification.incorrect)
+        template_kwargs = settings.target.chat_template_kwargs
+        suffix = build_verification_suffix(
+            tokenizer,
+            verification.prompt,
+            verification.correct,
+            verification.incorrect,
+            template_kwargs=template_kwargs,
+        )
         self._verifier, self._drafter = verifier, drafter
-        capabilities = await verifier.capabilities.remote()
         self._busy_time = BusyTime()
         self._recorder = MetricsRecorder(metrics.ROUTER_METRICS, deployment="Router")
         self._routers = serve.get_deployment_handle(
@@ -49,9 +56,14 @@ class Router:
         self._circuit_breakers = {"verifier": CircuitBreaker("verifier", verifier, self._busy_time)}
         if drafter is not None:
             self._circuit_breakers["drafter"] = CircuitBreaker("drafter", drafter, self._busy_time)
+        client = VerifierClient(verifier, Session(""), self._circuit_breakers["verifier"])
+        answer_mass = await measure_answer_mass(client, tokenizer, suffix, template_kwargs)
         self._pipeline = Pipeline(
-            verifier=VerifierClient(verifier, Session(""), self._circuit_breakers["verifier"]),
-            capabilities=capabilities,
+            verifier=client,
+            capabilities=without_unreliable_modes(
+                await verifier.capabilities.remote(), answer_mass, verification, target
+            ),
+            chat_template_kwargs=template_kwargs,
             tokenizer=tokenizer,
             suffix=suffix,
             settings=verification,

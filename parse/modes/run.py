@@ -157,6 +157,7 @@ def _accept(
     state, verify, start = run.state, request.verify, request.num_accepted
     draft, max_tokens = tuple(verify.draft_token_ids), run.sampling_params.max_tokens
     state.record_cached(result.num_cached_tokens)
+    state.record_answer_mass(result.answer_mass, run.policy.min_answer_mass)
     state.accepted_tokens += accepted - start
     if verify.draft_complete and accepted == len(draft):
         state.finish_reason = "stop"
@@ -170,6 +171,7 @@ def _accept(
             draft_token_ids=draft[start:],
             prefix_lengths=tuple(length - start for length in verify.prefix_lengths),
             p_correct=result.p_correct,
+            answer_mass=result.answer_mass,
             accepted_prefix_length=accepted - start,
             rejected_text="" if final else run.decode(draft[accepted:]),
         )

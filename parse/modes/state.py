@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.detokenizer import IncrementalDetokenizer
 from parse.events import Fallback, Origin, Stage, StageName, TextDelta, Usage, Verification
+from parse.reasoning import ReasoningParser
 from parse.types import FinishReason, Logprob, SpeculationStats, TokenDelta, sum_stats
 
 
@@ -23,6 +24,7 @@ class GenerationState:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str],
         prompt_length: int,
+        reasoning_parser: ReasoningParser,
     ) -> None:
         self.mode, self.fallback, self.tokenizer = mode, fallback, tokenizer
         self.events: asyncio.Queue[TextDelta | Verification | None] = asyncio.Queue()
@@ -32,6 +34,7 @@ class GenerationState:
         self.draft_tokens = self.accepted_tokens = self.target_tokens = self.rounds = 0
         self.accepted_prefix_length: int | None = None
         self._detokenizer = IncrementalDetokenizer(tokenizer, stop)
+        self._reasoning_parser = reasoning_parser
         self._num_chars = 0
         self._last_origin: Origin = "target"
         self._prompt_length = prompt_length
@@ -40,6 +43,7 @@ class GenerationState:
         self._stages: list[Stage] = []
         self._start = time.perf_counter()
         self._first_token: float | None = None
+        self._answer_mass: float | None = None
 
     @contextmanager
     def stage(self, name: StageName) -> Iterator[None]:
@@ -56,6 +60,20 @@ class GenerationState:
         """
         if self._cached_tokens is None:
             self._cached_tokens = min(num_tokens, self._prompt_length)
+
+    def record_answer_mass(self, answer_mass: Sequence[float | None], minimum: float) -> None:
+        """Records the smallest probability of the answer words.
+
+        If it is below the minimum, that is why the draft was rejected.
+        """
+        values = [mass for mass in (*answer_mass, self._answer_mass) if mass is not None]
+        self._answer_mass = min(values, default=None)
+        if self._answer_mass is not None and self._answer_mass < minimum:
+            self.fallback = Fallback(
+                "unreliable",
+                f"the draft was not verified: the two answer words have a probability of {self._answer_mass:.1%}, and "
+                f"at least {minimum:.0%} is needed",
+            )
 
     def record_draft(self, num_tokens: int) -> None:
         self.draft_tokens += num_tokens
@@ -95,12 +113,15 @@ class GenerationState:
             text += self._detokenizer.finish()
             text = text if final_text is None else final_text[self._num_chars :]
         self._num_chars += len(text)
-        self.events.put_nowait(TextDelta(text, tuple(token_ids), origin, tuple(logprobs)))
+        reasoning, text = self._reasoning_parser.add(text)
+        self.events.put_nowait(TextDelta(text, tuple(token_ids), origin, tuple(logprobs), reasoning))
 
     def close(self) -> None:
         """Reports the text that is still held back."""
-        if rest := self._detokenizer.finish():
-            self.events.put_nowait(TextDelta(rest, (), self._last_origin))
+        first, rest = self._reasoning_parser.add(self._detokenizer.finish()), self._reasoning_parser.finish()
+        reasoning, text = first[0] + rest[0], first[1] + rest[1]
+        if reasoning or text:
+            self.events.put_nowait(TextDelta(text, (), self._last_origin, reasoning=reasoning))
 
     def usage(self) -> Usage:
         now = time.perf_counter()
@@ -117,4 +138,5 @@ class GenerationState:
             total_s=now - self._start,
             fallback=None if self.accepted_tokens else self.fallback,
             speculation=self._speculation,
+            answer_mass=self._answer_mass,
         )

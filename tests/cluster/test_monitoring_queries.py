@@ -97,6 +97,7 @@ class SimulatedService:
         tell = self.router
         tell.observe(metrics.CORRECT_PROBABILITY, 0.98, kept="yes")
         tell.observe(metrics.CORRECT_PROBABILITY, 0.03, kept="no")
+        tell.observe(metrics.ANSWER_MASS, 0.9)
         for part, seconds in (("drafter", 0.06), ("verifier", 0.1), ("both", 0.04)):
             tell.add(metrics.BUSY_SECONDS, seconds, part=part)
         for gauge, value in ((metrics.ANSWERS_RUNNING, 6), (metrics.ANSWER_SLOTS, 8), (metrics.REQUESTS_WAITING, 2)):

@@ -3,9 +3,10 @@
 A draft model has the target's tokenizer or its own.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.native.engine import NativeEngine
 from parse.engines.protocol import Drafter
 from parse.prompts import chat_prompt_token_ids
+from parse.reasoning import WITHOUT_REASONING
 from parse.requests import DraftRequest, GenerateRequest
 from parse.types import TokenDelta
 
@@ -42,10 +44,17 @@ class RetokenizingDrafter:
     Text is passed on up to the start of a word, so that no token is split.
     """
 
-    def __init__(self, engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        engine: NativeEngine,
+        target_tokenizer: PreTrainedTokenizerBase,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.engine, self.target_tokenizer = engine, target_tokenizer
+        # A draft is an answer without reasoning.
+        self._template_kwargs = {**(template_kwargs or {}), **WITHOUT_REASONING}
         # This detects a tokenizer without a chat template at load and not with the first request.
-        chat_prompt_token_ids(engine.model.tokenizer, [{"role": "user", "content": "Hello."}])
+        chat_prompt_token_ids(engine.model.tokenizer, [{"role": "user", "content": "Hello."}], self._template_kwargs)
 
     async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
         tokenizer = self.engine.model.tokenizer
@@ -58,7 +67,7 @@ class RetokenizingDrafter:
             remaining = max(0, max_tokens - len(request.output_token_ids))
             max_tokens = len(output_token_ids) + 2 * remaining + EXTRA_TOKENS
         generate = GenerateRequest(
-            prompt_token_ids=chat_prompt_token_ids(tokenizer, request.messages),
+            prompt_token_ids=chat_prompt_token_ids(tokenizer, request.messages, self._template_kwargs),
             output_token_ids=output_token_ids,
             # The bias refers to the target's tokens.
             sampling_params=replace(request.sampling_params, logprobs=None, logit_bias={}, max_tokens=max_tokens),
@@ -78,10 +87,12 @@ def shares_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBa
     return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
 
 
-def drafter_for(engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase) -> Drafter:
+def drafter_for(
+    engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+) -> Drafter:
     if shares_vocabulary(engine.model.tokenizer, target_tokenizer):
         return SharedVocabularyDrafter(engine)
-    return RetokenizingDrafter(engine, target_tokenizer)
+    return RetokenizingDrafter(engine, target_tokenizer, template_kwargs)
 
 
 def _last_word_start(text: str) -> int:

@@ -60,6 +60,8 @@ def verify(
     num_evaluable = sum(1 for length in lengths if start + length + width <= options.max_model_len)
     complete = request.draft_complete and num_evaluable == len(lengths)
     p_correct: dict[int, float] = {}
+    answer_mass: dict[int, float] = {}
+    min_answer_mass = request.policy.min_answer_mass if request.policy else 0.0
     draft_logprobs: list[Logprob] = []
     next_token_logits: dict[int, Tensor] = {}
     accepted_path: Sequence[int] = ()
@@ -95,9 +97,16 @@ def verify(
             next_token_logits = dict(zip(trunk_lengths, trunk_logits.split(1), strict=True))
             if request.num_logprobs is not None:
                 draft_logprobs = token_logprobs(trunk_logits[:-1], trunk[1:], request.num_logprobs)
-        p_correct.update(zip(batch, _p_correct(logits, suffix), strict=True))
+        answer_mass.update(zip(batch, _answer_mass(logits, suffix), strict=True))
+        is_reliable = [answer_mass[index] >= min_answer_mass for index in batch]
+        values = [p if reliable else 0.0 for p, reliable in zip(_p_correct(logits, suffix), is_reliable, strict=True)]
+        p_correct.update(zip(batch, values, strict=True))
     return VerifyOutput(
-        VerifyResult(tuple(p_correct.get(index) for index in range(len(lengths))), tuple(draft_logprobs)),
+        VerifyResult(
+            tuple(p_correct.get(index) for index in range(len(lengths))),
+            tuple(draft_logprobs),
+            answer_mass=tuple(answer_mass.get(index) for index in range(len(lengths))),
+        ),
         next_token_logits,
         accepted_path,
         tree_output.aux_hidden_states if tree_output is not None else None,
@@ -110,6 +119,14 @@ def _p_correct(logits: Tensor, suffix: VerificationSuffix) -> list[float]:
     answer_logits = torch.stack([logits[:, list(token_ids)].logsumexp(-1) for token_ids in answers])
     p_correct: list[float] = answer_logits.softmax(0)[0].tolist()
     return p_correct
+
+
+def _answer_mass(logits: Tensor, suffix: VerificationSuffix) -> list[float]:
+    """Returns the probability of all answer tokens together, for each row of logits [n, vocabulary]."""
+    token_ids = list({*suffix.correct_token_ids, *suffix.incorrect_token_ids})
+    log_mass = logits[:, token_ids].logsumexp(-1) - logits.logsumexp(-1)
+    mass: list[float] = log_mass.exp().tolist()
+    return mass
 
 
 def _trunk_with_suffixes(

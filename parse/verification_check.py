@@ -1,0 +1,75 @@
+"""Checks at start-up whether a target replies to the verification prompt with one of the two answer words.
+
+P(correct) compares the two words with each other. If the target would reply with something else, for example with
+reasoning, both are improbable, and P(correct) is an arbitrary number.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from parse.config import VerificationSettings
+from parse.engines.protocol import Capabilities, Verifier
+from parse.prompts import VerificationSuffix, chat_prompt_token_ids
+from parse.reasoning import WITHOUT_REASONING
+from parse.registry import LOSSY_MODES
+from parse.requests import VerifyRequest
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = (
+    ("What is 7 times 8?", "7 times 8 is 56."),
+    ("What is 7 times 8?", "7 times 8 is 54."),
+    ("Name the capital of France.", "The capital of France is Paris."),
+    ("Name the capital of France.", "The capital of France is Rome."),
+)
+
+
+async def measure_answer_mass(
+    verifier: Verifier,
+    tokenizer: PreTrainedTokenizerBase,
+    suffix: VerificationSuffix,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> float:
+    """Returns the mean probability of both answer words together after a few short answers."""
+    masses: list[float] = []
+    for question, answer in EXAMPLES:
+        prompt = chat_prompt_token_ids(
+            tokenizer, [{"role": "user", "content": question}], {**(template_kwargs or {}), **WITHOUT_REASONING}
+        )
+        draft = tokenizer.encode(answer, add_special_tokens=False)
+        request = VerifyRequest(
+            prompt_token_ids=prompt,
+            draft_token_ids=draft,
+            draft_complete=True,
+            prefix_lengths=[len(draft)],
+            suffix=suffix,
+            policy=None,
+        )
+        result = await verifier.verify(request)
+        masses += [mass for mass in result.answer_mass if mass is not None]
+    return fmean(masses) if masses else 0.0
+
+
+def without_unreliable_modes(
+    capabilities: Capabilities, answer_mass: float, settings: VerificationSettings, model: str
+) -> Capabilities:
+    """Returns the capabilities without the modes that verify drafts if the target cannot do so."""
+    if answer_mass >= settings.min_answer_mass:
+        return capabilities
+    logger.warning(
+        "%s does not reply to the verification prompt with %r or %r: the two words have a probability of %.2g, and at "
+        "least %g is needed (verification.min_answer_mass). The modes %s are not offered. Change verification.prompt, "
+        "correct and incorrect, or target.chat_template_kwargs.",
+        model,
+        settings.correct,
+        settings.incorrect,
+        answer_mass,
+        settings.min_answer_mass,
+        ", ".join(LOSSY_MODES),
+    )
+    return replace(capabilities, modes=tuple(mode for mode in capabilities.modes if mode not in LOSSY_MODES))
