@@ -155,7 +155,9 @@ class Pair:
                 drafter = drafter_for(self.draft, self.tokenizer, draft.chat_template_kwargs)
             except TemplateError as error:
                 raise model_load_error("draft", draft.model, error) from error
-        answer_mass = self._event_loop.run(measure_answer_mass(self.target, self.tokenizer, suffix, template_kwargs))
+        answer_mass = self._event_loop.run(
+            measure_answer_mass(self.target, self.tokenizer, suffix, verification.check_questions, template_kwargs)
+        )
         capabilities = self.target.capabilities()
         return Pipeline(
             verifier=self.target,

@@ -5,7 +5,8 @@ reasoning, both are improbable, and P(correct) is an arbitrary number.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -17,40 +18,41 @@ from parse.engines.protocol import Capabilities, Verifier
 from parse.prompts import VerificationSuffix, chat_prompt_token_ids
 from parse.reasoning import WITHOUT_REASONING
 from parse.registry import LOSSY_MODES
-from parse.requests import VerifyRequest
+from parse.requests import GenerateRequest, VerifyRequest
+from parse.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = (
-    ("What is 7 times 8?", "7 times 8 is 56."),
-    ("What is 7 times 8?", "7 times 8 is 54."),
-    ("Name the capital of France.", "The capital of France is Paris."),
-    ("Name the capital of France.", "The capital of France is Rome."),
-)
+MAX_ANSWER_TOKENS = 32
 
 
 async def measure_answer_mass(
     verifier: Verifier,
     tokenizer: PreTrainedTokenizerBase,
     suffix: VerificationSuffix,
+    questions: Sequence[str],
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> float:
-    """Returns the mean probability of both answer words together after a few short answers."""
+    """Returns the mean probability of both answer words together.
+
+    They are measured after the beginnings of the target's own answers to some questions.
+    """
     masses: list[float] = []
-    for question, answer in EXAMPLES:
-        prompt = chat_prompt_token_ids(
-            tokenizer, [{"role": "user", "content": question}], {**(template_kwargs or {}), **WITHOUT_REASONING}
-        )
-        draft = tokenizer.encode(answer, add_special_tokens=False)
-        request = VerifyRequest(
+    for question in questions:
+        messages = [{"role": "user", "content": question}]
+        prompt = chat_prompt_token_ids(tokenizer, messages, {**(template_kwargs or {}), **WITHOUT_REASONING})
+        params = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
+        generate = GenerateRequest(prompt_token_ids=prompt, sampling_params=params)
+        async with aclosing(verifier.generate(generate)) as deltas:
+            answer = [token async for delta in deltas for token in delta.token_ids]
+        verify = VerifyRequest(
             prompt_token_ids=prompt,
-            draft_token_ids=draft,
-            draft_complete=True,
-            prefix_lengths=[len(draft)],
+            draft_token_ids=answer,
+            prefix_lengths=[len(answer)] if answer else [],
             suffix=suffix,
             policy=None,
         )
-        result = await verifier.verify(request)
+        result = await verifier.verify(verify)
         masses += [mass for mass in result.answer_mass if mass is not None]
     return fmean(masses) if masses else 0.0
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from parse.config import VERIFICATION_FILE
+from parse.demo import EXAMPLE_PROMPT
 from training import cards, measure
 from training.attention import TREE_ATTENTION
 from training.checkpoints import BrokenModel, load_model
@@ -264,7 +265,9 @@ def load_or_train(
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / VERIFICATION_FILE).write_text(json.dumps({"prompt": VERIFICATION_PROMPT}) + "\n")
+    (folder / VERIFICATION_FILE).write_text(
+        json.dumps({"prompt": VERIFICATION_PROMPT, "check_questions": [EXAMPLE_PROMPT]}, indent=2) + "\n"
+    )
 
 
 def publish_if_better(recipe: PairRecipe, candidate: Path, models: Path, *, force: bool) -> bool:

@@ -57,7 +57,9 @@ class Router:
         if drafter is not None:
             self._circuit_breakers["drafter"] = CircuitBreaker("drafter", drafter, self._busy_time)
         client = VerifierClient(verifier, Session(""), self._circuit_breakers["verifier"])
-        answer_mass = await measure_answer_mass(client, tokenizer, suffix, template_kwargs)
+        answer_mass = await measure_answer_mass(
+            client, tokenizer, suffix, verification.check_questions, template_kwargs
+        )
         self._pipeline = Pipeline(
             verifier=client,
             capabilities=without_unreliable_modes(
