@@ -194,6 +194,8 @@ def _type_name(annotation: Any) -> str:
         return "list of " + (_quote_words(names) if names else _type_name(item_type))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
+    if get_origin(annotation) is dict:
+        return "mapping"
     return TYPE_NAMES[annotation]
 
 

@@ -153,7 +153,7 @@ class EngineSettings(Settings):
         "if it is lower.",
     )
     chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
+        {},
         description="Variables for the chat template, for example `enable_thinking: false`. A request can replace "
         "those of the target.",
     )

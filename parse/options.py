@@ -79,7 +79,7 @@ def build_request(
         prediction = _prediction_token_ids(options.get("prediction"), tokenizer)
         if mode in MODES and mode != "auto" and MODES[mode].uses_draft and not has_drafter and prediction is None:
             raise RequestError("mode", f"{mode} needs a draft model or a `prediction`, and the pair has no draft model")
-        template_kwargs = validate_template_kwargs(options.get("chat_template_kwargs") or {})
+        template_kwargs = validate_template_kwargs(tokenizer, options.get("chat_template_kwargs") or {})
         chat = chat_prompt(tokenizer, messages, {**chat_template_kwargs, **template_kwargs})
         request = GenerationRequest(
             prompt_token_ids=chat.token_ids,

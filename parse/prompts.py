@@ -4,6 +4,7 @@ Both use the model's own chat template.
 """
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,15 +86,21 @@ def chat_prompt(
     return ChatPrompt(_encode(tokenizer, text), "expected" if decides else "none")
 
 
-def validate_template_kwargs(kwargs: object) -> dict[str, Any]:
+def validate_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: object) -> dict[str, Any]:
     """Returns the variables for a chat template.
 
-    Raises RequestError for names that the rendering itself uses. They would replace the template or the conversation.
+    Raises RequestError for variables that the template does not use, and for names that the rendering itself uses,
+    which would replace the template or the conversation. The switches for reasoning are accepted with every template,
+    because some clients always send them.
     """
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise RequestError("chat_template_kwargs", f"must map names to values, got {kwargs!r}")
     if reserved := sorted(RESERVED_TEMPLATE_KWARGS & set(kwargs)):
         raise RequestError("chat_template_kwargs", f"must not contain {', '.join(reserved)}")
+    template = str(tokenizer.chat_template)
+    for name in kwargs:
+        if name not in WITHOUT_REASONING and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise RequestError("chat_template_kwargs", f"the model's chat template does not use {name!r}")
     return dict(kwargs)
 
 

@@ -115,6 +115,8 @@ def test_your_own_pair_can_be_two_models_with_different_tokenizers(run, tmp_path
     assert target_tokenizer.get_vocab() != draft_tokenizer.get_vocab()
     target = save_random_model(tmp_path / "target", target_tokenizer, seed=1)
     draft = save_random_model(tmp_path / "draft", draft_tokenizer, seed=2)
+    # Random models know no answer words.
+    (tmp_path / "target" / "parse.json").write_text('{"min_answer_mass": 0}')
     output = run("your_own_pair", target, draft, "What is the record?", "--max-tokens", "12")
     assert re.search(r"^P\(correct\) of the first \d+ draft tokens: \d\.\d+$", output, re.MULTILINE)
     assert re.search(r"^\d+ of [1-9]\d* draft tokens were accepted", output, re.MULTILINE)

@@ -105,7 +105,7 @@ class RequestParser:
         tokenizer = self._pipeline.tokenizer
         template_kwargs = {
             **self._pipeline.chat_template_kwargs,
-            **validate_template_kwargs(request.chat_template_kwargs or {}),
+            **validate_template_kwargs(tokenizer, request.chat_template_kwargs or {}),
         }
         num_chars = sum(len(message["content"]) for message in messages)
         chat: ChatPrompt = await _run_in_thread_if_long(num_chars, chat_prompt, tokenizer, messages, template_kwargs)

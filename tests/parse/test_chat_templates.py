@@ -101,8 +101,22 @@ def test_a_template_that_drops_a_turn_is_rejected():
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"chat_template": "x"}, {"add_generation_prompt": False}, {"messages": []}, {"tokenize": True}, [], {1: 2}],
+    [
+        {"chat_template": "x"},
+        {"add_generation_prompt": False},
+        {"messages": []},
+        {"tokenize": True},
+        [],
+        {1: 2},
+    ],
 )
 def test_variables_that_would_replace_the_conversation_or_the_template_are_rejected(kwargs):
     with pytest.raises(RequestError, match=r"^chat_template_kwargs: must "):
-        validate_template_kwargs(kwargs)
+        validate_template_kwargs(build_tokenizer(FAMILIES["SmolLM3"]), kwargs)
+
+
+def test_a_variable_that_the_template_does_not_use_is_rejected():
+    tokenizer = build_tokenizer(FAMILIES["Phi-4"])
+    with pytest.raises(RequestError, match=r"^chat_template_kwargs: .* does not use 'enable_thinkin'"):
+        validate_template_kwargs(tokenizer, {"enable_thinkin": False})
+    assert validate_template_kwargs(tokenizer, {"enable_thinking": False}) == {"enable_thinking": False}

@@ -28,12 +28,12 @@ def test_prompt_draft_suffix_and_conversation_are_the_same_tokens(tokenizer):
 
 
 def test_a_template_that_rewrites_the_generation_prompt_is_refused(tokenizer):
-    thinking = deepcopy(tokenizer)
-    thinking.chat_template = tokenizer.chat_template.replace(
-        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
+    other = deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace(
+        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|>Well,"
     )
     with pytest.raises(TemplateError, match="generation prompt"):
-        build_verification_suffix(thinking, "Is this right so far?")
+        build_verification_suffix(other, "Is this right so far?")
 
 
 def test_words_of_several_tokens_are_told_apart_by_the_first_that_differs(tokenizer):

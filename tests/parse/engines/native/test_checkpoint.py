@@ -106,7 +106,7 @@ def test_a_model_that_would_be_offloaded_to_the_cpu_is_rejected(two_gpus, monkey
 @pytest.mark.parametrize(
     ("quantization", "package"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptqmodel"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "optimum"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "gptqmodel|autoawq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "compressed-tensors"}, "compressed"),

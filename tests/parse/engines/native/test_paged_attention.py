@@ -243,7 +243,7 @@ def test_the_kernel_is_not_called_with_what_it_does_not_support(
 def test_a_model_checks_itself_with_the_attention_of_its_device(tokenizer, kernel, monkeypatch):
     monkeypatch.setattr(model, "attention_for", lambda device: PagedAttention)
     Model(build("llama"), tokenizer)
-    assert kernel == [(6, (-1, 0), 1)] * 2  # the causal part of the self-check, in each layer
+    assert kernel == [(6, (-1, 0), 2)] * 4  # the causal step of the self-check, in each layer and at both positions
 
 
 class Generation:
