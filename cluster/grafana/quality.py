@@ -151,6 +151,7 @@ PROBABILITIES = Row(
                 "P(correct) of the prefixes that were accepted. It should be near the top. A broad band down to the "
                 "threshold means that the target guesses.",
                 SHARE,
+                width=12,
             ),
             VIEW.buckets(metrics.CORRECT_PROBABILITY, ACCEPTED),
             DRAFT,
@@ -161,6 +162,7 @@ PROBABILITIES = Row(
                 "P(correct) of the prefixes that were not accepted. It should be near the bottom. A band just below "
                 "the threshold means that good drafts may be rejected.",
                 SHARE,
+                width=12,
             ),
             VIEW.buckets(metrics.CORRECT_PROBABILITY, NOT_ACCEPTED),
             REJECTED,
@@ -171,6 +173,7 @@ PROBABILITIES = Row(
                 "10th percentile of P(correct) of accepted prefixes, and 90th percentile of rejected ones. The "
                 "further apart they are, the safer is the threshold. If they meet, the verification is random.",
                 SHARE,
+                width=12,
             ),
             Query(VIEW.quantile(0.1, metrics.CORRECT_PROBABILITY, ACCEPTED), "accepted"),
             Query(VIEW.quantile(0.9, metrics.CORRECT_PROBABILITY, NOT_ACCEPTED), "rejected"),
@@ -182,6 +185,7 @@ PROBABILITIES = Row(
                 "Probability of both answer words together after a prefix: median and 10th percentile. If it is low, "
                 "the target would reply with something else, and P(correct) means little.",
                 SHARE,
+                width=12,
             ),
             Query(VIEW.quantile(0.5, metrics.ANSWER_MASS), "median"),
             Query(VIEW.quantile(0.1, metrics.ANSWER_MASS), "10th percentile"),

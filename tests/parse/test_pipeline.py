@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import pytest
 
@@ -459,7 +460,7 @@ def test_what_drafts_of_other_requests_cost_does_not_change_an_answer(make, mode
 @pytest.mark.parametrize("mode", ["rounds", "progressive"])
 def test_a_drafter_that_fails_after_an_accepted_part_is_no_fallback(make, mode):
     """The fallback says why the target answered alone, and here it did not."""
-    scripts = {
+    scripts: dict[str, list[list[Any]]] = {
         "rounds": [[*RIGHT[:8], WRONG, *RIGHT[:9]], [RuntimeError("gone")]],
         "progressive": [[*RIGHT[:9], RuntimeError("gone")]],
     }

@@ -82,8 +82,10 @@ def weight_bytes(config: PretrainedConfig, dtype: Dtype) -> int | None:
             network = AutoModelForCausalLM.from_config(config)
     except (RuntimeError, NotImplementedError):  # an operation that has no shapes without values
         return None
-    precision = config.dtype if dtype == "auto" else getattr(torch, dtype)
-    return sum(parameter.numel() for parameter in network.parameters()) * (precision or torch.float32).itemsize
+    precision: torch.dtype = (
+        getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    ) or torch.float32
+    return sum(parameter.numel() for parameter in network.parameters()) * precision.itemsize
 
 
 def free_bytes(device: str) -> int | None:

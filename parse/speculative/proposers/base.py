@@ -6,7 +6,8 @@ To add a method, write a module with a `Proposer` and a `load` function, and add
 from dataclasses import dataclass
 from typing import Any
 
-from parse.engines.native.model import Dtype, MaskEmbedder, Model
+from parse.engines.native.checkpoint import Dtype
+from parse.engines.native.model import MaskEmbedder, Model
 from parse.speculative.proposal import Proposer
 
 DEFAULT_CHAIN_LENGTH = 12  # tokens of a proposal without branches, for methods whose checkpoint names no number

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from parse.config import SpeculativeConfig
+from parse.engines.native.checkpoint import Dtype
 from parse.engines.native.kv_cache import KVCache
-from parse.engines.native.model import Dtype, Model
+from parse.engines.native.model import Model
 from parse.engines.native.paged_attention import BLOCK_SIZE, attention_for
 from parse.engines.native.prefix_cache import PrefixCache, SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk

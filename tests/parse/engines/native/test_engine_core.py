@@ -297,7 +297,9 @@ def test_if_the_engine_thread_fails_all_requests_end_with_its_error(model, monke
 
 def test_a_step_that_needs_too_much_memory_is_split(model, reference, layout, monkeypatch):
     """Also, nothing of the failed step is in memory at the next attempt."""
-    compute, leftovers, sizes = model.forward, [], []
+    compute = model.forward
+    leftovers: list[weakref.ref] = []
+    sizes: list[int] = []
 
     def forward(tokens, *args):
         assert not [reference for reference in leftovers if reference() is not None]

@@ -1,5 +1,6 @@
 import random
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ ATOL = 1e-4
 YARN = {"original_max_position_embeddings": 100}
 
 # Models whose rotary frequencies depend on the longest sequence of a forward pass, and how long it may be.
-LIMITED = {
+LIMITED: dict[str, tuple[dict[str, Any], int]] = {
     "phi3": (
         dict(
             original_max_position_embeddings=64,
