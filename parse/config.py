@@ -215,11 +215,11 @@ class VerificationSettings(Settings):
         description="The minimum probability of the two answer words together. If the target gives them less at "
         "start-up, no mode that verifies drafts is offered. If it does so for a draft, the draft is rejected.",
     )
-    check_questions: tuple[str, ...] = Field(
+    self_check_prompts: tuple[str, ...] = Field(
         ("What is 7 times 8?", "Name the capital of France."),
         min_length=1,
-        description="Questions that the target answers at start-up, to measure the probability of the answer words. "
-        "A specialized model needs questions of its field.",
+        description="Messages that the target answers at start-up, to measure the probability of the answer words. "
+        "A specialized model needs messages of its field.",
     )
     prompt: str = Field(VERIFICATION_PROMPT, min_length=1, description="The question to the target about each prefix.")
     correct: str = Field("Correct", min_length=1, description="The answer that accepts a prefix.")

@@ -156,7 +156,7 @@ class Pair:
             except TemplateError as error:
                 raise model_load_error("draft", draft.model, error) from error
         answer_mass = self._event_loop.run(
-            measure_answer_mass(self.target, self.tokenizer, suffix, verification.check_questions, template_kwargs)
+            measure_answer_mass(self.target, self.tokenizer, suffix, verification.self_check_prompts, template_kwargs)
         )
         capabilities = self.target.capabilities()
         return Pipeline(

@@ -46,12 +46,12 @@ class ReasoningTags:
         return prompt
 
 
-KNOWN_TAGS = (ReasoningTags("<think>", "</think>"), ReasoningTags("<seed:think>", "</seed:think>"))
+SUPPORTED_TAGS = (ReasoningTags("<think>", "</think>"), ReasoningTags("<seed:think>", "</seed:think>"))
 
 
 def find_reasoning_tags(chat_template: str) -> ReasoningTags | None:
     """Returns the tags that a chat template uses, or None if its model does not reason."""
-    return next((tags for tags in KNOWN_TAGS if tags.end in chat_template or tags.start in chat_template), None)
+    return next((tags for tags in SUPPORTED_TAGS if tags.end in chat_template or tags.start in chat_template), None)
 
 
 class ReasoningParser:

@@ -30,16 +30,16 @@ async def measure_answer_mass(
     verifier: Verifier,
     tokenizer: PreTrainedTokenizerBase,
     suffix: VerificationSuffix,
-    questions: Sequence[str],
+    prompts: Sequence[str],
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> float:
     """Returns the mean probability of both answer words together.
 
-    They are measured after the beginnings of the target's own answers to some questions.
+    They are measured after the beginnings of the target's own answers to some prompts.
     """
     masses: list[float] = []
-    for question in questions:
-        messages = [{"role": "user", "content": question}]
+    for text in prompts:
+        messages = [{"role": "user", "content": text}]
         prompt = chat_prompt_token_ids(tokenizer, messages, {**(template_kwargs or {}), **WITHOUT_REASONING})
         params = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
         generate = GenerateRequest(prompt_token_ids=prompt, sampling_params=params)

@@ -266,7 +266,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / VERIFICATION_FILE).write_text(
-        json.dumps({"prompt": VERIFICATION_PROMPT, "check_questions": [EXAMPLE_PROMPT]}, indent=2) + "\n"
+        json.dumps({"prompt": VERIFICATION_PROMPT, "self_check_prompts": [EXAMPLE_PROMPT]}, indent=2) + "\n"
     )
 
 

@@ -58,7 +58,7 @@ class Router:
             self._circuit_breakers["drafter"] = CircuitBreaker("drafter", drafter, self._busy_time)
         client = VerifierClient(verifier, Session(""), self._circuit_breakers["verifier"])
         answer_mass = await measure_answer_mass(
-            client, tokenizer, suffix, verification.check_questions, template_kwargs
+            client, tokenizer, suffix, verification.self_check_prompts, template_kwargs
         )
         self._pipeline = Pipeline(
             verifier=client,

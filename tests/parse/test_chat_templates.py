@@ -14,7 +14,7 @@ from parse.prompts import (
 )
 from tests.parse.chat_templates import FAMILIES
 
-QUESTION = "Is the answer right so far? Reply Correct or Incorrect."
+VERIFICATION_PROMPT = "Is the answer right so far? Reply Correct or Incorrect."
 HI = [{"role": "user", "content": "Hi"}]
 
 
@@ -56,11 +56,11 @@ def test_reasoning_can_be_requested_where_the_template_has_a_switch():
     assert chat_prompt(tokenizer, HI, {"enable_thinking": True}).reasoning == "expected"
 
 
-def test_the_suffix_is_the_next_turn_of_the_family_and_ends_where_the_verdict_begins(family):
+def test_the_suffix_is_the_next_turn_of_the_family_and_ends_where_the_answer_word_begins(family):
     tokenizer = build_tokenizer(family)
-    suffix = build_verification_suffix(tokenizer, QUESTION)
+    suffix = build_verification_suffix(tokenizer, VERIFICATION_PROMPT)
     shared = "" if suffix.correct_token_ids[0] != suffix.incorrect_token_ids[0] else None
-    assert tokenizer.decode(suffix.token_ids) == family.suffix.format(QUESTION)
+    assert tokenizer.decode(suffix.token_ids) == family.suffix.format(VERIFICATION_PROMPT)
     assert shared == "" and not set(suffix.correct_token_ids) & set(suffix.incorrect_token_ids)
     assert [tokenizer.decode([ids[0]]) for ids in (suffix.correct_token_ids, suffix.incorrect_token_ids)] == ["C", "I"]
 
@@ -69,8 +69,8 @@ def test_prompt_draft_and_suffix_are_the_conversation_that_the_template_renders(
     """Where earlier answers are rendered with an empty block, or none, the draft follows the block of the prompt."""
     tokenizer = build_tokenizer(family)
     prompt = chat_prompt(tokenizer, HI, {"enable_thinking": False}).token_ids
-    suffix = build_verification_suffix(tokenizer, QUESTION).token_ids
-    conversation = [*HI, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": QUESTION}]
+    suffix = build_verification_suffix(tokenizer, VERIFICATION_PROMPT).token_ids
+    conversation = [*HI, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": VERIFICATION_PROMPT}]
     rendered = tokenizer.apply_chat_template(
         conversation, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
@@ -96,7 +96,7 @@ def test_a_template_that_drops_a_turn_is_rejected():
     tokenizer = build_tokenizer(FAMILIES["Phi-4"])
     tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages[:1]")
     with pytest.raises(TemplateError, match="the chat template does not"):
-        build_verification_suffix(tokenizer, QUESTION)
+        build_verification_suffix(tokenizer, VERIFICATION_PROMPT)
 
 
 @pytest.mark.parametrize(

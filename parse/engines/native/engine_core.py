@@ -151,22 +151,8 @@ class EngineCore:
 
     @property
     def stats(self) -> EngineStats:
-        cache, runner = self.scheduler.prefix_cache, self.model_runner
-        return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting) + self._inbox.qsize(),
-            num_steps=runner.num_steps,
-            num_step_requests=self._num_step_requests,
-            busy_s=self._busy_s,
-            num_tokens=runner.num_tokens,
-            prefix_queries=cache.lookups,
-            prefix_hits=cache.hits,
-            evictions=cache.evictions,
-            blocks_used=cache.num_blocks - cache.num_free_blocks,
-            blocks_cached=cache.num_cached_blocks,
-            blocks_total=cache.num_blocks,
-            num_replayed_steps=runner.num_replayed_steps,
-        )
+        num_waiting = len(self.scheduler.waiting) + self._inbox.qsize()
+        return _stats(self.scheduler, self.model_runner, num_waiting, self._num_step_requests, self._busy_s)
 
     def _run_loop(self) -> None:
         error = EngineStopped("the engine was shut down")
@@ -332,3 +318,24 @@ class EngineCore:
         self.scheduler.finish(request)
         request.program.close()
         request.listener.on_finished(error)
+
+
+def _stats(
+    scheduler: Scheduler, runner: ModelRunner, num_waiting: int, num_step_requests: int, busy_s: float
+) -> EngineStats:
+    cache = scheduler.prefix_cache
+    return EngineStats(
+        num_running=len(scheduler.running),
+        num_waiting=num_waiting,
+        num_steps=runner.num_steps,
+        num_step_requests=num_step_requests,
+        busy_s=busy_s,
+        num_tokens=runner.num_tokens,
+        prefix_queries=cache.lookups,
+        prefix_hits=cache.hits,
+        evictions=cache.evictions,
+        blocks_used=cache.num_blocks - cache.num_free_blocks,
+        blocks_cached=cache.num_cached_blocks,
+        blocks_total=cache.num_blocks,
+        num_replayed_steps=runner.num_replayed_steps,
+    )

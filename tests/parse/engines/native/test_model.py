@@ -158,8 +158,8 @@ def test_long_and_short_requests_do_not_change_each_other(kind, tokenizer):
         with paused(engine):
             responses = [run_trees(engine, tokens[:-3], TreeInput(tokens[-3:])) for tokens in requests]
         logits = [response.result()[0] for response in responses]
-    for tokens, found in zip(requests, logits, strict=True):
-        torch.testing.assert_close(found, plain(reference, tokens)[-3:], atol=ATOL, rtol=0)
+    for tokens, actual in zip(requests, logits, strict=True):
+        torch.testing.assert_close(actual, plain(reference, tokens)[-3:], atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
