@@ -25,6 +25,10 @@ THROUGHPUT_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # it would open more ports
 }
+# The proxy limits the headers of requests. The name is repeated here, because Ray must not be imported yet.
+PROXY_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.serving.connection_limits:install",
+}
 
 OTEL_ENDPOINT_VARIABLES = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 TRACING_ENVIRONMENT = {
@@ -36,9 +40,8 @@ TRACING_ENVIRONMENT = {
 
 def set_ray_environment() -> None:
     """Sets the environment variables that Ray reads when it is imported."""
-    environment = THROUGHPUT_ENVIRONMENT | (
-        TRACING_ENVIRONMENT if any(name in os.environ for name in OTEL_ENDPOINT_VARIABLES) else {}
-    )
+    is_traced = any(name in os.environ for name in OTEL_ENDPOINT_VARIABLES)
+    environment = THROUGHPUT_ENVIRONMENT | PROXY_ENVIRONMENT | (TRACING_ENVIRONMENT if is_traced else {})
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     require_ray_token()

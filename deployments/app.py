@@ -17,6 +17,7 @@ from deployments.serving.replica import ModelReplica
 from deployments.serving.router import Router
 from deployments.serving.verifier import Verifier
 from parse.config import EngineSettings
+from parse.deployment_check import check_models
 
 # The calls of a session go to the same replica unless that replica is full.
 SESSION_AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -33,6 +34,8 @@ def build(args: AppSettings) -> Application:
     """
     target = _resolve_model_paths(args.target)
     draft = _resolve_model_paths(args.draft) if args.draft else None
+    # If this raises, the replicas of an earlier version keep serving.
+    check_models(target, draft, args.verification)
     gpus_per_model = _gpus_per_model([model for model in (target, draft) if model])
     verifier = _model_deployment(Verifier, target, gpus_per_model).bind(target)
     drafter = None

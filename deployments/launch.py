@@ -29,6 +29,7 @@ from ray.serve.schema import (
 )
 
 from deployments.config import IS_CHECKOUT, AppSettings, is_local_path, resolve_model_path
+from deployments.observability.logs import last_line_of_traceback
 from parse.config import EngineSettings
 from parse.demo import EXAMPLE_PROMPT
 from parse.renamed_settings import describe_errors, describe_unknown_key
@@ -227,7 +228,7 @@ def wait_until_ready(
 
 def _failure_messages(application: Mapping[str, Any]) -> str:
     messages = [application["message"], *(deployment["message"] for deployment in application["deployments"].values())]
-    return "\n".join(filter(None, messages)).strip()
+    return "\n".join(filter(None, map(last_line_of_traceback, messages))).strip()
 
 
 def _find_shortage(

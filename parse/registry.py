@@ -52,6 +52,8 @@ class MethodSpec:
     supports_trees: bool = False
     is_sequential: bool = False
     """Whether each further token of a proposal takes another step of the method."""
+    loads_language_model: bool = False
+    """Whether the checkpoint is a causal language model of its own, and not a part that is attached to the target."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ METHODS: dict[str, MethodSpec] = {
         "parse.speculative.proposers.draft_model:load",
         model="required",
         is_sequential=True,
+        loads_language_model=True,
     ),
     "ngram": MethodSpec(
         "what followed the same tokens before",

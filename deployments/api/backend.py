@@ -21,6 +21,10 @@ class Backend(Protocol):
         """Returns the parts that do not respond, and what is wrong with each."""
         ...
 
+    async def deployment_failure(self) -> str | None:
+        """Returns why the last deployment failed, or None. An earlier version of the application is then serving."""
+        ...
+
     @property
     def recorder(self) -> MetricsRecorder: ...
 

@@ -67,6 +67,11 @@ class RequestLimitsMiddleware:
             if client and not _is_loopback(client[0]):
                 message = "this server has no keys, so it serves only clients on its own machine"
                 raise ApiError(401, message, code="no_keys")
+            # A web page can make a browser on this machine send requests here under a name of its own (DNS rebinding).
+            host = _host_name(Headers(scope=scope).get("host", ""))
+            if host and host != "localhost" and not _is_loopback(host):
+                message = f"this server has no keys, so the header Host must name this machine, got {host[:100]!r}"
+                raise ApiError(401, message, code="no_keys")
             return
         scheme, _, credentials = Headers(scope=scope).get("authorization", "").partition(" ")
         # Every key is compared, in constant time, so that timing reveals nothing.
@@ -106,6 +111,13 @@ class RequestLimitsMiddleware:
     def _body_too_large_error(self) -> ApiError:
         message = f"body: must be at most {self._max_body_bytes} bytes long"
         return ApiError(413, message, param="body", code="too_long")
+
+
+def _host_name(host: str) -> str:
+    """Returns the name or address in a Host header, without the port and the brackets of IPv6."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()
 
 
 def _is_loopback(address: str) -> bool:

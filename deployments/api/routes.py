@@ -101,11 +101,13 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
     async def ready() -> JSONResponse:
         """Says whether requests can be answered.
 
-        If no drafter responds, requests are answered, but it takes longer.
+        If no drafter responds, requests are answered, but it takes longer. `deployment` says why the last deployment
+        failed. An earlier version is then serving.
         """
         troubles = backend.unavailable_parts()
         status = "unavailable" if "verifier" in troubles else "degraded" if troubles else "ready"
-        return JSONResponse({"status": status, "troubles": troubles}, 503 if status == "unavailable" else 200)
+        content = {"status": status, "troubles": troubles, "deployment": await backend.deployment_failure()}
+        return JSONResponse(content, 503 if status == "unavailable" else 200)
 
     @app.get("/metrics", responses=METRICS_RESPONSES | _error_responses(401, "default"), dependencies=[bearer])
     async def metrics(http: HttpRequest) -> Response:

@@ -31,3 +31,8 @@ def flush_serve_logger() -> None:
     """
     for handler in logging.getLogger(SERVE_LOGGER).handlers:
         handler.flush()
+
+
+def last_line_of_traceback(message: str) -> str:
+    """Returns the error at the end of a traceback, or a message without a traceback as it is."""
+    return message.strip().splitlines()[-1] if "Traceback (most recent call last)" in message else message

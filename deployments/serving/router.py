@@ -1,18 +1,23 @@
 """The router deployment: serves the HTTP API and runs the pipeline."""
 
+import asyncio
 import os
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 from transformers import AutoTokenizer
 
 from deployments.api.routes import create_app
 from deployments.config import AppSettings
 from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
+from deployments.observability.logs import last_line_of_traceback
 from deployments.observability.metrics import MetricsRecorder
 from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.serving.metrics_collection import collect_replica_metrics
@@ -24,6 +29,8 @@ from parse.config import VerificationSettings
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix
 from parse.verification_check import measure_answer_mass, without_unreliable_modes
+
+STATUS_TIMEOUT_S = 2.0
 
 
 @serve.ingress()
@@ -124,6 +131,18 @@ class Router:
         if self._drafter is not None:
             services["drafter"] = DrafterClient(self._drafter, session, self._circuit_breakers["drafter"])
         return replace(self._pipeline, **services)
+
+    async def deployment_failure(self) -> str | None:
+        """Asks Ray Serve. Returns None if it does not answer."""
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                status = await asyncio.to_thread(serve.status)
+        except (TimeoutError, RayError, RayServeException):
+            return None
+        application = status.applications.get(self._recorder.replica_labels.application)
+        if application is None or application.status != ApplicationStatus.DEPLOY_FAILED:
+            return None
+        return last_line_of_traceback(application.message)
 
     def unavailable_parts(self) -> dict[str, str]:
         return {

@@ -14,7 +14,7 @@ def load_methods(settings: EngineSettings, model: Model, cost_model: StepCostMod
 
     It also sets which hidden states the target returns, and which embedding it reads at masks.
     """
-    load_context = LoadContext(model, settings.device, settings.dtype)
+    load_context = LoadContext(model.network, model.tokenizer, settings.device, settings.dtype)
     loaded: dict[str, LoadedProposer] = {}
     for config in settings.speculative_configs:
         try:

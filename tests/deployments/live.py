@@ -33,6 +33,9 @@ class LocalBackend:
     def unavailable_parts(self) -> dict[str, str]:
         return self.wrong
 
+    async def deployment_failure(self) -> str | None:
+        return None
+
     def update_metrics(self) -> None:
         pass
 

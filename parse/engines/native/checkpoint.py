@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the network, onto a device or spread over all GPUs, and the tokenizer.
 
-    `device` comes from `resolve_device`. The dtype "auto" means float32 on a CPU and the dtype of the checkpoint
+    `device` comes from `resolve_device`, or is "meta", which reads no weights. The dtype "auto" means float32 on a CPU and the dtype of the checkpoint
     elsewhere.
     """
     if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
@@ -36,7 +36,8 @@ def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTra
     config: PretrainedConfig | None = None
     try:
         config = AutoConfig.from_pretrained(path)
-        _check_memory(path, config, device, precision)
+        if device != "meta":
+            _check_memory(path, config, device, precision)
         tokenizer = AutoTokenizer.from_pretrained(path)
         load: Any = AutoModelForCausalLM.from_pretrained
         network, loading_info = load(
@@ -60,6 +61,24 @@ def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTra
             f"the GPUs are too small for it, and some layers would be on the {' and the '.join(sorted(offloaded))}"
         )
         raise CheckpointError(f"{_out_of_memory(path, config, device, precision)}; {message}")
+    return network, tokenizer
+
+
+def load_skeleton(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the network without its weights, and the tokenizer.
+
+    It reads the config, the tokenizer and the headers of the weights, and raises CheckpointError for what is missing or
+    damaged there.
+    """
+    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise CheckpointError(f"{path} is not a directory")
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} is damaged or incomplete: {_one_line(error)}") from error
+    network, tokenizer = load_checkpoint(path, "meta", "auto")
     return network, tokenizer
 
 

@@ -6,8 +6,10 @@ To add a method, write a module with a `Proposer` and a `load` function, and add
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from parse.engines.native.checkpoint import Dtype
-from parse.engines.native.model import MaskEmbedder, Model
+from parse.engines.native.model import MaskEmbedder
 from parse.speculative.proposal import Proposer
 
 DEFAULT_CHAIN_LENGTH = 12  # tokens of a proposal without branches, for methods whose checkpoint names no number
@@ -19,11 +21,17 @@ class ProposerLoadError(ValueError):
 
 @dataclass(frozen=True)
 class LoadContext:
-    """The engine that a method is loaded for."""
+    """The target that a method is loaded for."""
 
-    target: Model
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     device: str  # as in the settings, for methods that load their own model
     dtype: Dtype
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self.network.config.get_text_config().vocab_size
+        return size
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from weakref import finalize
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from parse.config import SpeculativeConfig
 from parse.engines.native.checkpoint import Dtype
@@ -39,9 +40,23 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
     """Loads the small model onto the target's device."""
     assert config.model is not None, "the settings require a model"
     proposer = DraftModelProposer.load(
-        config.model, load_context.target, device=load_context.device, dtype=load_context.dtype
+        config.model,
+        load_context.tokenizer,
+        vocab_size=load_context.vocab_size,
+        device=load_context.device,
+        dtype=load_context.dtype,
     )
     return LoadedProposer(proposer, config.num_speculative_tokens or DEFAULT_CHAIN_LENGTH)
+
+
+def check_same_tokenizer(
+    path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, target_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises ProposerLoadError if a small model does not read and write all tokens of the target's tokenizer."""
+    if tokenizer.get_vocab() != target_tokenizer.get_vocab():
+        raise ProposerLoadError(f"{path} has a different tokenizer than the target")
+    if vocab_size < (needed := max(target_tokenizer.get_vocab().values()) + 1):
+        raise ProposerLoadError(f"{path} has {vocab_size} tokens, and the target's tokenizer has {needed}")
 
 
 class DraftModelProposer(Proposer["DraftModelState"]):
@@ -61,13 +76,13 @@ class DraftModelProposer(Proposer["DraftModelState"]):
         self._reset_requested = False
 
     @classmethod
-    def load(cls, path: str | Path, target: Model, *, device: str, dtype: Dtype) -> Self:
+    def load(
+        cls, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, device: str, dtype: Dtype
+    ) -> Self:
+        """Loads a small model for a target with this tokenizer and this size of its vocabulary."""
         model = Model.load(path, device=device, dtype=dtype)
-        if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-            raise ProposerLoadError(f"{path} has a different tokenizer than the target")
-        if model.vocab_size < (needed := max(target.tokenizer.get_vocab().values()) + 1):
-            raise ProposerLoadError(f"{path} has {model.vocab_size} tokens, and the target's tokenizer has {needed}")
-        return cls(model, target.vocab_size)
+        check_same_tokenizer(str(path), model.tokenizer, model.vocab_size, tokenizer)
+        return cls(model, vocab_size)
 
     def reserve(self, max_sequences: int, sequence_capacity: int) -> None:
         self.max_model_len = min(sequence_capacity, self.model.max_model_len)

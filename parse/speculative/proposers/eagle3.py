@@ -33,7 +33,7 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
     else:
         max_tokens = config.num_speculative_tokens or 2 * DEFAULT_TREE_DEPTH
         depth = min(max_tokens, DEFAULT_TREE_DEPTH)
-    proposer = Eagle3Proposer.load(config.model, load_context.target.network, depth=depth - 1, topk=config.topk)
+    proposer = Eagle3Proposer.load(config.model, load_context.network, depth=depth - 1, topk=config.topk)
     return LoadedProposer(proposer, max_tokens)
 
 

@@ -26,7 +26,7 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
     By default a chain is as long as the head was trained for, and a tree has twice as many tokens.
     """
     assert config.model is not None, "the settings require a model"
-    proposer = ParallelSpecProposer.load(config.model, load_context.target.network, topk=config.topk)
+    proposer = ParallelSpecProposer.load(config.model, load_context.network, topk=config.topk)
     parallel_tokens = proposer.head.config.parallel_tokens
     default_tokens = 2 * parallel_tokens if config.topk > 1 else parallel_tokens
     return LoadedProposer(proposer, config.num_speculative_tokens or default_tokens)

@@ -33,14 +33,14 @@ def load(config: SpeculativeConfig, load_context: LoadContext) -> LoadedProposer
 
     Without a model, it uses the mask token that the target itself was tuned to read.
     """
-    network = load_context.target.network
+    network = load_context.network
     if config.model:
         proposer = SpaceProposer.load(config.model, network)
         if config.num_speculative_tokens:  # adapters predict no further than they were trained for
             proposer.num_masks = min(proposer.num_masks, config.num_speculative_tokens)
     else:
         proposer = SpaceProposer.from_tuned_model(
-            network, load_context.target.tokenizer, config.num_speculative_tokens or DEFAULT_NUM_MASKS
+            network, load_context.tokenizer, config.num_speculative_tokens or DEFAULT_NUM_MASKS
         )
     # There are at most `num_masks` candidates, and a group of masks after each of them and after the sequence.
     max_tokens = proposer.num_masks + (proposer.num_masks + 1) * proposer.num_masks

@@ -380,7 +380,7 @@ def test_a_model_with_another_tokenizer_is_refused(tokenizer, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "word0"))).save_pretrained(tmp_path)
     target = Model(build("llama"), tokenizer)
     with pytest.raises(ProposerLoadError, match=f"{tmp_path} has a different tokenizer than the target"):
-        DraftModelProposer.load(tmp_path, target, device="cpu", dtype="float32")
+        DraftModelProposer.load(tmp_path, target.tokenizer, vocab_size=target.vocab_size, device="cpu", dtype="float32")
 
 
 def test_a_model_on_disk_is_served_as_it_is(tokenizer, tmp_path):
@@ -388,7 +388,9 @@ def test_a_model_on_disk_is_served_as_it_is(tokenizer, tmp_path):
     reference.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     target = Model(build("llama", vocab_size=len(tokenizer)), tokenizer)
-    proposer = DraftModelProposer.load(tmp_path, target, device="cpu", dtype="float32")
+    proposer = DraftModelProposer.load(
+        tmp_path, target.tokenizer, vocab_size=target.vocab_size, device="cpu", dtype="float32"
+    )
     proposer.reserve(1, CAPACITY)
     token_ids = random_tokens(random.Random(15), 25)
     assert is_greedy_chain(propose(proposer, state_of(proposer, token_ids), MAX_TOKENS), token_ids, reference=reference)

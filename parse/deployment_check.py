@@ -1,0 +1,66 @@
+"""Checks models before anything is loaded, so that a deployment that cannot work replaces nothing.
+
+The checks read configs, tokenizers, chat templates, heads and the headers of the weights. They need neither a GPU nor
+the memory of the models. Loading can still fail, for example if a GPU has too little free memory.
+"""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from parse.config import EngineSettings, VerificationSettings
+from parse.engines.native.checkpoint import load_skeleton
+from parse.engines.native.model import check_supported
+from parse.errors import ModelLoadError, RequestError
+from parse.pair_settings import check_model_folder, model_load_error
+from parse.prompts import build_verification_suffix, chat_prompt_token_ids, validate_template_kwargs
+from parse.registry import METHODS, resolve
+from parse.speculative.proposers.base import LoadContext
+from parse.speculative.proposers.draft_model import check_same_tokenizer
+
+
+def check_models(target: EngineSettings, draft: EngineSettings | None, verification: VerificationSettings) -> None:
+    """Raises ModelLoadError, which names the setting, the model and what is wrong with it in one line."""
+    network, tokenizer = _check_model("target", target)
+    for index, config in enumerate(target.speculative_configs):
+        argument = f"target.speculative_configs[{index}]"
+        try:
+            if METHODS[config.method].loads_language_model and config.model:
+                other, other_tokenizer = _check_model(argument, EngineSettings(model=config.model))
+                vocab_size = other.config.get_text_config().vocab_size
+                check_same_tokenizer(config.model, other_tokenizer, vocab_size, tokenizer)
+            else:
+                resolve(METHODS[config.method].loader)(config, LoadContext(network, tokenizer, "cpu", target.dtype))
+        except ModelLoadError:
+            raise
+        except (ValueError, OSError) as error:
+            raise model_load_error(argument, config.model or config.method, ValueError(str(error))) from error
+    try:
+        settings = VerificationSettings.for_model(target.model, **verification.model_dump(exclude_unset=True))
+        build_verification_suffix(
+            tokenizer,
+            settings.prompt,
+            settings.correct,
+            settings.incorrect,
+            template_kwargs=validate_template_kwargs(tokenizer, target.chat_template_kwargs),
+        )
+    except ValueError as error:
+        raise model_load_error("target", target.model, error) from error
+    if draft is not None:
+        _, draft_tokenizer = _check_model("draft", draft)
+        if draft_tokenizer.get_vocab() != tokenizer.get_vocab():
+            try:
+                kwargs = validate_template_kwargs(draft_tokenizer, draft.chat_template_kwargs)
+                chat_prompt_token_ids(draft_tokenizer, [{"role": "user", "content": "Hello."}], kwargs)
+            except ValueError as error:
+                raise model_load_error("draft", draft.model, error) from error
+
+
+def _check_model(argument: str, settings: EngineSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    check_model_folder(argument, settings.model)
+    try:
+        network, tokenizer = load_skeleton(settings.model)
+        check_supported(network)
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise model_load_error(argument, settings.model, error) from error
+    return network, tokenizer
