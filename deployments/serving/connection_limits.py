@@ -1,8 +1,8 @@
 """Limits what a client may send before its request is handled.
 
-Ray Serve's proxy runs uvicorn, whose parser collects headers of any size and waits for them without a limit. All clients
-share the proxy's event loop, so a single request with endless headers would block them, before any key is checked. The
-proxy calls `install` when it starts, because `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names it.
+Ray Serve's proxy runs uvicorn, whose parser collects headers of any size and waits for them without a limit. All
+clients share the proxy's event loop, so a single request with endless headers would block them, before any key is
+checked. The proxy calls `install` when it starts, because `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names it.
 """
 
 import asyncio

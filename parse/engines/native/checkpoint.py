@@ -27,8 +27,8 @@ class CheckpointError(ValueError):
 def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the network, onto a device or spread over all GPUs, and the tokenizer.
 
-    `device` comes from `resolve_device`, or is "meta", which reads no weights. The dtype "auto" means float32 on a CPU and the dtype of the checkpoint
-    elsewhere.
+    `device` comes from `resolve_device`, or is "meta", which reads no weights. The dtype "auto" means float32 on a CPU
+    and the dtype of the checkpoint elsewhere.
     """
     if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise CheckpointError(f"{path} is not a directory")

@@ -96,6 +96,19 @@ def test_without_keys_clients_on_other_machines_are_rejected(client):
     assert response.status == 401 and response.error["code"] == "no_keys"
 
 
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.8.8", "[::1]:8000", ""])
+def test_without_keys_requests_that_name_this_machine_are_served(host):
+    assert send_request(headers=[(b"host", host.encode())]).status == 200
+
+
+@pytest.mark.parametrize("host", ["a.example", "a.example:8000", "127.0.0.1.example", "192.0.2.7", "[2001:db8::1]"])
+def test_without_keys_requests_under_another_name_are_rejected(host):
+    """Such a request can come from a web page whose name resolves to this machine (DNS rebinding)."""
+    response = send_request(headers=[(b"host", host.encode())])
+    assert response.status == 401 and response.error["code"] == "no_keys" and "Host" in response.error["message"]
+    assert send_request(headers=[(b"host", host.encode()), *bearer("one")], keys=["one"]).status == 200
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/x", "/v1", "/x"])
 @pytest.mark.parametrize("root_path", ["", "/parse", "/a/b"])
 def test_with_keys_every_request_needs_one_under_any_route_prefix(path, root_path):

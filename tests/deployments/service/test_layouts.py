@@ -4,6 +4,7 @@ They have several replicas, tight limits, changes under load, or impossible requ
 """
 
 import asyncio
+import shutil
 from itertools import count
 
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
@@ -117,5 +118,36 @@ def test_impossible_resources_and_unknown_keys_are_reported(deployed):
     renamed = deployed.deploy(target={"model": DEMO_TARGET, "memory_mb": 512})
     assert renamed.returncode == 1
     assert "target.memory_mb was renamed to target.kv_cache_memory_bytes; multiply by 1048576" in renamed.stderr
-    missing_model = deployed.deploy(target={"model": "/no/such/folder"})
-    assert missing_model.returncode == 1 and "/no/such/folder" in missing_model.stderr
+
+
+def test_a_deployment_that_cannot_work_replaces_nothing(deployed, tmp_path):
+    service = deployed.service()
+    damaged = shutil.copytree(DEMO_TARGET, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:1000])
+    failures = {
+        "/no/such/folder": "target: /no/such/folder is not a folder",
+        str(damaged): "model.safetensors is damaged or incomplete",
+    }
+
+    async def load(changing):
+        statuses = []
+        while not changing.done():
+            bodies = [chat(problem.question) for problem in problems(4, seed=len(statuses))]
+            statuses += [answer.status_code for answer in await asyncio.gather(*map(service.ask, bodies))]
+        return statuses
+
+    async def deploy_under_load(model):
+        changing = asyncio.create_task(asyncio.to_thread(deployed.deploy, target={"model": model, **SMALL}))
+        statuses = await load(changing)
+        async with service.client() as client:
+            ready = await client.get("/ready")
+        return changing.result(), statuses, ready
+
+    before = {pid for name in ("Verifier", "Drafter", "Router") for pid in asyncio.run(pids(service, name))}
+    for model, message in failures.items():
+        result, statuses, ready = asyncio.run(deploy_under_load(model))
+        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+        assert statuses and set(statuses) == {200}
+        assert ready.status_code == 200 and message in ready.json()["deployment"]
+    assert before == {pid for name in ("Verifier", "Drafter", "Router") for pid in asyncio.run(pids(service, name))}
+    deployed.clear()  # the next test deploys a configuration that works

@@ -1,0 +1,122 @@
+"""Clients with endless, slow or many headers are rejected, and idle connections are closed."""
+
+import json
+import socket
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import uvicorn.protocols.http.auto
+from fastapi import FastAPI, Request
+
+from deployments.serving import connection_limits
+from deployments.serving.connection_limits import MAX_HEADER_BYTES, MAX_HEADERS, install
+from tests.deployments.live import served
+
+
+@pytest.fixture
+def address(monkeypatch):
+    monkeypatch.setattr(
+        uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol
+    )  # which restores it after the test
+    assert install() == []
+    app = FastAPI()
+
+    @app.post("/length")
+    async def length(request: Request) -> int:
+        return len(await request.body())
+
+    with served(app) as address:
+        yield address
+
+
+@contextmanager
+def connection(address):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as sock:
+        yield sock
+
+
+def response_of(sock):
+    """Returns status, headers and body; the server has to close the connection."""
+    received = b""
+    try:
+        while part := sock.recv(65536):
+            received += part
+    except ConnectionResetError:
+        pass
+    head, _, body = received.partition(b"\r\n\r\n")
+    return int(head.split()[1]) if head else None, head.lower(), body
+
+
+def test_requests_within_the_limits_are_served_one_after_another_on_one_connection(address):
+    with httpx.Client(base_url=address) as client:
+        for size in (0, 10, 3_000_000, 5):
+            response = client.post("/length", content=b"x" * size, headers={"X-Long": "y" * (MAX_HEADER_BYTES // 2)})
+            assert response.json() == size
+
+
+@pytest.mark.parametrize("name", ["one header", "many short headers", "the url"])
+def test_endless_headers_end_the_connection(address, name):
+    pieces = {"one header": b"y" * 10_000, "many short headers": b"a: b\r\n" * 1000, "the url": b"y" * 10_000}
+    start = b"POST /length" if name == "the url" else b"POST /length HTTP/1.1\r\nHost: localhost\r\nX-Long: "
+    sent = 0
+    with connection(address) as sock:
+        sock.sendall(start)
+        try:
+            while sent < 100_000_000:
+                sock.sendall(pieces[name])
+                sent += len(pieces[name])
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    assert sent < 10_000_000  # what the buffers of the system hold
+
+
+def test_headers_that_are_too_long_get_a_431(address):
+    with connection(address) as sock:
+        sock.sendall(b"POST /length HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"y" * (MAX_HEADER_BYTES + 1))
+        status, head, body = response_of(sock)
+    assert status == 431 and b"connection: close" in head
+    assert json.loads(body)["error"]["message"].startswith("the headers must be at most")
+
+
+def test_too_many_headers_get_a_431(address):
+    with connection(address) as sock:
+        sock.sendall(b"POST /length HTTP/1.1\r\n" + b"a: b\r\n" * (MAX_HEADERS + 1) + b"\r\n")
+        status, _, body = response_of(sock)
+    assert status == 431 and b"at most 128 headers" in body
+
+
+def test_headers_that_do_not_end_in_time_get_a_408(address, monkeypatch):
+    monkeypatch.setattr(connection_limits, "HEADER_TIMEOUT_S", 0.3)
+    with connection(address) as sock:
+        for part in (b"POST /length HTTP/1.1\r\n", b"a: b\r\n", b"a: b\r\n", b"a: b\r\n", b"a: b\r\n"):
+            try:
+                sock.sendall(part)
+            except (BrokenPipeError, ConnectionResetError):
+                break
+            time.sleep(0.15)
+        status, _, body = response_of(sock)
+    assert status == 408 and b"must arrive within" in body
+
+
+def test_a_connection_without_a_request_is_closed(address, monkeypatch):
+    monkeypatch.setattr(connection_limits, "HEADER_TIMEOUT_S", 0.2)
+    with connection(address) as sock:
+        assert response_of(sock) == (None, b"", b"")
+
+
+def test_the_time_for_headers_does_not_limit_the_answer(monkeypatch):
+    monkeypatch.setattr(connection_limits, "HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol)
+    install()
+    app = FastAPI()
+
+    @app.get("/slow")
+    def slow() -> str:
+        time.sleep(0.5)
+        return "done"
+
+    with served(app) as address, httpx.Client(base_url=address) as client:
+        assert [client.get("/slow").json() for _ in range(2)] == ["done", "done"]
