@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+from transformers.utils import cached_file
 
 from parse.acceptance import Thresholds
 from parse.prefixes import DEFAULT_STRIDE, PrefixBoundary
@@ -259,12 +260,12 @@ class VerificationSettings(Settings):
 
     @classmethod
     def for_model(cls, model: str, **changes: Any) -> Self:
-        """Returns the settings in the target's folder, with changes.
+        """Returns the settings in the target's folder or repository, with changes.
 
-        If the folder has no `parse.json`, the defaults are changed instead.
+        If there is no `parse.json`, the defaults are changed instead.
         """
-        file = Path(model) / VERIFICATION_FILE
-        if not file.is_file():
+        file = _verification_file(model)
+        if file is None:
             return cls(**changes)
         try:
             return cls.model_validate(json.loads(file.read_text()) | changes)
@@ -275,3 +276,15 @@ class VerificationSettings(Settings):
 
     def thresholds(self) -> Thresholds:
         return Thresholds(self.full, self.prefix)
+
+
+def _verification_file(model: str) -> Path | None:
+    """Returns the path of the settings that come with a model, or None if there are none."""
+    if Path(model).is_dir():
+        file = Path(model) / VERIFICATION_FILE
+        return file if file.is_file() else None
+    try:
+        cached = cached_file(model, VERIFICATION_FILE, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # there is no such repository; loading the model says so
+        return None
+    return Path(cached) if cached else None

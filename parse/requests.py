@@ -72,7 +72,14 @@ class VerifyRequest:
     policy: AcceptancePolicy | None = AcceptancePolicy()
     """Prefixes that cannot change the result under this policy are not evaluated. None evaluates all of them."""
     num_logprobs: int | None = None
-    """Also return the log-probability of each draft token, with this many alternatives."""
+    """Also return the log-probability of each draft token, with this many alternatives. Without prefixes, nothing is
+    verified, and the log-probabilities of the whole draft are returned."""
+
+    @property
+    def num_computed_draft_tokens(self) -> int:
+        """The number of draft tokens that the target computes."""
+        scores_only = self.num_logprobs is not None and not self.prefix_lengths
+        return len(self.draft_token_ids) if scores_only else max(self.prefix_lengths, default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

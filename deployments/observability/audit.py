@@ -125,6 +125,8 @@ class Auditor:
         deltas = [event async for event in pipeline.generate(target_request) if isinstance(event, TextDelta)]
         target_text = "".join(delta.text for delta in deltas)
         target_ids = [token for delta in deltas for token in delta.token_ids]
+        if not (case.token_ids and target_ids):  # an empty answer has no log-probability
+            return "agree" if not (case.token_ids or target_ids) else "disagree"
         sent_logprob, target_logprob = [
             await _mean_logprob(pipeline, case.request.prompt_token_ids, answer_ids)
             for answer_ids in (case.token_ids, target_ids)
@@ -161,13 +163,11 @@ async def _mean_logprob(pipeline: Pipeline, prompt: Sequence[int], token_ids: Se
 
     The log-probability of each token depends on those before it.
     """
-    if not token_ids:
-        return 0.0
     result = await pipeline.verifier.verify(
         VerifyRequest(
             prompt_token_ids=prompt,
             draft_token_ids=token_ids,
-            prefix_lengths=[len(token_ids)],
+            prefix_lengths=(),  # nothing is verified
             suffix=pipeline.suffix,
             num_logprobs=0,
         )

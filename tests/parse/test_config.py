@@ -1,6 +1,9 @@
 """A key that is not known is rejected with its location, and with the key to write instead."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from pydantic import ValidationError
@@ -116,3 +119,23 @@ def test_schemas_show_the_choices_of_the_registry():
     assert schema["$defs"]["SpeculativeConfig"]["properties"]["method"]["enum"] == list(METHODS)
     modes = VerificationSettings.model_json_schema()["properties"]["auto_mode"]["anyOf"][0]["enum"]
     assert set(modes) == set(MODES) - {"auto", "off"}
+
+
+def test_the_settings_of_a_model_in_the_hubs_cache_are_used(tmp_path):
+    """A model on the hub can have a parse.json as a folder can. The cache is built here, and the hub is not asked."""
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    code = "from parse.config import VerificationSettings as V; print(V.for_model('some/model', stride=3))"
+
+    def settings():
+        environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "prompt='Is it so?'" not in settings()
+    (snapshot / "parse.json").write_text('{"prompt": "Is it so?"}')
+    assert "prompt='Is it so?'" in settings() and "stride=3" in settings()

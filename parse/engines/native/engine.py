@@ -289,7 +289,7 @@ def _verification_context(request: VerifyRequest, trunk_start: int | None) -> tu
     if request.num_logprobs is not None:
         trunk_start = 0
     before = [*request.prompt_token_ids, *request.output_token_ids]
-    tokens = [*before, *request.draft_token_ids[: max(request.prefix_lengths, default=0)]]
+    tokens = [*before, *request.draft_token_ids[: request.num_computed_draft_tokens]]
     split = len(tokens) if trunk_start is None else len(before) + trunk_start - 1
     return tokens[:split], tokens[split:]
 

@@ -56,7 +56,7 @@ def verify(
     suffix, lengths = request.suffix, request.prefix_lengths
     width = len(suffix.token_ids)
     start = len(request.prompt_token_ids) + len(request.output_token_ids)
-    context_length = start + max(lengths, default=0) - len(trunk)
+    context_length = start + request.num_computed_draft_tokens - len(trunk)
     num_evaluable = sum(1 for length in lengths if start + length + width <= options.max_model_len)
     complete = request.draft_complete and num_evaluable == len(lengths)
     p_correct: dict[int, float] = {}

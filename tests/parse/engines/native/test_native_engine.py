@@ -639,6 +639,49 @@ def test_every_call_tells_how_much_it_found_known(path):
     assert all(delta.num_cached_tokens == 0 for delta in generated_ids[1:])
 
 
+def test_the_answer_mass_is_the_probability_of_all_answer_tokens(engine, reference):
+    rng = random.Random(31)
+    prompt, draft, lengths = text(rng, 20), text(rng, 16), (4, 9, 16)
+    answers = [*SUFFIX.correct_token_ids, *SUFFIX.incorrect_token_ids]
+    expected = [
+        float(plain(reference, [*prompt, *draft[:length], *SUFFIX.token_ids])[-1].softmax(-1)[answers].sum())
+        for length in lengths
+    ]
+
+    def verify(policy):
+        request = VerifyRequest(
+            prompt_token_ids=prompt, draft_token_ids=draft, prefix_lengths=lengths, suffix=SUFFIX, policy=policy
+        )
+        return asyncio.run(engine.verify(request))
+
+    assert verify(None).answer_mass == pytest.approx(expected, rel=1e-3)
+    smallest, largest = min(expected), max(expected)
+    middle = (smallest + largest) / 2  # prefixes with less count as incorrect
+    result = verify(AcceptancePolicy(Thresholds(0.0, 0.0), "longest_passing", min_answer_mass=middle))
+    assert result.answer_mass == pytest.approx(expected, rel=1e-3)
+    assert [p == 0 for p in result.p_correct] == [mass < middle for mass in expected]
+
+
+def test_without_prefixes_only_log_probabilities_are_returned(engine, reference):
+    rng = random.Random(32)
+    prompt, output, draft = text(rng, 20), text(rng, 3), text(rng, 16)
+    request = VerifyRequest(
+        prompt_token_ids=prompt,
+        output_token_ids=output,
+        draft_token_ids=draft,
+        prefix_lengths=(),
+        suffix=SUFFIX,
+        policy=None,
+        num_logprobs=0,
+    )
+    before = engine.stats.num_tokens
+    result = asyncio.run(engine.verify(request))
+    logprobs = plain(reference, [*prompt, *output, *draft]).log_softmax(-1)[len(prompt) + len(output) - 1 : -1]
+    expected = logprobs[range(len(draft)), draft].tolist()
+    assert [logprob.logprob for logprob in result.logprobs] == pytest.approx(expected, abs=1e-3)
+    assert result.p_correct == () and engine.stats.num_tokens - before <= len(prompt) + len(output) + len(draft)
+
+
 @pytest.mark.parametrize("answer_first", [True, False])
 def test_the_fused_call_is_a_verification_and_then_a_generation(engine, tokenizer, monkeypatch, answer_first):
     """The reference are the two calls one after the other, greedy and sampled, with logprobs and stop strings.
