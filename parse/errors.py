@@ -48,6 +48,10 @@ class EngineStopped(RuntimeError):
     """The engine was shut down or died before the request was finished."""
 
 
+class EngineFailed(EngineStopped):
+    """The engine died. Its process has to be replaced."""
+
+
 FallbackCause = Literal[
     "none_there",
     "does_not_pay",

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.serving.calls import CallContext, await_result, call_replica, stream_items, trace_stage
 from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.session import RetryCause, Session
-from parse.errors import DraftUnavailable, EngineStopped
+from parse.errors import DraftUnavailable, EngineFailed, EngineStopped
 from parse.requests import DraftRequest, GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import NO_STREAMING, TokenDelta, VerifyResult
 
@@ -29,6 +29,7 @@ RETRY_BACKOFF_S = 0.1  # before the first retry, and twice as long before each f
 RETRY_CAUSES: Mapping[type[Exception], RetryCause] = {
     RayActorError: "died",
     TaskCancelledError: "cancelled",
+    EngineFailed: "died",
     EngineStopped: "stopped",
     DeploymentUnavailableError: "unavailable",
 }

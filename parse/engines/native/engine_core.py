@@ -23,7 +23,7 @@ from parse.engines.native.prefix_cache import PrefixCache
 from parse.engines.native.programs import TreeInput, TreeOutput
 from parse.engines.native.request import Request
 from parse.engines.native.scheduler import ScheduledRequest, Scheduler
-from parse.errors import EngineStopped, RequestCancelled, RequestError
+from parse.errors import EngineFailed, EngineStopped, RequestCancelled, RequestError
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.proposal import Proposal
 from parse.speculative.proposal_policy import ProposalCall
@@ -109,6 +109,7 @@ class EngineCore:
         self._num_recorded_tokens = 0  # how many of them the cost model has seen
         self._proposal_calls: list[tuple[Request, ProposalCall]] = []
         self._stopped = self._reset_requested = False
+        self._end_error = EngineStopped("the engine was shut down")  # of requests that the thread no longer serves
         self._thread = threading.Thread(target=self._run_loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()
 
@@ -121,7 +122,7 @@ class EngineCore:
                 "one request; shorten it or request fewer tokens",
             )
         if self._stopped:
-            raise EngineStopped("the engine was shut down")
+            raise self._end_error
         self._inbox.put(request)
         if self._stopped:  # the thread may have ended before it saw the request
             self._reject_pending()
@@ -155,7 +156,6 @@ class EngineCore:
         return _stats(self.scheduler, self.model_runner, num_waiting, self._num_step_requests, self._busy_s)
 
     def _run_loop(self) -> None:
-        error = EngineStopped("the engine was shut down")
         try:
             with torch.inference_mode():
                 while not self._stopped:
@@ -171,17 +171,17 @@ class EngineCore:
                     self._after_step()
         except BaseException as fault:
             logger.exception("the engine's thread failed; the engine serves no more requests")
+            self._end_error = EngineFailed(f"the engine's thread failed: {fault!r}")
             self._stopped = True
-            error = EngineStopped(f"the engine's thread failed: {fault!r}")
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            self._finish(request, error)
+            self._finish(request, self._end_error)
         self._reject_pending()
 
     def _reject_pending(self) -> None:
         with suppress(queue.Empty):
             while True:
                 if request := self._inbox.get_nowait():
-                    self._finish(request, EngineStopped("the engine was shut down"))
+                    self._finish(request, self._end_error)
         self._after_step()
 
     def _receive(self) -> None:

@@ -15,7 +15,7 @@ from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.serving.overlap import BusyTime
 from deployments.serving.replica_clients import DrafterClient, RetriesExhausted, VerifierClient
 from deployments.session import Session
-from parse.errors import DraftUnavailable, EngineStopped, RequestError
+from parse.errors import DraftUnavailable, EngineFailed, EngineStopped, RequestError
 from parse.prompts import VerificationSuffix
 from parse.requests import DraftRequest, GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import NO_STREAMING, SamplingParams, TokenDelta, VerifyResult
@@ -110,7 +110,9 @@ async def collect(stream):
     return [item async for item in stream]
 
 
-@pytest.mark.parametrize("loss", [ActorDiedError(), raised_there(EngineStopped("shut down"))])
+@pytest.mark.parametrize(
+    "loss", [ActorDiedError(), raised_there(EngineStopped("shut down")), raised_there(EngineFailed("CUDA error"))]
+)
 def test_a_broken_stream_continues_on_another_replica_after_the_received_tokens(loss):
     handle = scripted(
         [
@@ -163,7 +165,9 @@ FUSED = VerifyAndGenerateRequest(
 )
 
 
-@pytest.mark.parametrize("loss", [ActorDiedError(), raised_there(EngineStopped("shut down"))])
+@pytest.mark.parametrize(
+    "loss", [ActorDiedError(), raised_there(EngineStopped("shut down")), raised_there(EngineFailed("CUDA error"))]
+)
 def test_a_fused_call_that_is_lost_before_its_result_is_repeated(loss):
     result = VerifyResult((0.99, 0.1))
     handle = scripted([[loss], [], [result, TokenDelta((9,), finish_reason="stop")]])

@@ -9,7 +9,7 @@ import torch
 
 from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput, prefill
-from parse.errors import EngineStopped, NumericalError, RequestCancelled
+from parse.errors import EngineFailed, EngineStopped, NumericalError, RequestCancelled
 from parse.tree import tree_from_parents
 from tests.parse.engines.native.tiny import VOCABULARY, alone, build, paused, plain, run_trees, serving, submit
 
@@ -288,10 +288,10 @@ def test_if_the_engine_thread_fails_all_requests_end_with_its_error(model, monke
             waiting = run_trees(engine, random_tokens(2, 20), TreeInput([1]))
             monkeypatch.setattr(engine.scheduler, "schedule", lambda: 1 // 0)
         for response in (stream.response, waiting):
-            assert isinstance(response.wait().error, EngineStopped)
+            assert isinstance(response.wait().error, EngineFailed)
         assert "ZeroDivisionError" in str(stream.response.error)
         engine._thread.join()
-        with pytest.raises(EngineStopped):
+        with pytest.raises(EngineFailed, match="ZeroDivisionError"):
             submit(engine, [1], prefill())
 
 
@@ -359,7 +359,7 @@ def test_after_an_error_of_the_device_the_engine_serves_no_more_requests(model, 
         streams = [Stream(engine, random_tokens(seed, 20)).started() for seed in (1, 2)]
         monkeypatch.setattr(model, "forward", forward)
         for stream in streams:
-            assert isinstance(stream.response.wait().error, EngineStopped)
+            assert isinstance(stream.response.wait().error, EngineFailed)
             assert str(error) in str(stream.response.error)
         engine._thread.join()
         assert not engine.alive
