@@ -21,7 +21,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from deployments.__main__ import THROUGHPUT_ENVIRONMENT
+from deployments.__main__ import PROXY_ENVIRONMENT, THROUGHPUT_ENVIRONMENT
 from deployments.config import PROJECT_ROOT
 from tests.cluster.test_configs import RAY_SERVICE
 
@@ -167,7 +167,7 @@ def test_the_port_is_that_of_serve(service, cluster):
 def test_the_environment_is_that_of_make_serve(cluster):
     for pod in pods(cluster):
         env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
-        assert THROUGHPUT_ENVIRONMENT.items() <= env.items()
+        assert (THROUGHPUT_ENVIRONMENT | PROXY_ENVIRONMENT).items() <= env.items()
 
 
 def test_pods_with_routers_get_the_keys_from_a_secret(service, cluster):
