@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs Prometheus and Chromium, which some tests need. It installs them only on Debian as root. Otherwise it prints which
-# packages are missing. The script never fails, because those tests are skipped without the programs.
+# packages are missing. The script never fails, because those tests are skipped without the programs (unless CI is set).
 set -u
 
 installed() {
