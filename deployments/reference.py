@@ -82,7 +82,7 @@ DEPLOYMENTS_NOTES = """\
           min_replicas: 1
           max_replicas: 4
           target_ongoing_requests: 24 # concurrent calls per replica; keep it below its max_num_seqs
-          downscale_delay_s: 600 # a new replica takes long to load its weights
+          downscale_delay_s: 600 # a new replica takes a long time to load its weights
 ```
 
 [Ray Serve's schema](https://docs.ray.io/en/latest/serve/api/index.html#serve-config) describes all other keys.

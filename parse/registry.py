@@ -109,7 +109,7 @@ METHODS: dict[str, MethodSpec] = {
         supports_trees=True,
     ),
     "space": MethodSpec(
-        "the target itself, by mask tokens (SPACE)",
+        "the target's own predictions at mask tokens (SPACE)",
         "parse.speculative.proposers.space:load",
         model="optional",
     ),
