@@ -13,9 +13,9 @@ requests arrive as a Poisson process, and latency counts from the scheduled arri
 are measured one after the other, each on problems of its own.
 
 A server caches prompts, so a repeated prompt costs less. Each contender therefore gets the problems of the demo task
-with other names, and a second run needs another --seed. Prompts of a file are sent unchanged. In that case
-`cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share the
-state of the server, such as what mode `auto` learned about drafting.
+with different names of people, and a second run needs another --seed. Prompts of a file are sent unchanged. In that
+case `cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share
+the state of the server, such as what mode `auto` learned about drafting.
 """
 
 import argparse
