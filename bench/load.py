@@ -224,7 +224,7 @@ def _arguments() -> argparse.Namespace:
         "--rate", type=_distinct_numbers(float), default=[], metavar="R", help="arrivals per second, or several numbers"
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--mode", help="mode, or mode+method (default: requests name none)")
+    mode.add_argument("--mode", help="mode, or mode+method (default: requests choose no mode)")
     mode.add_argument(
         "--compare", type=_names, metavar="M1,M2", help="contenders that take turns; ratios are to the first"
     )

@@ -35,7 +35,7 @@ class Pair:
         with Pair("path/to/target", "path/to/draft") as pair:
             print(pair.generate("What is 7 times 8?", mode="full", temperature=0))
 
-    Synchronous calls can be made from several threads at once and also where an event loop runs, as in Jupyter. The
+    Synchronous calls can be made from several threads at once, and even where an event loop runs, as in Jupyter. The
     asynchronous ones can be awaited in any event loop. Calls that run at the same time share the forward passes of the
     models.
     """
