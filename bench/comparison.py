@@ -111,7 +111,7 @@ def summary_table(result: Mapping[str, Any]) -> str:
 
 
 def served_sentence(result: Mapping[str, Any]) -> str:
-    """Returns the token-level methods of the server. A contender that names none uses the default."""
+    """Returns the token-level methods of the server. A contender without a method uses the default."""
     choices = result["served"]
     if not choices:
         return "The server does not report its token-level methods."
@@ -125,11 +125,18 @@ def fastest_sentences(result: Mapping[str, Any]) -> list[str]:
     for load in result["ratios"]:
         runs = {run["mode"]: run["requests_per_s"] for name, run, _ in _entries(result) if name == load}
         fastest = max(runs, key=runs.__getitem__)
-        sentence = f"At load {load}, `{fastest}` is the fastest"
+        sentence = f"{_load_phrase(load)}, `{fastest}` answers the most requests per second"
         if "auto" in runs and fastest != "auto":
-            sentence += f", and `auto` reaches {runs['auto'] / runs[fastest]:.0%} of its requests per second"
+            sentence += f", and `auto` answers {runs['auto'] / runs[fastest]:.0%} as many"
         sentences.append(f"{sentence}.")
     return sentences
+
+
+def _load_phrase(load: str) -> str:
+    """Returns the name of a load as the beginning of a sentence, for example "With 8 clients"."""
+    if load.endswith("/s"):
+        return f"At {load.removesuffix('/s')} arrivals per second"
+    return f"With {load} client{'' if load == '1' else 's'}"
 
 
 def _entries(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:

@@ -13,9 +13,9 @@ requests arrive as a Poisson process, and latency counts from the scheduled arri
 are measured one after the other, each on problems of its own.
 
 A server caches prompts, so a repeated prompt costs less. Each contender therefore gets the problems of the demo task
-with other names, and a second run needs another --seed. Prompts of a file are sent unchanged. In that case
-`cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share the
-state of the server, such as what mode `auto` learned about drafting.
+with different names of people, and a second run needs another --seed. Prompts of a file are sent unchanged. In that
+case `cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share
+the state of the server, such as what mode `auto` learned about drafting.
 """
 
 import argparse
@@ -224,7 +224,7 @@ def _arguments() -> argparse.Namespace:
         "--rate", type=_distinct_numbers(float), default=[], metavar="R", help="arrivals per second, or several numbers"
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--mode", help="mode, or mode+method (default: requests name none)")
+    mode.add_argument("--mode", help="mode, or mode+method (default: requests choose no mode)")
     mode.add_argument(
         "--compare", type=_names, metavar="M1,M2", help="contenders that take turns; ratios are to the first"
     )

@@ -5,10 +5,11 @@
     python -m bench.offline --adversary --problems 200    # mode auto if every draft is wrong
     python -m bench.offline --engine                      # the engine against generate()
 
-Contenders take turns on every problem, and bare forward passes are measured between them, so that a change of the
-machine's speed affects all of them. Every answer starts with empty caches. Speed-ups are ratios of tokens per second to
-the target alone on this engine (`off`). The ideal speed-up counts bare forward passes at the measured acceptance. The
-difference from it is our overhead. `--problems 4 --rounds 1` gives a short run to try the program.
+Contenders take turns on every problem. Forward passes without the engine are measured in turns with them, so that a
+change of the machine's speed affects all of them. Every answer starts with empty caches. Speed-ups are ratios of tokens
+per second to the target alone on this engine (`off`). The ideal speed-up is computed from the measured acceptance and
+the times of these forward passes. The difference from it is our overhead. `--problems 4 --rounds 1` gives a short run
+to try the program.
 """
 
 import argparse

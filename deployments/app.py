@@ -28,14 +28,22 @@ REJECT_MARGIN = 64  # more requests than can run or wait, which the router accep
 
 
 def build(args: AppSettings) -> Application:
-    """Returns a router in front of verifiers and, with a draft model, drafters.
+    """Checks the models and returns the application.
+
+    If this raises, the replicas of an earlier version keep serving.
+    """
+    application, settings = assemble(args)
+    check_models(settings.target, settings.draft, settings.verification)
+    return application
+
+
+def assemble(args: AppSettings) -> tuple[Application, AppSettings]:
+    """Returns a router in front of verifiers and, with a draft model, drafters. Also returns the resolved settings.
 
     `deployments` in serve_config.yaml can change their replicas, autoscaling and resources.
     """
     target = _resolve_model_paths(args.target)
     draft = _resolve_model_paths(args.draft) if args.draft else None
-    # If this raises, the replicas of an earlier version keep serving.
-    check_models(target, draft, args.verification)
     gpus_per_model = _gpus_per_model([model for model in (target, draft) if model])
     verifier = _model_deployment(Verifier, target, gpus_per_model).bind(target)
     drafter = None
@@ -55,7 +63,7 @@ def build(args: AppSettings) -> Application:
         logging_config=LOGGING_CONFIG,
         **HEALTH_CHECK_OPTIONS,
     )
-    return router(Router).bind(settings, verifier, drafter)
+    return router(Router).bind(settings, verifier, drafter), settings
 
 
 def _model_deployment(replica_class: type[ModelReplica], settings: EngineSettings, gpus: float) -> Deployment:

@@ -16,7 +16,7 @@ IS_CHECKOUT = (PROJECT_ROOT / "pyproject.toml").is_file()
 
 
 class ApiSettings(Settings):
-    """The limits on what clients may request, and on how much of it at once."""
+    """The limits on what clients may request, and on the number of concurrent requests."""
 
     section = "api"
 
@@ -66,7 +66,7 @@ class ApiSettings(Settings):
 class AuditSettings(Settings):
     """How often audits run, and how they compare answers.
 
-    In an audit, the target generates an answer with accepted drafts again, alone, and the two answers are compared.
+    In an audit, the target alone regenerates an answer that contains accepted drafts, and the two answers are compared.
     This measures how often drafts change results.
     """
 
@@ -90,8 +90,9 @@ class AuditSettings(Settings):
     gap: float = Field(
         0.5,
         ge=0,
-        description="If there is no result to compare, two answers agree if the target's mean log-probability per "
-        "token is higher for its own answer by at most this much, in nats.",
+        description="The maximum gap in nats, used if there is no result to compare. The gap is the target's mean "
+        "log-probability per token of its own answer, minus that of the answer that was sent. Two answers agree if the "
+        "gap is at most this value.",
     )
 
     @field_validator("result")

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from ray.serve import Application, Deployment
 
-from deployments.app import build
+from deployments.app import assemble
 from deployments.config import ApiSettings, AppSettings, AuditSettings
 from parse.config import EngineSettings, OneOf, SpeculativeConfig, VerificationSettings
 from parse.renamed_settings import RENAMED_SETTINGS
@@ -82,7 +82,7 @@ DEPLOYMENTS_NOTES = """\
           min_replicas: 1
           max_replicas: 4
           target_ongoing_requests: 24 # concurrent calls per replica; keep it below its max_num_seqs
-          downscale_delay_s: 600 # a new replica takes long to load its weights
+          downscale_delay_s: 600 # a new replica takes a long time to load its weights
 ```
 
 [Ray Serve's schema](https://docs.ray.io/en/latest/serve/api/index.html#serve-config) describes all other keys.
@@ -263,7 +263,7 @@ def render_deployment_row(deployment: Deployment) -> list[str]:
 
 def default_deployments() -> list[Deployment]:
     settings = AppSettings(target=EngineSettings(model="target"), draft=EngineSettings(model="draft"))
-    return list_deployments(build(settings))
+    return list_deployments(assemble(settings)[0])
 
 
 def list_deployments(application: Application) -> list[Deployment]:

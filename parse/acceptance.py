@@ -18,8 +18,9 @@ from parse.registry import get_rule, resolve
 class Thresholds:
     """The minimum P(correct) of a complete draft, and of a prefix.
 
-    With the defaults the demo pair accepts 98% of the correct drafts in full and 1% of the wrong ones. An error in a
-    prefix is caught by longer prefixes. Nothing catches an error in the complete answer, so its threshold is higher.
+    With the defaults the demo pair accepts 98% of the correct drafts in full and 1% of the wrong ones. If a prefix with
+    an error passes, a longer prefix usually fails and limits how much is kept. Nothing limits an error in the complete
+    answer, so its threshold is higher.
     """
 
     full: float = 0.97
@@ -62,7 +63,7 @@ def first_failure(p_correct: Sequence[float | None], threshold: float) -> int:
 def last_passing(p_correct: Sequence[float | None], threshold: float) -> int:
     """Keeps the longest prefix that passes, even if shorter ones fail.
 
-    It keeps more than `first_failure`, but each further prefix is one more chance that a single false positive extends
+    It keeps more than `first_failure`, but each further prefix is one more opportunity for a false positive to extend
     the accepted prefix.
     """
     return max((index + 1 for index, value in enumerate(p_correct) if passes(value, threshold)), default=0)

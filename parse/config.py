@@ -187,7 +187,8 @@ class EngineSettings(Settings):
     )
     speculative_configs: tuple[SpeculativeConfig, ...] = Field(
         (),
-        description="The token-level methods that a request can choose. The first one is used if a request names none.",
+        description="The token-level methods that a request can choose. If a request does not choose a method, the "
+        "first one is used.",
     )
 
     @field_validator("speculative_configs")
@@ -236,14 +237,15 @@ class VerificationSettings(Settings):
     prefix_boundaries: tuple[PrefixBoundary, ...] = Field(
         ("tokens",),
         min_length=1,
-        description="Where the verified prefixes end: every `stride` tokens, at the end of sentences or of lines.",
+        description='Where the verified prefixes end: "tokens" every `stride` tokens, "sentences" at the end of each '
+        'sentence, "lines" at the end of each line.',
     )
     stride: int = Field(DEFAULT_STRIDE, ge=1, description="The number of tokens between two prefixes.")
     window: int = Field(
         16,
         ge=1,
         description="The number of draft tokens in the first window of mode progressive. Each further window is twice "
-        "as long.",
+        "as long as the one before it.",
     )
     draft_timeout_s: float = Field(
         60.0,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 EMA_WEIGHT = 0.2  # weight of the newest request in the running means
 MIN_OBSERVATIONS = 3  # drafts before the gain decides
-MIN_GAIN_TO_RESUME = 0.1  # above 0, where drafting pauses, so that drafting does not switch on and off all the time
+# Drafting pauses below a gain of 0. The higher limit keeps it from switching on and off all the time.
+MIN_GAIN_TO_RESUME = 0.1
 INITIAL_PAUSE, MAX_PAUSE = 8, 256  # requests answered without a draft before the next trial
 
 
@@ -42,7 +43,7 @@ class DraftingController:
     def __init__(self) -> None:
         self.gain: float | None = None  # mean of (time alone - time taken) / time alone
         self.acceptance: float | None = None  # mean accepted share of the draft tokens
-        self.token_s: float | None = None  # mean seconds in which the target generates a token
+        self.token_s: float | None = None  # mean seconds that the target takes to generate a token
         self._num_drafts = 0
         self._paused = False
         self._pause = INITIAL_PAUSE
@@ -62,7 +63,10 @@ class DraftingController:
         return DraftingDecision(True, f"this is a trial: {self.summary()}")
 
     def record(self, outcome: DraftingOutcome) -> None:
-        """Adds one answer to the means. Pauses or resumes drafting if they require it."""
+        """Adds one answer to the means.
+
+        Pauses drafting if it no longer pays, or resumes it after a successful trial.
+        """
         if outcome.target_tokens:
             self.token_s = _running_mean(self.token_s, outcome.target_s / outcome.target_tokens)
         if not outcome.draft_tokens:

@@ -1,6 +1,6 @@
 """The result of `Pair.generate`.
 
-It contains the text, which model wrote which part, and how many tokens and how much time it took.
+It contains the text, the model that wrote each part, the token counts and the times.
 """
 
 from collections.abc import Iterable, Sequence

@@ -20,7 +20,7 @@ Prompt = str | Sequence[Message]
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 ARGUMENT_NAMES = {"speculation": "speculative_method", "messages": "prompt"}
-"""Fields of the HTTP API in errors, and the arguments of `Pair` that they belong to."""
+"""Maps the field names of the HTTP API, which errors contain, to the corresponding arguments of `Pair`."""
 
 
 class GenerateOptions(TypedDict, total=False):

@@ -35,7 +35,7 @@ class Pair:
         with Pair("path/to/target", "path/to/draft") as pair:
             print(pair.generate("What is 7 times 8?", mode="full", temperature=0))
 
-    Synchronous calls can be made from several threads at once and also where an event loop runs, as in Jupyter. The
+    Synchronous calls can be made from several threads at once, and even where an event loop runs, as in Jupyter. The
     asynchronous ones can be awaited in any event loop. Calls that run at the same time share the forward passes of the
     models.
     """
@@ -64,7 +64,8 @@ class Pair:
             if self.draft is not None:
                 resources.callback(_shut_down, self.draft)
             self.tokenizer = self.target.model.tokenizer
-            # The last one is closed first, so no request sees that an engine has ended.
+            # Resources are closed in reverse order. The event loop is therefore closed first, and no request sees an
+            # engine that has ended.
             self._event_loop = EventLoopThread(f"pair {target_settings.model}")
             resources.callback(self._event_loop.close)
             self.pipeline = self._build_pipeline(verification, target_settings, draft_settings)
@@ -201,5 +202,6 @@ class Pair:
 
 
 def _shut_down(engine: NativeEngine) -> None:
-    with suppress(RuntimeError):  # garbage collection in the engine's own thread, which then ends by itself
+    # The error is raised if garbage collection runs this in the engine's own thread, which then ends by itself.
+    with suppress(RuntimeError):
         engine.shutdown()

@@ -112,7 +112,7 @@ METHODS: dict[str, MethodSpec] = {
         supports_trees=True,
     ),
     "space": MethodSpec(
-        "the target itself, by mask tokens (SPACE)",
+        "the target's own predictions at mask tokens (SPACE)",
         "parse.speculative.proposers.space:load",
         model="optional",
     ),
@@ -134,8 +134,8 @@ _BUILT_IN = frozenset((*METHODS, *RULES, "none"))  # "none" selects no method in
 def register_method(name: str, spec: MethodSpec) -> None:
     """Adds a token-level method.
 
-    `SpeculativeConfig` and requests can then name it. A second call with the same name replaces the method, unless it
-    is one of this project.
+    `SpeculativeConfig` and requests can then name it. A second call with the same name replaces the method. The name of
+    a built-in method is rejected.
     """
     _check_entry(name, spec, MethodSpec)
     _check_function("loader", spec.loader)
@@ -147,8 +147,8 @@ def register_method(name: str, spec: MethodSpec) -> None:
 def register_rule(name: str, spec: RuleSpec) -> None:
     """Adds an acceptance rule.
 
-    `VerificationSettings` and `AcceptancePolicy` can then name it. A second call with the same name replaces the rule,
-    unless it is one of this project. Every process that verifies drafts has to register the rule.
+    `VerificationSettings` and `AcceptancePolicy` can then name it. A second call with the same name replaces the rule.
+    The name of a built-in rule is rejected. Every process that verifies drafts has to register the rule.
     """
     _check_entry(name, spec, RuleSpec)
     _check_function("function", spec.function)
@@ -163,7 +163,7 @@ def get_rule(name: str) -> RuleSpec:
 
 
 def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function, which is passed itself or as a path `module:function`."""
+    """Returns a function that is given directly or by its path `module:function`."""
     if not isinstance(function, str):
         return function
     module, _, name = function.partition(":")

@@ -1,6 +1,6 @@
 """The requests to the pipeline, and from the pipeline to an engine.
 
-The pipeline passes its requests to an engine unchanged, also if the engine runs in another process.
+The pipeline passes its requests to an engine unchanged, even if the engine runs in another process.
 
 No request depends on an earlier one. Each contains all the tokens that it continues. If a call is lost with its
 replica, it can therefore be repeated on any other replica. A prefix cache makes the repetition cheap.

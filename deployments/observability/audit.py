@@ -1,6 +1,6 @@
-"""Audits: the target answers some requests again, alone.
+"""Audits: the target alone regenerates some answers.
 
-These are requests with accepted drafts. The two answers are compared.
+These are answers that contain accepted drafts. The two answers are compared.
 
 Audits measure how often drafts change results. They run while the router is idle. If a client's request arrives during
 an audit, the audit is cancelled and starts again later.

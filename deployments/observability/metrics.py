@@ -194,7 +194,7 @@ REJECTED_TOKENS = ROUTER_METRICS.counter(
 TARGET_TOKENS = ROUTER_METRICS.counter(
     "parse_written_tokens_total", "Answer tokens that the target generated.", MODE_LABEL
 )
-VERIFICATION_ROUNDS = ROUTER_METRICS.counter("parse_rounds_total", "Drafts that were verified.", MODE_LABEL)
+VERIFICATION_ROUNDS = ROUTER_METRICS.counter("parse_rounds_total", "Drafts that were used.", MODE_LABEL)
 ACCEPTED_SHARE = ROUTER_METRICS.histogram(
     "parse_accepted_share", "The accepted share of an answer's draft tokens.", SHARE_BUCKETS, MODE_LABEL
 )
@@ -225,8 +225,8 @@ STAGE_SECONDS = ROUTER_METRICS.histogram(
 )
 SPENT_SECONDS = ROUTER_METRICS.counter(
     "parse_spent_seconds_total",
-    "Seconds spent on answers from arrival to end (answer), and in each stage. They are the exact sums of the "
-    "histograms.",
+    "Seconds spent on answers from arrival to end (answer), and in each stage. They are the exact sums of "
+    "`parse_answer_seconds` and `parse_stage_seconds`.",
     {**MODE_LABEL, "on": ("answer", "queue", *get_args(StageName))},
 )
 TIME_TO_FIRST_TOKEN = ROUTER_METRICS.histogram(
@@ -268,7 +268,11 @@ RETRIES = ROUTER_METRICS.counter(
 )
 FALLBACKS = ROUTER_METRICS.counter(
     "parse_fallbacks_total",
-    "Answers that the target generated without a draft although drafting was requested.",
+    "Answers that the target generated without a draft although drafting was requested. The cause is one of these: "
+    "there is no drafter (none_there), mode auto has paused drafting (does_not_pay), all drafters are busy (busy), the "
+    "drafter was lost (lost), it does not respond (silent), it exceeds `draft_timeout_s` (slow), it rejects the "
+    "request (refused), it fails with another error (failed), the answer begins with reasoning (reasoning), or the "
+    "target does not reply to the verification prompt with one of the answer words (unreliable).",
     {"cause": get_args(FallbackCause)},
 )
 CANCELLATIONS = ROUTER_METRICS.counter(

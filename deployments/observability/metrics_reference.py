@@ -22,8 +22,8 @@ You can read the metrics in two places:
 
 [monitoring.md](monitoring.md) describes the dashboards and alerts. A request is counted when it ends. An answer is
 counted only if it is complete. The metrics of answers are therefore exactly the sums of `usage` and `parse` in the
-responses. Shares are not metrics. Query them, for example as accepted over drafted tokens. A label has only the values
-listed here.
+responses. Except for `parse_accepted_share`, which is a histogram over answers, ratios are not exported. Compute them
+in a query, for example accepted tokens divided by drafted tokens. A label has only the values listed here.
 """
 
 

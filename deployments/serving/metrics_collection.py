@@ -43,7 +43,7 @@ async def _collect_from_deployment(handle: DeploymentHandle) -> tuple[list[Repli
         collected = [
             task.result() for task in tasks if task.done() and not task.cancelled() and task.exception() is None
         ]
-    finally:  # also if the scrape itself is cancelled
+    finally:  # even if the scrape itself is cancelled
         for task in tasks:
             task.cancel()
     return collected, len(tasks) - len(collected)

@@ -53,7 +53,7 @@ class Capabilities:
 
     modes: tuple[str, ...]
     speculative_methods: tuple[str, ...]
-    """The first one is the default for requests that name none."""
+    """The first one is the default for requests that do not choose a method."""
     sampling_params: frozenset[str]
     """Names of fields of `SamplingParams` that may differ from their defaults."""
     max_logprobs: int
@@ -62,7 +62,7 @@ class Capabilities:
     block_size: int
     """Tokens per block of the KV cache, the unit in which prefixes are shared."""
     eos_token_ids: frozenset[int] = frozenset()
-    """The tokens that end an answer. If there are none, it is the end token of the target's tokenizer."""
+    """The tokens that end an answer. If this is empty, the end token of the target's tokenizer is used."""
 
     def check(self, request: GenerationRequest) -> None:
         """Raises RequestError if the request needs a capability that the engine lacks."""

@@ -28,9 +28,10 @@ class Draft:
         self.final_text: str | None = None
         """The text of the whole answer if the draft ends at a stop string, which may cut the text of a token."""
         self.complete = False
-        """Whether the draft ended with an end token or a stop string, and so is a complete answer.
+        """Whether the draft is a complete answer.
 
-        With `ignore_eos`, only a stop string completes it."""
+        It is one if it ended with an end token or a stop string, or if it is a whole prediction of the client. With
+        `ignore_eos`, only a stop string completes it."""
         self.closed = False
         """Whether no more tokens will follow."""
         self._changed = asyncio.Event()
@@ -113,7 +114,7 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=tuple(run.state.output),
             messages=request.messages,
-            # An end token ends the draft also if the target has to continue after it.
+            # An end token ends the draft even with `ignore_eos`, where the target then continues.
             sampling_params=replace(run.sampling_params, ignore_eos=False),
             stream_interval=stream_interval,
         )
@@ -129,6 +130,8 @@ def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
     """Adds tokens up to an end token, another special token, a stop string or the token limit.
 
     Returns whether one of these was reached. Only an end token of the target and a stop string complete the draft.
+    Another special token and the token limit make it incomplete. If none of these is reached, `draft.complete` does not
+    change, so a whole prediction stays complete.
     """
     token_ids, ended = validate_token_ids("draft", token_ids, len(run.tokenizer)), False
     special = run.eos_token_ids.union(run.tokenizer.all_special_ids)

@@ -181,7 +181,7 @@ def _accept(
 def _check_result(result: VerifyResult, request: VerifyRequest) -> None:
     """Raises VerificationError if a result is malformed.
 
-    Without this check, such a result might accept a draft by accident.
+    Without this check, such a result might cause a draft to be accepted by accident.
     """
     expected = len(request.prefix_lengths)
     if len(result.p_correct) != expected:

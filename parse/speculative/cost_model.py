@@ -1,4 +1,4 @@
-"""Predicts how long a step of the engine takes from the number of tokens in it.
+"""Predicts the duration of an engine step from its number of tokens.
 
 A step over more tokens takes longer. How much longer depends on the device, and on how full the batch already is. The
 cost of one more proposed token is therefore measured.

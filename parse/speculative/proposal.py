@@ -17,8 +17,9 @@ from torch import Tensor
 class Proposal:
     """A tree of proposed tokens.
 
-    `parents[j]` is the node that node j follows. It is smaller than j, or -1 for the last token of the sequence. A node
-    may be a MASK (`parse.tree`): no token can follow it, but the target predicts a token there (see SPACE).
+    `parents[j]` is the node that node j follows. It is smaller than j. The value -1 stands for the last token of the
+    sequence. A node may be a MASK (`parse.tree`): no token can follow it, but the target predicts a token there (see
+    SPACE).
     """
 
     token_ids: Sequence[int] = ()

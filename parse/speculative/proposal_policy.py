@@ -1,14 +1,15 @@
 """Decides when a method makes a proposal, and how many tokens it proposes.
 
-A step of the target takes almost as long for one token per sequence as for a few. If g proposed tokens are accepted,
-the sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to the step.
+A step of the target over a few tokens per sequence takes hardly longer than a step over one. If g proposed tokens are
+accepted, the sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to
+the step.
 
 - A proposal pays if the time it saves exceeds its price (`SequenceSpeculation._net_gain_s`, and for the time of
   proposing `SpeculativeMethod.next_step`).
 - Within a proposal, one more token pays if its probability of being accepted, times the time that an accepted token
-  saves, exceeds the price of that token. The price divided by that time is `ProposalRequest.min_probability`. Some
-  methods do not estimate probabilities. For these, the acceptance rates observed at each position are used instead
-  (`ProposalRequest.max_depth`).
+  saves, exceeds the price of that token. The price divided by that time is `ProposalRequest.min_probability`.
+  Independently of the method's estimates, the acceptance rates observed at each position limit the depth
+  (`ProposalRequest.max_depth`). For methods that do not estimate probabilities, this is the only limit.
 - If proposals do not pay, none is made for a number of steps (`Backoff`). Then they are tried again.
 
 This policy has no settings. The times come from the cost model and from a clock. The acceptance comes from earlier
@@ -16,9 +17,9 @@ proposals. The decisions therefore adapt to the device, to the load (a full batc
 and to each sequence. A method's own probabilities are corrected by how well they have predicted the acceptance of this
 sequence so far (`Calibration`).
 
-A method proposes for many sequences in one call, which takes hardly longer than for one sequence. Whether the time of
-that call pays is therefore decided for all sequences together. If every token of a proposal takes another step of the
-method, the depth is common to all sequences too.
+A method proposes for many sequences in one call, which takes little longer than a call for one sequence. Whether the
+time of that call pays is therefore decided for all sequences together. If every token of a proposal takes another step
+of the method, the depth is common to all sequences too.
 """
 
 import math
@@ -167,8 +168,9 @@ class SequenceSpeculation:
     state: GuardedState
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
     _calibration: Calibration = field(default_factory=Calibration)
-    _mean_proposed: float = 0.0  # tokens proposed for this sequence in a step, with proposals or without
-    _mean_accepted: float = 0.0  # how many of these tokens were accepted
+    # The mean number of tokens proposed for this sequence per step, including steps without a proposal.
+    _mean_proposed: float = 0.0
+    _mean_accepted: float = 0.0  # mean number of these tokens that were accepted
     _step: int = 0
     _backoff: Backoff = field(default_factory=Backoff)
     _num_trials: int = 0

@@ -68,9 +68,9 @@ class Calibration:
 class Backoff:
     """Pauses proposals for some steps.
 
-    The pause doubles each time a trial does not pay. A pause ends at a multiple of its length. Sequences that could
-    share the time of proposing therefore try again in the same step. A single sequence could not measure that proposing
-    pays for all of them together.
+    The pause doubles each time a trial does not pay. A pause ends at a step whose number is a multiple of the length of
+    the pause. Sequences that could share the time of proposing therefore try again in the same step. A single sequence
+    could not measure that proposing pays for all of them together.
     """
 
     length: int = INITIAL_PAUSE

@@ -331,14 +331,22 @@ def test_a_contender_is_a_mode_or_a_mode_with_a_method(contender, fields):
     assert body.get("parse") == fields
 
 
-def test_the_summary_names_the_fastest_contender():
+@pytest.mark.parametrize(
+    ("load", "phrase"),
+    [
+        (OfferedLoad(1), "With 1 client"),
+        (OfferedLoad(8), "With 8 clients"),
+        (OfferedLoad(rate=4.0), "At 4 arrivals per second"),
+    ],
+)
+def test_the_summary_names_the_fastest_contender(load, phrase):
     def run(mode, wall):
         outcome = RequestResult(SampleRequest([]), 0.0, 2.0, TimedResponse("text", True, completion_tokens=10))
-        return BenchmarkRun(mode, OfferedLoad(8), [Round([outcome], wall, 0.0)])
+        return BenchmarkRun(mode, load, [Round([outcome], wall, 0.0)])
 
     figures = {"served": None, **compare_runs([run("off", 1.0), run("off+none", 4.0), run("auto", 2.0)])}
     assert fastest_sentences(figures) == [
-        "At load 8, `off` is the fastest, and `auto` reaches 50% of its requests per second."
+        f"{phrase}, `off` answers the most requests per second, and `auto` answers 50% as many."
     ]
 
 

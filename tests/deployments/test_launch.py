@@ -12,7 +12,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from deployments import __main__ as command
 from deployments import launch
-from deployments.app import build
+from deployments.app import assemble
 from deployments.config import PROJECT_ROOT, AppSettings
 from deployments.launch import (
     DeploymentProgress,
@@ -197,7 +197,7 @@ def test_models_and_heads_of_the_project_are_found_from_any_directory(monkeypatc
     monkeypatch.chdir(tmp_path)
     configs = [{"method": "eagle3", "model": "models/demo-eagle3"}, {"method": "draft_model", "model": "some/model"}]
     target = {"model": "models/demo-target", "speculative_configs": [*configs, {"method": "ngram"}]}
-    application = build(AppSettings.model_validate({"target": target}))
+    application, _ = assemble(AppSettings.model_validate({"target": target}))
     (settings,) = [
         deployment.init_args[0] for deployment in list_deployments(application) if deployment.name == "Verifier"
     ]

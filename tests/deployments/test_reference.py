@@ -24,7 +24,7 @@ from deployments.api.response_models import (
     TracedVerification,
 )
 from deployments.api.routes import ERROR_DESCRIPTIONS
-from deployments.app import build
+from deployments.app import assemble
 from deployments.config import PROJECT_ROOT, ApiSettings, AppSettings, AuditSettings
 from deployments.reference import describe_meaning, describe_type, list_deployments, render_configuration_page
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
@@ -90,7 +90,9 @@ def test_limits_on_requests_follow_the_settings_that_the_page_names():
     def limits(**api):
         model = {"model": "m", "max_num_seqs": api.pop("max_num_seqs", 32)}
         settings = AppSettings.model_validate({"target": model, "draft": model, "api": api})
-        return {deployment.name: deployment.max_ongoing_requests for deployment in list_deployments(build(settings))}
+        return {
+            deployment.name: deployment.max_ongoing_requests for deployment in list_deployments(assemble(settings)[0])
+        }
 
     default_limits = limits()
     assert limits(max_answers=65)["Router"] == limits(max_queued_requests=257)["Router"] == default_limits["Router"] + 1

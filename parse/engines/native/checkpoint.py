@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -45,7 +46,7 @@ def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTra
         )
     except ImportError as error:
         raise CheckpointError(f"{path} needs a package that is not installed: {_one_line(error)}") from error
-    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, CheckpointError):
             raise
         if config is not None and is_out_of_memory(error):

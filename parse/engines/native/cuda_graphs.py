@@ -82,7 +82,7 @@ class CudaGraphs:
         self._host = torch.empty(0, self._width, dtype=torch.long)
 
     def replay(self, chunks: Sequence[ScheduledChunk]) -> Tensor | None:
-        """Replays the step of causal single tokens and returns its logits.
+        """Replays a step in which every chunk is one causal token, and returns its logits.
 
         The logits are valid until the next step. Returns None if the batch size is not recorded.
         """
@@ -101,7 +101,7 @@ class CudaGraphs:
         self._recordings[batch_size] = None
         try:
             recording = self._record(batch_size, chunks)
-            recording.replay()  # writes the same keys and values as the step again
+            recording.replay()  # writes again the keys and values that the step has written
             difference = float((recording.logits[: len(chunks)] - logits).abs().max())
             allowed = TOLERANCE[self._model.network.dtype] * float(logits.abs().max())
             if not difference <= allowed:

@@ -41,7 +41,7 @@ class SharedVocabularyDrafter:
 class RetokenizingDrafter:
     """A drafter with its own tokenizer.
 
-    Text is passed on up to the start of a word, so that no token is split.
+    The last word is held back until it is complete, so that no token of the target is split.
     """
 
     def __init__(
@@ -62,8 +62,9 @@ class RetokenizingDrafter:
         output_token_ids = tokenizer.encode(output, add_special_tokens=False)
         max_tokens = request.sampling_params.max_tokens
         if max_tokens is not None:
-            # The limit refers to the target's tokens, and the receiver applies it exactly. This one only ends a draft
-            # that does not end by itself. The same text may have more tokens here than in the target's vocabulary.
+            # The request's limit counts tokens of the target, and the receiver applies it exactly. The limit computed
+            # here only ends a draft that does not end by itself. It is higher, because this tokenizer may need more
+            # tokens for the same text.
             remaining = max(0, max_tokens - len(request.output_token_ids))
             max_tokens = len(output_token_ids) + 2 * remaining + EXTRA_TOKENS
         generate = GenerateRequest(

@@ -28,7 +28,7 @@ MAX_SUFFIX_TOKENS = 1024  # per forward pass; each sequence has memory for this 
 
 
 class NativeEngine:
-    """Serves one model to many callers, whose calls share only the prefix cache."""
+    """Serves one model. Its calls share only the prefix cache and forward passes."""
 
     def __init__(
         self,
@@ -283,8 +283,8 @@ def _verification_context(request: VerifyRequest, trunk_start: int | None) -> tu
     """Returns the context of a verification, and its trunk.
 
     The trunk consists of the tokens after the context, which are run as nodes. It starts with the token before
-    `trunk_start`, an index of the draft, and ends with the last prefix. With None there is no trunk. If
-    log-probabilities are requested, it starts with the token before the draft.
+    `trunk_start`, an index of the draft, and ends with the last prefix. If log-probabilities are requested, the trunk
+    always starts with the token before the draft. Otherwise None means that there is no trunk.
     """
     if request.num_logprobs is not None:
         trunk_start = 0

@@ -54,7 +54,7 @@ def optimize_modules(network: nn.Module, *, linears: bool = True) -> int:
 
 
 def _replace_forward(module: nn.Module, forward: Forward | None) -> bool:
-    """Replaces a forward function if the new one computes the same.
+    """Replaces a forward function if the new one gives the same results.
 
     For example, some norms add one to their weight. These keep their own function.
     """

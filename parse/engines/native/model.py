@@ -134,14 +134,14 @@ class Model:
         return logits.float(), aux_hidden_states
 
     def _self_check(self) -> int:
-        """Checks that packed steps compute the same as separate sequences.
+        """Checks that packed steps give the same logits as separate sequences.
 
-        Returns the bytes per token of the KV cache.
-
-        This finds unsupported models that `check_supported` does not know, for example models with their own mask or
-        state, or whose computation depends on the other sequences of a step. Such a model fails with every random
+        The check finds unsupported models that `check_supported` does not know, for example models with their own mask
+        or state, or whose computation depends on the other sequences of a step. Such a model fails with every random
         sequence. A mixture of experts may fail with one sequence, if rounding changes the choice between two nearly
         equal experts.
+
+        Returns the bytes per token of the KV cache.
         """
         kv_cache = KVCache(num_blocks=3, block_size=BLOCK_SIZE)
         for start in self._self_check_positions():

@@ -12,7 +12,7 @@ WAKE_INTERVAL_S = 0.02  # people do not read faster than this
 
 
 class Waker:
-    """Wakes all coroutines that wait for one engine at the same time.
+    """Wakes the coroutines that wait for one engine, all of them at once.
 
     Waking an event loop takes a large part of the time of a small model's step. The engine's thread therefore does it
     between steps, at most every `WAKE_INTERVAL_S` unless a result is urgent.

@@ -174,9 +174,9 @@ class PrefixCache:
         return best, length
 
     def _can_take_over(self, sequence: SequenceState, usable: int) -> bool:
-        """Returns whether a new request may continue this cached sequence itself.
+        """Returns whether a request may take over this sequence instead of forking it.
 
-        That destroys the rest of the sequence.
+        Taking over discards the rest of the sequence.
 
         Returns False if the rest is the greater part, or if another sequence shares the block to write to.
         """
@@ -203,8 +203,8 @@ class PrefixCache:
             return True
         if source.in_use:
             return False
-        # Only the source itself can be evicted. The request keeps the shared blocks and computes the rest again.
-        # Otherwise it might wait forever.
+        # Nothing is left to evict except the source itself, and without evicting it the request might wait forever.
+        # The request keeps the shared full blocks and computes the rest again.
         del self._cached_sequences[source]
         self.discard(source)
         self.evictions += 1

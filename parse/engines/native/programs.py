@@ -40,9 +40,9 @@ class TreeOutput:
     logits: Tensor
     """[logits_nodes, vocabulary], valid until the program yields again."""
     token_ids: Sequence[int]
-    """The token chosen at each of them."""
+    """The token chosen at each of the `logits_nodes`."""
     aux_hidden_states: Callable[[Sequence[int]], Tensor] | None = None
-    """Returns the hidden states of entries: the tokens of the context, followed by the nodes."""
+    """Returns the hidden states of the given entries. Entries count the tokens of the context first, then the nodes."""
 
 
 TreeProgram = Generator[TreeInput, TreeOutput, None]
@@ -70,11 +70,11 @@ def generate(
 ) -> Program:
     """Generates the tokens that follow the request's prompt and output.
 
-    The context is prompt and output without their last token. At most `max_new_tokens` tokens are passed to `emit`, not
-    counting the end token, and at least `stream_interval` of them at a time. `detokenizer` finds stop strings. A pass
-    also runs the request's draft, and later the proposals of the speculative method. They are accepted as long as the
-    target chooses the same tokens. If the last token has already been computed, `last_output` is its output. The
-    context then contains that token, and the first new token needs no pass.
+    The context is prompt and output without their last token. Passes at most `max_new_tokens` tokens to `emit`, and
+    never the end token. Each delta except the last has at least `stream_interval` tokens. `detokenizer` finds stop
+    strings. A pass also runs the request's draft, and later the proposals of the speculative method. They are accepted
+    as long as the target chooses the same tokens. If the last token has already been computed, `last_output` is its
+    output. The context then contains that token, and the first new token needs no pass.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
     sampler = Sampler(params, prompt, output)

@@ -13,7 +13,7 @@ from parse.engines.native.programs import Program, TreeInput
 
 
 class RequestListener(Protocol):
-    """Receives the end of a request, in the engine's thread."""
+    """Is notified in the engine's thread when a request ends."""
 
     def on_finished(self, error: BaseException | None) -> None: ...
 

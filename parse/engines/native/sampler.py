@@ -82,7 +82,8 @@ def sample(logits: Tensor, states: Sequence[SamplingState | None] = ()) -> list[
 
     It is sampled as the state of the row says. Without a state it is the most likely token.
 
-    A row whose maximum is not finite gives -1. This is the only place in a step that waits for the device.
+    The token of a row whose maximum is not finite is -1. The transfer of the tokens is the only point of a step that
+    waits for the device.
     """
     if not len(logits):
         return []

@@ -16,7 +16,7 @@ CONTEXT_LENGTH = 64  # computed tokens before those of the step
 
 
 def measure_step_seconds(model: Model) -> list[tuple[int, float]]:
-    """Returns pairs of a number of tokens and the seconds of such a step.
+    """Returns pairs: a number of tokens, and the seconds that such a step takes.
 
     Each step follows a short context.
     """

@@ -78,7 +78,7 @@ def verify(
         runs_trunk = bool(trunk) and tree_output is None
         if not batch and not runs_trunk:
             break
-        batch.reverse()  # `trunk_with_suffixes` starts with the suffix of the longest prefix
+        batch.reverse()  # after the trunk, `trunk_with_suffixes` puts the suffix of the longest prefix first
         positions = [start + lengths[index] for index in batch]
         trunk_nodes: list[int] = []
         if not runs_trunk:

@@ -63,9 +63,10 @@ class DraftModelProposer(Proposer["DraftModelState"]):
     """Proposes for all requests of a call in the same passes of the small model."""
 
     def __init__(self, model: Model, vocab_size: int | None = None) -> None:
-        """Proposes only the first `vocab_size` tokens, because the target may have fewer tokens.
+        """Proposes only token ids below `vocab_size`.
 
-        None means all tokens of the small model's vocabulary.
+        The target's vocabulary may be smaller than that of the small model. None means all tokens of the small model's
+        vocabulary.
         """
         self.model, self.vocab_size = model, vocab_size or model.vocab_size
         self.bytes_per_token = model.bytes_per_token

@@ -2,9 +2,9 @@
 
 They consist of an embedding for masks, and a small network after every layer.
 
-The adapters change the computation only at masks. At all other tokens, the model computes bit for bit the same as
-without them. (In a mixture of experts this holds up to rounding, because the rounding of an expert depends on the
-number of tokens that it computes.)
+The adapters change the computation only at masks. At all other tokens, the output of the model is bit-for-bit the same
+as without the adapters. (In a mixture of experts this holds up to rounding, because the rounding of an expert depends
+on the number of tokens that it computes.)
 """
 
 import json
@@ -32,7 +32,7 @@ MaskIndices = slice | Tensor
 
 @dataclass(frozen=True)
 class SpaceAdaptersConfig:
-    """The sizes of adapters, with the names of their config.json."""
+    """The sizes of adapters, with the field names of their config.json."""
 
     hidden_size: int
     num_hidden_layers: int
