@@ -16,7 +16,7 @@ from ray.serve.schema import (
 )
 
 from deployments.__main__ import THROUGHPUT_ENVIRONMENT
-from deployments.app import build
+from deployments.app import assemble
 from deployments.config import PROJECT_ROOT, AppSettings
 from deployments.launch import BUILDER_IMPORT_PATH, LaunchError, read_config
 from deployments.reference import list_deployments
@@ -62,7 +62,7 @@ def test_no_config_has_a_key_that_serve_would_ignore(config):
 
 def test_each_config_names_only_deployments_that_are_built(config):
     app = application(config)
-    built = {deployment.name for deployment in list_deployments(build(AppSettings.model_validate(app["args"])))}
+    built = {deployment.name for deployment in list_deployments(assemble(AppSettings.model_validate(app["args"]))[0])}
     assert built == {"Router", "Verifier", "Drafter"}
     assert {deployment["name"] for deployment in app.get("deployments", [])} <= built
 
@@ -79,7 +79,8 @@ def test_each_deployment_sets_its_cores_and_a_model_on_gpus_its_gpus(config):
 
 
 def test_without_a_draft_there_is_no_drafter():
-    built = list_deployments(build(AppSettings.model_validate({"target": {"model": "models/demo-target"}})))
+    application, _ = assemble(AppSettings.model_validate({"target": {"model": "models/demo-target"}}))
+    built = list_deployments(application)
     assert {deployment.name for deployment in built} == {"Router", "Verifier"}
 
 

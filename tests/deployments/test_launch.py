@@ -12,7 +12,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from deployments import __main__ as command
 from deployments import launch
-from deployments.app import assemble
+from deployments.app import assemble, build
 from deployments.config import PROJECT_ROOT, AppSettings
 from deployments.launch import (
     DeploymentProgress,
