@@ -19,7 +19,7 @@ MODES = ["full", "rounds", "progressive", "exact", "off", "auto"]
 
 
 def settings(path, *methods):
-    memory = 24 * 2**20  # for few sequences, so that cached ones are evicted and running ones may be preempted
+    memory = 224 * 2**20  # for eight sequences of the target, so that cached ones are evicted and requests wait
     return EngineSettings(
         model=path, num_threads=1, max_model_len=512, kv_cache_memory_bytes=memory, speculative_configs=methods
     )
