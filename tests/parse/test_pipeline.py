@@ -1,6 +1,7 @@
 """The pipeline over scripted models: which calls it makes, what it keeps of a draft, and what happens on failures."""
 
 import asyncio
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from parse.prompts import build_verification_suffix
 from parse.registry import METHODS, MODES
 from parse.requests import GenerationRequest
 from parse.types import Logprob, SamplingParams, SpeculationStats, TokenDelta, VerifyResult
+from parse.verification_check import without_unreliable_modes
 
 GREEDY = SamplingParams(temperature=0.0)
 PROMPT = (1, 2, 3)
@@ -702,3 +704,71 @@ def test_stages_tell_when_each_thing_was_done_and_how_much_of_the_prompt_was_kno
         assert stages["judge"].end <= stages["write"].start <= stages["write"].end <= usage.total_s
         assert usage.seconds("judge", "write") == usage.seconds("judge") + usage.seconds("write") > 0
         assert usage.cached_tokens == cached
+
+
+class Thinking(Target):
+    """Begins its answers with reasoning."""
+
+    def __init__(self, tokenizer, text):
+        super().__init__(tokens=tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.fixture
+def thinking(make, tokenizer):
+    """A pipeline whose chat template opens a reasoning block."""
+    reasoning_tokenizer = deepcopy(tokenizer)
+    reasoning_tokenizer.chat_template += "{# <think></think> #}"
+    target, drafter = Thinking(tokenizer, "<think>First Uma, then Max.</think>Uma leads."), Scripted([RIGHT] * 9)
+    return replace(make(target, drafter), tokenizer=reasoning_tokenizer), drafter
+
+
+@pytest.mark.parametrize("mode", ["full", "rounds", "progressive", "auto"])
+@pytest.mark.parametrize("state", ["open", "expected"])
+def test_reasoning_is_not_drafted_and_returned_apart_from_the_answer(thinking, mode, state):
+    pipeline, drafter = thinking
+    _, deltas, verifications, finished = answered(pipeline, mode, reasoning=state)
+    if state == "expected":
+        assert "".join(delta.reasoning for delta in deltas) == "First Uma, then Max."
+        assert "".join(delta.text for delta in deltas) == "Uma leads."
+    assert finished.usage.mode == "off" and finished.usage.fallback.cause == "reasoning"
+    assert not drafter.outputs and not verifications
+
+
+def test_exact_drafts_reasoning_too(thinking):
+    pipeline, drafter = thinking
+    _, _, _, finished = answered(pipeline, "exact", reasoning="expected")
+    assert drafter.outputs and finished.usage.mode == "exact" and finished.usage.fallback is None
+
+
+def test_the_text_of_a_request_without_a_chat_is_not_separated(thinking):
+    pipeline, _ = thinking
+    _, deltas, _, _ = answered(pipeline, "off")
+    assert "".join(delta.text for delta in deltas).startswith("<think>First Uma")
+    assert not any(delta.reasoning for delta in deltas)
+
+
+@pytest.mark.parametrize("mode", ["full", "rounds", "progressive"])
+def test_a_draft_whose_answer_words_are_improbable_is_rejected_and_reported(make, mode):
+    class Elsewhere(Target):
+        """Would reply to the verification prompt with something else."""
+
+        async def verify(self, request):
+            result = await super().verify(request)
+            masses = tuple(0.01 for _ in result.p_correct)
+            return replace(result, p_correct=tuple(0.0 for _ in masses), answer_mass=masses)
+
+    token_ids, _, verifications, finished = answered(make(Elsewhere(), Scripted([RIGHT] * 9)), mode)
+    assert token_ids == OWN and finished.usage.answer_mass == 0.01
+    assert finished.usage.fallback.cause == "unreliable" and "1.0%" in finished.usage.fallback.message
+    assert all(set(verification.answer_mass) == {0.01} for verification in verifications)
+
+
+def test_a_target_that_cannot_verify_offers_no_mode_that_verifies(make):
+    capabilities = without_unreliable_modes(CAPABILITIES, 0.01, VerificationSettings(), "model")
+    assert set(capabilities.modes) == {"auto", "exact", "off"}
+    assert without_unreliable_modes(CAPABILITIES, 0.9, VerificationSettings(), "model") is CAPABILITIES
+    pipeline = replace(make(Target(), Scripted([RIGHT])), capabilities=capabilities)
+    token_ids, _, _, finished = answered(pipeline, "auto")
+    assert token_ids == OWN and finished.usage.fallback.cause == "unreliable"
+    with pytest.raises(RequestError, match=r"^mode: this engine supports"):
+        answered(pipeline, "full")

@@ -153,3 +153,33 @@ def test_an_empty_answer_is_a_valid_response(tokenizer):
         [choice_state(Finished("stop", Usage("off")))]
     )
     assert response.choices[0].message.content == "" and response.usage.completion_tokens == 0
+
+
+# Reasoning.
+
+
+def test_reasoning_is_a_field_beside_the_content(tokenizer):
+    events: list[Event] = [
+        TextDelta("", (1, 2), "target", reasoning="First"),
+        TextDelta("It is", (3, 4), "target", reasoning=" one."),
+        TextDelta(" 56.", (5,), "target"),
+        Finished("stop", Usage(mode="off", target_tokens=5)),
+    ]
+    builder = ChatResponseBuilder(response_context(), TokenText(tokenizer))
+    choice = choice_state(*events)
+    (response_choice,) = builder.build_response([choice]).choices
+    message = response_choice.message
+    assert (message.reasoning_content, message.content) == ("First one.", "It is 56.")
+    deltas = [data(builder.event_chunk(choice, event))["choices"][0]["delta"] for event in events]
+    assert deltas == [
+        {"reasoning_content": "First"},
+        {"reasoning_content": " one.", "content": "It is"},
+        {"content": " 56."},
+        {},
+    ]
+
+
+def test_without_reasoning_the_field_is_null(tokenizer):
+    choice = choice_state(TextDelta("56", (3,), "target"), Finished("stop", Usage(mode="off", target_tokens=1)))
+    (response_choice,) = ChatResponseBuilder(response_context(), TokenText(tokenizer)).build_response([choice]).choices
+    assert response_choice.message.reasoning_content is None
