@@ -97,6 +97,9 @@ class InProcessBackend:
     def unavailable_parts(self) -> dict[str, str]:
         return {}
 
+    async def deployment_failure(self) -> str | None:
+        return None
+
     def update_metrics(self) -> None:
         pass
 

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from parse.acceptance import Thresholds
 from parse.prefixes import DEFAULT_STRIDE, PrefixBoundary

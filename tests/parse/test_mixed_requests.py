@@ -19,9 +19,9 @@ MODES = ["full", "rounds", "progressive", "exact", "off", "auto"]
 
 
 def settings(path, *methods):
-    memory = 224 * 2**20  # for eight sequences of the target, so that cached ones are evicted and requests wait
+    num_bytes = 224 * 2**20  # for eight sequences of the target, so that cached ones are evicted and requests wait
     return EngineSettings(
-        model=path, num_threads=1, max_model_len=512, kv_cache_memory_bytes=memory, speculative_configs=methods
+        model=path, num_threads=1, max_model_len=512, kv_cache_memory_bytes=num_bytes, speculative_configs=methods
     )
 
 

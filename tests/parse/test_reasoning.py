@@ -1,4 +1,4 @@
-"""Reasoning is separated from the answer, however the text is cut into pieces."""
+"""Reasoning is separated from the answer, however the text is divided."""
 
 from itertools import pairwise
 
@@ -30,18 +30,18 @@ CASES = [
 ]
 
 
-def separate(text, state, cuts, tags=TAGS):
+def separate(text, state, splits, tags=TAGS):
     parser = ReasoningParser(tags, state)
-    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [parser.add(text[start:end]) for start, end in pairwise(bounds)]
-    pieces.append(parser.finish())
-    return "".join(reasoning for reasoning, _ in pieces), "".join(answer for _, answer in pieces)
+    bounds = [0, *sorted(min(split, len(text)) for split in splits), len(text)]
+    parts = [parser.add(text[start:end]) for start, end in pairwise(bounds)]
+    parts.append(parser.finish())
+    return "".join(reasoning for reasoning, _ in parts), "".join(answer for _, answer in parts)
 
 
 @pytest.mark.parametrize(("text", "state", "reasoning", "answer"), CASES)
-@given(cuts=st.lists(st.integers(0, 50), max_size=8))
-def test_any_pieces_give_the_same_reasoning_and_answer(text, state, reasoning, answer, cuts):
-    assert separate(text, state, cuts) == (reasoning, answer)
+@given(splits=st.lists(st.integers(0, 50), max_size=8))
+def test_any_parts_give_the_same_reasoning_and_answer(text, state, reasoning, answer, splits):
+    assert separate(text, state, splits) == (reasoning, answer)
 
 
 @pytest.mark.parametrize(("text", "state", "reasoning", "answer"), CASES)
@@ -49,9 +49,9 @@ def test_single_characters_give_the_same_reasoning_and_answer(text, state, reaso
     assert separate(text, state, range(len(text))) == (reasoning, answer)
 
 
-@given(text=st.text("<>/think a\n", max_size=30), cuts=st.lists(st.integers(0, 30), max_size=5))
-def test_without_tags_the_text_is_the_answer(text, cuts):
-    assert separate(text, None, cuts, tags=None) == ("", text)
+@given(text=st.text("<>/think a\n", max_size=30), splits=st.lists(st.integers(0, 30), max_size=5))
+def test_without_tags_the_text_is_the_answer(text, splits):
+    assert separate(text, None, splits, tags=None) == ("", text)
 
 
 def test_the_tags_are_those_of_the_template():

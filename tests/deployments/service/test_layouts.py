@@ -130,7 +130,7 @@ def test_a_deployment_that_cannot_work_replaces_nothing(deployed, tmp_path):
     }
 
     async def load(changing):
-        statuses = []
+        statuses: list[int] = []
         while not changing.done():
             bodies = [chat(problem.question) for problem in problems(4, seed=len(statuses))]
             statuses += [answer.status_code for answer in await asyncio.gather(*map(service.ask, bodies))]
