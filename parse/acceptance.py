@@ -43,7 +43,7 @@ class AcceptancePolicy:
     thresholds: Thresholds = Thresholds()
     rule: str = "first_failure"
     min_answer_mass: float = 0.0
-    """If the answer words have less probability than this after a prefix, its P(correct) counts as 0."""
+    """A prefix fails if the answer words have less probability than this after it."""
 
     def __post_init__(self) -> None:
         get_rule(self.rule)
@@ -95,7 +95,7 @@ def accepted_prefix_length(
 
 def next_batch(
     num_prefixes: int,
-    p_correct: Mapping[int, float],
+    p_correct: Mapping[int, float | None],
     policy: AcceptancePolicy | None,
     *,
     complete: bool,

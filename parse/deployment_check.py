@@ -8,11 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.config import EngineSettings, VerificationSettings
 from parse.engines.native.checkpoint import load_skeleton
+from parse.engines.native.drafter import shares_vocabulary
 from parse.engines.native.model import check_supported
-from parse.errors import ModelLoadError, RequestError
+from parse.errors import ModelLoadError
 from parse.pair_settings import check_model_folder, model_load_error
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids, validate_template_kwargs
-from parse.registry import METHODS, resolve
+from parse.registry import METHODS, is_built_in, resolve
 from parse.speculative.proposers.base import LoadContext
 from parse.speculative.proposers.draft_model import check_same_tokenizer
 
@@ -22,6 +23,8 @@ def check_models(target: EngineSettings, draft: EngineSettings | None, verificat
     network, tokenizer = _check_model("target", target)
     for index, config in enumerate(target.speculative_configs):
         argument = f"target.speculative_configs[{index}]"
+        if not is_built_in(config.method):  # a method of the operator may need the weights of the target
+            continue
         try:
             if METHODS[config.method].loads_language_model and config.model:
                 other, other_tokenizer = _check_model(argument, EngineSettings(model=config.model))
@@ -31,8 +34,8 @@ def check_models(target: EngineSettings, draft: EngineSettings | None, verificat
                 resolve(METHODS[config.method].loader)(config, LoadContext(network, tokenizer, "cpu", target.dtype))
         except ModelLoadError:
             raise
-        except (ValueError, OSError) as error:
-            raise model_load_error(argument, config.model or config.method, ValueError(str(error))) from error
+        except Exception as error:  # damaged files raise many kinds of errors in the libraries
+            raise model_load_error(argument, config.model or config.method, _as_value_error(error)) from error
     try:
         settings = VerificationSettings.for_model(target.model, **verification.model_dump(exclude_unset=True))
         build_verification_suffix(
@@ -46,7 +49,7 @@ def check_models(target: EngineSettings, draft: EngineSettings | None, verificat
         raise model_load_error("target", target.model, error) from error
     if draft is not None:
         _, draft_tokenizer = _check_model("draft", draft)
-        if draft_tokenizer.get_vocab() != tokenizer.get_vocab():
+        if not shares_vocabulary(draft_tokenizer, tokenizer):
             try:
                 kwargs = validate_template_kwargs(draft_tokenizer, draft.chat_template_kwargs)
                 chat_prompt_token_ids(draft_tokenizer, [{"role": "user", "content": "Hello."}], kwargs)
@@ -59,8 +62,10 @@ def _check_model(argument: str, settings: EngineSettings) -> tuple[PreTrainedMod
     try:
         network, tokenizer = load_skeleton(settings.model)
         check_supported(network)
-    except RequestError:
-        raise
-    except ValueError as error:
-        raise model_load_error(argument, settings.model, error) from error
+    except Exception as error:  # damaged files raise many kinds of errors in the libraries
+        raise model_load_error(argument, settings.model, _as_value_error(error)) from error
     return network, tokenizer
+
+
+def _as_value_error(error: Exception) -> ValueError:
+    return error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")

@@ -2,8 +2,24 @@
 
 import torch
 
-DEVICE_ERROR_TEXTS = "CUDA error", "cuDNN error", "HIP error", "NCCL error"
-OUT_OF_MEMORY_TEXTS = "out of memory", "not enough memory"  # of GPUs; of PyTorch's allocator on CPUs
+DEVICE_ERROR_TEXTS = (
+    "CUDA error",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "cuDNN error",
+    "HIP error",
+    "NCCL error",
+    "NCCL Error",
+)
+OUT_OF_MEMORY_TEXTS = (
+    "out of memory",
+    "not enough memory",  # PyTorch's allocator on CPUs; the next two are that of Linux
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "ALLOC_FAILED",  # cuBLAS and cuDNN
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # usual if no memory is left for the handle
+    "bad_alloc",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from typing import Self, Unpack
 from parse.config import EngineSettings, VerificationSettings
 from parse.engines.native.drafter import drafter_for
 from parse.engines.native.engine import NativeEngine
-from parse.errors import EngineStopped
+from parse.errors import EngineStopped, RequestError
 from parse.event_loop import EventLoopThread
 from parse.events import Event
 from parse.generation_output import GenerationOutput
@@ -24,7 +24,7 @@ from parse.pair_settings import (
     verification_settings,
 )
 from parse.pipeline import Pipeline
-from parse.prompts import TemplateError, build_verification_suffix
+from parse.prompts import TemplateError, build_verification_suffix, validate_template_kwargs
 from parse.requests import GenerationRequest
 from parse.verification_check import measure_answer_mass, without_unreliable_modes
 
@@ -139,8 +139,9 @@ class Pair:
     def _build_pipeline(
         self, verification: VerificationSettings, target: EngineSettings, draft: EngineSettings | None
     ) -> Pipeline:
-        template_kwargs = target.chat_template_kwargs
+        capabilities = self.target.capabilities()
         try:
+            template_kwargs = validate_template_kwargs(self.tokenizer, target.chat_template_kwargs)
             suffix = build_verification_suffix(
                 self.tokenizer,
                 verification.prompt,
@@ -148,7 +149,7 @@ class Pair:
                 verification.incorrect,
                 template_kwargs=template_kwargs,
             )
-        except TemplateError as error:
+        except (TemplateError, RequestError) as error:
             raise model_load_error("target", target.model, error) from error
         drafter = None
         if self.draft is not None and draft is not None:
@@ -157,9 +158,15 @@ class Pair:
             except TemplateError as error:
                 raise model_load_error("draft", draft.model, error) from error
         answer_mass = self._event_loop.run(
-            measure_answer_mass(self.target, self.tokenizer, suffix, verification.self_check_prompts, template_kwargs)
+            measure_answer_mass(
+                self.target,
+                self.tokenizer,
+                suffix,
+                verification.self_check_prompts,
+                capabilities.max_model_len,
+                template_kwargs,
+            )
         )
-        capabilities = self.target.capabilities()
         return Pipeline(
             verifier=self.target,
             capabilities=without_unreliable_modes(capabilities, answer_mass, verification, target.model),

@@ -21,7 +21,7 @@ from parse.engines.protocol import Capabilities, Drafter, Verifier
 from parse.events import Event, Fallback, Finished
 from parse.modes.run import Run
 from parse.modes.state import GenerationState
-from parse.prompts import VerificationSuffix, reasoning_tags
+from parse.prompts import VerificationSuffix, visible_reasoning_tags
 from parse.reasoning import ReasoningParser
 from parse.registry import LOSSY_MODES, MODES, resolve
 from parse.requests import GenerationRequest
@@ -125,7 +125,9 @@ class Pipeline:
                 self.tokenizer,
                 params.stop,
                 len(request.prompt_token_ids),
-                ReasoningParser(reasoning_tags(self.tokenizer) if request.reasoning else None, request.reasoning),
+                ReasoningParser(
+                    visible_reasoning_tags(self.tokenizer) if request.reasoning else None, request.reasoning
+                ),
             ),
             verifier=self.verifier,
             drafter=self.drafter,

@@ -4,12 +4,14 @@ Both use the model's own chat template.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError
+from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerBase
 
 from parse.errors import RequestError
@@ -17,9 +19,16 @@ from parse.reasoning import WITHOUT_REASONING, ReasoningState, ReasoningTags, fi
 
 Message = Mapping[str, str]
 
-RESERVED_TEMPLATE_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
-    "messages"
-}
+SPECIAL_TOKENS_ATTRIBUTES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+# Names that the rendering, the library or Jinja define. A client must not replace them.
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    (
+        *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+        *SPECIAL_TOKENS_ATTRIBUTES,
+        *DEFAULT_NAMESPACE,
+        *("messages", "raise_exception", "strftime_now", "tojson"),
+    )
+)
 ROLES = "system", "user", "assistant"
 SENTINEL = "PARSE-SENTINEL"  # ends in a letter, so that no template or tokenizer merges it with what follows
 
@@ -76,8 +85,7 @@ def chat_prompt(
     tags = reasoning_tags(tokenizer)
     if tags is None:
         return ChatPrompt(_encode(tokenizer, text), "none")
-    switch = next((kwargs[name] for name in WITHOUT_REASONING if name in kwargs), None)
-    if switch is False:
+    if _switches_reasoning_off(tokenizer, kwargs):
         return ChatPrompt(_encode(tokenizer, tags.close(text)), "none")
     if tags.is_open(text):
         return ChatPrompt(_encode(tokenizer, text), "open")
@@ -97,11 +105,31 @@ def validate_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: object)
         raise RequestError("chat_template_kwargs", f"must map names to values, got {kwargs!r}")
     if reserved := sorted(RESERVED_TEMPLATE_KWARGS & set(kwargs)):
         raise RequestError("chat_template_kwargs", f"must not contain {', '.join(reserved)}")
-    template = str(tokenizer.chat_template)
+    try:
+        json.dumps(kwargs)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            "chat_template_kwargs", f"must hold JSON values that are not nested deeply: {error}"
+        ) from error
     for name in kwargs:
-        if name not in WITHOUT_REASONING and not re.search(rf"\b{re.escape(name)}\b", template):
-            raise RequestError("chat_template_kwargs", f"the model's chat template does not use {name!r}")
+        if name not in ("enable_thinking", "thinking") and not (name.isidentifier() and _mentions(tokenizer, name)):
+            raise RequestError("chat_template_kwargs", f"the model's chat template does not use {name[:100]!r}")
     return dict(kwargs)
+
+
+def _switches_reasoning_off(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the variables ask for an answer without reasoning.
+
+    If the template uses one of the switches, only those that it uses count.
+    """
+    switches = [name for name in WITHOUT_REASONING if name in kwargs]
+    effective = [name for name in switches if _mentions(tokenizer, name)] or switches
+    return bool(effective) and all(kwargs[name] == WITHOUT_REASONING[name] for name in effective)
+
+
+def _mentions(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether the chat template contains a name."""
+    return bool(re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)))
 
 
 def chat_prompt_token_ids(
@@ -114,8 +142,14 @@ def chat_prompt_token_ids(
 
 
 def reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> ReasoningTags | None:
-    template = tokenizer.chat_template
-    return find_reasoning_tags(template if isinstance(template, str) else str(template or ""))
+    """Returns the tags of the chat template, or None if its model does not reason."""
+    return find_reasoning_tags(str(tokenizer.chat_template or ""))
+
+
+def visible_reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> ReasoningTags | None:
+    """Returns the tags if the decoded text of an answer contains them. It contains no special tokens."""
+    tags = reasoning_tags(tokenizer)
+    return None if tags is None or {tags.start, tags.end} & set(tokenizer.all_special_tokens) else tags
 
 
 def build_verification_suffix(
@@ -205,7 +239,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tem
             add_generation_prompt=True,
             **template_kwargs,
         )
-    except JinjaError as error:
+        text.encode()
+    except (JinjaError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        # A variable of a client may have a value that the template cannot use.
         raise TemplateError(f"the chat template rejects the conversation: {error}") from error
     assert isinstance(text, str)
     return text

@@ -18,7 +18,7 @@ ReasoningState = Literal["none", "open", "expected"]
 the model open one."""
 
 # Templates name the switch differently. Jinja ignores the one that a template does not use.
-WITHOUT_REASONING: Mapping[str, Any] = {"enable_thinking": False, "thinking": False}
+WITHOUT_REASONING: Mapping[str, Any] = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,11 @@ LOSSY_MODES = tuple(name for name, mode in MODES.items() if mode.function and no
 _BUILT_IN = frozenset((*METHODS, *RULES, "none"))  # "none" selects no method in requests
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a method or rule belongs to this project."""
+    return name in _BUILT_IN
+
+
 def register_method(name: str, spec: MethodSpec) -> None:
     """Adds a token-level method.
 

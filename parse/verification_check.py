@@ -31,16 +31,20 @@ async def measure_answer_mass(
     tokenizer: PreTrainedTokenizerBase,
     suffix: VerificationSuffix,
     prompts: Sequence[str],
+    max_model_len: int,
     template_kwargs: Mapping[str, Any] | None = None,
-) -> float:
+) -> float | None:
     """Returns the mean probability of both answer words together.
 
-    They are measured after the beginnings of the target's own answers to some prompts.
+    They are measured after the beginnings of the target's own answers to some prompts. Returns None if none of them
+    fits into the context.
     """
     masses: list[float] = []
     for text in prompts:
         messages = [{"role": "user", "content": text}]
         prompt = chat_prompt_token_ids(tokenizer, messages, {**(template_kwargs or {}), **WITHOUT_REASONING})
+        if len(prompt) + MAX_ANSWER_TOKENS + len(suffix.token_ids) > max_model_len:
+            continue
         params = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
         generate = GenerateRequest(prompt_token_ids=prompt, sampling_params=params)
         async with aclosing(verifier.generate(generate)) as deltas:
@@ -54,13 +58,16 @@ async def measure_answer_mass(
         )
         result = await verifier.verify(verify)
         masses += [mass for mass in result.answer_mass if mass is not None]
-    return fmean(masses) if masses else 0.0
+    return fmean(masses) if masses else None
 
 
 def without_unreliable_modes(
-    capabilities: Capabilities, answer_mass: float, settings: VerificationSettings, model: str
+    capabilities: Capabilities, answer_mass: float | None, settings: VerificationSettings, model: str
 ) -> Capabilities:
     """Returns the capabilities without the modes that verify drafts if the target cannot do so."""
+    if answer_mass is None:
+        logger.warning("%s: no message of verification.self_check_prompts fits into its context", model)
+        return capabilities
     if answer_mass >= settings.min_answer_mass:
         return capabilities
     logger.warning(

@@ -7,6 +7,8 @@ import asyncio
 import hmac
 import ipaddress
 import os
+import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +71,7 @@ class RequestLimitsMiddleware:
                 raise ApiError(401, message, code="no_keys")
             # A web page can make a browser on this machine send requests here under a name of its own (DNS rebinding).
             host = _host_name(Headers(scope=scope).get("host", ""))
-            if host and host != "localhost" and not _is_loopback(host):
+            if host and not _is_this_machine(host):
                 message = f"this server has no keys, so the header Host must name this machine, got {host[:100]!r}"
                 raise ApiError(401, message, code="no_keys")
             return
@@ -114,10 +116,17 @@ class RequestLimitsMiddleware:
 
 
 def _host_name(host: str) -> str:
-    """Returns the name or address in a Host header, without the port and the brackets of IPv6."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
+    """Returns the name or address in a Host header, without the port and the brackets of IPv6.
+
+    Returns a malformed header as it is.
+    """
+    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::\d*)?", host)
+    return (match[1] or match[2]).lower().removesuffix(".") if match else host
+
+
+def _is_this_machine(host: str) -> bool:
+    names = "localhost", socket.gethostname().lower()
+    return host in names or host.endswith(".localhost") or _is_loopback(host)
 
 
 def _is_loopback(address: str) -> bool:

@@ -107,7 +107,7 @@ class RequestParser:
             **self._pipeline.chat_template_kwargs,
             **validate_template_kwargs(tokenizer, request.chat_template_kwargs or {}),
         }
-        num_chars = sum(len(message["content"]) for message in messages)
+        num_chars = sum(len(text) for message in messages for text in message.values()) + len(str(template_kwargs))
         chat: ChatPrompt = await _run_in_thread_if_long(num_chars, chat_prompt, tokenizer, messages, template_kwargs)
         prediction = None
         if request.prediction is not None:

@@ -64,14 +64,18 @@ class Router:
         if drafter is not None:
             self._circuit_breakers["drafter"] = CircuitBreaker("drafter", drafter, self._busy_time)
         client = VerifierClient(verifier, Session(""), self._circuit_breakers["verifier"])
+        capabilities = await verifier.capabilities.remote()
         answer_mass = await measure_answer_mass(
-            client, tokenizer, suffix, verification.self_check_prompts, template_kwargs
+            client,
+            tokenizer,
+            suffix,
+            verification.self_check_prompts,
+            capabilities.max_model_len,
+            template_kwargs,
         )
         self._pipeline = Pipeline(
             verifier=client,
-            capabilities=without_unreliable_modes(
-                await verifier.capabilities.remote(), answer_mass, verification, target
-            ),
+            capabilities=without_unreliable_modes(capabilities, answer_mass, verification, target),
             chat_template_kwargs=template_kwargs,
             tokenizer=tokenizer,
             suffix=suffix,

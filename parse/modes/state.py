@@ -64,14 +64,14 @@ class GenerationState:
     def record_answer_mass(self, answer_mass: Sequence[float | None], minimum: float) -> None:
         """Records the smallest probability of the answer words.
 
-        If it is below the minimum, that is why the draft was rejected.
+        If all of them are below the minimum, that is why the draft was rejected.
         """
-        values = [mass for mass in (*answer_mass, self._answer_mass) if mass is not None]
-        self._answer_mass = min(values, default=None)
-        if self._answer_mass is not None and self._answer_mass < minimum:
+        values = [mass for mass in answer_mass if mass is not None]
+        self._answer_mass = min([*values, *([] if self._answer_mass is None else [self._answer_mass])], default=None)
+        if values and max(values) < minimum:
             self.fallback = Fallback(
                 "unreliable",
-                f"the draft was not verified: the two answer words have a probability of {self._answer_mass:.1%}, and "
+                f"the draft was not verified: the two answer words have a probability of {max(values):.1%}, and "
                 f"at least {minimum:.0%} is needed",
             )
 

@@ -11,6 +11,7 @@ from parse.prompts import (
     chat_prompt,
     reasoning_tags,
     validate_template_kwargs,
+    visible_reasoning_tags,
 )
 from tests.parse.chat_templates import FAMILIES
 
@@ -54,6 +55,30 @@ def test_reasoning_can_be_requested_where_the_template_has_a_switch():
     assert chat_prompt(tokenizer, HI, {"thinking": True}).reasoning == "expected"
     tokenizer = build_tokenizer(FAMILIES["Qwen3"])
     assert chat_prompt(tokenizer, HI, {"enable_thinking": True}).reasoning == "expected"
+
+
+def test_only_switches_that_the_template_uses_count():
+    qwen3 = build_tokenizer(FAMILIES["Qwen3"])  # it knows enable_thinking only
+    assert chat_prompt(qwen3, HI, {"thinking": False}).reasoning == "expected"
+    assert chat_prompt(qwen3, HI, {"thinking": True, "enable_thinking": False}).reasoning == "none"
+    granite = build_tokenizer(FAMILIES["Granite 3.3"])
+    assert chat_prompt(granite, HI, {"enable_thinking": False, "thinking": True}).reasoning == "expected"
+
+
+def test_a_value_that_the_template_cannot_use_is_rejected():
+    tokenizer = build_tokenizer(FAMILIES["Phi-4"])
+    tokenizer.chat_template += "{% if budget is defined and budget > 5 %}{{ budget }}{% endif %}{{ date }}"
+    for kwargs in ({"budget": "5"}, {"budget": None}, {"budget": [1]}, {"date": "\ud800"}):
+        with pytest.raises(TemplateError, match="rejects the conversation"):
+            chat_prompt(tokenizer, HI, kwargs)
+
+
+def test_tags_that_are_special_tokens_are_not_searched_in_the_text():
+    """Decoded text does not contain special tokens, so the end of the reasoning could not be found."""
+    tokenizer = build_tokenizer(FAMILIES["Qwen3"])
+    assert visible_reasoning_tags(tokenizer) == reasoning_tags(tokenizer) is not None
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    assert visible_reasoning_tags(tokenizer) is None
 
 
 def test_the_suffix_is_the_next_turn_of_the_family_and_ends_where_the_answer_word_begins(family):
@@ -106,6 +131,9 @@ def test_a_template_that_drops_a_turn_is_rejected():
         {"add_generation_prompt": False},
         {"messages": []},
         {"tokenize": True},
+        {"bos_token": "x"},
+        {"raise_exception": 1},
+        {"namespace": 1},
         [],
         {1: 2},
     ],

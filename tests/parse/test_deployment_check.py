@@ -72,6 +72,18 @@ def test_a_partial_download_is_named(target, kept):
     assert "\n" not in str(error.value)
 
 
+def test_files_that_are_not_read_do_not_matter(target):
+    (target / "consolidated.safetensors").write_bytes(b"junk")
+    check(target)
+
+
+def test_a_draft_model_with_another_template_needs_one(tmp_path):
+    draft = shutil.copytree(DEMO_DRAFT, tmp_path / "draft")
+    (draft / "chat_template.jinja").unlink()
+    with pytest.raises(ModelLoadError, match=r"^draft: .*the tokenizer has no chat template"):
+        check(DEMO_TARGET, draft)
+
+
 def test_missing_weights_are_named(target):
     tensors = load_file(target / "model.safetensors")
     name = sorted(name for name in tensors if "mlp" in name)[0]

@@ -1,5 +1,6 @@
 """Reads a Hugging Face checkpoint, and says in one line why one cannot be loaded."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,14 +74,24 @@ def load_skeleton(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     """
     if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise CheckpointError(f"{path} is not a directory")
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} is damaged or incomplete: {_one_line(error)}") from error
-    network, tokenizer = load_checkpoint(path, "meta", "auto")
-    return network, tokenizer
+    if Path(path).is_dir():
+        for file in _weight_files(Path(path)):
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file} is damaged or incomplete: {_one_line(error)}") from error
+        if not _is_quantized(path):
+            return load_checkpoint(path, "meta", "auto")
+    # The weights of a hub id may not be on this machine. Quantized ones can only be read where their package runs.
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        return network, AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, NotImplementedError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{path} is not a causal language model that can be loaded: {_one_line(error)}"
+        ) from error
 
 
 def resolve_device(device: str) -> str:
@@ -102,10 +113,31 @@ def weight_bytes(config: PretrainedConfig, dtype: Dtype) -> int | None:
             network = AutoModelForCausalLM.from_config(config)
     except (RuntimeError, NotImplementedError):  # an operation that has no shapes without values
         return None
+    if dtype == "auto" and getattr(config, "dtype", None) is None:
+        return None  # that of the weights
     precision: torch.dtype = (
         getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     ) or torch.float32
     return sum(parameter.numel() for parameter in network.parameters()) * precision.itemsize
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files that transformers reads from a folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [file for file in (folder / "model.safetensors",) if file.is_file()]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged: {_one_line(error)}") from error
+    return [folder / name for name in names]
+
+
+def _is_quantized(path: str | Path) -> bool:
+    try:
+        return bool(json.loads((Path(path) / "config.json").read_text()).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):  # loading says what is wrong with it
+        return False
 
 
 def free_bytes(device: str) -> int | None:
@@ -119,7 +151,18 @@ def free_bytes(device: str) -> int | None:
     except OSError:
         return None
     sizes = {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
-    return sizes.get("MemAvailable", 0) + sizes.get("SwapFree", 0) or None
+    free = sizes.get("MemAvailable", 0) + sizes.get("SwapFree", 0) or None
+    limits = [size for size in (free, _container_free_bytes()) if size is not None]
+    return min(limits, default=None)
+
+
+def _container_free_bytes() -> int | None:
+    """Returns what a container may still use, or None without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 def _check_memory(path: str | Path, config: PretrainedConfig, device: str, dtype: Dtype) -> None:

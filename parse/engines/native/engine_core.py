@@ -109,7 +109,7 @@ class EngineCore:
         self._num_recorded_tokens = 0  # how many of them the cost model has seen
         self._proposal_calls: list[tuple[Request, ProposalCall]] = []
         self._stopped = self._reset_requested = False
-        self._end_error = EngineStopped("the engine was shut down")  # of requests that the thread no longer serves
+        self._failure: str | None = None  # why the thread has ended, unless it was shut down
         self._thread = threading.Thread(target=self._run_loop, name=f"engine {model.name}", daemon=True)
         self._thread.start()
 
@@ -122,7 +122,7 @@ class EngineCore:
                 "one request; shorten it or request fewer tokens",
             )
         if self._stopped:
-            raise self._end_error
+            raise self._end_error()
         self._inbox.put(request)
         if self._stopped:  # the thread may have ended before it saw the request
             self._reject_pending()
@@ -171,17 +171,23 @@ class EngineCore:
                     self._after_step()
         except BaseException as fault:
             logger.exception("the engine's thread failed; the engine serves no more requests")
-            self._end_error = EngineFailed(f"the engine's thread failed: {fault!r}")
+            self._failure = repr(fault)
             self._stopped = True
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            self._finish(request, self._end_error)
+            self._finish(request, self._end_error())
         self._reject_pending()
+
+    def _end_error(self) -> EngineStopped:
+        """Returns the error of a request that the thread no longer serves."""
+        if self._failure is None:
+            return EngineStopped("the engine was shut down")
+        return EngineFailed(f"the engine's thread failed: {self._failure}")
 
     def _reject_pending(self) -> None:
         with suppress(queue.Empty):
             while True:
                 if request := self._inbox.get_nowait():
-                    self._finish(request, self._end_error)
+                    self._finish(request, self._end_error())
         self._after_step()
 
     def _receive(self) -> None:

@@ -59,7 +59,7 @@ def verify(
     context_length = start + request.num_computed_draft_tokens - len(trunk)
     num_evaluable = sum(1 for length in lengths if start + length + width <= options.max_model_len)
     complete = request.draft_complete and num_evaluable == len(lengths)
-    p_correct: dict[int, float] = {}
+    p_correct: dict[int, float | None] = {}
     answer_mass: dict[int, float] = {}
     min_answer_mass = request.policy.min_answer_mass if request.policy else 0.0
     draft_logprobs: list[Logprob] = []
@@ -99,7 +99,8 @@ def verify(
                 draft_logprobs = token_logprobs(trunk_logits[:-1], trunk[1:], request.num_logprobs)
         answer_mass.update(zip(batch, _answer_mass(logits, suffix), strict=True))
         is_reliable = [answer_mass[index] >= min_answer_mass for index in batch]
-        values = [p if reliable else 0.0 for p, reliable in zip(_p_correct(logits, suffix), is_reliable, strict=True)]
+        # None passes no threshold, not even 0.
+        values = [p if reliable else None for p, reliable in zip(_p_correct(logits, suffix), is_reliable, strict=True)]
         p_correct.update(zip(batch, values, strict=True))
     return VerifyOutput(
         VerifyResult(

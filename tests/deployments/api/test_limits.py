@@ -96,12 +96,17 @@ def test_without_keys_clients_on_other_machines_are_rejected(client):
     assert response.status == 401 and response.error["code"] == "no_keys"
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.8.8", "[::1]:8000", ""])
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:8000", "localhost.", "a.localhost", "127.0.0.1:8000", "127.8.8.8", "[::1]:8000", ""],
+)
 def test_without_keys_requests_that_name_this_machine_are_served(host):
     assert send_request(headers=[(b"host", host.encode())]).status == 200
 
 
-@pytest.mark.parametrize("host", ["a.example", "a.example:8000", "127.0.0.1.example", "192.0.2.7", "[2001:db8::1]"])
+@pytest.mark.parametrize(
+    "host", ["a.example", "a.example:8000", "127.0.0.1.example", "192.0.2.7", "[2001:db8::1]", "[::1]a.example", "[::1"]
+)
 def test_without_keys_requests_under_another_name_are_rejected(host):
     """Such a request can come from a web page whose name resolves to this machine (DNS rebinding)."""
     response = send_request(headers=[(b"host", host.encode())])

@@ -89,7 +89,7 @@ def test_too_many_headers_get_a_431(address):
 
 
 def test_headers_that_do_not_end_in_time_get_a_408(address, monkeypatch):
-    monkeypatch.setattr(connection_limits, "HEADER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection_limits, "REQUEST_TIMEOUT_S", 0.3)
     with connection(address) as sock:
         for part in (b"POST /length HTTP/1.1\r\n", b"a: b\r\n", b"a: b\r\n", b"a: b\r\n", b"a: b\r\n"):
             try:
@@ -102,13 +102,13 @@ def test_headers_that_do_not_end_in_time_get_a_408(address, monkeypatch):
 
 
 def test_a_connection_without_a_request_is_closed(address, monkeypatch):
-    monkeypatch.setattr(connection_limits, "HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection_limits, "REQUEST_TIMEOUT_S", 0.2)
     with connection(address) as sock:
         assert response_of(sock) == (None, b"", b"")
 
 
 def test_the_time_for_headers_does_not_limit_the_answer(monkeypatch):
-    monkeypatch.setattr(connection_limits, "HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection_limits, "REQUEST_TIMEOUT_S", 0.2)
     monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol)
     install()
     app = FastAPI()
@@ -120,3 +120,65 @@ def test_the_time_for_headers_does_not_limit_the_answer(monkeypatch):
 
     with served(app) as address, httpx.Client(base_url=address) as client:
         assert [client.get("/slow").json() for _ in range(2)] == ["done", "done"]
+
+
+def test_endless_trailers_end_the_connection_even_after_the_answer(address):
+    sent = 0
+    with connection(address) as sock:
+        sock.sendall(b"POST /length HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        sock.sendall(b"3\r\nabc\r\n0\r\nX: ")
+        try:
+            while sent < 100_000_000:
+                sock.sendall(b"y" * 10_000)
+                sent += 10_000
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    assert sent < 10_000_000
+
+
+@pytest.fixture
+def slow_address(monkeypatch):
+    """An app that answers slowly, and one that answers before it has read the body."""
+    monkeypatch.setattr(connection_limits, "REQUEST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol)
+    install()
+    app = FastAPI()
+
+    @app.get("/slow")
+    def slow() -> str:
+        time.sleep(1)
+        return "done"
+
+    @app.post("/early")
+    async def early() -> str:
+        return "done"
+
+    with served(app) as address:
+        yield address
+
+
+def test_a_pipelined_request_does_not_cut_the_response_before_it(slow_address):
+    request = b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connection(slow_address) as sock:
+        sock.sendall(request + request + request[:20])
+        time.sleep(0.1)
+        sock.sendall(request[20:-2] + b"Connection: close\r\n\r\n")
+        received = b""
+        while part := sock.recv(65536):
+            received += part
+    assert received.count(b"200 OK") == 3 and received.count(b"done") == 3
+
+
+def test_a_request_that_does_not_end_after_its_answer_is_closed(slow_address):
+    with connection(slow_address) as sock:
+        sock.sendall(b"POST /early HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        status, _, _ = response_of(sock)
+    assert status == 200
+
+
+def test_white_space_after_a_request_does_not_keep_the_connection_open(slow_address):
+    with connection(slow_address) as sock:
+        sock.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"done" in sock.recv(65536)
+        sock.sendall(b"\r\n")
+        assert response_of(sock)[0] == 408

@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from parse.device_errors import is_device_error, is_out_of_memory
 from parse.engines.native.model import Model
 from parse.engines.native.programs import TreeInput, prefill
 from parse.errors import EngineFailed, EngineStopped, NumericalError, RequestCancelled
@@ -339,6 +340,25 @@ def test_a_request_that_needs_too_much_memory_for_a_single_token_fails_alone(mod
         assert match(reference, random_tokens(1, 20), random_tokens(1, 5), good.result())
         assert isinstance(bad.wait().error, torch.OutOfMemoryError)
         assert engine.alive
+
+
+@pytest.mark.parametrize(
+    ("error", "out_of_memory", "device"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True, False),
+        (MemoryError(), True, False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True, False),
+        (RuntimeError("CUDA error: out of memory"), True, False),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False, True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False, True),
+        (RuntimeError("shapes cannot be multiplied"), False, False),
+        (ValueError("CUDA error"), False, False),
+    ],
+    ids=str,
+)
+def test_errors_are_of_the_memory_of_the_device_or_of_the_request(error, out_of_memory, device):
+    assert (is_out_of_memory(error), is_device_error(error)) == (out_of_memory, device)
 
 
 @pytest.mark.parametrize(
