@@ -122,8 +122,8 @@ def _switches_reasoning_off(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[
 
     If the template uses one of the switches, only those that it uses count.
     """
-    switches = [name for name in WITHOUT_REASONING if name in kwargs]
-    effective = [name for name in switches if _mentions(tokenizer, name)] or switches
+    used = [name for name in WITHOUT_REASONING if _mentions(tokenizer, name)] or list(WITHOUT_REASONING)
+    effective = [name for name in used if name in kwargs]
     return bool(effective) and all(kwargs[name] == WITHOUT_REASONING[name] for name in effective)
 
 
