@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+from huggingface_hub import try_to_load_from_cache
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -264,7 +265,8 @@ class VerificationSettings(Settings):
     def for_model(cls, model: str, **changes: Any) -> Self:
         """Returns the settings in the target's folder or repository, with changes.
 
-        If there is no `parse.json`, the defaults are changed instead.
+        If there is no `parse.json`, the defaults are changed instead. The repository of a Hugging Face id is read only
+        after its tokenizer has been loaded.
         """
         file = _verification_file(model)
         if file is None:
@@ -286,7 +288,9 @@ def _verification_file(model: str) -> Path | None:
         file = Path(model) / VERIFICATION_FILE
         return file if file.is_file() else None
     try:
+        if not isinstance(try_to_load_from_cache(model, "tokenizer_config.json"), str):
+            return None  # no such repository has been loaded, and a search on the hub can take a minute
         cached = cached_file(model, VERIFICATION_FILE, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):  # there is no such repository; loading the model says so
+    except (OSError, ValueError):  # not a name of a repository
         return None
     return Path(cached) if cached else None

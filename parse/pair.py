@@ -52,7 +52,8 @@ class Pair:
         """
         target_settings = engine_settings("target", target)
         draft_settings = None if draft is None else engine_settings("draft", draft)
-        verification = verification_settings(verification, target_settings.model)
+        if verification is not None:
+            verification = verification_settings(verification, target_settings.model)
         self._names = (target_settings.model, draft_settings and draft_settings.model)
         resources = ExitStack()
         # The finalizer closes the pair only once: in `close`, on garbage collection, or when the interpreter exits.
@@ -64,6 +65,7 @@ class Pair:
             if self.draft is not None:
                 resources.callback(_shut_down, self.draft)
             self.tokenizer = self.target.model.tokenizer
+            verification = verification_settings(verification, target_settings.model)
             # Resources are closed in reverse order. The event loop is therefore closed first, and no request sees an
             # engine that has ended.
             self._event_loop = EventLoopThread(f"pair {target_settings.model}")

@@ -239,11 +239,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tem
             add_generation_prompt=True,
             **template_kwargs,
         )
+        assert isinstance(text, str)
         text.encode()
     except (JinjaError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         # A variable of a client may have a value that the template cannot use.
         raise TemplateError(f"the chat template rejects the conversation: {error}") from error
-    assert isinstance(text, str)
     return text
 
 

@@ -44,8 +44,8 @@ class Router:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the router needs no GPU, and must not allocate memory on one
         self._settings = settings
         target = settings.target.model
-        verification = VerificationSettings.for_model(target, **settings.verification.model_dump(exclude_unset=True))
         tokenizer = AutoTokenizer.from_pretrained(target)
+        verification = VerificationSettings.for_model(target, **settings.verification.model_dump(exclude_unset=True))
         template_kwargs = settings.target.chat_template_kwargs
         suffix = build_verification_suffix(
             tokenizer,

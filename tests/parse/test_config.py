@@ -127,7 +127,7 @@ def test_the_settings_of_a_model_in_the_hubs_cache_are_used(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_text("{}")
+    (snapshot / "tokenizer_config.json").write_text("{}")
     code = "from parse.config import VerificationSettings as V; print(V.for_model('some/model', stride=3))"
 
     def settings():

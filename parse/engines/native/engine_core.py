@@ -122,7 +122,7 @@ class EngineCore:
                 "one request; shorten it or request fewer tokens",
             )
         if self._stopped:
-            raise self._end_error()
+            raise _end_error(self._failure)
         self._inbox.put(request)
         if self._stopped:  # the thread may have ended before it saw the request
             self._reject_pending()
@@ -174,20 +174,14 @@ class EngineCore:
             self._failure = repr(fault)
             self._stopped = True
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            self._finish(request, self._end_error())
+            self._finish(request, _end_error(self._failure))
         self._reject_pending()
-
-    def _end_error(self) -> EngineStopped:
-        """Returns the error of a request that the thread no longer serves."""
-        if self._failure is None:
-            return EngineStopped("the engine was shut down")
-        return EngineFailed(f"the engine's thread failed: {self._failure}")
 
     def _reject_pending(self) -> None:
         with suppress(queue.Empty):
             while True:
                 if request := self._inbox.get_nowait():
-                    self._finish(request, self._end_error())
+                    self._finish(request, _end_error(self._failure))
         self._after_step()
 
     def _receive(self) -> None:
@@ -345,3 +339,10 @@ def _stats(
         blocks_total=cache.num_blocks,
         num_replayed_steps=runner.num_replayed_steps,
     )
+
+
+def _end_error(failure: str | None) -> EngineStopped:
+    """Returns the error of a request that the thread no longer serves."""
+    if failure is None:
+        return EngineStopped("the engine was shut down")
+    return EngineFailed(f"the engine's thread failed: {failure}")

@@ -49,7 +49,7 @@ def connected(address: str, body: bytes, *, length: int | None = None) -> Iterat
     """Connects a client that sends only this part of a request."""
     url = urlsplit(address)
     with socket.create_connection((url.hostname, url.port), timeout=PATIENCE_S) as client:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body)
         yield client
 
@@ -254,7 +254,8 @@ def test_readiness_reports_unavailable_parts(pair):
         ):
             backend.wrong = wrong
             response = httpx.get(f"{address}/ready")
-            assert (response.status_code, response.json()) == (status, {"status": word, "troubles": wrong})
+            expected = {"status": word, "troubles": wrong, "deployment": None}
+            assert (response.status_code, response.json()) == (status, expected)
             assert httpx.get(f"{address}/health").status_code == 200
 
 
