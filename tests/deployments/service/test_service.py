@@ -101,11 +101,11 @@ def test_one_request_is_drafted_while_another_is_verified(service):
 
     async def sample():
         bodies = [chat(problem.question, mode="full") for problem in problems(64)]
-        answering = asyncio.gather(*(service.answer(body) for body in bodies))
+        requests = asyncio.gather(*(service.answer(body) for body in bodies))
         samples = []
-        while not answering.done():
+        while not requests.done():
             samples.append(await both_run())
-        await answering
+        await requests
         return samples
 
     samples = asyncio.run(sample())
