@@ -18,8 +18,7 @@ from parse.registry import get_rule, resolve
 class Thresholds:
     """The minimum P(correct) of a complete draft, and of a prefix.
 
-    With the defaults the demo pair accepts 98% of the correct drafts in full and 1% of the wrong ones. If a prefix with
-    an error passes, a longer prefix usually fails and limits how much is kept. Nothing limits an error in the complete
+    If a wrong prefix passes, a longer one usually fails, so little more is kept. No longer prefix follows the complete
     answer, so its threshold is higher.
     """
 

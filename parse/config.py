@@ -216,7 +216,8 @@ class VerificationSettings(Settings):
         ge=0,
         le=1,
         description="The minimum probability of the two answer words together. If the target gives them less at "
-        "start-up, no mode that verifies drafts is offered. If it does so for a draft, the draft is rejected.",
+        "start-up, no mode that verifies drafts is offered. If it is lower after a prefix of a draft, that prefix "
+        "fails.",
     )
     self_check_prompts: tuple[str, ...] = Field(
         ("What is 7 times 8?", "Name the capital of France."),
@@ -263,7 +264,7 @@ class VerificationSettings(Settings):
 
     @classmethod
     def for_model(cls, model: str, **changes: Any) -> Self:
-        """Returns the settings in the target's folder or repository, with changes.
+        """Returns the settings that come with a target, with `changes` applied.
 
         If there is no `parse.json`, the defaults are changed instead. The repository of a Hugging Face id is read only
         after its tokenizer has been loaded.

@@ -91,7 +91,7 @@ class Usage:
 
     @property
     def decoded_tokens(self) -> int:
-        """The number of tokens that passed through the target's decoding.
+        """The number of answer tokens that the target's generation passes yielded.
 
         In mode exact, they include the accepted tokens of the draft.
         """

@@ -1,4 +1,4 @@
-"""Renders the prompt of a draft and the verification prompt after it.
+"""Renders conversations, and the verification prompt that follows a draft.
 
 Both use the model's own chat template.
 """
@@ -147,7 +147,7 @@ def reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> ReasoningTags | None:
 
 
 def visible_reasoning_tags(tokenizer: PreTrainedTokenizerBase) -> ReasoningTags | None:
-    """Returns the tags if the decoded text of an answer contains them. It contains no special tokens."""
+    """Returns the tags, or None if they are special tokens, which decoding removes."""
     tags = reasoning_tags(tokenizer)
     return None if tags is None or {tags.start, tags.end} & set(tokenizer.all_special_tokens) else tags
 

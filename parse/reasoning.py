@@ -109,7 +109,7 @@ class ReasoningParser:
 
 
 def _length_to_hold_back(text: str, tag: str) -> int:
-    """Returns the length of the end of the text that may belong to the tag: its beginning, after white space."""
+    """Returns how many characters at the end of the text may be the beginning of the tag, with the space before it."""
     partial = next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
     body = text[: len(text) - partial].rstrip()
     return len(text) - len(body)

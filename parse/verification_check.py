@@ -36,8 +36,8 @@ async def measure_answer_mass(
 ) -> float | None:
     """Returns the mean probability of both answer words together.
 
-    They are measured after the beginnings of the target's own answers to some prompts. Returns None if none of them
-    fits into the context.
+    The target begins to answer each prompt, and the probability is measured after that beginning. Returns None if none
+    of them fits into the context.
     """
     masses: list[float] = []
     for text in prompts:

@@ -15,7 +15,7 @@ OUTLIER_RATIO = 3.0
 class StepCostModel:
     """Running means of the times of steps.
 
-    The engine updates them after every step that only generated tokens.
+    The engine updates them after every step without prefill or verification.
     """
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class CheckpointError(ValueError):
-    """A path that is neither a folder nor a hub id of a causal language model that can be loaded here."""
+    """Raised for a path or hub id from which no causal language model can be loaded."""
 
 
 def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

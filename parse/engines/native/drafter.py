@@ -97,7 +97,7 @@ def drafter_for(
 
 
 def _last_word_start(text: str) -> int:
-    """Returns the index of the last word, including the space before it.
+    """Returns the character index at which the last word and its space begin.
 
     The last word may still grow.
     """

@@ -284,7 +284,7 @@ def _verification_context(request: VerifyRequest, trunk_start: int | None) -> tu
 
     The trunk consists of the tokens after the context, which are run as nodes. It starts with the token before
     `trunk_start`, an index of the draft, and ends with the last prefix. If log-probabilities are requested, the trunk
-    always starts with the token before the draft. Otherwise None means that there is no trunk.
+    always starts with the token before the draft. Otherwise, `trunk_start=None` means that there is no trunk.
     """
     if request.num_logprobs is not None:
         trunk_start = 0
