@@ -109,4 +109,4 @@ def test_one_request_is_drafted_while_another_is_verified(service):
         return samples
 
     samples = asyncio.run(sample())
-    assert len(samples) > 10 and sum(samples) > len(samples) / 10
+    assert sum(samples) > 10, len(samples)
