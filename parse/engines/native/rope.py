@@ -27,7 +27,7 @@ def max_sequence_length(config: PretrainedConfig) -> int | None:
 
 def position_thresholds(config: PretrainedConfig) -> list[int]:
     """Returns all positions in the config at which a model may compute differently, in ascending order."""
-    names = "max_position_embeddings", "original_max_position_embeddings", "max_model_len", "sliding_window"
+    names = "max_position_embeddings", "original_max_position_embeddings", "sliding_window"
     sources: list[Mapping[str, Any]] = [config.to_dict(), *_rope_parameters(config)]
     return sorted({value for source in sources for name in names if isinstance(value := source.get(name), int)})
 

@@ -15,12 +15,15 @@ from deployments.serving.connection_limits import MAX_HEADER_BYTES, MAX_HEADERS,
 from tests.deployments.live import served
 
 
-@pytest.fixture
-def address(monkeypatch):
-    monkeypatch.setattr(
-        uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol
-    )  # which restores it after the test
+@pytest.fixture(autouse=True)
+def limited(monkeypatch):
+    """Installs the limits, and restores uvicorn's protocol after the test."""
+    monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol)
     assert install() == []
+
+
+@pytest.fixture
+def address():
     app = FastAPI()
 
     @app.post("/length")
@@ -107,21 +110,6 @@ def test_a_connection_without_a_request_is_closed(address, monkeypatch):
         assert response_of(sock) == (None, b"", b"")
 
 
-def test_the_time_for_headers_does_not_limit_the_answer(monkeypatch):
-    monkeypatch.setattr(connection_limits, "REQUEST_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol)
-    install()
-    app = FastAPI()
-
-    @app.get("/slow")
-    def slow() -> str:
-        time.sleep(0.5)
-        return "done"
-
-    with served(app) as address, httpx.Client(base_url=address) as client:
-        assert [client.get("/slow").json() for _ in range(2)] == ["done", "done"]
-
-
 def test_endless_trailers_end_the_connection_even_after_the_answer(address):
     sent = 0
     with connection(address) as sock:
@@ -140,8 +128,6 @@ def test_endless_trailers_end_the_connection_even_after_the_answer(address):
 def slow_address(monkeypatch):
     """An app that answers slowly, and one that answers before it has read the body."""
     monkeypatch.setattr(connection_limits, "REQUEST_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", uvicorn.protocols.http.auto.AutoHTTPProtocol)
-    install()
     app = FastAPI()
 
     @app.get("/slow")
@@ -155,6 +141,11 @@ def slow_address(monkeypatch):
 
     with served(app) as address:
         yield address
+
+
+def test_the_limit_of_time_does_not_apply_to_the_answer(slow_address):
+    with httpx.Client(base_url=slow_address) as client:
+        assert [client.get("/slow").json() for _ in range(2)] == ["done", "done"]
 
 
 def test_a_pipelined_request_does_not_cut_the_response_before_it(slow_address):
