@@ -23,8 +23,8 @@ from ray.serve.handle import DeploymentHandle
 
 from bench.output import add_json_argument, heading, row, write_output
 from deployments.launch import read_config
+from deployments.serving.busy_time import BusyTime
 from deployments.serving.circuit_breaker import CircuitBreaker
-from deployments.serving.overlap import BusyTime
 from deployments.serving.replica_clients import VerifierClient
 from deployments.serving.verifier import Verifier
 from deployments.session import Session

@@ -5,6 +5,9 @@ It also decides which prefixes must be evaluated for that.
 Engines call `next_batch` to learn which prefixes to evaluate next and `accepted_prefix_length` to learn where to
 continue. The pipeline calls the latter again on the result that it receives. The rules are entries of
 `parse.registry.RULES`. Use `parse.registry.register_rule` to add your own.
+
+The exact acceptance of single tokens, in mode `exact` and by speculative methods, is part of the program `generate` in
+`parse/engines/native/programs.py`.
 """
 
 from collections.abc import Mapping, Sequence

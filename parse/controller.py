@@ -4,8 +4,8 @@ The decision follows from measured gains and is revised when these change.
 
 A draft saves the time that the target alone would have needed for the accepted tokens. It costs the time of drafting
 and verifying. The gain is the difference, as a share of the time that the target alone would have taken for the answer.
-When drafting has cost more than it saved for a while, it is paused. Single requests then try it again, at growing
-intervals. `Pipeline._choose_mode` calls this controller for requests in mode `auto` without a prediction.
+When drafting has cost more than it saved for a while, it is paused. Single requests, the trials, then draft again, at
+growing intervals. `Pipeline._choose_mode` asks this controller about requests in mode `auto` without a prediction.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ class DraftingOutcome:
 class DraftingDecision:
     draft: bool
     reason: str
+    is_trial: bool = False
 
 
 class DraftingController:
@@ -49,20 +50,25 @@ class DraftingController:
         self._pause = INITIAL_PAUSE
         self._requests_until_trial = 0
 
-    def decide(self) -> DraftingDecision:
-        """Decides whether one request in mode `auto` gets a draft."""
+    def decide(self, *, may_be_trial: bool) -> DraftingDecision:
+        """Decides whether one request in mode `auto` gets a draft.
+
+        While drafting is paused, only requests that may be a trial count as requests between two trials.
+        """
         if not self._paused:
             return DraftingDecision(True, "drafting pays" if self._num_drafts else "no draft has been measured yet")
-        if self._requests_until_trial > 0:
-            self._requests_until_trial -= 1
-            return DraftingDecision(
-                False,
-                f"drafting does not pay: {self.summary()}; the next trial follows after "
-                f"{self._requests_until_trial} requests",
-            )
-        return DraftingDecision(True, f"this is a trial: {self.summary()}")
+        if may_be_trial and self._requests_until_trial == 0:
+            # Counts again from here, so that there is one trial at a time, and another one if this one never reports.
+            self._requests_until_trial = self._pause
+            return DraftingDecision(True, f"this is a trial: {self.summary()}", is_trial=True)
+        self._requests_until_trial -= may_be_trial
+        return DraftingDecision(
+            False,
+            f"drafting does not pay: {self.summary()}; the next trial follows after "
+            f"{self._requests_until_trial} requests",
+        )
 
-    def record(self, outcome: DraftingOutcome) -> None:
+    def record(self, outcome: DraftingOutcome, *, is_trial: bool = False) -> None:
         """Adds one answer to the means.
 
         Pauses drafting if it no longer pays, or resumes it after a successful trial.
@@ -81,7 +87,8 @@ class DraftingController:
         target_alone_s = self.token_s * (outcome.accepted_tokens + outcome.target_tokens)
         gain = (self.token_s * outcome.accepted_tokens - spent_s) / target_alone_s if target_alone_s else -1.0
         if self._paused:
-            self._evaluate_trial(gain)
+            if is_trial:  # other drafts began before the pause
+                self._evaluate_trial(gain)
             return
         self.gain = _running_mean(self.gain, gain)
         if self._num_drafts >= MIN_OBSERVATIONS and self.gain < 0:

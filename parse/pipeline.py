@@ -18,6 +18,7 @@ from parse.acceptance import AcceptancePolicy
 from parse.config import VerificationSettings
 from parse.controller import DraftingController, DraftingOutcome
 from parse.engines.protocol import Capabilities, Drafter, Verifier
+from parse.errors import FallbackCause
 from parse.events import Event, Fallback, Finished
 from parse.modes.run import Run
 from parse.modes.state import GenerationState
@@ -26,6 +27,17 @@ from parse.reasoning import ReasoningParser
 from parse.registry import LOSSY_MODES, MODES, resolve
 from parse.requests import GenerationRequest
 from parse.types import validate_token_ids
+
+
+@dataclass(frozen=True)
+class _ModeChoice:
+    """The mode that answers a request."""
+
+    mode: str
+    fallback: Fallback | None = None
+    """Why the target answers alone, if another mode was requested."""
+    is_trial: bool = False
+    """Whether the controller waits for the outcome to decide about later requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +73,8 @@ class Pipeline:
         if request.prediction is not None:
             prediction = validate_token_ids("prediction", request.prediction, len(self.tokenizer))
             request = replace(request, prediction=prediction)
-        mode, fallback = self._choose_mode(request)
-        run = self._start(request, mode, fallback)
+        choice = self._choose_mode(request)
+        run = self._start(request, choice)
         working = asyncio.create_task(_work(run))
         try:
             while (event := await run.state.events.get()) is not None:
@@ -80,24 +92,27 @@ class Pipeline:
                     target_tokens=usage.target_tokens,
                     total_s=usage.total_s,
                     target_s=usage.seconds("write"),
-                )
+                ),
+                is_trial=choice.is_trial,
             )
         yield Finished(run.state.finish_reason or "length", usage)
 
-    def _choose_mode(self, request: GenerationRequest) -> tuple[str, Fallback | None]:
+    def _choose_mode(self, request: GenerationRequest) -> _ModeChoice:
         is_auto = request.mode == "auto"
         mode = self._auto_mode(request) if is_auto else request.mode
+        is_trial = False
         if is_auto and mode == "off":
-            return "off", Fallback("unreliable", "this target does not verify drafts")
+            return _fallback("unreliable", "this target does not verify drafts")
         if mode in LOSSY_MODES and request.reasoning in ("open", "expected"):
-            return "off", Fallback("reasoning", "the answer begins with reasoning, which is not drafted")
+            return _fallback("reasoning", "the answer begins with reasoning, which is not drafted")
         if is_auto and request.prediction is None:  # a prediction costs no drafting
-            decision = self.controller.decide()
+            decision = self.controller.decide(may_be_trial=_informs_controller(request))
             if not decision.draft:
-                return "off", Fallback("does_not_pay", decision.reason)
+                return _fallback("does_not_pay", decision.reason)
+            is_trial = decision.is_trial
         if MODES[mode].uses_draft and self.drafter is None and request.prediction is None:
-            return "off", Fallback("none_there", "there is no drafter")
-        return mode, None
+            return _fallback("none_there", "there is no drafter")
+        return _ModeChoice(mode, is_trial=is_trial)
 
     def _auto_mode(self, request: GenerationRequest) -> str:
         """Returns the mode in which `auto` drafts.
@@ -112,7 +127,7 @@ class Pipeline:
         preferred = ("full", "rounds") if has_method else ("rounds", "full")
         return next((mode for mode in preferred if mode in self.capabilities.modes), "off")
 
-    def _start(self, request: GenerationRequest, mode: str, fallback: Fallback | None) -> Run:
+    def _start(self, request: GenerationRequest, choice: _ModeChoice) -> Run:
         params = request.sampling_params
         context_limit = self.capabilities.max_model_len - len(request.prompt_token_ids)
         max_tokens = context_limit if params.max_tokens is None else min(params.max_tokens, context_limit)
@@ -120,8 +135,8 @@ class Pipeline:
             request=request,
             sampling_params=replace(params, max_tokens=max_tokens) if max_tokens > 0 else params,
             state=GenerationState(
-                mode,
-                fallback,
+                choice.mode,
+                choice.fallback,
                 self.tokenizer,
                 params.stop,
                 len(request.prompt_token_ids),
@@ -150,6 +165,10 @@ def _informs_controller(request: GenerationRequest) -> bool:
     """
     own_choices = (request.thresholds, request.speculative_method, request.prediction)
     return request.mode == "auto" and all(choice is None for choice in own_choices)
+
+
+def _fallback(cause: FallbackCause, message: str) -> _ModeChoice:
+    return _ModeChoice("off", Fallback(cause, message))
 
 
 async def _work(run: Run) -> None:

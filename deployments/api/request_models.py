@@ -186,7 +186,8 @@ class BaseCompletionRequest(OpenAIBaseModel):
         }
         return SamplingParams(**explicit_params | converted_params)
 
-    def resolve_thresholds(self, defaults: Thresholds, *, min_full: float, min_prefix: float) -> Thresholds:
+    def resolve_thresholds(self, defaults: Thresholds, *, min_full: float, min_prefix: float) -> Thresholds | None:
+        """Returns the thresholds of this request, or None if it sets none of its own."""
         for name, value, minimum in (
             ("full", self.parse.full, min_full),
             ("prefix", self.parse.prefix, min_prefix),
@@ -194,6 +195,8 @@ class BaseCompletionRequest(OpenAIBaseModel):
             if value is not None and value < minimum:
                 raise RequestError(f"parse.{name}", f"must be at least {minimum} here, got {value}")
         full, prefix = self.parse.full, self.parse.prefix
+        if full is None and prefix is None:
+            return None
         return Thresholds(defaults.full if full is None else full, defaults.prefix if prefix is None else prefix)
 
 

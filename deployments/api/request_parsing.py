@@ -1,6 +1,7 @@
 """Converts the body of an HTTP request to requests to the pipeline.
 
-The body is validated for this model and its settings.
+The body is validated for this model and its settings. `request_models.py` has already validated the fields themselves,
+and rejects unsupported ones.
 """
 
 import asyncio

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, asynccontextmanager
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.serving.busy_time import BusyTime, ServicePart
 from deployments.serving.calls import NO_REQUEST, await_result, call_replica
-from deployments.serving.overlap import BusyTime, ServicePart
 from parse.errors import DraftUnavailable
 
 logger = logging.getLogger(__name__)

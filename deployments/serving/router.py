@@ -1,4 +1,9 @@
-"""The router deployment: serves the HTTP API and runs the pipeline."""
+"""The router deployment: serves the HTTP API and runs the pipeline.
+
+Each answer is a task of its own (`CompletionHandler`), and `AdmissionQueue` limits how many run. Drafters and verifiers
+batch the calls of all tasks, so the drafting of one request overlaps with the verification of others without further
+coordination. `VerifierClient` and `DrafterClient` handle replicas that fail.
+"""
 
 import asyncio
 import os
@@ -19,9 +24,9 @@ from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.logs import last_line_of_traceback
 from deployments.observability.metrics import MetricsRecorder
+from deployments.serving.busy_time import BusyTime
 from deployments.serving.circuit_breaker import CircuitBreaker
 from deployments.serving.metrics_collection import collect_replica_metrics
-from deployments.serving.overlap import BusyTime
 from deployments.serving.replica import ReplicaInfo
 from deployments.serving.replica_clients import DrafterClient, VerifierClient
 from deployments.session import Session

@@ -43,7 +43,7 @@ def chain_proposal(token_ids: Sequence[int], probabilities: Sequence[float] | No
 class MaskPrediction:
     """The target's predictions at masks, in order.
 
-    The masks followed the second-to-last token of the sequence.
+    The masks were computed together with the second-to-last token of the sequence, as the positions after it.
     """
 
     token_ids: Sequence[int]
@@ -63,7 +63,7 @@ class ProposerState(Protocol):
 
         `hidden_states` [n, width] is passed to methods that name `aux_hidden_state_layers`. Its rows belong to the
         tokens *before* each of the last n tokens. n is smaller than the number of tokens if the target no longer has
-        all of the hidden states. `mask_prediction` is passed if masks followed the second-to-last token.
+        all of the hidden states. `mask_prediction` is passed if the last pass also computed masks.
         """
         ...
 

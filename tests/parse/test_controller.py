@@ -14,9 +14,10 @@ def drafted_for(controller, count, outcome):
     """Answers that many requests; how many of them were drafted for."""
     num_drafts = 0
     for _ in range(count):
-        if controller.decide().draft:
+        decision = controller.decide(may_be_trial=True)
+        if decision.draft:
             num_drafts += 1
-            controller.record(outcome)
+            controller.record(outcome, is_trial=decision.is_trial)
         else:
             controller.record(DraftingOutcome(0, 0, 100, 1.0, 1.0))
     return num_drafts
@@ -33,9 +34,9 @@ def test_drafting_that_does_not_pay_is_tried_ever_more_seldom():
     assert drafted_for(controller, MIN_OBSERVATIONS, BAD) == MIN_OBSERVATIONS
     decisions = []
     for _ in range(1000):
-        decision = controller.decide()
+        decision = controller.decide(may_be_trial=True)
         decisions.append(decision.draft)
-        controller.record(BAD if decision.draft else DraftingOutcome(0, 0, 100, 1.0, 1.0))
+        controller.record(BAD if decision.draft else DraftingOutcome(0, 0, 100, 1.0, 1.0), is_trial=decision.is_trial)
     trials = [k for k, drafted in enumerate(decisions) if drafted]
     pauses = [b - a - 1 for a, b in zip([-1, *trials], trials, strict=False)]
     assert pauses == [min(INITIAL_PAUSE * 2**k, MAX_PAUSE) for k in range(len(pauses))]
@@ -44,19 +45,20 @@ def test_drafting_that_does_not_pay_is_tried_ever_more_seldom():
 def test_it_is_on_again_when_a_trial_pays():
     controller = DraftingController()
     drafted_for(controller, MIN_OBSERVATIONS + INITIAL_PAUSE, BAD)
-    assert controller.decide().draft
-    controller.record(GOOD)
+    assert controller.decide(may_be_trial=True).is_trial
+    controller.record(GOOD, is_trial=True)
     assert drafted_for(controller, 50, GOOD) == 50
 
 
 def test_a_trial_that_barely_pays_does_not_switch_it_on():
     controller = DraftingController()
     drafted_for(controller, MIN_OBSERVATIONS + INITIAL_PAUSE, BAD)
-    assert controller.decide().draft
+    assert controller.decide(may_be_trial=True).is_trial
     controller.record(
-        DraftingOutcome(draft_tokens=100, accepted_tokens=25, target_tokens=75, total_s=0.95, target_s=0.75)
+        DraftingOutcome(draft_tokens=100, accepted_tokens=25, target_tokens=75, total_s=0.95, target_s=0.75),
+        is_trial=True,
     )  # saves 5%
-    assert not controller.decide().draft
+    assert not controller.decide(may_be_trial=True).draft
 
 
 def test_one_bad_draft_among_good_ones_changes_nothing():
@@ -64,7 +66,7 @@ def test_one_bad_draft_among_good_ones_changes_nothing():
     for _ in range(20):
         assert drafted_for(controller, 9, GOOD) == 9
         controller.record(BAD)
-    assert controller.decide().draft
+    assert controller.decide(may_be_trial=True).draft
 
 
 def test_while_the_target_has_written_nothing_its_pace_is_unknown_and_drafting_goes_on():
@@ -86,5 +88,30 @@ def test_the_first_request_counts_for_nothing_whatever_it_took():
 def test_every_decision_is_explained_by_figures():
     controller = DraftingController()
     drafted_for(controller, MIN_OBSERVATIONS, BAD)
-    reason = controller.decide().reason
+    reason = controller.decide(may_be_trial=True).reason
     assert "-20%" in reason and "0% acceptance" in reason and f"{INITIAL_PAUSE - 1} requests" in reason
+
+
+def test_drafts_that_began_before_the_pause_are_not_trials():
+    """With eight concurrent requests, the drafts in flight must not lengthen the first pause."""
+    controller = DraftingController()
+    in_flight = [controller.decide(may_be_trial=True) for _ in range(8)]
+    for decision in in_flight:
+        controller.record(BAD, is_trial=decision.is_trial)
+    decisions = [controller.decide(may_be_trial=True) for _ in range(INITIAL_PAUSE + 1)]
+    assert [decision.is_trial for decision in decisions] == [False] * INITIAL_PAUSE + [True]
+
+
+def test_there_is_one_trial_at_a_time_and_another_one_if_it_never_reports():
+    controller = DraftingController()
+    drafted_for(controller, MIN_OBSERVATIONS + INITIAL_PAUSE, BAD)
+    decisions = [controller.decide(may_be_trial=True) for _ in range(2 * (INITIAL_PAUSE + 1))]
+    assert [k for k, decision in enumerate(decisions) if decision.is_trial] == [0, INITIAL_PAUSE + 1]
+
+
+def test_requests_that_cannot_be_trials_neither_draft_nor_count_during_a_pause():
+    controller = DraftingController()
+    drafted_for(controller, MIN_OBSERVATIONS, BAD)
+    before = vars(controller).copy()
+    assert not any(controller.decide(may_be_trial=False).draft for _ in range(10 * INITIAL_PAUSE))
+    assert vars(controller) == before

@@ -158,8 +158,8 @@ class ForbidHostSync(TorchDispatchMode):
 
     These are operations that read a value from the device, or move data to or from it.
 
-    It runs before the recording, because a failed recording may leave the CUDA context in an undefined state. Unlike
-    the alternatives, it does not affect other threads.
+    The check runs before the recording, because a failed recording may leave the CUDA context in an undefined state.
+    It affects only the calling thread.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -264,7 +264,7 @@ class NativeEngine:
             raise RequestError(field, message)
 
     def _divide_memory(self, num_bytes: int) -> tuple[int, int]:
-        """Returns how many sequences fit into memory, and their capacity with suffixes."""
+        """Returns how many sequences fit into memory, and how many tokens each can hold, suffixes included."""
         config = self.model.network.config.get_text_config()
         hidden_states = len(self.model.aux_hidden_state_layers) * config.hidden_size * self.model.network.dtype.itemsize
         proposers = sum(method.proposer.bytes_per_token for method in self._methods.values())

@@ -83,7 +83,8 @@ class EngineCore:
     ) -> None:
         """Starts the thread.
 
-        `cost_model` receives the times of steps. `after_step` is called whenever listeners may have been notified.
+        `cost_model` receives the duration of each step. `after_step` is called after each step that may have produced
+        output.
         """
         self.model, self.cost_model = model, cost_model
         self._after_step = after_step

@@ -8,9 +8,9 @@ from parse.engines.native.scheduler import ScheduledRequest
 
 
 def smaller_steps(scheduled: Sequence[ScheduledRequest], error: Exception) -> list[list[ScheduledRequest]]:
-    """Returns the steps that compute the same as a failed one, or [] if the only request of it is at fault.
+    """Returns the steps that compute the same as a failed one, or [] if its only request caused the error.
 
-    If memory ran out, half of the step may fit, so the requests and then the chunk of a single request are halved.
+    If memory ran out, half of the step may fit. The list of requests is halved, and then the chunk of a single request.
     After any other error, each request runs alone, so that only the faulty one fails.
     """
     middle = len(scheduled) // 2

@@ -1,5 +1,7 @@
 """The keys and values of all sequences: per layer, two tensors of token slots.
 
+`PrefixCache` decides which sequence has which blocks, and which blocks are freed when the cache is full.
+
 If a proposer reads hidden states of the model, these are cached in the same slots. A request that finds a computed
 prefix then also finds its hidden states.
 """

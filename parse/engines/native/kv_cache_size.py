@@ -14,10 +14,10 @@ CPU_KV_CACHE_BYTES = 2 * 2**30
 def kv_cache_bytes(settings: EngineSettings, network: nn.Module) -> int:
     """Returns the size of the KV cache in bytes.
 
-    It is the size in the settings, or else what the devices of the model can hold.
+    This is the size in the settings, or else what the devices of the model can hold.
 
-    On a GPU, the cache and everything that this process has allocated there so far may together use the share
-    `gpu_memory_utilization` of the memory. The cache never takes more than is free, because another process may use
+    On a GPU, this process may use the share `gpu_memory_utilization` of the memory, for the cache and for everything
+    that it has already allocated. The cache never takes more than is free, because another process may use
     the same GPU. If a model is spread over several GPUs, the keys and values of a layer are where its weights are. The
     GPU with the least memory for its share of the weights then limits the size of the whole cache.
     """

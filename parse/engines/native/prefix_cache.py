@@ -2,7 +2,8 @@
 
 This module handles only block ids, no tensors. A sequence is a list of token ids. The keys and values of its first
 `num_computed_tokens` are in its blocks. A sequence whose request has finished stays cached for later requests with the
-same prefix. The least recently used sequence is evicted first. Several sequences may share a full block. A partly used
+same prefix. When the cache is full, the least recently used of these sequences is evicted. If there is none left, a new
+request waits, or the scheduler preempts a running one. Several sequences may share a full block. A partly used
 block is still written to, so it belongs to a single sequence, and other sequences copy its tokens.
 """
 
@@ -101,7 +102,8 @@ class PrefixCache:
     def reserve(self, sequence: SequenceState, length: int) -> bool:
         """Allocates blocks for `length` tokens in total.
 
-        Returns False if there are too few.
+        Returns False if there are too few, even after the eviction of all cached sequences. The scheduler then preempts
+        a request.
         """
         return self._grow(sequence, self._num_blocks_for(length))
 

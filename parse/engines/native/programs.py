@@ -2,7 +2,8 @@
 
 A tree is run on the context of the request. A program yields the next tree, together with the nodes of the previous
 tree that now belong to its context. It receives the logits. It does not depend on batches, memory or threads, so it can
-be preempted at any point.
+be preempted at any point. `generate` accepts the proposed tokens that the target itself would have generated, and ends
+at a stop string, a stop token or the length limit.
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -53,7 +54,7 @@ Program = Generator[TreeInput | ProposalCall, Any, None]
 def prefill() -> TreeProgram:
     """Runs an empty tree.
 
-    The engine computes a program's context before its first tree, which is the prefill.
+    The engine prefills the context of a program before it computes the first tree, so nothing else is left to do.
     """
     yield TreeInput((), logits_nodes=())
 

@@ -138,10 +138,10 @@ def test_prompts_are_one_or_several_texts_or_token_lists(prompt, expected):
     assert parse_body(CompletionRequest, COMPLETION | {"prompt": prompt}).split_prompts() == expected
 
 
-def test_thresholds_are_the_operators_unless_a_request_sets_its_own():
+def test_a_request_replaces_the_thresholds_that_it_sets_and_no_others():
     defaults = Thresholds(0.9, 0.8)
     for parse, expected in (
-        ({}, defaults),
+        ({}, None),
         ({"full": 0.6}, Thresholds(0.6, 0.8)),
         ({"prefix": 0.7}, Thresholds(0.9, 0.7)),
         ({"full": 0.5, "prefix": 0.5}, Thresholds(0.5, 0.5)),

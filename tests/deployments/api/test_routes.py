@@ -22,6 +22,7 @@ from deployments.api.request_models import ChatCompletionRequest, CompletionRequ
 from deployments.api.request_parsing import ParsedRequest, RequestParser
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
+from parse.controller import DraftingController
 from parse.engines.protocol import Verifier
 from parse.pair import Pair
 from parse.requests import GenerateRequest
@@ -603,3 +604,30 @@ def test_requests_of_a_conversation_have_the_same_session_key(pair):
 def test_only_streams_request_small_deltas(pair):
     assert parse(pair, {"stream": True}).generation_requests[0].stream_interval == 1
     assert parse(pair, {}).generation_requests[0].stream_interval > 1
+
+
+@pytest.mark.parametrize(
+    ("parse", "learns"),
+    [
+        ({}, True),
+        ({"mode": "auto"}, True),
+        ({"mode": "full"}, False),
+        ({"full": 0.99}, False),
+        ({"prefix": 0.9}, False),
+    ],
+    ids=str,
+)
+def test_the_controller_of_auto_learns_from_requests_without_choices_of_their_own(
+    pair: Pair, parse: dict[str, Any], learns: bool
+) -> None:
+    pipeline = replace(pair.pipeline, controller=DraftingController())
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": draw_problems(9, 1)[0].question}],
+        "temperature": 0,
+        "parse": parse,
+    }
+    with served(create_app(LocalBackend(pipeline), ApiSettings(), MODEL)) as address:
+        response = httpx.post(address + CHAT, json=body, timeout=PATIENCE_S).json()
+    assert response["parse"]["drafted"], response
+    assert (vars(pipeline.controller) != vars(DraftingController())) == learns

@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from deployments.serving import circuit_breaker, replica_clients
+from deployments.serving.busy_time import BusyTime
 from deployments.serving.circuit_breaker import CircuitBreaker
-from deployments.serving.overlap import BusyTime
 from deployments.serving.replica_clients import DrafterClient, RetriesExhausted, VerifierClient
 from deployments.session import Session
 from parse.errors import DraftUnavailable, EngineFailed, EngineStopped, RequestError

@@ -1,13 +1,13 @@
 import random
 from typing import Any
 
-from deployments.serving.overlap import BusyTime, ServicePart
+from deployments.serving.busy_time import BusyTime, ServicePart
 
 
 def test_busy_times_equal_a_count_in_small_time_steps(monkeypatch):
     """The clock is simulated, and the expected times are counted in another way."""
     now = 0.0
-    monkeypatch.setattr("deployments.serving.overlap.time.perf_counter", lambda: now)
+    monkeypatch.setattr("deployments.serving.busy_time.time.perf_counter", lambda: now)
     rng = random.Random(4)
     busy_time = BusyTime()
     expected = {"drafter": 0.0, "verifier": 0.0, "both": 0.0}

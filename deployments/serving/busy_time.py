@@ -1,4 +1,8 @@
-"""Measures how long drafters and verifiers work at the same time."""
+"""Measures how long drafters and verifiers work at the same time.
+
+Nothing schedules this overlap. `CompletionHandler` runs the answers as concurrent tasks, so one answer can be drafted
+while another one is verified.
+"""
 
 import time
 from collections.abc import Iterator
