@@ -2,16 +2,21 @@
 
 The decision follows from measured gains and is revised when these change.
 
-A draft saves the time that the target alone would have needed for the accepted tokens. It costs the time of drafting
-and verifying. The gain is the difference, as a share of the time that the target alone would have taken for the answer.
+The gain of a draft is the time that it saves, as a share of the time that the target alone would have taken for the
+answer. While no answer of the target alone has been measured, this time is estimated from the pace at which the target
+continues drafts. The estimate leaves out the prompt, so it is too low, and drafting may be paused too early. The
+answers during the pause then give a better estimate.
+
 When drafting has cost more than it saved for a while, it is paused. Single requests, the trials, then draft again, at
 growing intervals. `Pipeline._choose_mode` asks this controller about requests in mode `auto` without a prediction.
 """
 
 from dataclasses import dataclass
 
-EMA_WEIGHT = 0.2  # weight of the newest request in the running means
-MIN_OBSERVATIONS = 3  # drafts before the gain decides
+# Weight of the newest request in the running means. Many drafts are accepted as a whole or hardly at all, so the gains
+# of single answers differ widely.
+EMA_WEIGHT = 0.1
+MIN_OBSERVATIONS = 3  # drafts before the gain decides, and answers of the target alone before their time counts
 # Drafting pauses below a gain of 0. The higher limit keeps it from switching on and off all the time.
 MIN_GAIN_TO_RESUME = 0.1
 INITIAL_PAUSE, MAX_PAUSE = 8, 256  # requests answered without a draft before the next trial
@@ -19,7 +24,7 @@ INITIAL_PAUSE, MAX_PAUSE = 8, 256  # requests answered without a draft before th
 
 @dataclass(frozen=True)
 class DraftingOutcome:
-    """The token counts and times of one answer with a draft."""
+    """The token counts and times of one answer. Without a draft, `draft_tokens` is 0."""
 
     draft_tokens: int
     accepted_tokens: int
@@ -44,7 +49,10 @@ class DraftingController:
     def __init__(self) -> None:
         self.gain: float | None = None  # mean of (time alone - time taken) / time alone
         self.acceptance: float | None = None  # mean accepted share of the draft tokens
-        self.token_s: float | None = None  # mean seconds that the target takes to generate a token
+        self.token_s: float | None = None  # mean seconds per token in which the target continues a draft
+        self.drafted_answer_tokens: float | None = None  # mean length of answers with a draft
+        self.target_alone_s: float | None = None  # mean seconds of answers without a draft
+        self._num_target_alone = 0
         self._num_drafts = 0
         self._paused = False
         self._pause = INITIAL_PAUSE
@@ -73,19 +81,22 @@ class DraftingController:
 
         Pauses drafting if it no longer pays, or resumes it after a successful trial.
         """
+        if not outcome.draft_tokens:
+            self.target_alone_s = _running_mean(self.target_alone_s, outcome.total_s)
+            self._num_target_alone += 1
+            return
         if outcome.target_tokens:
             self.token_s = _running_mean(self.token_s, outcome.target_s / outcome.target_tokens)
-        if not outcome.draft_tokens:
-            return
         self._num_drafts += 1
         if self._num_drafts == 1:  # the first draft includes work that is done only once
             return
+        num_tokens = outcome.accepted_tokens + outcome.target_tokens
         self.acceptance = _running_mean(self.acceptance, outcome.accepted_tokens / outcome.draft_tokens)
-        if self.token_s is None:  # every draft was accepted in full, so the target has not generated a token yet
+        self.drafted_answer_tokens = _running_mean(self.drafted_answer_tokens, num_tokens)
+        target_alone_s = self._estimate_target_alone_s(num_tokens)
+        if target_alone_s is None:
             return
-        spent_s = outcome.total_s - outcome.target_s
-        target_alone_s = self.token_s * (outcome.accepted_tokens + outcome.target_tokens)
-        gain = (self.token_s * outcome.accepted_tokens - spent_s) / target_alone_s if target_alone_s else -1.0
+        gain = 1 - outcome.total_s / target_alone_s if target_alone_s else -1.0
         if self._paused:
             if is_trial:  # other drafts began before the pause
                 self._evaluate_trial(gain)
@@ -98,6 +109,18 @@ class DraftingController:
         if self.gain is None or self.acceptance is None:
             return "no draft has been measured yet"
         return f"a gain of {self.gain:.0%} at {self.acceptance:.0%} acceptance"
+
+    def _estimate_target_alone_s(self, num_tokens: int) -> float | None:
+        """Estimates how long the target alone would have taken instead of an answer with a draft and this length.
+
+        Answers with a draft have the wording of the draft model, so their mean length may differ from that of others.
+        An answer of the mean length corresponds to a mean answer of the target alone.
+        """
+        if self.target_alone_s is not None and self._num_target_alone >= MIN_OBSERVATIONS:
+            return self.target_alone_s * num_tokens / self.drafted_answer_tokens if self.drafted_answer_tokens else 0.0
+        if self.token_s is None:  # every draft was accepted in full, so the target has not generated a token yet
+            return None
+        return self.token_s * num_tokens
 
     def _evaluate_trial(self, gain: float) -> None:
         if gain > MIN_GAIN_TO_RESUME:

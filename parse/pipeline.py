@@ -84,7 +84,9 @@ class Pipeline:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
         usage = run.state.usage()
-        if usage.draft_tokens and _informs_controller(request):
+        # An answer without a draft counts only if the controller decided so. After a failed drafter it says little.
+        answered_alone = choice.fallback is not None and choice.fallback.cause == "does_not_pay"
+        if (usage.draft_tokens or answered_alone) and _informs_controller(request):
             self.controller.record(
                 DraftingOutcome(
                     draft_tokens=usage.draft_tokens,

@@ -7,6 +7,7 @@ from parse.controller import INITIAL_PAUSE, MAX_PAUSE, MIN_OBSERVATIONS, Draftin
 GOOD = DraftingOutcome(
     draft_tokens=100, accepted_tokens=80, target_tokens=20, total_s=0.3, target_s=0.2
 )  # alone it would have taken 1 s
+ALONE = DraftingOutcome(draft_tokens=0, accepted_tokens=0, target_tokens=100, total_s=1.0, target_s=1.0)
 BAD = DraftingOutcome(draft_tokens=100, accepted_tokens=0, target_tokens=100, total_s=1.2, target_s=1.0)
 
 
@@ -19,7 +20,7 @@ def drafted_for(controller, count, outcome):
             num_drafts += 1
             controller.record(outcome, is_trial=decision.is_trial)
         else:
-            controller.record(DraftingOutcome(0, 0, 100, 1.0, 1.0))
+            controller.record(ALONE)
     return num_drafts
 
 
@@ -36,7 +37,7 @@ def test_drafting_that_does_not_pay_is_tried_ever_more_seldom():
     for _ in range(1000):
         decision = controller.decide(may_be_trial=True)
         decisions.append(decision.draft)
-        controller.record(BAD if decision.draft else DraftingOutcome(0, 0, 100, 1.0, 1.0), is_trial=decision.is_trial)
+        controller.record(BAD if decision.draft else ALONE, is_trial=decision.is_trial)
     trials = [k for k, drafted in enumerate(decisions) if drafted]
     pauses = [b - a - 1 for a, b in zip([-1, *trials], trials, strict=False)]
     assert pauses == [min(INITIAL_PAUSE * 2**k, MAX_PAUSE) for k in range(len(pauses))]
@@ -115,3 +116,28 @@ def test_requests_that_cannot_be_trials_neither_draft_nor_count_during_a_pause()
     before = vars(controller).copy()
     assert not any(controller.decide(may_be_trial=False).draft for _ in range(10 * INITIAL_PAUSE))
     assert vars(controller) == before
+
+
+def test_measured_answers_of_the_target_alone_replace_the_estimate_from_its_pace():
+    """The pace of continuations leaves out the prompt. Here the prompt takes most of the time of the target alone."""
+    controller = DraftingController()
+    drafted = DraftingOutcome(draft_tokens=100, accepted_tokens=90, target_tokens=10, total_s=0.5, target_s=0.03)
+    alone = DraftingOutcome(draft_tokens=0, accepted_tokens=0, target_tokens=100, total_s=1.0, target_s=1.0)
+    decisions = []
+    for _ in range(200):
+        decision = controller.decide(may_be_trial=True)
+        decisions.append(decision.draft)
+        controller.record(drafted if decision.draft else alone, is_trial=decision.is_trial)
+    assert decisions == [True] * MIN_OBSERVATIONS + [False] * INITIAL_PAUSE + [True] * (200 - MIN_OBSERVATIONS - 8)
+    assert controller.gain == pytest.approx(0.5)
+
+
+def test_answers_that_the_draft_model_words_more_briefly_count_by_answer_and_not_by_token():
+    controller = DraftingController()
+    drafted_for(controller, MIN_OBSERVATIONS + INITIAL_PAUSE, BAD)
+    short = DraftingOutcome(draft_tokens=50, accepted_tokens=50, target_tokens=0, total_s=0.7, target_s=0.0)
+    for _ in range(100):
+        controller.record(short)
+    controller.decide(may_be_trial=True)
+    controller.record(short, is_trial=True)
+    assert controller.gain == pytest.approx(0.3, abs=0.01)
