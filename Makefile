@@ -6,7 +6,7 @@ PROMETHEUS_PORT ?= 9090
 # One worker per core. tests/conftest.py decides which tests share a worker.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical
 
-.PHONY: help setup serve monitoring check unit test tools lint wheel models heads evaluate measure results docs dashboards lock clean
+.PHONY: help setup serve monitoring check unit test tools lint mutants wheel models heads evaluate measure results docs dashboards lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -43,6 +43,9 @@ unit: setup  ## run the unit tests
 
 test: lint tools  ## run lint, then all tests
 	$(PYTEST)
+
+mutants: setup  ## change 200 places of the core modules, and list the changes that no test notices (up to 30 minutes)
+	$(BIN)/python tools/mutants.py
 
 wheel: setup  ## build the wheel in dist/; it contains the demo pair
 	rm -rf build dist

@@ -18,6 +18,7 @@ from deployments.serving.router import Router
 from deployments.serving.verifier import Verifier
 from parse.config import EngineSettings
 from parse.deployment_check import check_models
+from parse.engines.native.checkpoint import machine_bytes
 
 # The calls of a session go to the same replica unless that replica is full.
 SESSION_AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -33,7 +34,7 @@ def build(args: AppSettings) -> Application:
     If this raises, the replicas of an earlier version keep serving.
     """
     application, settings = assemble(args)
-    check_models(settings.target, settings.draft, settings.verification)
+    check_models(settings.target, settings.draft, settings.verification, memory_bytes=_shared_memory_bytes(settings))
     return application
 
 
@@ -84,6 +85,15 @@ def _resolve_model_paths(settings: EngineSettings) -> EngineSettings:
         for config in settings.speculative_configs
     )
     return settings.model_copy(update={"model": resolve_model_path(settings.model), "speculative_configs": configs})
+
+
+def _shared_memory_bytes(settings: AppSettings) -> int | None:
+    """Returns the memory of this machine if all models run on its CPUs."""
+    models = [model for model in (settings.target, settings.draft) if model]
+    if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) > 1:
+        return None
+    on_cpus = not _gpus_per_model(models) and all(model.device in ("auto", "cpu") for model in models)
+    return machine_bytes() if on_cpus else None
 
 
 def _gpus_per_model(models: Sequence[EngineSettings]) -> float:

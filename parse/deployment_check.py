@@ -1,13 +1,15 @@
 """Checks models before anything is loaded, so that a deployment that cannot work replaces nothing.
 
 The checks read configs, tokenizers, chat templates, heads and the headers of the weights. They need neither a GPU nor
-the memory of the models. Loading can still fail, for example if a GPU has too little free memory.
+the memory of the models. Loading can still fail, for example if a GPU has too little free memory: the process that
+checks usually sees no GPU, and the replicas of an earlier version still use theirs.
 """
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.config import EngineSettings, VerificationSettings
-from parse.engines.native.checkpoint import load_skeleton
+from parse.engines.native.checkpoint import load_skeleton, readable_bytes
 from parse.engines.native.drafter import shares_vocabulary
 from parse.engines.native.model import check_supported
 from parse.errors import ModelLoadError
@@ -18,9 +20,19 @@ from parse.speculative.proposers.base import LoadContext
 from parse.speculative.proposers.draft_model import check_same_tokenizer
 
 
-def check_models(target: EngineSettings, draft: EngineSettings | None, verification: VerificationSettings) -> None:
-    """Raises ModelLoadError, which names the setting, the model and what is wrong with it in one line."""
+def check_models(
+    target: EngineSettings,
+    draft: EngineSettings | None,
+    verification: VerificationSettings,
+    *,
+    memory_bytes: int | None = None,
+) -> None:
+    """Raises ModelLoadError, which names the setting, the model and what is wrong with it in one line.
+
+    `memory_bytes` is the memory of the machine, if both models run on the CPUs of the same one.
+    """
     network, tokenizer = _check_model("target", target)
+    weight_bytes = _weight_bytes(network, target)
     for index, config in enumerate(target.speculative_configs):
         argument = f"target.speculative_configs[{index}]"
         if not is_built_in(config.method):  # a method of the operator may need the weights of the target
@@ -48,13 +60,25 @@ def check_models(target: EngineSettings, draft: EngineSettings | None, verificat
     except ValueError as error:
         raise model_load_error("target", target.model, error) from error
     if draft is not None:
-        _, draft_tokenizer = _check_model("draft", draft)
+        draft_network, draft_tokenizer = _check_model("draft", draft)
+        weight_bytes += _weight_bytes(draft_network, draft)
         if not shares_vocabulary(draft_tokenizer, tokenizer):
             try:
                 kwargs = validate_template_kwargs(draft_tokenizer, draft.chat_template_kwargs)
                 chat_prompt_token_ids(draft_tokenizer, [{"role": "user", "content": "Hello."}], kwargs)
             except ValueError as error:
                 raise model_load_error("draft", draft.model, error) from error
+    if memory_bytes is not None and weight_bytes > memory_bytes:
+        message = f"its weights{' and those of the draft model' if draft else ''} need {readable_bytes(weight_bytes)}"
+        raise model_load_error(
+            "target", target.model, ValueError(f"{message}, and this machine has {readable_bytes(memory_bytes)}")
+        )
+
+
+def _weight_bytes(network: PreTrainedModel, settings: EngineSettings) -> int:
+    """Returns the size of the weights on a CPU, where the dtype "auto" means float32."""
+    precision: torch.dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return sum(parameter.numel() for parameter in network.parameters()) * precision.itemsize
 
 
 def _check_model(argument: str, settings: EngineSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

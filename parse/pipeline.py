@@ -126,7 +126,7 @@ class Pipeline:
             return self.settings.auto_mode
         default_method = next(iter(self.capabilities.speculative_methods), "none")
         has_method = (request.speculative_method or default_method) != "none"
-        preferred = ("full", "rounds") if has_method else ("rounds", "full")
+        preferred = ("full", "rounds", "progressive") if has_method else ("rounds", "full", "progressive")
         return next((mode for mode in preferred if mode in self.capabilities.modes), "off")
 
     def _start(self, request: GenerationRequest, choice: _ModeChoice) -> Run:

@@ -83,10 +83,12 @@ class GuardedProposer(Proposer[GuardedState]):
         except Exception as error:
             if is_device_error(error):
                 raise  # the model cannot run any more either
-            if len(requests) > 1:  # repeat the call for each request, so that only the faulty one fails
-                return [self._call_proposer([request])[0] for request in requests]
-            self._report_fault("the call failed; the request gets no proposal in this step")
-            return [NO_PROPOSAL]
+            if len(requests) == 1:
+                self._report_fault("the call failed; the request gets no proposal in this step")
+                return [NO_PROPOSAL]
+        # The call is repeated for each request, so that only the faulty one fails. This is outside the handler, because
+        # the exception keeps the tensors of the failed call in memory, which may be what ran out.
+        return [self._call_proposer([request])[0] for request in requests]
 
     def _valid_or_empty(self, proposal: Proposal, max_tokens: int) -> Proposal:
         try:

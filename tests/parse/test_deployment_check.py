@@ -46,6 +46,27 @@ def test_the_shipped_models_and_methods_pass():
     check(DEMO_TARGET, None)
 
 
+def test_models_that_do_not_fit_into_the_memory_together_are_rejected():
+    def check_with(draft, memory_bytes):
+        draft_settings = EngineSettings(model=DEMO_DRAFT) if draft else None
+        check_models(
+            EngineSettings(model=DEMO_TARGET), draft_settings, VerificationSettings(), memory_bytes=memory_bytes
+        )
+
+    target_bytes, draft_bytes = (
+        4 * sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(path).parameters())
+        for path in (DEMO_TARGET, DEMO_DRAFT)
+    )
+    check_with(False, target_bytes)
+    check_with(True, target_bytes + draft_bytes)
+    for draft, memory_bytes in ((False, target_bytes - 1), (True, target_bytes + draft_bytes - 1)):
+        with pytest.raises(
+            ModelLoadError, match=r"^target: .*its weights.* need .* MiB, and this machine has .* MiB"
+        ) as error:
+            check_with(draft, memory_bytes)
+        assert ("draft model" in str(error.value)) == draft
+
+
 def test_no_weights_are_read(target):
     """The weights of a header's length follow it; their values do not matter."""
     file = target / "model.safetensors"

@@ -443,6 +443,16 @@ def test_the_mode_of_auto_depends_on_the_setting_and_the_method(make, default_me
     assert answered(pipeline, "auto", speculative_method=choice, **source)[3].usage.mode == mode
 
 
+@pytest.mark.parametrize(
+    ("modes", "mode"),
+    [({"off", "progressive"}, "progressive"), ({"off", "full", "progressive"}, "full"), ({"off"}, "off")],
+)
+def test_auto_uses_a_mode_that_the_engine_offers(make, modes, mode):
+    pipeline = make(Target(), Scripted([RIGHT]))
+    pipeline = replace(pipeline, capabilities=replace(CAPABILITIES, modes=tuple(sorted(modes))))
+    assert answered(pipeline, "auto")[3].usage.mode == mode
+
+
 @pytest.mark.parametrize("mode", ["full", "rounds", "progressive"])
 def test_what_drafts_of_other_requests_cost_does_not_change_an_answer(make, mode):
     def answer(controller):

@@ -146,21 +146,35 @@ def free_bytes(device: str) -> int | None:
         return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
+    free = _memory_info("MemAvailable", "SwapFree")
+    limits = [size for size in (free, _container_free_bytes()) if size is not None]
+    return min(limits, default=None)
+
+
+def machine_bytes() -> int | None:
+    """Returns the memory of this machine or container. Returns None if the system does not tell."""
+    limits = [size for size in (_memory_info("MemTotal", "SwapTotal"), _container_bytes("memory.max")) if size]
+    return min(limits, default=None)
+
+
+def _memory_info(*names: str) -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     sizes = {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
-    free = sizes.get("MemAvailable", 0) + sizes.get("SwapFree", 0) or None
-    limits = [size for size in (free, _container_free_bytes()) if size is not None]
-    return min(limits, default=None)
+    return sum(sizes.get(name, 0) for name in names) or None
 
 
 def _container_free_bytes() -> int | None:
     """Returns what a container may still use, or None without a limit."""
-    folder = Path("/sys/fs/cgroup")
+    limit, used = _container_bytes("memory.max"), _container_bytes("memory.current")
+    return None if limit is None or used is None else limit - used
+
+
+def _container_bytes(name: str) -> int | None:
     try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        return int((Path("/sys/fs/cgroup") / name).read_text())
     except (OSError, ValueError):  # no such file, or "max"
         return None
 
@@ -176,12 +190,12 @@ def _check_memory(path: str | Path, config: PretrainedConfig, device: str, dtype
 
 
 def _out_of_memory(path: str | Path, config: PretrainedConfig, device: str, dtype: Dtype) -> CheckpointError:
-    needed, free = (_readable(size) for size in (weight_bytes(config, dtype), free_bytes(device)))
+    needed, free = (readable_bytes(size) for size in (weight_bytes(config, dtype), free_bytes(device)))
     place = {"cpu": "this machine", "balanced": "all GPUs together"}.get(device, device)
     return CheckpointError(f"{path}: out of memory: its weights need {needed}, and {free} is free on {place}")
 
 
-def _readable(size: int | None) -> str:
+def readable_bytes(size: int | None) -> str:
     if size is None:
         return "an unknown amount"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,6 +1,8 @@
+import weakref
 from typing import Any
 
 import pytest
+import torch
 
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.proposal import NO_PROPOSAL, Proposal, ProposalRequest, Proposer
@@ -116,3 +118,19 @@ def test_a_method_that_fails_with_every_token_does_not_fill_the_log(caplog):
         assert guard.propose(requests) == [NO_PROPOSAL]
     assert len(caplog.records) == 7 and "fault 64 of this method" in caplog.text  # 1, 2, 4, ..., 64
     assert sum(bool(record.exc_info) for record in caplog.records) == 1
+
+
+def test_a_call_that_ran_out_of_memory_is_repeated_after_its_tensors_are_freed():
+    class Greedy(ScriptedProposer):
+        tensor: Any = None
+
+        def propose(self, requests):
+            if len(requests) > 1:
+                scratch = torch.zeros(1000)
+                self.tensor = weakref.ref(scratch)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            assert self.tensor() is None
+            return super().propose(requests)
+
+    guard = GuardedProposer(Greedy(ScriptedState(VALID), ScriptedState(VALID)), vocab_size=9)
+    assert guard.propose([ProposalRequest(guard.new_state(), 3) for _ in range(2)]) == [VALID, VALID]

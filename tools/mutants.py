@@ -1,0 +1,233 @@
+"""Mutation testing: changes single places of the core modules, and counts the changes that no test notices.
+
+    python tools/mutants.py [--count 200] [--seed 0] [--only parse/tree.py] [--processes 2]
+
+Run it in the root of the repository. Every mutant is one changed expression or a removed statement. A mutant survives
+if all tests of its module pass. The survivors are printed, and the exit status is 1 if they are 10% or more.
+
+This is not one of the published tools, because those start a fresh interpreter for each mutant or instrument whole
+test suites. Importing torch takes longer than most of these tests, so here each mutant is a fork of a process that has
+imported it already.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+MAX_SURVIVORS = 0.1
+TIMEOUT_S = 120  # a mutant that loops forever counts as noticed
+NATIVE, NATIVE_TESTS = "parse/engines/native", "tests/parse/engines/native"
+# The tests of each module, the quickest ones first.
+TESTS = {
+    "parse/tree.py": ["tests/parse/test_tree.py", f"{NATIVE_TESTS}/test_scheduled_chunk.py"],
+    "parse/acceptance.py": ["tests/parse/test_acceptance.py", "tests/parse/test_pipeline.py"],
+    "parse/controller.py": ["tests/parse/test_controller.py", "tests/parse/test_pipeline.py"],
+    "parse/pipeline.py": ["tests/parse/test_pipeline.py"],
+    f"{NATIVE}/sampler.py": [f"{NATIVE_TESTS}/test_sampler.py"],
+    f"{NATIVE}/prefix_cache.py": [f"{NATIVE_TESTS}/test_prefix_cache.py", f"{NATIVE_TESTS}/test_scheduler.py"],
+    f"{NATIVE}/programs.py": [f"{NATIVE_TESTS}/test_programs.py", f"{NATIVE_TESTS}/test_native_engine.py"],
+    f"{NATIVE}/verification.py": [f"{NATIVE_TESTS}/test_programs.py", f"{NATIVE_TESTS}/test_native_engine.py"],
+}
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.FloorDiv: ast.Mult,
+    ast.Div: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+}
+FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    path: str
+    line: int
+    change: str
+    tree: ast.Module
+
+
+def mutants_of(path: str) -> Iterator[Mutant]:
+    """Yields all mutants of a module."""
+    original = ast.parse(Path(path).read_text())
+    for index, node in enumerate(ast.walk(original)):
+        for change, apply in _changes(node):
+            tree = copy.deepcopy(original)
+            mutated = next(itertools.islice(ast.walk(tree), index, None))
+            apply(mutated)
+            before, after = _first_difference(original, tree)
+            if before != after and not _is_message(original, node):
+                yield Mutant(path, getattr(node, "lineno", 0), f"{change}: `{before}` becomes `{after}`", tree)
+
+
+def _changes(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], None]]]:
+    """Yields the changes that are possible at a node, each as a function that changes an equal node in place."""
+    match node:
+        case ast.Compare(ops=[operator]) if type(operator) in COMPARISONS:
+            yield "comparison", lambda at: setattr(at, "ops", [COMPARISONS[type(operator)]()])
+        case ast.BinOp(op=operator) | ast.AugAssign(op=operator) if type(operator) in OPERATORS:
+            yield "operator", lambda at: setattr(at, "op", OPERATORS[type(operator)]())
+        case ast.BoolOp(op=operator):
+            other = ast.Or if isinstance(operator, ast.And) else ast.And
+            yield "condition", lambda at: setattr(at, "op", other())
+        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
+            yield "condition", lambda at: setattr(at, "test", ast.UnaryOp(ast.Not(), copy.deepcopy(test)))
+        case ast.Constant(value=bool() as value):
+            yield "constant", lambda at: setattr(at, "value", not value)
+        case ast.Constant(value=int() | float() as value):
+            yield "constant", lambda at: setattr(at, "value", value + 1)
+        case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS:
+            yield "function", lambda at: setattr(at, "func", ast.Name(FUNCTIONS[name], ast.Load()))
+        case ast.Return(value=value) if value is not None and not isinstance(value, ast.Constant):
+            yield "result", lambda at: setattr(at, "value", ast.Constant(None))
+    for field in ("body", "orelse"):
+        statements = getattr(node, field, None)
+        if not isinstance(statements, list):
+            continue
+        for k, statement in enumerate(statements):
+            if _is_removable(statement):
+                yield "removed", _remover(field, k)
+
+
+def _is_removable(statement: ast.stmt) -> bool:
+    """Whether a module without the statement is still valid: calls, changes of attributes, and jumps."""
+    match statement:
+        case ast.Expr(value=ast.Call() | ast.Await()) | ast.AugAssign() | ast.Continue() | ast.Break():
+            return True
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            return True
+    return False
+
+
+def _remover(field: str, index: int) -> Callable[[ast.AST], None]:
+    def remove(at: ast.AST) -> None:
+        getattr(at, field)[index] = ast.Pass()
+
+    return remove
+
+
+def _is_message(module: ast.Module, node: ast.AST) -> bool:
+    """Whether a node is only part of a message, whose exact figures tests need not check."""
+    return any(
+        node in ast.walk(parent) for parent in ast.walk(module) if isinstance(parent, (ast.JoinedStr, ast.Raise))
+    )
+
+
+def _first_difference(original: ast.Module, mutated: ast.Module) -> tuple[str, str]:
+    before, after = ast.unparse(original).splitlines(), ast.unparse(mutated).splitlines()
+    return next(((a.strip(), b.strip()) for a, b in zip(before, after, strict=False) if a != b), ("", ""))
+
+
+class MutantLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a changed syntax tree instead of its file."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self._name, self._mutant = mutant.path.removesuffix(".py").replace("/", "."), mutant
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, Path(self._mutant.path).resolve(), loader=self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        tree = ast.fix_missing_locations(copy.deepcopy(self._mutant.tree))
+        exec(compile(tree, self._mutant.path, "exec"), vars(module))
+
+
+def run_tests(tests: Sequence[str], mutant: Mutant | None) -> int:
+    """Starts a process that runs tests, with a mutant if there is one, and returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.setpgid(0, 0)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    if mutant is not None:
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        sys.meta_path.insert(0, MutantLoader(mutant))
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-n0", "-m", "not ray", *tests]
+    os._exit(int(pytest.main(options)))
+
+
+def survivors_of(mutants: Sequence[Mutant], num_processes: int) -> list[Mutant]:
+    """Runs the tests of all mutants, several at a time, and returns the mutants that pass them."""
+    waiting, survivors = list(reversed(mutants)), []
+    running: dict[int, tuple[Mutant, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < num_processes:
+            mutant = waiting.pop()
+            running[run_tests(TESTS[mutant.path], mutant)] = mutant, time.monotonic() + TIMEOUT_S
+        for child, (mutant, deadline) in list(running.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if not ended and time.monotonic() > deadline:
+                os.killpg(child, signal.SIGKILL)
+                ended, status = os.waitpid(child, 0)
+            if ended:
+                del running[child]
+                if os.waitstatus_to_exitcode(status) == 0:
+                    survivors.append(mutant)
+                    print(f"survived: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
+        time.sleep(0.02)
+    return survivors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200, help="number of mutants (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
+    parser.add_argument("--only", choices=TESTS, help="mutate this module only")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: one per core)")
+    options = parser.parse_args()
+    import torch  # imported once, for all forks
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    paths = [options.only] if options.only else list(TESTS)
+    for path in paths:
+        _, status = os.waitpid(run_tests(TESTS[path], None), 0)
+        if os.waitstatus_to_exitcode(status):
+            print(f"the tests of {path} fail without a mutant", file=sys.stderr)
+            return 2
+    population = [mutant for path in paths for mutant in mutants_of(path)]
+    sample = random.Random(options.seed).sample(population, min(options.count, len(population)))
+    survivors = survivors_of(sample, options.processes)
+    per_module = Counter(mutant.path for mutant in survivors)
+    for path, number in Counter(mutant.path for mutant in sample).items():
+        print(f"{path}: {per_module[path]} of {number} survived")
+    print(f"{len(survivors)} of {len(sample)} mutants survived, from {len(population)} possible ones")
+    return len(survivors) >= MAX_SURVIVORS * len(sample)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
