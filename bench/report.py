@@ -143,7 +143,7 @@ def render_block(name: str, content: str, root: Path) -> str:
         earlier = content.removeprefix(block.notice).strip().removeprefix(EARLIER).strip()
         return f"{block.notice}\n\n{EARLIER}\n\n{earlier}" if earlier else block.notice
     run = document["run"]
-    provenance = f"Measured {provenance_sentence(run)}" if run else "Measured without a record of command and versions."
+    provenance = f"Measured {provenance_sentence(run)}" if run else "The command and the versions were not recorded."
     return f"{block.render(document)}\n\n{provenance} Confidence intervals in parentheses are at 95%."
 
 

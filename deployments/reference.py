@@ -54,9 +54,9 @@ applications:
 DEPLOYMENTS_INTRODUCTION = """\
 ## `deployments`: replicas, autoscaling, resources
 
-The application has three deployments. Keys that you do not set under `deployments` have these values. The table shows
-them for the default settings. The limits on requests depend on `api.max_answers`, `api.max_queued_requests` and the
-`max_num_seqs` of each model.
+The application has three deployments. If you do not set a key under `deployments`, it gets the value in this table.
+Some values depend on other settings, for which the table assumes the defaults: the limits on requests on
+`api.max_answers`, `api.max_queued_requests` and the `max_num_seqs` of each model.
 
 """
 

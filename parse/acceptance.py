@@ -21,8 +21,8 @@ from parse.registry import get_rule, resolve
 class Thresholds:
     """The minimum P(correct) of a complete draft, and of a prefix.
 
-    If a wrong prefix passes, a longer one usually fails, so little more is kept. No longer prefix follows the complete
-    answer, so its threshold is higher.
+    If a wrong prefix passes, a longer one usually fails, so only a little wrong text is kept. After the complete
+    answer there is no longer prefix that could fail, so its threshold is higher.
     """
 
     full: float = 0.97
@@ -45,7 +45,7 @@ class AcceptancePolicy:
     thresholds: Thresholds = Thresholds()
     rule: str = "first_failure"
     min_answer_mass: float = 0.0
-    """A prefix fails if the answer words have less probability than this after it."""
+    """A prefix fails if the two answer words together are less probable than this after the prefix."""
 
     def __post_init__(self) -> None:
         get_rule(self.rule)

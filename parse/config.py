@@ -112,8 +112,8 @@ class SpeculativeConfig(Settings):
         1,
         ge=1,
         le=16,
-        description="eagle3, parallel: 1 proposes a chain. A higher value proposes a tree with this many candidates at "
-        "each position.",
+        description="eagle3, parallel: 1 proposes a chain. A higher value proposes a tree in which each node has "
+        "at most this many children.",
     )
 
     @model_validator(mode="after")
@@ -215,15 +215,15 @@ class VerificationSettings(Settings):
         0.2,
         ge=0,
         le=1,
-        description="The minimum probability of the two answer words together. If the target gives them less at "
-        "start-up, no mode that verifies drafts is offered. If it is lower after a prefix of a draft, that prefix "
-        "fails.",
+        description="The minimum probability of the two answer words (`correct` and `incorrect`) together. If the "
+        "target gives them less at start-up, no mode that verifies drafts is offered. If it is lower after a prefix of a "
+        "draft, that prefix fails.",
     )
     self_check_prompts: tuple[str, ...] = Field(
         ("What is 7 times 8?", "Name the capital of France."),
         min_length=1,
         description="Messages that the target answers at start-up, to measure the probability of the answer words. "
-        "A specialized model needs messages of its field.",
+        "A specialized model needs messages from its own domain.",
     )
     prompt: str = Field(VERIFICATION_PROMPT, min_length=1, description="The question to the target about each prefix.")
     correct: str = Field("Correct", min_length=1, description="The answer that accepts a prefix.")
@@ -242,7 +242,11 @@ class VerificationSettings(Settings):
         description='Where the verified prefixes end: "tokens" every `stride` tokens, "sentences" at the end of each '
         'sentence, "lines" at the end of each line.',
     )
-    stride: int = Field(DEFAULT_STRIDE, ge=1, description="The number of tokens between two prefixes.")
+    stride: int = Field(
+        DEFAULT_STRIDE,
+        ge=1,
+        description="The number of tokens by which each verified prefix is longer than the one before it.",
+    )
     window: int = Field(
         16,
         ge=1,
@@ -266,8 +270,8 @@ class VerificationSettings(Settings):
     def for_model(cls, model: str, **changes: Any) -> Self:
         """Returns the settings that come with a target, with `changes` applied.
 
-        If there is no `parse.json`, the defaults are changed instead. The repository of a Hugging Face id is read only
-        after its tokenizer has been loaded.
+        If there is no `parse.json`, the defaults are changed instead. For a Hugging Face id, this file is looked up
+        only if the tokenizer of the model is already in the local cache.
         """
         file = _verification_file(model)
         if file is None:

@@ -3,8 +3,8 @@
 The decision follows from measured gains and is revised when these change.
 
 The gain of a draft is the time that it saves, as a share of the time that the target alone would have taken for the
-answer. While no answer of the target alone has been measured, this time is estimated from the pace at which the target
-continues drafts. The estimate leaves out the prompt, so it is too low, and drafting may be paused too early. The
+answer. Until three answers of the target alone have been measured, this time is estimated from the pace at which the
+target continues drafts. The estimate leaves out the prompt, so it is too low, and drafting may be paused too early. The
 answers during the pause then give a better estimate.
 
 When drafting has cost more than it saved for a while, it is paused. Single requests, the trials, then draft again, at
@@ -61,7 +61,8 @@ class DraftingController:
     def decide(self, *, may_be_trial: bool) -> DraftingDecision:
         """Decides whether one request in mode `auto` gets a draft.
 
-        While drafting is paused, only requests that may be a trial count as requests between two trials.
+        While drafting is paused, a request counts towards the interval between two trials only if it may be a trial
+        itself.
         """
         if not self._paused:
             return DraftingDecision(True, "drafting pays" if self._num_drafts else "no draft has been measured yet")
@@ -111,10 +112,11 @@ class DraftingController:
         return f"a gain of {self.gain:.0%} at {self.acceptance:.0%} acceptance"
 
     def _estimate_target_alone_s(self, num_tokens: int) -> float | None:
-        """Estimates how long the target alone would have taken instead of an answer with a draft and this length.
+        """Estimates how long the target alone would have taken for an answer that has this length with a draft.
 
         Answers with a draft have the wording of the draft model, so their mean length may differ from that of others.
-        An answer of the mean length corresponds to a mean answer of the target alone.
+        A drafted answer of mean length is assumed to take the target alone as long as its own mean answer. Other
+        lengths are scaled in proportion.
         """
         if self.target_alone_s is not None and self._num_target_alone >= MIN_OBSERVATIONS:
             return self.target_alone_s * num_tokens / self.drafted_answer_tokens if self.drafted_answer_tokens else 0.0

@@ -29,7 +29,7 @@ def check_models(
 ) -> None:
     """Raises ModelLoadError, which names the setting, the model and what is wrong with it in one line.
 
-    `memory_bytes` is the memory of the machine, if both models run on the CPUs of the same one.
+    `memory_bytes` is the machine's memory if all models run on the CPUs of one machine, and otherwise None.
     """
     network, tokenizer = _check_model("target", target)
     weight_bytes = _weight_bytes(network, target)

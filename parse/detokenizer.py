@@ -25,7 +25,7 @@ class IncrementalDetokenizer:
         self._decode_start = self._emitted = 0  # in tokens: the start of decoding, and the end of the released text
         self._held_back = ""  # text that may be the beginning of a stop string
         self.matched_stop: str | None = None
-        """The stop string that was found. Whoever adds the tokens then ends the text."""
+        """The stop string that was found. The caller of `add` then has to end the text."""
 
     def add(self, token_ids: Iterable[int]) -> str:
         """Adds tokens and returns the text that can no longer change."""

@@ -37,7 +37,7 @@ class _ModeChoice:
     fallback: Fallback | None = None
     """Why the target answers alone, if another mode was requested."""
     is_trial: bool = False
-    """Whether the controller waits for the outcome to decide about later requests."""
+    """Whether this request is a trial, whose outcome decides whether drafting resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)

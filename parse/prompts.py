@@ -48,7 +48,8 @@ class TemplateError(ValueError):
 class VerificationSuffix:
     """The tokens that ask the target whether a prefix is correct.
 
-    They are the verification prompt that follows each prefix, and the tokens that begin its two answers.
+    These are the tokens of the verification prompt that follow each prefix, and the tokens that begin the two possible
+    answers.
     """
 
     token_ids: tuple[int, ...]  # [end of assistant turn][user: verification prompt][assistant header]
@@ -163,7 +164,8 @@ def build_verification_suffix(
     """Returns the verification suffix of a chat template.
 
     The suffix is taken from a rendered conversation whose answer is a sentinel. It is rendered without reasoning, and a
-    reasoning block that the template opens for the verdict is closed, because the next token has to be the verdict.
+    reasoning block that the template opens before the reply is closed, because the next token has to be the answer
+    word.
     """
     kwargs = {**(template_kwargs or {}), **WITHOUT_REASONING}
     tags = reasoning_tags(tokenizer)

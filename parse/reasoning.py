@@ -14,8 +14,8 @@ from typing import Any, Literal
 ReasoningState = Literal["none", "open", "expected"]
 """How an answer begins.
 
-"none" means without reasoning, "open" inside a block that the prompt has opened, and "expected" that the template lets
-the model open one."""
+"none": without reasoning. "open": inside a block that the prompt has opened. "expected": the model may open a block
+itself."""
 
 # Templates name the switch differently. Jinja ignores the one that a template does not use.
 WITHOUT_REASONING: Mapping[str, Any] = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}

@@ -27,7 +27,7 @@ number of prefixes to keep, counted from the shortest. A prefix that was not eva
 class ModeSpec:
     """A mode, that is, a way to use drafts.
 
-    `auto` selects one of the others and has no function.
+    `auto` selects one of the others, so its `function` is None.
     """
 
     description: str

@@ -1,6 +1,6 @@
 """The requests to the pipeline, and from the pipeline to an engine.
 
-The pipeline passes its requests to an engine unchanged, even if the engine runs in another process.
+An engine receives the same request objects from the pipeline, whether it runs in this process or in another one.
 
 No request depends on an earlier one. Each contains all the tokens that it continues. If a call is lost with its
 replica, it can therefore be repeated on any other replica. A prefix cache makes the repetition cheap.
@@ -70,7 +70,8 @@ class VerifyRequest:
     """In ascending order. A length n stands for the first n tokens of the draft."""
     suffix: VerificationSuffix
     policy: AcceptancePolicy | None = AcceptancePolicy()
-    """Prefixes that cannot change the result under this policy are not evaluated. None evaluates all of them."""
+    """Prefixes that cannot change the result under this policy are not evaluated. If the policy is None, all prefixes
+    are evaluated."""
     num_logprobs: int | None = None
     """Also return the log-probability of each draft token, with this many alternatives. Without prefixes, nothing is
     verified, and the log-probabilities of the whole draft are returned."""

@@ -186,8 +186,8 @@ class VerifyResult:
     """The target's assessment of a draft."""
 
     p_correct: tuple[float | None, ...]
-    """P(correct) of each prefix. None if it was not evaluated because it could not change the result, or if the answer
-    words were too improbable."""
+    """P(correct) of each prefix. None if it could not change the result, if its suffix did not fit into the context, or
+    if the answer words were too improbable."""
     logprobs: tuple[Logprob, ...] = ()
     """The target's own log-probabilities of the draft's tokens, if they were requested."""
     num_cached_tokens: int = 0

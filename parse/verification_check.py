@@ -64,7 +64,7 @@ async def measure_answer_mass(
 def without_unreliable_modes(
     capabilities: Capabilities, answer_mass: float | None, settings: VerificationSettings, model: str
 ) -> Capabilities:
-    """Returns the capabilities without the modes that verify drafts if the target cannot do so."""
+    """Returns the capabilities. If the target cannot verify drafts, they lack the modes that do so."""
     if answer_mass is None:
         logger.warning("%s: no message of verification.self_check_prompts fits into its context", model)
         return capabilities

@@ -33,7 +33,11 @@ TIMEOUT_S = 120  # a mutant that loops forever counts as noticed
 NATIVE, NATIVE_TESTS = "parse/engines/native", "tests/parse/engines/native"
 # The tests of each module, the quickest ones first.
 TESTS = {
-    "parse/tree.py": ["tests/parse/test_tree.py", f"{NATIVE_TESTS}/test_scheduled_chunk.py"],
+    "parse/tree.py": [
+        "tests/parse/test_tree.py",
+        f"{NATIVE_TESTS}/test_scheduled_chunk.py",
+        f"{NATIVE_TESTS}/test_programs.py",
+    ],
     "parse/acceptance.py": ["tests/parse/test_acceptance.py", "tests/parse/test_pipeline.py"],
     "parse/controller.py": ["tests/parse/test_controller.py", "tests/parse/test_pipeline.py"],
     "parse/pipeline.py": ["tests/parse/test_pipeline.py"],

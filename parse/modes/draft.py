@@ -129,9 +129,9 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
 def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
     """Adds tokens up to an end token, another special token, a stop string or the token limit.
 
-    Returns whether one of these was reached. Only an end token of the target and a stop string complete the draft.
-    Another special token and the token limit make it incomplete. If none of these is reached, `draft.complete` does not
-    change, so a whole prediction stays complete.
+    Returns whether one of these was reached. Only a stop string and, without `ignore_eos`, an end token of the target
+    complete the draft. Another special token and the token limit make it incomplete. If none of these is reached,
+    `draft.complete` does not change, so a whole prediction stays complete.
     """
     token_ids, ended = validate_token_ids("draft", token_ids, len(run.tokenizer)), False
     special = run.eos_token_ids.union(run.tokenizer.all_special_ids)

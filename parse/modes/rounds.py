@@ -1,7 +1,7 @@
 """Mode rounds: the drafter continues after a correction by the target.
 
-A further draft is requested if the answer is expected to be longer than the correction. This depends on the request
-alone, so the same request gets the same answer whatever other requests there are.
+A further draft is requested if the draft was longer than its accepted prefix and the correction together. This depends
+on the request alone, so the same request gets the same answer whatever other requests there are.
 """
 
 from parse.modes.draft import draft_whole, whole_window

@@ -64,7 +64,8 @@ class GenerationState:
     def record_answer_mass(self, answer_mass: Sequence[float | None], minimum: float) -> None:
         """Records the smallest probability of the answer words.
 
-        If all of them are below the minimum, that is why the draft was rejected.
+        If the probability is below the minimum at every evaluated prefix, this is recorded as the reason for the
+        fallback.
         """
         values = [mass for mass in answer_mass if mass is not None]
         self._answer_mass = min([*values, *([] if self._answer_mass is None else [self._answer_mass])], default=None)

@@ -40,7 +40,7 @@ class GuardedState:
 
 
 class GuardedProposer(Proposer[GuardedState]):
-    """Wraps a proposer so that it never raises and never returns an invalid proposal."""
+    """Wraps a proposer so that it returns only valid proposals, and raises only if the device has failed."""
 
     def __init__(self, proposer: Proposer[Any], vocab_size: int) -> None:
         self._proposer, self._vocab_size = proposer, vocab_size
@@ -99,7 +99,7 @@ class GuardedProposer(Proposer[GuardedState]):
         return proposal
 
     def _report_fault(self, message: str) -> None:
-        """Logs the faults number 1, 2, 4, 8 and so on.
+        """Logs only the 1st, 2nd, 4th and 8th fault, and so on.
 
         A method may fail with every token, so not every fault is logged.
         """

@@ -43,7 +43,7 @@ def chain_proposal(token_ids: Sequence[int], probabilities: Sequence[float] | No
 class MaskPrediction:
     """The target's predictions at masks, in order.
 
-    The masks were computed together with the second-to-last token of the sequence, as the positions after it.
+    The masks were computed in the same pass as the second-to-last token of the sequence, at the positions after it.
     """
 
     token_ids: Sequence[int]

@@ -106,8 +106,8 @@ class SpeculativeMethod:
     def next_step(self, last_step: int) -> int:
         """Returns the number of the step that a sequence makes after `last_step`.
 
-        The first sequence that begins a new step also decides whether the time of proposing pays for all sequences
-        together. Once all of them have reported their gains, the sum is compared with the time that proposing took.
+        The first sequence that begins a new step also checks whether proposing pays for all sequences together. It does
+        so only if all of them have reported their gains: it compares the sum with the time that proposing took.
         """
         if last_step >= self.num_steps:
             self.num_steps = last_step + 1

@@ -1,8 +1,8 @@
 """Attention over many sequences at once, for unmodified models.
 
-It is registered with `transformers` under a name of this project. For such a name, `transformers` builds no mask, but
-it passes on the keyword arguments of the forward call. The step is therefore passed as the argument `step`. It decides
-which keys each query sees.
+It is registered with `transformers` under a name that this project defines. For such a name, `transformers` builds no
+mask, but it passes on the keyword arguments of the forward call. The step is therefore passed as the argument `step`.
+The step decides which keys each query sees.
 """
 
 from collections.abc import Callable, Sequence

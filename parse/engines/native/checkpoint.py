@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint, and says in one line why one cannot be loaded."""
+"""Reads a Hugging Face checkpoint. If it cannot be loaded, the error gives the reason in one line."""
 
 import json
 from pathlib import Path
@@ -141,7 +141,7 @@ def _is_quantized(path: str | Path) -> bool:
 
 
 def free_bytes(device: str) -> int | None:
-    """Returns the free memory of a device, or of all GPUs. Returns None if the system does not tell."""
+    """Returns the free memory of a device, or of all GPUs. Returns None if the system does not report it."""
     if device == "balanced":
         return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
     if device != "cpu":
@@ -152,7 +152,7 @@ def free_bytes(device: str) -> int | None:
 
 
 def machine_bytes() -> int | None:
-    """Returns the memory of this machine or container. Returns None if the system does not tell."""
+    """Returns the memory of this machine or container. Returns None if the system does not report it."""
     limits = [size for size in (_memory_info("MemTotal", "SwapTotal"), _container_bytes("memory.max")) if size]
     return min(limits, default=None)
 

@@ -133,7 +133,7 @@ class CudaGraphs:
     def _fill_table(self, table: Tensor, chunks: Sequence[ScheduledChunk]) -> None:
         """Fills the table through pinned memory.
 
-        The previous copy from that memory has ended, because the engine has already read the tokens of that step.
+        The copy of the previous step has ended, because the engine has already read that step's tokens.
         """
         host = self._host[: len(table)]
         host_table = host.numpy()

@@ -1,4 +1,4 @@
-"""The keys and values of all sequences: per layer, two tensors of token slots.
+"""The keys and values of all sequences: per layer, two tensors with one slot per token.
 
 `PrefixCache` decides which sequence has which blocks, and which blocks are freed when the cache is full.
 

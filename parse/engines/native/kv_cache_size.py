@@ -17,9 +17,9 @@ def kv_cache_bytes(settings: EngineSettings, network: nn.Module) -> int:
     This is the size in the settings, or else what the devices of the model can hold.
 
     On a GPU, this process may use the share `gpu_memory_utilization` of the memory, for the cache and for everything
-    that it has already allocated. The cache never takes more than is free, because another process may use
-    the same GPU. If a model is spread over several GPUs, the keys and values of a layer are where its weights are. The
-    GPU with the least memory for its share of the weights then limits the size of the whole cache.
+    that it has already allocated. The cache never takes more than is free, because another process may use the same
+    GPU. If a model is spread over several GPUs, the keys and values of a layer are where its weights are. The GPU with
+    the least free memory relative to its share of the weights then limits the size of the whole cache.
     """
     if settings.kv_cache_memory_bytes is not None:
         return settings.kv_cache_memory_bytes

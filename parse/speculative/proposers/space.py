@@ -2,9 +2,9 @@
 
 It computes the masks in the same pass as the tokens that it verifies.
 
-A group of masks follows the last token of the sequence, and every candidate that may turn out to be the last accepted
-one. The masks after the last accepted candidate predict the next candidates. The target itself gives the next token,
-so the first mask predicts the token after that one. A mask is visible only to the later masks of its group.
+A group of masks follows each place where acceptance is likely to end: the last token of the sequence, or a candidate.
+The masks after the last accepted candidate predict the next candidates. The target itself gives the next token, so the
+first mask predicts the token after that one. A mask is visible only to the later masks of its group.
 """
 
 from collections.abc import Iterator, Sequence
