@@ -216,8 +216,8 @@ class VerificationSettings(Settings):
         ge=0,
         le=1,
         description="The minimum probability of the two answer words (`correct` and `incorrect`) together. If the "
-        "target gives them less at start-up, no mode that verifies drafts is offered. If it is lower after a prefix of a "
-        "draft, that prefix fails.",
+        "target gives them less at start-up, no mode that verifies drafts is offered. If it is lower after a prefix of "
+        "a draft, that prefix fails.",
     )
     self_check_prompts: tuple[str, ...] = Field(
         ("What is 7 times 8?", "Name the capital of France."),

@@ -174,9 +174,9 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None) -> int:
         return child
     os.setpgid(0, 0)
     silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     if mutant is not None:
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
         sys.meta_path.insert(0, MutantLoader(mutant))
     import pytest
 
