@@ -53,7 +53,7 @@ measure() {
     case $1 in
     pair) "$python" -m training.evaluate --problems 3000 --seed 7 --threads 1 --card ;;
     eagle3 | parallel | space) head_card "$1" ;;
-    offline) "$python" -m bench.offline --problems 500 --seed 5 --json $results/offline.json ;;
+    offline) "$python" -m bench.offline --problems 250 --seed 5 --json $results/offline.json ;;
     speculation) "$python" -m bench.offline --speculation --problems 60 --seed 5 --rounds 5 --json $results/speculation.json ;;
     adversary) "$python" -m bench.offline --adversary --problems 200 --seed 5 --json $results/adversary.json ;;
     engine) "$python" -m bench.offline --engine --rounds 7 --json $results/engine.json ;;
