@@ -8,7 +8,8 @@ target continues drafts. The estimate leaves out the prompt, so it is too low, a
 answers during the pause then give a better estimate.
 
 When drafting has cost more than it saved for a while, it is paused. Single requests, the trials, then draft again, at
-growing intervals. `Pipeline._choose_mode` asks this controller about requests in mode `auto` without a prediction.
+growing intervals. `Pipeline._choose_mode` asks this controller about requests in mode `auto` without a prediction, and
+`_informs_controller` in the same module says which requests count.
 """
 
 from dataclasses import dataclass

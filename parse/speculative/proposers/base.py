@@ -1,6 +1,7 @@
 """The argument and the result of each method's `load` function.
 
-To add a method, write a module with a `Proposer` and a `load` function, and add it to `parse.registry.METHODS`.
+To add a method, write a module with a `Proposer` (`parse/speculative/proposal.py`) and a `load` function, and add it to
+`parse.registry.METHODS`.
 """
 
 from dataclasses import dataclass
