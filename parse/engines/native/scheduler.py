@@ -1,7 +1,7 @@
 """Schedules the requests of an engine.
 
-It decides which requests run, how many tokens of each the next step computes, and which request is preempted: the one that was
-admitted last.
+It decides which requests run, how many tokens of each the next step computes, and which request is preempted: the one
+that was admitted last.
 """
 
 from collections import deque
