@@ -62,7 +62,7 @@ def first_failure(p_correct: Sequence[float | None], threshold: float) -> int:
     return next(failures, len(p_correct))
 
 
-def longest_passing(p_correct: Sequence[float | None], threshold: float) -> int:
+def last_passing(p_correct: Sequence[float | None], threshold: float) -> int:
     """Keeps the longest prefix that passes, even if shorter ones fail.
 
     It keeps more than `first_failure`, but each further prefix is one more opportunity for a false positive to extend

@@ -122,7 +122,7 @@ RULES: dict[str, RuleSpec] = {
     "first_failure": RuleSpec(
         "keeps the last prefix before the first one that fails", "parse.acceptance:first_failure", stops_at_failure=True
     ),
-    "longest_passing": RuleSpec("keeps the longest prefix that passes", "parse.acceptance:longest_passing"),
+    "longest_passing": RuleSpec("keeps the longest prefix that passes", "parse.acceptance:last_passing"),
 }
 
 DRAFTING_MODES = tuple(name for name, mode in MODES.items() if mode.function and mode.uses_draft)
