@@ -79,8 +79,8 @@ def pair_table(metrics: Document) -> str:
         ("correct drafts accepted in full", verifier, "right_accepted_whole"),
         ("wrong drafts accepted in full", verifier, "wrong_accepted_whole"),
         ("wrong drafts accepted past their first error", verifier, "kept_past_error"),
-        ("precision of the accepted prefixes", verifier, "prefix_precision"),
-        ("recall of the accepted prefixes", verifier, "prefix_recall"),
+        ("accepted prefixes that are correct (precision)", verifier, "prefix_precision"),
+        ("correct prefixes that are accepted (recall)", verifier, "prefix_recall"),
     )
     lines = heading(f"{metrics['problems']} problems, split `{metrics['split']}`, seed {metrics['seed']}", "")
     lines += [row(title, format_share(part[name], part[f"{name}_interval"])) for title, part, name in shares]

@@ -55,8 +55,8 @@ DEPLOYMENTS_INTRODUCTION = """\
 ## `deployments`: replicas, autoscaling, resources
 
 The application has three deployments. If you do not set a key under `deployments`, it gets the value in this table.
-Some values depend on other settings, for which the table assumes the defaults: the limits on requests on
-`api.max_answers`, `api.max_queued_requests` and the `max_num_seqs` of each model.
+The limits on requests depend on `api.max_answers`, `api.max_queued_requests` and the `max_num_seqs` of each
+model. The table shows the values for the defaults of these settings.
 
 """
 

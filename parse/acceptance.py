@@ -21,8 +21,8 @@ from parse.registry import get_rule, resolve
 class Thresholds:
     """The minimum P(correct) of a complete draft, and of a prefix.
 
-    If a wrong prefix passes, a longer one usually fails, so only a little wrong text is kept. After the complete
-    answer there is no longer prefix that could fail, so its threshold is higher.
+    If a wrong prefix passes, a longer one usually fails, so only a little wrong text is kept. Nothing follows the
+    complete answer that could still fail, so its threshold is higher.
     """
 
     full: float = 0.97

@@ -7,9 +7,10 @@ answer. Until three answers of the target alone have been measured, this time is
 target continues drafts. The estimate leaves out the prompt, so it is too low, and drafting may be paused too early. The
 answers during the pause then give a better estimate.
 
-When drafting has cost more than it saved for a while, it is paused. Single requests, the trials, then draft again, at
-growing intervals. `Pipeline._choose_mode` asks this controller about requests in mode `auto` without a prediction, and
-`_informs_controller` in the same module says which requests count.
+When drafting has cost more than it saved for a while, it is paused. From then on, only single requests draft, at
+growing intervals. These requests are called trials. In `parse/pipeline.py`, `Pipeline._choose_mode` asks this
+controller about requests in mode `auto` without a prediction, and `_informs_controller` says from which requests it
+learns.
 """
 
 from dataclasses import dataclass
@@ -113,11 +114,11 @@ class DraftingController:
         return f"a gain of {self.gain:.0%} at {self.acceptance:.0%} acceptance"
 
     def _estimate_target_alone_s(self, num_tokens: int) -> float | None:
-        """Estimates how long the target alone would have taken for an answer that has this length with a draft.
+        """Estimates how long the target alone would have taken, where the drafted answer has `num_tokens` tokens.
 
         Answers with a draft have the wording of the draft model, so their mean length may differ from that of others.
-        A drafted answer of mean length is assumed to take the target alone as long as its own mean answer. Other
-        lengths are scaled in proportion.
+        For a drafted answer of mean length, the estimate is the mean time of answers without a draft. Other lengths are
+        scaled in proportion.
         """
         if self.target_alone_s is not None and self._num_target_alone >= MIN_OBSERVATIONS:
             return self.target_alone_s * num_tokens / self.drafted_answer_tokens if self.drafted_answer_tokens else 0.0

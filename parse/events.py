@@ -91,7 +91,7 @@ class Usage:
 
     @property
     def decoded_tokens(self) -> int:
-        """The number of answer tokens that the target's generation passes yielded.
+        """The number of answer tokens that came from forward passes in which the target generated.
 
         In mode exact, they include the accepted tokens of the draft.
         """

@@ -94,7 +94,7 @@ METHODS: dict[str, MethodSpec] = {
         loads_language_model=True,
     ),
     "ngram": MethodSpec(
-        "what followed the same tokens before",
+        "the tokens that followed an earlier occurrence of the last few tokens",
         "parse.speculative.proposers.ngram:load",
         model="none",
     ),

@@ -65,5 +65,5 @@ class StepCostModel:
         return lower_s + slope * (num_tokens - lower_tokens)
 
     def added_seconds(self, num_tokens: float, base_tokens: float) -> float:
-        """Returns the seconds that `num_tokens` more add to a step over `base_tokens`."""
+        """Returns by how many seconds `num_tokens` additional tokens lengthen a step over `base_tokens`."""
         return max(0.0, self.step_seconds(base_tokens + num_tokens) - self.step_seconds(base_tokens))

@@ -4,8 +4,8 @@ A step of the target over a few tokens per sequence takes hardly longer than a s
 accepted, the sequence saves g steps. The price is the time to make the proposal, and the time that its tokens add to
 the step.
 
-- A proposal pays if the time it saves exceeds its price (`SequenceSpeculation._net_gain_s`, and for the time of
-  proposing `SpeculativeMethod.next_step`).
+- A proposal pays if the time it saves exceeds its price. `SequenceSpeculation._net_gain_s` computes this without the
+  time of proposing, which `SpeculativeMethod.next_step` takes into account.
 - Within a proposal, one more token pays if its probability of being accepted, times the time that an accepted token
   saves, exceeds the price of that token. The price divided by that time is `ProposalRequest.min_probability`.
   Independently of the method's estimates, the acceptance rates observed at each position limit the depth

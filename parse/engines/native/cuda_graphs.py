@@ -94,7 +94,7 @@ class CudaGraphs:
         return recording.logits[: len(chunks)]
 
     def record(self, chunks: Sequence[ScheduledChunk], logits: Tensor) -> None:
-        """Records the batch size of an ordinary step that has computed these logits."""
+        """Records a graph for the batch size of an ordinary step, which has computed these logits."""
         batch_size = padded_batch_size(len(chunks))
         if self._disabled or batch_size in self._recordings:
             return

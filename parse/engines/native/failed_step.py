@@ -10,8 +10,8 @@ from parse.engines.native.scheduler import ScheduledRequest
 def smaller_steps(scheduled: Sequence[ScheduledRequest], error: Exception) -> list[list[ScheduledRequest]]:
     """Returns the steps that compute the same as a failed one, or [] if its only request caused the error.
 
-    If memory ran out, half of the step may fit. The list of requests is halved, and then the chunk of a single request.
-    After any other error, each request runs alone, so that only the faulty one fails.
+    If memory ran out, half of the step may fit. The list of requests is halved. If only one request is left, its chunk
+    is halved. After any other error, each request runs alone, so that only the faulty one fails.
     """
     middle = len(scheduled) // 2
     if not is_out_of_memory(error):

@@ -171,9 +171,8 @@ class Model:
     def _packed_and_separate(self, kv_cache: KVCache, seed: int, start: int) -> tuple[Tensor, Tensor]:
         """Returns logits from packed and from separate forward passes.
 
-        They are those of two kinds of tokens. The first are all nodes of a few suffixes on a random sequence that
-        starts at position `start`. The second are the tokens of a short sequence that starts at position 0 and shares
-        the first packed step.
+        They are the logits of all nodes of a few suffixes on a random sequence that starts at position `start`, and of
+        all tokens of a short sequence. The short sequence starts at position 0 and shares the first packed step.
         """
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.vocab_size, (SELF_CHECK_TOKENS + 5,), generator=generator).tolist()
