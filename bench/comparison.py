@@ -127,7 +127,7 @@ def fastest_sentences(result: Mapping[str, Any]) -> list[str]:
         fastest = max(runs, key=runs.__getitem__)
         sentence = f"{_load_phrase(load)}, `{fastest}` answers the most requests per second"
         if "auto" in runs and fastest != "auto":
-            sentence += f", and `auto` answers {runs['auto'] / runs[fastest]:.0%} as many"
+            sentence += f", and `auto` answers {1 - runs['auto'] / runs[fastest]:.1%} fewer"
         sentences.append(f"{sentence}.")
     return sentences
 

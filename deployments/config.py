@@ -34,7 +34,12 @@ class ApiSettings(Settings):
     max_queued_requests: int = Field(
         256, ge=0, description="The maximum number of requests that wait in one router. Further requests get a 503."
     )
-    max_n: int = Field(16, ge=1, description="The highest `n` that a request can set.")
+    max_n: int = Field(
+        16,
+        ge=1,
+        description="The maximum number of choices of a request: `n` times the number of prompts. `max_answers` "
+        "applies if it is lower.",
+    )
     request_timeout_s: float = Field(
         600.0, gt=0, description="The maximum time of a request, in seconds. A request that takes longer gets a 504."
     )

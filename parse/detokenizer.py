@@ -1,6 +1,6 @@
 """Converts token ids to text incrementally.
 
-The text contains no broken characters, loses no spaces, and contains no part of a stop string.
+The text contains no broken characters, loses no spaces, and ends before a stop string.
 """
 
 from collections.abc import Iterable, Sequence

@@ -91,7 +91,8 @@ class Pair:
 
         `mode` says how drafts are used (`parse.registry.MODES`). The other options are the fields of `SamplingParams`,
         such as `temperature`, `max_tokens` and `seed`, and those of `GenerateOptions`. As in the HTTP API, the default
-        temperature is 1. The seed is 0 unless you set it, so the same call gives the same text.
+        temperature is 1. The seed is 0 unless you set it. The same call gives the same text in the modes `off` and
+        `exact`, and in other modes if the same drafts are accepted.
         """
         return self._event_loop.run(self._collect(self._request(prompt, mode, options)))
 

@@ -4,7 +4,8 @@ A drafter writes a draft, and the target verifies prefixes of it in parallel. Th
 is kept, and the target generates the rest.
 
 The pipeline uses a drafter and a verifier through two small protocols, so the same code runs in one process and across
-machines. Each call is independent of earlier ones. If a drafter fails, the answer only takes longer.
+machines. Each call is independent of earlier ones. If a drafter fails, the target generates the whole answer,
+which takes longer.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Receives a draft, from the drafter or from the client's prediction.
 
-If there is no draft, the answer only takes longer: the target then generates all of it.
+If there is no draft, the target generates the whole answer, which takes longer.
 """
 
 import asyncio

@@ -43,7 +43,8 @@ def chain_proposal(token_ids: Sequence[int], probabilities: Sequence[float] | No
 class MaskPrediction:
     """The target's predictions at masks, in order.
 
-    The masks were computed in the same pass as the second-to-last token of the sequence, at the positions after it.
+    The last token was sampled in the pass that computed the token before it. The masks followed that token in the same
+    pass.
     """
 
     token_ids: Sequence[int]

@@ -69,8 +69,9 @@ class Backoff:
     """Pauses proposals for some steps.
 
     The pause doubles each time a trial does not pay. A pause ends at a step whose number is a multiple of the length of
-    the pause. Sequences that could share the time of proposing therefore try again in the same step. A single sequence
-    could not measure that proposing pays for all of them together.
+    the pause. Sequences that could share the time of proposing therefore try again in the same step. If one sequence
+    tried alone, it would bear the whole time of proposing, and its trial would not show whether proposing pays for all
+    of them together.
     """
 
     length: int = INITIAL_PAUSE

@@ -346,7 +346,7 @@ def test_the_summary_names_the_fastest_contender(load, phrase):
 
     figures = {"served": None, **compare_runs([run("off", 1.0), run("off+none", 4.0), run("auto", 2.0)])}
     assert fastest_sentences(figures) == [
-        f"{phrase}, `off` answers the most requests per second, and `auto` answers 50% as many."
+        f"{phrase}, `off` answers the most requests per second, and `auto` answers 50.0% fewer."
     ]
 
 

@@ -133,7 +133,8 @@ class CudaGraphs:
     def _fill_table(self, table: Tensor, chunks: Sequence[ScheduledChunk]) -> None:
         """Fills the table through pinned memory.
 
-        The copy of the previous step has ended, because the engine has already read that step's tokens.
+        The buffer can be overwritten: the engine has already read the tokens of the previous step, so the copy of that
+        step has finished.
         """
         host = self._host[: len(table)]
         host_table = host.numpy()

@@ -83,8 +83,8 @@ class EngineCore:
     ) -> None:
         """Starts the thread.
 
-        `cost_model` receives the duration of each step. `after_step` is called after each step that may have produced
-        output.
+        `cost_model` receives the duration of each step without prefill or verification. `after_step` is called after
+        each step that may have produced output.
         """
         self.model, self.cost_model = model, cost_model
         self._after_step = after_step

@@ -168,7 +168,7 @@ class CannotReplayError(RuntimeError):
 class DecodeAttention:
     """Attention of single tokens at the ends of their sequences.
 
-    Tensors alone describe the step.
+    The step is described by tensors only, so that it can be recorded as a CUDA graph.
 
     The operations and their arguments depend on the shapes of the tensors and not on their values.
     """

@@ -39,7 +39,7 @@ class SamplingState:
 class Sampler:
     """The sampling state of one request.
 
-    It counts tokens only if penalties need the counts.
+    It counts tokens only if penalties or a bias are set.
     """
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]) -> None:

@@ -64,7 +64,7 @@ class Scheduler:
         """Returns the chunks of the next step, after allocating blocks for all of them.
 
         Requests that need a single token come first and always run. They are in the order of their blocks, so that
-        attention can batch neighbours. The other requests share the rest of the budget in the order of their arrival.
+        attention can batch neighbours. The other requests share the rest of the budget in the order of their admission.
         Causal chunks come before chunks of trees.
         """
         decodes = [request for request in self.running if request.num_uncomputed == 1]

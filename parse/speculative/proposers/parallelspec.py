@@ -1,6 +1,6 @@
 """ParallelSpec: one pass of a head proposes several tokens.
 
-The head predicts them at masks that follow the last element of the sequence.
+The head predicts the first one at the last element of the sequence, and the others at masks after it.
 """
 
 import math

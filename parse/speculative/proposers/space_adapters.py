@@ -67,7 +67,7 @@ class SpaceAdapters(nn.Module):
     def at(self, indices: MaskIndices) -> Iterator[None]:
         """Marks the masks of the network's next pass.
 
-        `indices` are entries of [1, T, H], or a slice of every row of [..., T, H].
+        `indices` are entries of [1, T, H]. A slice means that all entries are masks, as in training.
         """
         self._mask_indices = indices
         try:
