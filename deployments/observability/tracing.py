@@ -8,13 +8,16 @@ Nothing is traced unless Ray Serve is configured to: with `tracing_config` in se
 
 import logging
 import os
+from collections.abc import Sequence
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 
 from parse.events import Usage
+
+logger = logging.getLogger(__name__)
 
 tracer = trace.get_tracer("parse")
 UNTRACED_METHODS = frozenset({"alive", "capabilities", "collect_metrics", "describe"})
@@ -39,16 +42,32 @@ def span_attributes(usage: Usage) -> dict[str, str | int]:
     return attributes | {f"parse.{name}": count for name, count in counts.items()}
 
 
-def otlp() -> list[SpanProcessor]:
+def otlp() -> list[BatchSpanProcessor]:
     """Returns the span processors. Ray Serve calls this in every process that traces.
 
     OpenTelemetry's own environment variables name the endpoint. A thread sends the spans from a bounded queue. An
-    endpoint that does not respond therefore slows down no request. Its errors are not logged either, because they would
-    fill the logs.
+    endpoint that does not respond therefore slows down no request. OpenTelemetry would log each failed attempt to send
+    spans. These lines would fill the logs, so `_SpanExporter` logs one line instead.
     """
     logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
     timeout = None if any(name in os.environ for name in OTEL_TIMEOUT_VARIABLES) else EXPORT_TIMEOUT_S
-    return [_RequestSpanProcessor(OTLPSpanExporter(timeout=timeout))]
+    return [_RequestSpanProcessor(_SpanExporter(timeout=timeout))]
+
+
+class _SpanExporter(OTLPSpanExporter):
+    """Logs when spans begin to get lost, and when they arrive again."""
+
+    _is_losing_spans = False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = super().export(spans)
+        is_losing_spans = result is not SpanExportResult.SUCCESS
+        if is_losing_spans and not self._is_losing_spans:
+            logger.warning("the trace endpoint does not accept spans; spans are lost until it does")
+        elif self._is_losing_spans and not is_losing_spans:
+            logger.warning("the trace endpoint accepts spans again")
+        self._is_losing_spans = is_losing_spans
+        return result
 
 
 class _RequestSpanProcessor(BatchSpanProcessor):

@@ -1,6 +1,19 @@
-from deployments.observability.tracing import span_attributes
+import logging
+import socket
+import time
+from contextlib import contextmanager
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+
+from deployments.observability.tracing import otlp, span_attributes
 from parse.events import Usage
 from parse.types import SpeculationStats
+from tests.deployments.live import until
+from tests.deployments.service.spans import Spans
+
+LOSES_SPANS = "the trace endpoint does not accept spans; spans are lost until it does"
+ACCEPTS_SPANS = "the trace endpoint accepts spans again"
 
 
 def test_the_span_of_an_answer_has_its_counts():
@@ -10,3 +23,55 @@ def test_the_span_of_an_answer_has_its_counts():
     assert span_attributes(usage) == expected | {"parse.speculation": "none"}
     writing = Usage("off", target_tokens=10, speculation=SpeculationStats("eagle3", 4, (4,), (3,)))
     assert (span_attributes(writing)["parse.speculation"], span_attributes(writing)["parse.passes"]) == ("eagle3", 4)
+
+
+@contextmanager
+def traced(monkeypatch, url):
+    """Yields a tracer that sends its spans to an endpoint, and the number of attempts that ended."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    provider, attempts = TracerProvider(shutdown_on_exit=False), []
+    (processor,) = otlp()
+    export = processor.span_exporter.export
+    monkeypatch.setattr(processor.span_exporter, "export", lambda spans: attempts.append(export(spans)))
+    provider.add_span_processor(processor)
+    try:
+        yield provider.get_tracer("test"), attempts
+    finally:
+        provider.shutdown()
+
+
+def send_spans(tracer, attempts, count):
+    """Ends spans until this many attempts to send some have ended."""
+    end = len(attempts) + count
+
+    def is_reached():
+        tracer.start_span("answer").end()
+        return len(attempts) >= end
+
+    until(is_reached)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_trace_endpoint_that_fails_is_logged_once_and_does_not_delay_the_end(monkeypatch, caplog, hangs):
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # it accepts connections, but never responds
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if not hangs:
+            listener.close()
+        with traced(monkeypatch, url) as (tracer, attempts):
+            send_spans(tracer, attempts, 3)
+            started = time.monotonic()
+        assert time.monotonic() - started < 5
+    assert [record.getMessage() for record in caplog.records] == [LOSES_SPANS]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_trace_endpoint_that_recovers_is_logged(monkeypatch, caplog):
+    with Spans.collected() as spans, traced(monkeypatch, spans.url) as (tracer, attempts):
+        send_spans(tracer, attempts, 1)
+        with spans.hanging():
+            send_spans(tracer, attempts, 2)
+        send_spans(tracer, attempts, 2)
+    assert spans.exported
+    assert [record.getMessage() for record in caplog.records] == [LOSES_SPANS, ACCEPTS_SPANS]

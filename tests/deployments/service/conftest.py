@@ -4,7 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tests.deployments.service.spans import Spans
 
 RAYS_PORTS = range(10002, 20000)  # the ports of Ray's workers
 TRACED = {"exporter_import_path": "deployments.observability.tracing:otlp", "sampling_ratio": 1.0}
+EXPORT_TIMEOUT_S = 1  # for spans
 SMALL = {"num_threads": 1, "kv_cache_memory_bytes": 256 * 2**20, "max_model_len": 1024}
 
 
@@ -44,7 +45,12 @@ def spans() -> Iterator[Spans]:
 
 @pytest.fixture(scope="session")
 def cluster(spans: Spans) -> Iterator[Cluster]:
-    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = spans.url  # this has no effect until a deployment sets tracing_config
+    environment = {  # it has no effect until a deployment sets tracing_config
+        "OTEL_EXPORTER_OTLP_ENDPOINT": spans.url,
+        "OTEL_EXPORTER_OTLP_TIMEOUT": str(EXPORT_TIMEOUT_S),
+        "OTEL_BSP_SCHEDULE_DELAY": "500",  # milliseconds
+    }
+    os.environ |= environment
     port = free_port(outside=RAYS_PORTS)
     quiet: dict[str, Any] = dict(log_to_driver=False, namespace="serve", _metrics_export_port=port)
     context: Any = ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=True, **quiet)
@@ -52,7 +58,8 @@ def cluster(spans: Spans) -> Iterator[Cluster]:
     yield Cluster(info["gcs_address"], Path(info["session_dir"]) / "logs" / "serve", f"127.0.0.1:{port}")
     serve.shutdown()
     ray.shutdown()
-    del os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
+    for name in environment:
+        del os.environ[name]
 
 
 class Deployed:
@@ -63,16 +70,22 @@ class Deployed:
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster, self._folder = cluster, folder
-        self._port = free_port()
+        self.port = free_port()
         self._config: dict[str, Any] = {}
 
     def deploy(
-        self, deployments: Sequence[dict[str, Any]] = (), *, traced: bool = False, **args: Any
+        self,
+        deployments: Sequence[dict[str, Any]] = (),
+        *,
+        traced: bool = False,
+        http_options: Mapping[str, str] | None = None,
+        **args: Any,
     ) -> subprocess.CompletedProcess[str]:
         args = {"target": {"model": DEMO_TARGET, **SMALL}, "draft": {"model": DEMO_DRAFT, **SMALL}} | args
         application = {"name": "parse", "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
         config = {
-            "http_options": {"host": "127.0.0.1", "port": self._port},
+            "proxy_location": "HeadOnly",  # the proxies of two nodes on one machine would need the same port
+            "http_options": {"host": "127.0.0.1", "port": self.port, **(http_options or {})},
             "applications": [application | {"deployments": list(deployments)}],
             "tracing_config": TRACED | {"enabled": traced},
         }
@@ -95,13 +108,18 @@ class Deployed:
             serve.delete("parse")
         self._config = {}
 
+    def shut_down(self) -> None:
+        """Stops Ray Serve, which reads `http_options` only when it starts."""
+        serve.shutdown()
+        self._config = {}
+
     def service(self, deployments: Sequence[dict[str, Any]] = (), **args: Any) -> ServiceClient:
         config = {"deployments": deployments, **args}
         if config != self._config:
             result = self.deploy(deployments, **args)
             assert result.returncode == 0, result.stdout + result.stderr
             self._config = config
-        return ServiceClient(f"http://127.0.0.1:{self._port}")
+        return ServiceClient(f"http://127.0.0.1:{self.port}")
 
 
 @pytest.fixture(scope="session")

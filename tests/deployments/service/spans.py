@@ -22,12 +22,26 @@ class Span:
 class Spans:
     url: str
     exported: list[Span] = field(default_factory=list)
+    _responds: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """During the block, requests get no response."""
+        self._responds.clear()
+        try:
+            yield
+        finally:
+            self._responds.set()
 
     @classmethod
     @contextmanager
     def collected(cls) -> Iterator["Spans"]:
         class Collector(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                if not spans._responds.is_set():
+                    spans._responds.wait()
+                    self.close_connection = True
+                    return
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
@@ -43,6 +57,7 @@ class Spans:
 
         with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
             spans = cls(f"http://127.0.0.1:{server.server_port}")
+            spans._responds.set()
             threading.Thread(target=server.serve_forever, daemon=True).start()
             try:
                 yield spans

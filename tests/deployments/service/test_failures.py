@@ -12,6 +12,7 @@ from tests.deployments.service.service_client import chat, events, problems, unt
 from training.task import check_answer
 
 COUNT = problems(1)[0].question
+LONG = chat(COUNT, mode="off", max_tokens=800, ignore_eos=True)
 
 
 async def kill_replica(service, name):
@@ -82,6 +83,30 @@ def test_while_a_drafter_hangs_answers_continue_without_drafts(service):
         finally:
             os.kill(drafter.pid, signal.SIGCONT)
         await drafts_again(service)
+
+    asyncio.run(ask())
+
+
+def test_after_a_killed_router_requests_wait_for_its_replacement(service):
+    async def read_stream(client, has_begun):
+        async with client.stream("POST", "/v1/chat/completions", json=LONG | {"stream": True}) as response:
+            assert response.status_code == 200
+            async for _ in events(response):
+                has_begun.set()
+
+    async def ask():
+        async with service.client() as client:
+            has_begun = asyncio.Event()
+            lost = asyncio.create_task(client.post("/v1/chat/completions", json=LONG))
+            stream = asyncio.create_task(read_stream(client, has_begun))
+            await has_begun.wait()
+            await kill_replica(service, "Router")
+            answer = await service.ask(chat(COUNT))
+            assert answer.status_code == 200, answer.text
+            response = await lost
+            assert response.status_code == 500 and response.headers["Content-Type"].startswith("text/plain")
+            with pytest.raises(httpx.RemoteProtocolError):
+                await stream
 
     asyncio.run(ask())
 

@@ -1,21 +1,19 @@
 """Tests deployments that differ from the default one.
 
-They have several replicas, tight limits, changes under load, or impossible requirements.
+They have tight limits, changes under load, or impossible requirements.
 """
 
 import asyncio
+import os
 import shutil
+import signal
 from itertools import count
 
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from tests.deployments.service.conftest import SMALL
-from tests.deployments.service.service_client import chat, problems
+from tests.deployments.service.service_client import chat, problems, until
 
-TIGHT = {"api": {"max_answers": 4, "max_queued_requests": 8}}
-TWO_OF_EACH = [
-    {"name": name, "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1, "num_gpus": 0.5}}
-    for name in ("Verifier", "Drafter")
-]
+TIGHT = {"api": {"max_answers": 4, "max_queued_requests": 8, "request_timeout_s": 10.0}}
 
 
 def test_with_tight_limits_clients_get_answers_or_a_503(deployed):
@@ -32,38 +30,40 @@ def test_with_tight_limits_clients_get_answers_or_a_503(deployed):
     assert {answer.status_code for answer in answers} == {200, 503}
     assert sum(answer.status_code == 200 for answer in answers) >= 12  # these run or wait
     for refused in (answer for answer in answers if answer.status_code == 503):
-        assert refused.json()["error"]["code"] == "overloaded" and int(refused.headers["Retry-After"]) >= 1
+        seconds, error = int(refused.headers["Retry-After"]), refused.json()["error"]
+        message = f"too many requests are waiting; try again in {seconds} s"
+        assert seconds >= 1
+        assert error == {"message": message, "type": "server_error", "param": None, "code": "overloaded"}
     assert {answer.status_code for answer in afterwards} == {200}
     asyncio.run(service.wait_until_idle())
 
 
-def test_a_conversation_uses_the_verifier_that_has_cached_it(deployed):
-    deployed.clear()  # Serve would start new replicas before it stops the old ones, and no GPU is left for them
-    service = deployed.service(TWO_OF_EACH)
+def test_a_hung_verifier_is_reported_and_serves_again_when_it_continues(deployed):
+    service = deployed.service(**TIGHT)
+    body = chat(problems(1)[0].question)
 
-    async def conversations():
-        token_counts, (first_tokens, second_tokens) = (
-            [],
-            [stats.num_tokens for stats in await service.stats("Verifier")],
-        )
-        for problem in problems(60, seed=17):
-            body = chat(problem.question, mode="rounds")
-            first = await service.answer(body)
-            answer_message = {"role": "assistant", "content": first["choices"][0]["message"]["content"]}
-            again = body["messages"] + [answer_message, {"role": "user", "content": problem.question}]
-            second = await service.answer(body | {"messages": again, "max_tokens": 20})
-            token_counts.append(
-                (first["usage"]["prompt_tokens"], second["usage"]["prompt_tokens_details"]["cached_tokens"])
-            )
-            num_tokens = [stats.num_tokens for stats in await service.stats("Verifier")]
-            if len(token_counts) >= 8 and min(num_tokens) > max(
-                first_tokens, second_tokens
-            ):  # both verifiers had conversations
-                return token_counts
-        raise AssertionError("one of the two had nothing to do")
+    async def hang():
+        async with service.client() as client:
 
-    token_counts = asyncio.run(conversations())
-    assert all(cached >= prompt - 1 for prompt, cached in token_counts)
+            async def has_status(status):
+                return (await client.get("/ready")).json()["status"] == status
+
+            (verifier,) = await service.describe("Verifier")
+            os.kill(verifier.pid, signal.SIGSTOP)
+            try:
+                request = asyncio.create_task(service.ask(body))
+                await until(lambda: has_status("unavailable"))
+                readiness = await client.get("/ready")
+                assert readiness.status_code == 503 and list(readiness.json()["troubles"]) == ["verifier"]
+                late = await request
+                assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+            finally:
+                os.kill(verifier.pid, signal.SIGCONT)
+            await until(lambda: has_status("ready"))
+        assert (await service.answer(body))["choices"][0]["finish_reason"] == "stop"
+        assert await pids(service, "Verifier") == [verifier.pid]  # it was not replaced
+
+    asyncio.run(hang())
     asyncio.run(service.wait_until_idle())
 
 

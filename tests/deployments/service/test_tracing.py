@@ -1,8 +1,11 @@
-"""Tests that one request has one trace over all replicas."""
+"""Tests that one request has one trace over all replicas, and that the trace endpoint may fail."""
 
 import asyncio
+import json
+import time
 from collections import Counter
 
+from tests.deployments.service.conftest import EXPORT_TIMEOUT_S
 from tests.deployments.service.service_client import chat, problems, until
 
 EXPECTED_SPANS = Counter(
@@ -62,3 +65,35 @@ def test_the_trace_of_a_request_contains_router_and_replicas(deployed, spans):
         for span in spans.exported
         if span.name.endswith((" alive", " collect_metrics", " describe", " capabilities"))
     ]
+
+
+def test_a_trace_endpoint_that_hangs_delays_nothing_and_is_logged_once(deployed, spans, cluster):
+    service = deployed.service(traced=True)
+
+    def warnings():
+        """Returns the number of warnings of each deployment."""
+        return Counter(
+            path.name.split("_")[2]
+            for path in cluster.logs.glob("replica_parse_*.log")
+            for line in path.read_text().splitlines()
+            if line.startswith("{") and "does not accept spans" in json.loads(line)["message"]
+        )
+
+    async def send_requests():
+        async def all_logged():  # the logs are flushed at intervals
+            return warnings().keys() == {"Router", "Verifier", "Drafter"}
+
+        started = time.monotonic()
+        for problem in problems(4):
+            await service.answer(chat(problem.question))
+        assert time.monotonic() - started < 15  # if requests waited for their spans, each would take at least 5 s
+        await until(all_logged)
+        await asyncio.gather(*(service.answer(chat(problem.question)) for problem in problems(8)))
+        await asyncio.sleep(3 * EXPORT_TIMEOUT_S)  # several more attempts fail
+
+    with spans.hanging():
+        asyncio.run(send_requests())
+        started = time.monotonic()
+        deployed.clear()
+        assert time.monotonic() - started < 30
+    assert warnings() == {"Router": 1, "Verifier": 1, "Drafter": 1}
