@@ -1,6 +1,7 @@
 """The published pair reaches the figures of its cards on other problems, and loads without this project."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -25,8 +26,17 @@ from training.wording import DRAFT, TARGET
 pytestmark = pytest.mark.slow
 
 COUNT = 160
-# The limits are those of a measurement on a thousand problems. The slack allows for chance on fewer problems.
-SLACK = 0.03
+FIGURES = json.loads((MODELS / "demo-target" / "figures.json").read_text())
+
+
+def lowest(share, count):
+    """Returns three standard deviations less than a share, for a sample of this many cases."""
+    return share - 3 * math.sqrt(share * (1 - share) / count)
+
+
+def highest(share, count):
+    """Returns three standard deviations more than a share, for a sample of this many cases."""
+    return share + 3 * math.sqrt(share * (1 - share) / count)
 
 
 @pytest.fixture(scope="module")
@@ -72,25 +82,29 @@ def test_all_models_together_are_small():
 
 def test_the_target_answers_correctly(pair, problems):
     answers = measure.generate_answers(pair.target, pair.example_builder, problems)
-    assert measure.accuracy(pair.example_builder, problems, answers) >= 0.97 - SLACK
+    accuracy = measure.accuracy(pair.example_builder, problems, answers)
+    assert accuracy >= lowest(FIGURES["target"]["accuracy"], COUNT)
 
 
 def test_the_target_continues_a_draft_correctly(pair, drafts):
     continued = measure.continuation_correctness(pair, drafts, seed=1)
-    assert sum(continued) / len(continued) >= 0.97 - SLACK
+    stated = FIGURES["target"]["continuation_accuracy"]
+    assert sum(continued) / len(continued) >= lowest(stated, len(continued))
 
 
 def test_drafts_are_often_but_not_always_correct(drafts):
-    assert 0.70 - SLACK <= sum(draft.is_correct for draft in drafts) / COUNT <= 0.85 + SLACK
+    stated = FIGURES["draft"]["accuracy"]
+    assert lowest(stated, COUNT) <= sum(draft.is_correct for draft in drafts) / COUNT <= highest(stated, COUNT)
 
 
 def test_the_target_verifies_real_drafts(drafts):
-    metrics = measure.verifier_metrics(drafts, Thresholds())
-    assert metrics["right_accepted_whole"] >= 0.90 - SLACK
-    assert metrics["wrong_accepted_whole"] <= 0.02 + SLACK
-    assert metrics["kept_past_error"] <= 0.05 + SLACK
-    assert metrics["prefix_precision"] >= 0.97 - SLACK
-    assert metrics["prefix_recall"] >= 0.90 - SLACK
+    metrics, stated = measure.verifier_metrics(drafts, Thresholds()), FIGURES["verifier"]
+    num_correct = sum(draft.is_correct for draft in drafts)
+    assert metrics["right_accepted_whole"] >= lowest(stated["right_accepted_whole"], num_correct)
+    for name in ("wrong_accepted_whole", "kept_past_error"):
+        assert metrics[name] <= highest(stated[name], COUNT - num_correct)
+    for name in ("prefix_precision", "prefix_recall"):  # the prefixes of one draft are not independent
+        assert metrics[name] >= lowest(stated[name], COUNT)
 
 
 @pytest.mark.parametrize("kind", MISTAKE_KINDS)
@@ -141,13 +155,15 @@ def loss(model, builder, drafts):
     return float(total) / len(drafts)
 
 
-@pytest.mark.parametrize(("name", "own"), [("target", TARGET), ("draft", DRAFT)])
-def test_every_layer_reduces_the_loss(pair, drafts, name, own):
+# The smallest increase is half of the measured one. Without the least important layer, the target's loss is 59% higher,
+# and that of the draft model is 630 times as high.
+@pytest.mark.parametrize(("name", "own", "min_increase"), [("target", TARGET, 0.29), ("draft", DRAFT, 310.0)])
+def test_every_layer_reduces_the_loss(pair, drafts, name, own, min_increase):
     model, builder = getattr(pair, name), ExampleBuilder(pair.tokenizer, own=own)
     full_loss = loss(model, builder, drafts[:20])
     for layer in model.get_decoder().layers:
         skipped = layer.register_forward_hook(lambda _module, inputs, _output: inputs[0])
-        assert loss(model, builder, drafts[:20]) > full_loss
+        assert loss(model, builder, drafts[:20]) > (1 + min_increase) * full_loss
         skipped.remove()
 
 

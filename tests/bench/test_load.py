@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 
 import httpx
 import numpy as np
@@ -24,7 +23,7 @@ from deployments.config import ApiSettings
 from parse.config import EngineSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from parse.pair import Pair
-from tests.deployments.live import LocalBackend, served
+from tests.deployments.live import PATIENCE_S, LocalBackend, served
 from training import measure
 from training.confidence import rounds_interval
 from training.task import correct_answer, draw_problem
@@ -175,7 +174,7 @@ def broken_server():
         if command == "cut":
             raise RuntimeError("on purpose")
         if command == "hang":
-            await asyncio.sleep(3)
+            await asyncio.Event().wait()  # until the client disconnects
         if command == "error":
             yield event({"error": {"message": "it failed", "type": "server_error", "code": "internal_error"}})
         if command == "garbage":
@@ -198,7 +197,12 @@ def test_errors_are_counted_by_kind():
 
     async def outcomes(url):
         async with open_client(url, None) as client:
-            send = partial(send_request, client, RequestParams("any", timeout_s=1.0))
+
+            async def send(request, due):
+                hangs = request.messages[0]["content"] == "hang"
+                params = RequestParams("any", timeout_s=0.5 if hangs else PATIENCE_S)
+                return await send_request(client, params, request, due)
+
             return await closed_loop(send, [SampleRequest([{"role": "user", "content": word}]) for word in commands], 3)
 
     with served(broken_server()) as url:

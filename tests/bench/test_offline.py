@@ -88,4 +88,24 @@ def test_all_drafts_of_the_adversary_are_wrong():
     figures = adversary.run(3, seed=1, models=MODELS, num_threads=1)
     assert figures["drafted_for"] == 3 and figures["accepted_tokens"] == 0
     assert figures["of_target_interval"][0] <= figures["of_target"] <= figures["of_target_interval"][1]
-    assert 0 < figures["worst_request"] <= figures["first_request"]
+    assert figures["worst_request"] > 0
+
+
+def test_the_figures_of_the_adversary_match_a_calculation_by_hand(monkeypatch):
+    seconds = {"auto": [2.0, 4.0, 1.0], "off": [9.0, 1.0, 1.0, 0.5]}  # the first answer of `off` is a warm-up
+    draft_tokens = {"auto": [8, 8, 0], "off": [0] * 4}  # the third request is answered without a draft
+
+    class ScriptedContender:
+        def __init__(self, pair, mode):
+            self.results = [
+                BenchResult((), True, s, s, d) for s, d in zip(seconds[mode], draft_tokens[mode], strict=True)
+            ]
+
+        async def __call__(self, prompt):
+            return self.results.pop(0)
+
+    monkeypatch.setattr(adversary, "PipelineContender", ScriptedContender)
+    figures = adversary.run(3, seed=1, models=MODELS, num_threads=1)
+    assert figures["requests"] == 3 and figures["drafted_for"] == 2
+    assert figures["of_target"] == pytest.approx(2.5 / 7)
+    assert (figures["first_request"], figures["worst_request"]) == (0.5, 0.25)

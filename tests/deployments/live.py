@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -65,6 +66,16 @@ def served(app: FastAPI, *, log_level: str = "warning") -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextmanager
+def connected(address: str, body: bytes, *, length: int | None = None) -> Iterator[socket.socket]:
+    """Connects a client that sends a chat request, or only the first part of one of this length."""
+    url = urlsplit(address)
+    with socket.create_connection((url.hostname, url.port), timeout=PATIENCE_S) as client:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body)
+        yield client
 
 
 @dataclass

@@ -94,5 +94,13 @@ def test_a_complete_answer_is_evaluated_alone_only_where_that_saves_work():
     assert evaluate(p_correct, HALF, complete=True, max_batch=2, answer_first=False) == ([0.1, None, 0.9], 1)
 
 
+def test_evaluation_stops_at_a_failure_only_if_the_rule_ignores_what_follows():
+    p_correct = [0.9, 0.1, 0.9, 0.9]
+    one_at_a_time = dict(max_batch=1, answer_first=False)
+    assert evaluate(p_correct, HALF, complete=False, **one_at_a_time) == ([0.9, 0.1, None, None], 2)
+    assert evaluate(p_correct, KEEP_ANY_PASSING, complete=False, **one_at_a_time) == (p_correct, 4)
+    assert evaluate([0.9, 0.1, 0.9, 0.1], HALF, complete=True, **one_at_a_time) == ([0.9, 0.1, None, 0.1], 3)
+
+
 def test_without_a_policy_every_prefix_is_evaluated():
     assert evaluate([0.1, 0.9, 0.9], None, complete=True, max_batch=2, answer_first=True) == ([0.1, 0.9, 0.9], 2)

@@ -281,6 +281,7 @@ def test_in_progressive_a_failed_window_ends_the_draft(make):
         verifications[-1].rejected_text
         and sum(v.accepted_prefix_length for v in verifications) == finished.usage.accepted_tokens == 8
     )
+    assert finished.usage.accepted_prefix_length == 8
     windows = [call for call in target.calls if call[0] == "verify"]
     assert all(call[4] is False for call in windows)  # never asked about a full answer: it was not there
 
@@ -291,6 +292,41 @@ def test_progressive_asks_each_cut_once_and_the_full_answer_last(make):
     lengths = [length for call in target.calls if call[0] == "verify" for length in call[3]]
     assert token_ids == RIGHT and lengths == [4, 8, 12, 16, 20] and finished.finish_reason == "stop"
     assert target.calls[-1][4] is True
+    assert finished.usage.accepted_prefix_length == 20
+
+
+def test_each_window_of_progressive_is_twice_as_long_as_the_one_before(make):
+    target = Target()
+    answered(make(target, Scripted([RIGHT * 2]), window=4), "progressive")
+    windows = [call[3] for call in target.calls if call[0] == "verify"]
+    assert windows == [(4,), (8, 12), (16, 20, 24, 28), (32, 36, 40)]
+
+
+def test_progressive_reports_no_accepted_prefix_if_the_first_window_fails(make):
+    *_, finished = answered(make(Target(), Scripted([[WRONG] * 20]), window=8), "progressive")
+    assert finished.usage.accepted_prefix_length == finished.usage.accepted_tokens == 0
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+@pytest.mark.parametrize(
+    ("boundaries", "which"),
+    [
+        (("lines",), [1, 2]),
+        (("sentences",), [0, 1, 2]),
+        (("lines", "sentences"), [0, 1, 2]),
+    ],
+)
+def test_prefixes_end_at_the_configured_boundaries(make, tokenizer, mode, boundaries, which):
+    parts = ["Step 1: 27 minus 3 makes 24.", " Step 2: 24 plus 5 makes 29.\n", "Step 3: 29 plus 2 makes 31.\n", "So 31"]
+    draft, part_ends = [], []
+    for part in parts:
+        draft += tokenizer.encode(part)
+        part_ends.append(len(draft))
+    target = Target()
+    token_ids, *_ = answered(make(target, Scripted([draft]), prefix_boundaries=boundaries), mode)
+    lengths = [length for call in target.calls if call[0] == "verify" for length in call[3]]
+    assert token_ids == draft
+    assert lengths == [*(part_ends[index] for index in which), len(draft)]
 
 
 def test_rounds_hands_the_pen_back_after_a_correction(make):
@@ -310,6 +346,42 @@ def test_rounds_ends_after_the_rounds_it_may_have(make):
     assert token_ids == OWN and finished.usage.rounds == 3 == len(drafter.outputs)
 
 
+@pytest.mark.parametrize(
+    ("draft", "accepted", "limits"),
+    [
+        # The draft is shorter than a correction, so the target generates the rest at once.
+        ([*RIGHT[:5], WRONG], 4, [CAPABILITIES.max_model_len - len(PROMPT)]),
+        # A correction after 16 of 20 tokens is expected to reach the end of the answer.
+        ([*RIGHT[:17], WRONG, *RIGHT[18:]], 16, [24, CAPABILITIES.max_model_len - len(PROMPT)]),
+    ],
+    ids=["short draft", "late error"],
+)
+def test_rounds_drafts_again_only_if_more_than_a_correction_is_missing(make, draft, accepted, limits):
+    target, drafter = Target(tokens=OWN + OWN), Scripted([draft, RIGHT])
+    token_ids, _, _, finished = answered(make(target, drafter, correction_tokens=8), "rounds")
+    assert drafter.outputs == [()] and finished.usage.rounds == 1
+    assert token_ids == RIGHT[:accepted] + (OWN + OWN)[accepted:]
+    assert [call[3] for call in target.calls if call[0] == "generate"] == limits
+
+
+def test_the_rest_of_a_prediction_after_a_correction_is_not_a_complete_answer(make):
+    target = Target()
+    prediction = [*RIGHT[:5], WRONG, *RIGHT[6:]]
+    token_ids, *_ = answered(make(target, None, correction_tokens=3), "rounds", prediction=prediction)
+    verified = [(call[2], call[4]) for call in target.calls if call[0] == "verify"]
+    assert verified == [(tuple(prediction), True), (tuple(prediction[7:]), False)]
+    assert token_ids == RIGHT[:4] + OWN[4:7] + RIGHT[7:19] + OWN[19:]
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+def test_a_prediction_beyond_the_token_limit_is_not_a_complete_answer(make, mode):
+    target, params = Target(), replace(GREEDY, max_tokens=8)
+    token_ids, _, _, finished = answered(make(target, None), mode, params, prediction=RIGHT)
+    assert not any(call[4] for call in target.calls if call[0] == "verify")
+    assert token_ids == [*RIGHT[:4], *OWN[4:8]] and finished.finish_reason == "length"
+    assert finished.usage.accepted_prefix_length == 4
+
+
 def test_a_correction_may_end_the_answer(make):
     target = Target(tokens=OWN[:6])
     token_ids, _, _, finished = answered(
@@ -326,6 +398,9 @@ def test_exact_proposes_the_draft_and_takes_what_the_target_says(make):
     assert target.calls[-1][4] == tuple(draft)
     assert [d.token_ids for d in deltas if d.origin == "draft"] == [tuple(OWN[:6])]
     assert (finished.usage.accepted_tokens, finished.usage.rejected_tokens, finished.usage.target_tokens) == (6, 1, 14)
+    assert finished.usage.accepted_prefix_length == 6
+    *_, finished = answered(make(Target(), Scripted([RIGHT])), "exact")
+    assert finished.usage.accepted_prefix_length == 0
 
 
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])
@@ -358,9 +433,11 @@ def test_without_a_drafter_the_target_answers_and_says_why(make):
 def test_the_callers_own_draft_takes_the_drafters_place(make):
     drafter = Scripted([])
     pipeline = make(Target(), drafter)
-    token_ids, _, _, finished = answered(pipeline, "full", prediction=RIGHT)
-    assert token_ids == RIGHT and not drafter.outputs and finished.usage.accepted_tokens == 20
-    assert pipeline.controller.acceptance is None  # it says nothing about the drafter
+    before = vars(pipeline.controller).copy()
+    for mode in ("full", "auto", "auto", "auto"):  # the controller ignores its first outcome
+        token_ids, _, _, finished = answered(pipeline, mode, prediction=RIGHT)
+        assert token_ids == RIGHT and not drafter.outputs and finished.usage.accepted_tokens == 20
+    assert vars(pipeline.controller) == before  # a prediction says nothing about the drafter
 
 
 @pytest.mark.parametrize(

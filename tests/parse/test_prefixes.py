@@ -38,6 +38,12 @@ def test_prefixes_end_at_the_boundaries_named(boundaries, lengths):
     assert prefix_lengths_at(boundaries, ANSWER, stride=4, complete=True) == [*lengths, len(ANSWER)]
 
 
+@pytest.mark.parametrize(("sign", "lengths"), [(".", [2]), ("!", [2]), ("?", [2]), ("…", [2]), (",", []), (":", [])])
+def test_these_signs_end_a_sentence(sign, lengths):
+    token_texts = ["Done", sign, " And", " now"]
+    assert prefix_lengths_at(["sentences"], token_texts, stride=4, complete=False) == lengths
+
+
 def test_unknown_boundaries_are_refused():
     for boundaries in ([], ["words"]):
         with pytest.raises(ValueError, match="tokens, sentences, lines"):

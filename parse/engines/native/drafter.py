@@ -3,6 +3,7 @@
 A draft model has the target's tokenizer or its own.
 """
 
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,6 +20,10 @@ from parse.requests import DraftRequest, GenerateRequest
 from parse.types import TokenDelta
 
 EXTRA_TOKENS = 16  # of a draft in another tokenizer, beyond twice the target's token limit
+
+# A word begins with its space, or after a line break. Other whitespace can belong to one token with the characters
+# before it, such as ".\n".
+_WORD_START = re.compile(r"(?<=\S) (?=\S)|(?<=\n)(?=\S)")
 
 
 class SharedVocabularyDrafter:
@@ -101,7 +106,4 @@ def _last_word_start(text: str) -> int:
 
     The last word may still grow.
     """
-    index = len(text.rstrip())
-    while index and not text[index - 1].isspace():
-        index -= 1
-    return max(0, index - 1)
+    return max((match.start() for match in _WORD_START.finditer(text)), default=0)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.api.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Overloaded
+from tests.deployments import virtual_time
 
 
 class Visitor:
@@ -290,7 +291,7 @@ def test_the_queue_is_idle_only_if_no_slot_was_held_for_a_while(count):
         assert not later.done()
         later.cancel()
 
-    asyncio.run(seen())
+    virtual_time.run(seen())
 
 
 def test_the_queue_becomes_idle_if_an_admitted_request_is_cancelled_at_once():
@@ -306,7 +307,7 @@ def test_the_queue_becomes_idle_if_an_admitted_request_is_cancelled_at_once():
         assert admission_queue.num_free_slots == 1
         await asyncio.wait_for(admission_queue.wait_until_idle(0.01), 5)
 
-    asyncio.run(seen())
+    virtual_time.run(seen())
 
 
 def test_a_request_during_the_wait_keeps_the_queue_busy():
@@ -314,10 +315,14 @@ def test_a_request_during_the_wait_keeps_the_queue_busy():
         admission_queue = AdmissionQueue(1, 5)
         resting = asyncio.ensure_future(admission_queue.wait_until_idle(0.1))
         for _ in range(10):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.09)
             async with admission_queue.hold_slots(1):
                 pass
             assert not resting.done()
-        await asyncio.wait_for(resting, 5)
+        await asyncio.sleep(0.09)
+        assert not resting.done()
+        await asyncio.sleep(0.02)
+        assert resting.done()
+        await resting
 
-    asyncio.run(seen())
+    virtual_time.run(seen())

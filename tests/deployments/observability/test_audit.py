@@ -20,6 +20,7 @@ from deployments.session import Session
 from parse.events import Finished, TextDelta, Usage
 from parse.requests import GenerationRequest
 from parse.types import Logprob, SamplingParams, VerifyResult
+from tests.deployments import virtual_time
 
 NUMBER = r"\d+"
 REQUEST = GenerationRequest(
@@ -179,7 +180,7 @@ def test_a_request_interrupts_an_audit_which_starts_again_later():
         await next_event
         assert interrupted and len(audited.target.requests) == 2 and audited.results() == {"agree": 1.0}
 
-    asyncio.run(check())
+    virtual_time.run(check())
 
 
 def test_an_audit_without_idle_time_is_dropped_and_counted():
@@ -200,7 +201,7 @@ def test_an_audit_without_idle_time_is_dropped_and_counted():
         next_event.cancel()
         assert audited.results() == {"dropped": 1.0} and len(audited.target.requests) == MAX_ATTEMPTS
 
-    asyncio.run(check())
+    virtual_time.run(check())
 
 
 def test_a_failed_audit_does_not_stop_the_auditor():

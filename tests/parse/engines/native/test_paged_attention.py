@@ -247,10 +247,16 @@ def test_a_model_checks_itself_with_the_attention_of_its_device(tokenizer, kerne
 
 
 class Generation:
-    """A request that generates tokens."""
+    """A request that generates tokens, and is cancelled when it has generated `abort_after` of them."""
 
-    def __init__(self, engine, prompt, max_tokens, **sampling_params):
+    def __init__(self, engine, prompt, max_tokens, *, abort_after=None, **sampling_params):
         self.token_ids: list[int] = []
+
+        def emit(delta):
+            self.token_ids.extend(delta.token_ids)
+            if abort_after is not None and len(self.token_ids) >= abort_after:
+                engine.abort(self.response.request)
+
         self.response = submit(
             engine,
             prompt[:-1],
@@ -261,7 +267,7 @@ class Generation:
                 ),
                 stop_token_ids=(),
                 max_new_tokens=max_tokens,
-                emit=lambda delta: self.token_ids.extend(delta.token_ids),
+                emit=emit,
             ),
             max_tokens + 1,
         )
@@ -441,6 +447,16 @@ def test_an_evicted_sequence_leaves_the_blocks_it_shares():
     )
 
 
+def check_half_precision(logits, exact):
+    """Checks every row of [T, vocabulary].
+
+    Half precision changes each row a little. A row that is lost or mixed up with another one differs completely.
+    """
+    errors = (logits - exact).abs().mean(-1) / exact.abs().mean(-1)
+    assert float(errors.mean()) < 0.05
+    assert float(errors.max()) < 0.25
+
+
 @pytest.mark.parametrize("device", [gpu])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_computes_in_single_precision_what_a_cpu_does(device, kind, tokenizer):
@@ -464,8 +480,7 @@ def test_the_kernel_computes_on_a_gpu_nearly_what_a_cpu_does(device, kind, token
     reference = build(kind, max_position_embeddings=1024, initializer_range=0.1)
     bench = Bench(deepcopy(reference).bfloat16(), tokenizer, paged_attention.BLOCK_SIZE, device)
     for prompt, nodes, logits in mixed_steps(bench, scale=9):
-        exact = expected_logits(reference, prompt, nodes)
-        assert float((logits - exact).abs().mean()) < 0.05 * float(exact.abs().mean())
+        check_half_precision(logits, expected_logits(reference, prompt, nodes))
     assert bool(calls) == (kind != "deepseek_v3")
 
 

@@ -30,15 +30,21 @@ def common_prefix_length(one, other):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """The slots hold token ids in place of their keys and values."""
+    """The slots hold token ids in place of their keys and values.
+
+    `cached` is the machine's own list of the cached sequences, the least recently used first. It predicts evictions.
+    """
 
     num_blocks, block_size = 24, 16
+    hashes_collide = False  # a common prefix may then be missed
 
     def __init__(self):
         super().__init__()
         self.slots = [None] * (self.num_blocks * self.block_size)
         self.cache = PrefixCache(self.num_blocks, self.block_size, self.copy)
         self.in_use = []
+        self.cached = []
+        self.num_evicted = 0
 
     def copy(self, source, target, count):
         assert 0 < count <= self.block_size
@@ -60,20 +66,97 @@ class CacheMachine(RuleBasedStateMachine):
     def all_sequences(self):
         return {*self.in_use, *(c for holders in self.cache._sequences_by_hash.values() for c in holders)}
 
+    def current_blocks(self):
+        return {sequence: set(sequence.block_ids) for sequence in (*self.cached, *self.in_use)}
+
+    def check_evictions(self, candidates):
+        """Removes the evicted sequences from `cached` and returns them. Candidates are evicted in their order."""
+        evicted = [sequence for sequence in candidates if not sequence.block_ids]
+        assert evicted == candidates[: len(evicted)], "a less recently used sequence is still cached"
+        self.num_evicted += len(evicted)
+        assert self.cache.evictions == self.num_evicted
+        self.cached = [sequence for sequence in self.cached if sequence not in evicted]
+        return evicted
+
+    def is_necessary(self, eviction, evicted, blocks, kept):
+        """Returns whether there would be too few free blocks without the last eviction.
+
+        `blocks` are those of the other sequences before the request, and `kept` those that it shares with one of them.
+        """
+        held = kept.union(*(blocks[sequence] for sequence in blocks if sequence not in evicted))
+        return self.cache.num_free_blocks < len(blocks[eviction] - held)
+
     def allocate(self, tokens, num_extra_tokens):
         held = {block_id for sequence in self.in_use for block_id in sequence.block_ids}
         lookups, hits = self.cache.lookups, self.cache.hits
+        blocks = self.current_blocks()
+        lengths = {sequence: common_prefix_length(sequence.token_ids, tokens) for sequence in blocks}
         sequence = self.cache.allocate(tokens, num_extra_tokens)
         needed = -(-(len(tokens) + num_extra_tokens) // self.block_size)
         if sequence is None:
             assert needed > self.cache.num_blocks - len(held), "there was memory"
+            # A sequence that the request had begun to take over stays. All others are evicted.
+            remaining = [cached for cached in self.cached if cached.block_ids]
+            assert len(remaining) <= 1
+            self.check_evictions([cached for cached in self.cached if cached not in remaining])
             return None
         assert sequence.token_ids == tokens
         assert sequence.num_computed_tokens <= len(tokens)
         assert len(sequence.block_ids) == needed
         assert (self.cache.lookups - lookups, self.cache.hits - hits) == (len(tokens), sequence.num_computed_tokens)
+        if sequence in self.cached:
+            self.check_taken_over(sequence, blocks, lengths)
+        else:
+            self.check_forked(sequence, blocks, lengths)
         self.in_use.append(sequence)
         return sequence
+
+    def check_taken_over(self, sequence, blocks, lengths):
+        assert sequence.num_computed_tokens == lengths[sequence] == max(lengths.values())
+        self.cached.remove(sequence)
+        del blocks[sequence]
+        evicted = self.check_evictions(list(self.cached))
+        kept = set(sequence.block_ids[: -(-sequence.num_computed_tokens // self.block_size)])
+        assert not evicted or self.is_necessary(evicted[-1], evicted, blocks, kept), "one eviction less would do"
+
+    def check_forked(self, sequence, blocks, lengths):
+        """The source is evicted last, and counts as used.
+
+        It is a sequence that shares the most tokens, and a cached one before one in use.
+        """
+        max_length = max(lengths.values(), default=0)
+        sources = [cached for cached in self.cached if lengths[cached] == max_length >= HASH_STRIDE]
+        if self.hashes_collide and not sequence.num_computed_tokens:
+            sources = list(self.cached)
+        others = [cached for cached in self.cached if cached not in sources]
+        kept = set(sequence.block_ids[: sequence.num_computed_tokens // self.block_size])
+        if not any(cached.block_ids for cached in self.cached):
+            evicted, last = self.check_evictions(others + sources), sources or others[-1:]
+        elif self.hashes_collide and not sequence.num_computed_tokens:
+            evicted = self.check_evictions(list(self.cached))
+            last = evicted[-1:]
+        else:
+            # If several share as many tokens, the cache may choose any of them.
+            source = next(iter(reversed(self.cache._cached_sequences))) if sources else None
+            assert source is None or source in sources
+            evicted = self.check_evictions([cached for cached in self.cached if cached is not source])
+            last = evicted[-1:]
+            if source is not None:
+                self.cached.remove(source)
+                self.cached.append(source)
+        assert not evicted or any(self.is_necessary(each, evicted, blocks, kept) for each in last), (
+            "one eviction less would do"
+        )
+
+    def reserve(self, sequence, length):
+        blocks = self.current_blocks()
+        is_reserved = self.cache.reserve(sequence, length)
+        evicted = self.check_evictions(list(self.cached))
+        if is_reserved:
+            assert not evicted or self.is_necessary(evicted[-1], evicted, blocks, set()), "one eviction less would do"
+        else:
+            assert not self.cached, "a cached sequence could have made way"
+        return is_reserved
 
     @rule(tokens=token_lists, num_extra_tokens=st.integers(0, 16))
     def open(self, tokens, num_extra_tokens):
@@ -92,7 +175,7 @@ class CacheMachine(RuleBasedStateMachine):
     def compute(self, which, count):
         sequence = self.in_use[which % len(self.in_use)]
         tokens = sequence.token_ids[sequence.num_computed_tokens : sequence.num_computed_tokens + count]
-        if self.cache.reserve(sequence, sequence.num_computed_tokens + len(tokens)):
+        if self.reserve(sequence, sequence.num_computed_tokens + len(tokens)):
             self.write(sequence, tokens)
             sequence.num_computed_tokens += len(tokens)
 
@@ -105,7 +188,7 @@ class CacheMachine(RuleBasedStateMachine):
     def speculate(self, which, nodes, num_kept):
         """Runs nodes after the end of a sequence and keeps some of them."""
         sequence = self.in_use[which % len(self.in_use)]
-        if self.cache.reserve(sequence, len(sequence.token_ids) + len(nodes)):
+        if self.reserve(sequence, len(sequence.token_ids) + len(nodes)):
             self.write(sequence, sequence.token_ids[sequence.num_computed_tokens :])
             sequence.num_computed_tokens = len(sequence.token_ids)
             self.write(sequence, nodes)
@@ -118,6 +201,7 @@ class CacheMachine(RuleBasedStateMachine):
         sequence = self.in_use[which % len(self.in_use)]
         tokens, computed = list(sequence.token_ids), min(sequence.num_computed_tokens, length)
         self.cache.truncate(sequence, length)
+        self.check_evictions(list(self.cached))
         assert sequence.token_ids == tokens[:length]
         assert len(sequence.block_ids) == -(-sequence.num_computed_tokens // self.block_size)
         if sequence.num_computed_tokens != computed:
@@ -129,7 +213,10 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_use)
     @rule(which=st.integers(0, 99))
     def close(self, which):
-        self.cache.release(self.in_use.pop(which % len(self.in_use)))
+        sequence = self.in_use.pop(which % len(self.in_use))
+        self.cache.release(sequence)
+        if sequence.num_computed_tokens >= HASH_STRIDE:
+            self.cached.append(sequence)
 
     @rule(tokens=token_lists)
     def look_up(self, tokens):
@@ -161,6 +248,7 @@ class CacheMachine(RuleBasedStateMachine):
             if not sequence.in_use:
                 assert len(sequence.token_ids) == sequence.num_computed_tokens >= HASH_STRIDE
                 assert len(sequence.block_ids) == -(-sequence.num_computed_tokens // self.block_size)
+        assert self.cache.num_cached_sequences == len(self.cached)
 
     def teardown(self):
         """Once all requests have finished, a request for all blocks gets them."""
@@ -185,7 +273,8 @@ def test_even_when_hashes_collide(monkeypatch):
     monkeypatch.setattr(
         "parse.engines.native.prefix_cache.hash", lambda it: hash((it[0], *(t % 1000 for t in it[1:]))), raising=False
     )
-    run_state_machine_as_test(CacheMachine, settings=MANY_STEPS)
+    machine = type("Machine", (CacheMachine,), dict(hashes_collide=True))
+    run_state_machine_as_test(machine, settings=MANY_STEPS)
 
 
 def allocate(cache, tokens):
@@ -206,12 +295,15 @@ def serve(cache, tokens):
 @pytest.mark.parametrize("block_size", [96, 16, 7])
 @given(earlier=st.lists(token_lists, max_size=6), tokens=token_lists)
 def test_all_that_a_cached_sequence_shares_is_found(block_size, earlier, tokens):
+    """There are blocks for all sequences. Only the rest of a sequence that is taken over is lost."""
     cache = PrefixCache(-(-96 // block_size) * 8, block_size, lambda *_: None)
+    kept = {}
     for earlier_tokens in earlier:
-        serve(cache, earlier_tokens)
-    cached_token_ids = [sequence.token_ids for sequence in cache._cached_sequences]
-    shared = max((common_prefix_length(cached, tokens) for cached in cached_token_ids), default=0)
+        sequence, _ = serve(cache, earlier_tokens)
+        kept[sequence] = earlier_tokens
+    shared = max((common_prefix_length(cached, tokens) for cached in kept.values()), default=0)
     assert serve(cache, tokens)[1] == (shared if shared >= HASH_STRIDE else 0)
+    assert cache.evictions == 0
 
 
 def test_a_following_request_continues_in_the_same_blocks():
@@ -219,6 +311,13 @@ def test_a_following_request_continues_in_the_same_blocks():
     first, _ = serve(cache, STEMS[0][:40])
     assert serve(cache, STEMS[0][:60]) == (first, 40)
     assert cache.num_free_blocks == 3
+
+
+def test_of_equal_prefixes_a_cached_one_is_used_before_one_that_is_still_being_computed():
+    cache = PrefixCache(4, 96, lambda *_: None)
+    allocate(cache, STEMS[0][:40])
+    assert serve(cache, STEMS[0][:40])[1] == 0
+    assert serve(cache, STEMS[0][:40])[1] == 40
 
 
 def test_a_side_branch_does_not_destroy_a_long_sequence():
