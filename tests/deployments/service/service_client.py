@@ -88,7 +88,7 @@ def replicas(name: str) -> DeploymentHandle:
     return handle
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], *, interval_s: float = 0.2) -> None:
     last: Exception | None = None
     end = time.monotonic() + TIMEOUT_S
     while time.monotonic() < end:
@@ -97,7 +97,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
                 return
         except Exception as error:  # a replica may be down for a moment
             last = error
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(interval_s)
     raise AssertionError(f"the condition never held: {last!r}")
 
 
