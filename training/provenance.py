@@ -83,6 +83,6 @@ def provenance_sentence(run: Mapping[str, Any]) -> str:
     amx, date, name = "with AMX" if processor["amx"] else "without AMX", run["date"], versions["commit"] or "unknown"
     return (
         f"with `{run['command']}` on {date} at commit {name}, on {processor['model']}, "
-        f"{processor['cores']} cores, {amx}, with a load average of {run['load_average_before']} before the run; "
+        f"{processor['cores']} core{'s' if processor['cores'] > 1 else ''}, {amx}, with a load average of {run['load_average_before']} before the run; "
         f"Python {versions['python']}, torch {versions['torch']}, transformers {versions['transformers']}."
     )

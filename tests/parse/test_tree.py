@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parse.tree import chain, suffix_forest, tree_from_parents
+from parse.tree import chain, child, suffix_forest, tree_from_parents
 
 
 def test_a_chain_is_plain_causal_text():
@@ -54,6 +54,26 @@ def test_each_node_is_below_its_parent(data):
         ancestors = lineage(above, node)
         assert set(np.flatnonzero(visible[preorder[node]])) == {preorder[other] for other in ancestors}
         assert tree.depth[preorder[node]] == len(ancestors) - 1
+
+
+@given(st.data())
+def test_the_child_of_a_node_is_the_one_with_the_token(data):
+    size = data.draw(st.integers(1, 12))
+    above = [data.draw(st.integers(-1, node - 1)) for node in range(size)]
+    tokens = list(range(size))  # so that no two children of a node have the same token
+    tree, preorder = tree_from_parents(tokens, above)
+    for node in range(size):
+        for token in range(-1, size + 1):
+            expected = preorder[token] if 0 <= token < size and above[token] == node else None
+            assert child(tree, int(preorder[node]), token) == expected
+
+
+@given(st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3))
+def test_the_child_in_a_chain_is_the_next_token(tokens, token):
+    for nodes in (tokens, chain(tokens)):
+        for node in range(len(tokens)):
+            is_next = tokens[node + 1 : node + 2] == [token]
+            assert child(nodes, node, token) == (node + 1 if is_next else None)
 
 
 @pytest.mark.parametrize("above", [[0], [-1, 1], [-1, 5], [-1, -2]])
