@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ def smollm2() -> Path:
         CACHED_MODEL.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHED_MODEL.parent) as scratch:
             convert(download(Path(scratch)), Path(scratch) / "model")
-            (Path(scratch) / "model").rename(CACHED_MODEL)  # at once, so that an interrupted call leaves no half model
+            # At once, so that an interrupted call leaves no half model. Another process may have been quicker.
+            with suppress(OSError):
+                (Path(scratch) / "model").rename(CACHED_MODEL)
     return CACHED_MODEL
 
 

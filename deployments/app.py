@@ -88,12 +88,16 @@ def _resolve_model_paths(settings: EngineSettings) -> EngineSettings:
 
 
 def _shared_memory_bytes(settings: AppSettings) -> int | None:
-    """Returns the memory of this machine if all models run on its CPUs."""
+    """Returns the memory of this machine if it is certain that all models run on its CPUs.
+
+    With the device `auto`, a node with GPUs may still join the cluster.
+    """
     models = [model for model in (settings.target, settings.draft) if model]
-    if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) > 1:
+    on_cpus = all(model.device == "cpu" for model in models)
+    if not on_cpus or not ray.is_initialized():
         return None
-    on_cpus = not _gpus_per_model(models) and all(model.device in ("auto", "cpu") for model in models)
-    return machine_bytes() if on_cpus else None
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return machine_bytes() if len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) else None
 
 
 def _gpus_per_model(models: Sequence[EngineSettings]) -> float:

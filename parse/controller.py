@@ -21,7 +21,9 @@ EMA_WEIGHT = 0.1
 MIN_OBSERVATIONS = 3  # drafts before the gain decides, and answers of the target alone before their time counts
 # Drafting pauses below a gain of 0. The higher limit keeps it from switching on and off all the time.
 MIN_GAIN_TO_RESUME = 0.1
-INITIAL_PAUSE, MAX_PAUSE = 8, 256  # requests answered without a draft before the next trial
+# Requests answered without a draft before the next trial. After the larger number of drafts, the time of the target
+# alone counts as out of date.
+INITIAL_PAUSE, MAX_PAUSE = 8, 256
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class DraftingController:
         self.gain: float | None = None  # mean of (time alone - time taken) / time alone
         self.acceptance: float | None = None  # mean accepted share of the draft tokens
         self.token_s: float | None = None  # mean seconds per token in which the target continues a draft
-        self.drafted_answer_tokens: float | None = None  # mean length of answers with a draft
+        self.drafted_s: float | None = None  # mean seconds of answers with a draft
+        self.drafted_tokens: float | None = None  # mean tokens of answers with a draft
         self.target_alone_s: float | None = None  # mean seconds of answers without a draft
-        self._num_target_alone = 0
+        self._num_target_alone = self._drafts_since_target_alone = 0
         self._num_drafts = 0
         self._paused = False
         self._pause = INITIAL_PAUSE
@@ -73,11 +76,10 @@ class DraftingController:
             self._requests_until_trial = self._pause
             return DraftingDecision(True, f"this is a trial: {self.summary()}", is_trial=True)
         self._requests_until_trial -= may_be_trial
-        return DraftingDecision(
-            False,
-            f"drafting does not pay: {self.summary()}; the next trial follows after "
-            f"{self._requests_until_trial} requests",
-        )
+        reason = f"drafting does not pay: {self.summary()}"
+        if may_be_trial:
+            reason += f"; the next trial follows after {self._requests_until_trial} requests"
+        return DraftingDecision(False, reason)
 
     def record(self, outcome: DraftingOutcome, *, is_trial: bool = False) -> None:
         """Adds one answer to the means.
@@ -87,24 +89,27 @@ class DraftingController:
         if not outcome.draft_tokens:
             self.target_alone_s = _running_mean(self.target_alone_s, outcome.total_s)
             self._num_target_alone += 1
+            self._drafts_since_target_alone = 0
             return
         if outcome.target_tokens:
             self.token_s = _running_mean(self.token_s, outcome.target_s / outcome.target_tokens)
         self._num_drafts += 1
         if self._num_drafts == 1:  # the first draft includes work that is done only once
             return
-        num_tokens = outcome.accepted_tokens + outcome.target_tokens
         self.acceptance = _running_mean(self.acceptance, outcome.accepted_tokens / outcome.draft_tokens)
-        self.drafted_answer_tokens = _running_mean(self.drafted_answer_tokens, num_tokens)
-        target_alone_s = self._estimate_target_alone_s(num_tokens)
-        if target_alone_s is None:
-            return
-        gain = 1 - outcome.total_s / target_alone_s if target_alone_s else -1.0
+        num_tokens = outcome.accepted_tokens + outcome.target_tokens
         if self._paused:
             if is_trial:  # other drafts began before the pause
-                self._evaluate_trial(gain)
+                self._evaluate_trial(outcome.total_s, num_tokens)
             return
-        self.gain = _running_mean(self.gain, gain)
+        self.drafted_s = _running_mean(self.drafted_s, outcome.total_s)
+        self.drafted_tokens = _running_mean(self.drafted_tokens, num_tokens)
+        self._drafts_since_target_alone += 1
+        if self._drafts_since_target_alone > MAX_PAUSE:  # the answers or the load may have changed
+            self.target_alone_s, self._num_target_alone = None, 0
+        if (target_alone_s := self._estimate_target_alone_s(self.drafted_tokens)) is None:
+            return
+        self.gain = _gain(self.drafted_s, target_alone_s)
         if self._num_drafts >= MIN_OBSERVATIONS and self.gain < 0:
             self._paused, self._requests_until_trial, self._pause = True, INITIAL_PAUSE, INITIAL_PAUSE
 
@@ -113,25 +118,32 @@ class DraftingController:
             return "no draft has been measured yet"
         return f"a gain of {self.gain:.0%} at {self.acceptance:.0%} acceptance"
 
-    def _estimate_target_alone_s(self, num_tokens: int) -> float | None:
-        """Estimates how long the target alone would have taken, where the drafted answer has `num_tokens` tokens.
+    def _estimate_target_alone_s(self, num_tokens: float) -> float | None:
+        """Estimates the time of the target alone.
 
-        Answers with a draft have the wording of the draft model, so their mean length may differ from that of others.
-        For a drafted answer of mean length, the estimate is the mean time of answers without a draft. Other lengths are
-        scaled in proportion.
+        `num_tokens` is the length of an answer with a draft. Such answers have the wording of the draft model, so their
+        mean length may differ from that of others. For a drafted answer of mean length, the estimate is the mean time
+        of answers without a draft. Other lengths are scaled in proportion.
         """
         if self.target_alone_s is not None and self._num_target_alone >= MIN_OBSERVATIONS:
-            return self.target_alone_s * num_tokens / self.drafted_answer_tokens if self.drafted_answer_tokens else 0.0
+            return self.target_alone_s * num_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
         if self.token_s is None:  # every draft was accepted in full, so the target has not generated a token yet
             return None
         return self.token_s * num_tokens
 
-    def _evaluate_trial(self, gain: float) -> None:
+    def _evaluate_trial(self, total_s: float, num_tokens: int) -> None:
+        gain = _gain(total_s, self._estimate_target_alone_s(num_tokens) or 0.0)
         if gain > MIN_GAIN_TO_RESUME:
             self._paused, self.gain = False, gain
+            # The mean before the pause is out of date.
+            self.drafted_s = (1 - gain) * (self._estimate_target_alone_s(self.drafted_tokens or 0.0) or 0.0)
         else:
             self._pause = min(2 * self._pause, MAX_PAUSE)
             self._requests_until_trial = self._pause
+
+
+def _gain(drafted_s: float, target_alone_s: float) -> float:
+    return 1 - drafted_s / target_alone_s if target_alone_s else -1.0
 
 
 def _running_mean(before: float | None, new: float) -> float:

@@ -76,7 +76,12 @@ def check_models(
 
 
 def _weight_bytes(network: PreTrainedModel, settings: EngineSettings) -> int:
-    """Returns the size of the weights on a CPU, where the dtype "auto" means float32."""
+    """Returns the least size of the weights on a CPU, where the dtype "auto" means float32.
+
+    It is 0 for quantized weights, whose size is known only when they are loaded.
+    """
+    if getattr(network.config, "quantization_config", None):
+        return 0
     precision: torch.dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return sum(parameter.numel() for parameter in network.parameters()) * precision.itemsize
 

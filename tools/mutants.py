@@ -1,4 +1,4 @@
-"""Mutation testing: changes single places of the core modules, and counts the changes that no test notices.
+"""Mutation testing: counts changes of the core modules that no test notices.
 
     python tools/mutants.py [--count 200] [--seed 0] [--only parse/tree.py] [--processes 2]
 
@@ -17,19 +17,21 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import itertools
+import math
 import os
 import random
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 MAX_SURVIVORS = 0.1
-TIMEOUT_S = 120  # a mutant that loops forever counts as noticed
+MIN_TIMEOUT_S = 120
+TIMEOUT_FACTOR = 5  # times the duration of the tests without a mutant; a mutant that takes longer counts as noticed
 NATIVE, NATIVE_TESTS = "parse/engines/native", "tests/parse/engines/native"
 # The tests of each module, the quickest ones first.
 TESTS = {
@@ -79,7 +81,10 @@ class Mutant:
 
 
 def mutants_of(path: str) -> Iterator[Mutant]:
-    """Yields all mutants of a module, except changes of messages, whose exact figures tests need not check."""
+    """Yields all mutants of a module.
+
+    Changes of messages are left out, because tests need not check their exact figures.
+    """
     original = ast.parse(Path(path).read_text())
     lines = ast.unparse(original).splitlines()
     messages = [node for node in ast.walk(original) if isinstance(node, (ast.JoinedStr, ast.Raise))]
@@ -179,25 +184,39 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None) -> int:
     os._exit(int(pytest.main(options)))
 
 
-def survivors_of(mutants: Sequence[Mutant], num_processes: int) -> list[Mutant]:
+def time_limit(path: str) -> float | None:
+    """Returns how long the tests of a module may take, in seconds, or None if they fail without a mutant."""
+    started = time.monotonic()
+    _, status = os.waitpid(run_tests(TESTS[path], None), 0)
+    if os.waitstatus_to_exitcode(status):
+        return None
+    return max(MIN_TIMEOUT_S, TIMEOUT_FACTOR * (time.monotonic() - started))
+
+
+def survivors_of(mutants: Sequence[Mutant], time_limits: Mapping[str, float], num_processes: int) -> list[Mutant]:
     """Runs the tests of all mutants, several at a time, and returns the mutants that pass them."""
     waiting, survivors = list(reversed(mutants)), []
     running: dict[int, tuple[Mutant, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < num_processes:
-            mutant = waiting.pop()
-            running[run_tests(TESTS[mutant.path], mutant)] = mutant, time.monotonic() + TIMEOUT_S
-        for child, (mutant, deadline) in list(running.items()):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if not ended and time.monotonic() > deadline:
-                os.killpg(child, signal.SIGKILL)
-                ended, status = os.waitpid(child, 0)
-            if ended:
-                del running[child]
-                if os.waitstatus_to_exitcode(status) == 0:
-                    survivors.append(mutant)
-                    print(f"survived: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
-        time.sleep(0.02)
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_processes:
+                mutant = waiting.pop()
+                running[run_tests(TESTS[mutant.path], mutant)] = mutant, time.monotonic() + time_limits[mutant.path]
+            for child, (mutant, deadline) in list(running.items()):
+                if time.monotonic() > deadline:
+                    os.killpg(child, signal.SIGKILL)
+                    print(f"too slow: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
+                    running[child] = mutant, math.inf
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    del running[child]
+                    if os.waitstatus_to_exitcode(status) == 0:
+                        survivors.append(mutant)
+                        print(f"survived: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
+            time.sleep(0.02)
+    finally:
+        for child in running:
+            os.killpg(child, signal.SIGKILL)
     return survivors
 
 
@@ -213,14 +232,15 @@ def main() -> int:
 
     torch.set_num_threads(1)
     paths = [options.only] if options.only else list(TESTS)
+    time_limits: dict[str, float] = {}
     for path in paths:
-        _, status = os.waitpid(run_tests(TESTS[path], None), 0)
-        if os.waitstatus_to_exitcode(status):
+        if (limit := time_limit(path)) is None:
             print(f"the tests of {path} fail without a mutant", file=sys.stderr)
             return 2
+        time_limits[path] = limit
     population = [mutant for path in paths for mutant in mutants_of(path)]
     sample = random.Random(options.seed).sample(population, min(options.count, len(population)))
-    survivors = survivors_of(sample, options.processes)
+    survivors = survivors_of(sample, time_limits, options.processes)
     per_module = Counter(mutant.path for mutant in survivors)
     for path, number in Counter(mutant.path for mutant in sample).items():
         print(f"{path}: {per_module[path]} of {number} survived")

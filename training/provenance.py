@@ -80,9 +80,10 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
 def provenance_sentence(run: Mapping[str, Any]) -> str:
     """Returns the end of a sentence that begins with "Measured", for the page that shows the figures of a run."""
     processor, versions = run["processor"], run["versions"]
+    cores = f"{processor['cores']} core{'s' if processor['cores'] > 1 else ''}"
     amx, date, name = "with AMX" if processor["amx"] else "without AMX", run["date"], versions["commit"] or "unknown"
     return (
         f"with `{run['command']}` on {date} at commit {name}, on {processor['model']}, "
-        f"{processor['cores']} core{'s' if processor['cores'] > 1 else ''}, {amx}, with a load average of {run['load_average_before']} before the run; "
+        f"{cores}, {amx}, with a load average of {run['load_average_before']} before the run; "
         f"Python {versions['python']}, torch {versions['torch']}, transformers {versions['transformers']}."
     )

@@ -63,9 +63,9 @@ class _SpanExporter(OTLPSpanExporter):
         result = super().export(spans)
         is_losing_spans = result is not SpanExportResult.SUCCESS
         if is_losing_spans and not self._is_losing_spans:
-            logger.warning("the trace endpoint does not accept spans; spans are lost until it does")
+            logger.warning("%s does not accept spans; they are lost until it does", self._endpoint)
         elif self._is_losing_spans and not is_losing_spans:
-            logger.warning("the trace endpoint accepts spans again")
+            logger.warning("%s accepts spans again", self._endpoint)
         self._is_losing_spans = is_losing_spans
         return result
 

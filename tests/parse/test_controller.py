@@ -132,12 +132,38 @@ def test_measured_answers_of_the_target_alone_replace_the_estimate_from_its_pace
     assert controller.gain == pytest.approx(0.5)
 
 
+def answers(controller, count, drafted, alone):
+    """Answers requests, and returns for each whether it was drafted."""
+    decisions = []
+    for _ in range(count):
+        decision = controller.decide(may_be_trial=True)
+        decisions.append(decision.draft)
+        controller.record(drafted if decision.draft else alone, is_trial=decision.is_trial)
+    return decisions
+
+
 def test_answers_that_the_draft_model_words_more_briefly_count_by_answer_and_not_by_token():
     controller = DraftingController()
-    drafted_for(controller, MIN_OBSERVATIONS + INITIAL_PAUSE, BAD)
-    short = DraftingOutcome(draft_tokens=50, accepted_tokens=50, target_tokens=0, total_s=0.7, target_s=0.0)
-    for _ in range(100):
-        controller.record(short)
-    controller.decide(may_be_trial=True)
-    controller.record(short, is_trial=True)
-    assert controller.gain == pytest.approx(0.3, abs=0.01)
+    slow = DraftingOutcome(draft_tokens=50, accepted_tokens=25, target_tokens=25, total_s=2.0, target_s=0.25)
+    fast = DraftingOutcome(draft_tokens=50, accepted_tokens=50, target_tokens=0, total_s=0.7, target_s=0.0)
+    answers(controller, MIN_OBSERVATIONS + INITIAL_PAUSE, slow, ALONE)
+    assert answers(controller, 20, fast, ALONE) == [True] * 20
+    assert controller.gain == pytest.approx(0.3)
+
+
+def test_one_short_answer_does_not_pause_drafting():
+    controller = DraftingController()
+    short = DraftingOutcome(draft_tokens=1, accepted_tokens=1, target_tokens=0, total_s=0.2, target_s=0.0)
+    assert answers(controller, 50, GOOD, ALONE) == [True] * 50
+    controller.record(short)
+    assert answers(controller, 50, GOOD, ALONE) == [True] * 50
+
+
+def test_drafting_ends_when_answers_become_such_that_it_does_not_pay():
+    """The measured time of the target alone is from before the change."""
+    controller = DraftingController()
+    drafted_for(controller, MIN_OBSERVATIONS, BAD)
+    long_alone = DraftingOutcome(draft_tokens=0, accepted_tokens=0, target_tokens=1000, total_s=10.0, target_s=10.0)
+    long_drafted = DraftingOutcome(draft_tokens=1000, accepted_tokens=900, target_tokens=100, total_s=3.0, target_s=1.0)
+    assert all(answers(controller, INITIAL_PAUSE + 50, long_drafted, long_alone)[INITIAL_PAUSE:])
+    assert sum(answers(controller, 1000, BAD, ALONE)) < MAX_PAUSE + 10

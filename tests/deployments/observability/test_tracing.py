@@ -12,8 +12,8 @@ from parse.types import SpeculationStats
 from tests.deployments.live import until
 from tests.deployments.service.spans import Spans
 
-LOSES_SPANS = "the trace endpoint does not accept spans; spans are lost until it does"
-ACCEPTS_SPANS = "the trace endpoint accepts spans again"
+LOSES_SPANS = "{}/v1/traces does not accept spans; they are lost until it does"
+ACCEPTS_SPANS = "{}/v1/traces accepts spans again"
 
 
 def test_the_span_of_an_answer_has_its_counts():
@@ -26,10 +26,10 @@ def test_the_span_of_an_answer_has_its_counts():
 
 
 @contextmanager
-def traced(monkeypatch, url):
+def traced(monkeypatch, url, *, timeout_s=0.3):
     """Yields a tracer that sends its spans to an endpoint, and the number of attempts that ended."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(timeout_s))
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
     provider, attempts = TracerProvider(shutdown_on_exit=False), []
     (processor,) = otlp()
@@ -53,6 +53,10 @@ def send_spans(tracer, attempts, count):
     until(is_reached)
 
 
+def messages_of_tracing(caplog):
+    return [record for record in caplog.records if record.name == "deployments.observability.tracing"]
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_trace_endpoint_that_fails_is_logged_once_and_does_not_delay_the_end(monkeypatch, caplog, hangs):
     with socket.create_server(("127.0.0.1", 0)) as listener:  # it accepts connections, but never responds
@@ -63,15 +67,16 @@ def test_a_trace_endpoint_that_fails_is_logged_once_and_does_not_delay_the_end(m
             send_spans(tracer, attempts, 3)
             started = time.monotonic()
         assert time.monotonic() - started < 5
-    assert [record.getMessage() for record in caplog.records] == [LOSES_SPANS]
-    assert caplog.records[0].levelno == logging.WARNING
+    (record,) = messages_of_tracing(caplog)
+    assert (record.getMessage(), record.levelno) == (LOSES_SPANS.format(url), logging.WARNING)
 
 
 def test_a_trace_endpoint_that_recovers_is_logged(monkeypatch, caplog):
-    with Spans.collected() as spans, traced(monkeypatch, spans.url) as (tracer, attempts):
+    with Spans.collected() as spans, traced(monkeypatch, spans.url, timeout_s=2) as (tracer, attempts):
         send_spans(tracer, attempts, 1)
         with spans.hanging():
             send_spans(tracer, attempts, 2)
         send_spans(tracer, attempts, 2)
     assert spans.exported
-    assert [record.getMessage() for record in caplog.records] == [LOSES_SPANS, ACCEPTS_SPANS]
+    messages = [record.getMessage() for record in messages_of_tracing(caplog)]
+    assert messages == [LOSES_SPANS.format(spans.url), ACCEPTS_SPANS.format(spans.url)]

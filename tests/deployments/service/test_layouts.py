@@ -13,7 +13,7 @@ from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from tests.deployments.service.conftest import SMALL
 from tests.deployments.service.service_client import chat, problems, until
 
-TIGHT = {"api": {"max_answers": 4, "max_queued_requests": 8, "request_timeout_s": 10.0}}
+TIGHT = {"api": {"max_answers": 4, "max_queued_requests": 8, "request_timeout_s": 20.0}}
 
 
 def test_with_tight_limits_clients_get_answers_or_a_503(deployed):

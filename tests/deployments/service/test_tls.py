@@ -40,7 +40,7 @@ def test_a_service_with_a_certificate_answers_over_https_only(deployed, certific
             )
             response = client.send(request)
         assert response.status_code == 200 and "80" in response.json()["choices"][0]["message"]["content"]
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises(httpx.TransportError):
             httpx.get(f"http://127.0.0.1:{deployed.port}/ready", timeout=TIMEOUT_S)
     finally:
         deployed.shut_down()

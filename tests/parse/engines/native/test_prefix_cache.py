@@ -313,7 +313,7 @@ def test_a_following_request_continues_in_the_same_blocks():
     assert cache.num_free_blocks == 3
 
 
-def test_of_equal_prefixes_a_cached_one_is_used_before_one_that_is_still_being_computed():
+def test_a_cached_prefix_is_used_before_an_equal_one_in_use():
     cache = PrefixCache(4, 96, lambda *_: None)
     allocate(cache, STEMS[0][:40])
     assert serve(cache, STEMS[0][:40])[1] == 0
