@@ -111,12 +111,12 @@ def build_contenders(models: Path, *, num_threads: int) -> tuple[Pair, dict[str,
 
 
 class PipelineContender:
-    """The pipeline in one mode, with one token-level method for the tokens that the target generates.
+    """The pipeline in one mode, with the default token-level method or a given one for the tokens of the target.
 
     Every contender has a drafting controller of its own, so that mode `auto` does not learn from the other contenders.
     """
 
-    def __init__(self, pair: Pair, mode: str, method: str = "none") -> None:
+    def __init__(self, pair: Pair, mode: str, method: str | None = None) -> None:
         self.pair, self.mode, self.method = pair, mode, method
         self.pipeline = replace(pair.pipeline, controller=DraftingController())
 

@@ -85,8 +85,9 @@ def test_every_contender_has_a_drafting_controller_of_its_own():
 
 @pytest.mark.slow
 def test_all_drafts_of_the_adversary_are_wrong():
-    figures = adversary.run(3, seed=1, models=MODELS, num_threads=1)
-    assert figures["drafted_for"] == 3 and figures["accepted_tokens"] == 0
+    figures = adversary.run(12, seed=1, models=MODELS, num_threads=1)
+    assert 3 <= figures["drafted_for"] < 12  # auto learns from them
+    assert figures["accepted_tokens"] == 0
     assert figures["of_target_interval"][0] <= figures["of_target"] <= figures["of_target_interval"][1]
     assert figures["worst_request"] > 0
 
