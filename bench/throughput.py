@@ -366,7 +366,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"{v['dense_mask_ms']:.0f} ms",
         )
     )
-    lines += ["", *heading("step without a model", *(f"{batch} requests" for batch in HOST_BATCHES))]
+    batches = (f"{batch} request{'s' if batch > 1 else ''}" for batch in HOST_BATCHES)
+    lines += ["", *heading("step without a model", *batches)]
     for name, times in result["host_ms"].items():
         lines.append(row(name, *(f"{ms:.2f} ms" for ms in times.values())))
     lines += [
