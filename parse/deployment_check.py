@@ -5,11 +5,10 @@ the memory of the models. Loading can still fail, for example if a GPU has too l
 checks usually sees no GPU, and the replicas of an earlier version still use theirs.
 """
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.config import EngineSettings, VerificationSettings
-from parse.engines.native.checkpoint import load_skeleton, readable_bytes
+from parse.engines.native.checkpoint import load_skeleton, readable_bytes, weight_bytes
 from parse.engines.native.drafter import shares_vocabulary
 from parse.engines.native.model import check_supported
 from parse.errors import ModelLoadError
@@ -32,7 +31,7 @@ def check_models(
     `memory_bytes` is the machine's memory if all models run on the CPUs of one machine, and otherwise None.
     """
     network, tokenizer = _check_model("target", target)
-    weight_bytes = _weight_bytes(network, target)
+    needed_bytes = _weight_bytes(network, target)
     for index, config in enumerate(target.speculative_configs):
         argument = f"target.speculative_configs[{index}]"
         if not is_built_in(config.method):  # a method of the operator may need the weights of the target
@@ -61,29 +60,23 @@ def check_models(
         raise model_load_error("target", target.model, error) from error
     if draft is not None:
         draft_network, draft_tokenizer = _check_model("draft", draft)
-        weight_bytes += _weight_bytes(draft_network, draft)
+        needed_bytes += _weight_bytes(draft_network, draft)
         if not shares_vocabulary(draft_tokenizer, tokenizer):
             try:
                 kwargs = validate_template_kwargs(draft_tokenizer, draft.chat_template_kwargs)
                 chat_prompt_token_ids(draft_tokenizer, [{"role": "user", "content": "Hello."}], kwargs)
             except ValueError as error:
                 raise model_load_error("draft", draft.model, error) from error
-    if memory_bytes is not None and weight_bytes > memory_bytes:
-        message = f"its weights{' and those of the draft model' if draft else ''} need {readable_bytes(weight_bytes)}"
+    if memory_bytes is not None and needed_bytes > memory_bytes:
+        message = f"its weights{' and those of the draft model' if draft else ''} need {readable_bytes(needed_bytes)}"
         raise model_load_error(
             "target", target.model, ValueError(f"{message}, and this machine has {readable_bytes(memory_bytes)}")
         )
 
 
 def _weight_bytes(network: PreTrainedModel, settings: EngineSettings) -> int:
-    """Returns the least size of the weights on a CPU, where the dtype "auto" means float32.
-
-    It is 0 for quantized weights, whose size is known only when they are loaded.
-    """
-    if getattr(network.config, "quantization_config", None):
-        return 0
-    precision: torch.dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return sum(parameter.numel() for parameter in network.parameters()) * precision.itemsize
+    """Returns the size of the weights on a CPU, where the dtype "auto" means float32, or 0 if it is not known."""
+    return weight_bytes(network.config, "float32" if settings.dtype == "auto" else settings.dtype) or 0
 
 
 def _check_model(argument: str, settings: EngineSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

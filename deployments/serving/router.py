@@ -1,7 +1,7 @@
 """The router deployment: serves the HTTP API and runs the pipeline.
 
 Each answer is a task of its own (`CompletionHandler`), and `AdmissionQueue` limits how many run. Drafters and verifiers
-batch the calls of all tasks, so the drafting of one request overlaps with the verification of others without further
+batch the calls of all tasks, so drafting one request overlaps with verifying other requests. This needs no
 coordination. `VerifierClient` and `DrafterClient` handle replicas that fail.
 """
 
