@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.contenders import BenchResult, PipelineContender, clear_caches
+from bench.contenders import BenchResult, PipelineContender, clear_caches, native_target
 from bench.forward_passes import PassRecords, PassTimeCurve, RecordingCostModel, measure_passes
 from bench.output import heading, row
 from bench.speedup_model import DecodingStats, decoding_stats, speedup_by_depth
@@ -48,21 +48,21 @@ async def run(
     single_stats: Mapping[str, DecodingStats],
     rounds: int,
 ) -> list[dict[str, Any]]:
-    choices: list[str] = ["none", *pair.target.methods]
+    choices: list[str] = ["none", *native_target(pair).methods]
     settings = [(round_index, clients) for round_index in range(rounds) for clients in CLIENT_COUNTS]
     runs: dict[int, dict[str, list[ConcurrentRun]]] = {c: {choice: [] for choice in choices} for c in CLIENT_COUNTS}
     curves: dict[int, list[PassTimeCurve]] = {clients: [] for clients in CLIENT_COUNTS}
     for round_index, clients in tqdm(settings, desc="crowds", unit="crowd", file=sys.stderr):
         first = round_index % len(choices)
         for choice in choices[first:] + choices[:first]:
-            curves[clients].append(measure_passes(pair.target.model, clients))
+            curves[clients].append(measure_passes(native_target(pair).model, clients))
             runs[clients][choice].append(
                 await run_concurrently(PipelineContender(pair, "off", choice), recorder, prompts, clients)
             )
     return [
         summarize(clients, method, runs[clients], PassTimeCurve.median(curves[clients]), single_stats.get(method))
         for clients in CLIENT_COUNTS
-        for method in pair.target.methods
+        for method in native_target(pair).methods
     ]
 
 

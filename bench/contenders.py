@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parse.config import EngineSettings
 from parse.controller import DraftingController
+from parse.engines.native.engine import NativeEngine
 from parse.events import Finished, TextDelta
 from parse.pair import Pair
 from parse.requests import GenerateRequest, GenerationRequest, VerifyRequest
@@ -148,10 +149,16 @@ class PipelineContender:
         )
 
 
+def native_target(pair: Pair) -> NativeEngine:
+    """Returns the target of a pair whose measurements need the native engine."""
+    assert isinstance(pair.target, NativeEngine)
+    return pair.target
+
+
 def clear_caches(pair: Pair) -> None:
     """Clears the prefix caches, so that no contender benefits from the one before."""
     for engine in (pair.target, pair.draft):
-        if engine is not None:
+        if isinstance(engine, NativeEngine):
             engine.reset_prefix_cache()
 
 
@@ -160,7 +167,7 @@ class Baselines:
 
     def __init__(self, pair: Pair, target: PreTrainedModel, draft: PreTrainedModel) -> None:
         self.pair, self.target, self.draft = pair, target, draft
-        self.eos_token_id = next(iter(pair.target.model.eos_token_ids))
+        self.eos_token_id = next(iter(pair.target.capabilities().eos_token_ids))
 
     async def generate(self, prompt: Sequence[int]) -> BenchResult:
         return self._run_generate(prompt, None)

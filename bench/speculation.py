@@ -17,6 +17,7 @@ from bench.contenders import (
     PipelineContender,
     ResultsByContender,
     accuracy_figures,
+    native_target,
     run_contenders,
     speed_figures,
     tokens_per_s,
@@ -79,8 +80,8 @@ def run(count: int, seed: int, models: Path, num_threads: int, rounds: int = ROU
         Pair(target) as plain_pair,
     ):
         prompts = [chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": p.question}]) for p in problems]
-        recorder = RecordingCostModel(pair.target)
-        choices: tuple[str, ...] = "none", *pair.target.methods
+        recorder = RecordingCostModel(native_target(pair))
+        choices: tuple[str, ...] = "none", *native_target(pair).methods
         recorded = {
             contender_name(mode, method): RecordedContender(PipelineContender(pair, mode, method), recorder)
             for mode in MODES
@@ -94,7 +95,7 @@ def run(count: int, seed: int, models: Path, num_threads: int, rounds: int = ROU
             "hf_generate": baselines.generate,
             "hf_assisted": baselines.assisted,
         }
-        model = pair.target.model
+        model = native_target(pair).model
         curves: list[PassTimeCurve] = []
         masked: list[PassTimeCurve] = []
         prefill_times: list[float] = []
@@ -108,7 +109,7 @@ def run(count: int, seed: int, models: Path, num_threads: int, rounds: int = ROU
         costs = PassTimeCurve.median(curves), PassTimeCurve.median(masked), statistics.median(prefill_times)
         result = summarize(results, problems, ExampleBuilder(pair.tokenizer, own=TARGET))
         stats_by_method = {}
-        for method in pair.target.methods:
+        for method in native_target(pair).methods:
             name = contender_name("off", method)
             if speculation := sum_stats(a.speculation for a in results[name]):
                 stats_by_method[method] = decoding_stats(speculation, recorded[name].records)

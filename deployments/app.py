@@ -16,7 +16,7 @@ from deployments.serving.drafter import Drafter
 from deployments.serving.replica import ModelReplica
 from deployments.serving.router import Router
 from deployments.serving.verifier import Verifier
-from parse.config import EngineSettings
+from parse.config import EngineSettings, NativeEngineConfig
 from parse.deployment_check import check_models
 from parse.engines.native.checkpoint import machine_bytes
 
@@ -70,7 +70,7 @@ def assemble(args: AppSettings) -> tuple[Application, AppSettings]:
 def _model_deployment(replica_class: type[ModelReplica], settings: EngineSettings, gpus: float) -> Deployment:
     decorate = serve.deployment(
         name=replica_class.__name__,
-        ray_actor_options={"num_cpus": 0.3, "num_gpus": 0 if settings.device == "cpu" else gpus},
+        ray_actor_options={"num_cpus": 0.3, "num_gpus": gpus if _needs_gpu(settings) else 0},
         max_ongoing_requests=2 * settings.max_num_seqs,
         logging_config=LOGGING_CONFIG,
         request_router_config=RequestRouterConfig(request_router_class=SESSION_AFFINITY_ROUTER),  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def _shared_memory_bytes(settings: AppSettings) -> int | None:
     With the device `auto`, a node with GPUs may still join the cluster.
     """
     models = [model for model in (settings.target, settings.draft) if model]
-    on_cpus = all(model.device == "cpu" for model in models)
+    on_cpus = all(model.device == "cpu" for model in models if isinstance(model.engine, NativeEngineConfig))
     if not on_cpus or not ray.is_initialized():
         return None
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -105,7 +105,11 @@ def _gpus_per_model(models: Sequence[EngineSettings]) -> float:
 
     It is 1 if there is a GPU for each model, otherwise an equal share, and 0 without GPUs.
     """
-    num_gpu_models = sum(model.device != "cpu" for model in models)
+    num_gpu_models = sum(map(_needs_gpu, models))
     if not num_gpu_models or not ray.is_initialized():
         return 0
     return min(1.0, int(ray.cluster_resources().get("GPU", 0)) / num_gpu_models)
+
+
+def _needs_gpu(settings: EngineSettings) -> bool:
+    return isinstance(settings.engine, NativeEngineConfig) and settings.device != "cpu"

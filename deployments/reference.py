@@ -15,7 +15,7 @@ from ray.serve import Application, Deployment
 
 from deployments.app import assemble
 from deployments.config import ApiSettings, AppSettings, AuditSettings
-from parse.config import EngineSettings, OneOf, SpeculativeConfig, VerificationSettings
+from parse.config import EngineSettings, OneOf, RemoteEngineConfig, SpeculativeConfig, VerificationSettings
 from parse.renamed_settings import RENAMED_SETTINGS
 
 TYPE_NAMES: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -103,6 +103,12 @@ def render_configuration_page() -> str:
         HEADER,
         render_section("`args`", AppSettings),
         render_section("`target` and `draft`", EngineSettings),
+        render_section(
+            "`engine` of a model",
+            RemoteEngineConfig,
+            "The default is `{kind: native}`, which has no other keys. This table is for `kind: remote`. "
+            "[vllm.md](vllm.md) describes what such a server can do.",
+        ),
         render_section(
             "`speculative_configs` of a model",
             SpeculativeConfig,

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from huggingface_hub import try_to_load_from_cache
 from pydantic import (
@@ -128,12 +129,96 @@ class SpeculativeConfig(Settings):
         return self
 
 
+class NativeEngineConfig(Settings):
+    """The engine of this project, which runs the model in the replica."""
+
+    section = "engine"
+
+    kind: Literal["native"] = "native"
+
+
+class RemoteEngineConfig(Settings):
+    """A running vLLM server, which the replica calls over HTTP."""
+
+    section = "engine"
+
+    kind: Literal["remote"] = Field(description="A running vLLM server.")
+    url: str | tuple[str, ...] = Field(
+        description="The address of the server, for example `http://10.0.0.7:8000`, or a list of servers with the same "
+        "model. The requests of one conversation go to the same server, unless it does not respond."
+    )
+    model_name: str | None = Field(
+        None,
+        min_length=1,
+        description="The name of the model on the server. With null, it is the only model that the server serves.",
+    )
+    api_key_env: str | None = Field(
+        None, min_length=1, description="The name of an environment variable of the replica that holds the API key."
+    )
+    tls_ca_file: str | None = Field(
+        None,
+        min_length=1,
+        description="The path of a file with the certificates of the authorities that sign the server's certificate. "
+        "With null, those of the operating system are used.",
+    )
+    connect_timeout_s: float = Field(5.0, gt=0, description="The maximum time to connect, in seconds.")
+    stall_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="The maximum time in seconds during which a server that works on a call sends nothing. The call is "
+        "then lost. It must be longer than the server needs for the prefill of a long prompt.",
+    )
+    retry_timeout_s: float = Field(
+        300.0,
+        ge=0,
+        description="For how long a lost call is repeated while no server responds, in seconds. A server that restarts "
+        "in this time loses no request.",
+    )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return (self.url,) if isinstance(self.url, str) else self.url
+
+    @field_validator("url")
+    @classmethod
+    def _check_urls(cls, url: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        urls = (url,) if isinstance(url, str) else url
+        if not urls:
+            raise ValueError("must name at least one server")
+        for each in urls:
+            parts = urlsplit(each)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"must begin with http:// or https:// and name a host, got {each!r}")
+            _ = parts.port  # raises if it is no port
+            if parts.query or parts.fragment or parts.username:
+                raise ValueError(f"must not contain a query, a fragment or a user, got {each!r}")
+        if len({each.rstrip("/") for each in urls}) < len(urls):
+            raise ValueError("must name each server only once")
+        return url
+
+
+NATIVE_SETTINGS = frozenset(
+    (
+        *("device", "dtype", "quantization", "num_threads", "kv_cache_memory_bytes", "gpu_memory_utilization"),
+        *("max_num_batched_tokens", "cuda_graphs", "speculative_configs"),
+    )
+)
+"""Settings of the native engine. Another engine has its own settings for these things."""
+
+
 class EngineSettings(Settings):
     """The settings of one model."""
 
     section = "target, draft"
 
-    model: str = Field(description="A local path or a Hugging Face id.")
+    model: str = Field(
+        description="A local path or a Hugging Face id. With a remote engine, the tokenizer is read from it."
+    )
+    engine: Annotated[NativeEngineConfig | RemoteEngineConfig, Field(discriminator="kind")] = Field(
+        NativeEngineConfig(),
+        description="What runs the model. The default, `{kind: native}`, is the engine of this project. `{kind: "
+        "remote, url: ...}` is a running vLLM server, see [`engine`](#engine-of-a-model).",
+    )
     device: str = Field(
         "auto",
         description='"cpu", "cuda", "cuda:1", or "balanced", which spreads the layers over all GPUs. "auto" takes the '
@@ -191,6 +276,15 @@ class EngineSettings(Settings):
         description="The token-level methods that a request can choose. If a request does not choose a method, the "
         "first one is used.",
     )
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        ignored = sorted(self.model_fields_set & NATIVE_SETTINGS)
+        if ignored and not isinstance(self.engine, NativeEngineConfig):
+            raise ValueError(
+                f"{', '.join(ignored)}: a {self.engine.kind} engine does not use this; set it where that server starts"
+            )
+        return self
 
     @field_validator("speculative_configs")
     @classmethod

@@ -5,12 +5,13 @@ the memory of the models. Loading can still fail, for example if a GPU has too l
 checks usually sees no GPU, and the replicas of an earlier version still use theirs.
 """
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.config import EngineSettings, VerificationSettings
+from parse.config import EngineSettings, RemoteEngineConfig, VerificationSettings
+from parse.engines.drafter import shares_vocabulary
 from parse.engines.native.checkpoint import load_skeleton, readable_bytes, weight_bytes
-from parse.engines.native.drafter import shares_vocabulary
 from parse.engines.native.model import check_supported
+from parse.engines.remote.loader import inspect_servers
 from parse.errors import ModelLoadError
 from parse.pair_settings import check_model_folder, model_load_error
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids, validate_template_kwargs
@@ -37,8 +38,10 @@ def check_models(
         if not is_built_in(config.method):  # a method of the operator may need the weights of the target
             continue
         try:
+            assert network is not None  # a remote engine has no methods
             if METHODS[config.method].loads_language_model and config.model:
                 other, other_tokenizer = _check_model(argument, EngineSettings(model=config.model))
+                assert other is not None
                 vocab_size = other.config.get_text_config().vocab_size
                 check_same_tokenizer(config.model, other_tokenizer, vocab_size, tokenizer)
             else:
@@ -74,14 +77,22 @@ def check_models(
         )
 
 
-def _weight_bytes(network: PreTrainedModel, settings: EngineSettings) -> int:
+def _weight_bytes(network: PreTrainedModel | None, settings: EngineSettings) -> int:
     """Returns the size of the weights on a CPU, where the dtype "auto" means float32, or 0 if it is not known."""
+    if network is None:
+        return 0
     return weight_bytes(network.config, "float32" if settings.dtype == "auto" else settings.dtype) or 0
 
 
-def _check_model(argument: str, settings: EngineSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    check_model_folder(argument, settings.model)
+def _check_model(argument: str, settings: EngineSettings) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """Returns the network without its weights, unless it runs on a server, and the tokenizer."""
+    is_remote = isinstance(settings.engine, RemoteEngineConfig)
+    check_model_folder(argument, settings.model, has_weights=not is_remote)
     try:
+        if isinstance(settings.engine, RemoteEngineConfig):
+            target_tokenizer = AutoTokenizer.from_pretrained(settings.model)
+            inspect_servers(settings.engine, target_tokenizer)
+            return None, target_tokenizer
         network, tokenizer = load_skeleton(settings.model)
         check_supported(network)
     except Exception as error:  # damaged files raise many kinds of errors in the libraries

@@ -63,6 +63,7 @@ FallbackCause = Literal[
     "failed",
     "reasoning",
     "unreliable",
+    "unsupported",
 ]
 """Why the target answers without a draft. The values are labels of a Prometheus metric."""
 

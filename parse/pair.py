@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Self, Unpack
 
 from parse.config import EngineSettings, VerificationSettings
-from parse.engines.native.drafter import drafter_for
-from parse.engines.native.engine import NativeEngine
+from parse.engines.drafter import drafter_for
+from parse.engines.protocol import Engine
 from parse.errors import EngineStopped, RequestError
 from parse.event_loop import EventLoopThread
 from parse.events import Event
@@ -64,7 +64,7 @@ class Pair:
             self.draft = None if draft_settings is None else load_engine("draft", draft_settings)
             if self.draft is not None:
                 resources.callback(_shut_down, self.draft)
-            self.tokenizer = self.target.model.tokenizer
+            self.tokenizer = self.target.tokenizer
             verification = verification_settings(verification, target_settings.model)
             # Resources are closed in reverse order. The event loop is therefore closed first, and no request sees an
             # engine that has ended.
@@ -178,7 +178,7 @@ class Pair:
             suffix=suffix,
             settings=verification,
             drafter=drafter,
-            prefill_while_drafting=self.target.model.device.type != "cpu",
+            prefill_while_drafting=self.target.device != "cpu",
         )
 
     def _request(self, prompt: Prompt, mode: str, options: GenerateOptions) -> GenerationRequest:
@@ -211,7 +211,7 @@ class Pair:
             await events.aclose()
 
 
-def _shut_down(engine: NativeEngine) -> None:
+def _shut_down(engine: Engine) -> None:
     # The error is raised if garbage collection runs this in the engine's own thread, which then ends by itself.
     with suppress(RuntimeError):
         engine.shutdown()

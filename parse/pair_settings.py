@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from parse.config import EngineSettings, Settings, VerificationSettings
+from parse.config import EngineSettings, NativeEngineConfig, Settings, VerificationSettings
 from parse.demo import find_demo_model
-from parse.engines.loader import load_native_engine
-from parse.engines.native.engine import NativeEngine
+from parse.engines import loader
+from parse.engines.protocol import Engine
 from parse.errors import ModelLoadError, RequestError
 from parse.renamed_settings import describe_errors
 
@@ -64,14 +64,14 @@ def verification_settings(verification: VerificationSettings | None, target: str
     return verification
 
 
-def load_engine(argument: str, settings: EngineSettings) -> NativeEngine:
+def load_engine(argument: str, settings: EngineSettings) -> Engine:
     """Loads a model and starts its engine.
 
     Errors name the argument and the model in one line.
     """
-    check_model_folder(argument, settings.model)
+    check_model_folder(argument, settings.model, has_weights=isinstance(settings.engine, NativeEngineConfig))
     try:
-        return load_native_engine(settings)
+        return loader.load_engine(settings)
     except RequestError as error:
         raise RequestError(f"{argument}.{error.field}", error.message) from error
     except ValueError as error:
@@ -88,8 +88,11 @@ def model_load_error(argument: str, model: str, error: ValueError) -> ModelLoadE
     return ModelLoadError(argument, f"{model}: {reason}" if model else reason)
 
 
-def check_model_folder(argument: str, model: str) -> None:
-    """Raises ModelLoadError if the model is a path, but not the folder of a model."""
+def check_model_folder(argument: str, model: str, *, has_weights: bool = True) -> None:
+    """Raises ModelLoadError if the model is a path, but not the folder of a model.
+
+    A server that runs the model has the weights, and only the tokenizer and the configs are needed here.
+    """
     folder = Path(model)
     if not folder.is_dir():
         if model.startswith(("/", ".", "~")) or folder.exists():
@@ -102,7 +105,7 @@ def check_model_folder(argument: str, model: str) -> None:
             ("weights (model.safetensors)", WEIGHT_FILES),
             ("a tokenizer (tokenizer.json)", TOKENIZER_FILES),
         )
-        if not any(any(folder.glob(pattern)) for pattern in patterns)
+        if (has_weights or patterns is not WEIGHT_FILES) and not any(any(folder.glob(name)) for name in patterns)
     ]
     if missing:
         raise ModelLoadError(argument, f"the folder {model} contains no model; it lacks {' and '.join(missing)}")

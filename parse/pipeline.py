@@ -26,7 +26,7 @@ from parse.modes.state import GenerationState
 from parse.prompts import VerificationSuffix, visible_reasoning_tags
 from parse.reasoning import ReasoningParser
 from parse.registry import LOSSY_MODES, MODES, resolve
-from parse.requests import GenerationRequest
+from parse.requests import GenerationRequest, session_key
 from parse.types import validate_token_ids
 
 
@@ -71,6 +71,8 @@ class Pipeline:
         The events are the text as it is generated, the verification of each draft, and finally the usage of the answer.
         """
         self.capabilities.check(request)
+        if not request.session_key:
+            request = replace(request, session_key=session_key(request.prompt_token_ids))
         if request.prediction is not None:
             prediction = validate_token_ids("prediction", request.prediction, len(self.tokenizer))
             request = replace(request, prediction=prediction)
@@ -108,6 +110,9 @@ class Pipeline:
             return _fallback("unreliable", "this target does not verify drafts")
         if mode in LOSSY_MODES and request.reasoning in ("open", "expected"):
             return _fallback("reasoning", "the answer begins with reasoning, which is not drafted")
+        obstacle = self.capabilities.draft_obstacle(mode, request.sampling_params)
+        if MODES[mode].uses_draft and obstacle is not None:
+            return _fallback("unsupported", obstacle)
         if is_auto and request.prediction is None:  # a prediction costs no drafting
             decision = self.controller.decide(may_be_trial=_informs_controller(request))
             if not decision.draft:
@@ -157,6 +162,7 @@ class Pipeline:
             ),
             settings=self.settings,
             prefill_while_drafting=self.prefill_while_drafting,
+            prefill_interval=self.capabilities.block_size if self.capabilities.prefills_drafts else None,
         )
 
 

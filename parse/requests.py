@@ -8,6 +8,7 @@ replica, it can therefore be repeated on any other replica. A prefix cache makes
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 
 from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length
 from parse.errors import RequestError
@@ -15,6 +16,13 @@ from parse.prompts import Message, VerificationSuffix
 from parse.reasoning import ReasoningState
 from parse.registry import METHODS, MODES
 from parse.types import NO_STREAMING, SamplingParams
+
+NUM_SESSION_TOKENS = 64
+
+
+def session_key(prompt_token_ids: Sequence[int]) -> str:
+    """Returns a key for prompts of which nothing but the tokens is known. The first of them decide."""
+    return blake2b(repr(list(prompt_token_ids[:NUM_SESSION_TOKENS])).encode(), digest_size=12).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,10 @@ class GenerationRequest:
     """The token-level method with which the target generates, or "none". None selects the engine's default."""
     reasoning: ReasoningState | None = None
     """How the answer begins. None means that its text is not separated into reasoning and answer."""
+    session_key: str = ""
+    """Requests with the same key, such as the turns of a conversation, are best served where the earlier ones were.
+
+    With "", the beginning of the prompt is the key."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -54,6 +66,7 @@ class DraftRequest:
     messages: Sequence[Message] = ()
     sampling_params: SamplingParams = SamplingParams()
     stream_interval: int = NO_STREAMING
+    session_key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +88,7 @@ class VerifyRequest:
     num_logprobs: int | None = None
     """Also return the log-probability of each draft token, with this many alternatives. Without prefixes, nothing is
     verified, and the log-probabilities of the whole draft are returned."""
+    session_key: str = ""
 
     @property
     def num_computed_draft_tokens(self) -> int:
@@ -94,6 +108,7 @@ class GenerateRequest:
     """These tokens are accepted as long as the target chooses the same ones, so the output does not change."""
     stream_interval: int = 1
     speculative_method: str | None = None
+    session_key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,4 +174,5 @@ class VerifyAndGenerateRequest:
             sampling_params=replace(params, max_tokens=max_tokens),
             stream_interval=self.stream_interval,
             speculative_method=self.speculative_method,
+            session_key=verify.session_key,
         )

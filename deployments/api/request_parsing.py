@@ -36,7 +36,7 @@ from parse.errors import RequestError
 from parse.pipeline import Pipeline
 from parse.prompts import ChatPrompt, chat_prompt, validate_template_kwargs
 from parse.reasoning import ReasoningState
-from parse.requests import GenerationRequest
+from parse.requests import GenerationRequest, session_key
 
 DEFAULT_COMPLETION_MAX_TOKENS = 16  # the default of the OpenAI API
 NON_STREAM_INTERVAL = 64  # tokens between two deltas of an answer that is not streamed
@@ -136,7 +136,7 @@ class RequestParser:
         request_input = RequestInput(
             prompt_field="prompt",
             prompts=prompts,
-            session_key=request.user or _digest(str(prompts[0][:64])),
+            session_key=request.user or session_key(prompts[0]),
             mode=request.parse.mode or self._allowed_mode("off"),
             max_tokens=DEFAULT_COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
             logprobs=request.logprobs,
@@ -214,6 +214,7 @@ class RequestParser:
             stream_interval=1 if request.stream else NON_STREAM_INTERVAL,
             speculative_method=request.parse.speculation,
             reasoning=request_input.reasoning,
+            session_key=request_input.session_key,
         )
         pipeline.capabilities.check(generation_request)
         return generation_request

@@ -271,8 +271,9 @@ FALLBACKS = ROUTER_METRICS.counter(
     "Answers that the target generated without a draft although drafting was requested. The cause is one of these: "
     "there is no drafter (none_there), mode auto has paused drafting (does_not_pay), all drafters are busy (busy), the "
     "drafter was lost (lost), it does not respond (silent), it exceeds `draft_timeout_s` (slow), it rejects the "
-    "request (refused), it fails with another error (failed), the answer begins with reasoning (reasoning), or the "
-    "target does not reply to the verification prompt with one of the answer words (unreliable).",
+    "request (refused), it fails with another error (failed), the answer begins with reasoning (reasoning), the target "
+    "does not reply to the verification prompt with one of the answer words (unreliable), or its engine cannot use a "
+    "draft with the sampling parameters of the request (unsupported).",
     {"cause": get_args(FallbackCause)},
 )
 CANCELLATIONS = ROUTER_METRICS.counter(

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from deployments.serving.replica import ModelReplica
 from parse.config import EngineSettings
-from parse.engines.native.drafter import drafter_for
+from parse.engines.drafter import drafter_for
 from parse.requests import DraftRequest
 from parse.types import TokenDelta, merge_deltas
 

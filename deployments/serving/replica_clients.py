@@ -46,9 +46,9 @@ class VerifierClient:
     def __init__(self, handle: DeploymentHandle, session: Session, circuit_breaker: CircuitBreaker) -> None:
         self._handle, self._session, self._circuit_breaker = handle, session, circuit_breaker
 
-    async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
+    async def prefill(self, prompt_token_ids: Sequence[int], session_key: str = "") -> int:
         with trace_stage("warm", self._session) as context:
-            return await self._call_with_retries("prefill", context, prompt_token_ids)
+            return await self._call_with_retries("prefill", context, prompt_token_ids, session_key)
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
         with trace_stage("judge", self._session) as context, self._track_busy_time():
@@ -121,11 +121,11 @@ class VerifierClient:
                 self._circuit_breaker.record_success()
                 yield item
 
-    async def _call_with_retries(self, method: str, context: CallContext, request: Any) -> Any:
+    async def _call_with_retries(self, method: str, context: CallContext, *arguments: Any) -> Any:
         while True:
             handle = self._handle.options(method_name=method, session_id=self._session.id)
             try:
-                result = await await_result(call_replica(handle, context, request))
+                result = await await_result(call_replica(handle, context, *arguments))
                 self._circuit_breaker.record_success()
                 return result
             except RETRYABLE_ERRORS as error:

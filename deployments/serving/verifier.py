@@ -20,8 +20,8 @@ class Verifier(ModelReplica):
     async def capabilities(self) -> Capabilities:
         return self.engine.capabilities()
 
-    async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
-        return await self.engine.prefill(prompt_token_ids)
+    async def prefill(self, prompt_token_ids: Sequence[int], session_key: str = "") -> int:
+        return await self.engine.prefill(prompt_token_ids, session_key)
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
         return await self.engine.verify(request)

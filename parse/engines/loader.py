@@ -1,18 +1,26 @@
-"""Assembles an engine from its settings.
+"""Starts the engine that the settings of a model name.
 
-It loads the model and the token-level methods, and starts the engine with them.
+The native engine gets its model and its token-level methods here.
 
 This module is above both the engine and the methods, so that neither has to import the other.
 """
 
 import torch
 
-from parse.config import EngineSettings
+from parse.config import EngineSettings, RemoteEngineConfig
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
 from parse.engines.native.step_timing import measure_step_seconds
+from parse.engines.protocol import Engine
+from parse.engines.remote.loader import load_remote_engine
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.loading import load_methods
+
+
+def load_engine(settings: EngineSettings) -> Engine:
+    if isinstance(settings.engine, RemoteEngineConfig):
+        return load_remote_engine(settings, settings.engine)
+    return load_native_engine(settings)
 
 
 def load_native_engine(settings: EngineSettings) -> NativeEngine:

@@ -5,7 +5,9 @@ It consists of two protocols and the capabilities of the engine.
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from parse.errors import RequestError
 from parse.requests import (
@@ -18,6 +20,26 @@ from parse.requests import (
 from parse.types import SamplingParams, TokenDelta, VerifyResult
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """The current state of the engine, and counters since its start. None is what an engine does not count."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_steps: int = 0
+    num_step_requests: int | None = None
+    """Requests of all steps. Divided by the number of steps, this is the mean batch size."""
+    busy_s: float | None = None  # seconds spent in these steps
+    num_tokens: int = 0  # tokens computed in these steps
+    prefix_queries: int = 0  # tokens that were looked up in the prefix cache
+    prefix_hits: int = 0  # tokens that were found there
+    evictions: int | None = None  # of cached sequences
+    blocks_used: int = 0
+    blocks_cached: int = 0  # the used blocks that no running request holds
+    blocks_total: int = 0
+    num_replayed_steps: int = 0  # how many of the steps were replayed CUDA graphs
+
+
 class Drafter(Protocol):
     def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
         """Continues the request's output, in the target's tokens."""
@@ -25,7 +47,7 @@ class Drafter(Protocol):
 
 
 class Verifier(Protocol):
-    async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
+    async def prefill(self, prompt_token_ids: Sequence[int], session_key: str = "") -> int:
         """Computes a prompt ahead of time.
 
         Returns how many of its tokens were already cached.
@@ -64,6 +86,28 @@ class Capabilities:
     eos_token_ids: frozenset[int] = frozenset()
     """The tokens that end an answer. If this is empty, the end token of the target's tokenizer is used."""
 
+    continues_with_penalties: bool = True
+    """Whether `presence_penalty` and `frequency_penalty` count the tokens of an answer that the engine continues."""
+    exact_sampling: Literal["any", "unmodified"] = "any"
+    """The sampling with which mode `exact` can use a draft.
+
+    "unmodified" means greedy decoding, or temperature 1 and no parameter that changes logits or excludes tokens."""
+    prefills_drafts: bool = False
+    """Whether verification is faster if the draft is prefilled while it is written."""
+
+    def draft_obstacle(self, mode: str, params: SamplingParams) -> str | None:
+        """Returns why the engine cannot use a draft in this mode, with these sampling parameters, or None if it can."""
+        if not self.continues_with_penalties and (params.presence_penalty or params.frequency_penalty):
+            return "the engine of the target applies penalties only to tokens that it generates itself"
+        if mode == "exact" and self.exact_sampling == "unmodified":
+            truncated = params.top_p < 1 or params.top_k or params.min_p
+            if params.modifies_logits or not (params.greedy or (params.temperature == 1 and not truncated)):
+                return (
+                    "in mode exact, the engine of the target uses drafts only with temperature 0 or 1, and without "
+                    "penalties, logit_bias, top_p, top_k and min_p"
+                )
+        return None
+
     def check(self, request: GenerationRequest) -> None:
         """Raises RequestError if the request needs a capability that the engine lacks."""
         if request.mode != "auto" and request.mode not in self.modes:
@@ -79,6 +123,37 @@ class Capabilities:
                 raise RequestError(field.name, "is not supported by this engine")
         if params.logprobs is not None and params.logprobs > self.max_logprobs:
             raise RequestError("logprobs", f"this engine returns at most {self.max_logprobs}, got {params.logprobs}")
+
+
+class Engine(Verifier, Protocol):
+    """Runs one model. It verifies and generates for the pipeline, and a drafter writes drafts with it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> str:
+        """Where the model runs."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    def capabilities(self) -> Capabilities: ...
+
+    async def warm_up(self) -> None:
+        """Prepares the engine, so that the first client does not wait longer than others."""
+        ...
+
+    async def read_stats(self) -> EngineStats: ...
+
+    def check_health(self) -> None:
+        """Raises RuntimeError if the engine cannot recover and has to be replaced."""
+        ...
+
+    def shutdown(self) -> None:
+        """Ends the engine. Calls in progress raise EngineStopped."""
+        ...
 
 
 def _listed(names: Sequence[str]) -> str:

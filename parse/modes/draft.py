@@ -12,7 +12,7 @@ from dataclasses import replace
 from parse.detokenizer import IncrementalDetokenizer
 from parse.errors import DraftUnavailable, RequestError
 from parse.events import Fallback
-from parse.modes.run import DraftWindow, Run, prefill
+from parse.modes.run import DraftWindow, Run, prefill, prefill_draft
 from parse.requests import DraftRequest
 from parse.types import NO_STREAMING, validate_token_ids
 
@@ -52,17 +52,32 @@ class Draft:
 
 
 async def draft_whole(run: Run) -> Draft:
-    """Receives a whole draft while the target prefills the prompt."""
+    """Receives a whole draft while the target prefills the prompt and, where this pays, the draft."""
     draft = Draft(run.state.output)
-    prefilling = asyncio.create_task(prefill(run))
+    prefilling = asyncio.create_task(_prefill_all(run, draft))
     try:
-        await receive(run, draft, stream_interval=NO_STREAMING)
-        await prefilling
+        await receive(run, draft, stream_interval=run.prefill_interval or NO_STREAMING)
+        if run.prefill_interval is None:
+            await prefilling
     finally:
         prefilling.cancel()
         await asyncio.gather(prefilling, return_exceptions=True)
     run.state.record_draft(len(draft.token_ids))
     return draft
+
+
+async def _prefill_all(run: Run, draft: Draft) -> None:
+    """Prefills the prompt, and then the draft each time that it has grown by another block."""
+    await prefill(run)
+    if run.prefill_interval is None:
+        return
+    length = run.prefill_interval
+    while True:
+        await draft.wait_for(length)
+        if draft.closed:
+            return
+        await prefill_draft(run, draft.token_ids)
+        length = len(draft.token_ids) + run.prefill_interval
 
 
 def whole_window(run: Run, draft: Draft) -> DraftWindow:
@@ -117,6 +132,7 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
             # An end token ends the draft even with `ignore_eos`, where the target then continues.
             sampling_params=replace(run.sampling_params, ignore_eos=False),
             stream_interval=stream_interval,
+            session_key=request.session_key,
         )
     )
     async with asyncio.timeout(run.settings.draft_timeout_s), aclosing(deltas):

@@ -35,6 +35,8 @@ class Run:
     policy: AcceptancePolicy
     settings: VerificationSettings
     prefill_while_drafting: bool
+    prefill_interval: int | None = None
+    """The number of new draft tokens after which the draft is prefilled as well. None means that it is not."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
@@ -51,7 +53,14 @@ async def prefill(run: Run) -> None:
     """Prefills the prompt if this is enabled and nothing has been generated yet."""
     if run.prefill_while_drafting and not run.state.output:
         with run.state.stage("warm"):
-            run.state.record_cached(await run.verifier.prefill(run.request.prompt_token_ids))
+            run.state.record_cached(await run.verifier.prefill(run.request.prompt_token_ids, run.request.session_key))
+
+
+async def prefill_draft(run: Run, draft_token_ids: Sequence[int]) -> None:
+    """Prefills the beginning of a draft, so that its verification computes only what follows."""
+    with run.state.stage("warm"):
+        tokens = [*run.request.prompt_token_ids, *run.state.output, *draft_token_ids]
+        await run.verifier.prefill(tokens, run.request.session_key)
 
 
 async def generate(run: Run, draft_token_ids: Sequence[int] = ()) -> None:
@@ -107,6 +116,7 @@ async def verify_and_generate(
             suffix=run.suffix,
             policy=run.policy,
             num_logprobs=run.sampling_params.logprobs,
+            session_key=run.request.session_key,
         ),
         sampling_params=run.sampling_params,
         stream_interval=run.request.stream_interval,
@@ -147,6 +157,7 @@ def _generate_request(
         draft_token_ids=tuple(draft_token_ids),
         stream_interval=run.request.stream_interval,
         speculative_method=run.request.speculative_method,
+        session_key=run.request.session_key,
     )
 
 

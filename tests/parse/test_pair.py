@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parse.__main__ import main
 from parse.config import VERIFICATION_FILE, EngineSettings, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET, EXAMPLE_PROMPT
-from parse.engines.native.drafter import RetokenizingDrafter, SharedVocabularyDrafter
+from parse.engines.drafter import RetokenizingDrafter, SharedVocabularyDrafter
 from parse.events import Finished, TextDelta
 from parse.pair import Pair
 from parse.prompts import chat_prompt_token_ids

@@ -43,7 +43,7 @@ class Target:
     calls: list = field(default_factory=list)
     closed: bool = False
 
-    async def prefill(self, prompt_token_ids):
+    async def prefill(self, prompt_token_ids, session_key=""):
         self.calls.append(("prefill", tuple(prompt_token_ids)))
         return 0
 
@@ -697,7 +697,7 @@ def test_a_result_that_does_not_fit_is_an_error_and_accepts_nothing(make, result
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds", "exact"])
 def test_who_leaves_leaves_nothing_running(make, mode):
     class Slow(Target):
-        async def prefill(self, prompt_token_ids):
+        async def prefill(self, prompt_token_ids, session_key=""):
             await asyncio.sleep(1000)
 
     class Hanging:
@@ -773,8 +773,8 @@ def test_a_method_that_is_none_is_refused_with_those_there_are():
 def test_stages_tell_when_each_thing_was_done_and_how_much_of_the_prompt_was_known(make):
     @dataclass
     class Remembering(Target):
-        async def prefill(self, prompt_token_ids):
-            await super().prefill(prompt_token_ids)
+        async def prefill(self, prompt_token_ids, session_key=""):
+            await super().prefill(prompt_token_ids, session_key)
             return 2
 
         async def verify(self, *args, **kwargs):

@@ -7,22 +7,26 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
 
+from transformers import PreTrainedTokenizerBase
+
 from parse.config import EngineSettings
-from parse.detokenizer import IncrementalDetokenizer
-from parse.engines.native.engine_core import EngineCore, EngineCoreConfig, EngineStats
+from parse.engines.native.engine_core import EngineCore, EngineCoreConfig
+from parse.engines.native.hang_detector import HangDetector
 from parse.engines.native.kv_cache_size import kv_cache_bytes
 from parse.engines.native.model import Model
 from parse.engines.native.output_stream import OutputStream, Waker
 from parse.engines.native.programs import Program, TreeOutput, generate, prefill
 from parse.engines.native.request import Request
+from parse.engines.native.startup_requests import startup_requests
 from parse.engines.native.verification import VerifyOptions, verify_and_generate, verify_only
-from parse.engines.protocol import Capabilities
+from parse.engines.protocol import Capabilities, EngineStats
+from parse.engines.request_checks import RequestChecks, stop_detokenizer
 from parse.errors import RequestError
 from parse.registry import MODES
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.proposal_policy import SpeculativeMethod
-from parse.types import MAX_LOGPROBS, SamplingParams, TokenDelta, VerifyResult, validate_token_ids
+from parse.types import MAX_LOGPROBS, SamplingParams, TokenDelta, VerifyResult
 
 MAX_SUFFIX_TOKENS = 1024  # per forward pass; each sequence has memory for this many tokens beyond `max_model_len`
 
@@ -44,9 +48,13 @@ class NativeEngine:
         """
         self.model, self._methods = model, dict(methods or {})
         self.max_model_len = min(settings.max_model_len, model.max_model_len)
-        max_sequences, sequence_capacity = self._divide_memory(kv_cache_bytes(settings, model.network))
+        max_sequences, sequence_capacity = _divide_memory(
+            kv_cache_bytes(settings, model.network), model, self._methods, self.max_model_len
+        )
         for method in self._methods.values():
             method.proposer.reserve(max_sequences, sequence_capacity)
+        self._checks = RequestChecks(model.vocab_size, self.max_model_len)
+        self._hang_detector = HangDetector()
         self._waker = Waker()
         self.core = EngineCore(
             model,
@@ -60,6 +68,18 @@ class NativeEngine:
             cost_model=cost_model if self._methods else None,
             after_step=self._waker.wake,
         )
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.tokenizer
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -81,6 +101,24 @@ class NativeEngine:
             eos_token_ids=self.model.eos_token_ids,
         )
 
+    async def read_stats(self) -> EngineStats:
+        return self.stats
+
+    def check_health(self) -> None:
+        if not self.core.alive:
+            raise RuntimeError("the engine's thread has ended")
+        self._hang_detector.check(self.stats)
+
+    async def warm_up(self) -> None:
+        """Runs every kind of request once, so that kernels are compiled and memory is allocated."""
+        verify, generations = startup_requests(self.model.vocab_size, self.max_model_len, self.methods)
+        await self.verify(verify)
+        for request in generations:
+            async for _ in self.generate(request):
+                pass
+        self.reset_prefix_cache()
+        self.reset_acceptance_history()
+
     def reset_prefix_cache(self) -> None:
         """Makes later requests compute everything themselves."""
         self.core.reset_prefix_cache()
@@ -95,10 +133,9 @@ class NativeEngine:
     def shutdown(self) -> None:
         self.core.shutdown()
 
-    async def prefill(self, prompt_token_ids: Sequence[int]) -> int:
+    async def prefill(self, prompt_token_ids: Sequence[int], session_key: str = "") -> int:
         """Computes a prompt ahead of time. Returns how many of its tokens were cached."""
-        prompt = self._validated("prompt", prompt_token_ids)
-        self._check_length("prompt", len(prompt))
+        prompt = self._checks.prompt(prompt_token_ids)
         stream = OutputStream(self._waker)
         request = Request(prompt, prefill(), 0, stream)
         async with aclosing(self._run(request, stream)) as results:
@@ -108,7 +145,7 @@ class NativeEngine:
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
         """Returns P(correct) of the request's prefixes of a draft."""
-        request = self._validated_verification(request)
+        request = self._checks.verification(request)
         tokens, trunk = _verification_context(request, trunk_start=None)
         stream = OutputStream(self._waker)
         program = verify_only(request, self._verify_options(), trunk, emit=stream.put)
@@ -124,12 +161,13 @@ class NativeEngine:
         The speculative method changes the speed, never the tokens. The token limit, penalties, stop strings and seed
         apply to the output as a whole. Closing the generator aborts the request.
         """
-        request = self._validated_generation(request)
+        request = self._checks.generation(request)
+        self._method(request.speculative_method)
         # A caller that asked for larger deltas waits for each of them, so it is woken at once.
         stream = OutputStream(self._waker, patient=request.stream_interval == 1)
         program = self._generation(request, stream)
         token_ids = [*request.prompt_token_ids, *request.output_token_ids][:-1]
-        running = Request(token_ids, program, self._max_new_tokens(request) + 1, stream)
+        running = Request(token_ids, program, self._checks.max_new_tokens(request) + 1, stream)
         async with aclosing(self._run(running, stream)) as results:
             async for result in results:
                 assert isinstance(result, TokenDelta)
@@ -141,8 +179,9 @@ class NativeEngine:
         Both are one request of the engine, so there is no round trip, queue or idle step between them. The first token
         after the accepted prefix comes from the pass that verifies.
         """
-        request = replace(request, verify=self._validated_verification(request.verify))
-        self._check_options(request.sampling_params, request.speculative_method)
+        request = replace(request, verify=self._checks.verification(request.verify))
+        self._checks.token_ids("logit_bias", list(request.sampling_params.logit_bias))
+        self._method(request.speculative_method)
         tokens, trunk = _verification_context(request.verify, trunk_start=request.num_accepted)
         stream = OutputStream(self._waker, patient=request.stream_interval == 1)
         program = verify_and_generate(
@@ -172,69 +211,16 @@ class NativeEngine:
     def _generation(
         self, request: GenerateRequest, stream: OutputStream, last_output: TreeOutput | None = None
     ) -> Program:
-        self._check_remaining_tokens(request)
         method = self._method(request.speculative_method)
-        detokenizer = None
-        if request.sampling_params.stop:
-            detokenizer = IncrementalDetokenizer(self.model.tokenizer, request.sampling_params.stop)
-            detokenizer.add(request.output_token_ids)
-            if detokenizer.matched_stop is not None:
-                raise RequestError("output", f"already contains the stop string {detokenizer.matched_stop!r}")
         return generate(
             request,
             stop_token_ids=self.model.eos_token_ids,
-            max_new_tokens=self._max_new_tokens(request),
+            max_new_tokens=self._checks.max_new_tokens(request),
             emit=stream.put,
-            detokenizer=detokenizer,
+            detokenizer=stop_detokenizer(request, self.tokenizer),
             speculation=method.start_sequence() if method else None,
             last_output=last_output,
         )
-
-    def _max_new_tokens(self, request: GenerateRequest) -> int:
-        max_tokens, num_output = request.sampling_params.max_tokens, len(request.output_token_ids)
-        limit = self.max_model_len - len(request.prompt_token_ids) - num_output
-        return limit if max_tokens is None else min(limit, max_tokens - num_output)
-
-    def _validated_generation(self, request: GenerateRequest) -> GenerateRequest:
-        """Returns the request with plain token ids."""
-        self._check_options(request.sampling_params, request.speculative_method)
-        return replace(
-            request,
-            prompt_token_ids=self._validated("prompt", request.prompt_token_ids),
-            output_token_ids=self._validated("output", request.output_token_ids),
-            draft_token_ids=self._validated("draft", request.draft_token_ids),
-        )
-
-    def _check_remaining_tokens(self, request: GenerateRequest) -> None:
-        self._check_length("prompt", len(request.prompt_token_ids) + len(request.output_token_ids), spare=1)
-        if self._max_new_tokens(request) < 1:
-            max_tokens = request.sampling_params.max_tokens
-            raise RequestError("output", f"already has max_tokens, {max_tokens}, or more tokens")
-
-    def _check_options(self, params: SamplingParams, speculative_method: str | None) -> None:
-        self._validated("logit_bias", list(params.logit_bias))
-        self._method(speculative_method)
-
-    def _validated_verification(self, request: VerifyRequest) -> VerifyRequest:
-        suffix, lengths = request.suffix, request.prefix_lengths
-        request = replace(
-            request,
-            prompt_token_ids=self._validated("prompt", request.prompt_token_ids),
-            output_token_ids=self._validated("output", request.output_token_ids),
-            draft_token_ids=self._validated("draft", request.draft_token_ids),
-        )
-        self._validated("suffix", (*suffix.token_ids, *suffix.correct_token_ids, *suffix.incorrect_token_ids))
-        if not (suffix.token_ids and suffix.correct_token_ids and suffix.incorrect_token_ids):
-            raise RequestError("suffix", "must hold a verification prompt and both its answers")
-        start = len(request.prompt_token_ids) + len(request.output_token_ids)
-        num_draft = len(request.draft_token_ids)
-        self._check_length("prompt", start)
-        self._check_length("draft", start + num_draft)
-        ascending = list(lengths) == sorted(set(lengths))
-        if not ascending or (lengths and not 0 < lengths[0] <= lengths[-1] <= num_draft):
-            message = f"must ascend within 1..{num_draft}, the length of the draft, got {list(lengths)}"
-            raise RequestError("prefix_lengths", message)
-        return request
 
     def _verify_options(self) -> VerifyOptions:
         return VerifyOptions(
@@ -253,30 +239,23 @@ class NativeEngine:
             raise RequestError("speculation", f"must be one of {offered}, got {name!r}")
         return self._methods[name]
 
-    def _validated(self, field: str, token_ids: Sequence[int]) -> list[int]:
-        return validate_token_ids(field, token_ids, self.model.vocab_size)
 
-    def _check_length(self, field: str, length: int, spare: int = 0) -> None:
-        if not length:
-            raise RequestError(field, "must not be empty")
-        if length + spare > self.max_model_len:
-            message = f"makes the sequence {length} tokens long, and the limit is {self.max_model_len}"
-            raise RequestError(field, message)
-
-    def _divide_memory(self, num_bytes: int) -> tuple[int, int]:
-        """Returns how many sequences fit into memory, and how many tokens each can hold, suffixes included."""
-        config = self.model.network.config.get_text_config()
-        hidden_states = len(self.model.aux_hidden_state_layers) * config.hidden_size * self.model.network.dtype.itemsize
-        proposers = sum(method.proposer.bytes_per_token for method in self._methods.values())
-        bytes_per_token = self.model.bytes_per_token + hidden_states + proposers
-        capacity = self.max_model_len + MAX_SUFFIX_TOKENS
-        num_tokens = num_bytes // bytes_per_token
-        max_sequences = num_tokens // capacity
-        if max_sequences < 1:
-            needed = capacity * bytes_per_token
-            message = f"a sequence of {self.max_model_len} tokens needs {needed} bytes, got {num_bytes}"
-            raise RequestError("kv_cache_memory_bytes", message)
-        return max_sequences, num_tokens // max_sequences  # with small blocks the remainder is used too
+def _divide_memory(
+    num_bytes: int, model: Model, methods: Mapping[str, SpeculativeMethod], max_model_len: int
+) -> tuple[int, int]:
+    """Returns how many sequences fit into memory, and how many tokens each can hold, suffixes included."""
+    config = model.network.config.get_text_config()
+    hidden_states = len(model.aux_hidden_state_layers) * config.hidden_size * model.network.dtype.itemsize
+    proposers = sum(method.proposer.bytes_per_token for method in methods.values())
+    bytes_per_token = model.bytes_per_token + hidden_states + proposers
+    capacity = max_model_len + MAX_SUFFIX_TOKENS
+    num_tokens = num_bytes // bytes_per_token
+    max_sequences = num_tokens // capacity
+    if max_sequences < 1:
+        needed = capacity * bytes_per_token
+        message = f"a sequence of {max_model_len} tokens needs {needed} bytes, got {num_bytes}"
+        raise RequestError("kv_cache_memory_bytes", message)
+    return max_sequences, num_tokens // max_sequences  # with small blocks the remainder is used too
 
 
 def _verification_context(request: VerifyRequest, trunk_start: int | None) -> tuple[list[int], list[int]]:

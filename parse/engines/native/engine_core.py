@@ -23,6 +23,7 @@ from parse.engines.native.prefix_cache import PrefixCache
 from parse.engines.native.programs import TreeInput, TreeOutput
 from parse.engines.native.request import Request
 from parse.engines.native.scheduler import ScheduledRequest, Scheduler
+from parse.engines.protocol import EngineStats
 from parse.errors import EngineFailed, EngineStopped, RequestCancelled, RequestError
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.proposal import Proposal
@@ -49,25 +50,6 @@ class EngineCoreConfig:
     max_num_batched_tokens: int
     block_size: int | None = None
     cuda_graphs: bool = False  # record steps of single tokens and replay them, where the device can do that
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """The current state of the engine, and counters since its start."""
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_step_requests: int  # requests of all steps; divided by the number of steps, this is the mean batch size
-    busy_s: float  # seconds spent in these steps
-    num_tokens: int  # tokens computed in these steps
-    prefix_queries: int  # tokens that were looked up in the prefix cache
-    prefix_hits: int  # tokens that were found there
-    evictions: int  # of cached sequences
-    blocks_used: int
-    blocks_cached: int  # the used blocks that no running request holds
-    blocks_total: int
-    num_replayed_steps: int = 0  # how many of the steps were replayed CUDA graphs
 
 
 class EngineCore:

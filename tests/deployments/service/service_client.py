@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.serving.replica import ReplicaInfo
-from parse.engines.native.engine_core import EngineStats
+from parse.engines.protocol import EngineStats
 from training import measure
 from training.task import Problem
 

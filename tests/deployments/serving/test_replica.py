@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.serving import replica
 from deployments.serving.replica import ModelReplica
 from parse.config import EngineSettings
 from parse.demo import DEMO_DRAFT
+from parse.engines.native import hang_detector
 from parse.requests import GenerateRequest
 from parse.types import SamplingParams
 
@@ -33,7 +33,7 @@ def test_a_new_replica_has_run_all_kinds_of_requests_and_caches_nothing(hosted):
 
 
 def test_an_engine_without_steps_is_unhealthy_unless_it_has_no_work(hosted, monkeypatch):
-    monkeypatch.setattr(replica, "MAX_STEP_DURATION_S", 0.0)
+    monkeypatch.setattr(hang_detector, "MAX_STEP_DURATION_S", 0.0)
     hosted.check_health()
 
     async def held_up():

@@ -1,4 +1,4 @@
-"""Drafters on the native engine.
+"""Drafters on any engine.
 
 A draft model has the target's tokenizer or its own.
 """
@@ -12,8 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from parse.detokenizer import IncrementalDetokenizer
-from parse.engines.native.engine import NativeEngine
-from parse.engines.protocol import Drafter
+from parse.engines.protocol import Drafter, Engine
 from parse.prompts import chat_prompt_token_ids
 from parse.reasoning import WITHOUT_REASONING
 from parse.requests import DraftRequest, GenerateRequest
@@ -29,7 +28,7 @@ _WORD_START = re.compile(r"(?<=\S) (?=\S)|(?<=\n)(?=\S)")
 class SharedVocabularyDrafter:
     """A drafter that reads and writes the target's tokens."""
 
-    def __init__(self, engine: NativeEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
@@ -39,6 +38,7 @@ class SharedVocabularyDrafter:
                 output_token_ids=request.output_token_ids,
                 sampling_params=replace(request.sampling_params, logprobs=None),
                 stream_interval=request.stream_interval,
+                session_key=request.session_key,
             )
         )
 
@@ -51,7 +51,7 @@ class RetokenizingDrafter:
 
     def __init__(
         self,
-        engine: NativeEngine,
+        engine: Engine,
         target_tokenizer: PreTrainedTokenizerBase,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -59,10 +59,10 @@ class RetokenizingDrafter:
         # A draft is an answer without reasoning.
         self._template_kwargs = {**(template_kwargs or {}), **WITHOUT_REASONING}
         # This detects a tokenizer without a chat template at load and not with the first request.
-        chat_prompt_token_ids(engine.model.tokenizer, [{"role": "user", "content": "Hello."}], self._template_kwargs)
+        chat_prompt_token_ids(engine.tokenizer, [{"role": "user", "content": "Hello."}], self._template_kwargs)
 
     async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
-        tokenizer = self.engine.model.tokenizer
+        tokenizer = self.engine.tokenizer
         output = self.target_tokenizer.decode(list(request.output_token_ids), skip_special_tokens=True)
         output_token_ids = tokenizer.encode(output, add_special_tokens=False)
         max_tokens = request.sampling_params.max_tokens
@@ -78,6 +78,7 @@ class RetokenizingDrafter:
             # The bias refers to the target's tokens.
             sampling_params=replace(request.sampling_params, logprobs=None, logit_bias={}, max_tokens=max_tokens),
             stream_interval=request.stream_interval,
+            session_key=request.session_key,
         )
         detokenizer, pending = IncrementalDetokenizer(tokenizer), ""
         async with aclosing(self.engine.generate(generate)) as deltas:
@@ -94,9 +95,9 @@ def shares_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBa
 
 
 def drafter_for(
-    engine: NativeEngine, target_tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+    engine: Engine, target_tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
 ) -> Drafter:
-    if shares_vocabulary(engine.model.tokenizer, target_tokenizer):
+    if shares_vocabulary(engine.tokenizer, target_tokenizer):
         return SharedVocabularyDrafter(engine)
     return RetokenizingDrafter(engine, target_tokenizer, template_kwargs)
 

@@ -2,14 +2,13 @@
 
 import asyncio
 from contextlib import aclosing
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from parse.engines.native.drafter import RetokenizingDrafter
+from parse.engines.drafter import RetokenizingDrafter
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import DraftRequest
 from parse.types import SamplingParams, TokenDelta
@@ -21,14 +20,14 @@ class EndlessEngine:
     """Generates one token up to the limit of the request, or up to its context length."""
 
     def __init__(self, tokenizer):
-        self.model = SimpleNamespace(tokenizer=tokenizer)
+        self.tokenizer = tokenizer
         self.num_generated = 0
 
     async def generate(self, request):
         limit = request.sampling_params.max_tokens
         count = CONTEXT_LENGTH if limit is None else limit - len(request.output_token_ids)
         self.num_generated += count
-        yield TokenDelta((self.model.tokenizer.encode(" 7")[0],) * count, finish_reason="length")
+        yield TokenDelta((self.tokenizer.encode(" 7")[0],) * count, finish_reason="length")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ class ScriptedEngine:
     """Generates a text in deltas of as many tokens as the request asks for."""
 
     def __init__(self, tokenizer, text):
-        self.model = SimpleNamespace(tokenizer=tokenizer)
+        self.tokenizer = tokenizer
         self.token_ids = tokenizer.encode(text, add_special_tokens=False)
         self.requests = []
 

@@ -1,0 +1,1 @@
+"""An engine whose model runs in another server, reached over HTTP."""

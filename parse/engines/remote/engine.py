@@ -1,0 +1,261 @@
+"""The engine of a model on a server, or on several servers with the same model."""
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from parse.acceptance import next_batch, passes
+from parse.engines.protocol import Capabilities, EngineStats
+from parse.engines.remote import vllm
+from parse.engines.remote.errors import ServerError, ServerUnavailable
+from parse.engines.remote.output import OutputBuilder
+from parse.engines.remote.server import Server
+from parse.engines.remote.server_pool import ServerPool
+from parse.engines.remote.startup import ServerFeatures
+from parse.engines.remote.verification import VerificationCost, answer_probabilities, result_of
+from parse.engines.request_checks import RequestChecks, stop_detokenizer
+from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.types import Logprob, SamplingParams, TokenDelta, VerifyResult
+
+MAX_PREFIXES_PER_CALL = 64
+METRICS_TIMEOUT_S = 2.0
+EXCLUDED = -100.0  # the bias of a token that must not be sampled
+
+
+class RemoteEngine:
+    """Sends each call to a server. Calls may be made at the same time, all of them in one event loop."""
+
+    def __init__(
+        self,
+        pool: ServerPool,
+        *,
+        model_name: str,
+        features: ServerFeatures,
+        capabilities: Capabilities,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.name, self.tokenizer = model_name, tokenizer
+        self._pool, self._features, self._capabilities = pool, features, capabilities
+        self._checks = RequestChecks(len(tokenizer), capabilities.max_model_len)
+        self._verification_cost = VerificationCost()
+
+    @property
+    def device(self) -> str:
+        return "remote"
+
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    async def warm_up(self) -> None:
+        """The server has done that when it started."""
+
+    async def read_stats(self) -> EngineStats:
+        """Returns the sums of the metrics of all servers that respond."""
+        metrics = await asyncio.gather(*map(_read_metrics, self._pool.servers))
+        return vllm.read_stats("\n".join(metrics))
+
+    def check_health(self) -> None:
+        """A replacement could not reach the server either."""
+
+    def shutdown(self) -> None:
+        self._pool.close()
+
+    async def prefill(self, prompt_token_ids: Sequence[int], session_key: str = "") -> int:
+        prompt = self._checks.prompt(prompt_token_ids)
+
+        async def call(server: Server) -> int:
+            response = await server.post(vllm.COMPLETIONS, vllm.prefill_body(self.name, prompt))
+            return vllm.read_num_cached_tokens(response)
+
+        return await self._pool.call(session_key, call)
+
+    async def verify(self, request: VerifyRequest) -> VerifyResult:
+        """Evaluates each prefix as a prompt of its own. The prefix cache of the server keeps what they share."""
+        request = self._checks.verification(request)
+        tokens = [*request.prompt_token_ids, *request.output_token_ids, *request.draft_token_ids]
+        start = len(tokens) - len(request.draft_token_ids)
+        lengths, width = request.prefix_lengths, len(request.suffix.token_ids)
+        num_evaluable = sum(1 for length in lengths if start + length + width < self._checks.max_model_len)
+        complete = request.draft_complete and num_evaluable == len(lengths)
+        min_answer_mass = request.policy.min_answer_mass if request.policy else 0.0
+        p_correct: dict[int, float | None] = {}
+        answer_mass: dict[int, float] = {}
+        answer_first = complete and self._verification_cost.answer_first()
+        while batch := next_batch(
+            num_evaluable,
+            p_correct,
+            request.policy,
+            complete=complete,
+            max_batch=MAX_PREFIXES_PER_CALL,
+            answer_first=answer_first,
+        ):
+            prompts = [[*tokens[: start + lengths[index]], *request.suffix.token_ids] for index in batch]
+            for index, (p, mass) in zip(batch, await self._evaluate(request, prompts), strict=True):
+                answer_mass[index] = mass
+                p_correct[index] = p if mass >= min_answer_mass else None  # None passes no threshold, not even 0
+        if complete and request.policy is not None:
+            passed = passes(p_correct.get(len(lengths) - 1), request.policy.thresholds.full)
+            self._verification_cost.record_answer(passed)
+        result = result_of(len(lengths), p_correct, answer_mass)
+        if request.num_logprobs is None:
+            return result
+        entries = await self._prompt_logprobs(
+            request.session_key, tokens[: start + request.num_computed_draft_tokens], start, request.num_logprobs
+        )
+        return replace(result, logprobs=tuple(entry.logprob for entry in entries))
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
+        """Yields the generated tokens. Closing the generator ends the call on the server too."""
+        request = self._checks.generation(request)
+        output = OutputBuilder(request, self._checks.max_new_tokens(request), stop_detokenizer(request, self.tokenizer))
+        if request.draft_token_ids:
+            async for delta in self._accept_draft(request, output):
+                yield delta
+        if output.finish_reason is None:
+            async with aclosing(
+                self._pool.stream(request.session_key, lambda server: self._stream(server, request, output))
+            ) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
+        result = await self.verify(request.verify)
+        yield result
+        continuation = request.continuation(request.accepted_prefix_length(result.p_correct))
+        if continuation is not None:
+            async with aclosing(self.generate(continuation)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def _evaluate(self, request: VerifyRequest, prompts: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+        """Returns P(correct) and the probability of both answers together, for each prompt."""
+        suffix = request.suffix
+        by_token_id = self._features.verifies_by_token_id
+        answers = sorted({*suffix.correct_token_ids, *suffix.incorrect_token_ids})
+        body = vllm.verification_body(self.name, prompts, answers, by_token_id=by_token_id)
+
+        async def call(server: Server) -> list[Mapping[int, float]]:
+            return vllm.read_verification(await server.post(vllm.COMPLETIONS, body), len(prompts))
+
+        started = time.perf_counter()
+        tops = await self._pool.call(request.session_key, call)
+        self._verification_cost.record_call(len(prompts), time.perf_counter() - started)
+        return [answer_probabilities(top, suffix, all_returned=by_token_id) for top in tops]
+
+    async def _prompt_logprobs(
+        self, session_key: str, prompt: Sequence[int], start: int, num_logprobs: int
+    ) -> list[vllm.PromptLogprob]:
+        async def call(server: Server) -> list[vllm.PromptLogprob]:
+            response = await server.post(vllm.COMPLETIONS, vllm.prompt_logprobs_body(self.name, prompt, num_logprobs))
+            return vllm.read_prompt_logprobs(response, prompt, start, num_logprobs)
+
+        return await self._pool.call(session_key, call)
+
+    async def _stream(
+        self, server: Server, request: GenerateRequest, output: OutputBuilder
+    ) -> AsyncGenerator[TokenDelta]:
+        """Generates what follows the output. If an earlier stream was lost, it continues after its last token."""
+        params = request.sampling_params
+        if output.token_ids and (params.presence_penalty or params.frequency_penalty):
+            raise ServerError("an answer with presence_penalty or frequency_penalty cannot be continued")
+        body = vllm.generation_body(
+            self.name,
+            [*request.prompt_token_ids, *output.token_ids],
+            params,
+            max_new_tokens=output.num_remaining,
+            position=len(output.token_ids),
+        )
+        async with aclosing(server.stream(vllm.COMPLETIONS, body)) as events:
+            async for event in events:
+                chunk = vllm.read_chunk(event, params.logprobs)
+                delta = self._add(output, chunk) if chunk is not None else None
+                if delta is not None:
+                    yield delta
+                if output.finish_reason is not None:
+                    return
+        raise ServerUnavailable("the stream ended before the answer")
+
+    def _add(self, output: OutputBuilder, chunk: vllm.Chunk) -> TokenDelta | None:
+        token_ids = chunk.token_ids
+        if chunk.finish_reason == "stop" and token_ids and token_ids[-1] in self._capabilities.eos_token_ids:
+            token_ids = token_ids[:-1]
+        return output.add(token_ids, chunk.logprobs, chunk.finish_reason, num_cached_tokens=chunk.num_cached_tokens)
+
+    async def _accept_draft(self, request: GenerateRequest, output: OutputBuilder) -> AsyncGenerator[TokenDelta]:
+        """Accepts draft tokens without changing the distribution of the output.
+
+        With greedy decoding, a token is accepted if it is the most likely one. Otherwise, it is accepted with its own
+        probability, and the first rejected one is replaced by a token that is sampled among all others.
+        """
+        params = request.sampling_params
+        end_tokens = frozenset() if params.ignore_eos else self._capabilities.eos_token_ids
+        draft = list(request.draft_token_ids[: max(0, output.num_remaining - 1)])
+        draft = draft[: next((index for index, token in enumerate(draft) if token in end_tokens), len(draft))]
+        if not draft:
+            return
+        context = [*request.prompt_token_ids, *request.output_token_ids]
+        prompt, num_logprobs = [*context, *draft], params.logprobs or 0
+        entries = await self._prompt_logprobs(request.session_key, prompt, len(context), num_logprobs)
+        num_accepted = 0
+        for position, entry in enumerate(entries, len(request.output_token_ids)):
+            if not _accepts(entry, params, position):
+                break
+            num_accepted += 1
+        logprobs: Sequence[Logprob] = ()
+        if params.logprobs is not None:
+            logprobs = [entry.logprob for entry in entries[:num_accepted]]
+        if num_accepted and (delta := output.add(draft[:num_accepted], logprobs, accepted=True)) is not None:
+            yield delta
+        if output.finish_reason is not None or params.greedy or num_accepted == len(draft):
+            return
+        excluding = replace(request, sampling_params=replace(params, logit_bias={draft[num_accepted]: EXCLUDED}))
+        async with aclosing(
+            self._pool.stream(request.session_key, lambda server: self._sample_one(server, excluding, output))
+        ) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _sample_one(
+        self, server: Server, request: GenerateRequest, output: OutputBuilder
+    ) -> AsyncGenerator[TokenDelta]:
+        """Generates one token."""
+        params = request.sampling_params
+        body = vllm.generation_body(
+            self.name,
+            [*request.prompt_token_ids, *output.token_ids],
+            params,
+            max_new_tokens=1,
+            position=len(output.token_ids),
+        )
+        async with aclosing(server.stream(vllm.COMPLETIONS, body)) as events:
+            async for event in events:
+                chunk = vllm.read_chunk(event, params.logprobs)
+                if chunk is None or (not chunk.token_ids and chunk.finish_reason is None):
+                    continue
+                if chunk.finish_reason == "length" and output.num_remaining > 1:
+                    chunk = replace(chunk, finish_reason=None)
+                delta = self._add(output, chunk)
+                if delta is not None:
+                    yield delta
+                return
+        raise ServerUnavailable("the stream ended before the token")
+
+
+def _accepts(entry: vllm.PromptLogprob, params: SamplingParams, position: int) -> bool:
+    if params.greedy:
+        return entry.rank == 1
+    return random.Random(f"{params.seed}/{position}").random() < math.exp(entry.logprob.logprob)
+
+
+async def _read_metrics(server: Server) -> str:
+    try:
+        async with asyncio.timeout(METRICS_TIMEOUT_S):
+            return await server.get_text("/metrics")
+    except (TimeoutError, ServerUnavailable, ServerError):
+        return ""

@@ -1,0 +1,116 @@
+"""Connects to the servers that the settings name."""
+
+import os
+from dataclasses import fields
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from parse.config import EngineSettings, RemoteEngineConfig
+from parse.engines.protocol import Capabilities
+from parse.engines.remote import vllm
+from parse.engines.remote.engine import RemoteEngine
+from parse.engines.remote.errors import ServerUnavailable, WrongModel
+from parse.engines.remote.server import Server
+from parse.engines.remote.server_pool import ServerPool
+from parse.engines.remote.startup import ModelIdentity, ServerFeatures, find_features, identify_model
+from parse.errors import EngineStopped, RequestError
+from parse.event_loop import EventLoopThread
+from parse.registry import LOSSY_MODES, MODES
+from parse.types import SamplingParams
+
+
+def load_remote_engine(settings: EngineSettings, config: RemoteEngineConfig) -> RemoteEngine:
+    """Raises ValueError, in one line, if a server cannot be used."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    identity, features = inspect_servers(config, tokenizer)
+
+    async def check(server: Server) -> None:
+        identity.check(await identify_model(server, identity.name, tokenizer))
+
+    pool = ServerPool(_servers(config), check, retry_timeout_s=config.retry_timeout_s)
+    return RemoteEngine(
+        pool,
+        model_name=identity.name,
+        features=features,
+        capabilities=_capabilities(settings, identity, features, tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+def inspect_servers(
+    config: RemoteEngineConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ModelIdentity, ServerFeatures]:
+    """Calls all servers. Returns what the first one serves, and what all of them can do.
+
+    The calls run in an event loop of their own, because the caller may run in one and still wants to wait.
+    """
+    event_loop = EventLoopThread("server check")
+    try:
+        return event_loop.run(_inspect(config, tokenizer))
+    finally:
+        event_loop.close()
+
+
+async def _inspect(
+    config: RemoteEngineConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ModelIdentity, ServerFeatures]:
+    identities: list[ModelIdentity] = []
+    all_features: list[ServerFeatures] = []
+    for server in _servers(config):
+        try:
+            name = identities[0].name if identities else config.model_name
+            identities.append(await identify_model(server, name, tokenizer))
+            identities[0].check(identities[-1])
+            all_features.append(await find_features(server, identities[-1], tokenizer))
+        except (ServerUnavailable, WrongModel, EngineStopped, RequestError) as error:
+            message = error.message if isinstance(error, RequestError) else str(error)
+            raise ValueError(f"{server.url}: {message}") from error
+        finally:
+            server.close()
+    first = all_features[0]
+    return identities[0], ServerFeatures(
+        version=first.version,
+        block_size=max(features.block_size for features in all_features),
+        verifies=all(features.verifies for features in all_features),
+        verifies_by_token_id=all(features.verifies_by_token_id for features in all_features),
+        has_prompt_logprobs=all(features.has_prompt_logprobs for features in all_features),
+        has_speculation=any(features.has_speculation for features in all_features),
+    )
+
+
+def _servers(config: RemoteEngineConfig) -> list[Server]:
+    api_key = None
+    if config.api_key_env is not None:
+        api_key = os.environ.get(config.api_key_env)
+        if not api_key:
+            raise ValueError(f"engine.api_key_env: the environment variable {config.api_key_env} is not set")
+    return [Server(url, config, api_key) for url in config.urls]
+
+
+def _capabilities(
+    settings: EngineSettings, identity: ModelIdentity, features: ServerFeatures, tokenizer: PreTrainedTokenizerBase
+) -> Capabilities:
+    missing = {*([] if features.verifies else LOSSY_MODES), *([] if features.has_prompt_logprobs else ["exact"])}
+    limits = [settings.max_model_len, *([identity.max_model_len] if identity.max_model_len else [])]
+    return Capabilities(
+        modes=tuple(name for name, mode in MODES.items() if mode.function and name not in missing),
+        speculative_methods=(),
+        sampling_params=frozenset(field.name for field in fields(SamplingParams)),
+        max_logprobs=vllm.MAX_TOP_LOGPROBS,
+        max_model_len=min(limits),
+        block_size=features.block_size,
+        eos_token_ids=_eos_token_ids(settings.model, tokenizer),
+        continues_with_penalties=False,
+        exact_sampling="unmodified",
+        prefills_drafts=True,
+    )
+
+
+def _eos_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the tokens at which the server ends an answer: those of the generation config, or of the config."""
+    try:
+        configured = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        configured = getattr(AutoConfig.from_pretrained(model), "eos_token_id", None)
+    token_ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*token_ids, tokenizer.eos_token_id) if isinstance(token, int))

@@ -1,0 +1,143 @@
+"""One server: sends JSON, receives JSON or a stream of events, and tells lost calls from rejected ones."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import aiohttp
+
+from parse.config import RemoteEngineConfig
+from parse.engines.remote.errors import ServerError, ServerUnavailable
+from parse.errors import RequestError
+
+KEEP_ALIVE_S = 4.0  # vLLM closes a connection that has been idle for 5 s; a call on it would be lost
+MAX_LINE_BYTES = 2**20  # of one event of a stream
+MAX_ERROR_CHARACTERS = 500
+
+REJECTED_REQUEST = frozenset((400, 413, 422))
+BAD_CREDENTIALS = frozenset((401, 403))
+
+
+class Server:
+    """Calls may be made at the same time, all of them in one event loop. A later one may take its place."""
+
+    def __init__(self, url: str, config: RemoteEngineConfig, api_key: str | None) -> None:
+        self.url = url.rstrip("/")
+        self._config = config
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def get_json(self, path: str) -> Any:
+        async with self._response("GET", path) as response:
+            return await _read_json(response)
+
+    async def get_text(self, path: str) -> str:
+        async with self._response("GET", path) as response:
+            return await response.text()
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        async with self._response("POST", path, body) as response:
+            return await _read_json(response)
+
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any]:
+        """Yields the data of server-sent events up to [DONE]. Closing the generator ends the call on the server too."""
+        async with self._response("POST", path, body) as response:
+            async for line in response.content:
+                if not line.startswith(b"data:"):
+                    continue  # an empty line or a comment
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                event = _parse_json(data)
+                if isinstance(event, Mapping) and "error" in event:
+                    raise ServerUnavailable(_error_message(event), reached=True)
+                yield event
+        raise ServerUnavailable("the stream ended early")
+
+    def close(self) -> None:
+        """Closes the connections. Any thread may call this, also after the event loop has ended."""
+        if self._session is None:
+            return
+        closing, self._session = self._session.close(), None
+        if self._loop is not None and self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(closing, self._loop)
+        else:
+            with suppress(StopIteration):
+                closing.send(None)  # there is nothing to wait for without an event loop
+
+    @asynccontextmanager
+    async def _response(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> AsyncGenerator[aiohttp.ClientResponse]:
+        try:
+            async with self._open_session().request(
+                method, self.url + path, json=body, headers=self._headers, allow_redirects=False
+            ) as response:
+                await _check_status(response)
+                yield response
+        except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError) as error:
+            if isinstance(error, RequestError):
+                raise
+            # The message of a timeout is empty.
+            raise ServerUnavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is not None and self._loop is not asyncio.get_running_loop():
+            self.close()
+        if self._session is None:
+            self._loop = asyncio.get_running_loop()
+            config = self._config
+            context = ssl.create_default_context(cafile=config.tls_ca_file) if self.url.startswith("https") else True
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=KEEP_ALIVE_S),
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=config.connect_timeout_s, sock_read=config.stall_timeout_s
+                ),
+                read_bufsize=MAX_LINE_BYTES,
+            )
+        return self._session
+
+
+async def _check_status(response: aiohttp.ClientResponse) -> None:
+    if response.status == 200:
+        return
+    try:
+        body: Any = json.loads(await response.text())
+    except ValueError:
+        body = None
+    message = f"the server answered {response.status}: {_error_message(body)}"
+    if response.status in REJECTED_REQUEST:
+        raise RequestError("request", _error_message(body))
+    if response.status in BAD_CREDENTIALS or response.status == 404 or response.status < 400:
+        raise ServerError(message)
+    raise ServerUnavailable(message, retry_after_s=_retry_after_s(response), reached=True)
+
+
+def _error_message(body: Any) -> str:
+    """Returns the message of an error in the formats of OpenAI and FastAPI."""
+    for key in ("error", "message", "detail"):
+        if isinstance(body, Mapping) and key in body:
+            body = body[key]
+    return " ".join(str(body).split())[:MAX_ERROR_CHARACTERS] if body else "no message"
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> float:
+    try:
+        return min(30.0, max(0.0, float(response.headers.get("Retry-After", "0"))))
+    except ValueError:
+        return 0.0
+
+
+async def _read_json(response: aiohttp.ClientResponse) -> Any:
+    return _parse_json(await response.read())
+
+
+def _parse_json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise ServerUnavailable(f"the server sent no JSON: {data[:80]!r}", reached=True) from None

@@ -1,0 +1,142 @@
+"""Several servers with the same model: which one gets a call, and what happens to a call that is lost."""
+
+import asyncio
+import hashlib
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+from parse.engines.remote.errors import ServerError, ServerUnavailable, WrongModel
+from parse.engines.remote.server import Server
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
+MAX_ANSWERED_FAILURES = 3  # a server that answers with an error so often is not asked again for this call
+RECHECK_AFTER_S = 5.0  # no server restarts and loads a model in a shorter time
+
+
+class Member:
+    """A server of the pool, and whether it may be called."""
+
+    def __init__(self, server: Server, check: Callable[[Server], Awaitable[None]]) -> None:
+        self.server = server
+        self._check = check
+        self._checking = asyncio.Lock()
+        self._last_success = -RECHECK_AFTER_S
+        self.failure: str | None = None
+        """Why the last call was lost, until one succeeds."""
+        self.wrong_model = False
+        self._num_failures = 0
+        self._open_until = 0.0
+
+    @property
+    def available(self) -> bool:
+        """Whether the circuit breaker is closed, or it is time for another attempt."""
+        return time.monotonic() >= self._open_until
+
+    async def ensure_same_model(self) -> None:
+        """Checks the server if it may have restarted since the last successful call.
+
+        One call checks it, and the others wait for the result.
+        """
+        if self._is_fresh():
+            return
+        async with self._checking:
+            if not self._is_fresh():
+                await self._check(self.server)
+                self.record_success()
+
+    def record_success(self) -> None:
+        if self.failure is not None:
+            logger.warning("%s responds again", self.server.url)
+        self.failure, self.wrong_model, self._num_failures, self._open_until = None, False, 0, 0.0
+        self._last_success = time.monotonic()
+
+    def record_failure(self, error: ServerUnavailable) -> None:
+        if self.failure is None:
+            logger.warning("%s: %s", self.server.url, error)
+        self.failure, self.wrong_model = str(error), isinstance(error, WrongModel)
+        self._num_failures += 1
+        self._last_success = -RECHECK_AFTER_S
+        self._open_until = time.monotonic() + _backoff_s(self._num_failures)
+
+    def _is_fresh(self) -> bool:
+        return self.failure is None and time.monotonic() - self._last_success < RECHECK_AFTER_S
+
+
+class ServerPool:
+    """Sends each call to a server. Calls with the same key go to the same one, as long as it responds."""
+
+    def __init__(
+        self, servers: Sequence[Server], check: Callable[[Server], Awaitable[None]], *, retry_timeout_s: float
+    ) -> None:
+        """`check` raises WrongModel or ServerUnavailable if a server cannot serve the model."""
+        self.members = [Member(server, check) for server in servers]
+        self._retry_timeout_s = retry_timeout_s
+        self.num_retries = 0
+
+    @property
+    def servers(self) -> list[Server]:
+        return [member.server for member in self.members]
+
+    async def call(self, key: str, function: Callable[[Server], Awaitable[T]]) -> T:
+        """Returns the result of `function`, which is called again if the call is lost."""
+
+        async def results(server: Server) -> AsyncGenerator[T]:
+            yield await function(server)
+
+        async with aclosing(self.stream(key, results)) as items:
+            return await anext(items)
+
+    async def stream(self, key: str, function: Callable[[Server], AsyncGenerator[T]]) -> AsyncGenerator[T]:
+        """Yields the items of `function`.
+
+        If the stream is lost, `function` is called again. It then has to yield the items that are still missing.
+        """
+        give_up_at = time.monotonic() + self._retry_timeout_s
+        num_attempts = num_answered = 0
+        while True:
+            member = self._choose(key)
+            try:
+                await member.ensure_same_model()
+                async with aclosing(function(member.server)) as items:
+                    async for item in items:
+                        member.record_success()
+                        give_up_at, num_attempts = time.monotonic() + self._retry_timeout_s, 0
+                        yield item
+                return
+            except ServerUnavailable as error:
+                member.record_failure(error)
+                num_attempts += 1
+                num_answered += error.reached
+                hopeless = all(each.wrong_model for each in self.members) or num_answered >= MAX_ANSWERED_FAILURES
+                pause_s = max(error.retry_after_s, random.uniform(0.5, 1.0) * _backoff_s(num_attempts))
+                if hopeless or time.monotonic() + pause_s > give_up_at:
+                    raise ServerError(f"{member.server.url}: {error}") from error
+            self.num_retries += 1
+            if not any(each.available for each in self.members):
+                await asyncio.sleep(pause_s)
+
+    def close(self) -> None:
+        for member in self.members:
+            member.server.close()
+
+    def _choose(self, key: str) -> Member:
+        """Returns the first available server in an order that depends on the key only.
+
+        If a server is lost, only its own keys move (rendezvous hashing).
+        """
+        ranked = sorted(
+            self.members,
+            key=lambda member: hashlib.blake2b(f"{key} {member.server.url}".encode(), digest_size=8).digest(),
+        )
+        return next((member for member in ranked if member.available), ranked[0])
+
+
+def _backoff_s(num_failures: int) -> float:
+    return float(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (num_failures - 1)))

@@ -1,0 +1,200 @@
+"""A server that speaks vLLM's API over a model that transformers runs token by token, and that can misbehave on demand.
+
+It exists for failures that a real server does not produce on request. tests/parse/engines/remote/test_real_vllm.py runs
+the same engine over a real vLLM.
+"""
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from aiohttp import web
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Misbehaviour = Callable[[dict[str, Any]], Any]
+"""Receives the body of a completion. Returns None, or what the server does instead of answering."""
+
+
+class FakeVLLM:
+    def __init__(
+        self, model: str, *, name: str = "served", max_model_len: int = 512, api_key: str | None = None
+    ) -> None:
+        self.network = AutoModelForCausalLM.from_pretrained(model).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.name, self.root, self.max_model_len, self.api_key = name, model, max_model_len, api_key
+        self.misbehave: Misbehaviour = lambda body: None
+        self.lacks: set[str] = set()
+        """Fields of a completion that this version does not know."""
+        self.calls: Counter[str] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.num_aborted = 0
+        self._port = 0
+        self._runner: web.AppRunner | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Listens, after a stop on the same port as before."""
+        self._run(self._start())
+
+    def stop(self) -> None:
+        """Closes all connections at once, as if the process had been killed."""
+        self._run(self._stop())
+
+    def close(self) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+    async def _start(self) -> None:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/v1/completions", self._completions)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        await site.start()
+        self._port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+
+    async def _stop(self) -> None:
+        if self._runner is None:
+            return
+        for connection in list(self._runner.server.connections):  # type: ignore[union-attr]
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self._runner.cleanup()
+        self._runner = None
+
+    async def _models(self, request: web.Request) -> web.Response:
+        self.calls["models"] += 1
+        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        card = {"id": self.name, "root": self.root, "parent": None, "max_model_len": self.max_model_len}
+        return web.json_response({"object": "list", "data": [card]})
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "0.32.0"})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        lines = 'vllm:cache_config_info{block_size="16"} 1.0', 'vllm:num_requests_running{engine="0"} 2.0', ""
+        return web.Response(text="\n".join(lines))
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        body = {key: value for key, value in (await request.json()).items() if key not in self.lacks}
+        self.calls["completions"] += 1
+        self.bodies.append(body)
+        instead = self.misbehave(body)
+        if asyncio.iscoroutine(instead):
+            instead = await instead
+        if isinstance(instead, web.StreamResponse):
+            return instead
+        if body.get("stream"):
+            return await self._stream(request, body, cut_after=instead)
+        prompts = body["prompt"]
+        if isinstance(prompts, str):
+            prompts = [self.tokenizer.encode(prompts, add_special_tokens=False)]
+        elif prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        choices = [self._choice(index, prompt, body) for index, prompt in enumerate(prompts)]
+        if instead == "reversed":
+            choices.reverse()
+        elif callable(instead):
+            choices = instead(choices)
+        return web.json_response({"choices": choices, "usage": {"prompt_tokens_details": {"cached_tokens": 3}}})
+
+    def _choice(self, index: int, prompt: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        logprobs = self._logprobs(prompt)
+        last = logprobs[-1]
+        token = int(last.argmax())
+        choice: dict[str, Any] = {"index": index, "text": "", "finish_reason": "length"}
+        if body.get("return_token_ids"):
+            choice |= {"prompt_token_ids": prompt, "token_ids": [token]}
+        if body.get("logprobs") is not None:
+            returned = {
+                token,
+                *body.get("logprob_token_ids", []),
+                *last.topk(max(1, body["logprobs"])).indices.tolist(),
+            }
+            choice["logprobs"] = {
+                "token_logprobs": [float(last[token])],
+                "top_logprobs": [{f"token_id:{other}": float(last[other]) for other in returned}],
+            }
+        if body.get("prompt_logprobs") is not None:
+            entries: list[Any] = [None]
+            for row, following in zip(logprobs[:-1], prompt[1:], strict=True):
+                others = {following, *row.topk(max(1, body["prompt_logprobs"])).indices.tolist()}
+                entries.append(
+                    {
+                        str(other): {"logprob": float(row[other]), "rank": int((row >= row[other]).sum())}
+                        for other in others
+                    }
+                )
+            choice["prompt_logprobs"] = entries
+        return choice
+
+    async def _stream(self, request: web.Request, body: dict[str, Any], cut_after: Any) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        tokens, generated = list(body["prompt"]), 0
+        generator = torch.Generator().manual_seed(body.get("seed", 0))
+        finish = None
+        try:
+            while finish is None:
+                await asyncio.sleep(0)
+                if cut_after is not None and generated == cut_after:
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
+                logprobs = self._logprobs(tokens)[-1]
+                logits = logprobs.clone()
+                for token, bias in (body.get("logit_bias") or {}).items():
+                    logits[int(token)] += bias
+                if body["temperature"]:
+                    scaled = (logits / body["temperature"]).softmax(-1)
+                    token = int(torch.multinomial(scaled, 1, generator=generator))
+                else:
+                    token = int(logits.argmax())
+                tokens.append(token)
+                generated += 1
+                if token == self.tokenizer.eos_token_id and not body.get("ignore_eos"):
+                    finish = "stop"
+                elif generated == body["max_tokens"]:
+                    finish = "length"
+                choice: dict[str, Any] = {"index": 0, "text": "", "token_ids": [token], "finish_reason": finish}
+                if body.get("logprobs") is not None:
+                    top = logprobs.topk(max(1, body["logprobs"])).indices.tolist()
+                    choice["logprobs"] = {
+                        "token_logprobs": [float(logprobs[token])],
+                        "top_logprobs": [{f"token_id:{other}": float(logprobs[other]) for other in {token, *top}}],
+                    }
+                await self._send(response, json.dumps({"choices": [choice]}))
+            await self._send(response, json.dumps({"choices": [], "usage": {"completion_tokens": generated}}))
+            await self._send(response, "[DONE]")
+        except (ConnectionError, asyncio.CancelledError):
+            self.num_aborted += 1
+            raise
+        return response
+
+    async def _send(self, response: web.StreamResponse, data: str) -> None:
+        await response.write(f"data: {data}\n\n".encode())
+
+    @torch.inference_mode()
+    def _logprobs(self, tokens: list[int]) -> torch.Tensor:
+        return self.network(torch.tensor([tokens])).logits[0].log_softmax(-1)

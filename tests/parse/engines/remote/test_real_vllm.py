@@ -1,0 +1,173 @@
+"""The remote engine over a real, unmodified vLLM."""
+
+import asyncio
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from bench import vllm_server
+from bench.vllm_server import ServerOptions, VLLMUnavailable
+from parse import EngineSettings, Pair
+from parse.acceptance import AcceptancePolicy
+from parse.config import RemoteEngineConfig, VerificationSettings
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.engines.remote.errors import ServerError
+from parse.prompts import build_verification_suffix
+from parse.requests import VerifyRequest
+from training.measure import draw_problems
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+NUM_PROBLEMS = 20
+TIE = 1e-4  # nats between the two most likely tokens, below which either may be chosen
+
+
+@pytest.fixture(scope="module")
+def vllm():
+    try:
+        server = vllm_server.start(ServerOptions(DEMO_TARGET, max_model_len=512, block_size=32))
+    except VLLMUnavailable as error:
+        pytest.skip(f"vLLM cannot run here: {error}")
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(vllm):
+    with Pair(target_settings(vllm), draft_settings()) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def native_pair():
+    with Pair(EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=512), draft_settings()) as pair:
+        yield pair
+
+
+def target_settings(server, **config):
+    engine = RemoteEngineConfig(kind="remote", url=server.url, **config)
+    return EngineSettings(model=DEMO_TARGET, engine=engine, max_model_len=512)
+
+
+def draft_settings():
+    return EngineSettings(model=DEMO_DRAFT, num_threads=1, max_model_len=512)
+
+
+def answers(pair, mode, problems, **options):
+    return [pair.generate(problem.question, mode=mode, temperature=0, **options) for problem in problems]
+
+
+def differs_only_after_a_tie(output, expected):
+    """Returns whether two answers are equal up to a token at which the target has no clear preference."""
+    for ours, theirs, logprob in zip(output.token_ids, expected.token_ids, expected.logprobs, strict=False):
+        if ours != theirs:
+            (_, first), (_, second) = logprob.top[:2]
+            return first - second < TIE
+    return len(output.token_ids) == len(expected.token_ids)
+
+
+def test_what_it_finds_out_about_the_server(pair):
+    capabilities = pair.target.capabilities()
+    assert set(capabilities.modes) == {"full", "rounds", "progressive", "exact", "off"}
+    assert (capabilities.max_model_len, capabilities.block_size) == (512, 32)
+    assert pair.tokenizer.eos_token_id in capabilities.eos_token_ids
+
+
+@pytest.mark.parametrize("mode", ["off", "exact", "full", "rounds"])
+def test_answers_are_those_of_the_native_engine(pair, native_pair, mode):
+    problems = draw_problems(21, NUM_PROBLEMS)
+    logprobs = dict(logprobs=2) if mode in ("off", "exact") else {}
+    outputs, expected = (answers(each, mode, problems, **logprobs) for each in (pair, native_pair))
+    if mode in ("off", "exact"):
+        assert all(map(differs_only_after_a_tie, outputs, expected))
+    else:
+        assert sum(ours.text == theirs.text for ours, theirs in zip(outputs, expected, strict=True)) >= 19
+
+
+def test_a_draft_in_mode_exact_changes_nothing(pair):
+    """The prediction is the target's own answer, whole and with a changed token."""
+    for problem in draw_problems(22, 10):
+        expected = pair.generate(problem.question, mode="off", temperature=0, logprobs=2)
+        changed = list(expected.token_ids)
+        changed[len(changed) // 2] = changed[0]
+        for prediction in (expected.text, pair.tokenizer.decode(changed)):
+            output = pair.generate(problem.question, mode="exact", temperature=0, prediction=prediction)
+            assert differs_only_after_a_tie(output, expected)
+            assert output.usage.accepted_tokens >= len(changed) // 2 - 1
+
+
+def test_the_same_prefix_is_accepted_as_with_the_native_engine(pair, native_pair):
+    verification = VerificationSettings.for_model(DEMO_TARGET)
+    suffix = build_verification_suffix(
+        pair.tokenizer, verification.prompt, verification.correct, verification.incorrect
+    )
+    engine, native = pair.target, native_pair.target
+    for problem in draw_problems(23, NUM_PROBLEMS):
+        output = native_pair.generate(problem.question, mode="off", temperature=0)
+        draft = list(output.token_ids)
+        draft[-8] = draft[0]
+        request = VerifyRequest(
+            prompt_token_ids=output.prompt_token_ids,
+            draft_token_ids=draft,
+            prefix_lengths=[*range(8, len(draft), 8), len(draft)],
+            draft_complete=True,
+            suffix=suffix,
+            policy=AcceptancePolicy(verification.thresholds()),
+        )
+
+        async def verify_both(request=request):
+            return await engine.verify(request), await native.verify(request)
+
+        ours, theirs = pair._event_loop.run(verify_both())
+        compared = [
+            (one, two) for one, two in zip(ours.p_correct, theirs.p_correct, strict=True) if None not in (one, two)
+        ]
+        assert compared and all(abs(one - two) < 1e-2 for one, two in compared)
+
+
+def test_concurrent_answers_are_those_of_single_requests(pair):
+    problems = draw_problems(24, 12)
+    expected = [output.text for output in answers(pair, "full", problems)]
+
+    async def all_of_them():
+        calls = (pair.agenerate(problem.question, mode="full", temperature=0) for problem in problems)
+        return await asyncio.gather(*calls)
+
+    outputs = asyncio.run(all_of_them())
+    assert sum(output.text == text for output, text in zip(outputs, expected, strict=True)) >= 11
+
+
+def test_requests_survive_a_killed_server_and_another_model_is_rejected(vllm, tmp_path):
+    """The order saves a start of vLLM: the killed server returns, and then another one takes its place."""
+    other = shutil.copytree(DEMO_TARGET, tmp_path / "demo-target")
+    tensors = load_file(other / "model.safetensors")
+    name = next(name for name in sorted(tensors) if "layers.0.mlp.down_proj" in name)
+    tensors[name] = tensors[name] * 1.5
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    problems = draw_problems(25, 8)
+
+    async def load(pair):
+        calls = [
+            asyncio.create_task(pair.agenerate(problem.question, mode=mode, temperature=0))
+            for problem, mode in zip(problems, ["off", "full", "rounds", "progressive"] * 2, strict=True)
+        ]
+        await asyncio.sleep(0.5)
+        vllm.kill()
+        await asyncio.to_thread(restart)
+        return await asyncio.gather(*calls)
+
+    def restart():
+        again = vllm_server.start(vllm.options, port=vllm.port)
+        vllm.process = again.process
+
+    with Pair(target_settings(vllm), draft_settings()) as pair:
+        outputs = asyncio.run(load(pair))
+        assert all(output.finish_reason == "stop" for output in outputs)
+        vllm.kill()
+        replaced = vllm_server.start(ServerOptions(str(other), max_model_len=512, block_size=32), port=vllm.port)
+        try:
+            with pytest.raises(ServerError, match=r"instead of|other weights"):
+                pair.generate("What is 1 plus 1?", mode="off", temperature=0)
+        finally:
+            replaced.kill()

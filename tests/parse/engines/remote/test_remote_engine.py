@@ -1,0 +1,547 @@
+"""The remote engine over a scripted server: it agrees with the native engine, and it survives a server that fails."""
+
+import asyncio
+import math
+from collections import Counter
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from aiohttp import web
+from transformers import AutoTokenizer
+
+from parse import EngineSettings, Pair
+from parse.acceptance import AcceptancePolicy
+from parse.config import RemoteEngineConfig, VerificationSettings
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.engines.loader import load_engine, load_native_engine
+from parse.engines.remote import server_pool
+from parse.engines.remote.errors import ServerError
+from parse.errors import ModelLoadError, RequestError
+from parse.prompts import build_verification_suffix, chat_prompt_token_ids
+from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.types import SamplingParams, TokenDelta
+from tests.parse.engines.remote.fake_vllm import FakeVLLM
+from training.measure import draw_problems
+
+GREEDY = SamplingParams(temperature=0.0)
+TOKENIZER = AutoTokenizer.from_pretrained(DEMO_TARGET)
+VERIFICATION = VerificationSettings.for_model(DEMO_TARGET)
+SUFFIX = build_verification_suffix(TOKENIZER, VERIFICATION.prompt, VERIFICATION.correct, VERIFICATION.incorrect)
+PROMPTS = [
+    chat_prompt_token_ids(TOKENIZER, [{"role": "user", "content": problem.question}]) for problem in draw_problems(5, 3)
+]
+
+
+@pytest.fixture(scope="module")
+def module_server():
+    server = FakeVLLM(DEMO_TARGET)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(module_server):
+    yield module_server
+    module_server.misbehave = lambda body: None
+    module_server.lacks = set()
+    module_server.bodies.clear()
+    module_server.calls.clear()
+
+
+@pytest.fixture(scope="module")
+def native():
+    engine = load_native_engine(EngineSettings(model=DEMO_TARGET, num_threads=1, kv_cache_memory_bytes=2**28))
+    yield engine
+    engine.shutdown()
+
+
+def remote(*servers, **config):
+    urls = tuple(server.url for server in servers)
+    return load_engine(EngineSettings(model=DEMO_TARGET, engine=RemoteEngineConfig(kind="remote", url=urls, **config)))
+
+
+async def collect(deltas):
+    async with aclosing(deltas):
+        return [delta async for delta in deltas]
+
+
+def tokens_of(deltas):
+    return [token for delta in deltas if isinstance(delta, TokenDelta) for token in delta.token_ids]
+
+
+def run(engine, *requests):
+    """Returns the deltas of each request. They run at the same time."""
+
+    async def all_of_them():
+        return await asyncio.gather(*(collect(engine.generate(request)) for request in requests))
+
+    try:
+        return asyncio.run(all_of_them())
+    finally:
+        engine.shutdown()
+
+
+def generation(prompt=PROMPTS[0], **changes):
+    return GenerateRequest(**dict(prompt_token_ids=prompt, sampling_params=replace(GREEDY, max_tokens=30)) | changes)
+
+
+def verification(draft, **changes):
+    fields = dict(
+        prompt_token_ids=PROMPTS[0],
+        draft_token_ids=draft,
+        prefix_lengths=[*range(8, len(draft), 8), len(draft)],
+        draft_complete=True,
+        suffix=SUFFIX,
+        policy=AcceptancePolicy(VERIFICATION.thresholds()),
+    )
+    return VerifyRequest(**fields | changes)
+
+
+def answer_of(native, prompt=PROMPTS[0]):
+    return tokens_of(
+        asyncio.run(collect(native.generate(GenerateRequest(prompt_token_ids=prompt, sampling_params=GREEDY))))
+    )
+
+
+# What it answers
+
+
+def test_it_generates_what_the_native_engine_generates(server, native):
+    requests = [generation(prompt) for prompt in PROMPTS]
+    assert [tokens_of(deltas) for deltas in run(remote(server), *requests)] == [
+        tokens_of(asyncio.run(collect(native.generate(request)))) for request in requests
+    ]
+
+
+def test_the_last_delta_says_why_it_ended(server, native):
+    answer = answer_of(native)
+    params = replace(GREEDY, max_tokens=len(answer) + 1)
+    complete, limited = run(remote(server), generation(sampling_params=params), generation())
+    assert complete[-1].finish_reason == "stop" and tokens_of(complete) == answer  # without the end token
+    assert limited[-1].finish_reason == "length" and len(tokens_of(limited)) == 30
+
+
+def test_deltas_have_the_requested_size(server):
+    (deltas,) = run(remote(server), generation(stream_interval=8))
+    assert [len(delta.token_ids) for delta in deltas] == [8, 8, 8, 6]
+
+
+def test_log_probabilities_are_those_of_the_native_engine(server, native):
+    request = generation(sampling_params=replace(GREEDY, max_tokens=10, logprobs=3))
+    (deltas,) = run(remote(server), request)
+    expected = asyncio.run(collect(native.generate(request)))
+    ours, theirs = ([logprob for delta in each for logprob in delta.logprobs] for each in (deltas, expected))
+    assert [logprob.logprob for logprob in ours] == pytest.approx([logprob.logprob for logprob in theirs], abs=1e-3)
+    assert [[token for token, _ in logprob.top] for logprob in ours] == [
+        [token for token, _ in logprob.top] for logprob in theirs
+    ]
+
+
+def test_a_stop_string_that_begins_in_the_given_output_is_found(server, native):
+    answer = answer_of(native)
+    stop = str(TOKENIZER.decode(answer[9:12]))
+    request = generation(output_token_ids=answer[:10], sampling_params=replace(GREEDY, stop=[stop]))
+    (deltas,) = run(remote(server), request)
+    assert deltas[-1].finish_reason == "stop" and tokens_of(deltas) == answer[10:12]
+
+
+@pytest.mark.parametrize("policy", [None, AcceptancePolicy(VERIFICATION.thresholds())])
+def test_p_correct_is_that_of_the_native_engine(server, native, policy):
+    answer = answer_of(native)
+    wrong = [*answer[:20], answer[20] + 1, *answer[21:]]
+    engine = remote(server)
+
+    async def all_of_them():
+        return [await engine.verify(verification(draft, policy=policy)) for draft in (answer, wrong)]
+
+    for result, draft in zip(asyncio.run(all_of_them()), (answer, wrong), strict=True):
+        expected = asyncio.run(native.verify(verification(draft, policy=policy)))
+        evaluated = [index for index, p in enumerate(result.p_correct) if p is not None]
+        assert evaluated and (policy is not None or len(evaluated) == len(result.p_correct))
+        for index in evaluated:
+            if expected.p_correct[index] is not None:
+                assert result.p_correct[index] == pytest.approx(expected.p_correct[index], abs=1e-3)
+                assert result.answer_mass[index] == pytest.approx(expected.answer_mass[index], abs=1e-3)
+    engine.shutdown()
+
+
+def test_a_server_without_chosen_tokens_never_overestimates_p_correct(server, native):
+    server.lacks = {"logprob_token_ids"}
+    engine = remote(server)
+    draft = answer_of(native)
+    request = verification(draft, policy=None)
+    result, expected = asyncio.run(engine.verify(request)), asyncio.run(native.verify(request))
+    engine.shutdown()
+    assert all(ours <= theirs + 1e-3 for ours, theirs in zip(result.p_correct, expected.p_correct, strict=True))
+    assert result.p_correct[-1] > 0.97
+
+
+def test_log_probabilities_of_a_draft_are_those_of_the_native_engine(server, native):
+    draft = answer_of(native)[:20]
+    request = verification(draft, prefix_lengths=(), draft_complete=False, num_logprobs=2)
+    engine = remote(server)
+    result, expected = asyncio.run(engine.verify(request)), asyncio.run(native.verify(request))
+    engine.shutdown()
+    assert [each.logprob for each in result.logprobs] == pytest.approx(
+        [each.logprob for each in expected.logprobs], abs=1e-3
+    )
+    assert [[token for token, _ in each.top] for each in result.logprobs] == [
+        [token for token, _ in each.top] for each in expected.logprobs
+    ]
+
+
+@pytest.mark.parametrize("wrong_at", [None, 20])
+def test_verify_and_generate_keeps_and_continues_like_the_native_engine(server, native, wrong_at):
+    draft = answer_of(native)
+    if wrong_at is not None:
+        draft[wrong_at] += 1
+    request = VerifyAndGenerateRequest(verify=verification(draft), sampling_params=replace(GREEDY, max_tokens=60))
+    engine = remote(server)
+    result, *deltas = asyncio.run(collect(engine.verify_and_generate(request)))
+    expected, *expected_deltas = asyncio.run(collect(native.verify_and_generate(request)))
+    engine.shutdown()
+    assert request.accepted_prefix_length(result.p_correct) == request.accepted_prefix_length(expected.p_correct)
+    assert tokens_of(deltas) == tokens_of(expected_deltas)
+
+
+@pytest.mark.parametrize("wrong_at", [None, 0, 11])
+def test_a_draft_does_not_change_greedy_output(server, native, wrong_at):
+    answer = answer_of(native)
+    draft = list(answer)
+    if wrong_at is not None:
+        draft[wrong_at] += 1
+    (deltas,) = run(remote(server), generation(draft_token_ids=draft, sampling_params=GREEDY))
+    assert tokens_of(deltas) == answer and deltas[-1].finish_reason == "stop"
+    assert sum(delta.num_accepted for delta in deltas) == (len(draft) if wrong_at is None else wrong_at)
+
+
+@pytest.mark.slow
+def test_a_draft_does_not_change_the_distribution_of_sampled_output(server, native):
+    """The first two tokens after a draft, compared with the probabilities of the model itself."""
+    import torch
+
+    answer = answer_of(native)
+    prompt = [*PROMPTS[0], *answer[:6]]
+    logits = server.network(torch.tensor([prompt])).logits[0, -1].detach()
+    temperature_one = logits.softmax(-1)
+    second = int(temperature_one.topk(2).indices[1])
+    num_samples = 400
+    params = SamplingParams(temperature=1.0, max_tokens=1 + 1)
+    # The draft proposes the second most likely token, which is accepted sometimes.
+    requests = [
+        GenerateRequest(prompt_token_ids=prompt, draft_token_ids=[second], sampling_params=replace(params, seed=seed))
+        for seed in range(num_samples)
+    ]
+    counts = Counter(tokens_of(deltas)[:1][0] if tokens_of(deltas) else -1 for deltas in run(remote(server), *requests))
+    for token, p in enumerate(temperature_one.tolist()):
+        if p * num_samples >= 5:
+            deviation = math.sqrt(num_samples * p * (1 - p)) or 1.0
+            assert abs(counts[token] - num_samples * p) < 4 * deviation + 1
+
+
+def test_two_draft_tokens_in_a_row_do_not_share_their_random_number():
+    """Otherwise, the second one would be accepted too often."""
+    from parse.engines.remote.engine import _accepts
+    from parse.engines.remote.vllm import PromptLogprob
+    from parse.types import Logprob
+
+    entry, params = PromptLogprob(Logprob(math.log(0.5)), 1), SamplingParams(temperature=1.0)
+    pairs = Counter(
+        (_accepts(entry, replace(params, seed=seed), 0), _accepts(entry, replace(params, seed=seed), 1))
+        for seed in range(2000)
+    )
+    assert all(400 < pairs[pair] < 600 for pair in [(a, b) for a in (True, False) for b in (True, False)])
+
+
+# What a server lacks
+
+
+def test_all_sampling_parameters_are_sent(server):
+    """Otherwise, the server would fill them in from the generation config of the model."""
+    run(remote(server), generation())
+    assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"} <= set(server.bodies[-1])
+
+
+def test_modes_that_the_server_does_not_support_are_not_offered(server):
+    server.misbehave = lambda body: (
+        web.json_response({"error": {"message": "no logprobs here"}}, status=400)
+        if (body.get("logprob_token_ids") or body.get("logprobs") == 20 or body.get("prompt_logprobs") is not None)
+        else None
+    )
+    engine = remote(server)
+    assert engine.capabilities().modes == ("off",)
+    engine.shutdown()
+
+
+def test_limits_are_those_of_the_server(server):
+    engine = remote(server)
+    assert engine.capabilities().max_model_len == server.max_model_len
+    assert engine.capabilities().block_size == 16
+    with pytest.raises(RequestError, match="prompt"):
+        run(engine, generation(range(600)))
+
+
+@pytest.mark.parametrize(
+    ("params", "mode", "possible"),
+    [
+        (dict(temperature=0), "exact", True),
+        (dict(temperature=1), "exact", True),
+        (dict(temperature=0.7), "exact", False),
+        (dict(temperature=1, top_p=0.9), "exact", False),
+        (dict(temperature=0, logit_bias={3: 1.0}), "exact", False),
+        (dict(temperature=0.7, top_p=0.9), "full", True),
+        (dict(temperature=0, frequency_penalty=0.5), "full", False),
+    ],
+)
+def test_drafts_that_would_change_the_distribution_are_not_used(server, params, mode, possible):
+    engine = remote(server)
+    assert (engine.capabilities().draft_obstacle(mode, SamplingParams(**params)) is None) == possible
+    engine.shutdown()
+
+
+# Start-up
+
+
+def load_error(url, **config):
+    with pytest.raises(ModelLoadError) as error:
+        Pair(EngineSettings(model=DEMO_TARGET, engine=RemoteEngineConfig(kind="remote", url=url, **config)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_wrong_with_a_server_is_named_at_start_up(server, monkeypatch):
+    assert "http://127.0.0.1:9: " in load_error("http://127.0.0.1:9", connect_timeout_s=0.5)
+    assert "the server does not serve 'other'" in load_error(server.url, model_name="other")
+    assert "environment variable NO_SUCH_KEY is not set" in load_error(server.url, api_key_env="NO_SUCH_KEY")
+    assert "404" in load_error(server.url + "/nothing")
+    assert "https" not in server.url and load_error(server.url.replace("http:", "https:"))
+
+
+def test_a_wrong_key_is_named():
+    server = FakeVLLM(DEMO_DRAFT, api_key="secret")
+    try:
+        assert "401: Unauthorized" in load_error(server.url)
+    finally:
+        server.close()
+
+
+def test_a_right_key_is_sent(monkeypatch):
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    server = FakeVLLM(DEMO_TARGET, api_key="secret")
+    try:
+        assert tokens_of(run(remote(server, api_key_env="SERVER_KEY"), generation())[0])
+    finally:
+        server.close()
+
+
+def test_another_tokenizer_is_named(server, monkeypatch):
+    tokenizer = server.tokenizer
+    server.tokenizer = type("Other", (), {"encode": lambda self, text, **_: [1, 2, 3], "eos_token_id": 0})()
+    try:
+        assert "the tokenizer of" in load_error(server.url)
+    finally:
+        server.tokenizer = tokenizer
+
+
+# Failures
+
+
+def test_a_broken_stream_continues_after_its_last_token(server, native):
+    expected = tokens_of(run(remote(server), generation())[0])
+    lengths = iter([5, 3, 0])
+    server.misbehave = lambda body: next(lengths, None) if body.get("stream") else None
+    engine = remote(server)
+    (deltas,) = run(engine, generation())
+    assert tokens_of(deltas) == expected and next(lengths, "used") == "used"
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_a_burst_of_errors_is_survived(server, status):
+    expected = tokens_of(run(remote(server), generation())[0])
+    engine = remote(server)
+    failures = iter(range(2))
+    server.misbehave = lambda body: (
+        web.json_response({"error": {"message": "busy"}}, status=status, headers={"Retry-After": "0"})
+        if next(failures, None) is not None
+        else None
+    )
+    assert tokens_of(run(engine, generation())[0]) == expected
+
+
+def test_an_error_that_does_not_end_is_reported_with_the_words_of_the_server(server):
+    engine = remote(server)
+    server.misbehave = lambda body: web.json_response({"error": {"message": "out of order"}}, status=500)
+    with pytest.raises(ServerError, match="out of order"):
+        run(engine, generation())
+
+
+def test_a_rejected_request_is_not_repeated(server):
+    engine = remote(server)
+    before = server.calls["completions"]
+    server.misbehave = lambda body: (
+        web.json_response({"error": {"message": "too long"}}, status=400) if body.get("stream") else None
+    )
+    with pytest.raises(RequestError, match="too long"):
+        run(engine, generation())
+    assert sum(bool(body.get("stream")) for body in server.bodies) == 1 and before
+
+
+def test_choices_in_another_order_are_sorted(server, native):
+    draft = answer_of(native)
+    engine = remote(server)
+    expected = asyncio.run(native.verify(verification(draft, policy=None)))
+    server.misbehave = lambda body: "reversed"
+    result = asyncio.run(engine.verify(verification(draft, policy=None)))
+    engine.shutdown()
+    assert result.p_correct == pytest.approx(expected.p_correct, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda choices: choices[:-1],
+        lambda choices: [choices[0], *choices[:-1]],
+        lambda choices: [{**choice, "logprobs": None} for choice in choices],
+        lambda choices: [{**choice, "index": "0"} for choice in choices],
+        lambda choices: [{**choice, "logprobs": {"top_logprobs": [{"Correct": -0.1}]}} for choice in choices],
+        lambda choices: [{**choice, "logprobs": {"top_logprobs": [{"token_id:5": 7.0}]}} for choice in choices],
+        lambda choices: "nothing",
+    ],
+)
+def test_an_unreadable_verification_accepts_nothing(server, native, change):
+    draft = answer_of(native)
+    engine = remote(server)
+    server.misbehave = lambda body: change if isinstance(body["prompt"][0], list) and len(body["prompt"]) > 1 else None
+    with pytest.raises(ServerError, match="not as expected"):
+        asyncio.run(engine.verify(verification(draft, policy=None)))
+    engine.shutdown()
+
+
+def test_a_stalled_call_is_repeated(server):
+    expected = tokens_of(run(remote(server), generation())[0])
+    stalls = iter(range(1))
+
+    def misbehave(body):
+        return asyncio.sleep(3600) if body.get("stream") and next(stalls, None) is not None else None
+
+    engine = remote(server, stall_timeout_s=1.0)
+    server.misbehave = misbehave
+    assert tokens_of(run(engine, generation())[0]) == expected
+
+
+def test_a_closed_generator_ends_the_call_on_the_server(server):
+    engine = remote(server)
+    before = server.num_aborted
+
+    async def leave():
+        deltas = engine.generate(generation(sampling_params=replace(GREEDY, max_tokens=300, ignore_eos=True)))
+        await anext(deltas)
+        await deltas.aclose()
+        for _ in range(100):
+            if server.num_aborted > before:
+                return
+            await asyncio.sleep(0.05)
+
+    asyncio.run(leave())
+    engine.shutdown()
+    assert server.num_aborted > before
+
+
+def test_requests_wait_for_a_server_that_restarts(native):
+    server = FakeVLLM(DEMO_TARGET)
+    engine = remote(server)
+    requests = [generation(prompt) for prompt in PROMPTS]
+    expected = [tokens_of(asyncio.run(collect(native.generate(request)))) for request in requests]
+
+    async def restart():
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(server.stop)
+        await asyncio.sleep(1.0)
+        await asyncio.to_thread(server.start)
+
+    async def both():
+        answers, _ = await asyncio.gather(
+            asyncio.gather(*(collect(engine.generate(request)) for request in requests)), restart()
+        )
+        return answers
+
+    try:
+        assert [tokens_of(deltas) for deltas in asyncio.run(both())] == expected
+    finally:
+        engine.shutdown()
+        server.close()
+
+
+@pytest.mark.parametrize("change", ["name", "max_model_len", "weights"])
+def test_a_server_that_returns_with_another_model_is_rejected(change, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(server_pool, "RECHECK_AFTER_S", 0.0)  # a real server takes longer to restart
+    server = FakeVLLM(DEMO_TARGET)
+    engine = remote(server, retry_timeout_s=20)
+
+    async def use():
+        await collect(engine.generate(generation()))
+        await asyncio.to_thread(server.stop)
+        if change == "name":
+            server.name = "other"
+        elif change == "max_model_len":
+            server.max_model_len = 100
+        else:
+            with torch.no_grad():
+                server.network.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+        await asyncio.to_thread(server.start)
+        await collect(engine.generate(generation()))
+
+    try:
+        with pytest.raises(ServerError, match=r"does not serve|with a context of|other weights"):
+            asyncio.run(use())
+    finally:
+        engine.shutdown()
+        server.close()
+
+
+def test_sessions_stay_on_their_server_and_move_if_it_is_lost():
+    servers = [FakeVLLM(DEMO_TARGET) for _ in range(2)]
+    engine = remote(*servers)
+    keys = [f"conversation {number}" for number in range(8)]
+
+    async def find_server(key):
+        before = [len(server.bodies) for server in servers]
+        params = replace(GREEDY, max_tokens=2)
+        await collect(engine.generate(generation(sampling_params=params, session_key=key)))
+        return [len(server.bodies) > count for server, count in zip(servers, before, strict=True)].index(True)
+
+    async def all_of_them():
+        first = [await find_server(key) for key in keys]
+        again = [await find_server(key) for key in keys]
+        await asyncio.to_thread(servers[0].stop)
+        moved = [await find_server(key) for key in keys]
+        return first, again, moved
+
+    try:
+        first, again, moved = asyncio.run(all_of_them())
+        assert first == again and set(first) == {0, 1}
+        assert set(moved) == {1}
+    finally:
+        engine.shutdown()
+        for server in servers:
+            server.close()
+
+
+# The whole pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "rounds", "progressive", "exact", "off"])
+def test_a_pair_answers_as_with_the_native_engine(server, mode):
+    native_target = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=512)
+    draft = EngineSettings(model=DEMO_DRAFT, num_threads=1)
+    remote_target = EngineSettings(model=DEMO_TARGET, engine=RemoteEngineConfig(kind="remote", url=server.url))
+    messages = [problem.question for problem in draw_problems(8, 4)]
+    texts = []
+    for target in (native_target, remote_target):
+        with Pair(target, draft) as pair:
+            texts.append([pair.generate(message, mode=mode, temperature=0).text for message in messages])
+    assert texts[0] == texts[1]
