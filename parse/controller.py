@@ -60,8 +60,9 @@ class DraftingController:
         self._num_target_alone = self._drafts_since_target_alone = 0
         self._num_drafts = 0
         self._paused = False
-        self._pause = INITIAL_PAUSE
-        self._requests_until_trial = 0
+        # These have a value from the first pause on.
+        self._pause: int
+        self._requests_until_trial: int
 
     def decide(self, *, may_be_trial: bool) -> DraftingDecision:
         """Decides whether one request in mode `auto` gets a draft.
@@ -125,7 +126,8 @@ class DraftingController:
         mean length may differ from that of others. For a drafted answer of mean length, the estimate is the mean time
         of answers without a draft. Other lengths are scaled in proportion.
         """
-        if self.target_alone_s is not None and self._num_target_alone >= MIN_OBSERVATIONS:
+        if self._num_target_alone >= MIN_OBSERVATIONS:
+            assert self.target_alone_s is not None
             return self.target_alone_s * num_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
         if self.token_s is None:  # every draft was accepted in full, so the target has not generated a token yet
             return None

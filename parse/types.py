@@ -162,7 +162,7 @@ class TokenDelta:
     num_accepted: int = 0
     """The first `num_accepted` of these tokens were accepted from the request's draft."""
     num_cached_tokens: int = 0
-    """Set on the first delta: the number of context tokens that were found in the prefix cache."""
+    """Set on one delta, usually the first: the number of context tokens that were found in the prefix cache."""
     speculation: SpeculationStats | None = None
     """Statistics of the passes that generated these tokens."""
 
@@ -176,7 +176,7 @@ def merge_deltas(deltas: Sequence[TokenDelta]) -> TokenDelta:
         tuple(logprob for delta in deltas for logprob in delta.logprobs),
         deltas[-1].finish_reason,
         sum(delta.num_accepted for delta in deltas),
-        deltas[0].num_cached_tokens,
+        max(delta.num_cached_tokens for delta in deltas),
         sum_stats(delta.speculation for delta in deltas),
     )
 

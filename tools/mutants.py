@@ -30,8 +30,8 @@ from pathlib import Path
 from types import ModuleType
 
 MAX_SURVIVORS = 0.1
-MIN_TIMEOUT_S = 120
-TIMEOUT_FACTOR = 5  # times the duration of the tests without a mutant; a mutant that takes longer counts as noticed
+MIN_TIMEOUT_S = 45
+TIMEOUT_FACTOR = 3  # times the duration of the tests without a mutant; a mutant that takes longer counts as noticed
 NATIVE, NATIVE_TESTS = "parse/engines/native", "tests/parse/engines/native"
 # The tests of each module, the quickest ones first.
 TESTS = {

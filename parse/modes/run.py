@@ -70,11 +70,14 @@ async def generate(run: Run, draft_token_ids: Sequence[int] = ()) -> None:
     """
     state = run.state
     deltas = run.verifier.generate(_generate_request(run, state.output, draft_token_ids))
+    num_cached_tokens = 0
     with state.stage("write"):
         async with aclosing(deltas):
             async for delta in deltas:
                 state.append(delta)
                 state.finish_reason = delta.finish_reason
+                num_cached_tokens = max(num_cached_tokens, delta.num_cached_tokens)
+    state.record_cached(num_cached_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

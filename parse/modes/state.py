@@ -82,7 +82,6 @@ class GenerationState:
 
     def append(self, delta: TokenDelta) -> None:
         """Adds a delta of the target. Its first `num_accepted` tokens come from a draft."""
-        self.record_cached(delta.num_cached_tokens)
         self._speculation = sum_stats((self._speculation, delta.speculation))
         accepted = delta.num_accepted
         self.accepted_tokens += accepted

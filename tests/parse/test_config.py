@@ -139,3 +139,32 @@ def test_the_settings_of_a_model_in_the_hubs_cache_are_used(tmp_path):
     assert "prompt='Is it so?'" not in settings()
     (snapshot / "parse.json").write_text('{"prompt": "Is it so?"}')
     assert "prompt='Is it so?'" in settings() and "stride=3" in settings()
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"kind": "remote", "urll": "http://a"}, "target.engine.remote.urll is not known; did you mean url?"),
+        ({"kind": "remote"}, "target.engine.remote.url: Field required"),
+        ({"kind": "remote", "url": "a:8000"}, "must begin with http:// or https://"),
+        ({"kind": "remote", "url": "http://"}, "must begin with http:// or https:// and name a host"),
+        ({"kind": "remote", "url": "http://a:99999"}, "Port out of range"),
+        ({"kind": "remote", "url": "http://user@a"}, "must not contain a query, a fragment or a user"),
+        ({"kind": "remote", "url": ["http://a", "http://a/"]}, "must name each server only once"),
+        ({"kind": "remote", "url": []}, "must name at least one server"),
+        ({"kind": "sglang"}, "'native', 'remote'"),
+        ({"kind": "native", "url": "http://a"}, "target.engine.native.url is not known"),
+    ],
+)
+def test_what_is_wrong_with_the_settings_of_an_engine_is_named(engine, message):
+    with pytest.raises(ValidationError) as error:
+        AppSettings.model_validate({"target": {"model": "m", "engine": engine}})
+    assert message in describe_errors(error.value)
+
+
+@pytest.mark.parametrize("setting", [{"num_threads": 1}, {"device": "cpu"}, {"speculative_configs": []}])
+def test_settings_that_a_remote_engine_would_ignore_are_rejected(setting):
+    engine = {"kind": "remote", "url": "http://a"}
+    with pytest.raises(ValidationError, match="a remote engine does not use this"):
+        EngineSettings.model_validate({"model": "m", "engine": engine, **setting})
+    EngineSettings.model_validate({"model": "m", "engine": engine, "max_model_len": 100, "max_num_seqs": 8})

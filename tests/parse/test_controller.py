@@ -1,5 +1,7 @@
 """When drafting is switched off, and on again: from the figures alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from parse.controller import INITIAL_PAUSE, MAX_PAUSE, MIN_OBSERVATIONS, DraftingController, DraftingOutcome
@@ -167,3 +169,35 @@ def test_drafting_ends_when_answers_become_such_that_it_does_not_pay():
     long_drafted = DraftingOutcome(draft_tokens=1000, accepted_tokens=900, target_tokens=100, total_s=3.0, target_s=1.0)
     assert all(answers(controller, INITIAL_PAUSE + 50, long_drafted, long_alone)[INITIAL_PAUSE:])
     assert sum(answers(controller, 1000, BAD, ALONE)) < MAX_PAUSE + 10
+
+
+def record(controller, *outcomes):
+    for outcome in outcomes:
+        controller.record(outcome)
+
+
+def test_the_measured_time_of_the_target_alone_counts_from_three_answers_on():
+    controller = DraftingController()
+    slow_alone = replace(ALONE, total_s=4.0)  # its pace with drafts is 10 ms per token, so the estimate is 1 s
+    record(controller, *[GOOD] * MIN_OBSERVATIONS, slow_alone, slow_alone, GOOD)
+    assert controller.gain == pytest.approx(1 - 0.3 / 1)
+    record(controller, slow_alone, GOOD)
+    assert controller.gain == pytest.approx(1 - 0.3 / 4)
+
+
+def test_the_measured_time_of_the_target_alone_expires():
+    controller = DraftingController()
+    slow_alone = replace(ALONE, total_s=4.0)
+    record(controller, *[GOOD] * MIN_OBSERVATIONS, *[slow_alone] * MIN_OBSERVATIONS, *[GOOD] * MAX_PAUSE)
+    assert controller.gain == pytest.approx(1 - 0.3 / 4)
+    record(controller, GOOD)
+    assert controller.gain == pytest.approx(1 - 0.3 / 1)
+    record(controller, slow_alone, slow_alone, GOOD)  # it counts again from three answers on
+    assert controller.gain == pytest.approx(1 - 0.3 / 1)
+
+
+def test_drafting_that_neither_gains_nor_loses_goes_on():
+    controller = DraftingController()
+    neutral = DraftingOutcome(draft_tokens=8, accepted_tokens=4, target_tokens=4, total_s=2.0, target_s=1.0)
+    assert drafted_for(controller, 20, neutral) == 20
+    assert controller.gain == 0

@@ -204,6 +204,50 @@ def test_the_target_reads_the_prompt_while_the_drafter_writes(make):
     assert order[-1] == ["prefill"]
 
 
+def test_an_engine_that_wants_it_prefills_the_draft_while_it_is_written(make):
+    target, drafter = Target(), Scripted([RIGHT])
+    pipeline = make(target, drafter)
+    pipeline = replace(pipeline, capabilities=replace(CAPABILITIES, prefills_drafts=True, block_size=8))
+    token_ids, _, _, _ = answered(pipeline, "full")
+    assert token_ids == RIGHT
+    prefilled = [tokens for name, tokens, *_ in target.calls if name == "prefill"]
+    assert prefilled[0] == PROMPT
+    assert prefilled[1:] == [(*PROMPT, *RIGHT[:length]) for length in (8, 16)]
+
+
+def test_all_calls_of_a_request_have_its_session_key(make):
+    keys = []
+
+    class Keys(Target):
+        async def prefill(self, prompt_token_ids, session_key=""):
+            keys.append(session_key)
+            return 0
+
+        async def verify_and_generate(self, request):
+            keys.append(request.verify.session_key)
+            continuation = request.continuation(0)
+            keys.append(continuation.session_key)
+            async for item in super().verify_and_generate(request):
+                yield item
+
+    answered(make(Keys(), Scripted([RIGHT])), "full", session_key="conversation")
+    assert keys == ["conversation"] * 3
+    keys.clear()
+    answered(make(Keys(), Scripted([RIGHT])), "full")
+    assert len(set(keys)) == 1 and keys[0]  # the beginning of the prompt
+
+
+@pytest.mark.parametrize("params", [{"presence_penalty": 1.0}, {"frequency_penalty": 1.0}])
+@pytest.mark.parametrize("mode", ["full", "rounds", "progressive", "exact", "auto"])
+def test_a_draft_is_not_used_if_the_engine_could_not_continue_it(make, mode, params):
+    drafter = Scripted([RIGHT])
+    pipeline = make(Target(), drafter)
+    pipeline = replace(pipeline, capabilities=replace(CAPABILITIES, continues_with_penalties=False))
+    token_ids, _, _, finished = answered(pipeline, mode, replace(GREEDY, **params))
+    assert token_ids == OWN and not drafter.outputs
+    assert finished.usage.fallback.cause == "unsupported"
+
+
 def test_off_leaves_the_drafter_alone(make):
     drafter = Scripted([RIGHT])
     token_ids, deltas, verifications, finished = answered(make(Target(), drafter), "off")

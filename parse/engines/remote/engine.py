@@ -172,14 +172,24 @@ class RemoteEngine:
             position=len(output.token_ids),
         )
         async with aclosing(server.stream(vllm.COMPLETIONS, body)) as events:
+            last: vllm.Chunk | None = None
             async for event in events:
                 chunk = vllm.read_chunk(event, params.logprobs)
-                delta = self._add(output, chunk) if chunk is not None else None
-                if delta is not None:
-                    yield delta
-                if output.finish_reason is not None:
-                    return
-        raise ServerUnavailable("the stream ended before the answer")
+                if chunk is None:
+                    continue
+                if last is not None:
+                    last = replace(last, num_cached_tokens=chunk.num_cached_tokens)
+                elif chunk.finish_reason is not None:
+                    last = chunk  # the number of cached tokens comes after it
+                else:
+                    if (delta := self._add(output, chunk)) is not None:
+                        yield delta
+                    if output.finish_reason is not None:
+                        return
+        if last is None:
+            raise ServerUnavailable("the stream ended before the answer")
+        if (delta := self._add(output, last)) is not None:
+            yield delta
 
     def _add(self, output: OutputBuilder, chunk: vllm.Chunk) -> TokenDelta | None:
         token_ids = chunk.token_ids

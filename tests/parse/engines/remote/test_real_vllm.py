@@ -19,7 +19,7 @@ from training.measure import draw_problems
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-NUM_PROBLEMS = 20
+NUM_PROBLEMS = 12
 TIE = 1e-4  # nats between the two most likely tokens, below which either may be chosen
 
 
@@ -82,7 +82,7 @@ def test_answers_are_those_of_the_native_engine(pair, native_pair, mode):
     if mode in ("off", "exact"):
         assert all(map(differs_only_after_a_tie, outputs, expected))
     else:
-        assert sum(ours.text == theirs.text for ours, theirs in zip(outputs, expected, strict=True)) >= 19
+        assert sum(ours.text == theirs.text for ours, theirs in zip(outputs, expected, strict=True)) >= NUM_PROBLEMS - 1
 
 
 def test_a_draft_in_mode_exact_changes_nothing(pair):

@@ -1,0 +1,43 @@
+"""The tests of the API with the official client again, while a real vLLM runs the target."""
+
+from collections.abc import Iterator
+
+import pytest
+from openai import OpenAI
+
+from bench import vllm_server
+from bench.vllm_server import ServerOptions, VLLMUnavailable
+from deployments.api.routes import create_app
+from deployments.config import ApiSettings
+from parse.config import EngineSettings, RemoteEngineConfig
+from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.pair import Pair
+from tests.deployments.conftest import MODEL, settings
+from tests.deployments.live import LocalBackend, served
+from tests.deployments.test_client import *  # noqa: F403  # pytest collects the imported tests with the fixtures below
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    try:
+        options = ServerOptions(DEMO_TARGET, block_size=32, more=("--enable-prompt-tokens-details",))
+        server = vllm_server.start(options)
+    except VLLMUnavailable as error:
+        pytest.skip(f"vLLM cannot run here: {error}")
+    engine = RemoteEngineConfig(kind="remote", url=server.url)
+    try:
+        with Pair(EngineSettings(model=DEMO_TARGET, max_model_len=1024, engine=engine), settings(DEMO_DRAFT)) as pair:
+            yield pair
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def client(pair: Pair) -> Iterator[OpenAI]:
+    with (
+        served(create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL)) as address,
+        OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        yield client
