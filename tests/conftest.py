@@ -7,7 +7,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
+from bench.vllm_server import ServerOptions, VLLMServer, VLLMUnavailable, start
 from deployments.__main__ import set_ray_environment
+from parse.demo import DEMO_TARGET
 from training.tokenizer import build_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,10 +18,15 @@ torch.set_num_threads(1)  # pytest runs one worker per core
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no type hints
-    """Runs each test on whichever worker is free, and all tests that need a real Ray on one, with one cluster."""
+    """Runs each test on whichever worker is free.
+
+    All tests that need a real Ray share a worker and a cluster, and all that need a real vLLM share a server.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "ray" if nodeid.startswith("tests/deployments/service/") else nodeid
+        if nodeid.startswith("tests/deployments/service/"):
+            return "ray"
+        return "vllm" if nodeid.partition("::")[0].endswith("_vllm.py") else nodeid
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +53,18 @@ def one_thread() -> Iterator[None]:
     """Resets the number of threads, which the code under test may have changed."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def vllm() -> Iterator[VLLMServer]:
+    """A real vLLM that serves the demo target."""
+    options = ServerOptions(DEMO_TARGET, block_size=32, more=("--enable-prompt-tokens-details",))
+    try:
+        server = start(options)
+    except VLLMUnavailable as error:
+        pytest.skip(f"vLLM cannot run here: {error}")
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

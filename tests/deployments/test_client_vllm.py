@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 
-from bench import vllm_server
-from bench.vllm_server import ServerOptions, VLLMUnavailable
+from bench.vllm_server import VLLMServer
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.config import EngineSettings, RemoteEngineConfig
@@ -16,22 +15,15 @@ from tests.deployments.conftest import MODEL, settings
 from tests.deployments.live import LocalBackend, served
 from tests.deployments.test_client import *  # noqa: F403  # pytest collects the imported tests with the fixtures below
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+# The first test waits for the installation of vLLM.
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    try:
-        options = ServerOptions(DEMO_TARGET, block_size=32, more=("--enable-prompt-tokens-details",))
-        server = vllm_server.start(options)
-    except VLLMUnavailable as error:
-        pytest.skip(f"vLLM cannot run here: {error}")
-    engine = RemoteEngineConfig(kind="remote", url=server.url)
-    try:
-        with Pair(EngineSettings(model=DEMO_TARGET, max_model_len=1024, engine=engine), settings(DEMO_DRAFT)) as pair:
-            yield pair
-    finally:
-        server.kill()
+def pair(vllm: VLLMServer) -> Iterator[Pair]:
+    engine = RemoteEngineConfig(kind="remote", url=vllm.url)
+    with Pair(EngineSettings(model=DEMO_TARGET, max_model_len=1024, engine=engine), settings(DEMO_DRAFT)) as pair:
+        yield pair
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import asyncio
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from bench import vllm_server
-from bench.vllm_server import ServerOptions, VLLMUnavailable
 from parse import EngineSettings, Pair
 from parse.acceptance import AcceptancePolicy
 from parse.config import RemoteEngineConfig, VerificationSettings
@@ -17,20 +17,11 @@ from parse.prompts import build_verification_suffix
 from parse.requests import VerifyRequest
 from training.measure import draw_problems
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+# The first test waits for the installation of vLLM.
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NUM_PROBLEMS = 12
 TIE = 1e-4  # nats between the two most likely tokens, below which either may be chosen
-
-
-@pytest.fixture(scope="module")
-def vllm():
-    try:
-        server = vllm_server.start(ServerOptions(DEMO_TARGET, max_model_len=512, block_size=32))
-    except VLLMUnavailable as error:
-        pytest.skip(f"vLLM cannot run here: {error}")
-    yield server
-    server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +130,7 @@ def test_concurrent_answers_are_those_of_single_requests(pair):
 
 
 def test_requests_survive_a_killed_server_and_another_model_is_rejected(vllm, tmp_path):
-    """The order saves a start of vLLM: the killed server returns, and then another one takes its place."""
+    """The killed server returns, and then another one takes its place. This is the last test that needs the server."""
     other = shutil.copytree(DEMO_TARGET, tmp_path / "demo-target")
     tensors = load_file(other / "model.safetensors")
     name = next(name for name in sorted(tensors) if "layers.0.mlp.down_proj" in name)
@@ -165,7 +156,7 @@ def test_requests_survive_a_killed_server_and_another_model_is_rejected(vllm, tm
         outputs = asyncio.run(load(pair))
         assert all(output.finish_reason == "stop" for output in outputs)
         vllm.kill()
-        replaced = vllm_server.start(ServerOptions(str(other), max_model_len=512, block_size=32), port=vllm.port)
+        replaced = vllm_server.start(replace(vllm.options, model=str(other)), port=vllm.port)
         try:
             with pytest.raises(ServerError, match=r"instead of|other weights"):
                 pair.generate("What is 1 plus 1?", mode="off", temperature=0)
