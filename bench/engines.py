@@ -44,11 +44,13 @@ MAX_MODEL_LEN = 1024
 NUM_SPECULATIVE_TOKENS = 8
 SERVERS: Mapping[str, Mapping[str, Any]] = {
     "vllm": {},
+    "vllm-block-32": {"block_size": 32},  # the default of vLLM for CPUs, 128, is longer than most prompts of this task
     "vllm-all-cores": {"num_threads": os.cpu_count() or 1},
     "vllm-ngram": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4},
     },
     "vllm-eagle3": {
+        "block_size": 32,
         "speculative_config": {
             "method": "eagle3",
             "model": DEMO_EAGLE3,
@@ -56,6 +58,8 @@ SERVERS: Mapping[str, Mapping[str, Any]] = {
         },
     },
 }
+PARSE_SUFFIXES = {"vllm-block-32": "", "vllm-eagle3": "-eagle3", "given": ""}
+"""The servers that PARSE uses, and what follows the mode in the name of the contender."""
 PARSE_MODES = "full", "rounds", "progressive", "exact"
 
 
@@ -107,9 +111,9 @@ def native_pair() -> Pair:
 def contenders_of_server(server: str, pair: Pair) -> list[Contender]:
     """`off` calls the server once and adds nothing, so it is the server alone."""
     alone = [pipeline_contender(server, pair, "off")]
-    if server not in ("vllm", "vllm-eagle3"):
+    if server not in PARSE_SUFFIXES:
         return alone
-    suffix = server.removeprefix("vllm")
+    suffix = PARSE_SUFFIXES[server]
     modes = [mode for mode in PARSE_MODES if mode in pair.pipeline.capabilities.modes]
     return alone + [pipeline_contender(f"parse-{mode}{suffix}", pair, mode) for mode in modes]
 
@@ -144,7 +148,7 @@ def summarize(
     groups: int,
 ) -> list[dict[str, Any]]:
     grouped_problems = [problem for number in range(groups) for problem in problems[number::groups]]
-    base = results.get("vllm")
+    base = results.get("vllm") or results.get("given")
     runs = []
     for name, own_groups in results.items():
         answers = [answer for _, group in own_groups for answer in group]
@@ -206,10 +210,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         urls: dict[str, str] = {}
         if args.target_url:
-            urls["vllm"] = args.target_url
+            urls["given"] = args.target_url
         if args.start_vllm:
             servers = {name: ServerOptions(DEMO_TARGET, **options) for name, options in SERVERS.items()}
-            servers = {name: options for name, options in servers.items() if name not in urls}
             started = stack.enter_context(running(*servers.values()))
             urls |= {name: server.url for name, server in zip(servers, started, strict=True)}
         pairs = {name: stack.enter_context(Pair(remote_settings(url), draft_settings())) for name, url in urls.items()}
@@ -225,7 +228,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["verification"] = {
             name: asyncio.run(verification_cost(load_engine(remote_settings(url)), prompts))
             for name, url in urls.items()
-            if name in ("vllm", "vllm-eagle3")
+            if name in PARSE_SUFFIXES
         }
         for concurrency in args.concurrency:
             groups = max(1, min(args.rounds, len(problems) // concurrency))

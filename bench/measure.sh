@@ -29,6 +29,7 @@ load         $results/load.json                 13 quiet
 metering     $results/metering.json              5 quiet
 overlap      $results/overlap.json               3 quiet
 fused_call   $results/fused_call.json            3 quiet
+engines      $results/engines.json              15 quiet
 "
 
 head_card() { "$python" -m training.acceptance --head "models/demo-$1" --problems 200 --seed 0 --threads 1 --card; }
@@ -61,6 +62,7 @@ measure() {
     metering) "$python" -m bench.metering --requests 100 --mode full,off --rounds 6 --json $results/metering.json ;;
     overlap) "$python" -m bench.overlap --problems 100 --rounds 5 --json $results/overlap.json ;;
     fused_call) "$python" -m bench.fused_call --problems 200 --json $results/fused_call.json ;;
+    engines) "$python" -m bench.engines --start-vllm --problems 40 --seed 5 --concurrency 1,8 --json $results/engines.json ;;
     gpu) "$python" -m bench.gpu --shape qwen3-8b --profile --json $results/gpu.json ;;
     *) echo "measure.sh: there is no measurement $1; see --list" >&2; exit 2 ;;
     esac

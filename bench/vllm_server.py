@@ -1,7 +1,6 @@
 """Installs vLLM for CPUs in an environment of its own, and runs its server for benchmarks and tests.
 
-    python -m bench.vllm_server install              installs the newest tested version, and prints its folder
-    python -m bench.vllm_server install 0.26.0       another version
+    python -m bench.vllm_server install              installs it, and prints its folder
     python -m bench.vllm_server serve models/demo-target --port 8001
 
 vLLM needs other versions of some packages than this project, so it gets a virtual environment in the cache folder. The
@@ -27,7 +26,7 @@ from typing import Any
 
 CACHE = Path.home() / ".cache" / "parse-serve"
 LOCK_FILES = Path(__file__).parent / "vllm"
-NEWEST, OLDEST = "0.32.0", "0.26.0"
+NEWEST = "0.32.0"
 START_TIMEOUT_S = 300.0
 
 

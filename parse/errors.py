@@ -52,6 +52,10 @@ class EngineFailed(EngineStopped):
     """The engine died. Its process has to be replaced."""
 
 
+class ServerError(RuntimeError):
+    """The server that runs a model answered a call with an error, and repeating the call did not help."""
+
+
 FallbackCause = Literal[
     "none_there",
     "does_not_pay",

@@ -14,7 +14,7 @@ from deployments.api.admission import Overloaded
 from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
 from deployments.api.response_models import ErrorInfo, ErrorResponse
 from deployments.observability.access_log import get_request_record
-from parse.errors import EngineStopped, RequestError
+from parse.errors import EngineStopped, RequestError, ServerError
 from parse.prompts import TemplateError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ ERROR_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
     500: "server_error",
+    502: "server_error",
     503: "server_error",
     504: "server_error",
 }
@@ -65,6 +66,8 @@ def to_api_error(error: BaseException) -> ApiError:
         case EngineStopped():
             headers = {"Retry-After": "1"}
             return ApiError(503, "no verifier is available; try again", code="unavailable", headers=headers)
+        case ServerError():
+            return ApiError(502, str(error), code="bad_gateway")
         case TimeoutError():
             return ApiError(504, "the request took too long; request fewer tokens or try again", code="timeout")
         case HTTPException(status_code=400, detail=detail):  # raised by FastAPI for a body that it cannot decode

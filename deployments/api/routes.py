@@ -32,6 +32,7 @@ ERROR_DESCRIPTIONS: dict[int | str, str] = {
     404: "There is no such model.",
     408: "The request took too long to arrive.",
     413: "The body is too long.",
+    502: "The server that runs the model answers with an error.",
     503: "Too many requests wait, or no verifier responds. `Retry-After` says after how many seconds to try again.",
     504: "The answer took too long.",
     "default": "Any other error.",

@@ -114,6 +114,24 @@ def test_missing_weights_are_named(target):
         check(target)
 
 
+def test_a_weight_of_another_shape_is_named(target):
+    tensors = load_file(target / "model.safetensors")
+    name = sorted(name for name in tensors if "mlp" in name)[0]
+    shape = tuple(tensors[name].shape)
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=rf"^target: .*the weight {name} has the shape") as error:
+        check(target)
+    assert f"({shape[0] - 1}, {shape[1]}), and its config says {shape}" in str(error.value)
+
+
+def test_a_damaged_tokenizer_is_named(target):
+    (target / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match=r"^target: .*its tokenizer cannot be read: ") as error:
+        check(target)
+    assert "\n" not in str(error.value)
+
+
 def test_a_damaged_config_is_named(target):
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))

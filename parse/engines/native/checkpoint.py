@@ -40,10 +40,14 @@ def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTra
         config = AutoConfig.from_pretrained(path)
         if device != "meta":
             _check_memory(path, config, device, precision)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = _load_tokenizer(path)
         load: Any = AutoModelForCausalLM.from_pretrained
         network, loading_info = load(
-            path, dtype=precision, device_map=None if device == "cpu" else device, output_loading_info=True
+            path,
+            dtype=precision,
+            device_map=None if device == "cpu" else device,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
         )
     except ImportError as error:
         raise CheckpointError(f"{path} needs a package that is not installed: {_one_line(error)}") from error
@@ -55,6 +59,10 @@ def load_checkpoint(path: str | Path, device: str, dtype: Dtype) -> tuple[PreTra
         raise CheckpointError(
             f"{path} is not a causal language model that can be loaded: {_one_line(error)}"
         ) from error
+    for name, shape, expected_shape in loading_info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{path}: the weight {name} has the shape {tuple(shape)}, and its config says {tuple(expected_shape)}"
+        )
     if missing := sorted(loading_info["missing_keys"]):  # the library has filled them with random numbers
         raise CheckpointError(f"{path} lacks {len(missing)} weights of its model; the first one is {missing[0]}")
     placed = {str(place) for place in getattr(network, "hf_device_map", {}).values()}
@@ -87,11 +95,22 @@ def load_skeleton(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
     try:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-        return network, AutoTokenizer.from_pretrained(path)
+        return network, _load_tokenizer(path)
     except (OSError, ValueError, RuntimeError, NotImplementedError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{path} is not a causal language model that can be loaded: {_one_line(error)}"
         ) from error
+
+
+def _load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # damaged files raise many kinds of errors in the library
+        message = f"{path}: its tokenizer cannot be read: {type(error).__name__}: {_one_line(error)}"
+        raise CheckpointError(message) from error
+    return tokenizer
 
 
 def resolve_device(device: str) -> str:

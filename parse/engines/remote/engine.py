@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from parse.acceptance import next_batch, passes
 from parse.engines.protocol import Capabilities, EngineStats
 from parse.engines.remote import vllm
-from parse.engines.remote.errors import ServerError, ServerUnavailable
+from parse.engines.remote.errors import ServerUnavailable
 from parse.engines.remote.output import OutputBuilder
 from parse.engines.remote.server import Server
 from parse.engines.remote.server_pool import ServerPool
 from parse.engines.remote.startup import ServerFeatures
 from parse.engines.remote.verification import VerificationCost, answer_probabilities, result_of
 from parse.engines.request_checks import RequestChecks, stop_detokenizer
+from parse.errors import ServerError
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import Logprob, SamplingParams, TokenDelta, VerifyResult
 
@@ -115,12 +116,11 @@ class RemoteEngine:
         request = self._checks.generation(request)
         output = OutputBuilder(request, self._checks.max_new_tokens(request), stop_detokenizer(request, self.tokenizer))
         if request.draft_token_ids:
-            async for delta in self._accept_draft(request, output):
-                yield delta
+            async with aclosing(self._accept_draft(request, output)) as deltas:
+                async for delta in deltas:
+                    yield delta
         if output.finish_reason is None:
-            async with aclosing(
-                self._pool.stream(request.session_key, lambda server: self._stream(server, request, output))
-            ) as deltas:
+            async with aclosing(self._continue(request, output)) as deltas:
                 async for delta in deltas:
                     yield delta
 
@@ -157,10 +157,31 @@ class RemoteEngine:
 
         return await self._pool.call(session_key, call)
 
-    async def _stream(
-        self, server: Server, request: GenerateRequest, output: OutputBuilder
+    async def _continue(
+        self, request: GenerateRequest, output: OutputBuilder, *, one_token: bool = False
     ) -> AsyncGenerator[TokenDelta]:
-        """Generates what follows the output. If an earlier stream was lost, it continues after its last token."""
+        """Generates what follows the output, or only its next token."""
+        chunks = self._pool.stream(
+            request.session_key,
+            lambda server: self._chunks(server, request, output, 1 if one_token else output.num_remaining),
+        )
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                token_ids, finish_reason = chunk.token_ids, chunk.finish_reason
+                if finish_reason == "stop" and token_ids and token_ids[-1] in self._capabilities.eos_token_ids:
+                    token_ids = token_ids[:-1]
+                if finish_reason == "length" and one_token:
+                    finish_reason = None
+                delta = output.add(token_ids, chunk.logprobs, finish_reason, num_cached_tokens=chunk.num_cached_tokens)
+                if delta is not None:
+                    yield delta
+                if output.finish_reason is not None:
+                    return
+
+    async def _chunks(
+        self, server: Server, request: GenerateRequest, output: OutputBuilder, max_new_tokens: int
+    ) -> AsyncGenerator[vllm.Chunk]:
+        """Streams what follows the output. If an earlier stream was lost, that is what follows its last token."""
         params = request.sampling_params
         if output.token_ids and (params.presence_penalty or params.frequency_penalty):
             raise ServerError("an answer with presence_penalty or frequency_penalty cannot be continued")
@@ -168,11 +189,11 @@ class RemoteEngine:
             self.name,
             [*request.prompt_token_ids, *output.token_ids],
             params,
-            max_new_tokens=output.num_remaining,
+            max_new_tokens=max_new_tokens,
             position=len(output.token_ids),
         )
+        last: vllm.Chunk | None = None
         async with aclosing(server.stream(vllm.COMPLETIONS, body)) as events:
-            last: vllm.Chunk | None = None
             async for event in events:
                 chunk = vllm.read_chunk(event, params.logprobs)
                 if chunk is None:
@@ -182,20 +203,10 @@ class RemoteEngine:
                 elif chunk.finish_reason is not None:
                     last = chunk  # the number of cached tokens comes after it
                 else:
-                    if (delta := self._add(output, chunk)) is not None:
-                        yield delta
-                    if output.finish_reason is not None:
-                        return
+                    yield chunk
         if last is None:
             raise ServerUnavailable("the stream ended before the answer")
-        if (delta := self._add(output, last)) is not None:
-            yield delta
-
-    def _add(self, output: OutputBuilder, chunk: vllm.Chunk) -> TokenDelta | None:
-        token_ids = chunk.token_ids
-        if chunk.finish_reason == "stop" and token_ids and token_ids[-1] in self._capabilities.eos_token_ids:
-            token_ids = token_ids[:-1]
-        return output.add(token_ids, chunk.logprobs, chunk.finish_reason, num_cached_tokens=chunk.num_cached_tokens)
+        yield last
 
     async def _accept_draft(self, request: GenerateRequest, output: OutputBuilder) -> AsyncGenerator[TokenDelta]:
         """Accepts draft tokens without changing the distribution of the output.
@@ -225,36 +236,9 @@ class RemoteEngine:
         if output.finish_reason is not None or params.greedy or num_accepted == len(draft):
             return
         excluding = replace(request, sampling_params=replace(params, logit_bias={draft[num_accepted]: EXCLUDED}))
-        async with aclosing(
-            self._pool.stream(request.session_key, lambda server: self._sample_one(server, excluding, output))
-        ) as deltas:
+        async with aclosing(self._continue(excluding, output, one_token=True)) as deltas:
             async for delta in deltas:
                 yield delta
-
-    async def _sample_one(
-        self, server: Server, request: GenerateRequest, output: OutputBuilder
-    ) -> AsyncGenerator[TokenDelta]:
-        """Generates one token."""
-        params = request.sampling_params
-        body = vllm.generation_body(
-            self.name,
-            [*request.prompt_token_ids, *output.token_ids],
-            params,
-            max_new_tokens=1,
-            position=len(output.token_ids),
-        )
-        async with aclosing(server.stream(vllm.COMPLETIONS, body)) as events:
-            async for event in events:
-                chunk = vllm.read_chunk(event, params.logprobs)
-                if chunk is None or (not chunk.token_ids and chunk.finish_reason is None):
-                    continue
-                if chunk.finish_reason == "length" and output.num_remaining > 1:
-                    chunk = replace(chunk, finish_reason=None)
-                delta = self._add(output, chunk)
-                if delta is not None:
-                    yield delta
-                return
-        raise ServerUnavailable("the stream ended before the token")
 
 
 def _accepts(entry: vllm.PromptLogprob, params: SamplingParams, position: int) -> bool:

@@ -13,7 +13,7 @@ from parse.engines.remote.errors import ServerUnavailable, WrongModel
 from parse.engines.remote.server import Server
 from parse.engines.remote.server_pool import ServerPool
 from parse.engines.remote.startup import ModelIdentity, ServerFeatures, find_features, identify_model
-from parse.errors import EngineStopped, RequestError
+from parse.errors import RequestError, ServerError
 from parse.event_loop import EventLoopThread
 from parse.registry import LOSSY_MODES, MODES
 from parse.types import SamplingParams
@@ -62,7 +62,7 @@ async def _inspect(
             identities.append(await identify_model(server, name, tokenizer))
             identities[0].check(identities[-1])
             all_features.append(await find_features(server, identities[-1], tokenizer))
-        except (ServerUnavailable, WrongModel, EngineStopped, RequestError) as error:
+        except (ServerUnavailable, WrongModel, ServerError, RequestError) as error:
             message = error.message if isinstance(error, RequestError) else str(error)
             raise ValueError(f"{server.url}: {message}") from error
         finally:

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 
 from parse.config import RemoteEngineConfig
-from parse.engines.remote.errors import ServerError, ServerUnavailable
-from parse.errors import RequestError
+from parse.engines.remote.errors import ServerUnavailable
+from parse.errors import RequestError, ServerError
 
 KEEP_ALIVE_S = 4.0  # vLLM closes a connection that has been idle for 5 s; a call on it would be lost
 MAX_LINE_BYTES = 2**20  # of one event of a stream
@@ -19,6 +19,7 @@ MAX_ERROR_CHARACTERS = 500
 
 REJECTED_REQUEST = frozenset((400, 413, 422))
 BAD_CREDENTIALS = frozenset((401, 403))
+OVERLOADED = frozenset((429, 502, 503, 504))
 
 
 class Server:
@@ -54,7 +55,7 @@ class Server:
                     return
                 event = _parse_json(data)
                 if isinstance(event, Mapping) and "error" in event:
-                    raise ServerUnavailable(_error_message(event), reached=True)
+                    raise ServerUnavailable(_error_message(event), deterministic=True)
                 yield event
         raise ServerUnavailable("the stream ended early")
 
@@ -114,7 +115,9 @@ async def _check_status(response: aiohttp.ClientResponse) -> None:
         raise RequestError("request", _error_message(body))
     if response.status in BAD_CREDENTIALS or response.status == 404 or response.status < 400:
         raise ServerError(message)
-    raise ServerUnavailable(message, retry_after_s=_retry_after_s(response), reached=True)
+    raise ServerUnavailable(
+        message, retry_after_s=_retry_after_s(response), deterministic=response.status not in OVERLOADED
+    )
 
 
 def _error_message(body: Any) -> str:
@@ -140,4 +143,4 @@ def _parse_json(data: bytes) -> Any:
     try:
         return json.loads(data)
     except ValueError:
-        raise ServerUnavailable(f"the server sent no JSON: {data[:80]!r}", reached=True) from None
+        raise ServerUnavailable(f"the server sent no JSON: {data[:80]!r}", deterministic=True) from None

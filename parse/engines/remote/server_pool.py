@@ -9,14 +9,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
-from parse.engines.remote.errors import ServerError, ServerUnavailable, WrongModel
+from parse.engines.remote.errors import ServerUnavailable, WrongModel
 from parse.engines.remote.server import Server
+from parse.errors import EngineStopped, ServerError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
-MAX_ANSWERED_FAILURES = 3  # a server that answers with an error so often is not asked again for this call
+MAX_DETERMINISTIC_FAILURES = 3  # of one call
 RECHECK_AFTER_S = 5.0  # no server restarts and loads a model in a shorter time
 
 
@@ -99,12 +100,11 @@ class ServerPool:
         If the stream is lost, `function` is called again. It then has to yield the items that are still missing.
         """
         give_up_at = time.monotonic() + self._retry_timeout_s
-        num_attempts = num_answered = 0
+        num_attempts = num_deterministic = 0
         while True:
             member = self._choose(key)
             try:
-                await member.ensure_same_model()
-                async with aclosing(function(member.server)) as items:
+                async with aclosing(_checked(member, function(member.server))) as items:
                     async for item in items:
                         member.record_success()
                         give_up_at, num_attempts = time.monotonic() + self._retry_timeout_s, 0
@@ -113,11 +113,13 @@ class ServerPool:
             except ServerUnavailable as error:
                 member.record_failure(error)
                 num_attempts += 1
-                num_answered += error.reached
-                hopeless = all(each.wrong_model for each in self.members) or num_answered >= MAX_ANSWERED_FAILURES
+                num_deterministic += error.deterministic
+                all_wrong = all(each.wrong_model for each in self.members)
+                if all_wrong or num_deterministic >= MAX_DETERMINISTIC_FAILURES:
+                    raise ServerError(f"the server that runs the model: {error}") from error
                 pause_s = max(error.retry_after_s, random.uniform(0.5, 1.0) * _backoff_s(num_attempts))
-                if hopeless or time.monotonic() + pause_s > give_up_at:
-                    raise ServerError(f"{member.server.url}: {error}") from error
+                if time.monotonic() + pause_s > give_up_at:
+                    raise EngineStopped(f"no server that runs the model responds: {error}") from error
             self.num_retries += 1
             if not any(each.available for each in self.members):
                 await asyncio.sleep(pause_s)
@@ -136,6 +138,22 @@ class ServerPool:
             key=lambda member: hashlib.blake2b(f"{key} {member.server.url}".encode(), digest_size=8).digest(),
         )
         return next((member for member in ranked if member.available), ranked[0])
+
+
+async def _checked(member: Member, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """Yields the items once it is known that the server still serves the same model.
+
+    The check runs at the same time as the call, so that it costs hardly any time.
+    """
+    checking = asyncio.create_task(member.ensure_same_model())
+    try:
+        async with aclosing(items):
+            async for item in items:
+                await checking
+                yield item
+    finally:
+        checking.cancel()
+        await asyncio.gather(checking, return_exceptions=True)
 
 
 def _backoff_s(num_failures: int) -> float:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from parse.engines.remote import vllm
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
 from parse.engines.remote.server import Server
-from parse.errors import EngineStopped, RequestError
+from parse.errors import RequestError, ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_TEXT = "The 3 quick brown foxes: def f(x):\n    return x ** 2  # naïve 東京 🦊 12,345.67"
 NUM_SAMPLES = 8  # beginnings of the text after which the next token is compared
 MAX_GAP = 0.1  # nats per token; other kernels and batches change log-probabilities by much less
-OLDEST_TESTED, NEWEST_TESTED = (0, 26), (0, 32)  # versions of vLLM
+OLDEST_TESTED, NEWEST_TESTED = (0, 32), (0, 32)  # versions of vLLM
 DEFAULT_BLOCK_SIZE = 16
 
 
@@ -101,11 +101,11 @@ async def find_features(server: Server, model: ModelIdentity, tokenizer: PreTrai
     has_prompt_logprobs = await _works(_returns_prompt_logprobs(server, model.name, prompt))
     try:
         version = str((await server.get_json("/version"))["version"])
-    except (ServerUnavailable, EngineStopped, RequestError, LookupError, TypeError):
+    except (ServerUnavailable, ServerError, RequestError, LookupError, TypeError):
         version = "unknown"
     try:
         metrics = await server.get_text("/metrics")
-    except (ServerUnavailable, EngineStopped, RequestError):
+    except (ServerUnavailable, ServerError, RequestError):
         metrics = ""
     block_size = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', metrics)
     features = ServerFeatures(
@@ -121,9 +121,14 @@ async def find_features(server: Server, model: ModelIdentity, tokenizer: PreTrai
 
 
 async def _works(trial: Awaitable[bool]) -> bool:
+    """Returns whether a trial succeeds. A server that does not respond, or is overloaded, says nothing about it."""
     try:
         return await trial
-    except (ServerUnavailable, EngineStopped, RequestError):
+    except ServerUnavailable as error:
+        if not error.deterministic:
+            raise
+        return False
+    except (ServerError, RequestError):
         return False
 
 
@@ -153,5 +158,5 @@ def _report(server: Server, features: ServerFeatures) -> None:
         logger.warning("%s, vLLM %s: it lacks %s", server.url, features.version, "; ".join(missing))
     numbers = re.match(r"(\d+)\.(\d+)", features.version)
     if numbers is None or not OLDEST_TESTED <= (int(numbers[1]), int(numbers[2])) <= NEWEST_TESTED:
-        oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TESTED, NEWEST_TESTED))
-        logger.warning("%s: vLLM %s was not tested; %s to %s were", server.url, features.version, oldest, newest)
+        versions = sorted({".".join(map(str, version)) for version in (OLDEST_TESTED, NEWEST_TESTED)})
+        logger.warning("%s: vLLM %s was not tested; tested: %s", server.url, features.version, " to ".join(versions))

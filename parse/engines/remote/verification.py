@@ -1,7 +1,7 @@
 """P(correct) from the log-probabilities that a server returns, and what it costs to ask for them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from parse.prompts import VerificationSuffix
 from parse.types import VerifyResult
@@ -71,8 +71,3 @@ class VerificationCost:
 
 def _smooth(mean: float | None, value: float) -> float:
     return value if mean is None else (1 - SMOOTHING) * mean + SMOOTHING * value
-
-
-def contexts_of(tokens: Sequence[int], lengths: Sequence[int], suffix: Sequence[int]) -> list[list[int]]:
-    """Returns the prompts that evaluate prefixes. The tokens end with the longest prefix."""
-    return [[*tokens[:length], *suffix] for length in lengths]

@@ -115,7 +115,7 @@ def read_chunk(event: Any, num_logprobs: int | None) -> Chunk | None:
         raise _unreadable("an event of the stream has no token ids")
     finish_reason = choice.get("finish_reason")
     if finish_reason not in (None, "stop", "length"):
-        raise ServerUnavailable(f"the server ended the answer with {finish_reason!r}", reached=True)
+        raise ServerUnavailable(f"the server ended the answer with {finish_reason!r}", deterministic=True)
     logprobs: tuple[Logprob, ...] = ()
     if num_logprobs is not None and token_ids:
         entries = choice.get("logprobs") or {}
@@ -234,4 +234,4 @@ def _number(value: Any) -> float:
 
 
 def _unreadable(reason: str) -> ServerUnavailable:
-    return ServerUnavailable(f"the response is not as expected: {reason}", reached=True)
+    return ServerUnavailable(f"the response is not as expected: {reason}", deterministic=True)

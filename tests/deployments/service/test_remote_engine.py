@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from aiohttp import web
 
 from parse.demo import DEMO_TARGET
 from tests.deployments.service.service_client import chat, problems
@@ -52,6 +53,19 @@ def test_a_remote_target_serves_all_modes_and_survives_a_restart_of_its_server(d
     assert {response.status_code for response in responses} == {200}
     texts = [response.json()["choices"][0]["message"]["content"] for response in responses]
     assert texts == [answer["choices"][0]["message"]["content"] for answer in expected]
+
+
+def test_an_error_of_the_server_reaches_the_client(deployed, server):
+    service = deployed.service(target=remote_target(server.url))
+    (problem,) = problems(1)
+    error = {"error": {"message": "out of order"}}
+    server.misbehave = lambda body: web.json_response(error, status=500) if body.get("stream") else None
+    try:
+        response = asyncio.run(service.ask(chat(problem.question, mode="off")))
+    finally:
+        server.misbehave = lambda body: None
+    assert response.status_code == 502 and "out of order" in response.json()["error"]["message"]
+    assert asyncio.run(service.ask(chat(problem.question, mode="off"))).status_code == 200
 
 
 def test_a_server_that_cannot_be_used_replaces_nothing(deployed, server):

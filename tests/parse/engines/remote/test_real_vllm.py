@@ -12,7 +12,7 @@ from parse import EngineSettings, Pair
 from parse.acceptance import AcceptancePolicy
 from parse.config import RemoteEngineConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
-from parse.engines.remote.errors import ServerError
+from parse.errors import ServerError
 from parse.prompts import build_verification_suffix
 from parse.requests import VerifyRequest
 from training.measure import draw_problems

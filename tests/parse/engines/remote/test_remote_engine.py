@@ -16,8 +16,7 @@ from parse.config import RemoteEngineConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from parse.engines.loader import load_engine, load_native_engine
 from parse.engines.remote import server_pool
-from parse.engines.remote.errors import ServerError
-from parse.errors import ModelLoadError, RequestError
+from parse.errors import ModelLoadError, RequestError, ServerError
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import SamplingParams, TokenDelta
