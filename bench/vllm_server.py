@@ -130,6 +130,7 @@ def start(options: ServerOptions, *, port: int | None = None, wait: bool = True)
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(options.num_threads),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # by default, up to 32 processes
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONPATH": "",
