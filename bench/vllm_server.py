@@ -106,6 +106,10 @@ class VLLMServer:
         self.kill()
         raise VLLMUnavailable(f"vLLM did not start: {' '.join(errors)[-600:]}")
 
+    def restart(self) -> None:
+        """Starts the server again, on the same port."""
+        self.process = start(self.options, port=self.port).process
+
     def kill(self) -> None:
         """Ends the server and the processes that it has started, at once."""
         with suppress(ProcessLookupError):

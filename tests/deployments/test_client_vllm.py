@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def pair(vllm: VLLMServer) -> Iterator[Pair]:
+    if vllm.process.poll() is not None:  # another test has killed it
+        vllm.restart()
     engine = RemoteEngineConfig(kind="remote", url=vllm.url)
     with Pair(EngineSettings(model=DEMO_TARGET, max_model_len=1024, engine=engine), settings(DEMO_DRAFT)) as pair:
         yield pair

@@ -26,6 +26,8 @@ TIE = 1e-4  # nats between the two most likely tokens, below which either may be
 
 @pytest.fixture(scope="module")
 def pair(vllm):
+    if vllm.process.poll() is not None:  # another test has killed it
+        vllm.restart()
     with Pair(target_settings(vllm), draft_settings()) as pair:
         yield pair
 
@@ -130,7 +132,7 @@ def test_concurrent_answers_are_those_of_single_requests(pair):
 
 
 def test_requests_survive_a_killed_server_and_another_model_is_rejected(vllm, tmp_path):
-    """The killed server returns, and then another one takes its place. This is the last test that needs the server."""
+    """The killed server returns, and then another one takes its place."""
     other = shutil.copytree(DEMO_TARGET, tmp_path / "demo-target")
     tensors = load_file(other / "model.safetensors")
     name = next(name for name in sorted(tensors) if "layers.0.mlp.down_proj" in name)
@@ -145,12 +147,8 @@ def test_requests_survive_a_killed_server_and_another_model_is_rejected(vllm, tm
         ]
         await asyncio.sleep(0.5)
         vllm.kill()
-        await asyncio.to_thread(restart)
+        await asyncio.to_thread(vllm.restart)
         return await asyncio.gather(*calls)
-
-    def restart():
-        again = vllm_server.start(vllm.options, port=vllm.port)
-        vllm.process = again.process
 
     with Pair(target_settings(vllm), draft_settings()) as pair:
         outputs = asyncio.run(load(pair))

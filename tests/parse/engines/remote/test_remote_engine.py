@@ -259,7 +259,8 @@ def test_two_draft_tokens_in_a_row_do_not_share_their_random_number():
 def test_all_sampling_parameters_are_sent(server):
     """Otherwise, the server would fill them in from the generation config of the model."""
     run(remote(server), generation())
-    assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"} <= set(server.bodies[-1])
+    (body,) = (body for body in server.bodies if body.get("stream"))
+    assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"} <= set(body)
 
 
 def test_modes_that_the_server_does_not_support_are_not_offered(server):
