@@ -88,7 +88,7 @@ class Capabilities:
 
     continues_with_penalties: bool = True
     """Whether `presence_penalty` and `frequency_penalty` count the tokens of an answer that the engine continues."""
-    exact_sampling: Literal["any", "unmodified"] = "any"
+    exact_sampling: Literal["any", "unmodified", "greedy"] = "any"
     """The sampling with which mode `exact` can use a draft.
 
     "unmodified" means greedy decoding, or temperature 1 and no parameter that changes logits or excludes tokens."""
@@ -99,12 +99,14 @@ class Capabilities:
         """Returns why the engine cannot use a draft in this mode, with these sampling parameters, or None if it can."""
         if not self.continues_with_penalties and (params.presence_penalty or params.frequency_penalty):
             return "the engine of the target applies penalties only to tokens that it generates itself"
-        if mode == "exact" and self.exact_sampling == "unmodified":
+        if mode == "exact" and self.exact_sampling != "any":
             truncated = params.top_p < 1 or params.top_k or params.min_p
-            if params.modifies_logits or not (params.greedy or (params.temperature == 1 and not truncated)):
+            plain = self.exact_sampling == "unmodified" and params.temperature == 1 and not truncated
+            if params.modifies_logits or not (params.greedy or plain):
                 return (
-                    "in mode exact, the engine of the target uses drafts only with temperature 0 or 1, and without "
-                    "penalties, logit_bias, top_p, top_k and min_p"
+                    "in mode exact, the engine of the target uses drafts only with temperature 0"
+                    + (" or 1" if self.exact_sampling == "unmodified" else "")
+                    + ", and without penalties, logit_bias, top_p, top_k and min_p"
                 )
         return None
 

@@ -18,6 +18,9 @@ from parse.event_loop import EventLoopThread
 from parse.registry import LOSSY_MODES, MODES
 from parse.types import SamplingParams
 
+IGNORED_WITH_SPECULATION = frozenset(("min_p", "logit_bias"))
+"""Sampling parameters that vLLM ignores without an error if it has a `speculative_config`."""
+
 
 def load_remote_engine(settings: EngineSettings, config: RemoteEngineConfig) -> RemoteEngine:
     """Raises ValueError, in one line, if a server cannot be used."""
@@ -91,17 +94,19 @@ def _capabilities(
     settings: EngineSettings, identity: ModelIdentity, features: ServerFeatures, tokenizer: PreTrainedTokenizerBase
 ) -> Capabilities:
     missing = {*([] if features.verifies else LOSSY_MODES), *([] if features.has_prompt_logprobs else ["exact"])}
+    ignored = IGNORED_WITH_SPECULATION if features.has_speculation else frozenset()
     limits = [settings.max_model_len, *([identity.max_model_len] if identity.max_model_len else [])]
     return Capabilities(
         modes=tuple(name for name, mode in MODES.items() if mode.function and name not in missing),
         speculative_methods=(),
-        sampling_params=frozenset(field.name for field in fields(SamplingParams)),
+        sampling_params=frozenset(field.name for field in fields(SamplingParams)) - ignored,
         max_logprobs=vllm.MAX_TOP_LOGPROBS,
         max_model_len=min(limits),
         block_size=features.block_size,
         eos_token_ids=_eos_token_ids(settings.model, tokenizer),
         continues_with_penalties=False,
-        exact_sampling="unmodified",
+        # A rejected token is replaced with the help of a bias.
+        exact_sampling="greedy" if "logit_bias" in ignored else "unmodified",
         prefills_drafts=True,
     )
 

@@ -2,8 +2,9 @@
 
 import logging
 import re
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ NUM_SAMPLES = 8  # beginnings of the text after which the next token is compared
 MAX_GAP = 0.1  # nats per token; other kernels and batches change log-probabilities by much less
 OLDEST_TESTED, NEWEST_TESTED = (0, 32), (0, 32)  # versions of vLLM
 DEFAULT_BLOCK_SIZE = 16
+NUM_ATTEMPTS = 3  # of a call at start-up that is lost
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ async def identify_model(server: Server, model_name: str | None, tokenizer: PreT
 async def find_features(server: Server, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase) -> ServerFeatures:
     """Tries the calls that some versions of vLLM lack."""
     prompt = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
-    by_token_id = await _works(_verifies(server, model.name, prompt, by_token_id=True))
-    verifies = by_token_id or await _works(_verifies(server, model.name, prompt, by_token_id=False))
-    has_prompt_logprobs = await _works(_returns_prompt_logprobs(server, model.name, prompt))
+    by_token_id = await _works(partial(_verifies, server, model.name, prompt, by_token_id=True))
+    verifies = by_token_id or await _works(partial(_verifies, server, model.name, prompt, by_token_id=False))
+    has_prompt_logprobs = await _works(partial(_returns_prompt_logprobs, server, model.name, prompt))
     try:
         version = str((await server.get_json("/version"))["version"])
     except (ServerUnavailable, ServerError, RequestError, LookupError, TypeError):
@@ -120,16 +122,22 @@ async def find_features(server: Server, model: ModelIdentity, tokenizer: PreTrai
     return features
 
 
-async def _works(trial: Awaitable[bool]) -> bool:
-    """Returns whether a trial succeeds. A server that does not respond, or is overloaded, says nothing about it."""
-    try:
-        return await trial
-    except ServerUnavailable as error:
-        if not error.deterministic:
-            raise
-        return False
-    except (ServerError, RequestError):
-        return False
+async def _works(trial: Callable[[], Awaitable[bool]]) -> bool:
+    """Returns whether a trial succeeds.
+
+    A lost call says nothing about it and is repeated: vLLM closes the connection after an error of an earlier trial.
+    """
+    for attempt in range(NUM_ATTEMPTS):
+        try:
+            return await trial()
+        except ServerUnavailable as error:
+            if error.deterministic:
+                return False
+            if attempt == NUM_ATTEMPTS - 1:
+                raise
+        except (ServerError, RequestError):
+            return False
+    raise AssertionError("unreachable")
 
 
 async def _verifies(server: Server, name: str, prompt: Sequence[int], *, by_token_id: bool) -> bool:

@@ -32,6 +32,7 @@ class FakeVLLM:
         self.calls: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.num_aborted = 0
+        self.has_speculation = False
         self._port = 0
         self._runner: web.AppRunner | None = None
         self._loop = asyncio.new_event_loop()
@@ -92,6 +93,8 @@ class FakeVLLM:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         lines = 'vllm:cache_config_info{block_size="16"} 1.0', 'vllm:num_requests_running{engine="0"} 2.0', ""
+        if self.has_speculation:
+            lines = *lines, 'vllm:spec_decode_num_drafts_total{engine="0"} 0.0', ""
         return web.Response(text="\n".join(lines))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -105,6 +108,10 @@ class FakeVLLM:
             instead = await instead
         if isinstance(instead, web.StreamResponse):
             return instead
+        if instead == "cut":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
         if body.get("stream"):
             return await self._stream(request, body, cut_after=instead)
         prompts = body["prompt"]

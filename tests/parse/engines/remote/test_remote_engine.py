@@ -18,7 +18,7 @@ from parse.engines.loader import load_engine, load_native_engine
 from parse.engines.remote import server_pool
 from parse.errors import ModelLoadError, RequestError, ServerError
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
-from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
+from parse.requests import GenerateRequest, GenerationRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import SamplingParams, TokenDelta
 from tests.parse.engines.remote.fake_vllm import FakeVLLM
 from training.measure import draw_problems
@@ -272,6 +272,32 @@ def test_modes_that_the_server_does_not_support_are_not_offered(server):
     engine = remote(server)
     assert engine.capabilities().modes == ("off",)
     engine.shutdown()
+
+
+def test_parameters_that_a_server_with_speculation_ignores_are_rejected(server):
+    server.has_speculation = True
+    try:
+        capabilities = remote(server).capabilities()
+    finally:
+        server.has_speculation = False
+    for params in ({"min_p": 0.1}, {"logit_bias": {3: 1.0}}):
+        with pytest.raises(RequestError, match="is not supported by this engine"):
+            capabilities.check(GenerationRequest(PROMPTS[0], sampling_params=SamplingParams(**params)))
+    assert capabilities.draft_obstacle("exact", SamplingParams(temperature=1.0)) is not None
+    assert capabilities.draft_obstacle("exact", GREEDY) is None
+
+
+def test_a_connection_that_breaks_during_the_checks_is_opened_again(server):
+    """vLLM closes the connection after an internal error, and the next call on it is lost."""
+    failures = iter([True])
+
+    def misbehave(body):
+        if "prompt_logprobs" in body and next(failures, False):
+            return asyncio.sleep(0, "cut")
+        return None
+
+    server.misbehave = misbehave
+    assert "exact" in remote(server).capabilities().modes
 
 
 def test_limits_are_those_of_the_server(server):
