@@ -92,9 +92,9 @@ class FakeVLLM:
         return web.json_response({"version": "0.32.0"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        lines = 'vllm:cache_config_info{block_size="16"} 1.0', 'vllm:num_requests_running{engine="0"} 2.0', ""
+        lines = ['vllm:cache_config_info{block_size="16"} 1.0', 'vllm:num_requests_running{engine="0"} 2.0', ""]
         if self.has_speculation:
-            lines = *lines, 'vllm:spec_decode_num_drafts_total{engine="0"} 0.0', ""
+            lines.insert(0, 'vllm:spec_decode_num_drafts_total{engine="0"} 0.0')
         return web.Response(text="\n".join(lines))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
