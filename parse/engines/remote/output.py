@@ -1,4 +1,4 @@
-"""The output of one request while a server generates it."""
+"""Collects the output of one request from the parts that a server streams."""
 
 from collections.abc import Sequence
 

@@ -79,7 +79,6 @@ class ServerPool:
         """`check` raises WrongModel or ServerUnavailable if a server cannot serve the model."""
         self.members = [Member(server, check) for server in servers]
         self._retry_timeout_s = retry_timeout_s
-        self.num_retries = 0
 
     @property
     def servers(self) -> list[Server]:
@@ -120,7 +119,6 @@ class ServerPool:
                 pause_s = max(error.retry_after_s, random.uniform(0.5, 1.0) * _backoff_s(num_attempts))
                 if time.monotonic() + pause_s > give_up_at:
                     raise EngineStopped(f"no server that runs the model responds: {error}") from error
-            self.num_retries += 1
             if not any(each.available for each in self.members):
                 await asyncio.sleep(pause_s)
 
