@@ -37,7 +37,7 @@ from parse.renamed_settings import describe_errors, describe_unknown_key
 
 BUILDER_IMPORT_PATH = "deployments.app:build"
 CAPACITY_CHECK_DELAY_S = 5.0  # earlier, the target number of replicas may be unknown
-MAX_PLACEMENT_S = 60.0  # the longest that a placed replica takes to get a process
+PLACEMENT_HINT_DELAY_S = 60.0  # usually a replica that has its resources has a process by then
 RESOURCE_TOLERANCE = 1e-6
 STATUS_INTERVAL_S = 15.0
 LOCAL_CLUSTER_OPTIONS: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
@@ -176,9 +176,10 @@ def find_missing_capacity(
 
 
 def find_occupied_resource(unplaced: Sequence[DeploymentProgress], free: Mapping[str, float]) -> str | None:
-    """Returns a message about a resource that a replica waits for, or None.
+    """Returns a message about a resource that a replica may be waiting for, or None.
 
-    Other processes of the cluster hold this resource.
+    It is a hint and no proof: a replica whose process is still starting holds its resources too, and on a busy machine
+    this can take minutes.
     """
     for part in unplaced:
         for resource, amount in part.resources.items():
@@ -213,14 +214,18 @@ def wait_until_ready(
             and responds()
         ):
             return
+        unplaced = [deployment for deployment in deployments if deployment.placed_replicas < deployment.target_replicas]
+        unplaced_since = (unplaced_since or now) if unplaced else None
+        unplaced_s = now - unplaced_since if unplaced_since is not None else 0.0
+        if unplaced_s > CAPACITY_CHECK_DELAY_S and (shortage := find_missing_capacity(deployments, _live_nodes())):
+            raise LaunchError(f"the cluster cannot place all replicas: {shortage}")
+        may_be_occupied = unplaced_s > PLACEMENT_HINT_DELAY_S
+        hint = find_occupied_resource(unplaced, ray.available_resources()) if may_be_occupied else None
         line = ", ".join(deployment.status_line for deployment in deployments) or "the application is being built"
+        line += f" ({hint})" if hint else ""
         if line != printed_line or now - printed_at > STATUS_INTERVAL_S:
             print_status(f"{now - started:4.0f} s  {line}")
             printed_line, printed_at = line, now
-        unplaced = [deployment for deployment in deployments if deployment.placed_replicas < deployment.target_replicas]
-        unplaced_since = (unplaced_since or now) if unplaced else None
-        if unplaced_since is not None and (shortage := _find_shortage(deployments, unplaced, now - unplaced_since)):
-            raise LaunchError(f"the cluster cannot place all replicas: {shortage}")
         if now - started > timeout_s:
             reasons = " ".join(filter(None, map(_failure_messages, details["applications"].values())))
             raise LaunchError(f"not ready after {timeout_s:g} s: {line}; the logs are in {logs}; {reasons}".strip("; "))
@@ -232,21 +237,8 @@ def _failure_messages(application: Mapping[str, Any]) -> str:
     return "\n".join(filter(None, map(last_line_of_traceback, messages))).strip()
 
 
-def _find_shortage(
-    deployments: Sequence[DeploymentProgress], unplaced: Sequence[DeploymentProgress], seconds: float
-) -> str | None:
-    """Returns what replicas without a process may be waiting for.
-
-    Returns None if they have not waited long enough to tell.
-    """
-    if seconds < CAPACITY_CHECK_DELAY_S:
-        return None
-    shortage = find_missing_capacity(deployments, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    return (
-        find_occupied_resource(unplaced, ray.available_resources())
-        if shortage is None and seconds > MAX_PLACEMENT_S
-        else shortage
-    )
+def _live_nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def is_ready(url: str) -> bool:

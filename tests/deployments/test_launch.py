@@ -107,6 +107,19 @@ def test_the_wait_ends_if_replicas_cannot_be_placed():
         wait_until_ready(details, lambda: False, timeout_s=60, logs="/logs")
 
 
+@pytest.mark.usefixtures("cluster")
+def test_the_wait_goes_on_while_the_resources_are_held(monkeypatch, capsys):
+    """The replica itself may hold them while its process starts, which takes long on a busy machine."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4, "GPU": 1}}])
+    monkeypatch.setattr(launch, "PLACEMENT_HINT_DELAY_S", 0.0)
+    responses = [details(), details(), details("RUNNING", pid=1, state="RUNNING")]
+    wait_until_ready(lambda: responses.pop(0), lambda: True, timeout_s=60, logs="/logs")
+    hint = "Verifier waiting for resources (a replica of Verifier needs 1 GPU, and 0 are free)"
+    assert capsys.readouterr().out.splitlines()[1].endswith(f"  {hint}")
+    with pytest.raises(LaunchError, match=re.escape(f"not ready after 0.1 s: {hint}; the logs are in /logs")):
+        wait_until_ready(details, lambda: False, timeout_s=0.1, logs="/logs")
+
+
 def test_the_wait_ends_with_the_reason_of_a_failure():
     with pytest.raises(LaunchError, match=r"cannot be deployed: wrong\nits constructor failed"):
         wait_until_ready(lambda: details("DEPLOY_FAILED", "wrong"), lambda: False, timeout_s=60, logs="/logs")

@@ -99,9 +99,9 @@ class Deployed:
             "--address",
             self._cluster.address,
             "--timeout",
-            "120",
+            "240",
         ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
     def clear(self) -> None:
         if self._config:

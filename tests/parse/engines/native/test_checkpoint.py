@@ -51,7 +51,7 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
 def test_a_folder_without_all_the_weights_or_with_others_is_refused(tmp_path):
     folder = shutil.copytree(MODELS / "demo-draft", tmp_path / "draft")
     config = json.loads((folder / "config.json").read_text())
-    for change, why in (({"num_hidden_layers": 3}, "lacks"), ({"hidden_size": 48}, "cannot|can be loaded")):
+    for change, why in (({"num_hidden_layers": 3}, "lacks"), ({"hidden_size": 48}, r"has the shape .*96.* its config says .*48")):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=why):
             Model.load(folder)
@@ -98,7 +98,7 @@ def test_a_gpu_that_is_too_small_is_named_with_both_sizes(two_gpus, monkeypatch,
 
 def test_a_model_that_would_be_offloaded_to_the_cpu_is_rejected(two_gpus, monkeypatch):
     network = SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": "cpu", "lm_head": "disk"})
-    loading(monkeypatch, (network, {"missing_keys": []}))
+    loading(monkeypatch, (network, {"missing_keys": [], "mismatched_keys": []}))
     with pytest.raises(CheckpointError, match=r"2\.0 GiB is free on all GPUs.* on the cpu and the disk"):
         Model.load(DRAFT, device="balanced")
 
