@@ -130,8 +130,7 @@ class Pipeline:
         """
         if self.settings.auto_mode is not None:
             return self.settings.auto_mode
-        default_method = next(iter(self.capabilities.speculative_methods), "none")
-        has_method = (request.speculative_method or default_method) != "none"
+        has_method = (request.speculative_method or self.capabilities.default_method) != "none"
         preferred = ("full", "rounds", "progressive") if has_method else ("rounds", "full", "progressive")
         return next((mode for mode in preferred if mode in self.capabilities.modes), "off")
 

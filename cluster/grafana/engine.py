@@ -267,10 +267,37 @@ PROPOSALS = Row(
     ],
 )
 
+SERVERS = Row(
+    "vLLM servers",
+    [
+        time_series_panel(
+            PanelOptions(
+                "Servers",
+                "vLLM servers that remote engines call. If some are failing, the logs of the deployment say why, and "
+                "the others get their requests. Without a remote engine, the numbers are zero.",
+                "none",
+                width=12,
+            ),
+            Query(VIEW.gauge(metrics.ENGINE_SERVERS, by=("deployment", "state")), "{{deployment}} {{state}}"),
+        ),
+        time_series_panel(
+            PanelOptions(
+                "Acceptance rate of the servers' own speculation",
+                "Share of the tokens proposed by the speculative_config of the vLLM servers that became part of "
+                "answers. It includes the requests of other clients of these servers.",
+                SHARE,
+                width=12,
+            ),
+            Query(figures.server_proposals_accepted(VIEW, by=("deployment",)), "{{deployment}}"),
+            max_value=1.0,
+        ),
+    ],
+)
+
 ENGINE = Board(
     "engine",
     "PARSE / Engine",
     "Throughput, batch sizes, KV cache and prefix cache of each replica, and token-level speculation.",
     ENGINE_VARIABLES,
-    [NOW, PASSES, MEMORY, PROPOSALS],
+    [NOW, PASSES, MEMORY, PROPOSALS, SERVERS],
 )

@@ -92,7 +92,8 @@ ALERTS = (
         summary="No verifier of {{ $labels.application }} responds.",
         description=(
             "Requests wait and then fail. /ready shows the reason. Check the replicas of Verifier in `serve status`, "
-            "and the logs of the last one that crashed: is it out of memory, or is a device lost?"
+            "and the logs of the last one that crashed: is it out of memory, or is a device lost? If the target runs "
+            "on vLLM servers, check those."
         ),
     ),
     Alert(

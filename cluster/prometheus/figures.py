@@ -160,6 +160,13 @@ def proposals_accepted(view: View, *conditions: str, by: tuple[str, ...]) -> str
     return ratio_or_zero(accepted, view.rate(metrics.PROPOSED_TOKENS, *conditions, by=by))
 
 
+def server_proposals_accepted(view: View, by: tuple[str, ...] = ()) -> str:
+    """Share of the tokens proposed by vLLM's own speculative method that became part of answers."""
+    return ratio_or_zero(
+        view.rate(metrics.ENGINE_ACCEPTED_TOKENS, by=by), view.rate(metrics.ENGINE_PROPOSED_TOKENS, by=by)
+    )
+
+
 def stage_seconds_per_answer(view: View) -> str:
     """Mean seconds of each stage per answer."""
     answers = parenthesized(view.count(metrics.ANSWER_SECONDS))

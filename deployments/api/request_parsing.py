@@ -87,10 +87,8 @@ class RequestParser:
             prefix=default_thresholds.prefix,
             lowest_full=settings.min_full,
             lowest_prefix=settings.min_prefix,
-            methods=[*pipeline.capabilities.speculative_methods, "none"],
-            speculation=pipeline.capabilities.speculative_methods[0]
-            if pipeline.capabilities.speculative_methods
-            else "none",
+            methods=list(pipeline.capabilities.method_choices),
+            speculation=pipeline.capabilities.default_method,
         )
         self.model_card = ModelCard(
             id=model_name,

@@ -31,8 +31,11 @@ class ParseCapabilities(BaseModel):
     prefix: float = Field(description="The minimum P(correct) at which a prefix passes.")
     lowest_full: float = Field(description="The lowest `full` that a request can set.")
     lowest_prefix: float = Field(description="The lowest `prefix` that a request can set.")
-    methods: list[MethodChoice] = Field(description="The values that `speculation` can have.")
-    speculation: MethodChoice
+    methods: list[MethodChoice] = Field(
+        description="The values that `speculation` can have. The list is empty if the server of the target always "
+        "uses a method of its own."
+    )
+    speculation: MethodChoice | None
 
 
 class ModelCard(BaseModel):

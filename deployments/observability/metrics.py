@@ -33,6 +33,7 @@ CancelCause = Literal["left_waiting", "left_reading", "timeout"]
 AuditResult = Literal["agree", "disagree", "dropped"]
 BusyPart = Literal["drafter", "verifier", "both"]
 BlockState = Literal["used", "idle", "free"]
+ServerState = Literal["responding", "failing"]
 
 EXPORT_INTERVAL_S = 5.0  # Ray drops a gauge that has not been set for 20 s
 
@@ -260,7 +261,7 @@ ANSWER_SLOTS = ROUTER_METRICS.gauge(
 REQUESTS_WAITING = ROUTER_METRICS.gauge("parse_waiting", "Requests that wait in the queue of a router.")
 PART_UNAVAILABLE = ROUTER_METRICS.gauge(
     "parse_trouble",
-    "1 if no replica of a part responds to the router, otherwise 0.",
+    "1 if no replica of a part responds to the router, or if none of its vLLM servers can be used, otherwise 0.",
     {"part": ("drafter", "verifier")},
 )
 RETRIES = ROUTER_METRICS.counter(
@@ -342,6 +343,18 @@ ENGINE_PREFIX_CACHE_QUERIES = ENGINE_METRICS.counter(
 ENGINE_PREFIX_CACHE_HITS = ENGINE_METRICS.counter("parse_engine_prefix_hits_total", "Tokens found in the prefix cache.")
 ENGINE_EVICTIONS = ENGINE_METRICS.counter(
     "parse_engine_evictions_total", "Finished sequences evicted from the prefix cache."
+)
+ENGINE_PROPOSED_TOKENS = ENGINE_METRICS.counter(
+    "parse_engine_proposed_tokens_total",
+    "Tokens that the speculative method of a vLLM server has proposed, for all clients of this server.",
+)
+ENGINE_ACCEPTED_TOKENS = ENGINE_METRICS.counter(
+    "parse_engine_proposed_accepted_tokens_total", "Those of the proposed tokens that became part of answers."
+)
+ENGINE_SERVERS = ENGINE_METRICS.gauge(
+    "parse_engine_servers",
+    "vLLM servers of a remote engine: those that respond with the right model (responding), and the others (failing).",
+    {"state": get_args(ServerState)},
 )
 
 

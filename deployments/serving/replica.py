@@ -50,7 +50,8 @@ class ModelReplica:
         self.engine.check_health()
 
     async def alive(self) -> None:
-        self.check_health()
+        """Raises if the engine cannot serve requests at the moment. Routers call this and report the reason."""
+        await self.engine.check_available()
 
     async def stats(self) -> EngineStats:
         return await self.engine.read_stats()
@@ -72,6 +73,10 @@ class ModelReplica:
         recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, stats.blocks_used - stats.blocks_cached, state="used")
         recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, stats.blocks_cached, state="idle")
         recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, stats.blocks_total - stats.blocks_used, state="free")
+        recorder.set(metrics.ENGINE_SERVERS, stats.servers_responding, state="responding")
+        recorder.set(metrics.ENGINE_SERVERS, stats.servers_failing, state="failing")
+        recorder.update_total(metrics.ENGINE_PROPOSED_TOKENS, stats.num_proposed_tokens)
+        recorder.update_total(metrics.ENGINE_ACCEPTED_TOKENS, stats.num_accepted_tokens)
         recorder.update_total(metrics.ENGINE_STEPS, stats.num_steps)
         recorder.update_total(metrics.ENGINE_TOKENS, stats.num_tokens)
         recorder.update_total(metrics.ENGINE_PREFIX_CACHE_QUERIES, stats.prefix_queries)

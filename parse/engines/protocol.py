@@ -38,6 +38,11 @@ class EngineStats:
     blocks_cached: int = 0  # the used blocks that no running request holds
     blocks_total: int = 0
     num_replayed_steps: int = 0  # how many of the steps were replayed CUDA graphs
+    num_proposed_tokens: int = 0
+    """Tokens proposed by the method of a server, which does not report them with each answer."""
+    num_accepted_tokens: int = 0  # those of them that became part of answers
+    servers_responding: int = 0  # servers that run the model for a remote engine
+    servers_failing: int = 0
 
 
 class Drafter(Protocol):
@@ -94,6 +99,18 @@ class Capabilities:
     "unmodified" means greedy decoding, or temperature 1 and no parameter that changes logits or excludes tokens."""
     prefills_drafts: bool = False
     """Whether verification is faster if the draft is prefilled while it is written."""
+    always_speculates: bool = False
+    """Whether each answer is generated with a method that the server chooses, so that requests cannot choose one."""
+
+    @property
+    def method_choices(self) -> tuple[str, ...]:
+        """What a request can choose as its speculative method."""
+        return () if self.always_speculates else (*self.speculative_methods, "none")
+
+    @property
+    def default_method(self) -> str | None:
+        """The choice that requests without one get, or None if there is no choice."""
+        return next(iter(self.method_choices), None)
 
     def draft_obstacle(self, mode: str, params: SamplingParams) -> str | None:
         """Returns why the engine cannot use a draft in this mode, with these sampling parameters, or None if it can."""
@@ -115,9 +132,10 @@ class Capabilities:
         if request.mode != "auto" and request.mode not in self.modes:
             raise RequestError("mode", f"this engine supports {_listed(self.modes)}, got {request.mode!r}")
         method = request.speculative_method
-        if method not in (None, "none", *self.speculative_methods):
-            offered = _listed(("none", *self.speculative_methods))
-            raise RequestError("speculation", f"must be one of {offered}, got {method!r}")
+        if method is not None and self.always_speculates:
+            raise RequestError("speculation", f"the server of the target chooses the method itself, got {method!r}")
+        if method is not None and method not in self.method_choices:
+            raise RequestError("speculation", f"must be one of {_listed(self.method_choices)}, got {method!r}")
         params, defaults = request.sampling_params, SamplingParams()
         for field in fields(SamplingParams):
             changed = getattr(params, field.name) != getattr(defaults, field.name)
@@ -151,6 +169,10 @@ class Engine(Verifier, Protocol):
 
     def check_health(self) -> None:
         """Raises RuntimeError if the engine cannot recover and has to be replaced."""
+        ...
+
+    async def check_available(self) -> None:
+        """Raises RuntimeError if the engine cannot serve requests at the moment."""
         ...
 
     def shutdown(self) -> None:

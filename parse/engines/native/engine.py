@@ -104,6 +104,9 @@ class NativeEngine:
     async def read_stats(self) -> EngineStats:
         return self.stats
 
+    async def check_available(self) -> None:
+        self.check_health()
+
     def check_health(self) -> None:
         if not self.core.alive:
             raise RuntimeError("the engine's thread has ended")

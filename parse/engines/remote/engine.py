@@ -45,6 +45,7 @@ class RemoteEngine:
         self._pool, self._features, self._capabilities = pool, features, capabilities
         self._checks = RequestChecks(len(tokenizer), capabilities.max_model_len)
         self._verification_cost = VerificationCost()
+        self._metrics: dict[str, str] = {}  # of each server, as they were read last
 
     @property
     def device(self) -> str:
@@ -57,12 +58,25 @@ class RemoteEngine:
         """The server has done that when it started."""
 
     async def read_stats(self) -> EngineStats:
-        """Returns the sums of the metrics of all servers that respond."""
-        metrics = await asyncio.gather(*map(_read_metrics, self._pool.servers))
-        return vllm.read_stats("\n".join(metrics))
+        """Returns the sums of the metrics of all servers.
+
+        A server that does not respond keeps its counters, so that they do not seem to grow when it responds again.
+        """
+        failing = 0
+        for member, metrics in zip(
+            self._pool.members, await asyncio.gather(*map(_read_metrics, self._pool.servers)), strict=True
+        ):
+            url = member.server.url
+            self._metrics[url] = vllm.counters(self._metrics.get(url, "")) if metrics is None else metrics
+            failing += metrics is None or member.failure is not None
+        stats = vllm.read_stats("\n".join(self._metrics.values()))
+        return replace(stats, servers_responding=len(self._metrics) - failing, servers_failing=failing)
 
     def check_health(self) -> None:
         """A replacement could not reach the server either."""
+
+    async def check_available(self) -> None:
+        await self._pool.check_available()
 
     def shutdown(self) -> None:
         self._pool.close()
@@ -247,9 +261,9 @@ def _accepts(entry: vllm.PromptLogprob, params: SamplingParams, position: int) -
     return random.Random(f"{params.seed}/{position}").random() < math.exp(entry.logprob.logprob)
 
 
-async def _read_metrics(server: Server) -> str:
+async def _read_metrics(server: Server) -> str | None:
     try:
         async with asyncio.timeout(METRICS_TIMEOUT_S):
             return await server.get_text("/metrics")
     except (TimeoutError, ServerUnavailable, ServerError):
-        return ""
+        return None

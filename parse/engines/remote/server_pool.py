@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
 from parse.engines.remote.server import Server
-from parse.errors import EngineStopped, ServerError
+from parse.errors import EngineStopped, RequestError, ServerError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -19,6 +19,7 @@ T = TypeVar("T")
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 MAX_DETERMINISTIC_FAILURES = 3  # of one call
 RECHECK_AFTER_S = 5.0  # no server restarts and loads a model in a shorter time
+HEALTH_TIMEOUT_S = 4.0
 
 
 class Member:
@@ -51,6 +52,27 @@ class Member:
             if not self._is_fresh():
                 await self._check(self.server)
                 self.record_success()
+
+    async def check_available(self) -> None:
+        """Raises ServerUnavailable or ServerError if the server cannot be used.
+
+        If calls have just succeeded, the server is not asked, because it may be too busy to reply in time.
+        """
+        if self._is_fresh():
+            return
+        try:
+            if self.failure is None:
+                async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                    await self.server.get_text("/health")
+            else:  # it may have restarted with another model
+                await self.ensure_same_model()
+        except TimeoutError:
+            error = ServerUnavailable(f"it does not respond within {HEALTH_TIMEOUT_S:g} s")
+            self.record_failure(error)
+            raise error from None
+        except ServerUnavailable as error:
+            self.record_failure(error)
+            raise
 
     def record_success(self) -> None:
         if self.failure is not None:
@@ -121,6 +143,13 @@ class ServerPool:
                     raise EngineStopped(f"no server that runs the model responds: {error}") from error
             if not any(each.available for each in self.members):
                 await asyncio.sleep(pause_s)
+
+    async def check_available(self) -> None:
+        """Raises EngineStopped, with the reasons, if no server can be used."""
+        checks = await asyncio.gather(*(member.check_available() for member in self.members), return_exceptions=True)
+        if all(isinstance(result, ServerUnavailable | ServerError | RequestError) for result in checks):
+            reasons = (f"{member.server.url}: {result}" for member, result in zip(self.members, checks, strict=True))
+            raise EngineStopped(f"no server that runs the model can be used: {'; '.join(reasons)}")
 
     def close(self) -> None:
         for member in self.members:

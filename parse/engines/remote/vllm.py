@@ -192,6 +192,13 @@ def read_model_card(response: Any, name: str | None) -> Mapping[str, Any]:
     return cards[0]
 
 
+def counters(metrics: str) -> str:
+    """Returns the lines of the metrics that only grow."""
+    return "\n".join(
+        line for line in metrics.splitlines() if line.partition("{")[0].endswith(("_total", "_count", "_sum"))
+    )
+
+
 def read_stats(metrics: str) -> EngineStats:
     """Returns what the metrics of one or several servers say about their engines."""
     sums: dict[str, float] = defaultdict(float)
@@ -211,6 +218,8 @@ def read_stats(metrics: str) -> EngineStats:
         prefix_hits=int(sums["prefix_cache_hits_total"]),
         blocks_used=round(sums["kv_cache_usage_perc"] * num_blocks),
         blocks_total=num_blocks,
+        num_proposed_tokens=int(sums["spec_decode_num_draft_tokens_total"]),
+        num_accepted_tokens=int(sums["spec_decode_num_accepted_tokens_total"]),
     )
 
 

@@ -55,6 +55,37 @@ def test_a_remote_target_serves_all_modes_and_survives_a_restart_of_its_server(d
     assert texts == [answer["choices"][0]["message"]["content"] for answer in expected]
 
 
+def test_an_unreachable_server_is_reported(deployed, server):
+    service = deployed.service(target=remote_target(server.url))
+
+    def failing_servers():
+        lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+        return [
+            float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith("parse_engine_servers{")
+            and 'deployment="Verifier"' in line
+            and 'state="failing"' in line
+        ]
+
+    async def ready_status(expected):
+        async with httpx.AsyncClient(timeout=10) as http:
+            while (response := await http.get(f"{service.url}/ready")).status_code != expected:
+                await asyncio.sleep(0.2)
+            return response.json()
+
+    assert failing_servers() == [0.0]
+    server.stop()
+    try:
+        content = asyncio.run(ready_status(503))
+        assert content["status"] == "unavailable" and server.url in content["troubles"]["verifier"]
+        assert failing_servers() == [1.0]
+    finally:
+        server.start()
+    assert asyncio.run(ready_status(200))["troubles"] == {}
+    assert failing_servers() == [0.0]
+
+
 def test_an_error_of_the_server_reaches_the_client(deployed, server):
     service = deployed.service(target=remote_target(server.url))
     (problem,) = problems(1)

@@ -51,7 +51,10 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
 def test_a_folder_without_all_the_weights_or_with_others_is_refused(tmp_path):
     folder = shutil.copytree(MODELS / "demo-draft", tmp_path / "draft")
     config = json.loads((folder / "config.json").read_text())
-    for change, why in (({"num_hidden_layers": 3}, "lacks"), ({"hidden_size": 48}, r"has the shape .*96.* its config says .*48")):
+    for change, why in (
+        ({"num_hidden_layers": 3}, "lacks"),
+        ({"hidden_size": 48}, r"has the shape .*96.* its config says .*48"),
+    ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=why):
             Model.load(folder)

@@ -65,6 +65,7 @@ class FakeVLLM:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/health", self._health)
         app.router.add_post("/v1/completions", self._completions)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -92,10 +93,21 @@ class FakeVLLM:
         return web.json_response({"version": "0.32.0"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        lines = ['vllm:cache_config_info{block_size="16"} 1.0', 'vllm:num_requests_running{engine="0"} 2.0', ""]
+        lines = [
+            'vllm:cache_config_info{block_size="16"} 1.0',
+            'vllm:num_requests_running{engine="0"} 2.0',
+            'vllm:iteration_tokens_total_count{engine="0"} 7.0',
+        ]
         if self.has_speculation:
-            lines.insert(0, 'vllm:spec_decode_num_drafts_total{engine="0"} 0.0')
-        return web.Response(text="\n".join(lines))
+            lines += [
+                'vllm:spec_decode_num_drafts_total{engine="0"} 10.0',
+                'vllm:spec_decode_num_draft_tokens_total{engine="0"} 30.0',
+                'vllm:spec_decode_num_accepted_tokens_total{engine="0"} 12.0',
+            ]
+        return web.Response(text="".join(f"{line}\n" for line in lines))
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":

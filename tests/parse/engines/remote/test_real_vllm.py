@@ -1,11 +1,15 @@
 """The remote engine over a real, unmodified vLLM."""
 
 import asyncio
+import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from bench import vllm_server
 from parse import EngineSettings, Pair
@@ -14,13 +18,15 @@ from parse.config import RemoteEngineConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from parse.errors import ServerError
 from parse.prompts import build_verification_suffix
-from parse.requests import VerifyRequest
+from parse.requests import GenerateRequest, VerifyRequest
+from parse.types import SamplingParams
 from training.measure import draw_problems
 
 # The first test waits for the installation of vLLM.
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NUM_PROBLEMS = 8
+NUM_SAMPLES = 400
 TIE = 1e-4  # nats between the two most likely tokens, below which either may be chosen
 
 
@@ -88,6 +94,46 @@ def test_a_draft_in_mode_exact_changes_nothing(pair):
             output = pair.generate(problem.question, mode="exact", temperature=0, prediction=prediction)
             assert differs_only_after_a_tie(output, expected)
             assert output.usage.accepted_tokens >= len(changed) // 2 - 1
+
+
+def test_a_draft_in_mode_exact_does_not_change_the_distribution(pair):
+    """The first two tokens after a draft, compared with the probabilities of the model in transformers."""
+    network = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
+
+    @torch.inference_mode()
+    def probabilities(tokens):
+        return network(torch.tensor([tokens])).logits[0, -1].softmax(-1)
+
+    output = pair.generate(draw_problems(26, 1)[0].question, mode="off", temperature=0, logprobs=2)
+    gaps = [logprob.top[0][1] - logprob.top[1][1] for logprob in output.logprobs[:-4]]
+    unsure = gaps.index(min(gaps))
+    prompt = [*output.prompt_token_ids, *output.token_ids[:unsure]]
+    first = probabilities(prompt)
+    # The draft begins with the second most likely token, which is accepted about every other time at most.
+    draft = [int(first.topk(2).indices[1])]
+    draft.append(int(probabilities([*prompt, *draft]).argmax()))
+    expected = {
+        (token, other): float(first[token]) * p
+        for token in first.topk(5).indices.tolist()
+        for other, p in enumerate(probabilities([*prompt, token]).tolist())
+    }
+    params = SamplingParams(temperature=1.0, max_tokens=3)
+    requests = [
+        GenerateRequest(prompt_token_ids=prompt, draft_token_ids=draft, sampling_params=replace(params, seed=seed))
+        for seed in range(NUM_SAMPLES)
+    ]
+
+    async def sample(request):
+        return [token async for delta in pair.target.generate(request) for token in delta.token_ids]
+
+    async def sample_all():
+        return await asyncio.gather(*map(sample, requests))
+
+    counts = Counter(tuple(tokens[:2]) for tokens in pair._event_loop.run(sample_all()))
+    likely = {tokens: p for tokens, p in expected.items() if p * NUM_SAMPLES >= 5}
+    assert len(likely) >= 2 and tuple(draft) in likely
+    for tokens, p in likely.items():
+        assert abs(counts[tokens] - NUM_SAMPLES * p) < 4 * math.sqrt(NUM_SAMPLES * p * (1 - p)) + 1
 
 
 def test_the_same_prefix_is_accepted_as_with_the_native_engine(pair, native_pair):

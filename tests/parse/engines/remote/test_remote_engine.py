@@ -16,7 +16,7 @@ from parse.config import RemoteEngineConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from parse.engines.loader import load_engine, load_native_engine
 from parse.engines.remote import server_pool
-from parse.errors import ModelLoadError, RequestError, ServerError
+from parse.errors import EngineStopped, ModelLoadError, RequestError, ServerError
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, GenerationRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import SamplingParams, TokenDelta
@@ -285,6 +285,10 @@ def test_parameters_that_a_server_with_speculation_ignores_are_rejected(server):
             capabilities.check(GenerationRequest(PROMPTS[0], sampling_params=SamplingParams(**params)))
     assert capabilities.draft_obstacle("exact", SamplingParams(temperature=1.0)) is not None
     assert capabilities.draft_obstacle("exact", GREEDY) is None
+    for method in ("none", "ngram"):
+        with pytest.raises(RequestError, match="speculation: the server of the target chooses the method itself"):
+            capabilities.check(GenerationRequest(PROMPTS[0], speculative_method=method))
+    assert capabilities.default_method is None and capabilities.method_choices == ()
 
 
 def test_a_connection_that_breaks_during_the_checks_is_opened_again(server):
@@ -554,6 +558,57 @@ def test_sessions_stay_on_their_server_and_move_if_it_is_lost():
         engine.shutdown()
         for server in servers:
             server.close()
+
+
+def test_it_is_unavailable_while_no_server_can_be_used(monkeypatch):
+    monkeypatch.setattr(server_pool, "RECHECK_AFTER_S", 0.0)
+    servers = [FakeVLLM(DEMO_TARGET) for _ in range(2)]
+    engine = remote(*servers)
+
+    async def states():
+        await engine.check_available()
+        yield await engine.read_stats()
+        await asyncio.to_thread(servers[0].stop)
+        await engine.check_available()
+        yield await engine.read_stats()
+        await asyncio.to_thread(servers[1].stop)
+        with pytest.raises(
+            EngineStopped, match=f"no server .* {servers[0].url}: .*; {servers[1].url}: .*Connect call failed"
+        ):
+            await engine.check_available()
+        yield await engine.read_stats()
+        servers[0].name = "other"
+        await asyncio.to_thread(servers[0].start)
+        await asyncio.sleep(0.3)  # the circuit breaker
+        with pytest.raises(EngineStopped, match=f"{servers[0].url}: the server does not serve 'served'"):
+            await engine.check_available()
+        yield await engine.read_stats()
+        await asyncio.to_thread(servers[1].start)
+        await engine.check_available()
+        yield await engine.read_stats()
+
+    async def collect_states():
+        return [state async for state in states()]
+
+    try:
+        collected = asyncio.run(collect_states())
+    finally:
+        engine.shutdown()
+        for server in servers:
+            server.close()
+    assert [stats.servers_failing for stats in collected] == [0, 1, 2, 2, 1]
+    assert [stats.servers_responding for stats in collected] == [2, 1, 0, 0, 1]
+    assert [stats.num_running for stats in collected] == [4, 2, 0, 2, 4]  # gauges of lost servers count as zero
+    assert {stats.num_steps for stats in collected} == {14}  # counters do not fall and rise again
+
+
+def test_the_speculation_of_the_server_is_counted(server):
+    server.has_speculation = True
+    try:
+        stats = asyncio.run(remote(server).read_stats())
+    finally:
+        server.has_speculation = False
+    assert (stats.num_proposed_tokens, stats.num_accepted_tokens) == (30, 12)
 
 
 # The whole pipeline
