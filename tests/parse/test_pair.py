@@ -1,14 +1,12 @@
 """The library: both models of the demo pair in this process, and the command line."""
 
 import asyncio
-import json
 import re
 import sys
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from parse.__main__ import main
 from parse.config import VERIFICATION_FILE, EngineSettings, VerificationSettings
@@ -115,30 +113,6 @@ def test_log_probabilities_are_those_of_the_target_for_tokens_of_both_models(pai
     for row, token, logprob in zip(expected, ids, logprobs, strict=True):
         assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-3)
         assert logprob.top[0][1] == pytest.approx(float(row.max()), abs=1e-3)
-
-
-@pytest.fixture(scope="module")
-def foreign_draft(tmp_path_factory):
-    """The demo draft model with another tokenizer: the same vocabulary in another order."""
-    folder = tmp_path_factory.mktemp("foreign")
-    model = AutoModelForCausalLM.from_pretrained(DEMO_DRAFT)
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_DRAFT)
-    size = len(tokenizer)
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))  # old -> new
-    embeddings: Any = model.get_input_embeddings().weight
-    embeddings.data[order] = embeddings.data.clone()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        for config in (model.config, model.generation_config):
-            if isinstance(old := getattr(config, name, None), int):
-                setattr(config, name, int(order[old]))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    tokenizer_json = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer_json["model"]["vocab"] = {word: int(order[k]) for word, k in tokenizer_json["model"]["vocab"].items()}
-    for added in tokenizer_json["added_tokens"]:
-        added["id"] = int(order[added["id"]])
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json))
-    return folder
 
 
 def test_a_drafter_with_another_tokenizer_drafts_the_same_text(pair, foreign_draft):

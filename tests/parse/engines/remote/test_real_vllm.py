@@ -84,6 +84,18 @@ def test_answers_are_those_of_the_native_engine(pair, native_pair, mode):
         assert sum(ours.text == theirs.text for ours, theirs in zip(outputs, expected, strict=True)) >= NUM_PROBLEMS - 1
 
 
+def test_servers_can_run_both_models(vllm, pair):
+    """The target is its own draft model here, so it accepts all drafts."""
+    with Pair(target_settings(vllm), target_settings(vllm)) as both:
+        for problem in draw_problems(27, 4):
+            output, expected = (
+                each.generate(problem.question, mode=mode, temperature=0)
+                for each, mode in ((both, "full"), (pair, "off"))
+            )
+            assert output.text == expected.text
+            assert output.usage.accepted_tokens == len(expected.token_ids)
+
+
 def test_a_draft_in_mode_exact_changes_nothing(pair):
     """The prediction is the target's own answer, whole and with a changed token."""
     for problem in draw_problems(22, 10):

@@ -626,3 +626,26 @@ def test_a_pair_answers_as_with_the_native_engine(server, mode):
         with Pair(target, draft) as pair:
             texts.append([pair.generate(message, mode=mode, temperature=0).text for message in messages])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_a_server_drafts_with_another_tokenizer(foreign_draft):
+    target = EngineSettings(model=DEMO_TARGET, num_threads=1, max_model_len=512)
+    foreign_server = FakeVLLM(str(foreign_draft))
+    drafts = (
+        EngineSettings(model=DEMO_DRAFT, num_threads=1),
+        EngineSettings(model=str(foreign_draft), engine=RemoteEngineConfig(kind="remote", url=foreign_server.url)),
+    )
+    answers = []
+    try:
+        for draft in drafts:
+            with Pair(target, draft) as pair:
+                outputs = [
+                    pair.generate(problem.question, mode="full", temperature=0) for problem in draw_problems(9, 3)
+                ]
+                answers.append([(output.text, output.usage.accepted_tokens) for output in outputs])
+    finally:
+        foreign_server.close()
+    (texts, accepted), (foreign_texts, foreign_accepted) = (zip(*answer, strict=True) for answer in answers)
+    assert texts == foreign_texts
+    assert sum(foreign_accepted) >= 0.8 * sum(accepted) > 0
