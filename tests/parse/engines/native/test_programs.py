@@ -22,7 +22,7 @@ from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.proposal import Proposal, Proposer
 from parse.speculative.proposal_policy import ProposalCall, SpeculativeMethod
-from parse.tree import TokenTree, chain
+from parse.tree import MASK, TokenTree, chain
 from parse.types import SamplingParams, SpeculationStats, sum_stats
 from tests.parse.engines.native.chance import surprising
 from training.tokenizer import build_tokenizer
@@ -102,6 +102,34 @@ def ids(deltas):
     return [token for delta in deltas for token in delta.token_ids]
 
 
+def test_a_proposer_gets_the_predictions_at_the_masks_that_follow_the_accepted_tokens():
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    text = ids(write(params, max_new_tokens=6)[0])
+    predictions: list[Any] = []
+
+    class Masking:
+        """Proposes the right token with one mask after it and two masks at once, then a wrong token with a mask."""
+
+        size = 0
+
+        def extend(self, tokens, hidden_states, mask_prediction):
+            self.size += len(tokens)
+            predictions.append(mask_prediction)
+
+        def propose(self, max_tokens):
+            right = [*PROMPT, *text, 0][self.size]
+            if len(predictions) == 1:
+                return Proposal((right, MASK, MASK), (-1, 0, 1))
+            return Proposal((right + 1, MASK), (-1, 0))
+
+    assert ids(write(params, max_new_tokens=6, speculation=speculating(Masking()))[0]) == text
+    at_prompt, after_masks, *after_wrong_tokens = predictions
+    expected = TABLE[MASK].softmax(-1)
+    assert at_prompt is None and set(after_wrong_tokens) == {None}
+    assert after_masks.token_ids == [int(expected.argmax())] * 2
+    assert after_masks.probabilities == pytest.approx([float(expected.max())] * 2)
+
+
 samplings = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.7, 1.0, 2.0]),
@@ -148,6 +176,7 @@ class Guesser:
     def __init__(self, text, seed, right):
         self.text, self.rng, self.right = [*PROMPT, *text], random.Random(seed), right
         self.taken = []
+        self.room = []  # for each proposal, how many tokens of the text it may have
 
     def extend(self, tokens, hidden_states, mask_prediction):
         assert hidden_states is None
@@ -155,6 +184,7 @@ class Guesser:
         assert self.taken == self.text[: len(self.taken)]
 
     def propose(self, max_tokens):
+        self.room.append(max_tokens - (len(self.text) - len(self.taken)))
         coming = self.text[len(self.taken) :][: self.rng.randint(0, self.right)]
         tokens, parents = [], []
         trunk = [-1]
@@ -193,6 +223,8 @@ def test_a_proposer_changes_nothing_but_the_number_of_runs(
     assert sum(delta.num_accepted for delta in deltas) <= (2 if proposed else 0)
     stats = sum_stats(delta.speculation for delta in deltas)
     assert stats is not None and stats.passes == runs
+    if plain[-1].finish_reason == "length":  # the last token of a text comes from the pass itself
+        assert all(room == -1 for room in guesser.room)
     # A pass yields one token, or the end, beside those that were proposed.
     took = sum(stats.accepted_per_position) + sum(delta.num_accepted for delta in deltas)
     assert len(text) - took in (runs, runs - 1)
