@@ -1,6 +1,7 @@
 """Connects to the servers that the settings name."""
 
 import os
+import ssl
 from dataclasses import fields
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -87,6 +88,11 @@ def _servers(config: RemoteEngineConfig) -> list[Server]:
         api_key = os.environ.get(config.api_key_env)
         if not api_key:
             raise ValueError(f"engine.api_key_env: the environment variable {config.api_key_env} is not set")
+    if config.tls_ca_file is not None:
+        try:
+            ssl.create_default_context(cafile=config.tls_ca_file)
+        except OSError as error:  # the errors of the library include ssl.SSLError, and do not name the file
+            raise ValueError(f"engine.tls_ca_file: {config.tls_ca_file}: {error.strerror or error}") from error
     return [Server(url, config, api_key) for url in config.urls]
 
 

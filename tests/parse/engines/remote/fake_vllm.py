@@ -6,6 +6,7 @@ the same engine over a real vLLM.
 
 import asyncio
 import json
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,13 @@ Misbehaviour = Callable[[dict[str, Any]], Any]
 
 class FakeVLLM:
     def __init__(
-        self, model: str, *, name: str = "served", max_model_len: int = 512, api_key: str | None = None
+        self,
+        model: str,
+        *,
+        name: str = "served",
+        max_model_len: int = 512,
+        api_key: str | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.network = AutoModelForCausalLM.from_pretrained(model).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
@@ -33,7 +40,7 @@ class FakeVLLM:
         self.bodies: list[dict[str, Any]] = []
         self.num_aborted = 0
         self.has_speculation = False
-        self._port = 0
+        self._port, self._tls = 0, tls
         self._runner: web.AppRunner | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -42,7 +49,7 @@ class FakeVLLM:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Listens, after a stop on the same port as before."""
@@ -69,7 +76,7 @@ class FakeVLLM:
         app.router.add_post("/v1/completions", self._completions)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True, ssl_context=self._tls)
         await site.start()
         self._port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
 

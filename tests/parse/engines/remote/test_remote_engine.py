@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import ssl
+import subprocess
 from collections import Counter
 from contextlib import aclosing
 from dataclasses import replace
@@ -363,6 +365,33 @@ def test_a_right_key_is_sent(monkeypatch):
         assert tokens_of(run(remote(server, api_key_env="SERVER_KEY"), generation())[0])
     finally:
         server.close()
+
+
+@pytest.fixture
+def tls(tmp_path):
+    """The paths of a self-signed certificate for this machine and of its key."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=model server", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    return certificate, key
+
+
+def test_a_certificate_is_checked(tls, tmp_path):
+    certificate, key = tls
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    server = FakeVLLM(DEMO_TARGET, tls=context)
+    try:
+        assert tokens_of(run(remote(server, tls_ca_file=str(certificate)), generation())[0])
+        assert "CERTIFICATE_VERIFY_FAILED" in load_error(server.url)
+        assert "127.0.0.1" in load_error(server.url.replace("https:", "http:"))
+    finally:
+        server.close()
+    missing, wrong = tmp_path / "missing.pem", tmp_path / "wrong.pem"
+    wrong.write_text("no certificate")
+    for path in (missing, wrong):
+        assert f"engine.tls_ca_file: {path}: " in load_error("https://127.0.0.1:9", tls_ca_file=str(path))
 
 
 def test_another_tokenizer_is_named(server, monkeypatch):
