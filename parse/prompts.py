@@ -113,9 +113,16 @@ def validate_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: object)
             "chat_template_kwargs", f"must hold JSON values that are not nested deeply: {error}"
         ) from error
     for name in kwargs:
-        if name not in ("enable_thinking", "thinking") and not (name.isidentifier() and _mentions(tokenizer, name)):
+        if name not in ("enable_thinking", "thinking") and not (
+            name.isidentifier() and template_mentions(tokenizer, name)
+        ):
             raise RequestError("chat_template_kwargs", f"the model's chat template does not use {name[:100]!r}")
     return dict(kwargs)
+
+
+def template_mentions(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether the chat template contains a name."""
+    return bool(re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)))
 
 
 def _switches_reasoning_off(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> bool:
@@ -123,14 +130,9 @@ def _switches_reasoning_off(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[
 
     If the template uses one of the switches, only those that it uses count.
     """
-    used = [name for name in WITHOUT_REASONING if _mentions(tokenizer, name)] or list(WITHOUT_REASONING)
+    used = [name for name in WITHOUT_REASONING if template_mentions(tokenizer, name)] or list(WITHOUT_REASONING)
     effective = [name for name in used if name in kwargs]
     return bool(effective) and all(kwargs[name] == WITHOUT_REASONING[name] for name in effective)
-
-
-def _mentions(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Whether the chat template contains a name."""
-    return bool(re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)))
 
 
 def chat_prompt_token_ids(

@@ -113,7 +113,7 @@ def to_validation_error(errors: Sequence[Any]) -> ApiError:
         message = "must be JSON, sent as application/json" if wrong_content_type else error["msg"]
         return ApiError(400, f"body: {message}", param="body", code="invalid_value")
     must_be_empty = error["type"] == "too_long" and context.get("max_length") == 0
-    unsupported = error["type"] == "unsupported" or must_be_empty
+    unsupported = error["type"] in ("unsupported", "none_required") or must_be_empty
     message = "is not supported" if unsupported else error["msg"]
     name = _format_path(path)
     return ApiError(400, f"{name}: {message}", param=name, code="unsupported_field" if unsupported else "invalid_value")

@@ -29,8 +29,18 @@ def _reject_lone_surrogates(text: str) -> str:
     return text
 
 
+def _read_whole_number(value: Any) -> Any:
+    """Accepts 5.0 as 5, because some languages and libraries write whole numbers like this."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Text = Annotated[str, AfterValidator(_reject_lone_surrogates)]
-StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Integer = Annotated[int, BeforeValidator(_read_whole_number)]
+StopText = Annotated[Text, Field(max_length=MAX_STOP_LENGTH)]
+NoItems = Annotated[list[Any], Field(max_length=0)]
+"""An empty list, which clients send instead of leaving a field out."""
+CacheControl = dict[str, Any]
+"""A hint for the prompt cache of another service."""
 PromptText = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -76,6 +86,7 @@ class OpenAIBaseModel(BaseModel):
 class TextContentPart(OpenAIBaseModel):
     type: Literal["text"]
     text: Text
+    cache_control: CacheControl | None = None
 
 
 Content = Text | Annotated[list[TextContentPart], Field(min_length=1, fail_fast=True)]
@@ -83,19 +94,40 @@ Content = Text | Annotated[list[TextContentPart], Field(min_length=1, fail_fast=
 
 class ChatMessage(OpenAIBaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Content | None = None
+    name: Text | None = Field(None, max_length=256, description="The chat template decides whether the model sees it.")
+    cache_control: CacheControl | None = None
     # Clients send messages of earlier responses back, which have these fields.
     reasoning_content: Text | None = None
     refusal: None = None
-    annotations: None = None
+    annotations: NoItems | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    tool_calls: NoItems | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise _field_error("content", "must be text")
+        return self
+
+    def to_template_message(self) -> dict[str, str]:
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": "" if self.content is None else join_text_parts(self.content),
+            **({"name": self.name} if self.name else {}),
+            **({"reasoning_content": self.reasoning_content} if self.reasoning_content else {}),
+        }
 
 
 class StreamOptions(OpenAIBaseModel):
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: bool = Field(
+        False, description="Whether each chunk contains the usage of its choice so far. It needs `include_usage`."
+    )
+    include_obfuscation: bool = Field(
+        False, description="Whether chunks are filled up to similar lengths, so that their lengths reveal less."
+    )
 
 
 class Prediction(OpenAIBaseModel):
@@ -131,26 +163,35 @@ class BaseCompletionRequest(OpenAIBaseModel):
     """The fields that both endpoints have."""
 
     model: Text = Field(description="The id that /v1/models lists.")
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    max_tokens: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
     temperature: float | None = Field(None, ge=0, le=2, description="The default is 1; 0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER, description="The default is 0, which means no limit.")
+    top_k: Integer | None = Field(
+        None, ge=-1, le=MAX_INTEGER, description="The default is 0, which means no limit. So does -1."
+    )
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: LogitBias | None = None
-    seed: int | None = Field(
+    seed: Integer | None = Field(
         None, ge=-MAX_INTEGER, le=MAX_INTEGER, description="Requests with the same seed get the same answer."
     )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     ignore_eos: bool = False
-    n: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    n: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(
         None, max_length=512, description="It has the meaning of prompt_cache_key, which takes precedence."
     )
+    skip_special_tokens: Literal[True] | None = None  # what the server always does
+    # These fields do not change the answer.
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: Text | None = Field(None, max_length=64)
+    safety_identifier: Text | None = Field(None, max_length=512)
+    prompt_cache_retention: Text | None = Field(None, max_length=64)
     parse: Annotated[ParseOptions, BeforeValidator(lambda value: {} if value is None else value)] = ParseOptions()
 
     @model_validator(mode="after")
@@ -162,10 +203,6 @@ class BaseCompletionRequest(OpenAIBaseModel):
     @property
     def num_choices(self) -> int:
         return self.n or 1
-
-    @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def to_sampling_params(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Returns the sampling parameters of a request.
@@ -180,7 +217,8 @@ class BaseCompletionRequest(OpenAIBaseModel):
         converted_params = {
             "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
             "seed": seed,
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop": tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or ())),
+            "top_k": max(0, self.top_k or 0),
             "max_tokens": max_tokens,
             "logprobs": logprobs,
         }
@@ -204,9 +242,9 @@ class ChatCompletionRequest(BaseCompletionRequest):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    max_completion_tokens: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prediction: Prediction | None = Field(None, description="Your own draft. It replaces that of the drafter.")
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables for the chat template, for example `enable_thinking`. They replace the operator's."
@@ -214,13 +252,21 @@ class ChatCompletionRequest(BaseCompletionRequest):
     prompt_cache_key: Text | None = Field(
         None, max_length=512, description="Requests with the same key go to the same replica and its prefix cache."
     )
+    reasoning_effort: Text | None = Field(
+        None, max_length=64, description="The chat template gets it as a variable, if it uses it."
+    )
     # The allowed values of these fields describe what the server always does.
     response_format: TextResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: NoItems | None = None
     tool_choice: Literal["none", "auto"] | None = None
+    functions: NoItems | None = None
+    audio: None = None
+    web_search_options: None = None
+    function_call: Literal["none", "auto"] | None = None
+    # These fields do not change the answer.
+    parallel_tool_calls: bool | None = None
+    verbosity: Text | None = Field(None, max_length=64)
 
     @model_validator(mode="after")
     def _check_field_combinations(self) -> "ChatCompletionRequest":
@@ -239,14 +285,7 @@ class ChatCompletionRequest(BaseCompletionRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def to_template_messages(self) -> list[dict[str, str]]:
-        return [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": join_text_parts(message.content),
-                **({"reasoning_content": message.reasoning_content} if message.reasoning_content else {}),
-            }
-            for message in self.messages
-        ]
+        return [message.to_template_message() for message in self.messages]
 
 
 class CompletionRequest(BaseCompletionRequest):
@@ -261,10 +300,10 @@ class CompletionRequest(BaseCompletionRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=128, fail_fast=True)]
     )
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     # The allowed values of these fields describe what the server always does.
     echo: Literal[False] | None = None
-    best_of: int | None = None
+    best_of: Integer | None = None
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")

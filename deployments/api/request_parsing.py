@@ -17,6 +17,7 @@ from deployments.api.request_models import (
     BaseCompletionRequest,
     ChatCompletionRequest,
     CompletionRequest,
+    StreamOptions,
     join_text_parts,
 )
 from deployments.api.response_models import ModelCard, ParseCapabilities
@@ -34,7 +35,7 @@ from deployments.session import Session
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.pipeline import Pipeline
-from parse.prompts import ChatPrompt, chat_prompt, validate_template_kwargs
+from parse.prompts import ChatPrompt, chat_prompt, template_mentions, validate_template_kwargs
 from parse.reasoning import ReasoningState
 from parse.requests import GenerationRequest, session_key
 
@@ -92,6 +93,7 @@ class RequestParser:
         )
         self.model_card = ModelCard(
             id=model_name,
+            root=model_name,
             created=int(time.time()),
             max_model_len=pipeline.capabilities.max_model_len,
             parse=capabilities,
@@ -102,8 +104,10 @@ class RequestParser:
         self._check_num_choices(request.num_choices)
         messages = request.to_template_messages()
         tokenizer = self._pipeline.tokenizer
+        effort = request.reasoning_effort
         template_kwargs = {
             **self._pipeline.chat_template_kwargs,
+            **({"reasoning_effort": effort} if effort and template_mentions(tokenizer, "reasoning_effort") else {}),
             **validate_template_kwargs(tokenizer, request.chat_template_kwargs or {}),
         }
         num_chars = sum(len(text) for message in messages for text in message.values()) + len(str(template_kwargs))
@@ -184,11 +188,13 @@ class RequestParser:
             model=self.model_card.id,
             prompt_lengths=[len(prompt) for prompt in request_input.prompts],
             trace=request.parse.trace,
-            include_usage=request.includes_usage,
+            stream_options=request.stream_options or StreamOptions(),
             id=generate_id(id_prefix),
         )
         response_builder = builder_class(context, self._token_text)
-        return ParsedRequest(generation_requests, choices, response_builder, stream, request.includes_usage)
+        return ParsedRequest(
+            generation_requests, choices, response_builder, stream, context.stream_options.include_usage
+        )
 
     def _build_generation_request(
         self, request: BaseCompletionRequest, request_input: RequestInput, prompt: Sequence[int], seed: int
@@ -218,22 +224,26 @@ class RequestParser:
         return generation_request
 
     def _check_parse_options(self, request: BaseCompletionRequest, mode: str) -> None:
-        modes, methods = self._modes, self.model_card.parse.methods
+        modes, methods = self._modes, self._pipeline.capabilities.method_choices
         if mode not in modes:
             raise RequestError("parse.mode", f"must be one of {', '.join(modes)}, got {mode}")
         method = request.parse.speculation
         if method is not None and method not in methods:
-            raise RequestError("parse.speculation", f"must be one of {', '.join(methods)}, got {method}")
+            offered = f"must be one of {', '.join(methods)}" if methods else "the server of the target chooses it"
+            raise RequestError("parse.speculation", f"{offered}, got {method}")
 
     def _check_prompt_lengths(self, request_input: RequestInput) -> None:
         max_model_len, max_tokens = self._pipeline.capabilities.max_model_len, request_input.max_tokens
         for prompt in request_input.prompts:
-            if len(prompt) + (max_tokens or 1) > max_model_len:
-                requested_length = f"{len(prompt)} tokens" + (f" and max_tokens {max_tokens}" if max_tokens else "")
+            num_completion_tokens = max_tokens or 1
+            if len(prompt) + num_completion_tokens > max_model_len:
                 field = request_input.prompt_field
+                # Clients recognize this error by OpenAI's wording.
                 message = (
-                    f"{field}: {requested_length} exceed the model's context length of {max_model_len} tokens; shorten "
-                    "the prompt" + (" or lower max_tokens" if max_tokens else "")
+                    f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+                    f"{len(prompt) + num_completion_tokens} tokens ({len(prompt)} in the {field}, "
+                    f"{num_completion_tokens} in the completion). Please reduce the length of the {field} or the "
+                    "completion."
                 )
                 raise ApiError(400, message, param=field, code="context_length_exceeded")
 

@@ -43,6 +43,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "parse-serve"
+    root: str = Field(description="The same as `id`. Some clients take the name of the tokenizer from here.")
+    parent: None = None
     max_model_len: int
     parse: ParseCapabilities
 

@@ -4,6 +4,7 @@ They are built from the events of their choices.
 """
 
 import json
+import secrets
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from deployments.api.reports import aggregate_usage, build_report, trace_text_delta, trace_verification
+from deployments.api.request_models import StreamOptions
 from deployments.api.response_models import (
     ChatCompletion,
     ChatCompletionChoice,
@@ -31,6 +33,8 @@ from deployments.observability.choice_state import ChoiceState
 from parse.events import Event, Finished, TextDelta, Verification
 from parse.types import Logprob
 
+OBFUSCATION_BLOCK = 32  # bytes; with `include_obfuscation`, the lengths of chunks are multiples of it
+
 
 @dataclass(frozen=True)
 class ResponseContext:
@@ -39,7 +43,7 @@ class ResponseContext:
     model: str
     prompt_lengths: Sequence[int]  # tokens of each prompt
     trace: bool
-    include_usage: bool  # whether the chunks of a stream have the field `usage`
+    stream_options: StreamOptions
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -65,12 +69,29 @@ class ResponseContext:
         object_name: str,
         choices: list[dict[str, Any]],
         parse: dict[str, Any] | None = None,
-        usage: CompletionUsage | None = None,
+        usage: CompletionUsage | dict[str, int] | None = None,
     ) -> str:
         body = {"id": self.id, "object": object_name, "created": self.created, "model": self.model, "choices": choices}
-        if self.include_usage:
-            body["usage"] = _dump(usage)
-        return format_sse(body if parse is None else body | {"parse": parse})
+        if self.stream_options.include_usage:
+            body["usage"] = usage.model_dump() if isinstance(usage, CompletionUsage) else usage
+        if parse is not None:
+            body["parse"] = parse
+        if self.stream_options.include_obfuscation:
+            length = len(format_sse(body | {"obfuscation": ""}))
+            filler = -length % OBFUSCATION_BLOCK + OBFUSCATION_BLOCK * secrets.randbelow(2)
+            body["obfuscation"] = secrets.token_hex(filler // 2 + 1)[:filler]
+        return format_sse(body)
+
+    def usage_so_far(self, choice: ChoiceState) -> dict[str, int] | None:
+        """Returns the usage for a chunk of a choice, or None if only the last chunk has one."""
+        if not self.stream_options.continuous_usage_stats:
+            return None
+        prompt_tokens, completion_tokens = choice.prompt_tokens, choice.num_tokens
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
 
 
 class ResponseBuilder(Protocol):
@@ -143,7 +164,8 @@ class ChatResponseBuilder:
     ) -> str:
         logprobs_json = _dump(logprobs)
         chunk_choice = {"index": choice.index, "delta": delta, "logprobs": logprobs_json, "finish_reason": finish}
-        return self.context.format_chunk("chat.completion.chunk", [chunk_choice], parse)
+        usage = self.context.usage_so_far(choice)
+        return self.context.format_chunk("chat.completion.chunk", [chunk_choice], parse, usage)
 
     def _build_logprobs(self, deltas: Sequence[TextDelta]) -> ChatCompletionLogprobs | None:
         if not any(delta.logprobs for delta in deltas):
@@ -193,22 +215,26 @@ class CompletionResponseBuilder:
                 if not text and not event.logprobs and not self.context.trace:
                     return None
                 text_offset = len(choice.text) - len(text)
-                return self._format_chunk(
-                    self._build_choice(choice, [event], text_offset, None), self.context.trace_event(event)
-                )
+                return self._format_chunk(choice, self.context.trace_event(event), [event], text_offset)
             case Verification():
                 event_trace = self.context.trace_event(event)
-                return self._format_chunk(self._build_choice(choice, [], 0, None), event_trace) if event_trace else None
+                return self._format_chunk(choice, event_trace) if event_trace else None
             case Finished(finish):
-                return self._format_chunk(
-                    self._build_choice(choice, [], 0, finish), _dump(build_report(choice, trace=False))
-                )
+                return self._format_chunk(choice, _dump(build_report(choice, trace=False)), finish=finish)
 
     def usage_chunk(self, choices: Sequence[ChoiceState]) -> str:
         return self.context.format_chunk("text_completion", [], usage=self.context.total_usage(choices))
 
-    def _format_chunk(self, choice: CompletionChoice, parse: dict[str, Any] | None) -> str:
-        return self.context.format_chunk("text_completion", [choice.model_dump()], parse)
+    def _format_chunk(
+        self,
+        choice: ChoiceState,
+        parse: dict[str, Any] | None,
+        deltas: Sequence[TextDelta] = (),
+        text_offset: int = 0,
+        finish: str | None = None,
+    ) -> str:
+        chunk_choice = self._build_choice(choice, deltas, text_offset, finish).model_dump()
+        return self.context.format_chunk("text_completion", [chunk_choice], parse, self.context.usage_so_far(choice))
 
     def _build_choice(
         self, choice: ChoiceState, deltas: Sequence[TextDelta], text_offset: int, finish: Any

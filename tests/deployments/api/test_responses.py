@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deployments.api.reports import build_report
+from deployments.api.request_models import StreamOptions
 from deployments.api.responses import ChatResponseBuilder, CompletionResponseBuilder, ResponseContext, format_sse
 from deployments.api.token_text import TokenText
 from deployments.observability.choice_state import ChoiceState
@@ -14,8 +15,10 @@ from parse.events import Event, Finished, TextDelta, Usage
 from parse.types import Logprob, SpeculationStats
 
 
-def response_context(*, trace: bool = False, usage: bool = False) -> ResponseContext:
-    return ResponseContext(model="m", prompt_lengths=[3], trace=trace, include_usage=usage, id="x")
+def response_context(*, trace: bool = False, **stream_options: bool) -> ResponseContext:
+    return ResponseContext(
+        model="m", prompt_lengths=[3], trace=trace, stream_options=StreamOptions(**stream_options), id="x"
+    )
 
 
 def choice_state(*events: Event) -> ChoiceState:
@@ -183,3 +186,28 @@ def test_without_reasoning_the_field_is_null(tokenizer):
     choice = choice_state(TextDelta("56", (3,), "target"), Finished("stop", Usage(mode="off", target_tokens=1)))
     (response_choice,) = ChatResponseBuilder(response_context(), TokenText(tokenizer)).build_response([choice]).choices
     assert response_choice.message.reasoning_content is None
+
+
+@pytest.mark.parametrize("builder_class", [ChatResponseBuilder, CompletionResponseBuilder])
+def test_chunks_contain_the_usage_so_far_if_requested(builder_class, tokenizer):
+    context = response_context(include_usage=True, continuous_usage_stats=True)
+    builder = builder_class(context, TokenText(tokenizer))
+    choice, counts = choice_state(), []
+    for delta in (TextDelta("a", (1,), "target"), TextDelta("bc", (2, 3), "target")):
+        choice.add_event(delta)
+        counts.append(data(builder.event_chunk(choice, delta))["usage"])
+    assert counts == [
+        {"prompt_tokens": 3, "completion_tokens": tokens, "total_tokens": 3 + tokens} for tokens in (1, 3)
+    ]
+
+
+@pytest.mark.parametrize("builder_class", [ChatResponseBuilder, CompletionResponseBuilder])
+def test_obfuscated_chunks_hide_the_lengths_of_their_texts(builder_class, tokenizer):
+    builder = builder_class(response_context(include_obfuscation=True), TokenText(tokenizer))
+    lengths = set()
+    for length in range(1, 60):
+        delta = TextDelta("x" * length, (1,), "target")
+        chunk = builder.event_chunk(choice_state(delta), delta)
+        assert isinstance(data(chunk)["obfuscation"], str)
+        lengths.add(len(chunk))
+    assert len({length % 32 for length in lengths}) == 1 and len(lengths) <= 5
