@@ -6,7 +6,7 @@ PROMETHEUS_PORT ?= 9090
 # One worker per core. tests/conftest.py decides which tests share a worker.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical
 
-.PHONY: help setup serve monitoring check unit test tools lint mutants wheel models heads evaluate measure results docs dashboards lock clean
+.PHONY: help setup serve monitoring check unit test tools lint releases mutants wheel models heads evaluate measure results docs dashboards lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -44,6 +44,11 @@ unit: setup  ## run the unit tests
 
 test: lint tools  ## run lint, then all tests
 	$(PYTEST)
+
+releases: setup  ## run the tests of the remote engine with each release of vLLM in bench/vllm/ (about 5 minutes each)
+	for lock in bench/vllm/*.lock; do \
+		VLLM_VERSION=$$(basename $$lock .lock) CI=1 $(BIN)/python -m pytest tests/parse/engines/remote/test_real_vllm.py || exit 1; \
+	done
 
 mutants: setup  ## change 200 places of the core modules, and list the changes that no test notices (up to 30 minutes)
 	$(BIN)/python tools/mutants.py

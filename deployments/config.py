@@ -54,6 +54,17 @@ class ApiSettings(Settings):
         description="The path of a file with bearer keys, one per line. If there are keys, every request needs one of "
         "them, except requests for /health, /ready, the API documentation and the playground.",
     )
+    ignore_unknown_fields: bool = Field(
+        False,
+        description="If true, fields of a request that the API does not have are ignored, and the header "
+        "`x-ignored-fields` of the response lists them. If false, such a request gets a 400, because an ignored field "
+        "could have changed the answer.",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="The origins of web pages whose scripts may use the API in a browser, for example "
+        "`https://chat.example`. `*` stands for all origins.",
+    )
     api_keys_env: str = Field(
         "PARSE_API_KEYS",
         min_length=1,

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
-from bench.vllm_server import ServerOptions, VLLMServer, VLLMUnavailable, start
+from bench.vllm_server import NEWEST, ServerOptions, VLLMServer, VLLMUnavailable, start
 from deployments.__main__ import set_ray_environment
 from parse.demo import DEMO_TARGET
 from training.tokenizer import build_tokenizer
@@ -57,8 +57,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def vllm() -> Iterator[VLLMServer]:
-    """A real vLLM that serves the demo target."""
-    options = ServerOptions(DEMO_TARGET, block_size=32, more=("--enable-prompt-tokens-details",))
+    """A real vLLM that serves the demo target. The environment variable VLLM_VERSION selects another release."""
+    version = os.environ.get("VLLM_VERSION", NEWEST)
+    options = ServerOptions(DEMO_TARGET, version=version, block_size=32, more=("--enable-prompt-tokens-details",))
     try:
         server = start(options)
     except VLLMUnavailable as error:

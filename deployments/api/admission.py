@@ -11,6 +11,10 @@ MAX_RETRY_AFTER_S = 60
 RUNNING_MEAN_WEIGHT = 0.1  # the weight of the newest request in the running mean
 
 
+RATE_LIMIT_HEADERS = "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"
+"""The headers with which OpenAI's API describes a limit."""
+
+
 class Overloaded(RuntimeError):
     """Raised if the queue is full."""
 
@@ -34,6 +38,17 @@ class AdmissionQueue:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def expected_wait_s(self) -> float:
+        """The seconds until the requests that wait now will have a slot."""
+        return self._mean_service_s * len(self._waiting) / self.num_slots
+
+    def rate_limit_headers(self) -> dict[str, str]:
+        """Returns how many more requests this process would accept at the moment."""
+        limit = self.num_slots + self.max_queued_requests
+        remaining = max(0, self.num_free_slots) + self.max_queued_requests - len(self._waiting)
+        return dict(zip(RATE_LIMIT_HEADERS, (str(limit), str(remaining), f"{self.expected_wait_s:.3f}s"), strict=True))
 
     async def wait_until_idle(self, seconds: float) -> None:
         """Returns when no slot has been held for this many seconds."""

@@ -11,7 +11,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from deployments.api.admission import Overloaded
-from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
+from deployments.api.request_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizePromptRequest,
+)
 from deployments.api.response_models import ErrorInfo, ErrorResponse
 from deployments.observability.access_log import get_request_record
 from parse.errors import EngineStopped, RequestError, ServerError
@@ -151,4 +157,8 @@ def _field_names(model: type[BaseModel]) -> set[str]:
     return names
 
 
-REQUEST_FIELD_NAMES = _field_names(ChatCompletionRequest) | _field_names(CompletionRequest)
+REQUEST_MODELS: tuple[type[BaseModel], ...] = (
+    *(ChatCompletionRequest, CompletionRequest),
+    *(TokenizePromptRequest, TokenizeChatRequest, DetokenizeRequest),
+)
+REQUEST_FIELD_NAMES = frozenset[str]().union(*map(_field_names, REQUEST_MODELS))

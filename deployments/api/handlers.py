@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
+from typing import Literal
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -30,6 +31,11 @@ from deployments.session import Session
 from parse.events import Event, Finished
 from parse.pipeline import Pipeline
 from parse.requests import GenerationRequest
+
+KEEP_ALIVE_INTERVAL_S = 15.0  # well below the limits of common proxies, which begin at 30 s
+KEEP_ALIVE_COMMENT = ": keep-alive\n\n"  # clients ignore comments
+
+ChoiceEvent = tuple[ChoiceState, Event]
 
 
 class CompletionHandler:
@@ -105,33 +111,43 @@ class CompletionHandler:
             choice.session.request_id = record.request_id
         choice_events = self._generate(parsed)
         if parsed.stream:
-            # The status is sent after the first event. A request that fails before it then gets the right status.
-            first_event = await anext(choice_events)
+            # The status is sent after the first event, so that a request that fails before it gets the right status. If
+            # the first event takes long, the status is sent before it, because proxies close silent connections.
+            first_item = await anext(choice_events)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers |= self._admission_queue.rate_limit_headers()
             return _EventStreamResponse(
-                self._stream_chunks(parsed, record, first_event, choice_events), choice_events, headers
+                self._stream_chunks(parsed, record, first_item, choice_events), choice_events, headers
             )
         async with aclosing(choice_events):
-            async for choice, event in choice_events:
-                choice.add_event(event)
+            async for item in choice_events:
+                if item is not None:
+                    choice, event = item
+                    choice.add_event(event)
         self._mark_succeeded(parsed, record)
         return Response(
-            parsed.response_builder.build_response(parsed.choices).model_dump_json(), media_type="application/json"
+            parsed.response_builder.build_response(parsed.choices).model_dump_json(),
+            media_type="application/json",
+            headers=self._admission_queue.rate_limit_headers(),
         )
 
     async def _stream_chunks(
         self,
         parsed: ParsedRequest,
         record: RequestRecord,
-        first_event: tuple[ChoiceState, Event],
-        later_events: AsyncGenerator[tuple[ChoiceState, Event]],
+        first_item: ChoiceEvent | None,
+        later_items: AsyncGenerator[ChoiceEvent | None],
     ) -> AsyncIterator[str]:
         builder = parsed.response_builder
         try:
             for choice in parsed.choices:
                 if chunk := builder.first_chunk(choice):
                     yield chunk
-            async for choice, event in _prepend(first_event, later_events):
+            async for item in _prepend(first_item, later_items):
+                if item is None:
+                    yield KEEP_ALIVE_COMMENT
+                    continue
+                choice, event = item
                 choice.add_event(event)
                 if chunk := builder.event_chunk(choice, event):
                     yield chunk
@@ -150,12 +166,12 @@ class CompletionHandler:
         for request, choice in zip(parsed.generation_requests, parsed.choices, strict=True):
             self._auditor.submit(record.request_id, request, choice)
 
-    async def _generate(self, parsed: ParsedRequest) -> AsyncGenerator[tuple[ChoiceState, Event]]:
-        """Yields the events of all choices as they happen.
+    async def _generate(self, parsed: ParsedRequest) -> AsyncGenerator[ChoiceEvent | None]:
+        """Yields the events of all choices as they happen, and None at regular intervals.
 
         Leaving the iteration cancels the choices.
         """
-        queue: asyncio.Queue[tuple[ChoiceState, Event] | None] = asyncio.Queue()
+        queue: asyncio.Queue[ChoiceEvent | Literal["interval", "end"]] = asyncio.Queue()
         started = time.perf_counter()
 
         async def generate_choice(request: GenerationRequest, choice: ChoiceState) -> None:
@@ -181,16 +197,22 @@ class CompletionHandler:
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
             finally:
-                queue.put_nowait(None)
+                queue.put_nowait("end")
 
-        task = asyncio.create_task(generate_all())
+        async def mark_intervals() -> None:
+            while True:
+                await asyncio.sleep(KEEP_ALIVE_INTERVAL_S)
+                queue.put_nowait("interval")
+
+        tasks = asyncio.create_task(generate_all()), asyncio.create_task(mark_intervals())
         try:
-            while (item := await queue.get()) is not None:
-                yield item
-            await task  # raises the exception of the task
+            while (item := await queue.get()) != "end":
+                yield None if item == "interval" else item
+            await tasks[0]  # raises the exception of the task
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _EventStreamResponse(StreamingResponse):
@@ -202,7 +224,7 @@ class _EventStreamResponse(StreamingResponse):
     def __init__(
         self,
         content: AsyncIterator[str],
-        choice_events: AsyncGenerator[tuple[ChoiceState, Event]],
+        choice_events: AsyncGenerator[ChoiceEvent | None],
         headers: dict[str, str],
     ) -> None:
         super().__init__(content, media_type="text/event-stream", headers=headers)
@@ -214,8 +236,8 @@ class _EventStreamResponse(StreamingResponse):
 
 
 async def _prepend(
-    first: tuple[ChoiceState, Event], rest: AsyncGenerator[tuple[ChoiceState, Event]]
-) -> AsyncIterator[tuple[ChoiceState, Event]]:
+    first: ChoiceEvent | None, rest: AsyncGenerator[ChoiceEvent | None]
+) -> AsyncIterator[ChoiceEvent | None]:
     yield first
     async for item in rest:
         yield item

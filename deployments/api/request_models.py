@@ -9,9 +9,19 @@ server always does.
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from deployments.api.unknown_fields import ignore_field
 from parse.acceptance import Thresholds
 from parse.config import MethodChoice, ModeName
 from parse.errors import RequestError
@@ -39,6 +49,9 @@ Integer = Annotated[int, BeforeValidator(_read_whole_number)]
 StopText = Annotated[Text, Field(max_length=MAX_STOP_LENGTH)]
 NoItems = Annotated[list[Any], Field(max_length=0)]
 """An empty list, which clients send instead of leaving a field out."""
+Metadata = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)
+]
 CacheControl = dict[str, Any]
 """A hint for the prompt cache of another service."""
 PromptText = Annotated[Text, Field(min_length=1)]
@@ -65,7 +78,7 @@ LogitBias = Annotated[
 
 
 class OpenAIBaseModel(BaseModel):
-    """The base of all request models. It rejects unknown fields by name.
+    """The base of all request models. It rejects unknown fields by name, unless the operator lets them be ignored.
 
     Only the first unknown field is reported, because listing all errors of a large body would take seconds.
     """
@@ -75,12 +88,12 @@ class OpenAIBaseModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name in data:
-                if name not in cls.model_fields:
-                    printable_name = name.encode(errors="replace").decode()
-                    raise PydanticCustomError("unsupported", "is not supported", {"field": printable_name})
-        return data
+        unknown = [name for name in data if name not in cls.model_fields] if isinstance(data, dict) else []
+        for name in unknown:
+            if not ignore_field(name):
+                printable_name = name.encode(errors="replace").decode()
+                raise PydanticCustomError("unsupported", "is not supported", {"field": printable_name})
+        return {name: value for name, value in data.items() if name in cls.model_fields} if unknown else data
 
 
 class TextContentPart(OpenAIBaseModel):
@@ -92,9 +105,7 @@ class TextContentPart(OpenAIBaseModel):
 Content = Text | Annotated[list[TextContentPart], Field(min_length=1, fail_fast=True)]
 
 
-class ChatMessage(OpenAIBaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
+class BaseMessage(OpenAIBaseModel):
     name: Text | None = Field(None, max_length=256, description="The chat template decides whether the model sees it.")
     cache_control: CacheControl | None = None
     # Clients send messages of earlier responses back, which have these fields.
@@ -105,19 +116,42 @@ class ChatMessage(OpenAIBaseModel):
     function_call: None = None
     tool_calls: NoItems | None = None
 
-    @model_validator(mode="after")
-    def _check_content(self) -> "ChatMessage":
-        if self.content is None and self.role != "assistant":
-            raise _field_error("content", "must be text")
-        return self
-
     def to_template_message(self) -> dict[str, str]:
+        raise NotImplementedError
+
+    def _template_message(self, role: str, content: Content) -> dict[str, str]:
         return {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": "" if self.content is None else join_text_parts(self.content),
+            "role": role,
+            "content": join_text_parts(content),
             **({"name": self.name} if self.name else {}),
             **({"reasoning_content": self.reasoning_content} if self.reasoning_content else {}),
         }
+
+
+class InputMessage(BaseMessage):
+    role: Literal["system", "developer", "user"]
+    content: Content
+
+    def to_template_message(self) -> dict[str, str]:
+        return self._template_message("system" if self.role == "developer" else self.role, self.content)
+
+
+class AssistantMessage(BaseMessage):
+    role: Literal["assistant"]
+    content: Content | None = None
+
+    def to_template_message(self) -> dict[str, str]:
+        return self._template_message(self.role, "" if self.content is None else self.content)
+
+
+def _message_kind(data: Any) -> str:
+    role = data.get("role") if isinstance(data, dict) else getattr(data, "role", None)
+    return "assistant" if role == "assistant" else "input"
+
+
+ChatMessage = Annotated[
+    Annotated[InputMessage, Tag("input")] | Annotated[AssistantMessage, Tag("assistant")], Discriminator(_message_kind)
+]
 
 
 class StreamOptions(OpenAIBaseModel):
@@ -187,7 +221,7 @@ class BaseCompletionRequest(OpenAIBaseModel):
     )
     skip_special_tokens: Literal[True] | None = None  # what the server always does
     # These fields do not change the answer.
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
     service_tier: Text | None = Field(None, max_length=64)
     safety_identifier: Text | None = Field(None, max_length=512)
@@ -284,9 +318,6 @@ class ChatCompletionRequest(BaseCompletionRequest):
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def to_template_messages(self) -> list[dict[str, str]]:
-        return [message.to_template_message() for message in self.messages]
-
 
 class CompletionRequest(BaseCompletionRequest):
     """POST /v1/completions: continues text or tokens.
@@ -319,6 +350,42 @@ class CompletionRequest(BaseCompletionRequest):
         if prompt_input and isinstance(prompt_input[0], int):
             return [[token for token in prompt_input if isinstance(token, int)]]
         return [prompt for prompt in prompt_input if not isinstance(prompt, int)]
+
+
+class BaseTokenizeRequest(OpenAIBaseModel):
+    """POST /tokenize"""
+
+    model: Text | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizePromptRequest(BaseTokenizeRequest):
+    prompt: Text
+    add_special_tokens: bool = Field(False, description="Whether to add the special tokens of the tokenizer.")
+
+
+class TokenizeChatRequest(BaseTokenizeRequest):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    add_generation_prompt: Literal[True] = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+def _tokenize_kind(data: Any) -> str:
+    is_chat = isinstance(data, TokenizeChatRequest) or (isinstance(data, dict) and "messages" in data)
+    return "chat_request" if is_chat else "prompt_request"
+
+
+TokenizeRequest = Annotated[
+    Annotated[TokenizePromptRequest, Tag("prompt_request")] | Annotated[TokenizeChatRequest, Tag("chat_request")],
+    Discriminator(_tokenize_kind),
+]
+
+
+class DetokenizeRequest(OpenAIBaseModel):
+    """POST /detokenize"""
+
+    model: Text | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 def join_text_parts(content: Content) -> str:

@@ -17,10 +17,13 @@ from deployments.api.request_models import (
     BaseCompletionRequest,
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
     StreamOptions,
+    TokenizeChatRequest,
+    TokenizePromptRequest,
     join_text_parts,
 )
-from deployments.api.response_models import ModelCard, ParseCapabilities
+from deployments.api.response_models import DetokenizeResponse, ModelCard, ParseCapabilities, TokenizeResponse
 from deployments.api.responses import (
     ChatResponseBuilder,
     CompletionResponseBuilder,
@@ -102,16 +105,11 @@ class RequestParser:
     async def parse_chat(self, request: ChatCompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
         self._check_num_choices(request.num_choices)
-        messages = request.to_template_messages()
-        tokenizer = self._pipeline.tokenizer
-        effort = request.reasoning_effort
-        template_kwargs = {
-            **self._pipeline.chat_template_kwargs,
-            **({"reasoning_effort": effort} if effort and template_mentions(tokenizer, "reasoning_effort") else {}),
-            **validate_template_kwargs(tokenizer, request.chat_template_kwargs or {}),
-        }
-        num_chars = sum(len(text) for message in messages for text in message.values()) + len(str(template_kwargs))
-        chat: ChatPrompt = await _run_in_thread_if_long(num_chars, chat_prompt, tokenizer, messages, template_kwargs)
+        messages = [message.to_template_message() for message in request.messages]
+        tokenizer, template_kwargs = self._pipeline.tokenizer, dict(request.chat_template_kwargs or {})
+        if request.reasoning_effort and template_mentions(tokenizer, "reasoning_effort"):
+            template_kwargs = {"reasoning_effort": request.reasoning_effort, **template_kwargs}
+        chat = await self._render_chat(messages, template_kwargs)
         prediction = None
         if request.prediction is not None:
             text = join_text_parts(request.prediction.content)
@@ -145,6 +143,40 @@ class RequestParser:
         )
         return self._build_parsed_request(request, request_input, CompletionResponseBuilder, "cmpl")
 
+    async def tokenize(self, request: TokenizePromptRequest | TokenizeChatRequest) -> TokenizeResponse:
+        self.check_model(request.model or self.model_card.id)
+        tokenizer = self._pipeline.tokenizer
+        if isinstance(request, TokenizeChatRequest):
+            messages = [message.to_template_message() for message in request.messages]
+            tokens = (await self._render_chat(messages, request.chat_template_kwargs or {})).token_ids
+        else:
+            text, add_special_tokens = request.prompt, request.add_special_tokens
+            tokens = await _run_in_thread_if_long(len(text), _encode, tokenizer, text, add_special_tokens)
+        return TokenizeResponse(
+            count=len(tokens),
+            max_model_len=self.model_card.max_model_len,
+            tokens=tokens,
+            token_strs=tokenizer.convert_ids_to_tokens(tokens) if request.return_token_strs else None,
+        )
+
+    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
+        self.check_model(request.model or self.model_card.id)
+        tokenizer = self._pipeline.tokenizer
+        self._check_token_ids("tokens", request.tokens)
+        tokens = request.tokens
+        return DetokenizeResponse(prompt=await _run_in_thread_if_long(len(tokens), tokenizer.decode, tokens))
+
+    async def _render_chat(self, messages: Sequence[dict[str, str]], template_kwargs: dict[str, Any]) -> ChatPrompt:
+        tokenizer = self._pipeline.tokenizer
+        kwargs = {**self._pipeline.chat_template_kwargs, **validate_template_kwargs(tokenizer, template_kwargs)}
+        num_chars = sum(len(text) for message in messages for text in message.values()) + len(str(kwargs))
+        chat: ChatPrompt = await _run_in_thread_if_long(num_chars, chat_prompt, tokenizer, messages, kwargs)
+        return chat
+
+    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        if max(token_ids, default=0) >= len(self._pipeline.tokenizer):
+            raise RequestError(field, f"token ids must lie in 0..{len(self._pipeline.tokenizer) - 1}")
+
     def check_model(self, name: str) -> None:
         if name != self.model_card.id:
             message = f"model: must be {self.model_card.id!r}, the model of this server, got {name[:100]!r}"
@@ -159,8 +191,7 @@ class RequestParser:
         )
         if not token_ids:
             raise RequestError("prompt", "must not be empty")
-        if max(token_ids) >= len(tokenizer):
-            raise RequestError("prompt", f"token ids must lie in 0..{len(tokenizer) - 1}")
+        self._check_token_ids("prompt", token_ids)
         return token_ids
 
     def _build_parsed_request(
@@ -278,8 +309,8 @@ async def _run_in_thread_if_long(num_chars: int, function: Any, *args: Any) -> A
     return function(*args) if num_chars < MAX_INLINE_TOKENIZATION_CHARS else await asyncio.to_thread(function, *args)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def _encode(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def _conversation_key(messages: Sequence[dict[str, str]]) -> str:

@@ -54,6 +54,21 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class VersionResponse(BaseModel):
+    version: str
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = Field(description="The entries of the vocabulary; null unless requested.")
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
 class StageTimes(BaseModel):
     """When a stage started and ended, in seconds since the request arrived."""
 

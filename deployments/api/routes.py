@@ -1,5 +1,7 @@
 """The routes: the OpenAI API, health, metrics and the playground."""
 
+from copy import deepcopy
+from importlib import metadata
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -9,19 +11,36 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from deployments import playground
+from deployments.api.admission import RATE_LIMIT_HEADERS
 from deployments.api.backend import Backend
 from deployments.api.errors import ApiError, handle_exception
 from deployments.api.handlers import CompletionHandler
 from deployments.api.limits import RequestLimitsMiddleware, load_api_keys
-from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
+from deployments.api.request_models import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from deployments.api.request_parsing import RequestParser
-from deployments.api.response_models import ChatCompletion, Completion, ErrorResponse, ModelCard, ModelList
+from deployments.api.response_models import (
+    ChatCompletion,
+    Completion,
+    DetokenizeResponse,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    TokenizeResponse,
+    VersionResponse,
+)
+from deployments.api.routing import LenientRoutingMiddleware
+from deployments.api.unknown_fields import IGNORED_FIELDS_HEADER, IgnoreUnknownFieldsMiddleware
 from deployments.config import ApiSettings, AuditSettings
-from deployments.observability.access_log import AccessLogMiddleware
+from deployments.observability.access_log import REQUEST_ID_HEADER, AccessLogMiddleware
+from parse.errors import RequestError
+from parse.prompts import TemplateError
 
 NO_AUDIT = AuditSettings()
+EXPOSED_HEADERS = (REQUEST_ID_HEADER, "retry-after", IGNORED_FIELDS_HEADER, *RATE_LIMIT_HEADERS)
+"""What scripts of other origins may read."""
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}  # Ray Serve traces requests
 DESCRIPTION = (
     "The OpenAI API with PARSE: a small model drafts an answer, a larger one verifies it and generates the rest."
@@ -43,6 +62,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}}
 }
+BODY_ERRORS = 400, 401, 404, 408, 413, "default"
 CHUNK_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": CHUNK_SCHEMA}}}
@@ -50,6 +70,7 @@ STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: AuditSettings = NO_AUDIT) -> FastAPI:
+    keys = load_api_keys(settings.api_keys_file, settings.api_keys_env)
     parser = RequestParser(backend.pipeline, settings, model_name)
     handler = CompletionHandler(backend, settings, audit)
     app = FastAPI(
@@ -57,12 +78,23 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
     )
     app.add_middleware(
         RequestLimitsMiddleware,
-        keys=load_api_keys(settings.api_keys_file, settings.api_keys_env),
+        keys=keys,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
     )
+    if settings.ignore_unknown_fields:
+        app.add_middleware(IgnoreUnknownFieldsMiddleware)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    app.add_middleware(LenientRoutingMiddleware)
     app.add_middleware(AccessLogMiddleware, recorder=backend.recorder)  # the outermost middleware
-    for exception_class in (ApiError, RequestValidationError, HTTPException, Exception):
+    for exception_class in (ApiError, RequestError, TemplateError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(exception_class, handle_exception)
     bearer = Depends(HTTPBearer(auto_error=False, description="A key is required if the server has keys."))
 
@@ -93,6 +125,18 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
         parser.check_model(model)
         return parser.model_card
 
+    @app.post("/tokenize", responses=_error_responses(*BODY_ERRORS), dependencies=[bearer])
+    async def tokenize(request: TokenizeRequest) -> TokenizeResponse:
+        return await parser.tokenize(request)
+
+    @app.post("/detokenize", responses=_error_responses(*BODY_ERRORS), dependencies=[bearer])
+    async def detokenize(request: DetokenizeRequest) -> DetokenizeResponse:
+        return await parser.detokenize(request)
+
+    @app.get("/version", responses=_error_responses(401, "default"), dependencies=[bearer])
+    async def version() -> VersionResponse:
+        return VersionResponse(version=metadata.version("parse-serve"))
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Says that the router is running."""
@@ -117,7 +161,24 @@ def create_app(backend: Backend, settings: ApiSettings, model_name: str, audit: 
         return Response(content, headers={"Content-Type": content_type})
 
     app.include_router(playground.create_router())
+    if not keys:
+        _make_authentication_optional(app)
     return app
+
+
+def _make_authentication_optional(app: FastAPI) -> None:
+    """Lets the document of the API say that requests need no key."""
+    create_document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = deepcopy(create_document())
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                if "security" in operation:
+                    operation["security"] = [{}, *operation["security"]]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the documented way to change the document
 
 
 def _error_responses(*statuses: int | str) -> dict[int | str, dict[str, Any]]:

@@ -80,7 +80,7 @@ class AccessLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
         # Ray Serve's proxy sets the header if the client does not, and also returns it to the client.
         client_request_id = Headers(scope=scope).get(REQUEST_ID_HEADER)
         record = scope[SCOPE_KEY] = RequestRecord(

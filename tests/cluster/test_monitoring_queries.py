@@ -134,6 +134,10 @@ class SimulatedService:
         tell.add(metrics.ENGINE_PREFIX_CACHE_QUERIES, 100)
         tell.add(metrics.ENGINE_PREFIX_CACHE_HITS, 40)
         tell.add(metrics.ENGINE_EVICTIONS, 2)
+        tell.set(metrics.ENGINE_SERVERS, 2, state="responding")
+        tell.set(metrics.ENGINE_SERVERS, 0, state="failing")
+        tell.add(metrics.ENGINE_PROPOSED_TOKENS, 30)
+        tell.add(metrics.ENGINE_ACCEPTED_TOKENS, 20)
 
 
 @contextmanager

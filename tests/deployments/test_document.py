@@ -56,6 +56,11 @@ def narrowed() -> dict[str, Any]:
             del fields[field]
         schemas[name]["required"].append("max_tokens")
     schemas["ChatCompletionRequest"]["properties"]["messages"]["maxItems"] = 3
+    for name in ("TokenizePromptRequest", "TokenizeChatRequest", "DetokenizeRequest"):
+        schemas[name]["properties"]["model"] = {"enum": [None, MODEL]}
+    for name in ("ChatCompletionRequest", "TokenizeChatRequest"):
+        del schemas[name]["properties"]["chat_template_kwargs"]
+    schemas["DetokenizeRequest"]["properties"]["tokens"]["items"] = {"type": "integer", "minimum": 0, "maximum": 509}
     for threshold in ("full", "prefix"):
         schemas["ParseOptions"]["properties"][threshold] = {"type": "number", "minimum": 0.5, "maximum": 1}
     schemas["ParseOptions"]["properties"]["speculation"] = {
@@ -74,7 +79,7 @@ served_here.config.generation.update(deterministic=True, modes=[schemathesis.Gen
 
 @served_here.hook
 def map_body(_: schemathesis.HookContext, body: Any) -> Any:
-    """Excludes 1.0, which is a whole number for JSON schemas but not for this API."""
+    """Excludes 1.0, which is a whole number for JSON schemas but not a token id."""
     match body:
         case float() if body.is_integer():
             return int(body)

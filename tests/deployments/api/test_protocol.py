@@ -33,6 +33,10 @@ def parse_body(model: type[BaseCompletionRequest], body: Any) -> Any:
     return model.model_validate(json.loads(json.dumps(body)))
 
 
+def template_messages(request: ChatCompletionRequest) -> list[dict[str, str]]:
+    return [message.to_template_message() for message in request.messages]
+
+
 def rejected_error(model: type[BaseCompletionRequest], body: Any) -> ErrorInfo:
     """Returns the error that the client receives."""
     with pytest.raises(ValidationError) as rejected:
@@ -165,19 +169,16 @@ def test_messages_are_text_and_developer_messages_become_system_messages():
     request = parse_body(
         ChatCompletionRequest, CHAT | {"messages": [{"role": role, "content": parts} for role in roles]}
     )
-    assert [message["role"] for message in request.to_template_messages()] == ["system", "system", "user", "assistant"]
-    assert {message["content"] for message in request.to_template_messages()} == {"One, two"}
+    rendered = template_messages(request)
+    assert [message["role"] for message in rendered] == ["system", "system", "user", "assistant"]
+    assert {message["content"] for message in rendered} == {"One, two"}
 
 
 def test_an_earlier_answer_may_be_sent_back():
     ours: dict[str, Any] = {"role": "assistant", "content": "57.", "refusal": None, "annotations": None, "audio": None}
     ours |= {"function_call": None, "tool_calls": [], "cache_control": {"type": "ephemeral"}}
-    assert (
-        parse_body(ChatCompletionRequest, CHAT | {"messages": [*CHAT["messages"], ours]}).to_template_messages()[1][
-            "content"
-        ]
-        == "57."
-    )
+    request = parse_body(ChatCompletionRequest, CHAT | {"messages": [*CHAT["messages"], ours]})
+    assert template_messages(request)[1]["content"] == "57."
 
 
 def test_names_and_empty_answers_are_part_of_the_conversation():
@@ -187,7 +188,7 @@ def test_names_and_empty_answers_are_part_of_the_conversation():
         {"role": "user", "content": [{"type": "text", "text": "Bye", "cache_control": {"type": "ephemeral"}}]},
     ]
     request = parse_body(ChatCompletionRequest, CHAT | {"messages": messages})
-    assert request.to_template_messages() == [
+    assert template_messages(request) == [
         {"role": "user", "content": "Hello", "name": "Kim"},
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "Bye"},

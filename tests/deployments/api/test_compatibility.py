@@ -1,0 +1,169 @@
+"""What clients take for granted beside the two endpoints."""
+
+import json
+from importlib.metadata import version
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.api import handlers
+from tests.deployments.api.test_routes import BODY, CHAT, COMPLETIONS, HELLO, error_of, post, serving
+from tests.deployments.conftest import MODEL
+from tests.deployments.live import PATIENCE_S, Writer
+
+
+def preflight(address: str, origin: str, **headers: str) -> httpx.Response:
+    asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    return httpx.options(f"{address}{CHAT}", headers=asked | headers)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/ready", "/metrics", "/"])
+def test_head_has_the_headers_of_get_and_no_body(raw, path):
+    head, get = raw.head(path), raw.get(path)
+    assert head.status_code == get.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(raw):
+    assert raw.get("/v1/models/").json() == raw.get("/v1/models").json()
+    assert raw.get(f"/v1/models/{MODEL}/").json()["id"] == MODEL
+    assert raw.post(f"{CHAT}/", json=BODY).status_code == 200
+    assert raw.get("/v1//").status_code == 404
+
+
+def test_the_version_is_that_of_the_package(raw):
+    assert raw.get("/version").json() == {"version": version("parse-serve")}
+
+
+def test_the_model_card_has_what_benchmarks_read(raw):
+    (card,) = raw.get("/v1/models").json()["data"]
+    assert card["root"] == MODEL and card["max_model_len"] > 0 and card["parent"] is None
+
+
+def test_text_and_chats_are_tokenized_as_for_an_answer(raw, pair):
+    tokenizer = pair.tokenizer
+    text = raw.post("/tokenize", json={"model": MODEL, "prompt": "Ann leads.", "return_token_strs": True}).json()
+    assert text["tokens"] == tokenizer.encode("Ann leads.", add_special_tokens=False)
+    assert text["token_strs"] == tokenizer.convert_ids_to_tokens(text["tokens"])
+    assert (text["count"], text["max_model_len"]) == (len(text["tokens"]), pair.pipeline.capabilities.max_model_len)
+    chat = raw.post("/tokenize", json={"messages": HELLO}).json()
+    assert chat["token_strs"] is None
+    assert chat["count"] == raw.post(CHAT, json=BODY).json()["usage"]["prompt_tokens"]
+    assert raw.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"] == tokenizer.apply_chat_template(
+        HELLO, tokenize=False, add_generation_prompt=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": HELLO}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": "a", "tokens": [1]}, "tokens"),
+        ("/detokenize", {"tokens": [510]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"prompt": "a"}, "prompt"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_named(raw, path, body, param):
+    assert error_of(raw.post(path, json=body), 400)["param"] == param
+
+
+def test_tokenizing_for_another_model_is_rejected(raw):
+    error_of(raw.post("/tokenize", json={"model": "other", "prompt": "a"}), 404)
+
+
+def test_a_context_overflow_has_the_wording_that_clients_recognize(raw, pair):
+    limit = pair.pipeline.capabilities.max_model_len
+    for path, body in ((CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "Hello"})):
+        error = error_of(raw.post(path, json={"model": MODEL, "max_tokens": limit, **body}), 400)
+        assert error["code"] == "context_length_exceeded"
+        assert error["message"].startswith(f"This model's maximum context length is {limit} tokens. However, you ")
+
+
+def test_scripts_of_configured_origins_may_use_the_api(pair, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("secret")
+    origin, other = "https://chat.example", "https://other.example"
+    with serving(pair, api_keys_file=str(keys), cors_origins=(origin,)) as address:
+        allowed = preflight(address, origin, **{"Access-Control-Request-Headers": "authorization,content-type"})
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == origin
+        assert "authorization" in allowed.headers["access-control-allow-headers"]
+        assert preflight(address, other).status_code == 400
+        response = post(address, Authorization="Bearer secret", Origin=origin)
+        assert response.status_code == 200 and response.headers["access-control-allow-origin"] == origin
+        assert "x-request-id" in response.headers["access-control-expose-headers"]
+        error = post(address, Origin=origin)  # a script can read why it is rejected
+        assert error.status_code == 401 and error.headers["access-control-allow-origin"] == origin
+        assert "access-control-allow-origin" not in post(address, Authorization="Bearer secret", Origin=other).headers
+    with serving(pair) as address:
+        assert "access-control-allow-origin" not in preflight(address, origin).headers
+
+
+def test_unknown_fields_are_ignored_and_listed_if_the_operator_allows_it(pair):
+    body: dict[str, Any] = BODY | {"guidance": 1, "a,\u00e9": 2, "messages": [HELLO[0] | {"weight": 1}]}
+    with serving(pair, ignore_unknown_fields=True) as address:
+        for stream in (False, True):
+            response = post(address, body | {"stream": stream})
+            assert response.status_code == 200
+            assert set(response.headers["x-ignored-fields"].split(", ")) == {"guidance", "a??", "weight"}
+        assert "x-ignored-fields" not in post(address).headers
+        assert error_of(post(address, body | {"n": 0}), 400)["param"] == "n"
+        assert error_of(post(address, BODY | {"tools": [{}]}), 400)["param"] == "tools"  # known, and not supported
+    with serving(pair) as address:
+        assert error_of(post(address, body), 400)["param"] == "guidance"
+
+
+def test_responses_say_how_many_more_requests_are_accepted(pair):
+    with serving(pair, max_answers=3, max_queued_requests=4) as address:
+        for body in (BODY, BODY | {"stream": True}):
+            headers = post(address, body).headers
+            assert headers["x-ratelimit-limit-requests"] == "7"
+            assert 6 <= int(headers["x-ratelimit-remaining-requests"]) <= 7
+            assert headers["x-ratelimit-reset-requests"].endswith("s")
+
+
+def test_a_silent_stream_is_kept_alive_with_comments(pair, monkeypatch):
+    monkeypatch.setattr(handlers, "KEEP_ALIVE_INTERVAL_S", 0.05)
+    writer = Writer([300])  # it waits after the first token
+    with serving(pair, writer) as address:
+        lines = []
+        with httpx.stream("POST", f"{address}{CHAT}", json=BODY | {"stream": True}, timeout=PATIENCE_S) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if lines.count(": keep-alive") == 3:
+                    writer.may_go_on.set()
+        assert lines.count(": keep-alive") >= 3 and lines[-2] == "data: [DONE]"
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_begins_before_a_late_first_token(pair, monkeypatch):
+    monkeypatch.setattr(handlers, "KEEP_ALIVE_INTERVAL_S", 0.05)
+    writer = Writer()
+    with (
+        serving(pair, writer) as address,
+        httpx.stream("POST", f"{address}{CHAT}", json=BODY | {"stream": True}, timeout=PATIENCE_S) as response,
+    ):
+        assert response.status_code == 200  # before there is any text
+        writer.may_go_on.set()
+        assert "data: [DONE]" in list(response.iter_lines())
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+def test_the_document_requires_a_key_only_if_the_server_does(pair, tmp_path, with_key):
+    keys = tmp_path / "keys"
+    keys.write_text("secret")
+    with serving(pair, **({"api_keys_file": str(keys)} if with_key else {})) as address:
+        operations = [
+            operation
+            for path in httpx.get(f"{address}/openapi.json").json()["paths"].values()
+            for operation in path.values()
+            if "security" in operation
+        ]
+    assert len(operations) >= 7
+    assert all(({} in operation["security"]) != with_key for operation in operations)
