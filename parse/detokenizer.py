@@ -4,8 +4,11 @@ The text contains no broken characters, loses no spaces, and ends before a stop 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
+
+from parse.types import SamplingParams
 
 REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
@@ -19,13 +22,29 @@ class IncrementalDetokenizer:
     decoded together with the tokens of the previous piece.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        """With `include_stop`, the text ends after the stop string.
+
+        A stop string that ends within the first `min_tokens` tokens is ignored.
+        """
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._include_stop, self._min_tokens = include_stop, min_tokens
         self._token_ids: list[int] = []
         self._decode_start = self._emitted = 0  # in tokens: the start of decoding, and the end of the released text
         self._held_back = ""  # text that may be the beginning of a stop string
         self.matched_stop: str | None = None
         """The stop string that was found. The caller of `add` then has to end the text."""
+
+    @classmethod
+    def for_params(cls, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> Self:
+        return cls(tokenizer, params.stop, include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens)
 
     def add(self, token_ids: Iterable[int]) -> str:
         """Adds tokens and returns the text that can no longer change."""
@@ -70,10 +89,10 @@ class IncrementalDetokenizer:
         # The match that ends first is taken, so that token boundaries do not matter. Among matches with the same end,
         # the one that starts first is taken.
         matches = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if matches:
-            _, at, self.matched_stop = min(matches)
+        if matches and len(self._token_ids) > self._min_tokens:
+            end, start, self.matched_stop = min(matches)
             self._held_back = ""
-            return text[:at]
+            return text[: end if self._include_stop else start]
         keep = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held_back = text[len(text) - keep :]
         return text[: len(text) - keep]

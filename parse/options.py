@@ -49,7 +49,10 @@ class GenerateOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     seed: int
     max_tokens: int | None
+    min_tokens: int
     stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    include_stop_str_in_output: bool
     ignore_eos: bool
     logprobs: int | None
 

@@ -145,7 +145,7 @@ class Pipeline:
                 choice.mode,
                 choice.fallback,
                 self.tokenizer,
-                params.stop,
+                params,
                 len(request.prompt_token_ids),
                 ReasoningParser(
                     visible_reasoning_tags(self.tokenizer) if request.reasoning else None, request.reasoning

@@ -11,6 +11,7 @@ from parse.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # strings, characters
+MAX_STOP_TOKEN_IDS = 128
 
 NO_STREAMING = 1 << 30
 """A stream interval that is so long that all tokens come in one delta."""
@@ -35,7 +36,13 @@ class SamplingParams:
     seed: int = 0
     max_tokens: int | None = None
     """The maximum number of tokens of the whole output. None means as many as the context length allows."""
+    min_tokens: int = 0
+    """The output does not end at an end token or a stop string before it has this many tokens."""
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the output, in addition to the end tokens of the model."""
+    include_stop_str_in_output: bool = False
+    """Whether the stop string or the token of `stop_token_ids` that ends the output is a part of it."""
     ignore_eos: bool = False
     logprobs: int | None = None
     """Return the log-probability of each token, with this many alternatives."""
@@ -54,10 +61,22 @@ class SamplingParams:
             _check_range("logit_bias", token, 0, None, integer=True)
             _check_range("logit_bias", bias, -100.0, 100.0)
         _check_range("seed", self.seed, None, None, integer=True)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError("ignore_eos", f"must be True or False, got {self.ignore_eos!r}")
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, f"must be True or False, got {getattr(self, name)!r}")
+        _check_range("min_tokens", self.min_tokens, 0, None, integer=True)
         if self.max_tokens is not None:
             _check_range("max_tokens", self.max_tokens, 1, None, integer=True)
+            if self.min_tokens > self.max_tokens:
+                raise RequestError(
+                    "min_tokens", f"must be at most max_tokens, {self.max_tokens}, got {self.min_tokens}"
+                )
+        if not isinstance(self.stop_token_ids, list | tuple):
+            raise RequestError("stop_token_ids", f"must be a list of token ids, got {self.stop_token_ids!r}")
+        for token in self.stop_token_ids:
+            _check_range("stop_token_ids", token, 0, None, integer=True)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError("stop_token_ids", f"must be at most {MAX_STOP_TOKEN_IDS} tokens")
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, integer=True)
         if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
@@ -75,10 +94,18 @@ class SamplingParams:
 
     @property
     def modifies_logits(self) -> bool:
-        """Whether a penalty or bias changes the logits before a token is chosen."""
+        """Whether a penalty, a bias or a minimum length changes the logits before a token is chosen."""
         return bool(
-            self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+            self.logit_bias
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.min_tokens
         )
+
+    def end_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """Returns the tokens that end the output of a model with these end tokens."""
+        return frozenset(() if self.ignore_eos else eos_token_ids).union(self.stop_token_ids)
 
 
 def _check_range(

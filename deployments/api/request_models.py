@@ -25,7 +25,7 @@ from deployments.api.unknown_fields import ignore_field
 from parse.acceptance import Thresholds
 from parse.config import MethodChoice, ModeName
 from parse.errors import RequestError
-from parse.types import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
+from parse.types import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_INTEGER = 9_223_372_036_854_776_000  # the limit in the OpenAI API
 MAX_LOGIT_BIAS_TOKENS = 1024
@@ -212,6 +212,13 @@ class BaseCompletionRequest(OpenAIBaseModel):
         None, ge=-MAX_INTEGER, le=MAX_INTEGER, description="Requests with the same seed get the same answer."
     )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = Field(
+        None, description="Tokens that end the answer."
+    )
+    include_stop_str_in_output: bool = False
+    min_tokens: Integer | None = Field(
+        None, ge=0, le=MAX_INTEGER, description="The answer does not end by itself before it has this many tokens."
+    )
     ignore_eos: bool = False
     n: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
     stream: bool | None = None

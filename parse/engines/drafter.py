@@ -75,8 +75,15 @@ class RetokenizingDrafter:
         generate = GenerateRequest(
             prompt_token_ids=chat_prompt_token_ids(tokenizer, request.messages, self._template_kwargs),
             output_token_ids=output_token_ids,
-            # The bias refers to the target's tokens.
-            sampling_params=replace(request.sampling_params, logprobs=None, logit_bias={}, max_tokens=max_tokens),
+            # Bias and stop tokens refer to the target's tokens.
+            sampling_params=replace(
+                request.sampling_params,
+                logprobs=None,
+                logit_bias={},
+                stop_token_ids=(),
+                min_tokens=0,  # the receiver counts in the target's tokens
+                max_tokens=max_tokens,
+            ),
             stream_interval=request.stream_interval,
             session_key=request.session_key,
         )

@@ -29,6 +29,7 @@ class RequestChecks:
     def generation(self, request: GenerateRequest) -> GenerateRequest:
         """Returns the request with plain token ids."""
         self.token_ids("logit_bias", list(request.sampling_params.logit_bias))
+        self.token_ids("stop_token_ids", request.sampling_params.stop_token_ids)
         return replace(
             request,
             prompt_token_ids=self.token_ids("prompt", request.prompt_token_ids),
@@ -81,7 +82,7 @@ def stop_detokenizer(request: GenerateRequest, tokenizer: PreTrainedTokenizerBas
     """Returns a detokenizer that finds the request's stop strings after its output, or None if it has none."""
     if not request.sampling_params.stop:
         return None
-    detokenizer = IncrementalDetokenizer(tokenizer, request.sampling_params.stop)
+    detokenizer = IncrementalDetokenizer.for_params(tokenizer, request.sampling_params)
     detokenizer.add(request.output_token_ids)
     if detokenizer.matched_stop is not None:
         raise RequestError("output", f"already contains the stop string {detokenizer.matched_stop!r}")

@@ -145,19 +145,21 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
 def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
     """Adds tokens up to an end token, another special token, a stop string or the token limit.
 
-    Returns whether one of these was reached. Only a stop string and, without `ignore_eos`, an end token of the target
-    complete the draft. Another special token and the token limit make it incomplete. If none of these is reached,
-    `draft.complete` does not change, so a whole prediction stays complete.
+    Returns whether one of these was reached. Only a stop string, a stop token and, without `ignore_eos`, an end token
+    of the target complete the draft. Another special token and the token limit make it incomplete. If none of these is
+    reached, `draft.complete` does not change, so a whole prediction stays complete.
     """
     token_ids, ended = validate_token_ids("draft", token_ids, len(run.tokenizer)), False
-    special = run.eos_token_ids.union(run.tokenizer.all_special_ids)
+    params, stop_token_ids = run.sampling_params, frozenset(run.sampling_params.stop_token_ids)
+    special = run.eos_token_ids.union(run.tokenizer.all_special_ids, stop_token_ids)
     end = next((index for index, token in enumerate(token_ids) if token in special), None)
     if end is not None:
-        draft.complete = token_ids[end] in run.eos_token_ids and not run.sampling_params.ignore_eos
-        token_ids, ended = token_ids[:end], True
+        draft.complete = token_ids[end] in params.end_token_ids(run.eos_token_ids)
+        is_included = params.include_stop_str_in_output and token_ids[end] in stop_token_ids
+        token_ids, ended = token_ids[: end + is_included], True
     output = [*draft.output_before, *draft.token_ids]
-    if run.sampling_params.stop:
-        detokenizer = IncrementalDetokenizer(run.tokenizer, run.sampling_params.stop)
+    if params.stop:
+        detokenizer = IncrementalDetokenizer.for_params(run.tokenizer, params)
         text = detokenizer.add([*output, *token_ids]) + detokenizer.finish()
         if detokenizer.matched_stop is not None:
             draft.complete = ended = True
@@ -168,5 +170,7 @@ def _extend_until_end(run: Run, draft: Draft, token_ids: Sequence[int]) -> bool:
         max_tokens = max(0, run.sampling_params.max_tokens - len(output))
         if len(token_ids) > max_tokens:
             token_ids, ended, draft.complete, draft.final_text = token_ids[:max_tokens], True, False, None
+    if len(output) + len(token_ids) < params.min_tokens:
+        draft.complete = False  # the target continues it
     draft.extend(token_ids)
     return ended

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from parse.detokenizer import IncrementalDetokenizer
 from parse.events import Fallback, Origin, Stage, StageName, TextDelta, Usage, Verification
 from parse.reasoning import ReasoningParser
-from parse.types import FinishReason, Logprob, SpeculationStats, TokenDelta, sum_stats
+from parse.types import FinishReason, Logprob, SamplingParams, SpeculationStats, TokenDelta, sum_stats
 
 
 class GenerationState:
@@ -22,7 +22,7 @@ class GenerationState:
         mode: str,
         fallback: Fallback | None,
         tokenizer: PreTrainedTokenizerBase,
-        stop: Sequence[str],
+        sampling_params: SamplingParams,
         prompt_length: int,
         reasoning_parser: ReasoningParser,
     ) -> None:
@@ -33,7 +33,7 @@ class GenerationState:
         self.finish_reason: FinishReason | None = None
         self.draft_tokens = self.accepted_tokens = self.target_tokens = self.rounds = 0
         self.accepted_prefix_length: int | None = None
-        self._detokenizer = IncrementalDetokenizer(tokenizer, stop)
+        self._detokenizer = IncrementalDetokenizer.for_params(tokenizer, sampling_params)
         self._reasoning_parser = reasoning_parser
         self._num_chars = 0
         self._last_origin: Origin = "target"

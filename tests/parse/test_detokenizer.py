@@ -68,6 +68,39 @@ def test_the_deltas_are_the_text_of_all_tokens_up_to_the_first_stop_string(token
     assert (got, met is not None) == (expected, stopped)
 
 
+@pytest.mark.parametrize("tokenizer", [BYTES, SPACED], ids=["bytes", "spaced"])
+@given(text=writing, data=st.data())
+def test_the_stop_string_is_part_of_the_text_on_request(tokenizer, text, data):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stop = stops(tokenizer.decode(ids, skip_special_tokens=True), data)
+    without, met = detokenized(tokenizer, split(ids, data), stop)
+    stream = IncrementalDetokenizer(tokenizer, stop, include_stop=True)
+    text = "".join(stream.add(part) for part in split(ids, data)) + stream.finish()
+    assert (text, stream.matched_stop) == (without + (met or ""), met)
+
+
+@given(text=writing, min_tokens=st.integers(0, 12), data=st.data())
+def test_a_stop_string_counts_only_after_the_minimum_length(text, min_tokens, data):
+    ids = BYTES.encode(text, add_special_tokens=False)
+    stop = stops(text, data)
+    stream = IncrementalDetokenizer(BYTES, stop, min_tokens=min_tokens)
+    got = "".join(stream.add(part) for part in split(ids, data)) + stream.finish()
+    # Only a stop string that ends in the text of a later token ends the text.
+    expected, met = text, False
+    for size in range(min_tokens + 1, len(ids) + 1):
+        before, now = (str(BYTES.decode(ids[:count])).rstrip("\ufffd") for count in (size - 1, size))
+        ends = [
+            (end, end - len(each))
+            for end in range(len(before) + 1, len(now) + 1)
+            for each in stop
+            if now[:end].endswith(each)
+        ]
+        if ends:
+            expected, met = now[: min(ends)[1]], True
+            break
+    assert (got, stream.matched_stop is not None) == (expected, met)
+
+
 @given(ids=st.lists(st.integers(0, len(BYTES) - 1), max_size=20), data=st.data())
 def test_even_of_tokens_that_make_no_sense(ids, data):
     full_text = BYTES.decode(ids, skip_special_tokens=True)

@@ -673,6 +673,28 @@ def test_with_ignore_eos_a_stop_string_still_ends_the_answer(make, tokenizer, mo
     assert "".join(delta.text for delta in deltas) == "Step 1: 27 minus 3" and finished.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+def test_a_draft_below_the_minimum_length_is_continued(make, tokenizer, mode):
+    params = replace(GREEDY, min_tokens=10, max_tokens=15)
+    for draft in (RIGHT[:9], [*RIGHT[:9], tokenizer.eos_token_id, *RIGHT]):
+        for source in ({}, {"prediction": draft}):
+            target, drafter = Target(), Scripted([draft, [], []])
+            token_ids, *_ = answered(make(target, drafter), mode, params, **source)
+            assert token_ids == RIGHT[:8] + OWN[8:15]
+            assert not any(call[4] for call in target.calls if call[0] == "verify")
+
+
+@pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_completes_a_draft(make, mode, include):
+    params = replace(GREEDY, stop_token_ids=(RIGHT[9],), include_stop_str_in_output=include, ignore_eos=True)
+    for source in ({}, {"prediction": RIGHT}):
+        target = Target()
+        token_ids, _, _, finished = answered(make(target, Scripted([RIGHT])), mode, params, **source)
+        assert token_ids == RIGHT[: 9 + include] and finished.finish_reason == "stop"
+        assert [call[4] for call in target.calls if call[0] == "verify"][-1]
+
+
 def test_a_drafter_knows_the_token_limit_and_ends_its_draft_at_an_end_token(make):
     received = []
 

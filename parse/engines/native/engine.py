@@ -217,7 +217,7 @@ class NativeEngine:
         method = self._method(request.speculative_method)
         return generate(
             request,
-            stop_token_ids=self.model.eos_token_ids,
+            eos_token_ids=self.model.eos_token_ids,
             max_new_tokens=self._checks.max_new_tokens(request),
             emit=stream.put,
             detokenizer=stop_detokenizer(request, self.tokenizer),

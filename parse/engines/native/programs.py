@@ -62,7 +62,7 @@ def prefill() -> TreeProgram:
 def generate(
     request: GenerateRequest,
     *,
-    stop_token_ids: Collection[int],
+    eos_token_ids: Collection[int],
     max_new_tokens: int,
     emit: Callable[[TokenDelta], None],
     detokenizer: IncrementalDetokenizer | None = None,
@@ -72,14 +72,15 @@ def generate(
     """Generates the tokens that follow the request's prompt and output.
 
     The context is prompt and output without their last token. Passes at most `max_new_tokens` tokens to `emit`, and
-    never the end token. Each delta except the last has at least `stream_interval` tokens. `detokenizer` finds stop
-    strings. A pass also runs the request's draft, and later the proposals of the speculative method. They are accepted
-    as long as the target chooses the same tokens. If the last token has already been computed, `last_output` is its
-    output. The context then contains that token, and the first new token needs no pass.
+    never an end token of the model. Each delta except the last has at least `stream_interval` tokens. `detokenizer`
+    finds stop strings. A pass also runs the request's draft, and later the proposals of the speculative method. They
+    are accepted as long as the target chooses the same tokens. If the last token has already been computed,
+    `last_output` is its output. The context then contains that token, and the first new token needs no pass.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
-    sampler = Sampler(params, prompt, output)
-    stop_token_ids = () if params.ignore_eos else stop_token_ids
+    end_token_ids = params.end_token_ids(eos_token_ids)
+    included_end_token_ids = frozenset(params.stop_token_ids if params.include_stop_str_in_output else ())
+    sampler = Sampler(params, prompt, output, end_token_ids)
     last, context_length = (output or prompt)[-1], len(prompt) + len(output) - 1
     draft = request.draft_token_ids
     proposal = chain_proposal(draft[: max(0, max_new_tokens - 1)])
@@ -109,9 +110,10 @@ def generate(
         while node is not None:
             path.append(node)
             token = tree_output.token_ids[node]
-            if token in stop_token_ids:
+            if token in end_token_ids:
                 finish = "stop"
-                break
+                if token not in included_end_token_ids:
+                    break
             if params.logprobs is not None:
                 output_logprobs += token_logprobs(tree_output.logits[node : node + 1], [token], params.logprobs)
             sampler.append(token)
@@ -120,7 +122,7 @@ def generate(
             node = child(nodes, node, token)
             if detokenizer is not None:
                 detokenizer.add((token,))
-                finish = "stop" if detokenizer.matched_stop is not None else None
+                finish = "stop" if detokenizer.matched_stop is not None else finish
             if finish is None and not remaining:
                 finish = "length"
             if finish:

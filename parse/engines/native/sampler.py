@@ -34,16 +34,23 @@ class SamplingState:
     noise: float  # in [0, 1)
     prompt_tokens: Collection[int]  # empty unless a penalty needs them
     output_counts: Mapping[int, int]  # occurrences of each token; empty unless a penalty needs them
+    excluded_tokens: Collection[int] = ()  # end tokens before `min_tokens`
 
 
 class Sampler:
     """The sampling state of one request.
 
-    It counts tokens only if penalties or a bias are set.
+    It counts tokens only if penalties or a bias are set. The `end_token_ids` are excluded before `min_tokens`.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Iterable[int],
+        output: Sequence[int],
+        end_token_ids: Collection[int] = (),
+    ) -> None:
+        self.params, self._end_token_ids = params, end_token_ids
         self.position = len(output)
         self._output_counts = Counter(output) if params.modifies_logits else Counter()
         self._prompt_tokens = frozenset(prompt) if params.repetition_penalty != 1.0 else frozenset()
@@ -73,7 +80,8 @@ class Sampler:
                 counts = counts + Counter((token,) if depth and token != MASK else ())
             counts_above.append(counts)
             noise = 0.0 if params.greedy else uniform_noise(params.seed, self.position + depth)
-            states.append(SamplingState(params, noise, self._prompt_tokens, counts))
+            excluded = self._end_token_ids if self.position + depth < params.min_tokens else ()
+            states.append(SamplingState(params, noise, self._prompt_tokens, counts, excluded))
         return states
 
 
@@ -123,7 +131,7 @@ def _sample_rows(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Applies penalties and biases to the logits.
 
-    The order is repetition penalty, presence and frequency penalties, bias.
+    The order is repetition penalty, presence and frequency penalties, bias. Excluded tokens get no probability.
     """
     if not any(state.params.modifies_logits for state in states):
         return logits
@@ -131,6 +139,7 @@ def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     repeated: dict[int, float] = {}
     added: dict[int, float] = {}
     biased: dict[int, float] = {}
+    excluded: list[int] = []
     for row, state in enumerate(states):
         params, start = state.params, row * logits.shape[-1]
         if params.repetition_penalty != 1.0:
@@ -143,6 +152,7 @@ def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
                 for token, count in state.output_counts.items()
             }
         biased |= {start + token: bias for token, bias in params.logit_bias.items()}
+        excluded += (start + token for token in state.excluded_tokens)
     if repeated:
         indices, penalties = _indices_and_values(repeated, flat)
         values = flat[indices]
@@ -151,6 +161,8 @@ def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         if terms:
             indices, addends = _indices_and_values(terms, flat)
             flat[indices] += addends
+    if excluded:
+        flat[torch.tensor(excluded, device=flat.device)] = -torch.inf
     return flat.view(logits.shape)
 
 

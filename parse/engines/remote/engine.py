@@ -175,6 +175,9 @@ class RemoteEngine:
         self, request: GenerateRequest, output: OutputBuilder, *, one_token: bool = False
     ) -> AsyncGenerator[TokenDelta]:
         """Generates what follows the output, or only its next token."""
+        params = request.sampling_params
+        included = frozenset(params.stop_token_ids if params.include_stop_str_in_output else ())
+        excluded_end_token_ids = self._capabilities.eos_token_ids.union(params.stop_token_ids) - included
         chunks = self._pool.stream(
             request.session_key,
             lambda server: self._chunks(server, request, output, 1 if one_token else output.num_remaining),
@@ -182,7 +185,7 @@ class RemoteEngine:
         async with aclosing(chunks):
             async for chunk in chunks:
                 token_ids, finish_reason = chunk.token_ids, chunk.finish_reason
-                if finish_reason == "stop" and token_ids and token_ids[-1] in self._capabilities.eos_token_ids:
+                if finish_reason == "stop" and token_ids and token_ids[-1] in excluded_end_token_ids:
                     token_ids = token_ids[:-1]
                 if finish_reason == "length" and one_token:
                     finish_reason = None

@@ -235,7 +235,7 @@ def test_sampled_outputs_have_the_targets_distribution_with_every_method(
             params = SamplingParams(seed=seed, ignore_eos=True)
             program = generate(
                 GenerateRequest(prompt_token_ids=PROMPT, sampling_params=params),
-                stop_token_ids=(),
+                eos_token_ids=(),
                 max_new_tokens=OUTPUT_TOKENS,
                 emit=deltas.append,
                 speculation=method.start_sequence() if method else None,

@@ -265,7 +265,7 @@ class Generation:
                     prompt_token_ids=prompt,
                     sampling_params=SamplingParams(**dict(temperature=0.0) | sampling_params),
                 ),
-                stop_token_ids=(),
+                eos_token_ids=(),
                 max_new_tokens=max_tokens,
                 emit=emit,
             ),

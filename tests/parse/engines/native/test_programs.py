@@ -43,7 +43,7 @@ def write(
     output=(),
     *,
     max_new_tokens=12,
-    stop_token_ids=(),
+    eos_token_ids=(),
     table=TABLE,
     prompt=PROMPT,
     draft=(),
@@ -60,7 +60,7 @@ def write(
             draft_token_ids=draft,
             stream_interval=stream_interval,
         ),
-        stop_token_ids=stop_token_ids,
+        eos_token_ids=eos_token_ids,
         max_new_tokens=max_new_tokens,
         emit=deltas.append,
         **options,
@@ -144,13 +144,13 @@ samplings = st.builds(
 
 @given(samplings, st.integers(1, 12), st.booleans(), st.data())
 def test_a_proposal_changes_nothing_but_the_number_of_runs(params, max_new_tokens, ending, data):
-    stop_token_ids = {END} if ending else set()
-    plain, _, _ = write(params, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids)
+    eos_token_ids = {END} if ending else set()
+    plain, _, _ = write(params, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids)
     text = ids(plain)
     right = data.draw(st.integers(0, len(text)))
     proposal = text[:right] + data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=15))
     deltas, final_context, runs = write(
-        params, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, draft=proposal
+        params, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, draft=proposal
     )
     assert ids(deltas) == text
     assert deltas[-1].finish_reason == plain[-1].finish_reason
@@ -202,14 +202,14 @@ class Guesser:
 def test_a_proposer_changes_nothing_but_the_number_of_runs(
     params, max_new_tokens, stream_interval, right, seed, proposed
 ):
-    plain, _, _ = write(params, max_new_tokens=max_new_tokens, stop_token_ids={END})
+    plain, _, _ = write(params, max_new_tokens=max_new_tokens, eos_token_ids={END})
     text = ids(plain)
     options = dict(draft=text[:2]) if proposed else {}
     guesser = Guesser(text, seed, right)
     deltas, final_context, runs = write(
         params,
         max_new_tokens=max_new_tokens,
-        stop_token_ids={END},
+        eos_token_ids={END},
         stream_interval=stream_interval,
         speculation=speculating(guesser),
         **options,
@@ -252,11 +252,11 @@ def test_a_proposer_that_is_right_saves_runs_and_siblings_may_hold_the_right_tok
 
 @given(samplings, st.data())
 def test_a_text_goes_on_the_same_from_anywhere(params, data):
-    deltas, _, _ = write(params, max_new_tokens=12, stop_token_ids={END})
+    deltas, _, _ = write(params, max_new_tokens=12, eos_token_ids={END})
     text = ids(deltas)
     split = data.draw(st.integers(0, len(text)))
     if split < 12:
-        rest, _, _ = write(params, text[:split], max_new_tokens=12 - split, stop_token_ids={END})
+        rest, _, _ = write(params, text[:split], max_new_tokens=12 - split, eos_token_ids={END})
         assert text[:split] + ids(rest) == text
         assert rest[-1].finish_reason == deltas[-1].finish_reason
 
@@ -275,14 +275,41 @@ def test_the_end_token_ends_the_text_unless_it_is_to_be_ignored():
     table = torch.full((VOCABULARY, VOCABULARY), -9.0)
     for last, follows in ((5, 1), (1, END), (END, 3), (3, 3)):
         table[last, follows] = 9.0
-    (first, last), final_context, _ = write(SamplingParams(temperature=0), stop_token_ids={END}, table=table)
+    (first, last), final_context, _ = write(SamplingParams(temperature=0), eos_token_ids={END}, table=table)
     assert (first.token_ids, last.token_ids, last.finish_reason) == ((1,), (), "stop")
     assert final_context == [2, 5, 1]
     deltas, _, _ = write(
-        SamplingParams(temperature=0, ignore_eos=True), stop_token_ids={END}, table=table, max_new_tokens=5
+        SamplingParams(temperature=0, ignore_eos=True), eos_token_ids={END}, table=table, max_new_tokens=5
     )
     assert ids(deltas) == [1, END, 3, 3, 3]
     assert deltas[-1].finish_reason == "length"
+
+
+@given(samplings, st.integers(1, 11), st.booleans(), st.integers(0, 3))
+def test_no_end_token_is_chosen_before_the_minimum_length(params, min_tokens, is_stop_token, proposed):
+    """The same as excluding the end token with a bias for the first tokens, and then going on without one."""
+    params = replace(params, ignore_eos=is_stop_token)
+    ending = dict(stop_token_ids=(END,)) if is_stop_token else {}
+    biased = replace(params, ignore_eos=True, logit_bias={END: -1000.0 + 900.0})
+    first = ids(write(biased, max_new_tokens=min_tokens)[0])
+    rest, _, _ = write(replace(params, **ending), first, max_new_tokens=12 - min_tokens, eos_token_ids={END})
+    expected = first + ids(rest)
+    deltas, _, _ = write(
+        replace(params, min_tokens=min_tokens, **ending), eos_token_ids={END}, draft=expected[:proposed]
+    )
+    assert ids(deltas) == expected and deltas[-1].finish_reason == rest[-1].finish_reason
+
+
+@given(samplings, st.integers(0, VOCABULARY - 2), st.booleans(), st.integers(0, 12))
+def test_a_stop_token_ends_the_text_and_is_part_of_it_on_request(params, stop, include, proposed):
+    params = replace(params, ignore_eos=True)
+    text = ids(write(params)[0])
+    end = text.index(stop) if stop in text else None
+    params = replace(params, stop_token_ids=(stop,), include_stop_str_in_output=include)
+    deltas, _, _ = write(params, draft=text[:proposed])
+    assert ids(deltas) == (text if end is None else text[: end + include])
+    assert deltas[-1].finish_reason == ("length" if end is None else "stop")
+    assert sum(len(delta.logprobs) for delta in deltas) == (0 if params.logprobs is None else len(ids(deltas)))
 
 
 @pytest.mark.parametrize("proposed", [0, 3, 40])

@@ -181,6 +181,7 @@ class FakeVLLM:
         tokens, generated = list(body["prompt"]), 0
         generator = torch.Generator().manual_seed(body.get("seed", 0))
         finish = None
+        end_token_ids = {*([] if body.get("ignore_eos") else [self.tokenizer.eos_token_id]), *body["stop_token_ids"]}
         try:
             while finish is None:
                 await asyncio.sleep(0)
@@ -192,6 +193,8 @@ class FakeVLLM:
                 logits = logprobs.clone()
                 for token, bias in (body.get("logit_bias") or {}).items():
                     logits[int(token)] += bias
+                if generated < body["min_tokens"]:
+                    logits[list(end_token_ids)] = -torch.inf
                 if body["temperature"]:
                     scaled = (logits / body["temperature"]).softmax(-1)
                     token = int(torch.multinomial(scaled, 1, generator=generator))
@@ -199,7 +202,7 @@ class FakeVLLM:
                     token = int(logits.argmax())
                 tokens.append(token)
                 generated += 1
-                if token == self.tokenizer.eos_token_id and not body.get("ignore_eos"):
+                if token in end_token_ids:
                     finish = "stop"
                 elif generated == body["max_tokens"]:
                     finish = "length"

@@ -115,6 +115,23 @@ def test_it_generates_what_the_native_engine_generates(server, native):
     ]
 
 
+@pytest.mark.parametrize("include", [False, True])
+def test_minimum_length_and_stop_tokens_are_those_of_the_native_engine(server, native, include):
+    answer = answer_of(native)
+    longer = replace(GREEDY, min_tokens=len(answer) + 5, max_tokens=len(answer) + 9)
+    stopped = replace(GREEDY, stop_token_ids=(answer[12],), include_stop_str_in_output=include)
+    requests = [
+        generation(sampling_params=longer),
+        generation(sampling_params=longer, output_token_ids=answer[:7]),
+        generation(sampling_params=stopped),
+        generation(sampling_params=replace(stopped, min_tokens=answer.index(answer[12]) + 1)),
+    ]
+    for request, deltas in zip(requests, run(remote(server), *requests), strict=True):
+        expected = asyncio.run(collect(native.generate(request)))
+        assert tokens_of(deltas) == tokens_of(expected)
+        assert deltas[-1].finish_reason == expected[-1].finish_reason
+
+
 def test_the_last_delta_says_why_it_ended(server, native):
     answer = answer_of(native)
     params = replace(GREEDY, max_tokens=len(answer) + 1)
