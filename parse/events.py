@@ -25,6 +25,13 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """The log-probability of each token of the prompt except the first one, of which there is none."""
+
+    logprobs: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True)
 class Verification:
     """The result of verifying a draft, or a window of one.
 
@@ -107,4 +114,4 @@ class Finished:
     usage: Usage
 
 
-Event = TextDelta | Verification | Finished
+Event = PromptLogprobs | TextDelta | Verification | Finished

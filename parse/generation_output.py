@@ -6,7 +6,7 @@ It contains the text, the model that wrote each part, the token counts and the t
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from parse.events import Event, Finished, Origin, StageName, TextDelta, Usage, Verification
+from parse.events import Event, Finished, Origin, PromptLogprobs, StageName, TextDelta, Usage, Verification
 from parse.notebook import MarkedText, render_html
 from parse.types import FinishReason, Logprob
 
@@ -46,6 +46,8 @@ class GenerationOutput:
     prompt_token_ids: tuple[int, ...]
     reasoning: str = ""
     """What the target thought before the answer, if it is a reasoning model."""
+    prompt_logprobs: tuple[Logprob, ...] | None = None
+    """The log-probability of each prompt token except the first one, or None if `prompt_logprobs` was not requested."""
 
     @classmethod
     def from_events(
@@ -56,6 +58,7 @@ class GenerationOutput:
         segments: list[Segment] = []
         verifications: list[Verification] = []
         finished: Finished | None = None
+        prompt_logprobs: tuple[Logprob, ...] | None = None
         is_new = True  # a verification ends a segment, so that rejected text lies between two segments
         for event in events:
             match event:
@@ -66,6 +69,8 @@ class GenerationOutput:
                     last = segments[-1]
                     segments[-1] = Segment(last.text + event.text, last.origin, last.token_ids + event.token_ids)
                     is_new = False
+                case PromptLogprobs():
+                    prompt_logprobs = event.logprobs
                 case Verification():
                     verifications.append(event)
                     is_new = is_new or bool(event.rejected_text)
@@ -82,6 +87,7 @@ class GenerationOutput:
             logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs) if has_logprobs else None,
             prompt_token_ids=tuple(prompt_token_ids),
             reasoning="".join(delta.reasoning for delta in deltas),
+            prompt_logprobs=prompt_logprobs,
         )
 
     def __str__(self) -> str:

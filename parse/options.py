@@ -34,6 +34,8 @@ class GenerateOptions(TypedDict, total=False):
     """By default, the thresholds of the pair's verification settings apply."""
     prediction: str | Sequence[int] | None
     """The expected answer, as text or as tokens of the target. It replaces the draft. Mode `off` uses no draft."""
+    prompt_logprobs: int | None
+    """Also return the log-probability of each prompt token, with this many alternatives."""
     speculative_method: str | None
     """One of the target's token-level methods, or "none". By default, the first one in its settings is used."""
     chat_template_kwargs: Mapping[str, Any] | None
@@ -93,6 +95,7 @@ def build_request(
             thresholds=_thresholds(options.get("thresholds")),
             prediction=prediction,
             speculative_method=options.get("speculative_method"),
+            num_prompt_logprobs=options.get("prompt_logprobs"),
         )
         capabilities.check(request)
         if len(request.prompt_token_ids) >= capabilities.max_model_len:

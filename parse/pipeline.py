@@ -20,14 +20,14 @@ from parse.config import VerificationSettings
 from parse.controller import DraftingController, DraftingOutcome
 from parse.engines.protocol import Capabilities, Drafter, Verifier
 from parse.errors import FallbackCause
-from parse.events import Event, Fallback, Finished
+from parse.events import Event, Fallback, Finished, PromptLogprobs, Usage
 from parse.modes.run import Run
 from parse.modes.state import GenerationState
 from parse.prompts import VerificationSuffix, visible_reasoning_tags
 from parse.reasoning import ReasoningParser
 from parse.registry import LOSSY_MODES, MODES, resolve
-from parse.requests import GenerationRequest, session_key
-from parse.types import validate_token_ids
+from parse.requests import GenerationRequest, VerifyRequest, session_key
+from parse.types import Logprob, validate_token_ids
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Pipeline:
         if request.prediction is not None:
             prediction = validate_token_ids("prediction", request.prediction, len(self.tokenizer))
             request = replace(request, prediction=prediction)
+        if request.num_prompt_logprobs is not None:
+            yield PromptLogprobs(await self._prompt_logprobs(request, request.num_prompt_logprobs))
+        if request.sampling_params.max_tokens == 0:
+            yield Finished("length", Usage("off"))
+            return
         choice = self._choose_mode(request)
         run = self._start(request, choice)
         working = asyncio.create_task(_work(run))
@@ -101,6 +106,22 @@ class Pipeline:
                 is_trial=choice.is_trial,
             )
         yield Finished(run.state.finish_reason or "length", usage)
+
+    async def _prompt_logprobs(self, request: GenerationRequest, num_logprobs: int) -> tuple[Logprob, ...]:
+        prompt = request.prompt_token_ids
+        if len(prompt) < 2:
+            return ()
+        result = await self.verifier.verify(
+            VerifyRequest(
+                prompt_token_ids=prompt[:1],
+                draft_token_ids=prompt[1:],
+                prefix_lengths=(),
+                suffix=self.suffix,
+                num_logprobs=num_logprobs,
+                session_key=request.session_key,
+            )
+        )
+        return result.logprobs
 
     def _choose_mode(self, request: GenerationRequest) -> _ModeChoice:
         is_auto = request.mode == "auto"

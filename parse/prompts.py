@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 from jinja2.defaults import DEFAULT_NAMESPACE
@@ -40,6 +40,10 @@ VERIFICATION_PROMPT = (
 )
 
 
+PromptEnding = Literal["assistant_header", "unfinished_message", "nothing"]
+"""How a rendered conversation ends. An unfinished message is the last message without the end of its turn."""
+
+
 class TemplateError(ValueError):
     """The chat template or the tokenizer does not support the verification prompt."""
 
@@ -69,6 +73,8 @@ def chat_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    ending: PromptEnding = "assistant_header",
 ) -> ChatPrompt:
     """Renders a conversation. `template_kwargs` are passed to the chat template, for example `enable_thinking`.
 
@@ -82,10 +88,14 @@ def chat_prompt(
         if not isinstance(message.get("content"), str):
             raise RequestError(f"messages[{place}].content", "must be text")
     kwargs = template_kwargs or {}
-    text = _render(tokenizer, messages, kwargs)
+    if ending == "unfinished_message" and not messages[-1]["content"].strip():
+        raise RequestError(f"messages[{len(messages) - 1}].content", "must not be empty if it is to be continued")
+    text = _render(tokenizer, messages, kwargs, ending)
     tags = reasoning_tags(tokenizer)
     if tags is None:
         return ChatPrompt(_encode(tokenizer, text), "none")
+    if ending != "assistant_header":
+        return ChatPrompt(_encode(tokenizer, text), "open" if tags.is_open(text) else "none")
     if _switches_reasoning_off(tokenizer, kwargs):
         return ChatPrompt(_encode(tokenizer, tags.close(text)), "none")
     if tags.is_open(text):
@@ -233,14 +243,20 @@ def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[i
     return word_ids
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_kwargs: Mapping[str, Any]) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_kwargs: Mapping[str, Any],
+    ending: PromptEnding = "assistant_header",
+) -> str:
     if not tokenizer.chat_template:
         raise TemplateError("the tokenizer has no chat template")
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=ending == "assistant_header",
+            continue_final_message=ending == "unfinished_message",
             **template_kwargs,
         )
         assert isinstance(text, str)

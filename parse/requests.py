@@ -15,7 +15,7 @@ from parse.errors import RequestError
 from parse.prompts import Message, VerificationSuffix
 from parse.reasoning import ReasoningState
 from parse.registry import METHODS, MODES
-from parse.types import NO_STREAMING, SamplingParams
+from parse.types import MAX_LOGPROBS, NO_STREAMING, SamplingParams, check_range
 
 NUM_SESSION_TOKENS = 64
 
@@ -38,6 +38,8 @@ class GenerationRequest:
     thresholds: Thresholds | None = None
     prediction: Sequence[int] | None = None
     """A draft supplied by the client, in the target's tokens."""
+    num_prompt_logprobs: int | None = None
+    """Also return the log-probability of each token of the prompt, with this many alternatives."""
     stream_interval: int = 1
     """The number of tokens that the target generates between two deltas. Larger values are cheaper."""
     speculative_method: str | None = None
@@ -50,6 +52,8 @@ class GenerationRequest:
     With "", the beginning of the prompt is the key."""
 
     def __post_init__(self) -> None:
+        if self.num_prompt_logprobs is not None:
+            check_range("prompt_logprobs", self.num_prompt_logprobs, 0, MAX_LOGPROBS, integer=True)
         if self.mode not in MODES:
             raise RequestError("mode", f"must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.speculative_method not in (None, "none", *METHODS):

@@ -35,7 +35,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
     max_tokens: int | None = None
-    """The maximum number of tokens of the whole output. None means as many as the context length allows."""
+    """The maximum number of tokens of the whole output. None means as many as the context length allows. With 0,
+    nothing is generated."""
     min_tokens: int = 0
     """The output does not end at an end token or a stop string before it has this many tokens."""
     stop: Sequence[str] = ()
@@ -48,25 +49,25 @@ class SamplingParams:
     """Return the log-probability of each token, with this many alternatives."""
 
     def __post_init__(self) -> None:
-        _check_range("temperature", self.temperature, 0.0, 2.0)
-        _check_range("top_p", self.top_p, 0.0, 1.0, exclusive=True)
-        _check_range("top_k", self.top_k, 0, None, integer=True)
-        _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        check_range("temperature", self.temperature, 0.0, 2.0)
+        check_range("top_p", self.top_p, 0.0, 1.0, exclusive=True)
+        check_range("top_k", self.top_k, 0, None, integer=True)
+        check_range("min_p", self.min_p, 0.0, 1.0)
+        check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError("logit_bias", f"must map token ids to numbers, got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
-            _check_range("logit_bias", token, 0, None, integer=True)
-            _check_range("logit_bias", bias, -100.0, 100.0)
-        _check_range("seed", self.seed, None, None, integer=True)
+            check_range("logit_bias", token, 0, None, integer=True)
+            check_range("logit_bias", bias, -100.0, 100.0)
+        check_range("seed", self.seed, None, None, integer=True)
         for name in ("ignore_eos", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(name, f"must be True or False, got {getattr(self, name)!r}")
-        _check_range("min_tokens", self.min_tokens, 0, None, integer=True)
+        check_range("min_tokens", self.min_tokens, 0, None, integer=True)
         if self.max_tokens is not None:
-            _check_range("max_tokens", self.max_tokens, 1, None, integer=True)
+            check_range("max_tokens", self.max_tokens, 0, None, integer=True)
             if self.min_tokens > self.max_tokens:
                 raise RequestError(
                     "min_tokens", f"must be at most max_tokens, {self.max_tokens}, got {self.min_tokens}"
@@ -74,11 +75,11 @@ class SamplingParams:
         if not isinstance(self.stop_token_ids, list | tuple):
             raise RequestError("stop_token_ids", f"must be a list of token ids, got {self.stop_token_ids!r}")
         for token in self.stop_token_ids:
-            _check_range("stop_token_ids", token, 0, None, integer=True)
+            check_range("stop_token_ids", token, 0, None, integer=True)
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise RequestError("stop_token_ids", f"must be at most {MAX_STOP_TOKEN_IDS} tokens")
         if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, integer=True)
+            check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS, integer=True)
         if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
             raise RequestError("stop", f"must be a list of strings, got {self.stop!r}")
         if not all(self.stop):
@@ -108,7 +109,7 @@ class SamplingParams:
         return frozenset(() if self.ignore_eos else eos_token_ids).union(self.stop_token_ids)
 
 
-def _check_range(
+def check_range(
     name: str, value: object, low: float | None, high: float | None, *, exclusive: bool = False, integer: bool = False
 ) -> None:
     """Raises RequestError for a value out of range.

@@ -11,14 +11,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from deployments.api.admission import Overloaded
-from deployments.api.request_models import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeChatRequest,
-    TokenizePromptRequest,
-)
+from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
 from deployments.api.response_models import ErrorInfo, ErrorResponse
+from deployments.api.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizePromptRequest
 from deployments.observability.access_log import get_request_record
 from parse.errors import EngineStopped, RequestError, ServerError
 from parse.prompts import TemplateError

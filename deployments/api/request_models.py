@@ -7,160 +7,38 @@ server always does.
 """
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
+from pydantic import BeforeValidator, Field, model_validator
+
+from deployments.api.messages import Content, Conversation
+from deployments.api.request_fields import (
+    MAX_INTEGER,
+    Integer,
+    LogitBias,
+    Metadata,
+    NoItems,
+    OpenAIBaseModel,
+    PromptText,
+    StopText,
+    Text,
+    TokenId,
+    TokenIds,
+    field_error,
 )
-from pydantic_core import PydanticCustomError
-
-from deployments.api.unknown_fields import ignore_field
 from parse.acceptance import Thresholds
 from parse.config import MethodChoice, ModeName
 from parse.errors import RequestError
-from parse.types import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
-
-MAX_INTEGER = 9_223_372_036_854_776_000  # the limit in the OpenAI API
-MAX_LOGIT_BIAS_TOKENS = 1024
-
-
-def _reject_lone_surrogates(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PydanticCustomError("surrogate", "Input should not contain half of a surrogate pair") from error
-    return text
-
-
-def _read_whole_number(value: Any) -> Any:
-    """Accepts 5.0 as 5, because some languages and libraries write whole numbers like this."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Text = Annotated[str, AfterValidator(_reject_lone_surrogates)]
-Integer = Annotated[int, BeforeValidator(_read_whole_number)]
-StopText = Annotated[Text, Field(max_length=MAX_STOP_LENGTH)]
-NoItems = Annotated[list[Any], Field(max_length=0)]
-"""An empty list, which clients send instead of leaving a field out."""
-Metadata = Annotated[
-    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)
-]
-CacheControl = dict[str, Any]
-"""A hint for the prompt cache of another service."""
-PromptText = Annotated[Text, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-TokenIdKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # a token id; keys are strings in JSON
-BiasValue = Annotated[float, Field(ge=-100, le=100)]
-
-
-def _check_logit_bias_size(logit_bias: Any) -> Any:
-    """Rejects a dictionary that is too large before its items are validated."""
-    if isinstance(logit_bias, dict) and len(logit_bias) > MAX_LOGIT_BIAS_TOKENS:
-        raise PydanticCustomError(
-            "too_many", "Input should contain at most {max_items} items", {"max_items": MAX_LOGIT_BIAS_TOKENS}
-        )
-    return logit_bias
-
-
-LogitBias = Annotated[
-    dict[TokenIdKey, BiasValue],
-    Field(max_length=MAX_LOGIT_BIAS_TOKENS, json_schema_extra={"additionalProperties": False}),
-    BeforeValidator(_check_logit_bias_size),
-]
-
-
-class OpenAIBaseModel(BaseModel):
-    """The base of all request models. It rejects unknown fields by name, unless the operator lets them be ignored.
-
-    Only the first unknown field is reported, because listing all errors of a large body would take seconds.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_unknown_fields(cls, data: Any) -> Any:
-        unknown = [name for name in data if name not in cls.model_fields] if isinstance(data, dict) else []
-        for name in unknown:
-            if not ignore_field(name):
-                printable_name = name.encode(errors="replace").decode()
-                raise PydanticCustomError("unsupported", "is not supported", {"field": printable_name})
-        return {name: value for name, value in data.items() if name in cls.model_fields} if unknown else data
-
-
-class TextContentPart(OpenAIBaseModel):
-    type: Literal["text"]
-    text: Text
-    cache_control: CacheControl | None = None
-
-
-Content = Text | Annotated[list[TextContentPart], Field(min_length=1, fail_fast=True)]
-
-
-class BaseMessage(OpenAIBaseModel):
-    name: Text | None = Field(None, max_length=256, description="The chat template decides whether the model sees it.")
-    cache_control: CacheControl | None = None
-    # Clients send messages of earlier responses back, which have these fields.
-    reasoning_content: Text | None = None
-    refusal: None = None
-    annotations: NoItems | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: NoItems | None = None
-
-    def to_template_message(self) -> dict[str, str]:
-        raise NotImplementedError
-
-    def _template_message(self, role: str, content: Content) -> dict[str, str]:
-        return {
-            "role": role,
-            "content": join_text_parts(content),
-            **({"name": self.name} if self.name else {}),
-            **({"reasoning_content": self.reasoning_content} if self.reasoning_content else {}),
-        }
-
-
-class InputMessage(BaseMessage):
-    role: Literal["system", "developer", "user"]
-    content: Content
-
-    def to_template_message(self) -> dict[str, str]:
-        return self._template_message("system" if self.role == "developer" else self.role, self.content)
-
-
-class AssistantMessage(BaseMessage):
-    role: Literal["assistant"]
-    content: Content | None = None
-
-    def to_template_message(self) -> dict[str, str]:
-        return self._template_message(self.role, "" if self.content is None else self.content)
-
-
-def _message_kind(data: Any) -> str:
-    role = data.get("role") if isinstance(data, dict) else getattr(data, "role", None)
-    return "assistant" if role == "assistant" else "input"
-
-
-ChatMessage = Annotated[
-    Annotated[InputMessage, Tag("input")] | Annotated[AssistantMessage, Tag("assistant")], Discriminator(_message_kind)
-]
+from parse.types import MAX_LOGPROBS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 
 class StreamOptions(OpenAIBaseModel):
-    include_usage: bool = False
-    continuous_usage_stats: bool = Field(
-        False, description="Whether each chunk contains the usage of its choice so far. It needs `include_usage`."
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="Whether each chunk contains the usage of its choice so far. It needs `include_usage`."
     )
-    include_obfuscation: bool = Field(
-        False, description="Whether chunks are filled up to similar lengths, so that their lengths reveal less."
+    include_obfuscation: bool | None = Field(
+        None, description="Whether chunks are filled up to similar lengths, so that their lengths reveal less."
     )
 
 
@@ -188,8 +66,8 @@ class ParseOptions(OpenAIBaseModel):
     )
     full: float | None = Field(None, ge=0, le=1, description="The minimum P(correct) of a complete draft.")
     prefix: float | None = Field(None, ge=0, le=1, description="The minimum P(correct) of a prefix.")
-    trace: bool = Field(
-        False, description="Whether to report the origin of all text, the rejected text, and P(correct) of prefixes."
+    trace: bool | None = Field(
+        None, description="Whether to report the origin of all text, the rejected text, and P(correct) of prefixes."
     )
 
 
@@ -215,11 +93,11 @@ class BaseCompletionRequest(OpenAIBaseModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = Field(
         None, description="Tokens that end the answer."
     )
-    include_stop_str_in_output: bool = False
+    include_stop_str_in_output: bool | None = None
     min_tokens: Integer | None = Field(
         None, ge=0, le=MAX_INTEGER, description="The answer does not end by itself before it has this many tokens."
     )
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     n: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -238,7 +116,7 @@ class BaseCompletionRequest(OpenAIBaseModel):
     @model_validator(mode="after")
     def _check_stream_options(self) -> "BaseCompletionRequest":
         if self.stream_options is not None and not self.stream:
-            raise _field_error("stream_options", "requires stream to be true")
+            raise field_error("stream_options", "requires stream to be true")
         return self
 
     @property
@@ -279,17 +157,13 @@ class BaseCompletionRequest(OpenAIBaseModel):
         return Thresholds(defaults.full if full is None else full, defaults.prefix if prefix is None else prefix)
 
 
-class ChatCompletionRequest(BaseCompletionRequest):
+class ChatCompletionRequest(BaseCompletionRequest, Conversation):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096, fail_fast=True)
     max_completion_tokens: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prediction: Prediction | None = Field(None, description="Your own draft. It replaces that of the drafter.")
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Variables for the chat template, for example `enable_thinking`. They replace the operator's."
-    )
     prompt_cache_key: Text | None = Field(
         None, max_length=512, description="Requests with the same key go to the same replica and its prefix cache."
     )
@@ -312,9 +186,9 @@ class ChatCompletionRequest(BaseCompletionRequest):
     @model_validator(mode="after")
     def _check_field_combinations(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise _field_error("top_logprobs", "requires logprobs to be true")
+            raise field_error("top_logprobs", "requires logprobs to be true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _field_error("max_tokens", "must equal max_completion_tokens if both are set")
+            raise field_error("max_tokens", "must equal max_completion_tokens if both are set")
         return self
 
     @property
@@ -338,16 +212,17 @@ class CompletionRequest(BaseCompletionRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=128, fail_fast=True)]
     )
+    max_tokens: Integer | None = Field(None, ge=0, le=MAX_INTEGER, description="With 0, nothing is generated.")
     logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = Field(None, description="Whether the answer begins with the prompt, also in its logprobs.")
     # The allowed values of these fields describe what the server always does.
-    echo: Literal[False] | None = None
     best_of: Integer | None = None
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise _field_error("best_of", "must equal n, because every answer is returned")
+            raise field_error("best_of", "must equal n, because every answer is returned")
         return self
 
     def split_prompts(self) -> list[str | list[int]]:
@@ -357,47 +232,3 @@ class CompletionRequest(BaseCompletionRequest):
         if prompt_input and isinstance(prompt_input[0], int):
             return [[token for token in prompt_input if isinstance(token, int)]]
         return [prompt for prompt in prompt_input if not isinstance(prompt, int)]
-
-
-class BaseTokenizeRequest(OpenAIBaseModel):
-    """POST /tokenize"""
-
-    model: Text | None = None
-    return_token_strs: bool | None = None
-
-
-class TokenizePromptRequest(BaseTokenizeRequest):
-    prompt: Text
-    add_special_tokens: bool = Field(False, description="Whether to add the special tokens of the tokenizer.")
-
-
-class TokenizeChatRequest(BaseTokenizeRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
-    add_generation_prompt: Literal[True] = True
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-def _tokenize_kind(data: Any) -> str:
-    is_chat = isinstance(data, TokenizeChatRequest) or (isinstance(data, dict) and "messages" in data)
-    return "chat_request" if is_chat else "prompt_request"
-
-
-TokenizeRequest = Annotated[
-    Annotated[TokenizePromptRequest, Tag("prompt_request")] | Annotated[TokenizeChatRequest, Tag("chat_request")],
-    Discriminator(_tokenize_kind),
-]
-
-
-class DetokenizeRequest(OpenAIBaseModel):
-    """POST /detokenize"""
-
-    model: Text | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-
-def join_text_parts(content: Content) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _field_error(field: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused", "{message}", {"message": message, "field": field})

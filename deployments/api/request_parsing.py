@@ -9,19 +9,17 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 from deployments.api.errors import ApiError
+from deployments.api.messages import join_text_parts
 from deployments.api.request_models import (
     BaseCompletionRequest,
     ChatCompletionRequest,
     CompletionRequest,
-    DetokenizeRequest,
     StreamOptions,
-    TokenizeChatRequest,
-    TokenizePromptRequest,
-    join_text_parts,
 )
 from deployments.api.response_models import DetokenizeResponse, ModelCard, ParseCapabilities, TokenizeResponse
 from deployments.api.responses import (
@@ -32,13 +30,14 @@ from deployments.api.responses import (
     generate_id,
 )
 from deployments.api.token_text import TokenText
+from deployments.api.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizePromptRequest
 from deployments.config import ApiSettings
-from deployments.observability.choice_state import ChoiceState
+from deployments.observability.choice_state import ChoiceState, EchoedPrompt
 from deployments.session import Session
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.pipeline import Pipeline
-from parse.prompts import ChatPrompt, chat_prompt, template_mentions, validate_template_kwargs
+from parse.prompts import ChatPrompt, PromptEnding, chat_prompt, template_mentions, validate_template_kwargs
 from parse.reasoning import ReasoningState
 from parse.requests import GenerationRequest, session_key
 
@@ -75,6 +74,7 @@ class RequestInput:
     messages: Sequence[dict[str, str]] = ()
     prediction: Sequence[int] | None = None
     reasoning: ReasoningState | None = None
+    echo: bool = False
 
 
 class RequestParser:
@@ -105,11 +105,11 @@ class RequestParser:
     async def parse_chat(self, request: ChatCompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
         self._check_num_choices(request.num_choices)
-        messages = [message.to_template_message() for message in request.messages]
+        messages = request.to_template_messages()
         tokenizer, template_kwargs = self._pipeline.tokenizer, dict(request.chat_template_kwargs or {})
         if request.reasoning_effort and template_mentions(tokenizer, "reasoning_effort"):
             template_kwargs = {"reasoning_effort": request.reasoning_effort, **template_kwargs}
-        chat = await self._render_chat(messages, template_kwargs)
+        chat = await self._render_chat(messages, template_kwargs, request.prompt_ending)
         prediction = None
         if request.prediction is not None:
             text = join_text_parts(request.prediction.content)
@@ -124,7 +124,8 @@ class RequestParser:
             mode=request.parse.mode or self._allowed_mode("auto"),
             max_tokens=request.effective_max_tokens,
             logprobs=request.num_logprobs,
-            messages=messages,
+            # A drafter with its own tokenizer renders them with the header of an answer.
+            messages=messages if request.prompt_ending == "assistant_header" else (),
             prediction=prediction,
         )
         return self._build_parsed_request(request, request_input, ChatResponseBuilder, "chatcmpl")
@@ -140,6 +141,7 @@ class RequestParser:
             mode=request.parse.mode or self._allowed_mode("off"),
             max_tokens=DEFAULT_COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
             logprobs=request.logprobs,
+            echo=bool(request.echo),
         )
         return self._build_parsed_request(request, request_input, CompletionResponseBuilder, "cmpl")
 
@@ -147,8 +149,10 @@ class RequestParser:
         self.check_model(request.model or self.model_card.id)
         tokenizer = self._pipeline.tokenizer
         if isinstance(request, TokenizeChatRequest):
-            messages = [message.to_template_message() for message in request.messages]
-            tokens = (await self._render_chat(messages, request.chat_template_kwargs or {})).token_ids
+            messages = request.to_template_messages()
+            tokens = (
+                await self._render_chat(messages, request.chat_template_kwargs or {}, request.prompt_ending)
+            ).token_ids
         else:
             text, add_special_tokens = request.prompt, request.add_special_tokens
             tokens = await _run_in_thread_if_long(len(text), _encode, tokenizer, text, add_special_tokens)
@@ -166,11 +170,14 @@ class RequestParser:
         tokens = request.tokens
         return DetokenizeResponse(prompt=await _run_in_thread_if_long(len(tokens), tokenizer.decode, tokens))
 
-    async def _render_chat(self, messages: Sequence[dict[str, str]], template_kwargs: dict[str, Any]) -> ChatPrompt:
+    async def _render_chat(
+        self, messages: Sequence[dict[str, str]], template_kwargs: dict[str, Any], ending: PromptEnding
+    ) -> ChatPrompt:
         tokenizer = self._pipeline.tokenizer
         kwargs = {**self._pipeline.chat_template_kwargs, **validate_template_kwargs(tokenizer, template_kwargs)}
         num_chars = sum(len(text) for message in messages for text in message.values()) + len(str(kwargs))
-        chat: ChatPrompt = await _run_in_thread_if_long(num_chars, chat_prompt, tokenizer, messages, kwargs)
+        render = partial(chat_prompt, tokenizer, messages, kwargs, ending=ending)
+        chat: ChatPrompt = await _run_in_thread_if_long(num_chars, render)
         return chat
 
     def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
@@ -209,22 +216,23 @@ class RequestParser:
         choices: list[ChoiceState] = []
         arrival_time = time.time()
         for prompt in request_input.prompts:
+            echo = self._echoed_prompt(request_input, prompt)
             for choice_index in range(request.num_choices):
                 generation_requests.append(
                     self._build_generation_request(request, request_input, prompt, seed + choice_index)
                 )
                 session = Session(request_input.session_key)
-                choices.append(ChoiceState(len(choices), len(prompt), session, arrival_time, stream))
+                choices.append(ChoiceState(len(choices), len(prompt), session, arrival_time, stream, echo))
         context = ResponseContext(
             model=self.model_card.id,
             prompt_lengths=[len(prompt) for prompt in request_input.prompts],
-            trace=request.parse.trace,
+            trace=bool(request.parse.trace),
             stream_options=request.stream_options or StreamOptions(),
             id=generate_id(id_prefix),
         )
         response_builder = builder_class(context, self._token_text)
         return ParsedRequest(
-            generation_requests, choices, response_builder, stream, context.stream_options.include_usage
+            generation_requests, choices, response_builder, stream, bool(context.stream_options.include_usage)
         )
 
     def _build_generation_request(
@@ -246,6 +254,7 @@ class RequestParser:
             mode=request_input.mode,
             thresholds=thresholds,
             prediction=request_input.prediction,
+            num_prompt_logprobs=request_input.logprobs if request_input.echo else None,
             stream_interval=1 if request.stream else NON_STREAM_INTERVAL,
             speculative_method=request.parse.speculation,
             reasoning=request_input.reasoning,
@@ -253,6 +262,12 @@ class RequestParser:
         )
         pipeline.capabilities.check(generation_request)
         return generation_request
+
+    def _echoed_prompt(self, request_input: RequestInput, prompt: Sequence[int]) -> EchoedPrompt | None:
+        if not request_input.echo:
+            return None
+        text = str(self._pipeline.tokenizer.decode(list(prompt)))
+        return EchoedPrompt(text, prompt, with_logprobs=request_input.logprobs is not None)
 
     def _check_parse_options(self, request: BaseCompletionRequest, mode: str) -> None:
         modes, methods = self._modes, self._pipeline.capabilities.method_choices
@@ -266,7 +281,7 @@ class RequestParser:
     def _check_prompt_lengths(self, request_input: RequestInput) -> None:
         max_model_len, max_tokens = self._pipeline.capabilities.max_model_len, request_input.max_tokens
         for prompt in request_input.prompts:
-            num_completion_tokens = max_tokens or 1
+            num_completion_tokens = 1 if max_tokens is None else max_tokens
             if len(prompt) + num_completion_tokens > max_model_len:
                 field = request_input.prompt_field
                 # Clients recognize this error by OpenAI's wording.

@@ -30,8 +30,8 @@ from deployments.api.response_models import (
 )
 from deployments.api.token_text import TokenText
 from deployments.observability.choice_state import ChoiceState
-from parse.events import Event, Finished, TextDelta, Verification
-from parse.types import Logprob
+from parse.events import Event, Finished, PromptLogprobs, TextDelta, Verification
+from parse.types import FinishReason, Logprob
 
 OBFUSCATION_BLOCK = 32  # bytes; with `include_obfuscation`, the lengths of chunks are multiples of it
 
@@ -136,6 +136,8 @@ class ChatResponseBuilder:
 
     def event_chunk(self, choice: ChoiceState, event: Event) -> str | None:
         match event:
+            case PromptLogprobs():
+                return None  # chats have no echo
             case TextDelta(text=text, reasoning=reasoning):
                 logprobs = self._build_logprobs([event])
                 if not text and not reasoning and logprobs is None and not self.context.trace:
@@ -201,67 +203,97 @@ class CompletionResponseBuilder:
             id=context.id,
             created=context.created,
             model=context.model,
-            choices=[self._build_choice(choice, choice.deltas, 0, choice.result.finish_reason) for choice in choices],
+            choices=[self._build_choice(choice) for choice in choices],
             usage=context.total_usage(choices),
             parse=context.build_reports(choices),
         )
 
     def first_chunk(self, choice: ChoiceState) -> str | None:
-        return None
+        # An echoed prompt with log-probabilities is sent when these are known.
+        return self._echo_chunk(choice) if choice.echo and not choice.echo.with_logprobs else None
 
     def event_chunk(self, choice: ChoiceState, event: Event) -> str | None:
         match event:
+            case PromptLogprobs():
+                return self._echo_chunk(choice)
             case TextDelta(text=text):
                 if not text and not event.logprobs and not self.context.trace:
                     return None
-                text_offset = len(choice.text) - len(text)
-                return self._format_chunk(choice, self.context.trace_event(event), [event], text_offset)
+                text_offset = len(choice.text) - len(text) + (len(choice.echo.text) if choice.echo else 0)
+                logprobs = self._build_logprobs(_entries([event]), text_offset)
+                return self._format_chunk(choice, text, logprobs, parse=self.context.trace_event(event))
             case Verification():
                 event_trace = self.context.trace_event(event)
-                return self._format_chunk(choice, event_trace) if event_trace else None
+                return self._format_chunk(choice, parse=event_trace) if event_trace else None
             case Finished(finish):
-                return self._format_chunk(choice, _dump(build_report(choice, trace=False)), finish=finish)
+                return self._format_chunk(choice, finish=finish, parse=_dump(build_report(choice, trace=False)))
 
     def usage_chunk(self, choices: Sequence[ChoiceState]) -> str:
         return self.context.format_chunk("text_completion", [], usage=self.context.total_usage(choices))
 
+    def _echo_chunk(self, choice: ChoiceState) -> str:
+        assert choice.echo is not None
+        return self._format_chunk(choice, choice.echo.text, self._build_logprobs(_prompt_entries(choice), 0))
+
     def _format_chunk(
         self,
         choice: ChoiceState,
-        parse: dict[str, Any] | None,
-        deltas: Sequence[TextDelta] = (),
-        text_offset: int = 0,
-        finish: str | None = None,
+        text: str = "",
+        logprobs: CompletionLogprobs | None = None,
+        *,
+        finish: FinishReason | None = None,
+        parse: dict[str, Any] | None = None,
     ) -> str:
-        chunk_choice = self._build_choice(choice, deltas, text_offset, finish).model_dump()
-        return self.context.format_chunk("text_completion", [chunk_choice], parse, self.context.usage_so_far(choice))
+        chunk_choice = CompletionChoice(index=choice.index, text=text, logprobs=logprobs, finish_reason=finish)
+        usage = self.context.usage_so_far(choice)
+        return self.context.format_chunk("text_completion", [chunk_choice.model_dump()], parse, usage)
 
-    def _build_choice(
-        self, choice: ChoiceState, deltas: Sequence[TextDelta], text_offset: int, finish: Any
-    ) -> CompletionChoice:
+    def _build_choice(self, choice: ChoiceState) -> CompletionChoice:
         return CompletionChoice(
             index=choice.index,
-            text="".join(delta.text for delta in deltas),
-            logprobs=self._build_logprobs(deltas, text_offset),
-            finish_reason=finish,
+            text=(choice.echo.text if choice.echo else "") + choice.text,
+            logprobs=self._build_logprobs([*_prompt_entries(choice), *_entries(choice.deltas)], 0),
+            finish_reason=choice.result.finish_reason,
         )
 
-    def _build_logprobs(self, deltas: Sequence[TextDelta], text_offset: int) -> CompletionLogprobs | None:
-        if not any(delta.logprobs for delta in deltas):
+    def _build_logprobs(
+        self, entries: Sequence[tuple[int, Logprob | None]], text_offset: int
+    ) -> CompletionLogprobs | None:
+        if not entries:
             return None
         logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for delta in deltas:
-            for token, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
-                text = self.token_text.decode(token)
-                logprobs.tokens.append(text)
-                logprobs.token_logprobs.append(max(logprob.logprob, MIN_LOGPROB))
-                top_logprobs = [*logprob.top, (token, logprob.logprob)]
-                logprobs.top_logprobs.append(
-                    {self.token_text.decode(other): max(value, MIN_LOGPROB) for other, value in top_logprobs}
-                )
-                logprobs.text_offset.append(text_offset)
-                text_offset += len(text)
+        for token, logprob in entries:
+            text = self.token_text.decode(token)
+            logprobs.tokens.append(text)
+            logprobs.text_offset.append(text_offset)
+            text_offset += len(text)
+            if logprob is None:
+                logprobs.token_logprobs.append(None)
+                logprobs.top_logprobs.append(None)
+                continue
+            logprobs.token_logprobs.append(max(logprob.logprob, MIN_LOGPROB))
+            top_logprobs = [*logprob.top, (token, logprob.logprob)]
+            logprobs.top_logprobs.append(
+                {self.token_text.decode(other): max(value, MIN_LOGPROB) for other, value in top_logprobs}
+            )
         return logprobs
+
+
+def _entries(deltas: Sequence[TextDelta]) -> list[tuple[int, Logprob | None]]:
+    """Returns the tokens of deltas with their log-probabilities, or nothing if these were not requested."""
+    return [
+        (token, logprob)
+        for delta in deltas
+        if delta.logprobs
+        for token, logprob in zip(delta.token_ids, delta.logprobs, strict=True)
+    ]
+
+
+def _prompt_entries(choice: ChoiceState) -> list[tuple[int, Logprob | None]]:
+    """Returns the tokens of an echoed prompt with their log-probabilities, or nothing if these were not requested."""
+    if choice.echo is None or not choice.echo.with_logprobs:
+        return []
+    return list(zip(choice.echo.token_ids, (None, *choice.prompt_logprobs), strict=True))
 
 
 def format_sse(body: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from deployments.api.backend import Backend
 from deployments.api.errors import ApiError, handle_exception
 from deployments.api.handlers import CompletionHandler
 from deployments.api.limits import RequestLimitsMiddleware, load_api_keys
-from deployments.api.request_models import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from deployments.api.request_models import ChatCompletionRequest, CompletionRequest
 from deployments.api.request_parsing import RequestParser
 from deployments.api.response_models import (
     ChatCompletion,
@@ -32,6 +32,7 @@ from deployments.api.response_models import (
     VersionResponse,
 )
 from deployments.api.routing import LenientRoutingMiddleware
+from deployments.api.tokenization import DetokenizeRequest, TokenizeRequest
 from deployments.api.unknown_fields import IGNORED_FIELDS_HEADER, IgnoreUnknownFieldsMiddleware
 from deployments.config import ApiSettings, AuditSettings
 from deployments.observability.access_log import REQUEST_ID_HEADER, AccessLogMiddleware

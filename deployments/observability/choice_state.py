@@ -4,10 +4,21 @@ Responses and metrics are made from it.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deployments.session import Session
-from parse.events import Event, Finished, TextDelta, Verification
+from parse.events import Event, Finished, PromptLogprobs, TextDelta, Verification
+from parse.types import Logprob
+
+
+@dataclass(frozen=True)
+class EchoedPrompt:
+    """A prompt that becomes the beginning of the choice's text."""
+
+    text: str
+    token_ids: Sequence[int]
+    with_logprobs: bool
 
 
 @dataclass
@@ -19,12 +30,15 @@ class ChoiceState:
     session: Session
     arrival_time: float  # seconds since 1970
     stream: bool = False
+    echo: EchoedPrompt | None = None
     queue_s: float = 0.0
     """The seconds from the arrival of the request until the pipeline started on it."""
     inter_token_s: list[float] = field(default_factory=list)
     """The seconds between two deltas of a stream, divided by the tokens of the later one."""
     deltas: list[TextDelta] = field(default_factory=list)
     verifications: list[Verification] = field(default_factory=list)
+    prompt_logprobs: Sequence[Logprob] = ()
+    """Of the tokens of the prompt except the first one."""
     finished: Finished | None = None
     _last_delta_at: float | None = None
 
@@ -37,6 +51,8 @@ class ChoiceState:
                     if self._last_delta_at is not None:
                         self.inter_token_s.append((now - self._last_delta_at) / len(event.token_ids))
                     self._last_delta_at = now
+            case PromptLogprobs():
+                self.prompt_logprobs = event.logprobs
             case Verification():
                 self.verifications.append(event)
             case Finished():

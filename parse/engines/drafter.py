@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.protocol import Drafter, Engine
+from parse.errors import RequestError
 from parse.prompts import chat_prompt_token_ids
 from parse.reasoning import WITHOUT_REASONING
 from parse.requests import DraftRequest, GenerateRequest
@@ -62,6 +63,8 @@ class RetokenizingDrafter:
         chat_prompt_token_ids(engine.tokenizer, [{"role": "user", "content": "Hello."}], self._template_kwargs)
 
     async def draft(self, request: DraftRequest) -> AsyncGenerator[TokenDelta]:
+        if not request.messages:
+            raise RequestError("messages", "a draft model with another tokenizer needs a conversation to answer")
         tokenizer = self.engine.tokenizer
         output = self.target_tokenizer.decode(list(request.output_token_ids), skip_special_tokens=True)
         output_token_ids = tokenizer.encode(output, add_special_tokens=False)

@@ -99,6 +99,8 @@ class Capabilities:
     "unmodified" means greedy decoding, or temperature 1 and no parameter that changes logits or excludes tokens."""
     prefills_drafts: bool = False
     """Whether verification is faster if the draft is prefilled while it is written."""
+    returns_prompt_logprobs: bool = True
+    """Whether it can return the log-probabilities of given tokens."""
     always_speculates: bool = False
     """Whether each answer is generated with a method that the server chooses, so that requests cannot choose one."""
 
@@ -141,8 +143,11 @@ class Capabilities:
             changed = getattr(params, field.name) != getattr(defaults, field.name)
             if changed and field.name not in self.sampling_params:
                 raise RequestError(field.name, "is not supported by this engine")
-        if params.logprobs is not None and params.logprobs > self.max_logprobs:
-            raise RequestError("logprobs", f"this engine returns at most {self.max_logprobs}, got {params.logprobs}")
+        for num_logprobs in (params.logprobs, request.num_prompt_logprobs):
+            if num_logprobs is not None and num_logprobs > self.max_logprobs:
+                raise RequestError("logprobs", f"this engine returns at most {self.max_logprobs}, got {num_logprobs}")
+        if request.num_prompt_logprobs is not None and not self.returns_prompt_logprobs:
+            raise RequestError("logprobs", "this engine does not return those of the prompt")
 
 
 class Engine(Verifier, Protocol):

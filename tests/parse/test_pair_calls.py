@@ -215,7 +215,7 @@ def test_a_speculative_method_is_chosen_by_name(pair):
         ("Hello.", {"mode": "fulll"}, "mode: must be one of auto, full, .* got 'fulll'"),
         ("Hello.", {"temprature": 0}, r"temprature: is not an argument; did you mean temperature\?"),
         ("Hello.", {"temperature": 9}, "temperature: must be at least 0.0 and at most 2.0, got 9"),
-        ("Hello.", {"max_tokens": 0}, "max_tokens: must be at least 1"),
+        ("Hello.", {"max_tokens": -1}, "max_tokens: must be at least 0"),
         ("Hello.", {"sampling_params": {}}, "sampling_params: must be SamplingParams"),
         ("Hello.", {"sampling_params": SamplingParams(), "seed": 1}, "sampling_params: cannot be combined with seed"),
         (
@@ -227,7 +227,7 @@ def test_a_speculative_method_is_chosen_by_name(pair):
         ("Hello.", {"prediction": [1 << 20]}, "prediction: token ids must lie in"),
         ("Hello.", {"prediction": 4}, "prediction: must be a text or token ids"),
         ("Hello.", {"speculative_method": "medusa"}, "speculative_method: must be one of .* got 'medusa'"),
-        ("Hello.", {"speculative_method": "eagle3"}, "speculative_method: must be one of none, ngram, got 'eagle3'"),
+        ("Hello.", {"speculative_method": "eagle3"}, "speculative_method: must be one of ngram, none, got 'eagle3'"),
     ],
 )
 def test_invalid_arguments_are_reported_by_name_before_anything_is_computed(pair, prompt, options, message):

@@ -114,6 +114,7 @@ def _capabilities(
         # A rejected token is replaced with the help of a bias.
         exact_sampling="greedy" if "logit_bias" in ignored else "unmodified",
         prefills_drafts=True,
+        returns_prompt_logprobs=features.has_prompt_logprobs,
         always_speculates=features.has_speculation,
     )
 

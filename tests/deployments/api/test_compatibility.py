@@ -6,11 +6,15 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from deployments.api import handlers
+from parse.demo import DEMO_TARGET
 from tests.deployments.api.test_routes import BODY, CHAT, COMPLETIONS, HELLO, error_of, post, serving
 from tests.deployments.conftest import MODEL
 from tests.deployments.live import PATIENCE_S, Writer
+from training.measure import draw_problems
 
 
 def preflight(address: str, origin: str, **headers: str) -> httpx.Response:
@@ -167,3 +171,104 @@ def test_the_document_requires_a_key_only_if_the_server_does(pair, tmp_path, wit
         ]
     assert len(operations) >= 7
     assert all(({} in operation["security"]) != with_key for operation in operations)
+
+
+# Log-probabilities of prompts.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_an_echo_contains_the_prompt_and_its_log_probabilities(raw, pair, stream, max_tokens, as_tokens):
+    messages = [{"role": "user", "content": draw_problems(31, 1)[0].question}]
+    ids = raw.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    text = pair.tokenizer.decode(ids)
+    body = {"model": MODEL, "prompt": ids if as_tokens else text, "max_tokens": max_tokens, "temperature": 0}
+    body |= {"echo": True, "logprobs": 2, "stream": stream}
+    response = raw.post(COMPLETIONS, json=body)
+    if stream:
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        parts = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
+        logprobs = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+        got = "".join(choice["text"] for event in events for choice in event["choices"])
+        finish = events[-1]["choices"][0]["finish_reason"]
+    else:
+        choice = response.json()["choices"][0]
+        logprobs, got, finish = choice["logprobs"], choice["text"], choice["finish_reason"]
+        usage = response.json()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(ids), max_tokens)
+    assert got.startswith(text) and (got == text) == (not max_tokens) and finish == "length"
+    assert "".join(logprobs["tokens"]) == got
+    assert logprobs["text_offset"] == [len("".join(logprobs["tokens"][:at])) for at in range(len(ids) + max_tokens)]
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    network = AutoModelForCausalLM.from_pretrained(DEMO_TARGET).eval()
+    with torch.inference_mode():
+        expected = network(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for position in range(1, len(ids)):
+        row = expected[position - 1]
+        assert logprobs["token_logprobs"][position] == pytest.approx(float(row[ids[position]]), abs=1e-3)
+        assert max(logprobs["top_logprobs"][position].values()) == pytest.approx(float(row.max()), abs=1e-3)
+
+
+def test_an_echo_without_log_probabilities_is_the_prompt_and_the_answer(raw):
+    body = {"model": MODEL, "prompt": ["Ann leads.", "Ben"], "max_tokens": 2, "temperature": 0, "n": 2}
+    plain = [choice["text"] for choice in raw.post(COMPLETIONS, json=body).json()["choices"]]
+    echoed = raw.post(COMPLETIONS, json=body | {"echo": True}).json()["choices"]
+    prompts = ["Ann leads.", "Ann leads.", "Ben", "Ben"]
+    assert [choice["text"] for choice in echoed] == [a + b for a, b in zip(prompts, plain, strict=True)]
+    assert {choice["logprobs"] for choice in echoed} == {None}
+
+
+def test_nothing_is_generated_for_a_limit_of_zero_tokens(raw):
+    response = raw.post(COMPLETIONS, json={"model": MODEL, "prompt": "a", "max_tokens": 0}).json()
+    assert response["choices"][0]["text"] == "" and response["usage"]["completion_tokens"] == 0
+    assert error_of(raw.post(CHAT, json=BODY | {"max_tokens": 0}), 400)["param"] == "max_tokens"
+
+
+# The end of the prompt and of the answer.
+
+
+def test_an_answer_can_continue_the_last_message(raw):
+    question = draw_problems(31, 1)[0].question
+    messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
+    body = {"model": MODEL, "temperature": 0, "messages": messages}
+    for mode in ("off", "exact"):
+        answer = raw.post(CHAT, json=body | {"parse": {"mode": "off"}}).json()["choices"][0]["message"]["content"]
+        beginning = answer[: len(answer) // 2].rsplit(" ", 1)[0]
+        started = {"messages": [*messages, {"role": "assistant", "content": beginning}]}
+        ending = {"add_generation_prompt": False, "continue_final_message": True, "parse": {"mode": mode}}
+        response = raw.post(CHAT, json=body | started | ending).json()
+        rest = response["choices"][0]["message"]["content"]
+        assert beginning + rest == answer
+        tokenized = raw.post("/tokenize", json=started | {name: ending[name] for name in list(ending)[:2]}).json()
+        assert tokenized["count"] == response["usage"]["prompt_tokens"]
+    error = error_of(raw.post(CHAT, json=body | {"continue_final_message": True}), 400)
+    assert error["param"] == "continue_final_message"
+
+
+def test_a_prompt_can_end_with_the_last_message(raw, pair):
+    tokens = raw.post("/tokenize", json={"messages": HELLO, "add_generation_prompt": False}).json()["tokens"]
+    text = pair.tokenizer.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=False)
+    assert tokens == pair.tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("mode", ["off", "full", "exact", "progressive"])
+def test_an_answer_has_a_minimum_length_and_ends_at_stop_tokens(raw, pair, mode):
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "temperature": 0,
+        "messages": [{"role": "user", "content": draw_problems(31, 1)[0].question}],
+        "parse": {"mode": mode},
+    }
+    plain = raw.post(CHAT, json=body).json()
+    text, count = plain["choices"][0]["message"]["content"], plain["usage"]["completion_tokens"]
+    longer = raw.post(CHAT, json=body | {"min_tokens": count + 6, "max_tokens": count + 9}).json()
+    assert count + 6 <= longer["usage"]["completion_tokens"] <= count + 9
+    ids = pair.tokenizer.encode(text, add_special_tokens=False)
+    stop = ids[len(ids) // 2]
+    end = ids.index(stop)
+    for include in (False, True):
+        fields = {"stop_token_ids": [stop], "include_stop_str_in_output": include}
+        response = raw.post(CHAT, json=body | fields).json()["choices"][0]
+        assert response["finish_reason"] == "stop"
+        assert response["message"]["content"] == pair.tokenizer.decode(ids[: end + include])

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from deployments.api.errors import to_validation_error
 from deployments.api.reports import aggregate_usage
-from deployments.api.request_models import MAX_INTEGER, BaseCompletionRequest, ChatCompletionRequest, CompletionRequest
+from deployments.api.request_fields import MAX_INTEGER
+from deployments.api.request_models import BaseCompletionRequest, ChatCompletionRequest, CompletionRequest
 from deployments.api.response_models import ErrorInfo
 from parse.acceptance import Thresholds
 from parse.errors import RequestError
@@ -33,10 +34,6 @@ def parse_body(model: type[BaseCompletionRequest], body: Any) -> Any:
     return model.model_validate(json.loads(json.dumps(body)))
 
 
-def template_messages(request: ChatCompletionRequest) -> list[dict[str, str]]:
-    return [message.to_template_message() for message in request.messages]
-
-
 def rejected_error(model: type[BaseCompletionRequest], body: Any) -> ErrorInfo:
     """Returns the error that the client receives."""
     with pytest.raises(ValidationError) as rejected:
@@ -53,7 +50,7 @@ def rejected_error(model: type[BaseCompletionRequest], body: Any) -> ErrorInfo:
 
 
 def test_missing_and_null_fields_mean_plain_sampling():
-    nothing = dict.fromkeys(ChatCompletionRequest.model_fields.keys() - {"model", "messages", "ignore_eos"})
+    nothing = dict.fromkeys(ChatCompletionRequest.model_fields.keys() - {"model", "messages"})
     for body in (CHAT, CHAT | nothing):
         request = parse_body(ChatCompletionRequest, body)
         assert request.to_sampling_params(7, max_tokens=None, logprobs=None) == SamplingParams(seed=7)
@@ -169,7 +166,7 @@ def test_messages_are_text_and_developer_messages_become_system_messages():
     request = parse_body(
         ChatCompletionRequest, CHAT | {"messages": [{"role": role, "content": parts} for role in roles]}
     )
-    rendered = template_messages(request)
+    rendered = request.to_template_messages()
     assert [message["role"] for message in rendered] == ["system", "system", "user", "assistant"]
     assert {message["content"] for message in rendered} == {"One, two"}
 
@@ -178,7 +175,7 @@ def test_an_earlier_answer_may_be_sent_back():
     ours: dict[str, Any] = {"role": "assistant", "content": "57.", "refusal": None, "annotations": None, "audio": None}
     ours |= {"function_call": None, "tool_calls": [], "cache_control": {"type": "ephemeral"}}
     request = parse_body(ChatCompletionRequest, CHAT | {"messages": [*CHAT["messages"], ours]})
-    assert template_messages(request)[1]["content"] == "57."
+    assert request.to_template_messages()[1]["content"] == "57."
 
 
 def test_names_and_empty_answers_are_part_of_the_conversation():
@@ -188,7 +185,7 @@ def test_names_and_empty_answers_are_part_of_the_conversation():
         {"role": "user", "content": [{"type": "text", "text": "Bye", "cache_control": {"type": "ephemeral"}}]},
     ]
     request = parse_body(ChatCompletionRequest, CHAT | {"messages": messages})
-    assert template_messages(request) == [
+    assert request.to_template_messages() == [
         {"role": "user", "content": "Hello", "name": "Kim"},
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "Bye"},
@@ -279,6 +276,10 @@ def test_every_field_of_the_official_client_is_served_or_rejected_by_name():
         ({"seed": 1.5}, "seed"),
         ({"seed": MAX_INTEGER + 1}, "seed"),
         ({"stop": 5}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"continue_final_message": True}, "continue_final_message"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": ["a", 5]}, "stop[1]"),
         ({"stop": "s" * 257}, "stop"),
@@ -337,7 +338,8 @@ def test_an_invalid_chat_request_is_rejected_with_the_field_name(fields, param):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"echo": True}, "echo"),
+        ({"echo": 1}, "echo"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"best_of": 2}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),

@@ -1,0 +1,81 @@
+"""The types of fields that several request bodies have, and the base class of these bodies."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from deployments.api.unknown_fields import ignore_field
+from parse.types import MAX_STOP_LENGTH
+
+MAX_INTEGER = 9_223_372_036_854_776_000  # the limit in the OpenAI API
+MAX_LOGIT_BIAS_TOKENS = 1024
+
+
+def _reject_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("surrogate", "Input should not contain half of a surrogate pair") from error
+    return text
+
+
+def _read_whole_number(value: Any) -> Any:
+    """Accepts 5.0 as 5, because some languages and libraries write whole numbers like this."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Text = Annotated[str, AfterValidator(_reject_lone_surrogates)]
+Integer = Annotated[int, BeforeValidator(_read_whole_number)]
+StopText = Annotated[Text, Field(max_length=MAX_STOP_LENGTH)]
+NoItems = Annotated[list[Any], Field(max_length=0)]
+"""An empty list, which clients send instead of leaving a field out."""
+Metadata = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)
+]
+CacheControl = dict[str, Any]
+"""A hint for the prompt cache of another service."""
+PromptText = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIdKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # a token id; keys are strings in JSON
+BiasValue = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _check_logit_bias_size(logit_bias: Any) -> Any:
+    """Rejects a dictionary that is too large before its items are validated."""
+    if isinstance(logit_bias, dict) and len(logit_bias) > MAX_LOGIT_BIAS_TOKENS:
+        raise PydanticCustomError(
+            "too_many", "Input should contain at most {max_items} items", {"max_items": MAX_LOGIT_BIAS_TOKENS}
+        )
+    return logit_bias
+
+
+LogitBias = Annotated[
+    dict[TokenIdKey, BiasValue],
+    Field(max_length=MAX_LOGIT_BIAS_TOKENS, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(_check_logit_bias_size),
+]
+
+
+class OpenAIBaseModel(BaseModel):
+    """The base of all request models. It rejects unknown fields by name, unless the operator lets them be ignored.
+
+    Only the first unknown field is reported, because listing all errors of a large body would take seconds.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unknown_fields(cls, data: Any) -> Any:
+        unknown = [name for name in data if name not in cls.model_fields] if isinstance(data, dict) else []
+        for name in unknown:
+            if not ignore_field(name):
+                printable_name = name.encode(errors="replace").decode()
+                raise PydanticCustomError("unsupported", "is not supported", {"field": printable_name})
+        return {name: value for name, value in data.items() if name in cls.model_fields} if unknown else data
+
+
+def field_error(field: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
