@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from parse.config import EngineSettings, ModeName, Settings, VerificationSettings
+from parse.config import EngineSettings, ModeName, OneOf, Settings, VerificationSettings
 from parse.demo import find_demo_model
 from parse.registry import MODES
+from parse.tool_calls import TOOL_CALL_FORMATS
 
 PROJECT_ROOT = Path(__file__).parents[1]
 IS_CHECKOUT = (PROJECT_ROOT / "pyproject.toml").is_file()
@@ -53,6 +54,11 @@ class ApiSettings(Settings):
         None,
         description="The path of a file with bearer keys, one per line. If there are keys, every request needs one of "
         "them, except requests for /health, /ready, the API documentation and the playground.",
+    )
+    tool_call_format: Annotated[str, OneOf(TOOL_CALL_FORMATS)] | None = Field(
+        None,
+        description="The format in which the target calls tools. With null, it is taken from what the chat template "
+        "shows to the model.",
     )
     ignore_unknown_fields: bool = Field(
         False,

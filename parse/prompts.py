@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from parse.errors import RequestError
 from parse.reasoning import WITHOUT_REASONING, ReasoningState, ReasoningTags, find_reasoning_tags
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 SPECIAL_TOKENS_ATTRIBUTES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 # Names that the rendering, the library or Jinja define. A client must not replace them.
@@ -29,7 +29,7 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
         *("messages", "raise_exception", "strftime_now", "tojson"),
     )
 )
-ROLES = "system", "user", "assistant"
+ROLES = "system", "user", "assistant", "tool"
 SENTINEL = "PARSE-SENTINEL"  # ends in a letter, so that no template or tokenizer merges it with what follows
 
 VERIFICATION_PROMPT = (
@@ -75,6 +75,7 @@ def chat_prompt(
     template_kwargs: Mapping[str, Any] | None = None,
     *,
     ending: PromptEnding = "assistant_header",
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> ChatPrompt:
     """Renders a conversation. `template_kwargs` are passed to the chat template, for example `enable_thinking`.
 
@@ -87,7 +88,9 @@ def chat_prompt(
             raise RequestError(f"messages[{place}].role", f"must be one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise RequestError(f"messages[{place}].content", "must be text")
-    kwargs = template_kwargs or {}
+    kwargs = {**(template_kwargs or {}), **({"tools": list(tools)} if tools else {})}
+    if tools and not template_mentions(tokenizer, "tools"):
+        raise RequestError("tools", "the model's chat template does not support tools")
     if ending == "unfinished_message" and not messages[-1]["content"].strip():
         raise RequestError(f"messages[{len(messages) - 1}].content", "must not be empty if it is to be continued")
     text = _render(tokenizer, messages, kwargs, ending)

@@ -1,11 +1,18 @@
 """The conversations in request bodies."""
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from deployments.api.request_fields import CacheControl, NoItems, OpenAIBaseModel, Text, field_error
-from parse.prompts import PromptEnding
+from parse.prompts import Message, PromptEnding
+
+MAX_TOOLS = 128  # the limit in the OpenAI API
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class TextContentPart(OpenAIBaseModel):
@@ -26,12 +33,11 @@ class BaseMessage(OpenAIBaseModel):
     annotations: NoItems | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: NoItems | None = None
 
-    def to_template_message(self) -> dict[str, str]:
+    def to_template_message(self) -> Message:
         raise NotImplementedError
 
-    def _template_message(self, role: str, content: Content) -> dict[str, str]:
+    def _template_message(self, role: str, content: Content) -> dict[str, Any]:
         return {
             "role": role,
             "content": join_text_parts(content),
@@ -43,33 +49,108 @@ class BaseMessage(OpenAIBaseModel):
 class InputMessage(BaseMessage):
     role: Literal["system", "developer", "user"]
     content: Content
+    tool_calls: NoItems | None = None
 
-    def to_template_message(self) -> dict[str, str]:
+    def to_template_message(self) -> Message:
         return self._template_message("system" if self.role == "developer" else self.role, self.content)
+
+
+class CalledFunction(OpenAIBaseModel):
+    name: ToolName
+    arguments: Text = Field(description="A JSON object.")
+
+    @field_validator("arguments")
+    @classmethod
+    def _check_arguments(cls, arguments: str) -> str:
+        try:
+            is_object = isinstance(json.loads(arguments), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise PydanticCustomError("refused", "must be a JSON object")
+        return arguments
+
+
+class MessageToolCall(OpenAIBaseModel):
+    """A call in an earlier message of the assistant."""
+
+    id: Annotated[Text, Field(min_length=1, max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None  # some clients send the deltas of a stream back
 
 
 class AssistantMessage(BaseMessage):
     role: Literal["assistant"]
     content: Content | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
-    def to_template_message(self) -> dict[str, str]:
-        return self._template_message(self.role, "" if self.content is None else self.content)
+    def to_template_message(self) -> Message:
+        message = self._template_message(self.role, "" if self.content is None else self.content)
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    # Templates expect an object and not its JSON.
+                    "function": {"name": call.function.name, "arguments": json.loads(call.function.arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+class ToolMessage(BaseMessage):
+    """The result of a call."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: Text
+
+    def to_template_message(self) -> Message:
+        return self._template_message(self.role, self.content) | {"tool_call_id": self.tool_call_id}
 
 
 def _message_kind(data: Any) -> str:
     role = data.get("role") if isinstance(data, dict) else getattr(data, "role", None)
-    return "assistant" if role == "assistant" else "input"
+    return f"{role}_message" if role in ("assistant", "tool") else "input_message"
 
 
 ChatMessage = Annotated[
-    Annotated[InputMessage, Tag("input")] | Annotated[AssistantMessage, Tag("assistant")], Discriminator(_message_kind)
+    Annotated[InputMessage, Tag("input_message")]
+    | Annotated[AssistantMessage, Tag("assistant_message")]
+    | Annotated[ToolMessage, Tag("tool_message")],
+    Discriminator(_message_kind),
 ]
+
+
+class FunctionDefinition(OpenAIBaseModel):
+    name: ToolName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
+    strict: Literal[False] | None = None
+
+
+class Tool(OpenAIBaseModel):
+    type: Literal["function"]
+    function: FunctionDefinition
+    cache_control: CacheControl | None = None
+
+    def to_template_tool(self) -> dict[str, Any]:
+        function = self.function.model_dump(exclude={"strict"}, exclude_none=True)
+        return {"type": self.type, "function": {"parameters": NO_PARAMETERS, **function}}
 
 
 class Conversation(OpenAIBaseModel):
     """The fields from which a prompt is rendered."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description="Functions that the model can call. Its chat template has to support them."
+    )
+    tool_choice: Literal["none", "auto"] | None = Field(
+        None, description="With none, the model does not see the tools. The default is auto."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables for the chat template, for example `enable_thinking`. They replace the operator's."
     )
@@ -87,13 +168,44 @@ class Conversation(OpenAIBaseModel):
             raise field_error("continue_final_message", "requires add_generation_prompt to be false")
         return self
 
+    @model_validator(mode="after")
+    def _check_tools(self) -> "Conversation":
+        names = [tool.function.name for tool in self.tools or ()]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise field_error(f"tools[{index}].function.name", "is the name of an earlier tool too")
+        open_calls: set[str] = set()
+        for index, message in enumerate(self.messages):
+            if isinstance(message, AssistantMessage):
+                open_calls = {call.id for call in message.tool_calls or ()}
+            elif not isinstance(message, ToolMessage):
+                open_calls = set()
+            elif message.tool_call_id not in open_calls:
+                field = f"messages[{index}].tool_call_id"
+                raise field_error(field, "is not the id of a call in the last message of the assistant")
+        return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model sees."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has no tools, and the answer is a message of its own."""
+        uses_tools = bool(self.offered_tools) or any(
+            isinstance(message, ToolMessage) or (isinstance(message, AssistantMessage) and message.tool_calls)
+            for message in self.messages
+        )
+        return self.prompt_ending == "assistant_header" and not uses_tools
+
     @property
     def prompt_ending(self) -> PromptEnding:
         if self.continue_final_message:
             return "unfinished_message"
         return "nothing" if self.add_generation_prompt is False else "assistant_header"
 
-    def to_template_messages(self) -> list[dict[str, str]]:
+    def to_template_messages(self) -> list[Message]:
         return [message.to_template_message() for message in self.messages]
 
 

@@ -173,14 +173,12 @@ class ChatCompletionRequest(BaseCompletionRequest, Conversation):
     # The allowed values of these fields describe what the server always does.
     response_format: TextResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    tools: NoItems | None = None
-    tool_choice: Literal["none", "auto"] | None = None
     functions: NoItems | None = None
     audio: None = None
     web_search_options: None = None
     function_call: Literal["none", "auto"] | None = None
-    # These fields do not change the answer.
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="If false, only the first tool call is returned.")
+    # This field does not change the answer.
     verbosity: Text | None = Field(None, max_length=64)
 
     @model_validator(mode="after")

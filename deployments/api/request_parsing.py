@@ -7,14 +7,14 @@ and rejects unsupported ones.
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 from deployments.api.errors import ApiError
-from deployments.api.messages import join_text_parts
+from deployments.api.messages import Conversation, join_text_parts
 from deployments.api.request_models import (
     BaseCompletionRequest,
     ChatCompletionRequest,
@@ -37,9 +37,10 @@ from deployments.session import Session
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.pipeline import Pipeline
-from parse.prompts import ChatPrompt, PromptEnding, chat_prompt, template_mentions, validate_template_kwargs
+from parse.prompts import ChatPrompt, Message, chat_prompt, template_mentions, validate_template_kwargs
 from parse.reasoning import ReasoningState
 from parse.requests import GenerationRequest, session_key
+from parse.tool_calls import TOOL_CALL_FORMATS, ToolCallStream, find_format
 
 DEFAULT_COMPLETION_MAX_TOKENS = 16  # the default of the OpenAI API
 NON_STREAM_INTERVAL = 64  # tokens between two deltas of an answer that is not streamed
@@ -71,10 +72,12 @@ class RequestInput:
     mode: str
     max_tokens: int | None
     logprobs: int | None
-    messages: Sequence[dict[str, str]] = ()
+    messages: Sequence[Message] = ()
     prediction: Sequence[int] | None = None
     reasoning: ReasoningState | None = None
     echo: bool = False
+    tool_names: Sequence[str] = ()
+    max_tool_calls: int | None = None
 
 
 class RequestParser:
@@ -84,6 +87,7 @@ class RequestParser:
         self._pipeline, self._settings = pipeline, settings
         self._token_text = TokenText(pipeline.tokenizer)
         self._modes = offered_modes(settings, pipeline.capabilities)
+        self._tool_call_format = settings.tool_call_format or find_format(pipeline.tokenizer.chat_template)
         default_thresholds = pipeline.settings.thresholds()
         capabilities = ParseCapabilities(
             modes=list(self._modes),
@@ -105,11 +109,9 @@ class RequestParser:
     async def parse_chat(self, request: ChatCompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
         self._check_num_choices(request.num_choices)
-        messages = request.to_template_messages()
-        tokenizer, template_kwargs = self._pipeline.tokenizer, dict(request.chat_template_kwargs or {})
-        if request.reasoning_effort and template_mentions(tokenizer, "reasoning_effort"):
-            template_kwargs = {"reasoning_effort": request.reasoning_effort, **template_kwargs}
-        chat = await self._render_chat(messages, template_kwargs, request.prompt_ending)
+        tokenizer, messages = self._pipeline.tokenizer, request.to_template_messages()
+        effort = request.reasoning_effort
+        chat = await self._render_chat(request, messages, {"reasoning_effort": effort} if effort else {})
         prediction = None
         if request.prediction is not None:
             text = join_text_parts(request.prediction.content)
@@ -124,9 +126,11 @@ class RequestParser:
             mode=request.parse.mode or self._allowed_mode("auto"),
             max_tokens=request.effective_max_tokens,
             logprobs=request.num_logprobs,
-            # A drafter with its own tokenizer renders them with the header of an answer.
-            messages=messages if request.prompt_ending == "assistant_header" else (),
+            # A drafter with its own tokenizer renders them with the header of an answer, and without tools.
+            messages=messages if request.is_plain else (),
             prediction=prediction,
+            tool_names=[tool.function.name for tool in request.offered_tools],
+            max_tool_calls=1 if request.parallel_tool_calls is False else None,
         )
         return self._build_parsed_request(request, request_input, ChatResponseBuilder, "chatcmpl")
 
@@ -149,10 +153,7 @@ class RequestParser:
         self.check_model(request.model or self.model_card.id)
         tokenizer = self._pipeline.tokenizer
         if isinstance(request, TokenizeChatRequest):
-            messages = request.to_template_messages()
-            tokens = (
-                await self._render_chat(messages, request.chat_template_kwargs or {}, request.prompt_ending)
-            ).token_ids
+            tokens = (await self._render_chat(request, request.to_template_messages(), {})).token_ids
         else:
             text, add_special_tokens = request.prompt, request.add_special_tokens
             tokens = await _run_in_thread_if_long(len(text), _encode, tokenizer, text, add_special_tokens)
@@ -171,12 +172,20 @@ class RequestParser:
         return DetokenizeResponse(prompt=await _run_in_thread_if_long(len(tokens), tokenizer.decode, tokens))
 
     async def _render_chat(
-        self, messages: Sequence[dict[str, str]], template_kwargs: dict[str, Any], ending: PromptEnding
+        self, conversation: Conversation, messages: Sequence[Message], defaults: Mapping[str, Any]
     ) -> ChatPrompt:
+        """Renders a conversation. The template gets those of the `defaults` that it uses."""
+        if conversation.offered_tools and self._tool_call_format is None:
+            raise RequestError("tools", "the format in which this model calls tools is not known to the server")
         tokenizer = self._pipeline.tokenizer
-        kwargs = {**self._pipeline.chat_template_kwargs, **validate_template_kwargs(tokenizer, template_kwargs)}
-        num_chars = sum(len(text) for message in messages for text in message.values()) + len(str(kwargs))
-        render = partial(chat_prompt, tokenizer, messages, kwargs, ending=ending)
+        kwargs = {
+            **self._pipeline.chat_template_kwargs,
+            **{name: value for name, value in defaults.items() if template_mentions(tokenizer, name)},
+            **validate_template_kwargs(tokenizer, conversation.chat_template_kwargs or {}),
+        }
+        tools = [tool.to_template_tool() for tool in conversation.offered_tools]
+        num_chars = len(str(messages)) + len(str(kwargs)) + len(str(tools))
+        render = partial(chat_prompt, tokenizer, messages, kwargs, ending=conversation.prompt_ending, tools=tools)
         chat: ChatPrompt = await _run_in_thread_if_long(num_chars, render)
         return chat
 
@@ -222,7 +231,8 @@ class RequestParser:
                     self._build_generation_request(request, request_input, prompt, seed + choice_index)
                 )
                 session = Session(request_input.session_key)
-                choices.append(ChoiceState(len(choices), len(prompt), session, arrival_time, stream, echo))
+                tool_calls = self._tool_call_stream(request_input)
+                choices.append(ChoiceState(len(choices), len(prompt), session, arrival_time, stream, echo, tool_calls))
         context = ResponseContext(
             model=self.model_card.id,
             prompt_lengths=[len(prompt) for prompt in request_input.prompts],
@@ -262,6 +272,12 @@ class RequestParser:
         )
         pipeline.capabilities.check(generation_request)
         return generation_request
+
+    def _tool_call_stream(self, request_input: RequestInput) -> ToolCallStream | None:
+        if self._tool_call_format is None or not request_input.tool_names:
+            return None
+        names, max_calls = request_input.tool_names, request_input.max_tool_calls
+        return ToolCallStream(TOOL_CALL_FORMATS[self._tool_call_format], names, max_calls=max_calls)
 
     def _echoed_prompt(self, request_input: RequestInput, prompt: Sequence[int]) -> EchoedPrompt | None:
         if not request_input.echo:
@@ -328,7 +344,7 @@ def _encode(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
-def _conversation_key(messages: Sequence[dict[str, str]]) -> str:
+def _conversation_key(messages: Sequence[Message]) -> str:
     """Returns a key that all requests of a conversation share.
 
     It covers the messages up to the first user message.

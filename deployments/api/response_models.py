@@ -175,9 +175,21 @@ class ChatCompletionLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it. It may be invalid or incomplete.")
+
+
+class ChatCompletionToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatCompletionMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="Null for an answer that consists of tool calls.")
+    tool_calls: list[ChatCompletionToolCall] | None = None
     reasoning_content: str | None = Field(
         None, description="What a reasoning model thought before the answer; null without reasoning."
     )
@@ -188,7 +200,7 @@ class ChatCompletionChoice(BaseModel):
     index: int
     message: ChatCompletionMessage
     logprobs: ChatCompletionLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):

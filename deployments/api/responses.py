@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -21,16 +21,19 @@ from deployments.api.response_models import (
     ChatCompletionLogprobs,
     ChatCompletionMessage,
     ChatCompletionTokenLogprob,
+    ChatCompletionToolCall,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionUsage,
+    FunctionCall,
     ParseReport,
     TopLogprob,
 )
 from deployments.api.token_text import TokenText
 from deployments.observability.choice_state import ChoiceState
 from parse.events import Event, Finished, PromptLogprobs, TextDelta, Verification
+from parse.tool_calls import ToolCallDelta
 from parse.types import FinishReason, Logprob
 
 OBFUSCATION_BLOCK = 32  # bytes; with `include_obfuscation`, the lengths of chunks are multiples of it
@@ -115,9 +118,9 @@ class ChatResponseBuilder:
         response_choices = [
             ChatCompletionChoice(
                 index=choice.index,
-                message=ChatCompletionMessage(content=choice.text, reasoning_content=choice.reasoning),
+                message=self._build_message(choice),
                 logprobs=self._build_logprobs(choice.deltas),
-                finish_reason=choice.result.finish_reason,
+                finish_reason=_finish_reason(choice),
             )
             for choice in choices
         ]
@@ -131,6 +134,22 @@ class ChatResponseBuilder:
             parse=context.build_reports(choices),
         )
 
+    def _build_message(self, choice: ChoiceState) -> ChatCompletionMessage:
+        if choice.tool_calls is None:
+            return ChatCompletionMessage(content=choice.text, reasoning_content=choice.reasoning)
+        (begun, first_calls), (rest, more_calls) = choice.tool_calls.add(choice.text), choice.tool_calls.finish()
+        calls: list[ChatCompletionToolCall] = []
+        for call in (*first_calls, *more_calls):
+            if call.id is not None and call.name is not None:
+                function = FunctionCall(name=call.name, arguments=call.arguments)
+                calls.append(ChatCompletionToolCall(id=call.id, function=function))
+            else:
+                calls[call.index].function.arguments += call.arguments
+        content = begun + rest
+        return ChatCompletionMessage(
+            content=content or (None if calls else ""), reasoning_content=choice.reasoning, tool_calls=calls or None
+        )
+
     def first_chunk(self, choice: ChoiceState) -> str | None:
         return self._format_chunk(choice, {"role": "assistant", "content": ""})
 
@@ -140,17 +159,25 @@ class ChatResponseBuilder:
                 return None  # chats have no echo
             case TextDelta(text=text, reasoning=reasoning):
                 logprobs = self._build_logprobs([event])
-                if not text and not reasoning and logprobs is None and not self.context.trace:
+                text, calls = (text, []) if choice.tool_calls is None else choice.tool_calls.add(text)
+                if not text and not reasoning and not calls and logprobs is None and not self.context.trace:
                     return None
-                delta = {"reasoning_content": reasoning} if reasoning else {}
-                if text or not reasoning:
+                delta: dict[str, Any] = {"reasoning_content": reasoning} if reasoning else {}
+                if text or not (reasoning or calls):
                     delta["content"] = text
+                if calls:
+                    delta["tool_calls"] = [_call_delta(call) for call in calls]
                 return self._format_chunk(choice, delta, logprobs=logprobs, parse=self.context.trace_event(event))
             case Verification():
                 event_trace = self.context.trace_event(event)
                 return self._format_chunk(choice, {}, parse=event_trace) if event_trace else None
-            case Finished(finish):
-                return self._format_chunk(choice, {}, finish=finish, parse=_dump(build_report(choice, trace=False)))
+            case Finished():
+                text, calls = ("", []) if choice.tool_calls is None else choice.tool_calls.finish()
+                rest: dict[str, Any] = {"content": text} if text else {}
+                rest |= {"tool_calls": [_call_delta(call) for call in calls]} if calls else {}
+                held_back = self._format_chunk(choice, rest) if rest else ""
+                report = _dump(build_report(choice, trace=False))
+                return held_back + self._format_chunk(choice, {}, finish=_finish_reason(choice), parse=report)
 
     def usage_chunk(self, choices: Sequence[ChoiceState]) -> str:
         return self.context.format_chunk("chat.completion.chunk", [], usage=self.context.total_usage(choices))
@@ -187,6 +214,19 @@ class ChatResponseBuilder:
     def _build_top_logprob(self, token: int, value: float) -> TopLogprob:
         text = self.token_text.decode(token)
         return TopLogprob(token=text, logprob=max(value, MIN_LOGPROB), bytes=self.token_text.decode_bytes(token))
+
+
+def _finish_reason(choice: ChoiceState) -> Literal["stop", "length", "tool_calls"]:
+    has_calls = choice.tool_calls is not None and choice.tool_calls.num_calls > 0
+    finish_reason = choice.result.finish_reason
+    return "tool_calls" if has_calls and finish_reason == "stop" else finish_reason
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from deployments.session import Session
 from parse.events import Event, Finished, PromptLogprobs, TextDelta, Verification
+from parse.tool_calls import ToolCallStream
 from parse.types import Logprob
 
 
@@ -31,6 +32,8 @@ class ChoiceState:
     arrival_time: float  # seconds since 1970
     stream: bool = False
     echo: EchoedPrompt | None = None
+    tool_calls: ToolCallStream | None = None
+    """Finds the tool calls in the text, if the request has tools."""
     queue_s: float = 0.0
     """The seconds from the arrival of the request until the pipeline started on it."""
     inter_token_s: list[float] = field(default_factory=list)

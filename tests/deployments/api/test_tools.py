@@ -1,0 +1,172 @@
+"""Tools over HTTP: what the model sees, and how its calls reach the client."""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from parse.types import TokenDelta
+from tests.deployments.api.test_routes import CHAT, HELLO, error_of, post, serving
+from tests.deployments.conftest import MODEL
+from tests.deployments.live import Writer
+
+# The format of Hermes and Qwen, shortened.
+TEMPLATE = """
+{%- if tools %}<|system|># Tools
+{%- for tool in tools %}
+{{ tool | tojson }}
+{%- endfor %}
+Reply with <tool_call>{"name": ..., "arguments": ...}</tool_call><|end|>{% endif %}
+{%- for message in messages %}<|{{ 'user' if message.role == 'tool' else message.role }}|>
+{%- if message.role == 'tool' %}<tool_response>{{ message.content }}</tool_response>
+{%- else %}{{ message.content }}{% endif %}
+{%- for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|end|>{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL_TEXT = 'I will look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+BODY: dict[str, Any] = {"model": MODEL, "messages": HELLO, "parse": {"mode": "off"}, "tools": [WEATHER]}
+
+
+@pytest.fixture(scope="module")
+def tool_pair(pair):
+    """The demo pair with a chat template that supports tools."""
+    tokenizer = copy.deepcopy(pair.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    fake = copy.copy(pair)
+    fake.pipeline = replace(pair.pipeline, tokenizer=tokenizer)
+    return fake
+
+
+@pytest.fixture
+def calling(tool_pair) -> Iterator[str]:
+    """A server whose model answers with a tool call."""
+    tokens = tool_pair.pipeline.tokenizer.encode(CALL_TEXT, add_special_tokens=False)
+
+    class Caller(Writer):
+        async def generate(self, request):
+            for token in tokens:
+                yield TokenDelta((token,))
+            yield TokenDelta((), finish_reason="stop")
+
+    with serving(tool_pair, Caller()) as address:
+        yield address
+
+
+def rendered(address: str, **body: Any) -> str:
+    tokens = httpx.post(f"{address}/tokenize", json=body).json()["tokens"]
+    text: str = httpx.post(f"{address}/detokenize", json={"tokens": tokens}).json()["prompt"]
+    return text
+
+
+def test_a_call_is_returned_as_the_official_client_expects(calling):
+    client = OpenAI(base_url=f"{calling}/v1", api_key="none")
+    fields: Any = dict(BODY, extra_body={"parse": BODY["parse"]})
+    del fields["parse"]
+    (choice,) = client.chat.completions.create(**fields).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I will look.")
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == (
+        "function",
+        "get_weather",
+        {"city": "Paris"},
+    )
+    with client.chat.completions.stream(**fields) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert (final.finish_reason, final.message.content) == ("tool_calls", "I will look.")
+    assert final.message.tool_calls
+    assert final.message.tool_calls[0].function.arguments == call.function.arguments
+
+
+def test_the_conversation_goes_on_with_the_result(calling):
+    message = post(calling, BODY).json()["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "Sunny, <b>20</b> degrees"}
+    text = rendered(calling, messages=[*HELLO, message, result], tools=[WEATHER])
+    assert text.startswith('<|system|># Tools\n{"type": "function", "function": {')
+    assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|end|>' in text
+    assert text.endswith("<|user|><tool_response>Sunny, <b>20</b> degrees</tool_response><|end|><|assistant|>")
+    assert post(calling, BODY | {"messages": [*HELLO, message, result]}).status_code == 200
+
+
+def test_with_tool_choice_none_the_model_sees_no_tools_and_its_text_is_content(calling):
+    body = BODY | {"tool_choice": "none"}
+    choice = post(calling, body).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (CALL_TEXT, "stop")
+    assert choice["message"]["tool_calls"] is None
+    assert "Tools" not in rendered(calling, messages=HELLO, tools=[WEATHER], tool_choice="none")
+    assert "Tools" not in rendered(calling, messages=HELLO, tools=[])
+
+
+def test_a_template_without_tools_is_named(raw):
+    error = error_of(raw.post(CHAT, json=BODY), 400)
+    assert error["param"] == "tools" and "is not known" in error["message"]
+    assert raw.post(CHAT, json=BODY | {"tool_choice": "none", "max_tokens": 1}).status_code == 200
+
+
+def test_the_format_of_the_operator_does_not_replace_a_missing_template(pair):
+    with serving(pair, tool_call_format="hermes") as address:
+        error = error_of(post(address, BODY), 400)
+        assert error["param"] == "tools" and "chat template does not support tools" in error["message"]
+
+
+ASSISTANT = {
+    "role": "assistant",
+    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "a", "content": "x"}
+
+
+def function(**fields: Any) -> list[Any]:
+    return [{"type": "function", "function": WEATHER["function"] | fields}]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": function(name="get weather")}, "tools[0].function.name"),
+        ({"tools": function(name="x" * 65)}, "tools[0].function.name"),
+        ({"tools": function(strict=True)}, "tools[0].function.strict"),
+        ({"tools": function(parameters="{}")}, "tools[0].function.parameters"),
+        ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [WEATHER] * 10_000}, "tools"),
+        ({"tools": 5}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
+        ({"functions": [WEATHER["function"]]}, "functions"),
+        ({"messages": [*HELLO, RESULT]}, "messages[1].tool_call_id"),
+        ({"messages": [*HELLO, ASSISTANT, RESULT | {"tool_call_id": "b"}]}, "messages[2].tool_call_id"),
+        ({"messages": [*HELLO, ASSISTANT, *HELLO, RESULT]}, "messages[3].tool_call_id"),
+        ({"messages": [*HELLO, ASSISTANT, {"role": "tool", "content": "x"}]}, "messages[2].tool_call_id"),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        (
+            {
+                "messages": [
+                    *HELLO,
+                    {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "[1]"}}]},
+                ]
+            },
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+    ],
+)
+def test_what_is_wrong_with_tools_is_named(calling, fields, param):
+    error = error_of(post(calling, BODY | fields), 400)
+    assert error["param"] == param and error["message"].startswith(f"{param}: ")

@@ -1,0 +1,148 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parse.tool_calls import TOOL_CALL_FORMATS, ToolCallStream, find_format
+
+NAMES = ("get_weather", "add", "get")
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-99, 99) | st.text("ab\"'\\{}[]<>/;,: \n", max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("xy", min_size=1, max_size=2), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+arguments = st.dictionaries(st.sampled_from(["a", "city", "unit"]), values, max_size=3)
+calls = st.lists(st.tuples(st.sampled_from(NAMES), arguments), min_size=1, max_size=3)
+
+
+def hermes(content: str, items: list) -> str:
+    blocks = [
+        f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(given)}}}\n</tool_call>' for name, given in items
+    ]
+    return "\n".join([*([content] if content else []), *blocks])
+
+
+def llama3_json(_: str, items: list) -> str:
+    return "; ".join(json.dumps({"name": name, "parameters": given}) for name, given in items)
+
+
+def mistral(_: str, items: list) -> str:
+    return json.dumps([{"name": name, "arguments": given} for name, given in items])
+
+
+def pythonic(_: str, items: list) -> str:
+    written = (f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in items)
+    return f"[{', '.join(written)}]"
+
+
+WRITERS = {"hermes": hermes, "llama3_json": llama3_json, "mistral": mistral, "pythonic": pythonic}
+
+
+def streamed(name: str, parts: list[str], **options: Any) -> tuple[str, list[tuple[str, str]]]:
+    """Returns the content and the calls, put together as a client does."""
+    stream = ToolCallStream(TOOL_CALL_FORMATS[name], NAMES, **options)
+    content, found, ids = "", dict[int, list[str]](), set[str]()
+    for text, deltas in [*(stream.add(part) for part in parts), stream.finish()]:
+        content += text
+        for delta in deltas:
+            if delta.id is not None:
+                assert delta.index == len(found) and delta.id not in ids and delta.name
+                ids.add(delta.id)
+                found[delta.index] = [delta.name, ""]
+            found[delta.index][1] += delta.arguments
+    assert stream.num_calls == len(found)
+    return content, [(function, text) for function, text in found.values()]
+
+
+def split(text: str, data: st.DataObject) -> list[str]:
+    borders = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    return [text[a:b] for a, b in zip([0, *borders], [*borders, len(text)], strict=True)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@given(items=calls, content=st.sampled_from(["", "I will look.", "1 < 2 <tool"]), data=st.data())
+def test_calls_are_found_however_the_text_is_split(name, items, content, data):
+    content = content if name == "hermes" else ""
+    text = WRITERS[name](content, items)
+    got, found = streamed(name, split(text, data))
+    assert got == content
+    assert [(function, json.loads(text)) for function, text in found] == items
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is 5.",
+        '{"answer": 5}',
+        '{"name": 5, "parameters": {}}',
+        '{"name": "add", "arguments": [1]}',
+        "[1, 2] is a list.",
+        "[add(1)]",
+        "[add(a=open('x'))]",
+        "A <tool_call> without JSON </tool_call> is text.",
+        "get well",
+        "",
+        "  \n",
+        "{",
+        "[",
+        "[add(",
+        "<tool_ca",
+    ],
+)
+@given(data=st.data())
+def test_what_is_no_call_is_content(name, text, data):
+    assert streamed(name, split(text, data)) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>', [("add", '{"a": 1}')]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1}</tool_call>', [("add", '{"a": 1}')]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1', [("add", '{"a": 1')]),
+        ("llama3_json", '<|python_tag|>{"name": "add", "parameters": {}}', [("add", "{}")]),
+        ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {}}]', [("add", "{}")]),
+        ("mistral", '[TOOL_CALLS]add{"a": 1}', [("add", '{"a": 1}')]),
+        ("mistral", 'add{"a": 1}get{"b": [2]}', [("add", '{"a": 1}'), ("get", '{"b": [2]}')]),
+    ],
+)
+def test_variants_that_models_write_are_calls(name, text, expected):
+    for size in (1, 3, len(text)):
+        assert streamed(name, [text[at : at + size] for at in range(0, len(text), size)]) == ("", expected)
+
+
+def test_arguments_are_streamed_while_they_are_written():
+    stream = ToolCallStream(TOOL_CALL_FORMATS["hermes"], NAMES)
+    assert stream.add('Wait. <tool_call>{"name": "add", "arg') == ("Wait.", [])
+    _, (start,) = stream.add('uments": {"a')
+    assert (start.index, start.name, start.arguments) == (0, "add", '{"a') and start.id
+    _, (more,) = stream.add('": 1')
+    assert (more.id, more.name, more.arguments) == (None, None, '": 1')
+    _, (end,) = stream.add("}}</tool_call>")
+    assert end.arguments == "}"
+    assert stream.finish() == ("", [])
+
+
+def test_only_the_first_calls_are_returned_on_request():
+    text = hermes("", [("add", {}), ("get", {}), ("get", {})])
+    assert streamed("hermes", [text], max_calls=1) == ("", [("add", "{}")])
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ '<tool_call>' }}", "hermes"),
+        ("{{ '[TOOL_CALLS]' }}", "mistral"),
+        ("{{ '[func_name1(params_name1=params_value1' }}", "pythonic"),
+        ("{{ '<|python_tag|>' }}", "llama3_json"),
+        ("{{ messages }}", None),
+        (None, None),
+    ],
+)
+def test_the_chat_template_shows_the_format(template, name):
+    assert find_format(template) == name
