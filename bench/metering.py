@@ -30,7 +30,8 @@ from bench.workload import demo_requests
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from deployments.observability.exposition import ReplicaMetrics
-from deployments.observability.metrics import ROUTER_METRICS, Counter, Gauge, Histogram, MetricsRecorder
+from deployments.observability.metric_types import Counter, Gauge, Histogram
+from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
 from deployments.session import Session
 from parse.config import EngineSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET

@@ -146,8 +146,8 @@ def parse_hermes(text: str, tool_names: Collection[str], final: bool) -> ParsedT
     start, end = "<tool_call>", "</tool_call>"
     content, calls = "", list[ToolCall]()
     while True:
-        before, found, rest = text.partition(start)
-        if not found:
+        before, marker, rest = text.partition(start)
+        if not marker:
             rest = _without_partial(before, start, final=final)
             return ParsedText((content + rest).rstrip() if calls else content + rest, calls)
         content += before
@@ -156,7 +156,7 @@ def parse_hermes(text: str, tool_names: Collection[str], final: bool) -> ParsedT
         if read == "unclear":
             return ParsedText(content.rstrip(), calls)
         if read == "none":
-            content, text = content + found, rest
+            content, text = content + marker, rest
             continue
         if read.end is None:
             arguments = read.call.arguments.partition(end)[0] if final else read.call.arguments

@@ -16,7 +16,7 @@ from grafana_foundation_sdk.models.dashboard import (
 from cluster.grafana.panels import PROMETHEUS, Panel, Query
 from cluster.prometheus.queries import View
 from deployments.observability import metrics
-from deployments.observability.metrics import Histogram, Metric
+from deployments.observability.metric_types import Histogram, Metric
 
 TAG = "parse"
 PREFIX, WINDOW = "${prefix}", "$__rate_interval"

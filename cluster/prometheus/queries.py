@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
+from deployments.observability.metric_types import Counter, Gauge, Histogram, Metric
 
 IDENTITY = ("application", "deployment", "replica")  # every series has these labels, in both sources
 CONDITION = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')

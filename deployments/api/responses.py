@@ -85,7 +85,7 @@ class ResponseContext:
             body["obfuscation"] = secrets.token_hex(filler // 2 + 1)[:filler]
         return format_sse(body)
 
-    def usage_so_far(self, choice: ChoiceState) -> dict[str, int] | None:
+    def choice_usage(self, choice: ChoiceState) -> dict[str, int] | None:
         """Returns the usage for a chunk of a choice, or None if only the last chunk has one."""
         if not self.stream_options.continuous_usage_stats:
             return None
@@ -193,7 +193,7 @@ class ChatResponseBuilder:
     ) -> str:
         logprobs_json = _dump(logprobs)
         chunk_choice = {"index": choice.index, "delta": delta, "logprobs": logprobs_json, "finish_reason": finish}
-        usage = self.context.usage_so_far(choice)
+        usage = self.context.choice_usage(choice)
         return self.context.format_chunk("chat.completion.chunk", [chunk_choice], parse, usage)
 
     def _build_logprobs(self, deltas: Sequence[TextDelta]) -> ChatCompletionLogprobs | None:
@@ -285,7 +285,7 @@ class CompletionResponseBuilder:
         parse: dict[str, Any] | None = None,
     ) -> str:
         chunk_choice = CompletionChoice(index=choice.index, text=text, logprobs=logprobs, finish_reason=finish)
-        usage = self.context.usage_so_far(choice)
+        usage = self.context.choice_usage(choice)
         return self.context.format_chunk("text_completion", [chunk_choice.model_dump()], parse, usage)
 
     def _build_choice(self, choice: ChoiceState) -> CompletionChoice:

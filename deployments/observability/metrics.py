@@ -7,15 +7,14 @@ the router gathers the same metrics from all replicas, for a single node and for
 that are declared with it, so nothing that a client sends becomes a label value.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
-from typing import Any, Literal, TypeVar, get_args, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import prometheus_client as prometheus
 from ray import serve
 
 from deployments.observability.exposition import ReplicaLabels, ReplicaMetrics
+from deployments.observability.metric_types import Counter, Gauge, Histogram, Labels, Metric, MetricGroup
 from deployments.session import RetryCause
 from parse.errors import FallbackCause
 from parse.events import StageName
@@ -24,9 +23,6 @@ from parse.types import FinishReason
 
 prometheus.disable_created_metrics()  # they would add an unused second series to each metric
 
-RAY_METRICS: Any = serve.metrics  # Any, because its type hints allow only one label
-
-Labels = Mapping[str, tuple[str, ...]]
 RequestOutcome = Literal["ok", "invalid", "unauthorized", "overloaded", "unavailable", "timeout", "left", "failed"]
 DraftOutcome = Literal["whole", "partial", "none", "skipped"]
 CancelCause = Literal["left_waiting", "left_reading", "timeout"]
@@ -53,108 +49,6 @@ POSITIONS = (*map(str, range(1, 17)), "17+")
 MODE_LABEL: Labels = {"mode": tuple(name for name, mode in MODES.items() if mode.function)}
 METHOD_LABEL: Labels = {"method": tuple(METHODS)}
 PROPOSAL_LABELS: Labels = {"method": ("draft", *METHODS), "position": POSITIONS}
-NO_LABELS: Labels = {}
-
-
-@dataclass(frozen=True)
-class Counter:
-    name: str
-    help: str
-    labels: Labels = field(default_factory=dict)
-
-    def create_local(self, registry: prometheus.CollectorRegistry) -> prometheus.Counter:
-        counter = prometheus.Counter(self.name, self.help, tuple(self.labels), registry=registry)
-        if self.labels:
-            for labels in self._label_combinations():
-                counter.labels(**labels)
-        return counter
-
-    def create_in_ray(self) -> Any:
-        counter = RAY_METRICS.Counter(self.name, self.help, tuple(self.labels))
-        for labels in self._label_combinations():
-            counter._record(0.0, labels)  # `inc` rejects zero
-        return counter
-
-    def _label_combinations(self) -> Iterator[dict[str, str]]:
-        """Yields all combinations of label values.
-
-        Every series starts at zero. Otherwise rate() would miss its first event.
-        """
-        return (dict(zip(self.labels, values, strict=True)) for values in product(*self.labels.values()))
-
-
-@dataclass(frozen=True)
-class Gauge:
-    name: str
-    help: str
-    labels: Labels = field(default_factory=dict)
-
-    def create_local(self, registry: prometheus.CollectorRegistry) -> prometheus.Gauge:
-        return prometheus.Gauge(self.name, self.help, tuple(self.labels), registry=registry)
-
-    def create_in_ray(self) -> Any:
-        return RAY_METRICS.Gauge(self.name, self.help, tuple(self.labels))
-
-
-@dataclass(frozen=True)
-class Histogram:
-    name: str
-    help: str
-    buckets: Sequence[float]
-    labels: Labels = field(default_factory=dict)
-
-    def create_local(self, registry: prometheus.CollectorRegistry) -> prometheus.Histogram:
-        return prometheus.Histogram(self.name, self.help, tuple(self.labels), registry=registry, buckets=self.buckets)
-
-    def create_in_ray(self) -> Any:
-        return RAY_METRICS.Histogram(self.name, self.help, list(self.buckets), tuple(self.labels))
-
-
-Metric = Counter | Gauge | Histogram
-MetricType = TypeVar("MetricType", bound=Metric)
-
-
-class MetricGroup(Sequence[Metric]):
-    """The metrics that one kind of process exports.
-
-    Declaring a metric with a method of its group registers it.
-    """
-
-    def __init__(self) -> None:
-        self._metrics: list[Metric] = []
-
-    def counter(self, name: str, help: str, labels: Labels = NO_LABELS) -> Counter:  # noqa: A002  # its name elsewhere
-        return self._register(Counter(name, help, labels))
-
-    def gauge(self, name: str, help: str, labels: Labels = NO_LABELS) -> Gauge:  # noqa: A002
-        return self._register(Gauge(name, help, labels))
-
-    def histogram(
-        self,
-        name: str,
-        help: str,  # noqa: A002
-        buckets: Sequence[float],
-        labels: Labels = NO_LABELS,
-    ) -> Histogram:
-        return self._register(Histogram(name, help, buckets, labels))
-
-    def _register(self, metric: MetricType) -> MetricType:
-        if any(other.name == metric.name for other in self._metrics):
-            raise ValueError(f"{metric.name} is declared twice")
-        self._metrics.append(metric)
-        return metric
-
-    @overload
-    def __getitem__(self, index: int) -> Metric: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Metric]: ...
-
-    def __getitem__(self, index: int | slice) -> Metric | Sequence[Metric]:
-        return self._metrics[index]
-
-    def __len__(self) -> int:
-        return len(self._metrics)
 
 
 ROUTER_METRICS = MetricGroup()

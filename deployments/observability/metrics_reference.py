@@ -5,7 +5,8 @@ python -m deployments.observability.metrics_reference > docs/metrics.md
 
 from collections.abc import Sequence
 
-from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS, Counter, Gauge, Histogram, Metric
+from deployments.observability.metric_types import Counter, Gauge, Histogram, Metric
+from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS
 
 HEADER = """\
 <!-- `make docs` writes this file. Change deployments/observability/metrics.py instead. -->

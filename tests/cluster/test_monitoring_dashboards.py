@@ -9,7 +9,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 import deployments.observability.metrics
 from cluster.grafana.__main__ import FOLDER, render_files
 from deployments.config import PROJECT_ROOT
-from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
+from deployments.observability.metric_types import Counter, Gauge, Histogram, Metric
 from tests.cluster.querying import PREFIXES, dashboard_queries, dashboards, panels
 
 BOARDS = dashboards()

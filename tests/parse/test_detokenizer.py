@@ -89,14 +89,14 @@ def test_a_stop_string_counts_only_after_the_minimum_length(text, min_tokens, da
     expected, met = text, False
     for size in range(min_tokens + 1, len(ids) + 1):
         before, now = (str(BYTES.decode(ids[:count])).rstrip("\ufffd") for count in (size - 1, size))
-        ends = [
+        matches = [
             (end, end - len(each))
             for end in range(len(before) + 1, len(now) + 1)
             for each in stop
             if now[:end].endswith(each)
         ]
-        if ends:
-            expected, met = now[: min(ends)[1]], True
+        if matches:
+            expected, met = now[: min(matches)[1]], True
             break
     assert (got, stream.matched_stop is not None) == (expected, met)
 

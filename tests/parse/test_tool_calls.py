@@ -20,23 +20,21 @@ calls = st.lists(st.tuples(st.sampled_from(NAMES), arguments), min_size=1, max_s
 
 
 def hermes(content: str, items: list) -> str:
-    blocks = [
-        f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(given)}}}\n</tool_call>' for name, given in items
-    ]
-    return "\n".join([*([content] if content else []), *blocks])
+    bodies = (json.dumps({"name": name, "arguments": values}) for name, values in items)
+    return "\n".join([*([content] if content else []), *(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)])
 
 
 def llama3_json(_: str, items: list) -> str:
-    return "; ".join(json.dumps({"name": name, "parameters": given}) for name, given in items)
+    return "; ".join(json.dumps({"name": name, "parameters": values}) for name, values in items)
 
 
 def mistral(_: str, items: list) -> str:
-    return json.dumps([{"name": name, "arguments": given} for name, given in items])
+    return json.dumps([{"name": name, "arguments": values} for name, values in items])
 
 
 def pythonic(_: str, items: list) -> str:
-    written = (f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in items)
-    return f"[{', '.join(written)}]"
+    texts = (f"{name}({', '.join(f'{key}={value!r}' for key, value in values.items())})" for name, values in items)
+    return f"[{', '.join(texts)}]"
 
 
 WRITERS = {"hermes": hermes, "llama3_json": llama3_json, "mistral": mistral, "pythonic": pythonic}
@@ -45,17 +43,17 @@ WRITERS = {"hermes": hermes, "llama3_json": llama3_json, "mistral": mistral, "py
 def streamed(name: str, parts: list[str], **options: Any) -> tuple[str, list[tuple[str, str]]]:
     """Returns the content and the calls, put together as a client does."""
     stream = ToolCallStream(TOOL_CALL_FORMATS[name], NAMES, **options)
-    content, found, ids = "", dict[int, list[str]](), set[str]()
+    content, parsed, ids = "", dict[int, list[str]](), set[str]()
     for text, deltas in [*(stream.add(part) for part in parts), stream.finish()]:
         content += text
         for delta in deltas:
             if delta.id is not None:
-                assert delta.index == len(found) and delta.id not in ids and delta.name
+                assert delta.index == len(parsed) and delta.id not in ids and delta.name
                 ids.add(delta.id)
-                found[delta.index] = [delta.name, ""]
-            found[delta.index][1] += delta.arguments
-    assert stream.num_calls == len(found)
-    return content, [(function, text) for function, text in found.values()]
+                parsed[delta.index] = [delta.name, ""]
+            parsed[delta.index][1] += delta.arguments
+    assert stream.num_calls == len(parsed)
+    return content, [(function, text) for function, text in parsed.values()]
 
 
 def split(text: str, data: st.DataObject) -> list[str]:
@@ -68,9 +66,9 @@ def split(text: str, data: st.DataObject) -> list[str]:
 def test_calls_are_found_however_the_text_is_split(name, items, content, data):
     content = content if name == "hermes" else ""
     text = WRITERS[name](content, items)
-    got, found = streamed(name, split(text, data))
+    got, parsed = streamed(name, split(text, data))
     assert got == content
-    assert [(function, json.loads(text)) for function, text in found] == items
+    assert [(function, json.loads(text)) for function, text in parsed] == items
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -18,8 +18,8 @@ from training.measure import draw_problems
 
 
 def preflight(address: str, origin: str, **headers: str) -> httpx.Response:
-    asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-    return httpx.options(f"{address}{CHAT}", headers=asked | headers)
+    request_headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    return httpx.options(f"{address}{CHAT}", headers=request_headers | headers)
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/ready", "/metrics", "/"])
@@ -229,8 +229,7 @@ def test_nothing_is_generated_for_a_limit_of_zero_tokens(raw):
 
 
 def test_an_answer_can_continue_the_last_message(raw):
-    question = draw_problems(31, 1)[0].question
-    messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": draw_problems(31, 1)[0].question}]
     body = {"model": MODEL, "temperature": 0, "messages": messages}
     for mode in ("off", "exact"):
         answer = raw.post(CHAT, json=body | {"parse": {"mode": "off"}}).json()["choices"][0]["message"]["content"]

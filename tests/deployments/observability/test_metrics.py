@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families as plain_fam
 from deployments.config import PROJECT_ROOT
 from deployments.observability import metrics
 from deployments.observability.exposition import ReplicaLabels, ReplicaMetrics, encode_metrics
-from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS, Counter, Gauge, Histogram, MetricsRecorder
+from deployments.observability.metric_types import Counter, Gauge, Histogram
+from deployments.observability.metrics import ENGINE_METRICS, ROUTER_METRICS, MetricsRecorder
 from deployments.observability.metrics_reference import render_metrics_page as reference_page
 
 ALL = (*ROUTER_METRICS, *ENGINE_METRICS)

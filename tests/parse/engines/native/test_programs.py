@@ -176,7 +176,7 @@ class Guesser:
     def __init__(self, text, seed, right):
         self.text, self.rng, self.right = [*PROMPT, *text], random.Random(seed), right
         self.taken = []
-        self.room = []  # for each proposal, how many tokens of the text it may have
+        self.spare_tokens = []  # for each proposal, how many tokens of the text it may have
 
     def extend(self, tokens, hidden_states, mask_prediction):
         assert hidden_states is None
@@ -184,7 +184,7 @@ class Guesser:
         assert self.taken == self.text[: len(self.taken)]
 
     def propose(self, max_tokens):
-        self.room.append(max_tokens - (len(self.text) - len(self.taken)))
+        self.spare_tokens.append(max_tokens - (len(self.text) - len(self.taken)))
         coming = self.text[len(self.taken) :][: self.rng.randint(0, self.right)]
         tokens, parents = [], []
         trunk = [-1]
@@ -224,7 +224,7 @@ def test_a_proposer_changes_nothing_but_the_number_of_runs(
     stats = sum_stats(delta.speculation for delta in deltas)
     assert stats is not None and stats.passes == runs
     if plain[-1].finish_reason == "length":  # the last token of a text comes from the pass itself
-        assert all(room == -1 for room in guesser.room)
+        assert all(spare == -1 for spare in guesser.spare_tokens)
     # A pass yields one token, or the end, beside those that were proposed.
     took = sum(stats.accepted_per_position) + sum(delta.num_accepted for delta in deltas)
     assert len(text) - took in (runs, runs - 1)
