@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import playground
 from deployments.api.errors import ApiError
-from deployments.observability.access_log import CLIENT_CLOSED_REQUEST
+from deployments.observability.access_log import CLIENT_CLOSED_REQUEST, REQUEST_ID_HEADER
 
+MAX_REQUEST_ID_LENGTH = 512  # the limit in the OpenAI API
 UNAUTHENTICATED_PATHS = playground.PATHS | {"/health", "/ready", "/docs", "/redoc", "/openapi.json"}
 
 
@@ -47,6 +48,7 @@ class RequestLimitsMiddleware:
             await self._app(scope, receive, send)
             return
         try:
+            _check_request_id(scope)
             if scope["path"].removeprefix(scope.get("root_path", "")) not in UNAUTHENTICATED_PATHS:
                 self._authenticate(scope)
             body = await self._read_body(scope, receive)
@@ -113,6 +115,13 @@ class RequestLimitsMiddleware:
     def _body_too_large_error(self) -> ApiError:
         message = f"body: must be at most {self._max_body_bytes} bytes long"
         return ApiError(413, message, param="body", code="too_long")
+
+
+def _check_request_id(scope: Scope) -> None:
+    request_id = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+    if len(request_id) > MAX_REQUEST_ID_LENGTH:
+        message = f"{REQUEST_ID_HEADER}: must be at most {MAX_REQUEST_ID_LENGTH} characters long"
+        raise ApiError(400, message, param=REQUEST_ID_HEADER, code="invalid_value")
 
 
 def _host_name(host: str) -> str:

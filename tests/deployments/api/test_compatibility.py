@@ -122,6 +122,11 @@ def test_unknown_fields_are_ignored_and_listed_if_the_operator_allows_it(pair):
         assert error_of(post(address, body), 400)["param"] == "guidance"
 
 
+def test_a_long_request_id_is_rejected_and_others_are_returned(raw):
+    assert raw.post(CHAT, json=BODY, headers={"x-request-id": "x" * 512}).status_code == 200
+    assert error_of(raw.post(CHAT, json=BODY, headers={"x-request-id": "x" * 513}), 400)["param"] == "x-request-id"
+
+
 def test_responses_say_how_many_more_requests_are_accepted(pair):
     with serving(pair, max_answers=3, max_queued_requests=4) as address:
         for body in (BODY, BODY | {"stream": True}):
