@@ -3,13 +3,14 @@
 import re
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from parse.config import EngineSettings, ModeName, OneOf, Settings, VerificationSettings
 from parse.demo import find_demo_model
 from parse.registry import MODES
-from parse.tool_calls import TOOL_CALL_FORMATS
+from parse.tool_calls import TOOL_CALL_PARSERS
 
 PROJECT_ROOT = Path(__file__).parents[1]
 IS_CHECKOUT = (PROJECT_ROOT / "pyproject.toml").is_file()
@@ -55,7 +56,7 @@ class ApiSettings(Settings):
         description="The path of a file with bearer keys, one per line. If there are keys, every request needs one of "
         "them, except requests for /health, /ready, the API documentation and the playground.",
     )
-    tool_call_format: Annotated[str, OneOf(TOOL_CALL_FORMATS)] | None = Field(
+    tool_call_parser: Annotated[str, OneOf(TOOL_CALL_PARSERS)] | None = Field(
         None,
         description="The format in which the target calls tools. With null, it is taken from what the chat template "
         "shows to the model.",
@@ -69,7 +70,8 @@ class ApiSettings(Settings):
     cors_origins: tuple[str, ...] = Field(
         (),
         description="The origins of web pages whose scripts may use the API in a browser, for example "
-        "`https://chat.example`. `*` stands for all origins.",
+        "`https://chat.example`. `*` stands for all origins. Set keys as well: without them, every page of these "
+        "origins that is opened on the server's own machine can use the API.",
     )
     api_keys_env: str = Field(
         "PARSE_API_KEYS",
@@ -77,6 +79,15 @@ class ApiSettings(Settings):
         description="The name of an environment variable of the router that can hold more bearer keys, separated by "
         "commas. If there are no keys at all, only clients on the router's own machine are served.",
     )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            parts = urlsplit(origin)
+            if origin != "*" and (not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}"):
+                raise ValueError(f"must be like https://chat.example, without a path, got {origin!r}")
+        return origins
 
     @field_validator("modes", mode="before")
     @classmethod

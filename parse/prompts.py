@@ -40,7 +40,7 @@ VERIFICATION_PROMPT = (
 )
 
 
-PromptEnding = Literal["assistant_header", "unfinished_message", "nothing"]
+PromptEnding = Literal["assistant_header", "unfinished_message", "last_message"]
 """How a rendered conversation ends. An unfinished message is the last message without the end of its turn."""
 
 
@@ -98,7 +98,7 @@ def chat_prompt(
     if tags is None:
         return ChatPrompt(_encode(tokenizer, text), "none")
     if ending != "assistant_header":
-        return ChatPrompt(_encode(tokenizer, text), "open" if tags.is_open(text) else "none")
+        return ChatPrompt(_encode(tokenizer, text), "open" if text.rfind(tags.start) > text.rfind(tags.end) else "none")
     if _switches_reasoning_off(tokenizer, kwargs):
         return ChatPrompt(_encode(tokenizer, tags.close(text)), "none")
     if tags.is_open(text):

@@ -115,6 +115,12 @@ class GenerateRequest:
     session_key: str = ""
 
 
+def _with_max_tokens(params: SamplingParams, max_tokens: int | None) -> SamplingParams:
+    """Returns the parameters with another limit. It may be lower than the minimum length, which then ends there too."""
+    min_tokens = params.min_tokens if max_tokens is None else min(params.min_tokens, max_tokens)
+    return replace(params, max_tokens=max_tokens, min_tokens=min_tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyAndGenerateRequest:
     """Asks the target to verify a draft and to generate what follows, in one call.
@@ -175,7 +181,7 @@ class VerifyAndGenerateRequest:
         return GenerateRequest(
             prompt_token_ids=verify.prompt_token_ids,
             output_token_ids=output,
-            sampling_params=replace(params, max_tokens=max_tokens),
+            sampling_params=_with_max_tokens(params, max_tokens),
             stream_interval=self.stream_interval,
             speculative_method=self.speculative_method,
             session_key=verify.session_key,

@@ -4,8 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from deployments.api.request_fields import CacheControl, NoItems, OpenAIBaseModel, Text, field_error
 from parse.prompts import Message, PromptEnding
@@ -56,19 +55,17 @@ class InputMessage(BaseMessage):
 
 
 class CalledFunction(OpenAIBaseModel):
-    name: ToolName
-    arguments: Text = Field(description="A JSON object.")
+    """A function that the model has called. What the model wrote may be wrong, and is sent back as it is."""
 
-    @field_validator("arguments")
-    @classmethod
-    def _check_arguments(cls, arguments: str) -> str:
+    name: Annotated[Text, Field(min_length=1, max_length=256)]
+    arguments: Text | None = Field(None, description="JSON. Nothing means no arguments.")
+
+    def to_template_function(self) -> dict[str, Any]:
         try:
-            is_object = isinstance(json.loads(arguments), dict)
+            arguments = json.loads(self.arguments or "{}")
         except (ValueError, RecursionError):
-            is_object = False
-        if not is_object:
-            raise PydanticCustomError("refused", "must be a JSON object")
-        return arguments
+            arguments = self.arguments
+        return {"name": self.name, "arguments": arguments}  # templates expect an object and not its JSON
 
 
 class MessageToolCall(OpenAIBaseModel):
@@ -89,12 +86,7 @@ class AssistantMessage(BaseMessage):
         message = self._template_message(self.role, "" if self.content is None else self.content)
         if self.tool_calls:
             message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": call.type,
-                    # Templates expect an object and not its JSON.
-                    "function": {"name": call.function.name, "arguments": json.loads(call.function.arguments)},
-                }
+                {"id": call.id, "type": call.type, "function": call.function.to_template_function()}
                 for call in self.tool_calls
             ]
         return message
@@ -191,7 +183,7 @@ class Conversation(OpenAIBaseModel):
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
-    def is_plain(self) -> bool:
+    def can_be_drafted_in_other_tokens(self) -> bool:
         """Whether it has no tools, and the answer is a message of its own."""
         uses_tools = bool(self.offered_tools) or any(
             isinstance(message, ToolMessage) or (isinstance(message, AssistantMessage) and message.tool_calls)
@@ -203,7 +195,7 @@ class Conversation(OpenAIBaseModel):
     def prompt_ending(self) -> PromptEnding:
         if self.continue_final_message:
             return "unfinished_message"
-        return "nothing" if self.add_generation_prompt is False else "assistant_header"
+        return "last_message" if self.add_generation_prompt is False else "assistant_header"
 
     def to_template_messages(self) -> list[Message]:
         return [message.to_template_message() for message in self.messages]

@@ -212,6 +212,11 @@ class CompletionRequest(BaseCompletionRequest):
     )
     max_tokens: Integer | None = Field(None, ge=0, le=MAX_INTEGER, description="With 0, nothing is generated.")
     logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Whether the tokenizer adds its special tokens to a text, such as one at the beginning. "
+        "The default is true.",
+    )
     echo: bool | None = Field(None, description="Whether the answer begins with the prompt, also in its logprobs.")
     # The allowed values of these fields describe what the server always does.
     best_of: Integer | None = None

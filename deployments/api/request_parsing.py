@@ -40,7 +40,7 @@ from parse.pipeline import Pipeline
 from parse.prompts import ChatPrompt, Message, chat_prompt, template_mentions, validate_template_kwargs
 from parse.reasoning import ReasoningState
 from parse.requests import GenerationRequest, session_key
-from parse.tool_calls import TOOL_CALL_FORMATS, ToolCallStream, find_format
+from parse.tool_calls import TOOL_CALL_PARSERS, ToolCallStream, detect_tool_call_parser
 
 DEFAULT_COMPLETION_MAX_TOKENS = 16  # the default of the OpenAI API
 NON_STREAM_INTERVAL = 64  # tokens between two deltas of an answer that is not streamed
@@ -75,7 +75,7 @@ class RequestInput:
     messages: Sequence[Message] = ()
     prediction: Sequence[int] | None = None
     reasoning: ReasoningState | None = None
-    echo: bool = False
+    echoed_texts: Sequence[str] | None = None
     tool_names: Sequence[str] = ()
     max_tool_calls: int | None = None
 
@@ -87,7 +87,7 @@ class RequestParser:
         self._pipeline, self._settings = pipeline, settings
         self._token_text = TokenText(pipeline.tokenizer)
         self._modes = offered_modes(settings, pipeline.capabilities)
-        self._tool_call_format = settings.tool_call_format or find_format(pipeline.tokenizer.chat_template)
+        self._tool_call_parser = settings.tool_call_parser or detect_tool_call_parser(pipeline.tokenizer.chat_template)
         default_thresholds = pipeline.settings.thresholds()
         capabilities = ParseCapabilities(
             modes=list(self._modes),
@@ -127,7 +127,7 @@ class RequestParser:
             max_tokens=request.effective_max_tokens,
             logprobs=request.num_logprobs,
             # A drafter with its own tokenizer renders them with the header of an answer, and without tools.
-            messages=messages if request.is_plain else (),
+            messages=messages if request.can_be_drafted_in_other_tokens else (),
             prediction=prediction,
             tool_names=[tool.function.name for tool in request.offered_tools],
             max_tool_calls=1 if request.parallel_tool_calls is False else None,
@@ -136,7 +136,9 @@ class RequestParser:
 
     async def parse_completion(self, request: CompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
-        prompts = [await self._encode_prompt(prompt) for prompt in request.split_prompts()]
+        sent_prompts = request.split_prompts()
+        adds_special_tokens = request.add_special_tokens is not False
+        prompts = [await self._encode_prompt(prompt, adds_special_tokens) for prompt in sent_prompts]
         self._check_num_choices(request.num_choices * len(prompts), "n" if request.num_choices > 1 else "prompt")
         request_input = RequestInput(
             prompt_field="prompt",
@@ -145,7 +147,7 @@ class RequestParser:
             mode=request.parse.mode or self._allowed_mode("off"),
             max_tokens=DEFAULT_COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
             logprobs=request.logprobs,
-            echo=bool(request.echo),
+            echoed_texts=[self._prompt_text(prompt) for prompt in sent_prompts] if request.echo else None,
         )
         return self._build_parsed_request(request, request_input, CompletionResponseBuilder, "cmpl")
 
@@ -155,7 +157,7 @@ class RequestParser:
         if isinstance(request, TokenizeChatRequest):
             tokens = (await self._render_chat(request, request.to_template_messages(), {})).token_ids
         else:
-            text, add_special_tokens = request.prompt, request.add_special_tokens
+            text, add_special_tokens = request.prompt, request.add_special_tokens is not False
             tokens = await _run_in_thread_if_long(len(text), _encode, tokenizer, text, add_special_tokens)
         return TokenizeResponse(
             count=len(tokens),
@@ -175,7 +177,7 @@ class RequestParser:
         self, conversation: Conversation, messages: Sequence[Message], defaults: Mapping[str, Any]
     ) -> ChatPrompt:
         """Renders a conversation. The template gets those of the `defaults` that it uses."""
-        if conversation.offered_tools and self._tool_call_format is None:
+        if conversation.offered_tools and self._tool_call_parser is None:
             raise RequestError("tools", "the format in which this model calls tools is not known to the server")
         tokenizer = self._pipeline.tokenizer
         kwargs = {
@@ -198,10 +200,13 @@ class RequestParser:
             message = f"model: must be {self.model_card.id!r}, the model of this server, got {name[:100]!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
+    def _prompt_text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else str(self._pipeline.tokenizer.decode(prompt))
+
+    async def _encode_prompt(self, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         tokenizer = self._pipeline.tokenizer
         token_ids: list[int] = (
-            await _run_in_thread_if_long(len(prompt), _encode, tokenizer, prompt)
+            await _run_in_thread_if_long(len(prompt), _encode, tokenizer, prompt, add_special_tokens)
             if isinstance(prompt, str)
             else list(prompt)
         )
@@ -224,8 +229,8 @@ class RequestParser:
         generation_requests: list[GenerationRequest] = []
         choices: list[ChoiceState] = []
         arrival_time = time.time()
-        for prompt in request_input.prompts:
-            echo = self._echoed_prompt(request_input, prompt)
+        for prompt_index, prompt in enumerate(request_input.prompts):
+            echo = _echoed_prompt(request_input, prompt_index)
             for choice_index in range(request.num_choices):
                 generation_requests.append(
                     self._build_generation_request(request, request_input, prompt, seed + choice_index)
@@ -264,7 +269,7 @@ class RequestParser:
             mode=request_input.mode,
             thresholds=thresholds,
             prediction=request_input.prediction,
-            num_prompt_logprobs=request_input.logprobs if request_input.echo else None,
+            num_prompt_logprobs=request_input.logprobs if request_input.echoed_texts else None,
             stream_interval=1 if request.stream else NON_STREAM_INTERVAL,
             speculative_method=request.parse.speculation,
             reasoning=request_input.reasoning,
@@ -274,16 +279,10 @@ class RequestParser:
         return generation_request
 
     def _tool_call_stream(self, request_input: RequestInput) -> ToolCallStream | None:
-        if self._tool_call_format is None or not request_input.tool_names:
+        if self._tool_call_parser is None or not request_input.tool_names:
             return None
         names, max_calls = request_input.tool_names, request_input.max_tool_calls
-        return ToolCallStream(TOOL_CALL_FORMATS[self._tool_call_format], names, max_calls=max_calls)
-
-    def _echoed_prompt(self, request_input: RequestInput, prompt: Sequence[int]) -> EchoedPrompt | None:
-        if not request_input.echo:
-            return None
-        text = str(self._pipeline.tokenizer.decode(list(prompt)))
-        return EchoedPrompt(text, prompt, with_logprobs=request_input.logprobs is not None)
+        return ToolCallStream(TOOL_CALL_PARSERS[self._tool_call_parser], names, max_calls=max_calls)
 
     def _check_parse_options(self, request: BaseCompletionRequest, mode: str) -> None:
         modes, methods = self._modes, self._pipeline.capabilities.method_choices
@@ -342,6 +341,13 @@ async def _run_in_thread_if_long(num_chars: int, function: Any, *args: Any) -> A
 
 def _encode(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def _echoed_prompt(request_input: RequestInput, prompt_index: int) -> EchoedPrompt | None:
+    if request_input.echoed_texts is None:
+        return None
+    text, token_ids = request_input.echoed_texts[prompt_index], request_input.prompts[prompt_index]
+    return EchoedPrompt(text, token_ids, with_logprobs=request_input.logprobs is not None)
 
 
 def _conversation_key(messages: Sequence[Message]) -> str:

@@ -137,15 +137,12 @@ class ChatResponseBuilder:
     def _build_message(self, choice: ChoiceState) -> ChatCompletionMessage:
         if choice.tool_calls is None:
             return ChatCompletionMessage(content=choice.text, reasoning_content=choice.reasoning)
-        (begun, first_calls), (rest, more_calls) = choice.tool_calls.add(choice.text), choice.tool_calls.finish()
-        calls: list[ChatCompletionToolCall] = []
-        for call in (*first_calls, *more_calls):
-            if call.id is not None and call.name is not None:
-                function = FunctionCall(name=call.name, arguments=call.arguments)
-                calls.append(ChatCompletionToolCall(id=call.id, function=function))
-            else:
-                calls[call.index].function.arguments += call.arguments
-        content = begun + rest
+        content, deltas = choice.tool_calls.finish(choice.text)
+        calls = [
+            ChatCompletionToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+            for call in deltas
+            if call.id is not None and call.name is not None
+        ]
         return ChatCompletionMessage(
             content=content or (None if calls else ""), reasoning_content=choice.reasoning, tool_calls=calls or None
         )
@@ -259,7 +256,7 @@ class CompletionResponseBuilder:
             case TextDelta(text=text):
                 if not text and not event.logprobs and not self.context.trace:
                     return None
-                text_offset = len(choice.text) - len(text) + (len(choice.echo.text) if choice.echo else 0)
+                text_offset = choice.num_chars - len(text) + (len(choice.echo.text) if choice.echo else 0)
                 logprobs = self._build_logprobs(_entries([event]), text_offset)
                 return self._format_chunk(choice, text, logprobs, parse=self.context.trace_event(event))
             case Verification():

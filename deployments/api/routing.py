@@ -3,6 +3,12 @@
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+def without_trailing_slash(scope: Scope) -> str:
+    """Returns the path of a request. The root of an application keeps its slash."""
+    path, root_path = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.rstrip("/") if path.removeprefix(root_path).strip("/") else path
+
+
 class LenientRoutingMiddleware:
     """ASGI middleware that serves HEAD like GET without a body, and `/v1/models/` like `/v1/models`.
 
@@ -16,7 +22,7 @@ class LenientRoutingMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].rstrip("/") or "/"
+        path = without_trailing_slash(scope)
         if scope["method"] != "HEAD":
             await self._app({**scope, "path": path}, receive, send)
             return

@@ -17,7 +17,9 @@ class BaseTokenizeRequest(OpenAIBaseModel):
 
 class TokenizePromptRequest(BaseTokenizeRequest):
     prompt: Text
-    add_special_tokens: bool = Field(False, description="Whether to add the special tokens of the tokenizer.")
+    add_special_tokens: bool | None = Field(
+        None, description="Whether the tokenizer adds its special tokens. The default is true, as for completions."
+    )
 
 
 class TokenizeChatRequest(BaseTokenizeRequest, Conversation):

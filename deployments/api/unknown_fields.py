@@ -35,8 +35,8 @@ class IgnoreUnknownFieldsMiddleware:
 
         async def send_with_header(message: Message) -> None:
             if message["type"] == "http.response.start" and ignored:
-                names = dict.fromkeys(map(_printable, ignored[:MAX_LISTED_FIELDS]))
-                MutableHeaders(scope=message)[IGNORED_FIELDS_HEADER] = ", ".join(names)
+                names = list(dict.fromkeys(map(_printable, ignored)))
+                MutableHeaders(scope=message)[IGNORED_FIELDS_HEADER] = ", ".join(names[:MAX_LISTED_FIELDS])
             await send(message)
 
         token = _ignored_fields.set(ignored)

@@ -100,9 +100,10 @@ class AccessLogMiddleware:
             record.mark_failed(500)
             raise
         finally:
-            if path in GENERATION_PATHS:
+            is_generation = scope["method"] == "POST" and path in GENERATION_PATHS
+            if is_generation:
                 self._record_metrics(record)
-            if path in GENERATION_PATHS or 400 <= (record.status or 0) < 500:
+            if is_generation or 400 <= (record.status or 0) < 500:
                 self._log(record)
 
     def _record_metrics(self, record: RequestRecord) -> None:

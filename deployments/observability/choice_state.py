@@ -38,6 +38,8 @@ class ChoiceState:
     """The seconds from the arrival of the request until the pipeline started on it."""
     inter_token_s: list[float] = field(default_factory=list)
     """The seconds between two deltas of a stream, divided by the tokens of the later one."""
+    num_tokens: int = 0
+    num_chars: int = 0  # of the text without reasoning
     deltas: list[TextDelta] = field(default_factory=list)
     verifications: list[Verification] = field(default_factory=list)
     prompt_logprobs: Sequence[Logprob] = ()
@@ -49,6 +51,8 @@ class ChoiceState:
         match event:
             case TextDelta():
                 self.deltas.append(event)
+                self.num_tokens += len(event.token_ids)
+                self.num_chars += len(event.text)
                 if self.stream and event.token_ids:
                     now = time.perf_counter()
                     if self._last_delta_at is not None:
@@ -73,7 +77,3 @@ class ChoiceState:
     @property
     def reasoning(self) -> str | None:
         return "".join(delta.reasoning for delta in self.deltas) or None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(delta.token_ids) for delta in self.deltas)

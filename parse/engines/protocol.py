@@ -125,7 +125,7 @@ class Capabilities:
                 return (
                     "in mode exact, the engine of the target uses drafts only with temperature 0"
                     + (" or 1" if self.exact_sampling == "unmodified" else "")
-                    + ", and without penalties, logit_bias, top_p, top_k and min_p"
+                    + ", and without penalties, logit_bias, min_tokens, top_p, top_k and min_p"
                 )
         return None
 

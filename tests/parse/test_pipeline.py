@@ -684,6 +684,15 @@ def test_a_draft_below_the_minimum_length_is_continued(make, tokenizer, mode):
             assert not any(call[4] for call in target.calls if call[0] == "verify")
 
 
+def test_a_minimum_length_beyond_a_correction_is_no_error(make):
+    """Between two drafts, the target generates only a few tokens."""
+    draft = [*RIGHT[:9], *[WRONG] * 30]
+    params = replace(GREEDY, min_tokens=60, max_tokens=80)
+    target = Target(tokens=OWN * 5)
+    token_ids, _, _, finished = answered(make(target, Scripted([draft] * 9)), "rounds", params)
+    assert len(token_ids) >= 60 and finished.usage.rounds > 1
+
+
 @pytest.mark.parametrize("mode", ["full", "progressive", "rounds"])
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_token_completes_a_draft(make, mode, include):

@@ -1,11 +1,12 @@
 import json
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parse.tool_calls import TOOL_CALL_FORMATS, ToolCallStream, find_format
+from parse.tool_calls import TOOL_CALL_PARSERS, ToolCallStream, detect_tool_call_parser
 
 NAMES = ("get_weather", "add", "get")
 values = st.recursive(
@@ -42,7 +43,7 @@ WRITERS = {"hermes": hermes, "llama3_json": llama3_json, "mistral": mistral, "py
 
 def streamed(name: str, parts: list[str], **options: Any) -> tuple[str, list[tuple[str, str]]]:
     """Returns the content and the calls, put together as a client does."""
-    stream = ToolCallStream(TOOL_CALL_FORMATS[name], NAMES, **options)
+    stream = ToolCallStream(TOOL_CALL_PARSERS[name], NAMES, **options)
     content, parsed, ids = "", dict[int, list[str]](), set[str]()
     for text, deltas in [*(stream.add(part) for part in parts), stream.finish()]:
         content += text
@@ -79,6 +80,11 @@ def test_calls_are_found_however_the_text_is_split(name, items, content, data):
         '{"answer": 5}',
         '{"name": 5, "parameters": {}}',
         '{"name": "add", "arguments": [1]}',
+        '{"name": "Ann", "age": 5}',
+        r'{"name": "get\_weather", "arguments": {}}',
+        '[{"name": "Ann"}, {"name": "Ben"}]',
+        "[add(a=1e999)]",
+        "<tool_call>" * 1000,
         "[1, 2] is a list.",
         "[add(1)]",
         "[add(a=open('x'))]",
@@ -103,6 +109,13 @@ def test_what_is_no_call_is_content(name, text, data):
         ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>', [("add", '{"a": 1}')]),
         ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1}</tool_call>', [("add", '{"a": 1}')]),
         ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1', [("add", '{"a": 1')]),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1,}}</tool_call>', [("add", '{"a": 1,}}')]),
+        (
+            "hermes",
+            '<tool_call>{"name": "add", "arguments": {a}}</tool_call>'
+            '<tool_call>{"name": "get", "arguments": {}}}</tool_call>',
+            [("add", "{a}}"), ("get", "{}")],
+        ),
         ("llama3_json", '<|python_tag|>{"name": "add", "parameters": {}}', [("add", "{}")]),
         ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {}}]', [("add", "{}")]),
         ("mistral", '[TOOL_CALLS]add{"a": 1}', [("add", '{"a": 1}')]),
@@ -114,8 +127,34 @@ def test_variants_that_models_write_are_calls(name, text, expected):
         assert streamed(name, [text[at : at + size] for at in range(0, len(text), size)]) == ("", expected)
 
 
+PIECES = ["<tool_call>", "</tool_call>", '{"name": "add"', ', "arguments": ', "{", "}", "[", "]", '"', "\\", "a", " "]
+PIECES += ["add(", ")", "a=", "1", ",", ";", "[TOOL_CALLS]", "<|python_tag|>"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=20), data=st.data())
+def test_any_text_is_parsed(name, pieces, data):
+    """Nothing is raised. If there is no call, no character is lost."""
+    text = "".join(pieces)
+    content, parsed = streamed(name, split(text, data))
+    assert parsed or content == text
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_deeply_nested_arguments_are_no_error(name):
+    text = WRITERS[name]("", [("add", {"a": 1})]).replace("1", "[" * 100_000)
+    streamed(name, [text])
+
+
+def test_ids_are_those_that_the_templates_of_mistral_accept():
+    for name, pattern in (("mistral", "[a-zA-Z0-9]{9}"), ("hermes", "call_[0-9a-f]{24}")):
+        stream = ToolCallStream(TOOL_CALL_PARSERS[name], NAMES)
+        _, (delta,) = stream.finish(WRITERS[name]("", [("add", {})]))
+        assert re.fullmatch(pattern, delta.id or "")
+
+
 def test_arguments_are_streamed_while_they_are_written():
-    stream = ToolCallStream(TOOL_CALL_FORMATS["hermes"], NAMES)
+    stream = ToolCallStream(TOOL_CALL_PARSERS["hermes"], NAMES)
     assert stream.add('Wait. <tool_call>{"name": "add", "arg') == ("Wait.", [])
     _, (start,) = stream.add('uments": {"a')
     assert (start.index, start.name, start.arguments) == (0, "add", '{"a') and start.id
@@ -134,7 +173,8 @@ def test_only_the_first_calls_are_returned_on_request():
 @pytest.mark.parametrize(
     ("template", "name"),
     [
-        ("{{ '<tool_call>' }}", "hermes"),
+        (r"{{ '<tool_call>\n{\"name\": <function-name>' }}", "hermes"),
+        (r"{{ '<tool_call>\n<function=' }}", None),
         ("{{ '[TOOL_CALLS]' }}", "mistral"),
         ("{{ '[func_name1(params_name1=params_value1' }}", "pythonic"),
         ("{{ '<|python_tag|>' }}", "llama3_json"),
@@ -143,4 +183,4 @@ def test_only_the_first_calls_are_returned_on_request():
     ],
 )
 def test_the_chat_template_shows_the_format(template, name):
-    assert find_format(template) == name
+    assert detect_tool_call_parser(template) == name

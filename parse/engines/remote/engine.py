@@ -232,7 +232,7 @@ class RemoteEngine:
         probability, and the first rejected one is replaced by a token that is sampled among all others.
         """
         params = request.sampling_params
-        end_tokens = frozenset() if params.ignore_eos else self._capabilities.eos_token_ids
+        end_tokens = params.end_token_ids(self._capabilities.eos_token_ids)
         draft = list(request.draft_token_ids[: max(0, output.num_remaining - 1)])
         draft = draft[: next((index for index, token in enumerate(draft) if token in end_tokens), len(draft))]
         if not draft:

@@ -58,7 +58,8 @@ class OutputBuilder:
                     self.finish_reason = "stop"
                     break
             if not self.num_remaining:
-                self.finish_reason = "length"
+                ends_itself = finish_reason == "stop" and index == len(token_ids) - 1
+                self.finish_reason = "stop" if ends_itself else "length"
                 break
         self.finish_reason = self.finish_reason or finish_reason
         if self.finish_reason is None and len(self._pending_token_ids) < max(1, self._stream_interval):

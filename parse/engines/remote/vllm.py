@@ -64,7 +64,7 @@ def generation_body(
         "frequency_penalty": params.frequency_penalty,
         "repetition_penalty": params.repetition_penalty,
         "ignore_eos": params.ignore_eos,
-        "min_tokens": max(0, params.min_tokens - position),
+        "min_tokens": min(max_new_tokens, max(0, params.min_tokens - position)),
         "stop_token_ids": list(params.stop_token_ids),
     }
     if params.logit_bias:

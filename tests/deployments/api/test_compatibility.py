@@ -7,13 +7,17 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from deployments.api import handlers
+from deployments.api.routes import create_app
+from deployments.config import ApiSettings
 from parse.demo import DEMO_TARGET
 from tests.deployments.api.test_routes import BODY, CHAT, COMPLETIONS, HELLO, error_of, post, serving
 from tests.deployments.conftest import MODEL
-from tests.deployments.live import PATIENCE_S, Writer
+from tests.deployments.live import PATIENCE_S, LocalBackend, Writer, served
 from training.measure import draw_problems
 
 
@@ -34,6 +38,30 @@ def test_a_slash_at_the_end_of_a_path_changes_nothing(raw):
     assert raw.get(f"/v1/models/{MODEL}/").json()["id"] == MODEL
     assert raw.post(f"{CHAT}/", json=BODY).status_code == 200
     assert raw.get("/v1//").status_code == 404
+
+
+def test_paths_below_a_prefix_are_served_with_and_without_a_slash(pair):
+    application = FastAPI()
+    application.mount("/p", create_app(LocalBackend(pair.pipeline), ApiSettings(), MODEL))
+    with served(application) as address:
+        for path in ("/p/", "/p/v1/models", "/p/v1/models/"):
+            assert httpx.get(address + path).status_code == 200
+        assert httpx.get(f"{address}/p", follow_redirects=True).status_code == 200
+
+
+def test_a_preflight_is_no_request_in_the_metrics(pair):
+    settings = ApiSettings(cors_origins=("https://chat.example",))
+    with served(create_app(LocalBackend(pair.pipeline), settings, MODEL)) as address:
+        assert preflight(address, "https://chat.example").status_code == 200
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+    counters = [line for line in lines if line.startswith(("parse_requests_total{", "parse_cancellations_total{"))]
+    assert counters and all(line.endswith(" 0.0") for line in counters)
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example/", "chat.example", "https://a.example/x", "null"])
+def test_an_origin_that_never_matches_is_rejected(origin):
+    with pytest.raises(ValidationError, match="must be like"):
+        ApiSettings(cors_origins=(origin,))
 
 
 def test_the_version_is_that_of_the_package(raw):

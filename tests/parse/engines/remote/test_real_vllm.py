@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NUM_PROBLEMS = 8
 NUM_SAMPLES = 400
-TIE = 1e-4  # nats between the two most compared tokens, below which either may be chosen
+TIE = 1e-4  # nats between the two most likely tokens, below which either may be chosen
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_draft_in_mode_exact_does_not_change_the_distribution(pair):
     unsure = gaps.index(min(gaps))
     prompt = [*output.prompt_token_ids, *output.token_ids[:unsure]]
     first = probabilities(prompt)
-    # The draft begins with the second most compared token, which is accepted about every other time at most.
+    # The draft begins with the second most likely token, which is accepted about every other time at most.
     draft = [int(first.topk(2).indices[1])]
     draft.append(int(probabilities([*prompt, *draft]).argmax()))
     expected = {

@@ -223,6 +223,20 @@ def test_verify_and_generate_keeps_and_continues_like_the_native_engine(server, 
     assert tokens_of(deltas) == tokens_of(expected_deltas)
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("max_tokens", [None, 13])
+def test_a_draft_ends_at_a_stop_token(server, native, include, max_tokens):
+    answer = answer_of(native)
+    params = replace(
+        GREEDY, stop_token_ids=(answer[12],), include_stop_str_in_output=include, max_tokens=max_tokens, min_tokens=10
+    )
+    request = generation(draft_token_ids=answer, sampling_params=params)
+    (deltas,) = run(remote(server), request)
+    expected = asyncio.run(collect(native.generate(request)))
+    assert tokens_of(deltas) == tokens_of(expected)
+    assert deltas[-1].finish_reason == expected[-1].finish_reason
+
+
 @pytest.mark.parametrize("wrong_at", [None, 0, 11])
 def test_a_draft_does_not_change_greedy_output(server, native, wrong_at):
     answer = answer_of(native)
