@@ -155,8 +155,8 @@ def _read_json_call(text: str, tool_names: Collection[str] | None, *, final: boo
     value, end = decoded
     arguments = value.get("arguments", value.get("parameters"))  # the keys may be in another order
     name = value.get("name")
-    is_known = isinstance(name, str) and (tool_names is None or name in tool_names)
-    if not is_known or not isinstance(arguments, dict):
+    is_tool = isinstance(name, str) and (tool_names is None or name in tool_names)
+    if not is_tool or not isinstance(arguments, dict):
         return "not_a_call"
     return _JsonCall(ToolCall(name, json.dumps(arguments)), end)
 

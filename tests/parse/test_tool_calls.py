@@ -127,15 +127,28 @@ def test_variants_that_models_write_are_calls(name, text, expected):
         assert streamed(name, [text[at : at + size] for at in range(0, len(text), size)]) == ("", expected)
 
 
-PIECES = ["<tool_call>", "</tool_call>", '{"name": "add"', ', "arguments": ', "{", "}", "[", "]", '"', "\\", "a", " "]
-PIECES += ["add(", ")", "a=", "1", ",", ";", "[TOOL_CALLS]", "<|python_tag|>"]
+FRAGMENTS = [
+    "<tool_call>",
+    "</tool_call>",
+    '{"name": "add"',
+    ', "arguments": ',
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    "a",
+    " ",
+]
+FRAGMENTS += ["add(", ")", "a=", "1", ",", ";", "[TOOL_CALLS]", "<|python_tag|>"]
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@given(pieces=st.lists(st.sampled_from(PIECES), max_size=20), data=st.data())
-def test_any_text_is_parsed(name, pieces, data):
+@given(fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=20), data=st.data())
+def test_any_text_is_parsed(name, fragments, data):
     """Nothing is raised. If there is no call, no character is lost."""
-    text = "".join(pieces)
+    text = "".join(fragments)
     content, parsed = streamed(name, split(text, data))
     assert parsed or content == text
 
