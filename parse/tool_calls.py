@@ -220,7 +220,7 @@ def parse_hermes(text: str, tool_names: Collection[str], final: bool) -> ParsedT
         gap, closed, after = text.partition(end)
         if closed and start not in gap:
             text = after
-        elif (not final and not text.strip()) or (not final and end.startswith(text.strip())):
+        elif not final and start not in text:
             return ParsedText(content.rstrip(), calls)
     rest = text if final else _without_partial(text, start)
     return ParsedText((content + rest).rstrip() if calls else content + rest, calls)

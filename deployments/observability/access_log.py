@@ -100,7 +100,7 @@ class AccessLogMiddleware:
             record.mark_failed(500)
             raise
         finally:
-            is_generation = scope["method"] == "POST" and path in GENERATION_PATHS
+            is_generation = scope["method"] != "OPTIONS" and path in GENERATION_PATHS
             if is_generation:
                 self._record_metrics(record)
             if is_generation or 400 <= (record.status or 0) < 500:

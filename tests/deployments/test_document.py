@@ -51,6 +51,8 @@ def narrowed() -> dict[str, Any]:
         fields["model"] = {"const": MODEL}
         for field in fields.keys() & max_values.keys():
             fields[field] = {"type": "integer", "minimum": 1, "maximum": max_values[field]}
+        fields["min_tokens"] = {"type": "integer", "minimum": 0, "maximum": 1}
+        fields["stop_token_ids"]["anyOf"][0]["items"] = {"type": "integer", "minimum": 0, "maximum": 509}
         fields["logit_bias"]["anyOf"][0]["patternProperties"] = {"^[1-4]?[0-9]$": {"enum": [-100, 0.5, 100]}}
         for field in fields.keys() & {"top_logprobs", "stream_options", "best_of", "max_completion_tokens"}:
             del fields[field]
@@ -59,7 +61,9 @@ def narrowed() -> dict[str, Any]:
     for name in ("TokenizePromptRequest", "TokenizeChatRequest", "DetokenizeRequest"):
         schemas[name]["properties"]["model"] = {"enum": [None, MODEL]}
     for name in ("ChatCompletionRequest", "TokenizeChatRequest"):
-        del schemas[name]["properties"]["chat_template_kwargs"]
+        for field in ("chat_template_kwargs", "continue_final_message", "tools"):
+            del schemas[name]["properties"][field]
+        schemas[name]["properties"]["messages"]["items"] = {"$ref": "#/components/schemas/InputMessage"}
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"] = {"type": "integer", "minimum": 0, "maximum": 509}
     for threshold in ("full", "prefix"):
         schemas["ParseOptions"]["properties"][threshold] = {"type": "number", "minimum": 0.5, "maximum": 1}

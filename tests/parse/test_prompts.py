@@ -73,7 +73,7 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer):
     ("messages", "field"),
     [
         ([], "messages"),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\].role"),
+        ([{"role": "function", "content": "x"}], r"messages\[0\].role"),
         ([{"role": "user", "content": "x"}, {"role": "user"}], r"messages\[1\].content"),
     ],
 )

@@ -40,5 +40,6 @@ def test_importing_settings_does_not_import_torch(statement):
 
 
 def test_the_options_of_a_call_contain_every_sampling_parameter():
-    others = {"thresholds", "prediction", "speculative_method", "sampling_params", "chat_template_kwargs"}
+    others = {"thresholds", "prediction", "prompt_logprobs", "speculative_method", "sampling_params"}
+    others |= {"chat_template_kwargs"}
     assert set(GenerateOptions.__annotations__) == {*SAMPLING_FIELDS, *others}

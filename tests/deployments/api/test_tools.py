@@ -96,7 +96,7 @@ def test_the_conversation_goes_on_with_the_result(calling):
     (call,) = message["tool_calls"]
     result = {"role": "tool", "tool_call_id": call["id"], "content": "Sunny, <b>20</b> degrees"}
     text = rendered(calling, messages=[*HELLO, message, result], tools=[WEATHER])
-    assert text.startswith('<|system|># Tools\n{"type": "function", "function": {')
+    assert text.startswith('<|system|># Tools{"type": "function", "function": {')
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|end|>' in text
     assert text.endswith("<|user|><tool_response>Sunny, <b>20</b> degrees</tool_response><|end|><|assistant|>")
     assert post(calling, BODY | {"messages": [*HELLO, message, result]}).status_code == 200
