@@ -17,6 +17,9 @@ set_ray_environment()  # before anybody imports Ray
 torch.set_num_threads(1)  # pytest runs one worker per core
 
 
+RAYS_NICENESS = 15  # of Ray's workers; a server without it would slow down the tests that use Ray at the same time
+
+
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no type hints
     """Runs each test on whichever worker is free.
 
@@ -59,7 +62,13 @@ def one_thread() -> Iterator[None]:
 def vllm() -> Iterator[VLLMServer]:
     """A real vLLM that serves the demo target. The environment variable VLLM_VERSION selects another release."""
     version = os.environ.get("VLLM_VERSION", NEWEST)
-    options = ServerOptions(DEMO_TARGET, version=version, block_size=32, more=("--enable-prompt-tokens-details",))
+    options = ServerOptions(
+        DEMO_TARGET,
+        version=version,
+        block_size=32,
+        more=("--enable-prompt-tokens-details",),
+        niceness=RAYS_NICENESS,
+    )
     try:
         server = start(options)
     except VLLMUnavailable as error:

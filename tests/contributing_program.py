@@ -71,7 +71,7 @@ async def answers(pipeline: Pipeline) -> dict[str, Any]:
 
 def post(pipeline: Pipeline, body: dict[str, Any], client_address: str = "127.0.0.1") -> dict[str, Any]:
     app = create_app(Backend(pipeline), ApiSettings(), "demo-target")  # type: ignore[arg-type]
-    response = TestClient(app, base_url="http://localhost", client=(client_address, 1)).post("/tokenize", json=body)
+    response = TestClient(app, base_url="http://localhost", client=(client_address, 1)).post("/count_tokens", json=body)
     return {"status": response.status_code} | response.json()
 
 

@@ -161,10 +161,11 @@ def proposals_accepted(view: View, *conditions: str, by: tuple[str, ...]) -> str
 
 
 def server_proposals_accepted(view: View, by: tuple[str, ...] = ()) -> str:
-    """Share of the tokens proposed by vLLM's own speculative method that became part of answers."""
-    return ratio_or_zero(
+    """Share of the tokens proposed by a server's own method that became part of answers, or zero without a method."""
+    share = ratio_or_zero(
         view.rate(metrics.ENGINE_ACCEPTED_TOKENS, by=by), view.rate(metrics.ENGINE_PROPOSED_TOKENS, by=by)
     )
+    return or_zero(share, view.gauge(metrics.ENGINE_SERVERS, by=by))
 
 
 def stage_seconds_per_answer(view: View) -> str:

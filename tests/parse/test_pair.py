@@ -168,7 +168,7 @@ def test_the_command_generates_several_tokens_in_a_pass_with_a_speculative_metho
     ("arguments", "message"),
     [
         ([""], "question: must not be empty"),
-        ([EXAMPLE_PROMPT, "--max-tokens", "0"], "max_tokens: must be at least 1"),
+        ([EXAMPLE_PROMPT, "--max-tokens", "-1"], "max_tokens: must be at least 0"),
         ([EXAMPLE_PROMPT, "--temperature", "9"], "temperature: must be at least 0.0 and at most 2.0"),
         ([EXAMPLE_PROMPT, "--target", "/nowhere"], "target: /nowhere is not a folder"),
         ([EXAMPLE_PROMPT * 200], "prompt: is"),

@@ -184,4 +184,5 @@ async def _checked(member: Member, items: AsyncGenerator[T]) -> AsyncGenerator[T
 
 
 def _backoff_s(num_failures: int) -> float:
-    return float(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (num_failures - 1)))
+    doublings = min(num_failures - 1, 16)  # a server may be down for days
+    return float(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**doublings))

@@ -27,7 +27,7 @@ LIMITED = Capabilities(
     ("fields", "params", "field", "reason"),
     [
         ({"mode": "progressive"}, {}, "mode", "supports full, off"),
-        ({"speculative_method": "ngram"}, {}, "speculation", "none, eagle3"),
+        ({"speculative_method": "ngram"}, {}, "speculation", "eagle3, none"),
         ({}, {"repetition_penalty": 1.1}, "repetition_penalty", "is not supported"),
         ({}, {"logit_bias": {5: 1.0}}, "logit_bias", "is not supported"),
         ({}, {"stop": ("x",)}, "stop", "is not supported"),

@@ -17,7 +17,7 @@ from parse.acceptance import AcceptancePolicy
 from parse.config import RemoteEngineConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from parse.errors import ServerError
-from parse.prompts import build_verification_suffix
+from parse.prompts import build_verification_suffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.types import SamplingParams
 from training.measure import draw_problems
@@ -116,12 +116,10 @@ def test_a_draft_in_mode_exact_does_not_change_the_distribution(pair):
     def probabilities(tokens):
         return network(torch.tensor([tokens])).logits[0, -1].softmax(-1)
 
-    output = pair.generate(draw_problems(26, 1)[0].question, mode="off", temperature=0, logprobs=2)
-    gaps = [logprob.top[0][1] - logprob.top[1][1] for logprob in output.logprobs[:-4]]
-    unsure = gaps.index(min(gaps))
-    prompt = [*output.prompt_token_ids, *output.token_ids[:unsure]]
+    # The model has learned nothing about such a message, so several tokens are about equally likely.
+    prompt = chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": "Hello."}])
     first = probabilities(prompt)
-    # The draft begins with the second most likely token, which is accepted about every other time at most.
+    # The draft begins with the second most likely token, which is accepted about every third time.
     draft = [int(first.topk(2).indices[1])]
     draft.append(int(probabilities([*prompt, *draft]).argmax()))
     expected = {
@@ -135,15 +133,19 @@ def test_a_draft_in_mode_exact_does_not_change_the_distribution(pair):
         for seed in range(NUM_SAMPLES)
     ]
 
+    # On CPUs, vLLM 0.32 ends if a request with a seed is prefilled in several steps, as it is among many others.
+    slots = asyncio.Semaphore(16)
+
     async def sample(request):
-        return [token async for delta in pair.target.generate(request) for token in delta.token_ids]
+        async with slots:
+            return [token async for delta in pair.target.generate(request) for token in delta.token_ids]
 
     async def sample_all():
         return await asyncio.gather(*map(sample, requests))
 
     counts = Counter(tuple(tokens[:2]) for tokens in pair._event_loop.run(sample_all()))
     compared = {tokens: p for tokens, p in expected.items() if p * NUM_SAMPLES >= 5}
-    assert len(compared) >= 2 and tuple(draft) in compared
+    assert len(compared) >= 5 and tuple(draft) in compared
     for tokens, p in compared.items():
         assert abs(counts[tokens] - NUM_SAMPLES * p) < 4 * math.sqrt(NUM_SAMPLES * p * (1 - p)) + 1
 
