@@ -27,6 +27,14 @@ def test_a_draft_that_was_cut_off_has_no_full_answer_to_accept():
     assert accepted_prefix_length([4, 8], [0.9, 0.9], HALF, complete=False) == 8
 
 
+@pytest.mark.parametrize("rule", ["first_failure", "longest_passing"])
+def test_a_prefix_that_was_not_evaluated_passes_no_threshold(rule):
+    """Not even 0, which every other prefix passes."""
+    policy = AcceptancePolicy(Thresholds(0.0, 0.0), rule)
+    assert accepted_prefix_length([4, 8], [None, None], policy, complete=True) == 0
+    assert accepted_prefix_length([4, 8], [0.0, None], policy, complete=True) == 4
+
+
 def test_without_prefixes_nothing_is_kept():
     assert accepted_prefix_length([], [], HALF, complete=True) == 0
 
