@@ -218,15 +218,24 @@ class CompletionRequest(BaseCompletionRequest):
         "The default is true.",
     )
     echo: bool | None = Field(None, description="Whether the answer begins with the prompt, also in its logprobs.")
-    # The allowed values of these fields describe what the server always does.
-    best_of: Integer | None = None
+    best_of: Integer | None = Field(
+        None, ge=1, le=MAX_INTEGER, description="How many choices are generated. The `n` most likely ones are returned."
+    )
+    # The allowed values of this field describe what the server always does.
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != self.num_choices:
-            raise field_error("best_of", "must equal n, because every answer is returned")
+        if self.best_of is not None and self.best_of < self.num_choices:
+            raise field_error("best_of", f"must be at least n, {self.num_choices}")
+        if self.stream and self.num_generated > self.num_choices:
+            raise field_error("best_of", "must equal n in a stream, because the best choices are known at the end")
         return self
+
+    @property
+    def num_generated(self) -> int:
+        """The number of choices that are generated for each prompt."""
+        return self.best_of or self.num_choices
 
     def split_prompts(self) -> list[str | list[int]]:
         prompt_input = self.prompt

@@ -13,6 +13,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any
 
+from deployments.api.best_of import BestOf
 from deployments.api.errors import ApiError
 from deployments.api.messages import Conversation, join_text_parts
 from deployments.api.request_models import (
@@ -72,6 +73,8 @@ class RequestInput:
     mode: str
     max_tokens: int | None
     logprobs: int | None
+    num_choices: int
+    best_of: BestOf | None = None
     messages: Sequence[Message] = ()
     prediction: Sequence[int] | None = None
     reasoning: ReasoningState | None = None
@@ -126,6 +129,7 @@ class RequestParser:
             mode=request.parse.mode or self._allowed_mode("auto"),
             max_tokens=request.effective_max_tokens,
             logprobs=request.num_logprobs,
+            num_choices=request.num_choices,
             # A drafter with its own tokenizer renders them with the header of an answer, and without tools.
             messages=messages if request.can_be_drafted_in_other_tokens else (),
             prediction=prediction,
@@ -139,7 +143,11 @@ class RequestParser:
         sent_prompts = request.split_prompts()
         adds_special_tokens = request.add_special_tokens is not False
         prompts = [await self._encode_prompt(prompt, adds_special_tokens) for prompt in sent_prompts]
-        self._check_num_choices(request.num_choices * len(prompts), "n" if request.num_choices > 1 else "prompt")
+        num_choices, num_generated, best_of = request.num_choices, request.num_generated, None
+        if num_generated > num_choices:
+            best_of = BestOf(num_generated, num_choices, with_logprobs=request.logprobs is not None)
+        multiplier = "best_of" if best_of else "n" if num_choices > 1 else "prompt"
+        self._check_num_choices(num_generated * len(prompts), multiplier)
         request_input = RequestInput(
             prompt_field="prompt",
             prompts=prompts,
@@ -147,6 +155,8 @@ class RequestParser:
             mode=request.parse.mode or self._allowed_mode("off"),
             max_tokens=DEFAULT_COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
             logprobs=request.logprobs,
+            num_choices=num_generated,
+            best_of=best_of,
             echoed_texts=[self._prompt_text(prompt) for prompt in sent_prompts] if request.echo else None,
         )
         return self._build_parsed_request(request, request_input, CompletionResponseBuilder, "cmpl")
@@ -231,7 +241,7 @@ class RequestParser:
         arrival_time = time.time()
         for prompt_index, prompt in enumerate(request_input.prompts):
             echo = _echoed_prompt(request_input, prompt_index)
-            for choice_index in range(request.num_choices):
+            for choice_index in range(request_input.num_choices):
                 generation_requests.append(
                     self._build_generation_request(request, request_input, prompt, seed + choice_index)
                 )
@@ -243,6 +253,7 @@ class RequestParser:
             prompt_lengths=[len(prompt) for prompt in request_input.prompts],
             trace=bool(request.parse.trace),
             stream_options=request.stream_options or StreamOptions(),
+            best_of=request_input.best_of,
             id=generate_id(id_prefix),
         )
         response_builder = builder_class(context, self._token_text)
@@ -254,9 +265,10 @@ class RequestParser:
         self, request: BaseCompletionRequest, request_input: RequestInput, prompt: Sequence[int], seed: int
     ) -> GenerationRequest:
         settings, pipeline = self._settings, self._pipeline
-        sampling_params = request.to_sampling_params(
-            seed, max_tokens=request_input.max_tokens, logprobs=request_input.logprobs
-        )
+        logprobs = request_input.logprobs
+        if logprobs is None and request_input.best_of is not None:
+            logprobs = 0
+        sampling_params = request.to_sampling_params(seed, max_tokens=request_input.max_tokens, logprobs=logprobs)
         if any(token >= len(pipeline.tokenizer) for token in sampling_params.logit_bias):
             raise RequestError("logit_bias", f"token ids must lie in 0..{len(pipeline.tokenizer) - 1}")
         thresholds = request.resolve_thresholds(

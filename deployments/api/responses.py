@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
+from deployments.api.best_of import BestOf
 from deployments.api.reports import aggregate_usage, build_report, trace_text_delta, trace_verification
 from deployments.api.request_models import StreamOptions
 from deployments.api.response_models import (
@@ -47,6 +48,7 @@ class ResponseContext:
     prompt_lengths: Sequence[int]  # tokens of each prompt
     trace: bool
     stream_options: StreamOptions
+    best_of: BestOf | None
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -236,13 +238,14 @@ class CompletionResponseBuilder:
 
     def build_response(self, choices: Sequence[ChoiceState]) -> Completion:
         context = self.context
+        returned = choices if context.best_of is None else context.best_of.select(choices)
         return Completion(
             id=context.id,
             created=context.created,
             model=context.model,
-            choices=[self._build_choice(choice) for choice in choices],
+            choices=[self._build_choice(choice) for choice in returned],
             usage=context.total_usage(choices),
-            parse=context.build_reports(choices),
+            parse=context.build_reports(returned),
         )
 
     def first_chunk(self, choice: ChoiceState) -> str | None:

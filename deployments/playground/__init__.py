@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 INDEX_FILE = "index.html"
-SCRIPTS = "api charts dom drafts examples main pane problems session theme transcript".split()
+SCRIPTS = "api charts comparison dom drafts examples main pane problems session theme transcript".split()
 ASSETS = {"icon.svg": "image/svg+xml", "playground.css": "text/css"} | {f"{n}.js": "text/javascript" for n in SCRIPTS}
 # Like the API documentation, these paths need no key, because the files are public and contain no answers. A client
 # without a key gets an error from the API, and the page shows it. The empty path is `/` under a route prefix.

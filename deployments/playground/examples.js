@@ -43,4 +43,4 @@ export const MODES = {
 };
 
 /** The labels of methods whose names are not ordinary words. */
-export const WORDS = { draft_model: "draft model", ngram: "n-grams", none: "one at a time" };
+export const WORDS = { draft_model: "draft model", ngram: "n-grams" };

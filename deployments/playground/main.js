@@ -1,11 +1,12 @@
 // Runs the page: sends requests and shows the answers.
 
 import { ask, Failure, models, readiness } from "./api.js";
-import { byId, element, seconds, times } from "./dom.js";
+import { compared } from "./comparison.js";
+import { byId, element } from "./dom.js";
 import { EXAMPLES, MODES, WORDS } from "./examples.js";
 import { Pane } from "./pane.js";
 import { explained } from "./problems.js";
-import { Session, tokens } from "./session.js";
+import { Session } from "./session.js";
 import { themes } from "./theme.js";
 
 const READINESS_INTERVAL_MS = 15_000;
@@ -183,18 +184,8 @@ function compare({ over }) {
     line.replaceChildren(element("b", {}, "–"), element("span", {}, `${a.name} and ${b.name} ${why}`));
     return;
   }
-  const [fast, slow] = a.report.total_s <= b.report.total_s ? [a, b] : [b, a];
-  const rate = ({ report }) => tokens(report) / Math.max(report.total_s, 1e-9);
-  const same = a.text === b.text ? "Both texts are identical." : "The texts differ.";
-  line.replaceChildren(
-    element("b", {}, times(slow.report.total_s / fast.report.total_s)),
-    element(
-      "span",
-      {},
-      `${fast.name} is faster: it took ${seconds(fast.report.total_s)}, and ${slow.name} took ${seconds(slow.report.total_s)}. ` +
-        `The ratio in tokens per second is ${times(rate(fast) / rate(slow))}. ${same}`,
-    ),
-  );
+  const { ratio, sentences } = compared(a, b);
+  line.replaceChildren(element("b", {}, ratio), element("span", {}, sentences.join(" ")));
 }
 
 function showSession() {

@@ -16,23 +16,28 @@ export class Session {
   }
 
   get hasBaseline() {
-    return this.modes.has("off");
+    return [...this.modes.keys()].some(isBaseline);
+  }
+
+  /** Returns the answers of mode `off` with the same method, or else with the default method. */
+  baseline(name) {
+    return this.modes.get(name.replace(/^[^,]+/, "off")) ?? this.modes.get("off");
   }
 
   /** Returns [{name, answers, shares, accepted, rate, speedup}], with `off` first. Unknown values are null. */
   rows() {
-    const baseline = this.hasBaseline ? rate(this.modes.get("off")) : null;
     return [...this.modes]
-      .sort(([a], [b]) => (b === "off") - (a === "off"))
+      .sort(([a], [b]) => isBaseline(b) - isBaseline(a))
       .map(([name, reports]) => {
         const drafted = sum(reports, ({ drafted }) => drafted);
+        const baseline = this.baseline(name);
         return {
           name,
           answers: reports.length,
           shares: reports.filter((one) => one.drafted).map((one) => one.accepted / one.drafted).slice(-SHOWN),
           accepted: drafted ? sum(reports, ({ accepted }) => accepted) / drafted : null,
           rate: rate(reports),
-          speedup: baseline ? rate(reports) / baseline : null,
+          speedup: baseline ? rate(reports) / rate(baseline) : null,
         };
       });
   }
@@ -59,12 +64,14 @@ export class Session {
           { "data-figure": "speedup" },
           speedup === null
             ? element("span", { class: "faint" }, "unknown")
-            : element("span", { class: "with-chart" }, ratio(speedup, most, { baseline: name === "off" }), element("b", {}, times(speedup))),
+            : element("span", { class: "with-chart" }, ratio(speedup, most, { baseline: isBaseline(name) }), element("b", {}, times(speedup))),
         ),
       ),
     );
   }
 }
+
+const isBaseline = (name) => name === "off" || name.startsWith("off, ");
 
 export const tokens = (report) => report.accepted + report.written;
 

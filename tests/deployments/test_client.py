@@ -557,3 +557,26 @@ def test_a_repeated_prompt_is_reported_as_cached(client, pair):
     block_size = pair.target.capabilities().block_size  # an engine may share only whole blocks
     num_shared = length - 1 if block_size > length else (length - 1) // block_size * block_size
     assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= num_shared > 0
+
+
+def test_the_most_likely_ones_of_several_completions_are_returned(client, pair):
+    fields: Any = dict(temperature=1.5, seed=3, max_tokens=6)
+    prompts = [
+        chat_prompt_token_ids(pair.tokenizer, [{"role": "user", "content": text}])
+        for text in ("Hello.", "Good evening.")
+    ]
+    candidates: Any = complete(client, prompts, n=4, logprobs=1, **fields).choices
+    expected = []
+    for group in (candidates[:4], candidates[4:]):
+        assert len({choice.text for choice in group}) > 2  # otherwise it makes no difference
+        means = [sum(choice.logprobs.token_logprobs) / len(choice.logprobs.tokens) for choice in group]
+        ranked = sorted(range(4), key=lambda index: -means[index])
+        expected += [group[index].text for index in ranked[:2]]
+    best: Any = complete(client, prompts, n=2, best_of=4, **fields)
+    assert [choice.text for choice in best.choices] == expected
+    assert [choice.index for choice in best.choices] == [0, 1, 2, 3]
+    assert all(choice.logprobs is None for choice in best.choices)
+    assert len(parse_extension(best)) == 4
+    assert best.usage.completion_tokens == sum(len(choice.logprobs.tokens) for choice in candidates)
+    with_logprobs: Any = complete(client, prompts, n=2, best_of=4, logprobs=1, **fields)
+    assert all(choice.logprobs.tokens for choice in with_logprobs.choices)

@@ -5,7 +5,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,12 +30,10 @@ from tests.deployments.live import LocalBackend, served, without_methods
 
 pytestmark = pytest.mark.slow
 
-try:
+with suppress(ImportError):  # without them, the fixture skips the tests
     from selenium.webdriver.common.keys import Keys
 
-    from tests.deployments.browser import ASK, BACK, MISSING, Playground, browsing
-except ImportError as missing:
-    MISSING = f"{missing.name} is not installed"
+    from tests.deployments.browser import ASK, BACK, Playground
 
 FILES = sorted(path for path in Path(playground.__file__).parent.iterdir() if path.suffix != ".py" and path.is_file())
 CHAT = "/v1/chat/completions"
@@ -49,14 +47,6 @@ HOSTILE = (
     "<img src=x onerror=\"window.hacked='img'\"><script>window.hacked='script'</script></script></textarea>"
     "<svg onload=alert(1)>&lt;b&gt; \u202eesrever\u202c \u2066isolated\u2069 \u200f javascript:alert(1) ${7*7}\n"
 )
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    if MISSING:
-        pytest.skip(f"no browser: {MISSING}")
-    with browsing() as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -185,14 +175,17 @@ def send_request(address: str, mode: str, **fields: Any) -> dict[str, Any]:
 
 
 def struck(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns each rejected part, and the text of the answer before it."""
+    """Returns each rejected part, and the text of the answer before it, which ends with a sentence."""
     rejected_parts = []
+    answer = "".join(part["text"] for part in report["pieces"])
     for verification in report["verdicts"]:
         tokens, before = 0, ""
         for part in report["pieces"]:
             if tokens < verification["start"] + verification["kept"]:
                 before += part["text"]
             tokens += part["tokens"]
+        while before and not re.search(r"[.]\s|\n", before[-2:]) and len(before) < len(answer):
+            before += answer[len(before)]
         if verification["rejected"]:
             rejected_parts.append((before, verification["rejected"]))
     return rejected_parts
@@ -365,6 +358,57 @@ def test_two_modes_are_shown_side_by_side_with_their_speed_up(page, address):
     assert page.console() == []
 
 
+@pytest.mark.parametrize(
+    ("report", "off", "sentence"),
+    [
+        (dict(drafted=100, accepted=20), {}, "Only 20% of the draft was accepted"),
+        (
+            dict(drafted=100, accepted=90),
+            dict(speculation=dict(method="parallel", tokens_per_pass=3.4)),
+            "With the method parallel, the target alone generates 3.4 tokens per forward pass",
+        ),
+        (dict(drafted=100, accepted=90), {}, "Drafting and verifying took longer"),
+        (dict(drafted=0, accepted=0, fallback="no drafter"), {}, "No draft was used (no drafter)"),
+    ],
+)
+def test_a_comparison_says_why_the_target_alone_is_faster(page, address, report, off, sentence):
+    page.open(address)
+    script = """
+        const [a, b, tell] = arguments;
+        import('./playground/comparison.js').then(({compared}) => tell(compared(a, b)));"""
+    usual = dict(total_s=2.0, written=10)
+    slow = dict(name="full", text="a", report=usual | dict(mode="full") | report)
+    fast = dict(name="off", text="a", report=usual | dict(mode="off", accepted=0, total_s=1.0) | off)
+    for panes in ((slow, fast), (fast, slow)):
+        result = page.browser.execute_async_script(script, *panes)
+        assert result["ratio"] == f"2.00{TIMES}"
+        assert any(text.startswith(sentence) for text in result["sentences"])
+    gain = page.browser.execute_async_script(
+        script, fast | dict(name="full", report=fast["report"] | dict(mode="full")), slow
+    )
+    assert not any(text.startswith(sentence) for text in gain["sentences"])
+
+
+def test_the_whole_question_is_visible(page, address):
+    page.open(address)
+    for example in page.all(".example"):
+        example.click()
+        assert page.run("const box = document.getElementById('question'); return box.scrollHeight <= box.clientHeight")
+
+
+def test_both_rows_of_a_comparison_look_alike(page, address):
+    page.open(address)
+    page.until(lambda: page.one("#methods").is_displayed(), "the methods are shown")
+    modes, methods = (page.one(selector) for selector in (".modes .pair", "#methods .pair"))
+    assert modes.text.count("against") == methods.text.count("against") == 1
+    for first, second in zip(modes.find_elements("xpath", "./*"), methods.find_elements("xpath", "./*"), strict=True):
+        assert (first.tag_name, first.rect["x"], first.rect["width"]) == (
+            second.tag_name,
+            second.rect["x"],
+            second.rect["width"],
+        )
+
+
 def test_there_is_no_speed_up_before_mode_off_was_measured(page, address):
     page.open(address)
     page.ask(KIM)
@@ -430,7 +474,7 @@ def test_text_is_shown_as_it_arrives_and_announced_once(page, pair):
         assert len(page.all(".prefix-point")) == 2  # P(correct) is shown too
         slow.may_go_on.set()
         assert page.ended() == ["done"] and pane.get_attribute("aria-busy") == "false"
-        assert page.runs()[2] == ("target", "".join(f"{word} " for word in range(200)))
+        assert page.runs()[1] == ("target", "".join(f"{word} " for word in range(200)))
         announcements = page.run("return announcements")
         assert len(announcements) == 2 and "2 of 4 draft tokens accepted, 200 target tokens" in announcements[-1]
 
@@ -482,7 +526,7 @@ def test_rejected_text_has_its_place_even_if_it_arrives_first(page, address):
         import('./playground/transcript.js')
             .then(({runs}) => tell(runs(pieces, verdicts).map(run => [run.kind, run.text])));"""
     pieces = [
-        dict(text="a b ", origin="draft", tokens=2),
+        dict(text="a b. ", origin="draft", tokens=2),
         dict(text="c", origin="target", tokens=1),
         dict(text="", origin="target", tokens=1),
         dict(text=" d", origin="draft", tokens=1),
@@ -490,7 +534,7 @@ def test_rejected_text_has_its_place_even_if_it_arrives_first(page, address):
     ]
     verdicts = [dict(start=0, kept=2, rejected="x"), dict(start=4, kept=1, rejected="y")]
     expected = [
-        ["accepted", "a b "],
+        ["accepted", "a b. "],
         ["rejected", "x"],
         ["target", "c"],
         ["accepted", " d!"],
@@ -500,6 +544,29 @@ def test_rejected_text_has_its_place_even_if_it_arrives_first(page, address):
     assert page.browser.execute_async_script(script, pieces, verdicts[::-1]) == expected
     assert page.browser.execute_async_script(script, pieces[:1], verdicts[:1]) == expected[:2]
     assert page.browser.execute_async_script(script, [], verdicts) == []  # they are shown when their text arrives
+    # Rejected text never interrupts a sentence: it comes after the one that replaces it.
+    pieces = [
+        dict(text="He has 3.5 of", origin="draft", tokens=4),
+        dict(text=" them. Then", origin="target", tokens=3),
+        dict(text=" 2.\nNow", origin="draft", tokens=3),
+        dict(text=" 5.", origin="target", tokens=2),
+    ]
+    verdicts = [
+        dict(start=0, kept=4, rejected="x"),
+        dict(start=7, kept=0, rejected="y"),
+        dict(start=7, kept=3, rejected="z"),
+    ]
+    assert page.browser.execute_async_script(script, pieces, verdicts) == [
+        ["accepted", "He has 3.5 of"],
+        ["target", " them. "],
+        ["rejected", "x"],
+        ["target", "Then"],
+        ["accepted", " 2.\n"],
+        ["rejected", "y"],
+        ["accepted", "Now"],
+        ["target", " 5."],
+        ["rejected", "z"],
+    ]
 
 
 # Errors.

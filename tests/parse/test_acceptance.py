@@ -35,6 +35,14 @@ def test_a_prefix_that_was_not_evaluated_passes_no_threshold(rule):
     assert accepted_prefix_length([4, 8], [0.0, None], policy, complete=True) == 4
 
 
+def test_without_a_passing_prefix_the_longest_passing_one_is_empty():
+    assert accepted_prefix_length([4, 8], [0.4, 0.2], KEEP_ANY_PASSING, complete=False) == 0
+
+
+def test_a_policy_has_no_limit_of_the_answer_mass_by_default():
+    assert AcceptancePolicy().min_answer_mass == 0
+
+
 def test_without_prefixes_nothing_is_kept():
     assert accepted_prefix_length([], [], HALF, complete=True) == 0
 

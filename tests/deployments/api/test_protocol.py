@@ -339,7 +339,8 @@ def test_an_invalid_chat_request_is_rejected_with_the_field_name(fields, param):
     [
         ({"echo": 1}, "echo"),
         ({"max_tokens": -1}, "max_tokens"),
-        ({"best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 0}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"messages": []}, "messages"),

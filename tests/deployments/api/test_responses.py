@@ -17,7 +17,7 @@ from parse.types import Logprob, SpeculationStats
 
 def response_context(*, trace: bool = False, **stream_options: bool) -> ResponseContext:
     return ResponseContext(
-        model="m", prompt_lengths=[3], trace=trace, stream_options=StreamOptions(**stream_options), id="x"
+        model="m", prompt_lengths=[3], trace=trace, stream_options=StreamOptions(**stream_options), best_of=None, id="x"
     )
 
 

@@ -1,68 +1,29 @@
 """Tools over HTTP: what the model sees, and how its calls reach the client."""
 
-import copy
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from parse.types import TokenDelta
 from tests.deployments.api.test_routes import CHAT, HELLO, error_of, post, serving
 from tests.deployments.conftest import MODEL
-from tests.deployments.live import Writer
+from tests.deployments.tool_model import CALL_TEXT, WEATHER, ToolCaller, with_tool_template
 
-# The format of Hermes and Qwen, shortened.
-TEMPLATE = """
-{%- if tools %}<|system|># Tools
-{%- for tool in tools %}
-{{ tool | tojson }}
-{%- endfor %}
-Reply with <tool_call>{"name": ..., "arguments": ...}</tool_call><|end|>{% endif %}
-{%- for message in messages %}<|{{ 'user' if message.role == 'tool' else message.role }}|>
-{%- if message.role == 'tool' %}<tool_response>{{ message.content }}</tool_response>
-{%- else %}{{ message.content }}{% endif %}
-{%- for call in message.tool_calls or [] %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|end|>{% endfor %}
-{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CALL_TEXT = 'I will look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 BODY: dict[str, Any] = {"model": MODEL, "messages": HELLO, "parse": {"mode": "off"}, "tools": [WEATHER]}
 
 
 @pytest.fixture(scope="module")
 def tool_pair(pair):
-    """The demo pair with a chat template that supports tools."""
-    tokenizer = copy.deepcopy(pair.tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    fake = copy.copy(pair)
-    fake.pipeline = replace(pair.pipeline, tokenizer=tokenizer)
-    return fake
+    return with_tool_template(pair)
 
 
 @pytest.fixture
 def calling(tool_pair) -> Iterator[str]:
     """A server whose model answers with a tool call."""
-    tokens = tool_pair.pipeline.tokenizer.encode(CALL_TEXT, add_special_tokens=False)
-
-    class Caller(Writer):
-        async def generate(self, request):
-            for token in tokens:
-                yield TokenDelta((token,))
-            yield TokenDelta((), finish_reason="stop")
-
-    with serving(tool_pair, Caller()) as address:
+    with serving(tool_pair, ToolCaller(tool_pair.pipeline)) as address:
         yield address
 
 
