@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -30,8 +31,11 @@ from pathlib import Path
 from types import ModuleType
 
 MAX_SURVIVORS = 0.1
-MIN_TIMEOUT_S = 45
-TIMEOUT_FACTOR = 3  # times the duration of the tests without a mutant; a mutant that takes longer counts as noticed
+# A mutant that takes longer than the tests without a mutant counts as noticed, by this factor. The processor time is
+# compared, because other processes do not change it. Only tests that wait for something are ended by the clock.
+TIMEOUT_FACTOR = 3
+MIN_CPU_S = 10
+MIN_WAIT_S = 60
 NATIVE, NATIVE_TESTS = "parse/engines/native", "tests/parse/engines/native"
 # The tests of each module, the quickest ones first.
 TESTS = {
@@ -70,6 +74,12 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Pow: ast.Mult,
 }
 FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    cpu_s: int
+    elapsed_s: float
 
 
 @dataclass(frozen=True)
@@ -167,12 +177,24 @@ class MutantLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(tree, self._mutant.path, "exec"), vars(module))
 
 
-def run_tests(tests: Sequence[str], mutant: Mutant | None) -> int:
+class WithoutShrinking:
+    """Plugin of pytest: a failed property test ends at once, instead of minutes later with the smallest example."""
+
+    @staticmethod
+    def pytest_sessionstart() -> None:
+        from hypothesis import Phase, settings
+
+        settings.register_profile("mutants", settings.default, phases=[Phase.explicit, Phase.generate])
+        settings.load_profile("mutants")
+
+
+def run_tests(tests: Sequence[str], mutant: Mutant | None, cpu_s: int = resource.RLIM_INFINITY) -> int:
     """Starts a process that runs tests, with a mutant if there is one, and returns its id."""
     child = os.fork()
     if child:
         return child
     os.setpgid(0, 0)
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -181,19 +203,22 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None) -> int:
     import pytest
 
     options = ["-x", "-q", "-p", "no:cacheprovider", "-n0", "-m", "not ray", *tests]
-    os._exit(int(pytest.main(options)))
+    os._exit(int(pytest.main(options, plugins=[WithoutShrinking()])))
 
 
-def time_limit(path: str) -> float | None:
-    """Returns how long the tests of a module may take, in seconds, or None if they fail without a mutant."""
+def time_limit(path: str) -> TimeLimit | None:
+    """Returns how long the tests of a module may take, or None if they fail without a mutant."""
     started = time.monotonic()
-    _, status = os.waitpid(run_tests(TESTS[path], None), 0)
+    _, status, usage = os.wait4(run_tests(TESTS[path], None), 0)
     if os.waitstatus_to_exitcode(status):
         return None
-    return max(MIN_TIMEOUT_S, TIMEOUT_FACTOR * (time.monotonic() - started))
+    return TimeLimit(
+        cpu_s=math.ceil(max(MIN_CPU_S, TIMEOUT_FACTOR * (usage.ru_utime + usage.ru_stime))),
+        elapsed_s=max(MIN_WAIT_S, 2 * TIMEOUT_FACTOR * (time.monotonic() - started)),
+    )
 
 
-def survivors_of(mutants: Sequence[Mutant], time_limits: Mapping[str, float], num_processes: int) -> list[Mutant]:
+def survivors_of(mutants: Sequence[Mutant], time_limits: Mapping[str, TimeLimit], num_processes: int) -> list[Mutant]:
     """Runs the tests of all mutants, several at a time, and returns the mutants that pass them."""
     waiting, survivors = list(reversed(mutants)), []
     running: dict[int, tuple[Mutant, float]] = {}
@@ -201,16 +226,21 @@ def survivors_of(mutants: Sequence[Mutant], time_limits: Mapping[str, float], nu
         while waiting or running:
             while waiting and len(running) < num_processes:
                 mutant = waiting.pop()
-                running[run_tests(TESTS[mutant.path], mutant)] = mutant, time.monotonic() + time_limits[mutant.path]
+                limit = time_limits[mutant.path]
+                child = run_tests(TESTS[mutant.path], mutant, limit.cpu_s)
+                running[child] = mutant, time.monotonic() + limit.elapsed_s
             for child, (mutant, deadline) in list(running.items()):
                 if time.monotonic() > deadline:
                     os.killpg(child, signal.SIGKILL)
-                    print(f"too slow: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
+                    print(f"waits: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
                     running[child] = mutant, math.inf
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
                     del running[child]
-                    if os.waitstatus_to_exitcode(status) == 0:
+                    result = os.waitstatus_to_exitcode(status)
+                    if result in (-signal.SIGKILL, -signal.SIGXCPU) and deadline < math.inf:
+                        print(f"too slow: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
+                    if result == 0:
                         survivors.append(mutant)
                         print(f"survived: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
             time.sleep(0.02)
@@ -232,12 +262,13 @@ def main() -> int:
 
     torch.set_num_threads(1)
     paths = [options.only] if options.only else list(TESTS)
-    time_limits: dict[str, float] = {}
+    time_limits: dict[str, TimeLimit] = {}
     for path in paths:
         if (limit := time_limit(path)) is None:
             print(f"the tests of {path} fail without a mutant", file=sys.stderr)
             return 2
         time_limits[path] = limit
+        print(f"{path}: at most {limit.cpu_s} s of processor time for each mutant", flush=True)
     population = [mutant for path in paths for mutant in mutants_of(path)]
     sample = random.Random(options.seed).sample(population, min(options.count, len(population)))
     survivors = survivors_of(sample, time_limits, options.processes)
