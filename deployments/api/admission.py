@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from math import ceil
+from types import MappingProxyType
 
 MAX_RETRY_AFTER_S = 60
 RUNNING_MEAN_WEIGHT = 0.1  # the weight of the newest request in the running mean
@@ -18,9 +19,10 @@ RATE_LIMIT_HEADERS = "x-ratelimit-limit-requests", "x-ratelimit-remaining-reques
 class Overloaded(RuntimeError):
     """Raised if the queue is full."""
 
-    def __init__(self, retry_after_s: int) -> None:
+    def __init__(self, retry_after_s: int, rate_limit_headers: Mapping[str, str] = MappingProxyType({})) -> None:
         super().__init__(f"too many requests are waiting; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
+        self.headers = {"Retry-After": str(retry_after_s), **rate_limit_headers}
 
 
 class AdmissionQueue:
@@ -83,7 +85,8 @@ class AdmissionQueue:
             return
         if len(self._waiting) >= self.max_queued_requests:
             expected_wait_s = self._mean_service_s * (len(self._waiting) + 1) / self.num_slots
-            raise Overloaded(min(MAX_RETRY_AFTER_S, max(1, ceil(expected_wait_s))))
+            retry_after_s = min(MAX_RETRY_AFTER_S, max(1, ceil(expected_wait_s)))
+            raise Overloaded(retry_after_s, self.rate_limit_headers())
         admitted = asyncio.Event()
         entry = (count, admitted)
         self._waiting.append(entry)

@@ -62,8 +62,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), param=field, code="invalid_value")
         case TemplateError():
             return ApiError(400, f"messages: {error}", param="messages", code="invalid_value")
-        case Overloaded(retry_after_s=seconds):
-            return ApiError(503, str(error), code="overloaded", headers={"Retry-After": str(seconds)})
+        case Overloaded(headers=headers):
+            return ApiError(503, str(error), code="overloaded", headers=headers)
         case EngineStopped():
             headers = {"Retry-After": "1"}
             return ApiError(503, "no verifier is available; try again", code="unavailable", headers=headers)

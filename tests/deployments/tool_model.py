@@ -49,7 +49,7 @@ class ToolCaller:
         self._tokenizer = pipeline.tokenizer
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
-        prompt = self._tokenizer.decode(request.prompt_token_ids)
+        prompt = str(self._tokenizer.decode(list(request.prompt_token_ids)))
         _, _, result = prompt.rpartition("<tool_response>")
         has_result = "<tool_response>" in prompt and "<|user|>" not in result
         text = f"The tool says: {result.partition('</tool_response>')[0]}" if has_result else CALL_TEXT

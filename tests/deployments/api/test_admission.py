@@ -133,6 +133,8 @@ def test_a_full_queue_rejects_with_the_time_to_retry_after():
                 raise AssertionError("let in")
         assert 1 <= refused.value.retry_after_s <= MAX_RETRY_AFTER_S
         assert str(refused.value.retry_after_s) in str(refused.value)
+        assert refused.value.headers["Retry-After"] == str(refused.value.retry_after_s)
+        assert refused.value.headers["x-ratelimit-remaining-requests"] == "0"
         await gone([inside, waiting])
         assert is_unused(admission_queue)
 
