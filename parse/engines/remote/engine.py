@@ -69,7 +69,7 @@ class RemoteEngine:
             url = member.server.url
             self._metrics[url] = vllm.counters(self._metrics.get(url, "")) if metrics is None else metrics
             failing += metrics is None or member.failure is not None
-        stats = vllm.read_stats("\n".join(self._metrics.values()))
+        stats = vllm.read_stats(list(self._metrics.values()))
         return replace(stats, servers_responding=len(self._metrics) - failing, servers_failing=failing)
 
     def check_health(self) -> None:

@@ -17,7 +17,7 @@ from parse.acceptance import AcceptancePolicy
 from parse.config import RemoteEngineConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from parse.engines.loader import load_engine, load_native_engine
-from parse.engines.remote import server_pool
+from parse.engines.remote import server_pool, vllm
 from parse.engines.remote.errors import ServerUnavailable
 from parse.errors import EngineStopped, ModelLoadError, RequestError, ServerError
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
@@ -684,6 +684,16 @@ def test_the_speculation_of_the_server_is_counted(server):
     finally:
         server.has_speculation = False
     assert (stats.num_proposed_tokens, stats.num_accepted_tokens) == (30, 12)
+
+
+def test_the_cache_usage_of_each_engine_counts_with_its_own_size():
+    def page(*engines: tuple[int, float]) -> str:
+        lines = [f'vllm:cache_config_info{{engine="{k}",num_gpu_blocks="{n}"}} 1.0' for k, (n, _) in enumerate(engines)]
+        lines += [f'vllm:kv_cache_usage_perc{{engine="{k}",model_name="m"}} {u}' for k, (_, u) in enumerate(engines)]
+        return "\n".join(lines)
+
+    stats = vllm.read_stats([page((100, 0.5)), page((1000, 0.1), (10, 1.0))])
+    assert (stats.blocks_used, stats.blocks_total) == (50 + 100 + 10, 1110)
 
 
 # The whole pipeline
