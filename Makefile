@@ -6,10 +6,10 @@ PROMETHEUS_PORT ?= 9090
 # One worker per core. tests/conftest.py decides which tests share a worker.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical
 
-.PHONY: help setup serve monitoring check unit test tools lint releases mutants wheel models heads evaluate measure results docs dashboards lock clean
+.PHONY: help setup serve monitoring check unit test test-clients tools lint releases mutants wheel models heads evaluate measure results docs dashboards lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 setup: $(VENV)/.installed  ## create a virtual environment with the pinned dependencies
 
@@ -44,6 +44,9 @@ unit: setup  ## run the unit tests
 
 test: lint tools  ## run lint, then all tests
 	$(PYTEST)
+
+test-clients: setup  ## test the API with all clients of tests/clients/, and write docs/clients.md (about 10 minutes; needs Node)
+	$(BIN)/python -m tests.clients
 
 releases: setup  ## run the tests of the remote engine with each release of vLLM in bench/vllm/ (about 5 minutes each)
 	for lock in bench/vllm/*.lock; do \

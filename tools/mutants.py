@@ -6,13 +6,15 @@ Run it in the root of the repository. Every mutant is one changed expression or 
 if all tests of its module pass. The survivors are printed, and the exit status is 1 if they are 10% or more.
 
 This is not one of the published tools, because those start a fresh interpreter for each mutant or instrument whole
-test suites. Importing torch takes longer than most of these tests, so here each mutant is a fork of a process that has
-imported it already.
+test suites. Importing torch and transformers takes longer than most of these tests, so here each mutant is a fork of a
+process that has imported them already.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -23,6 +25,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +47,11 @@ TESTS = {
         f"{NATIVE_TESTS}/test_scheduled_chunk.py",
         f"{NATIVE_TESTS}/test_programs.py",
     ],
-    "parse/acceptance.py": ["tests/parse/test_acceptance.py", "tests/parse/test_pipeline.py"],
+    "parse/acceptance.py": [
+        "tests/parse/test_acceptance.py",
+        "tests/parse/test_registry.py",
+        "tests/parse/test_pipeline.py",
+    ],
     "parse/controller.py": ["tests/parse/test_controller.py", "tests/parse/test_pipeline.py"],
     "parse/pipeline.py": ["tests/parse/test_pipeline.py"],
     f"{NATIVE}/sampler.py": [f"{NATIVE_TESTS}/test_sampler.py"],
@@ -188,6 +195,41 @@ class WithoutShrinking:
         settings.load_profile("mutants")
 
 
+class LoadedModules:
+    """Plugin of pytest: writes the names of all imported modules to a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def pytest_collection_finish(self) -> None:
+        self._file.write_text("\n".join(sys.modules))
+
+
+def import_dependencies(tests: Sequence[str]) -> None:
+    """Imports the modules of other packages that the tests import, so that not every mutant has to."""
+    with tempfile.NamedTemporaryFile() as file:
+        child = os.fork()
+        if not child:
+            import pytest
+
+            silence_output()
+            options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-n0", *tests]
+            os._exit(int(pytest.main(options, plugins=[LoadedModules(Path(file.name))])))
+        os.waitpid(child, 0)
+        names = Path(file.name).read_text().split()
+    own = {path.name for path in Path().iterdir() if path.is_dir()}
+    for name in names:
+        if name.partition(".")[0] not in own | {"__main__"}:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
+def silence_output() -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+
+
 def run_tests(tests: Sequence[str], mutant: Mutant | None, cpu_s: int = resource.RLIM_INFINITY) -> int:
     """Starts a process that runs tests, with a mutant if there is one, and returns its id."""
     child = os.fork()
@@ -195,9 +237,7 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None, cpu_s: int = resource
         return child
     os.setpgid(0, 0)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+    silence_output()
     if mutant is not None:
         sys.meta_path.insert(0, MutantLoader(mutant))
     import pytest
@@ -206,16 +246,22 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None, cpu_s: int = resource
     os._exit(int(pytest.main(options, plugins=[WithoutShrinking()])))
 
 
-def time_limit(path: str) -> TimeLimit | None:
-    """Returns how long the tests of a module may take, or None if they fail without a mutant."""
-    started = time.monotonic()
-    _, status, usage = os.wait4(run_tests(TESTS[path], None), 0)
-    if os.waitstatus_to_exitcode(status):
-        return None
-    return TimeLimit(
-        cpu_s=math.ceil(max(MIN_CPU_S, TIMEOUT_FACTOR * (usage.ru_utime + usage.ru_stime))),
-        elapsed_s=max(MIN_WAIT_S, 2 * TIMEOUT_FACTOR * (time.monotonic() - started)),
-    )
+def measure_time_limits(paths: Sequence[str], num_processes: int) -> dict[str, TimeLimit | None]:
+    """Returns how long the tests of each module may take, or None if they fail without a mutant."""
+    waiting, running, limits = list(reversed(paths)), dict[int, tuple[str, float]](), dict[str, TimeLimit | None]()
+    while waiting or running:
+        while waiting and len(running) < num_processes:
+            path = waiting.pop()
+            running[run_tests(TESTS[path], None)] = path, time.monotonic()
+        child, status, usage = os.wait4(-1, 0)
+        path, started = running.pop(child)
+        limits[path] = None
+        if os.waitstatus_to_exitcode(status) == 0:
+            limits[path] = TimeLimit(
+                cpu_s=math.ceil(max(MIN_CPU_S, TIMEOUT_FACTOR * (usage.ru_utime + usage.ru_stime))),
+                elapsed_s=max(MIN_WAIT_S, 2 * TIMEOUT_FACTOR * (time.monotonic() - started)),
+            )
+    return limits
 
 
 def survivors_of(mutants: Sequence[Mutant], time_limits: Mapping[str, TimeLimit], num_processes: int) -> list[Mutant]:
@@ -257,14 +303,14 @@ def main() -> int:
     parser.add_argument("--only", choices=TESTS, help="mutate this module only")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: one per core)")
     options = parser.parse_args()
-    import torch  # imported once, for all forks
-    import transformers  # noqa: F401
+    paths = [options.only] if options.only else list(TESTS)
+    import torch
 
     torch.set_num_threads(1)
-    paths = [options.only] if options.only else list(TESTS)
+    import_dependencies(sorted({test for path in paths for test in TESTS[path]}))
     time_limits: dict[str, TimeLimit] = {}
-    for path in paths:
-        if (limit := time_limit(path)) is None:
+    for path, limit in measure_time_limits(paths, options.processes).items():
+        if limit is None:
             print(f"the tests of {path} fail without a mutant", file=sys.stderr)
             return 2
         time_limits[path] = limit

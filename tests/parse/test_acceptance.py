@@ -18,6 +18,12 @@ def test_else_the_last_prefix_before_the_first_failure_is_kept():
     assert accepted_prefix_length([4, 8, 12, 14], [0.9, 0.2, 0.9, 0.1], HALF, complete=True) == 4
 
 
+def test_a_complete_answer_that_fails_its_own_threshold_is_no_prefix():
+    policy = AcceptancePolicy(Thresholds(full=0.97, prefix=0.9))
+    assert accepted_prefix_length([4], [0.95], policy, complete=True) == 0
+    assert accepted_prefix_length([4, 8], [0.95, 0.95], policy, complete=True) == 4
+
+
 def test_nothing_is_kept_when_the_first_prefix_fails():
     assert accepted_prefix_length([4, 8], [0.4, 0.9], HALF, complete=False) == 0
 

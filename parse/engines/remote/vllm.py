@@ -202,12 +202,12 @@ def counters(metrics: str) -> str:
     )
 
 
-def read_stats(pages: Sequence[str]) -> EngineStats:
+def read_stats(metrics_texts: Sequence[str]) -> EngineStats:
     """Returns what the metrics of one or several servers say about their engines."""
     sums: dict[str, float] = defaultdict(float)
     usage: dict[tuple[int, str], float] = defaultdict(float)  # of the KV cache of each engine, by server and engine
     num_blocks: dict[tuple[int, str], int] = defaultdict(int)
-    for server, metrics in enumerate(pages):
+    for server, metrics in enumerate(metrics_texts):
         for line in metrics.splitlines():
             if not line.startswith("vllm:"):
                 continue

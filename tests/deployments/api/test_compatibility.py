@@ -3,6 +3,7 @@
 import json
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -304,3 +305,10 @@ def test_an_answer_has_a_minimum_length_and_ends_at_stop_tokens(raw, pair, mode)
         response = raw.post(CHAT, json=body | fields).json()["choices"][0]
         assert response["finish_reason"] == "stop"
         assert response["message"]["content"] == pair.tokenizer.decode(ids[: end + include])
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/nothing/%F0%9F%A6%8A", "/" + "x" * 5000])
+def test_an_unknown_address_is_named(raw, path):
+    error = error_of(raw.post(path, json={"input": "Hello."}), 404)
+    assert error["code"] == "unknown_url"
+    assert f"Invalid URL (POST {unquote(path)[:100]})" in error["message"]

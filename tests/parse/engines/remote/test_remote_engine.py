@@ -687,12 +687,12 @@ def test_the_speculation_of_the_server_is_counted(server):
 
 
 def test_the_cache_usage_of_each_engine_counts_with_its_own_size():
-    def page(*engines: tuple[int, float]) -> str:
+    def metrics_text(*engines: tuple[int, float]) -> str:
         lines = [f'vllm:cache_config_info{{engine="{k}",num_gpu_blocks="{n}"}} 1.0' for k, (n, _) in enumerate(engines)]
         lines += [f'vllm:kv_cache_usage_perc{{engine="{k}",model_name="m"}} {u}' for k, (_, u) in enumerate(engines)]
         return "\n".join(lines)
 
-    stats = vllm.read_stats([page((100, 0.5)), page((1000, 0.1), (10, 1.0))])
+    stats = vllm.read_stats([metrics_text((100, 0.5)), metrics_text((1000, 0.1), (10, 1.0))])
     assert (stats.blocks_used, stats.blocks_total) == (50 + 100 + 10, 1110)
 
 
