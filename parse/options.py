@@ -55,6 +55,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     include_stop_str_in_output: bool
+    include_eos_token: bool
     ignore_eos: bool
     logprobs: int | None
 

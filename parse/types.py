@@ -44,6 +44,9 @@ class SamplingParams:
     """Tokens that end the output, in addition to the end tokens of the model."""
     include_stop_str_in_output: bool = False
     """Whether the stop string or the token of `stop_token_ids` that ends the output is a part of it."""
+    include_eos_token: bool = False
+    """Whether the end token of the model that ends the output is a part of it. It has no text. The output of a draft
+    that is accepted as a whole has no end token, because the target does not generate one."""
     ignore_eos: bool = False
     logprobs: int | None = None
     """Return the log-probability of each token, with this many alternatives."""
@@ -62,7 +65,7 @@ class SamplingParams:
             check_range("logit_bias", token, 0, None, integer=True)
             check_range("logit_bias", bias, -100.0, 100.0)
         check_range("seed", self.seed, None, None, integer=True)
-        for name in ("ignore_eos", "include_stop_str_in_output"):
+        for name in ("ignore_eos", "include_eos_token", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(name, f"must be True or False, got {getattr(self, name)!r}")
         check_range("min_tokens", self.min_tokens, 0, None, integer=True)
@@ -107,6 +110,12 @@ class SamplingParams:
     def end_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """Returns the tokens that end the output of a model with these end tokens."""
         return frozenset(() if self.ignore_eos else eos_token_ids).union(self.stop_token_ids)
+
+    def included_end_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """Returns the end tokens that are a part of the output."""
+        stop_token_ids = frozenset(self.stop_token_ids)
+        included = stop_token_ids if self.include_stop_str_in_output else frozenset()
+        return included.union(frozenset(eos_token_ids) - stop_token_ids) if self.include_eos_token else included
 
 
 def check_range(

@@ -123,7 +123,9 @@ class BaseCompletionRequest(OpenAIBaseModel):
     def num_choices(self) -> int:
         return self.n or 1
 
-    def to_sampling_params(self, seed: int, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def to_sampling_params(
+        self, seed: int, *, max_tokens: int | None, logprobs: int | None, include_eos_token: bool = False
+    ) -> SamplingParams:
         """Returns the sampling parameters of a request.
 
         Some are fields of the same name, others need a conversion.
@@ -140,6 +142,7 @@ class BaseCompletionRequest(OpenAIBaseModel):
             "top_k": max(0, self.top_k or 0),
             "max_tokens": max_tokens,
             "logprobs": logprobs,
+            "include_eos_token": include_eos_token,
         }
         return SamplingParams(**explicit_params | converted_params)
 

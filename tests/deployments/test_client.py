@@ -580,3 +580,25 @@ def test_the_most_likely_ones_of_several_completions_are_returned(client, pair):
     assert best.usage.completion_tokens == sum(len(choice.logprobs.tokens) for choice in candidates)
     with_logprobs: Any = complete(client, prompts, n=2, best_of=4, logprobs=1, **fields)
     assert all(choice.logprobs.tokens for choice in with_logprobs.choices)
+
+
+def test_a_completion_with_logprobs_lists_the_end_token(client, pair, peer):
+    """As in vLLM. Evaluation tools rely on one entry for each generated token, also if the answer ends at once."""
+    prompt = chat_prompt_token_ids(pair.tokenizer, problem_messages())
+    answer = target_token_ids(peer, pair, problem_messages())
+    end = pair.tokenizer.eos_token_id
+    for length in (len(answer) - 3, len(answer)):  # the second completion ends at once
+        context, rest = [*prompt, *answer[:length]], answer[length:]
+        plain: Any = complete(client, context, max_tokens=10)
+        listed: Any = complete(client, context, max_tokens=10, logprobs=1)
+        for each in (plain, listed):
+            assert each.choices[0].text == pair.tokenizer.decode(rest) and each.choices[0].finish_reason == "stop"
+        assert plain.usage.completion_tokens == len(rest)
+        assert listed.usage.completion_tokens == len(rest) + 1
+        logits = logits_of(peer, [*context, *rest])[len(context) - 1 :]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor([*rest, end])[:, None])[:, 0]
+        assert listed.choices[0].logprobs.token_logprobs == pytest.approx(expected.tolist(), abs=1e-3)
+    streamed = client.completions.create(
+        model=MODEL, prompt=[*prompt, *answer], max_tokens=10, logprobs=1, temperature=0, stream=True
+    )
+    assert sum(len(c.logprobs.tokens) for chunk in streamed for c in chunk.choices if c.logprobs) == 1

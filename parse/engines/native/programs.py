@@ -72,14 +72,14 @@ def generate(
     """Generates the tokens that follow the request's prompt and output.
 
     The context is prompt and output without their last token. Passes at most `max_new_tokens` tokens to `emit`, and
-    never an end token of the model. Each delta except the last has at least `stream_interval` tokens. `detokenizer`
+    an end token only if the parameters include it. Each delta except the last has at least `stream_interval` tokens. `detokenizer`
     finds stop strings. A pass also runs the request's draft, and later the proposals of the speculative method. They
     are accepted as long as the target chooses the same tokens. If the last token has already been computed,
     `last_output` is its output. The context then contains that token, and the first new token needs no pass.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
     end_token_ids = params.end_token_ids(eos_token_ids)
-    included_end_token_ids = frozenset(params.stop_token_ids if params.include_stop_str_in_output else ())
+    included_end_token_ids = params.included_end_token_ids(eos_token_ids)
     sampler = Sampler(params, prompt, output, end_token_ids)
     last, context_length = (output or prompt)[-1], len(prompt) + len(output) - 1
     draft = request.draft_token_ids

@@ -176,8 +176,9 @@ class RemoteEngine:
     ) -> AsyncGenerator[TokenDelta]:
         """Generates what follows the output, or only its next token."""
         params = request.sampling_params
-        included = frozenset(params.stop_token_ids if params.include_stop_str_in_output else ())
-        excluded_end_token_ids = self._capabilities.eos_token_ids.union(params.stop_token_ids) - included
+        eos_token_ids = self._capabilities.eos_token_ids
+        excluded_end_token_ids = eos_token_ids.union(params.stop_token_ids)
+        excluded_end_token_ids -= params.included_end_token_ids(eos_token_ids)
         chunks = self._pool.stream(
             request.session_key,
             lambda server: self._chunks(server, request, output, 1 if one_token else output.num_remaining),

@@ -230,6 +230,7 @@ def test_logprobs_are_the_models_own(token, count, seed):
         ("min_tokens", -1),
         ("stop_token_ids", 5),
         ("include_stop_str_in_output", 1),
+        ("include_eos_token", 1),
         ("logprobs", 21),
         ("logprobs", -1),
         ("stop", ["fine", ""]),
