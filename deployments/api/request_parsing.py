@@ -113,8 +113,7 @@ class RequestParser:
     async def parse_chat(self, request: ChatCompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
         self._check_num_choices(request.num_choices)
-        tokenizer, messages = self._pipeline.tokenizer, request.to_template_messages()
-        effort = request.reasoning_effort
+        tokenizer, messages, effort = self._pipeline.tokenizer, request.to_template_messages(), request.reasoning_effort
         chat = await self._render_chat(request, messages, {"reasoning_effort": effort} if effort else {})
         prediction = None
         if request.prediction is not None:
@@ -144,11 +143,11 @@ class RequestParser:
         sent_prompts = request.split_prompts()
         adds_special_tokens = request.add_special_tokens is not False
         prompts = [await self._encode_prompt(prompt, adds_special_tokens) for prompt in sent_prompts]
-        num_choices, num_generated, best_of = request.num_choices, request.num_generated, None
-        if num_generated > num_choices:
-            best_of = BestOf(num_generated, num_choices, with_logprobs=request.logprobs is not None)
-        multiplier = "best_of" if best_of else "n" if num_choices > 1 else "prompt"
-        self._check_num_choices(num_generated * len(prompts), multiplier)
+        best_of = None
+        if request.num_generated > request.num_choices:
+            best_of = BestOf(request.num_generated, request.num_choices, with_logprobs=request.logprobs is not None)
+        multiplier = "best_of" if best_of else "n" if request.num_choices > 1 else "prompt"
+        self._check_num_choices(request.num_generated * len(prompts), multiplier)
         request_input = RequestInput(
             prompt_field="prompt",
             prompts=prompts,
@@ -156,7 +155,7 @@ class RequestParser:
             mode=request.parse.mode or self._allowed_mode("off"),
             max_tokens=DEFAULT_COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
             logprobs=request.logprobs,
-            num_choices=num_generated,
+            num_choices=request.num_generated,
             best_of=best_of,
             # As in vLLM. Evaluation tools expect exactly `max_tokens` entries after those of the prompt.
             lists_eos_token=request.logprobs is not None,
