@@ -42,6 +42,7 @@ from training.task import Problem, check_answer
 
 MAX_MODEL_LEN = 1024
 NUM_SPECULATIVE_TOKENS = 8
+PROBLEMS_PER_CLIENT = 4
 SERVERS: Mapping[str, Mapping[str, Any]] = {
     "vllm": {},
     "vllm-block-32": {"block_size": 32},  # the default of vLLM for CPUs, 128, is longer than most prompts of this task
@@ -231,7 +232,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if name in PARSE_SUFFIXES
         }
         for concurrency in args.concurrency:
-            groups = max(1, min(args.rounds, len(problems) // concurrency))
+            # A group has several problems for each client, so that few of them idle at its end.
+            groups = max(1, min(args.rounds, len(problems) // (PROBLEMS_PER_CLIENT * concurrency)))
             asyncio.run(run_turns(contenders, problems[:concurrency], concurrency, 1))  # warms up all of them
             groups_by_name = asyncio.run(run_turns(contenders, problems, concurrency, groups))
             result["runs"] += summarize(groups_by_name, problems, concurrency, groups)

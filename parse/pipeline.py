@@ -182,7 +182,7 @@ class Pipeline:
             ),
             settings=self.settings,
             prefill_while_drafting=self.prefill_while_drafting,
-            prefill_interval=self.capabilities.block_size if self.capabilities.prefills_drafts else None,
+            prefill_interval=self.capabilities.prefill_interval,
         )
 
 

@@ -97,8 +97,8 @@ class Capabilities:
     """The sampling with which mode `exact` can use a draft.
 
     "unmodified" means greedy decoding, or temperature 1 and no parameter that changes logits or excludes tokens."""
-    prefills_drafts: bool = False
-    """Whether verification is faster if the draft is prefilled while it is written."""
+    prefill_interval: int | None = None
+    """The number of draft tokens after which a draft is prefilled again while it is written. None means never."""
     returns_prompt_logprobs: bool = True
     """Whether it can return the log-probabilities of given tokens."""
     always_speculates: bool = False

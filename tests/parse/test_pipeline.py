@@ -207,7 +207,7 @@ def test_the_target_reads_the_prompt_while_the_drafter_writes(make):
 def test_an_engine_that_wants_it_prefills_the_draft_while_it_is_written(make):
     target, drafter = Target(), Scripted([RIGHT])
     pipeline = make(target, drafter)
-    pipeline = replace(pipeline, capabilities=replace(CAPABILITIES, prefills_drafts=True, block_size=8))
+    pipeline = replace(pipeline, capabilities=replace(CAPABILITIES, prefill_interval=8))
     token_ids, _, _, _ = answered(pipeline, "full")
     assert token_ids == RIGHT
     prefilled = [tokens for name, tokens, *_ in target.calls if name == "prefill"]

@@ -71,11 +71,11 @@ def generate(
 ) -> Program:
     """Generates the tokens that follow the request's prompt and output.
 
-    The context is prompt and output without their last token. Passes at most `max_new_tokens` tokens to `emit`, and
-    an end token only if the parameters include it. Each delta except the last has at least `stream_interval` tokens. `detokenizer`
-    finds stop strings. A pass also runs the request's draft, and later the proposals of the speculative method. They
-    are accepted as long as the target chooses the same tokens. If the last token has already been computed,
-    `last_output` is its output. The context then contains that token, and the first new token needs no pass.
+    The context is prompt and output without their last token. Passes at most `max_new_tokens` tokens to `emit`, and an
+    end token only if the parameters include it. Each delta except the last has at least `stream_interval` tokens.
+    `detokenizer` finds stop strings. A pass also runs the request's draft, and later the proposals of the speculative
+    method. They are accepted as long as the target chooses the same tokens. If the last token has already been
+    computed, `last_output` is its output. The context then contains that token, and the first new token needs no pass.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
     end_token_ids = params.end_token_ids(eos_token_ids)

@@ -22,6 +22,12 @@ from parse.types import SamplingParams
 IGNORED_WITH_SPECULATION = frozenset(("min_p", "logit_bias"))
 """Sampling parameters that vLLM ignores without an error if it has a `speculative_config`."""
 
+MIN_PREFILL_INTERVAL = 128
+"""The draft tokens after which a draft is prefilled while it is written.
+
+For a shorter draft, these calls take more time from the server than they save in the verification. For a long one they
+matter, because the prefixes that are verified at the same time cannot share tokens that have not been computed yet."""
+
 
 def load_remote_engine(settings: EngineSettings, config: RemoteEngineConfig) -> RemoteEngine:
     """Raises ValueError, in one line, if a server cannot be used."""
@@ -113,10 +119,16 @@ def _capabilities(
         continues_with_penalties=False,
         # A rejected token is replaced with the help of a bias.
         exact_sampling="greedy" if "logit_bias" in ignored else "unmodified",
-        prefills_drafts=True,
+        # A server with a method of its own proposes tokens after every prefill, which takes longer than it saves.
+        prefill_interval=None if features.has_speculation else _prefill_interval(features.block_size),
         returns_prompt_logprobs=features.has_prompt_logprobs,
         always_speculates=features.has_speculation,
     )
+
+
+def _prefill_interval(block_size: int) -> int:
+    """Returns the smallest number of whole blocks, because only whole blocks are cached, with enough tokens."""
+    return -(-MIN_PREFILL_INTERVAL // block_size) * block_size
 
 
 def _eos_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

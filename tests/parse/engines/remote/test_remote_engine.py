@@ -321,6 +321,7 @@ def test_parameters_that_a_server_with_speculation_ignores_are_rejected(server):
         with pytest.raises(RequestError, match="speculation: the server of the target chooses the method itself"):
             capabilities.check(GenerationRequest(PROMPTS[0], speculative_method=method))
     assert capabilities.default_method is None and capabilities.method_choices == ()
+    assert capabilities.prefill_interval is None and remote(server).capabilities().prefill_interval == 128
 
 
 def test_a_connection_that_breaks_during_the_checks_is_opened_again(server):
