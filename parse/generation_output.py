@@ -33,7 +33,7 @@ class GenerationOutput:
     text: str
     """The answer, without reasoning."""
     token_ids: tuple[int, ...]
-    """In the target's vocabulary, without the end token."""
+    """In the target's vocabulary, without the end token unless `include_eos_token` is set."""
     finish_reason: FinishReason
     """"stop" at an end token or a stop string, "length" at a limit."""
     usage: Usage

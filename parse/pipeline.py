@@ -107,6 +107,11 @@ class Pipeline:
             )
         yield Finished(run.state.finish_reason or "length", usage)
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer of the target."""
+        return self.capabilities.eos_token_ids or frozenset((self.tokenizer.eos_token_id,))
+
     async def _prompt_logprobs(self, request: GenerationRequest, num_logprobs: int) -> tuple[Logprob, ...]:
         prompt = request.prompt_token_ids
         if len(prompt) < 2:
@@ -175,7 +180,7 @@ class Pipeline:
             verifier=self.verifier,
             drafter=self.drafter,
             tokenizer=self.tokenizer,
-            eos_token_ids=self.capabilities.eos_token_ids or frozenset((self.tokenizer.eos_token_id,)),
+            eos_token_ids=self.eos_token_ids,
             suffix=self.suffix,
             policy=AcceptancePolicy(
                 request.thresholds or self.settings.thresholds(), self.settings.rule, self.settings.min_answer_mass

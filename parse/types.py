@@ -45,8 +45,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     """Whether the stop string or the token of `stop_token_ids` that ends the output is a part of it."""
     include_eos_token: bool = False
-    """Whether the end token of the model that ends the output is a part of it. It has no text. The output of a draft
-    that is accepted as a whole has no end token, because the target does not generate one."""
+    """Whether the end token of the model that ends the output is a part of it. As a special token, it has no text. A
+    draft that is accepted as a whole has no end token, because the target does not generate one."""
     ignore_eos: bool = False
     logprobs: int | None = None
     """Return the log-probability of each token, with this many alternatives."""

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import ModuleType
 
 MAX_SURVIVORS = 0.1
-# A mutant that takes longer than the tests without a mutant counts as noticed, by this factor. The processor time is
+# A mutant counts as noticed if its tests take this many times as long as without a mutant. The processor time is
 # compared, because other processes do not change it. Only tests that wait for something are ended by the clock.
 TIMEOUT_FACTOR = 3
 MIN_CPU_S = 10
@@ -215,7 +215,9 @@ def import_dependencies(tests: Sequence[str]) -> None:
             silence_output()
             options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-n0", *tests]
             os._exit(int(pytest.main(options, plugins=[LoadedModules(Path(file.name))])))
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status):
+            raise RuntimeError("the tests cannot be collected")
         names = Path(file.name).read_text().split()
     own = {path.name for path in Path().iterdir() if path.is_dir()}
     for name in names:
@@ -249,18 +251,22 @@ def run_tests(tests: Sequence[str], mutant: Mutant | None, cpu_s: int = resource
 def measure_time_limits(paths: Sequence[str], num_processes: int) -> dict[str, TimeLimit | None]:
     """Returns how long the tests of each module may take, or None if they fail without a mutant."""
     waiting, running, limits = list(reversed(paths)), dict[int, tuple[str, float]](), dict[str, TimeLimit | None]()
-    while waiting or running:
-        while waiting and len(running) < num_processes:
-            path = waiting.pop()
-            running[run_tests(TESTS[path], None)] = path, time.monotonic()
-        child, status, usage = os.wait4(-1, 0)
-        path, started = running.pop(child)
-        limits[path] = None
-        if os.waitstatus_to_exitcode(status) == 0:
-            limits[path] = TimeLimit(
-                cpu_s=math.ceil(max(MIN_CPU_S, TIMEOUT_FACTOR * (usage.ru_utime + usage.ru_stime))),
-                elapsed_s=max(MIN_WAIT_S, 2 * TIMEOUT_FACTOR * (time.monotonic() - started)),
-            )
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_processes:
+                path = waiting.pop()
+                running[run_tests(TESTS[path], None)] = path, time.monotonic()
+            child, status, usage = os.wait4(-1, 0)
+            path, started = running.pop(child)
+            limits[path] = None
+            if os.waitstatus_to_exitcode(status) == 0:
+                limits[path] = TimeLimit(
+                    cpu_s=math.ceil(max(MIN_CPU_S, TIMEOUT_FACTOR * (usage.ru_utime + usage.ru_stime))),
+                    elapsed_s=max(MIN_WAIT_S, 2 * TIMEOUT_FACTOR * (time.monotonic() - started)),
+                )
+    finally:
+        for child in running:
+            os.killpg(child, signal.SIGKILL)
     return limits
 
 

@@ -92,7 +92,7 @@ def _replace_lone_surrogates(text: str) -> str:
 async def handle_exception(request: HttpRequest, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code == 404:
         url = f"{request.method} {_replace_lone_surrogates(request.url.path[:100])}"
-        message = f"Invalid URL ({url}): this server has chat completions, completions and models"
+        message = f"Invalid URL ({url}): this path does not exist; /docs lists those that do"
         error = ApiError(404, message, code="unknown_url")
     api_error = to_api_error(error)
     get_request_record(request.scope).mark_failed(api_error.status, api_error.body.error.code)

@@ -75,7 +75,7 @@ class RequestInput:
     logprobs: int | None
     num_choices: int
     best_of: BestOf | None = None
-    lists_eos_token: bool = False
+    include_eos_token: bool = False
     messages: Sequence[Message] = ()
     prediction: Sequence[int] | None = None
     reasoning: ReasoningState | None = None
@@ -157,8 +157,8 @@ class RequestParser:
             logprobs=request.logprobs,
             num_choices=request.num_generated,
             best_of=best_of,
-            # As in vLLM. Evaluation tools expect exactly `max_tokens` entries after those of the prompt.
-            lists_eos_token=request.logprobs is not None,
+            # As in vLLM: with `max_tokens` 1, evaluation tools expect one entry after those of the prompt.
+            include_eos_token=request.logprobs is not None or best_of is not None,
             echoed_texts=[self._prompt_text(prompt) for prompt in sent_prompts] if request.echo else None,
         )
         return self._build_parsed_request(request, request_input, CompletionResponseBuilder, "cmpl")
@@ -274,7 +274,7 @@ class RequestParser:
             seed,
             max_tokens=request_input.max_tokens,
             logprobs=logprobs,
-            include_eos_token=request_input.lists_eos_token,
+            include_eos_token=request_input.include_eos_token,
         )
         if any(token >= len(pipeline.tokenizer) for token in sampling_params.logit_bias):
             raise RequestError("logit_bias", f"token ids must lie in 0..{len(pipeline.tokenizer) - 1}")

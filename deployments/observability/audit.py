@@ -117,19 +117,23 @@ class Auditor:
             return await self._compare(case, self._create_pipeline())
 
     async def _compare(self, case: AuditCase, pipeline: Pipeline) -> AuditResult:
-        # Two samples of one model differ by chance, so the target answers greedily.
-        sampling_params = replace(case.request.sampling_params, temperature=0.0)
+        # Two samples of one model differ by chance, so the target answers greedily. The end token is left out on both
+        # sides, because a draft that was accepted as a whole has none.
+        sampling_params = replace(case.request.sampling_params, temperature=0.0, include_eos_token=False)
+        sent_ids = list(case.token_ids)
+        if sent_ids and sent_ids[-1] in pipeline.eos_token_ids:
+            sent_ids.pop()
         target_request = replace(
             case.request, mode="off", sampling_params=sampling_params, prediction=None, stream_interval=NO_STREAMING
         )
         deltas = [event async for event in pipeline.generate(target_request) if isinstance(event, TextDelta)]
         target_text = "".join(delta.text for delta in deltas)
         target_ids = [token for delta in deltas for token in delta.token_ids]
-        if not (case.token_ids and target_ids):  # an empty answer has no log-probability
-            return "agree" if not (case.token_ids or target_ids) else "disagree"
+        if not (sent_ids and target_ids):  # an empty answer has no log-probability
+            return "agree" if not (sent_ids or target_ids) else "disagree"
         sent_logprob, target_logprob = [
             await _mean_logprob(pipeline, case.request.prompt_token_ids, answer_ids)
-            for answer_ids in (case.token_ids, target_ids)
+            for answer_ids in (sent_ids, target_ids)
         ]
         self._recorder.observe(metrics.AUDIT_GAP, max(0.0, target_logprob - sent_logprob))
         target_result, sent_result = self._extract_result(target_text), self._extract_result(case.text)

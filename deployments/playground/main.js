@@ -1,7 +1,7 @@
 // Runs the page: sends requests and shows the answers.
 
 import { ask, Failure, models, readiness } from "./api.js";
-import { compared } from "./comparison.js";
+import { comparison } from "./comparison.js";
 import { byId, element } from "./dom.js";
 import { EXAMPLES, MODES, WORDS } from "./examples.js";
 import { Pane } from "./pane.js";
@@ -184,7 +184,7 @@ function compare({ over }) {
     line.replaceChildren(element("b", {}, "–"), element("span", {}, `${a.name} and ${b.name} ${why}`));
     return;
   }
-  const { ratio, sentences } = compared(a, b);
+  const { ratio, sentences } = comparison(a, b);
   line.replaceChildren(element("b", {}, ratio), element("span", {}, sentences.join(" ")));
 }
 

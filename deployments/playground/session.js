@@ -16,12 +16,13 @@ export class Session {
   }
 
   get hasBaseline() {
-    return [...this.modes.keys()].some(isBaseline);
+    return [...this.modes.keys()].every((name) => this.baseline(name));
   }
 
   /** Returns the answers of mode `off` with the same method, or else with the default method. */
   baseline(name) {
-    return this.modes.get(name.replace(/^[^,]+/, "off")) ?? this.modes.get("off");
+    const method = name.replace(/, own draft$/, "").replace(/^[^,]+/, "");
+    return this.modes.get(`off${method}`) ?? this.modes.get("off");
   }
 
   /** Returns [{name, answers, shares, accepted, rate, speedup}], with `off` first. Unknown values are null. */
@@ -37,7 +38,7 @@ export class Session {
           shares: reports.filter((one) => one.drafted).map((one) => one.accepted / one.drafted).slice(-SHOWN),
           accepted: drafted ? sum(reports, ({ accepted }) => accepted) / drafted : null,
           rate: rate(reports),
-          speedup: baseline ? rate(reports) / rate(baseline) : null,
+          speedup: baseline && rate(baseline) ? rate(reports) / rate(baseline) : null,
         };
       });
   }

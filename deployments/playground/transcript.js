@@ -1,4 +1,4 @@
-// Shows an answer: its text is marked by origin, and rejected text is struck out after the sentence that replaces it.
+// Shows an answer: its text is marked by origin, and rejected text is struck out at the end of its sentence.
 
 import { element } from "./dom.js";
 
@@ -77,14 +77,14 @@ export class Transcript {
       } else if (old.run.text !== run.text) {
         old.node.firstChild.data = old.run.text = run.text;
       }
-      this.shown[index].node.classList.toggle("block", isBetweenLines(runs, index));
+      this.shown[index].node.classList.toggle("block", isBlock(runs, index));
     }
     for (const { node } of this.shown.splice(runs.length)) node.remove();
   }
 }
 
-/** Whether a run is rejected text between two lines, which gets its own paragraph. */
-function isBetweenLines(runs, index) {
+/** Whether a run gets its own paragraph: rejected text between two lines, or at the end. */
+function isBlock(runs, index) {
   if (runs[index].kind !== "rejected") return false;
   const before = runs[index - 1];
   return !before || before.text.endsWith("\n") || before.kind === "rejected" || index === runs.length - 1;

@@ -130,7 +130,7 @@ async def _receive(run: Run, draft: Draft, stream_interval: int) -> None:
             output_token_ids=tuple(run.state.output),
             messages=request.messages,
             # An end token ends the draft even with `ignore_eos`, where the target then continues.
-            sampling_params=replace(run.sampling_params, ignore_eos=False),
+            sampling_params=replace(run.sampling_params, ignore_eos=False, include_eos_token=False),
             stream_interval=stream_interval,
             session_key=request.session_key,
         )

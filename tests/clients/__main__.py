@@ -18,8 +18,10 @@ INTRODUCTION = """\
 # Clients
 
 These clients are tested against the server with the demo pair, each in an environment of its own with pinned versions.
-They are configured with the address of the server, an API key and the name of the model, and otherwise with their
-defaults. `make test-clients` runs all of them and writes this page; `make test` runs some.
+They are configured with the address of the server, an API key and the name of the model. Temperature 0 makes answers
+comparable, and some retries are turned off; otherwise they use their defaults.
+
+`make test-clients` runs all of them and writes this page; `make test` runs some.
 
 What needs constrained decoding (structured output, and tools that are required, named or strict) is rejected with an
 error that names the field.

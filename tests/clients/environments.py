@@ -25,8 +25,7 @@ def install(name: str) -> Path:
 
     def create() -> None:
         _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-        # The lock file is complete, so nothing needs to be resolved.
-        _run([*_pip(folder), "install", "--quiet", "--no-deps", "--requirement", str(lock_file)])
+        _run([*_pip(folder), "install", "--quiet", "--requirement", str(lock_file)])
 
     _create_once(folder, create)
     return folder / "bin" / "python"

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
@@ -32,7 +33,7 @@ class Client:
     title: str
     packages: tuple[str, ...]
     """What is installed. The first one is the client, and its version is in docs/clients.md."""
-    core: bool = False
+    in_make_test: bool = False
     """Whether `make test` runs it."""
     in_node: bool = False
 
@@ -50,14 +51,14 @@ class Client:
 
 
 CLIENTS = (
-    Client("openai_client", "OpenAI for Python", ("openai",), core=True),
+    Client("openai_client", "OpenAI for Python", ("openai",), in_make_test=True),
     Client("openai_node", "OpenAI for JavaScript", ("openai",), in_node=True),
-    Client("langchain_client", "LangChain, with agents", ("langchain", "langchain-openai"), core=True),
-    Client("litellm_client", "LiteLLM", ("litellm",), core=True),
+    Client("langchain_client", "LangChain, with agents", ("langchain", "langchain-openai"), in_make_test=True),
+    Client("litellm_client", "LiteLLM", ("litellm",), in_make_test=True),
     Client("instructor_client", "instructor", ("instructor",)),
     Client("pydantic_ai_client", "Pydantic AI", ("pydantic-ai-slim[openai]",)),
     Client("openai_agents", "OpenAI Agents SDK", ("openai-agents",)),
-    Client("autogen_client", "AutoGen", ("autogen-agentchat", "autogen-ext[openai]"), core=True),
+    Client("autogen_client", "AutoGen", ("autogen-agentchat", "autogen-ext[openai]"), in_make_test=True),
     Client("llama_index_client", "LlamaIndex", ("llama-index-llms-openai-like",)),
     Client("ai_sdk", "AI SDK", ("ai", "@ai-sdk/openai-compatible", "zod"), in_node=True),
     Client("llm_client", "llm", ("llm",)),
@@ -71,8 +72,7 @@ CLIENTS = (
 @dataclass(frozen=True)
 class CheckResult:
     title: str
-    result: str
-    """`works`, `rejected` or `failed`."""
+    result: Literal["works", "rejected", "failed"]
     detail: str
 
 
@@ -115,8 +115,25 @@ def run_checks(client: Client, variables: Mapping[str, str]) -> list[CheckResult
         else:
             command = [str(install(client.name)), str(client.program)]
         environment["TMPDIR"] = folder  # the programs do not clear their temporary folders
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    results = [CheckResult(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith('{"title"')]
-    if not results or done.returncode:
-        results.append(CheckResult("the program", "failed", f"{done.stdout[-1000:]}{done.stderr[-2000:]}"))
+        # In a session of its own, so that the processes that a client starts can be ended too.
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return [CheckResult("the program", "failed", f"it did not end within {TIMEOUT_S} s")]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    lines = output.splitlines()
+    results = [CheckResult(**json.loads(line)) for line in lines if line.startswith('{"title"')]
+    if process.returncode or f"{len(results)} checks" not in lines or not results:
+        results.append(CheckResult("the program", "failed", f"{output[-1000:]}{errors[-2000:]}"))
     return results

@@ -8,7 +8,7 @@ from tests.clients.__main__ import PAGE
 from tests.clients.environments import ClientUnavailable
 from tests.clients.matrix import CLIENTS, Client, run_checks, servers
 
-CORE = [client for client in CLIENTS if client.core]
+CORE = [client for client in CLIENTS if client.in_make_test]
 
 
 @pytest.fixture(scope="module")

@@ -580,6 +580,20 @@ def test_the_most_likely_ones_of_several_completions_are_returned(client, pair):
     assert best.usage.completion_tokens == sum(len(choice.logprobs.tokens) for choice in candidates)
     with_logprobs: Any = complete(client, prompts, n=2, best_of=4, logprobs=1, **fields)
     assert all(choice.logprobs.tokens for choice in with_logprobs.choices)
+    assert [choice.text for choice in with_logprobs.choices] == expected
+
+
+def test_the_best_completion_does_not_depend_on_whether_logprobs_are_listed(client, pair, peer):
+    """Some of these completions end by themselves, some at once, and the others at the limit."""
+    prompt = chat_prompt_token_ids(pair.tokenizer, problem_messages())
+    context = [*prompt, *target_token_ids(peer, pair, problem_messages())]
+    bias = {str(pair.tokenizer.eos_token_id): -10}
+    fields: Any = dict(temperature=2.0, seed=1, max_tokens=4, n=4, best_of=8, logit_bias=bias)
+    plain: Any = complete(client, context, **fields)
+    listed: Any = complete(client, context, logprobs=0, **fields)
+    assert [choice.text for choice in plain.choices] == [choice.text for choice in listed.choices]
+    assert plain.usage.completion_tokens == listed.usage.completion_tokens
+    assert "stop" in {choice.finish_reason for choice in plain.choices}
 
 
 def test_a_completion_with_logprobs_lists_the_end_token(client, pair, peer):

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from parse.engines.protocol import EngineStats
@@ -19,7 +20,6 @@ COMPLETIONS = "/v1/completions"
 TOKEN_PREFIX = "token_id:"  # of the keys in logprobs
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**63
-_ENGINE = re.compile(r'[{,]engine="(\w+)"')
 _NUM_BLOCKS = re.compile(r'^vllm:cache_config_info\{[^}]*\bnum_gpu_blocks="(\d+)"')
 
 
@@ -205,20 +205,22 @@ def counters(metrics: str) -> str:
 def read_stats(metrics_texts: Sequence[str]) -> EngineStats:
     """Returns what the metrics of one or several servers say about their engines."""
     sums: dict[str, float] = defaultdict(float)
-    usage: dict[tuple[int, str], float] = defaultdict(float)  # of the KV cache of each engine, by server and engine
-    num_blocks: dict[tuple[int, str], int] = defaultdict(int)
-    for server, metrics in enumerate(metrics_texts):
+    blocks_used = blocks_total = 0
+    for metrics in metrics_texts:
+        usages: list[float] = []  # of the KV cache of each engine of the server
+        num_blocks = 0  # of all engines of the server, which it reports for each of them
         for line in metrics.splitlines():
             if not line.startswith("vllm:"):
                 continue
             series, _, value = line.rpartition(" ")
             name = series.partition("{")[0].removeprefix("vllm:")
-            engine = match[1] if (match := _ENGINE.search(series)) else ""
             sums[name] += float(value)
             if name == "kv_cache_usage_perc":
-                usage[server, engine] = float(value)
+                usages.append(float(value))
             if (blocks := _NUM_BLOCKS.search(line)) is not None:
-                num_blocks[server, engine] = int(blocks[1])
+                num_blocks = max(num_blocks, int(blocks[1]))
+        blocks_total += num_blocks
+        blocks_used += round(num_blocks * fmean(usages)) if usages else 0
     return EngineStats(
         num_running=int(sums["num_requests_running"]),
         num_waiting=int(sums["num_requests_waiting"]),
@@ -226,8 +228,8 @@ def read_stats(metrics_texts: Sequence[str]) -> EngineStats:
         num_tokens=int(sums["iteration_tokens_total_sum"]),
         prefix_queries=int(sums["prefix_cache_queries_total"]),
         prefix_hits=int(sums["prefix_cache_hits_total"]),
-        blocks_used=sum(round(usage[key] * num_blocks[key]) for key in num_blocks),
-        blocks_total=sum(num_blocks.values()),
+        blocks_used=blocks_used,
+        blocks_total=blocks_total,
         num_proposed_tokens=int(sums["spec_decode_num_draft_tokens_total"]),
         num_accepted_tokens=int(sums["spec_decode_num_accepted_tokens_total"]),
     )

@@ -100,10 +100,9 @@ def verification(draft, **changes):
     return VerifyRequest(**fields | changes)
 
 
-def answer_of(native, prompt=PROMPTS[0]):
-    return tokens_of(
-        asyncio.run(collect(native.generate(GenerateRequest(prompt_token_ids=prompt, sampling_params=GREEDY))))
-    )
+def answer_of(native, prompt=PROMPTS[0], sampling_params=GREEDY):
+    request = GenerateRequest(prompt_token_ids=prompt, sampling_params=sampling_params)
+    return tokens_of(asyncio.run(collect(native.generate(request))))
 
 
 # What it answers
@@ -126,7 +125,11 @@ def test_minimum_length_and_stop_tokens_are_those_of_the_native_engine(server, n
         generation(sampling_params=longer, output_token_ids=answer[:7]),
         generation(sampling_params=stopped),
         generation(sampling_params=replace(stopped, min_tokens=answer.index(answer[12]) + 1)),
+        generation(sampling_params=replace(GREEDY, include_eos_token=include)),
+        generation(sampling_params=replace(GREEDY, include_eos_token=include), output_token_ids=answer),
+        generation(sampling_params=replace(stopped, include_eos_token=True)),
     ]
+    assert len(answer_of(native, sampling_params=replace(GREEDY, include_eos_token=include))) == len(answer) + include
     for request, deltas in zip(requests, run(remote(server), *requests), strict=True):
         expected = asyncio.run(collect(native.generate(request)))
         assert tokens_of(deltas) == tokens_of(expected)
@@ -687,14 +690,17 @@ def test_the_speculation_of_the_server_is_counted(server):
     assert (stats.num_proposed_tokens, stats.num_accepted_tokens) == (30, 12)
 
 
-def test_the_cache_usage_of_each_engine_counts_with_its_own_size():
-    def metrics_text(*engines: tuple[int, float]) -> str:
-        lines = [f'vllm:cache_config_info{{engine="{k}",num_gpu_blocks="{n}"}} 1.0' for k, (n, _) in enumerate(engines)]
-        lines += [f'vllm:kv_cache_usage_perc{{engine="{k}",model_name="m"}} {u}' for k, (_, u) in enumerate(engines)]
+def test_the_cache_usage_of_each_server_counts_with_its_own_size():
+    def metrics_text(num_blocks: int, *usages: float) -> str:
+        """Returns the metrics of a server with several engines. It reports the blocks of all of them for each one."""
+        lines = []
+        for k, usage in enumerate(usages):
+            lines.append(f'vllm:cache_config_info{{engine="{k}",num_gpu_blocks="{num_blocks}"}} 1.0')
+            lines.append(f'vllm:kv_cache_usage_perc{{engine="{k}",model_name="m"}} {usage}')
         return "\n".join(lines)
 
-    stats = vllm.read_stats([metrics_text((100, 0.5)), metrics_text((1000, 0.1), (10, 1.0))])
-    assert (stats.blocks_used, stats.blocks_total) == (50 + 100 + 10, 1110)
+    stats = vllm.read_stats([metrics_text(100, 0.5), metrics_text(1000, 0.1, 0.3)])
+    assert (stats.blocks_used, stats.blocks_total) == (50 + 200, 1100)
 
 
 # The whole pipeline
