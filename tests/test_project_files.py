@@ -16,7 +16,7 @@ from deployments.config import ApiSettings
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 WORKFLOW: dict[Any, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
 JOBS: dict[str, dict[str, Any]] = WORKFLOW["jobs"]
 VERSIONS = [
@@ -116,7 +116,7 @@ def test_the_workflow_installs_the_cpu_builds_of_pytorch_and_has_no_more_rights_
 
 def test_the_page_for_contributors_names_only_targets_that_exist():
     page = (ROOT / "CONTRIBUTING.md").read_text()
-    named = re.findall(r"(?:`|^)make ([a-z]+)", page, re.MULTILINE)
+    named = re.findall(r"(?:`|^)make ([a-z-]+)", page, re.MULTILINE)
     assert named and set(named) <= TARGETS
 
 

@@ -32,6 +32,7 @@ class Target:
     """A target with a fixed answer and a fixed log-probability for each text."""
 
     suffix = None
+    eos_token_ids = frozenset({2})
 
     def __init__(self, text: str, likelihoods: dict[tuple[int, ...], float] | None = None, wait_s: float = 0.0) -> None:
         self.text, self.likelihoods, self.wait_s = text, likelihoods or {}, wait_s
@@ -127,6 +128,23 @@ def test_without_a_result_the_log_probability_gap_decides(result, logprob, expec
         await audited.until(audited.results)
         assert audited.results() == {expected: 1.0}
         assert audited.gaps()[1] == pytest.approx(gap)
+
+    asyncio.run(check())
+
+
+def test_an_end_token_does_not_count():
+    """The target ends its answer with one if log-probabilities are requested; a draft that is accepted has none."""
+
+    async def check():
+        target = Target("none", {(30, 31): -1.2})
+        audited = Audited(target, gap=0.5)
+        answer = sent("12")
+        answer.deltas[0] = replace(answer.deltas[0], token_ids=(30, 31, 2))
+        params = replace(REQUEST.sampling_params, logprobs=0, include_eos_token=True)
+        audited.auditor.submit("id", replace(REQUEST, sampling_params=params), answer)
+        await audited.until(audited.results)
+        assert not target.requests[0].sampling_params.include_eos_token
+        assert audited.results() == {"agree": 1.0} and audited.gaps()[1] == pytest.approx(0.2)
 
     asyncio.run(check())
 
