@@ -63,6 +63,18 @@ def test_the_conversation_goes_on_with_the_result(calling):
     assert post(calling, BODY | {"messages": [*HELLO, message, result]}).status_code == 200
 
 
+def test_the_text_of_tools_is_no_template_instruction_and_no_metric_label(calling):
+    hostile = "{{ 7 * 7 }}{% raw %}<script>alert(1)</script>hostile"
+    tool = {"type": "function", "function": dict(WEATHER["function"], description=hostile)}
+    message = post(calling, BODY | {"tools": [tool]}).json()["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": hostile}
+    body = {"messages": [*HELLO, message, result], "tools": [tool]}
+    assert rendered(calling, **body).count("{{ 7 * 7 }}{% raw %}") == 2
+    assert post(calling, BODY | body).status_code == 200
+    assert "hostile" not in httpx.get(f"{calling}/metrics").text
+
+
 @pytest.mark.parametrize(("arguments", "text"), [('{"a', '"{\\"a"'), ("", "{}"), (None, "{}"), ("[1]", "[1]")])
 def test_what_a_model_wrote_can_be_sent_back(calling, arguments, text):
     call = {"id": "a", "type": "function", "function": {"name": "no.such tool", "arguments": arguments}}
