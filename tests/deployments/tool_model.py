@@ -3,6 +3,7 @@
 import copy
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import Any
 
 from parse.pair import Pair
 from parse.pipeline import Pipeline
@@ -23,7 +24,7 @@ Reply with <tool_call>{"name": ..., "arguments": ...}</tool_call><|end|>{% endif
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>{% endfor %}<|end|>{% endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% endif %}"""
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",

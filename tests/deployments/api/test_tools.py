@@ -111,7 +111,7 @@ RESULT = {"role": "tool", "tool_call_id": "a", "content": "x"}
 
 
 def function(**fields: Any) -> list[Any]:
-    return [{"type": "function", "function": WEATHER["function"] | fields}]  # type: ignore[operator]
+    return [{"type": "function", "function": WEATHER["function"] | fields}]
 
 
 @pytest.mark.parametrize(
