@@ -7,7 +7,7 @@ continue. The pipeline calls the latter again on the result that it receives. Th
 `parse.registry.RULES`. Use `parse.registry.register_rule` to add your own.
 
 The exact acceptance of single tokens, in mode `exact` and by speculative methods, is part of the program `generate` in
-`parse/engines/native/programs.py`.
+`parse/engines/native/generation.py`.
 """
 
 from collections.abc import Mapping, Sequence

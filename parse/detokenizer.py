@@ -40,7 +40,11 @@ class IncrementalDetokenizer:
         self._decode_start = self._emitted = 0  # in tokens: the start of decoding, and the end of the released text
         self._held_back = ""  # text that may be the beginning of a stop string
         self.matched_stop: str | None = None
-        """The stop string that was found. The caller of `add` then has to end the text."""
+        """The stop string that was found.
+
+        The caller of `add` then has to end the text: `generate` in `parse/engines/native/generation.py`, or
+        `OutputBuilder` in `parse/engines/remote/output.py`.
+        """
 
     @classmethod
     def for_params(cls, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> Self:

@@ -45,7 +45,7 @@ TESTS = {
     "parse/tree.py": [
         "tests/parse/test_tree.py",
         f"{NATIVE_TESTS}/test_scheduled_chunk.py",
-        f"{NATIVE_TESTS}/test_programs.py",
+        f"{NATIVE_TESTS}/test_generation.py",
     ],
     "parse/acceptance.py": [
         "tests/parse/test_acceptance.py",
@@ -56,8 +56,8 @@ TESTS = {
     "parse/pipeline.py": ["tests/parse/test_pipeline.py"],
     f"{NATIVE}/sampler.py": [f"{NATIVE_TESTS}/test_sampler.py"],
     f"{NATIVE}/prefix_cache.py": [f"{NATIVE_TESTS}/test_prefix_cache.py", f"{NATIVE_TESTS}/test_scheduler.py"],
-    f"{NATIVE}/programs.py": [f"{NATIVE_TESTS}/test_programs.py", f"{NATIVE_TESTS}/test_native_engine.py"],
-    f"{NATIVE}/verification.py": [f"{NATIVE_TESTS}/test_programs.py", f"{NATIVE_TESTS}/test_native_engine.py"],
+    f"{NATIVE}/generation.py": [f"{NATIVE_TESTS}/test_generation.py", f"{NATIVE_TESTS}/test_native_engine.py"],
+    f"{NATIVE}/verification.py": [f"{NATIVE_TESTS}/test_generation.py", f"{NATIVE_TESTS}/test_native_engine.py"],
 }
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.config import EngineSettings
 from parse.engines.native.engine_core import EngineCore, EngineCoreConfig
+from parse.engines.native.generation import Program, TreeOutput, generate, prefill
 from parse.engines.native.hang_detector import HangDetector
 from parse.engines.native.kv_cache_size import kv_cache_bytes
 from parse.engines.native.model import Model
 from parse.engines.native.output_stream import OutputStream, Waker
-from parse.engines.native.programs import Program, TreeOutput, generate, prefill
 from parse.engines.native.request import Request
 from parse.engines.native.startup_requests import startup_requests
 from parse.engines.native.verification import VerifyOptions, verify_and_generate, verify_only

@@ -15,12 +15,12 @@ from parse.device_errors import is_device_error
 from parse.engines.native.attention import AttentionFactory
 from parse.engines.native.cuda_graphs import cuda_graphs_for
 from parse.engines.native.failed_step import smaller_steps
+from parse.engines.native.generation import TreeInput, TreeOutput
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
 from parse.engines.native.model_runner import ChunkOutput, ModelRunner
 from parse.engines.native.paged_attention import BLOCK_SIZE, PagedAttention, attention_for
 from parse.engines.native.prefix_cache import PrefixCache
-from parse.engines.native.programs import TreeInput, TreeOutput
 from parse.engines.native.request import Request
 from parse.engines.native.scheduler import ScheduledRequest, Scheduler
 from parse.engines.protocol import EngineStats

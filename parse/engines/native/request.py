@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from parse.engines.native.generation import Program, TreeInput
 from parse.engines.native.prefix_cache import SequenceState
-from parse.engines.native.programs import Program, TreeInput
 
 
 class RequestListener(Protocol):

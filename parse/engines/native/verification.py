@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parse.acceptance import next_batch
-from parse.engines.native.programs import Program, TreeInput, TreeOutput, TreeProgram
+from parse.engines.native.generation import Program, TreeInput, TreeOutput, TreeProgram
 from parse.engines.native.sampler import token_logprobs
 from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest

@@ -1,4 +1,7 @@
-"""One server: sends JSON, receives JSON or a stream of events, and tells lost calls from rejected ones."""
+"""One server: sends JSON, receives JSON or a stream of events, and tells lost calls from rejected ones.
+
+`server_pool.py` chooses among several servers, and checks that each one still serves the same model.
+"""
 
 import asyncio
 import json

@@ -21,11 +21,11 @@ from parse.engines.native.cuda_graphs import (
     cuda_graphs_for,
     padded_batch_size,
 )
+from parse.engines.native.generation import TreeInput
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
 from parse.engines.native.paged_attention import CannotReplayError, DecodeAttention, PagedAttention
 from parse.engines.native.prefix_cache import SequenceState
-from parse.engines.native.programs import TreeInput
 from parse.engines.native.sampler import Sampler, sample, token_logprobs
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.errors import RequestCancelled

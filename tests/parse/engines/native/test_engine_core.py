@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from parse.device_errors import is_device_error, is_out_of_memory
+from parse.engines.native.generation import TreeInput, prefill
 from parse.engines.native.model import Model
-from parse.engines.native.programs import TreeInput, prefill
 from parse.errors import EngineFailed, EngineStopped, NumericalError, RequestCancelled
 from parse.tree import tree_from_parents
 from tests.parse.engines.native.tiny import VOCABULARY, alone, build, paused, plain, run_trees, serving, submit

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from parse.engines.native.attention import UnsupportedModelError
+from parse.engines.native.generation import TreeInput
 from parse.engines.native.model import Model
-from parse.engines.native.programs import TreeInput
 from parse.prompts import chat_prompt_token_ids
 from parse.tree import suffix_forest, tree_from_parents
 from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, build, paused, plain, run_trees, serving

@@ -9,11 +9,11 @@ from torch.nn.attention.varlen import varlen_attn
 from parse.config import EngineSettings
 from parse.engines.loader import load_native_engine
 from parse.engines.native import model, paged_attention
+from parse.engines.native.generation import TreeInput, generate, prefill
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.model import Model
 from parse.engines.native.paged_attention import PagedAttention, kernel_supports
 from parse.engines.native.prefix_cache import PrefixCache, SequenceState
-from parse.engines.native.programs import TreeInput, generate, prefill
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.engines.native.scheduler import Scheduler
 from parse.errors import RequestCancelled, RequestError

@@ -1,7 +1,7 @@
 import pytest
 
+from parse.engines.native.generation import TreeInput, prefill
 from parse.engines.native.prefix_cache import PrefixCache
-from parse.engines.native.programs import TreeInput, prefill
 from parse.engines.native.request import Request
 from parse.engines.native.scheduler import Scheduler
 from parse.tree import suffix_forest

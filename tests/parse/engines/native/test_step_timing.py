@@ -3,8 +3,8 @@ from copy import deepcopy
 import pytest
 import torch
 
+from parse.engines.native.generation import TreeInput
 from parse.engines.native.model import Model
-from parse.engines.native.programs import TreeInput
 from parse.engines.native.step_timing import SIZES, measure_step_seconds
 from tests.parse.engines.native.tiny import VOCABULARY, build, plain, run_trees, serving
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from parse.engines.native.engine_core import EngineCore, EngineCoreConfig
+from parse.engines.native.generation import Program, TreeInput
 from parse.engines.native.model import Model
-from parse.engines.native.programs import Program, TreeInput
 from parse.engines.native.request import Request
 from parse.tree import TokenTree
 

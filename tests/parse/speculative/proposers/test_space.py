@@ -13,8 +13,8 @@ from parse.config import EngineSettings, SpeculativeConfig
 from parse.demo import DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
+from parse.engines.native.generation import TreeInput
 from parse.engines.native.model import Model
-from parse.engines.native.programs import TreeInput
 from parse.engines.native.step_timing import measure_step_seconds
 from parse.requests import GenerateRequest
 from parse.speculative.proposal import MaskPrediction, ProposalRequest

@@ -1,4 +1,4 @@
-"""Programs: what a request does, written as a generator of trees.
+"""The programs that prefill and generate. A program is what a request does, written as a generator of trees.
 
 A tree is run on the context of the request. A program yields the next tree, together with the nodes of the previous
 tree that now belong to its context. It receives the logits. It does not depend on batches, memory or threads, so it can

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.detokenizer import IncrementalDetokenizer
-from parse.engines.native.programs import TreeOutput, generate, prefill
+from parse.engines.native.generation import TreeOutput, generate, prefill
 from parse.engines.native.sampler import Sampler, sample
 from parse.engines.native.verification import VerifyOptions, verify
 from parse.prompts import VerificationSuffix
