@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from deployments.api.request_fields import CacheControl, NoItems, OpenAIBaseModel, Text, field_error
+from deployments.api.request_fields import CacheControl, NoItems, OnlyFalse, OpenAIBaseModel, Text, field_error
 from parse.prompts import Message, PromptEnding
 
 MAX_TOOLS = 128  # the limit in the OpenAI API
@@ -120,7 +120,7 @@ class FunctionDefinition(OpenAIBaseModel):
     name: ToolName
     description: Text | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
-    strict: Literal[False] | None = None
+    strict: OnlyFalse | None = None
 
 
 class Tool(OpenAIBaseModel):
@@ -135,6 +135,8 @@ class Tool(OpenAIBaseModel):
 
 class Conversation(OpenAIBaseModel):
     """The fields from which a prompt is rendered."""
+
+    REQUIRED_WITH: ClassVar = {"continue_final_message": ("add_generation_prompt", False)}
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
@@ -153,12 +155,6 @@ class Conversation(OpenAIBaseModel):
         None,
         description="If true, the answer continues the last message. It needs `add_generation_prompt: false`.",
     )
-
-    @model_validator(mode="after")
-    def _check_ending(self) -> "Conversation":
-        if self.continue_final_message and self.add_generation_prompt is not False:
-            raise field_error("continue_final_message", "requires add_generation_prompt to be false")
-        return self
 
     @model_validator(mode="after")
     def _check_tools(self) -> "Conversation":

@@ -1,9 +1,20 @@
 """The types of fields that several request bodies have, and the base class of these bodies."""
 
-from typing import Annotated, Any
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from deployments.api.unknown_fields import ignore_field
 from parse.types import MAX_STOP_LENGTH
@@ -25,9 +36,20 @@ def _read_whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _reject_number(value: Any) -> Any:
+    """Python takes 1 for True."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_reject_lone_surrogates)]
-Integer = Annotated[int, BeforeValidator(_read_whole_number)]
+WHOLE_NUMBER = BeforeValidator(_read_whole_number)
+PositiveInteger = Annotated[int, Field(ge=1, le=MAX_INTEGER), WHOLE_NUMBER]
+NonNegativeInteger = Annotated[int, Field(ge=0, le=MAX_INTEGER), WHOLE_NUMBER]
 StopText = Annotated[Text, Field(max_length=MAX_STOP_LENGTH)]
+OnlyTrue = Annotated[Literal[True], BeforeValidator(_reject_number)]
+OnlyFalse = Annotated[Literal[False], BeforeValidator(_reject_number)]
 NoItems = Annotated[list[Any], Field(max_length=0)]
 """An empty list, which clients send instead of leaving a field out."""
 Metadata = Annotated[
@@ -66,6 +88,9 @@ class OpenAIBaseModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    REQUIRED_WITH: ClassVar[Mapping[str, tuple[str, bool]]] = {}
+    """Fields that need another field, with the value that it must have. The document lists them as well."""
+
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_fields(cls, data: Any) -> Any:
@@ -75,6 +100,37 @@ class OpenAIBaseModel(BaseModel):
                 printable_name = name.encode(errors="replace").decode()
                 raise PydanticCustomError("unsupported", "is not supported", {"field": printable_name})
         return {name: value for name, value in data.items() if name in cls.model_fields} if unknown else data
+
+    @classmethod
+    def _requirements(cls) -> dict[str, tuple[str, bool]]:
+        return {
+            field: needed
+            for base in cls.__mro__
+            if issubclass(base, OpenAIBaseModel)
+            for field, needed in base.REQUIRED_WITH.items()
+        }
+
+    @model_validator(mode="after")
+    def _check_required_fields(self) -> Self:
+        for field, (other, needed) in self._requirements().items():
+            value = getattr(self, field)
+            if value is not None and value is not False and getattr(self, other) is not needed:
+                raise field_error(field, f"requires {other} to be {json.dumps(needed)}")
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        json_schema = handler(schema)
+        conditions = [
+            {
+                "if": {"properties": {field: {"not": {"enum": [None, False]}}}, "required": [field]},
+                "then": {"properties": {other: {"const": needed}}, "required": [other]},
+            }
+            for field, (other, needed) in cls._requirements().items()
+        ]
+        if conditions:
+            handler.resolve_ref_schema(json_schema)["allOf"] = conditions
+        return json_schema
 
 
 def field_error(field: str, message: str) -> PydanticCustomError:

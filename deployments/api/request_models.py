@@ -7,18 +7,21 @@ server always does.
 """
 
 from dataclasses import fields
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.api.messages import Content, Conversation
 from deployments.api.request_fields import (
     MAX_INTEGER,
-    Integer,
+    WHOLE_NUMBER,
     LogitBias,
     Metadata,
     NoItems,
+    NonNegativeInteger,
+    OnlyTrue,
     OpenAIBaseModel,
+    PositiveInteger,
     PromptText,
     StopText,
     Text,
@@ -74,37 +77,39 @@ class ParseOptions(OpenAIBaseModel):
 class BaseCompletionRequest(OpenAIBaseModel):
     """The fields that both endpoints have."""
 
+    REQUIRED_WITH: ClassVar = {"stream_options": ("stream", True)}
+
     model: Text = Field(description="The id that /v1/models lists.")
-    max_tokens: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
+    max_tokens: PositiveInteger | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="The default is 1; 0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Integer | None = Field(
-        None, ge=-1, le=MAX_INTEGER, description="The default is 0, which means no limit. So does -1."
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER), WHOLE_NUMBER] | None = Field(
+        None, description="The default is 0, which means no limit. So does -1."
     )
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: LogitBias | None = None
-    seed: Integer | None = Field(
-        None, ge=-MAX_INTEGER, le=MAX_INTEGER, description="Requests with the same seed get the same answer."
+    seed: Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER), WHOLE_NUMBER] | None = Field(
+        None, description="Requests with the same seed get the same answer."
     )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = Field(
         None, description="Tokens that end the answer."
     )
     include_stop_str_in_output: bool | None = None
-    min_tokens: Integer | None = Field(
-        None, ge=0, le=MAX_INTEGER, description="The answer does not end by itself before it has this many tokens."
+    min_tokens: NonNegativeInteger | None = Field(
+        None, description="The answer does not end by itself before it has this many tokens."
     )
     ignore_eos: bool | None = None
-    n: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
+    n: PositiveInteger | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(
         None, max_length=512, description="It has the meaning of prompt_cache_key, which takes precedence."
     )
-    skip_special_tokens: Literal[True] | None = None  # what the server always does
+    skip_special_tokens: OnlyTrue | None = None  # what the server always does
     # These fields do not change the answer.
     metadata: Metadata | None = None
     store: bool | None = None
@@ -112,12 +117,6 @@ class BaseCompletionRequest(OpenAIBaseModel):
     safety_identifier: Text | None = Field(None, max_length=512)
     prompt_cache_retention: Text | None = Field(None, max_length=64)
     parse: Annotated[ParseOptions, BeforeValidator(lambda value: {} if value is None else value)] = ParseOptions()
-
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> "BaseCompletionRequest":
-        if self.stream_options is not None and not self.stream:
-            raise field_error("stream_options", "requires stream to be true")
-        return self
 
     @property
     def num_choices(self) -> int:
@@ -163,9 +162,11 @@ class BaseCompletionRequest(OpenAIBaseModel):
 class ChatCompletionRequest(BaseCompletionRequest, Conversation):
     """POST /v1/chat/completions"""
 
-    max_completion_tokens: Integer | None = Field(None, ge=1, le=MAX_INTEGER)
+    REQUIRED_WITH: ClassVar = {"top_logprobs": ("logprobs", True)}
+
+    max_completion_tokens: PositiveInteger | None = None
     logprobs: bool | None = None
-    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER] | None = None
     prediction: Prediction | None = Field(None, description="Your own draft. It replaces that of the drafter.")
     prompt_cache_key: Text | None = Field(
         None, max_length=512, description="Requests with the same key go to the same replica and its prefix cache."
@@ -185,9 +186,7 @@ class ChatCompletionRequest(BaseCompletionRequest, Conversation):
     verbosity: Text | None = Field(None, max_length=64)
 
     @model_validator(mode="after")
-    def _check_field_combinations(self) -> "ChatCompletionRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise field_error("top_logprobs", "requires logprobs to be true")
+    def _check_max_tokens(self) -> "ChatCompletionRequest":
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise field_error("max_tokens", "must equal max_completion_tokens if both are set")
         return self
@@ -213,16 +212,16 @@ class CompletionRequest(BaseCompletionRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=128, fail_fast=True)]
     )
-    max_tokens: Integer | None = Field(None, ge=0, le=MAX_INTEGER, description="With 0, nothing is generated.")
-    logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    max_tokens: NonNegativeInteger | None = Field(None, description="With 0, nothing is generated.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER] | None = None
     add_special_tokens: bool | None = Field(
         None,
         description="Whether the tokenizer adds its special tokens to a text, such as one at the beginning. "
         "The default is true.",
     )
     echo: bool | None = Field(None, description="Whether the answer begins with the prompt, also in its logprobs.")
-    best_of: Integer | None = Field(
-        None, ge=1, le=MAX_INTEGER, description="How many choices are generated. The `n` most likely ones are returned."
+    best_of: PositiveInteger | None = Field(
+        None, description="How many choices are generated. The `n` most likely ones are returned."
     )
     # The allowed values of this field describe what the server always does.
     suffix: Literal[""] | None = None
