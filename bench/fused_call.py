@@ -143,7 +143,7 @@ def main() -> None:
     description = describe_run(problems=args.problems, seeds=[args.seed])
     _, settings = read_config(PROJECT_ROOT / "serve_config.yaml")
     requests = asyncio.run(draft_requests(args.seed, args.problems))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         deployment = serve.deployment(name="Verifier", ray_actor_options={"num_cpus": 1})(Verifier)
         handle = serve.run(deployment.bind(settings.target), name="fused-call", route_prefix=None)
