@@ -1,37 +1,123 @@
-"""Encodes rendered conversations in which the text of a client never becomes a control token.
+"""Keeps client text from becoming control tokens, such as the end of a turn.
 
-A chat template separates messages by control tokens, such as the end of a turn. A tokenizer turns every occurrence of
-their text into these tokens, also inside a message. A message, a tool or the result of a tool could therefore end its
-own turn and begin another. `ControlTokenEscapes` keeps such text as text, as OpenAI's API does.
+A chat template separates messages by control tokens. A tokenizer turns every occurrence of their text into these
+tokens, also inside a message. A message, a tool or the result of a tool could therefore end its own turn and begin
+another. `ControlTokens` encodes such an occurrence as ordinary text.
+
+`apply_chat_template(..., sanitize_control_tokens=True)` of transformers works alike. This module also covers the keys
+of dictionaries, notices a template that deletes the marks or assembles a token from client text, and returns the
+rendered text, in which the pipeline looks for reasoning. It leaves tokens alone that belong into messages.
+
+A separator that is no token of the model, such as `<|user|>` in OLMo 2, cannot be told from text.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# While the template renders the conversation, such text is escaped: a number between two private characters.
-ESCAPE_START, ESCAPE_END = "\U0010fffc", "\U0010fffd"
-ESCAPE = re.compile(f"{ESCAPE_START}([0-9]+){ESCAPE_END}")
-SEPARATOR = "\n"  # no tokenizer merges it with a letter or punctuation that follows
+# The first two surround a control token in client text. The third takes the place of a character.
+MARK_START, MARK_END, PLACEHOLDER = "\U0010fffb", "\U0010fffc", "\U0010fffd"
+SEPARATOR = "\n"  # few tokenizers merge it with what follows
+# Clients send these in messages: some write and read tool calls themselves, and answers contain reasoning.
+MESSAGE_TOKENS = frozenset(
+    "<think> </think> <seed:think> </seed:think> <tool_call> </tool_call> <tool_response> </tool_response>".split()
+)
 
 
-def control_token_pattern(
-    tokenizer: PreTrainedTokenizerBase, rendered_conversation: str, ignored: Collection[str]
-) -> re.Pattern[str]:
-    """Returns a pattern of the texts to escape.
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> "ControlTokens":
+    return _control_tokens(tokenizer, str(tokenizer.chat_template or ""))
 
-    These are the special tokens, and the added tokens that separate the turns of a plain conversation. The other added
-    tokens, such as `<tool_call>`, stand for themselves: some clients put them into messages.
-    """
-    texts = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts |= {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in rendered_conversation}
-    texts |= set(tokenizer.all_special_tokens)
-    # A single character cannot be encoded in parts, and a word is no mark-up.
-    texts = {text for text in texts if len(text) > 1 and not text.isalnum() and not text.isspace()} - set(ignored)
-    return re.compile("|".join(filter(None, (_alternatives(texts), ESCAPE_START, ESCAPE_END))))
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> "ControlTokens":
+    """Returns the special tokens, and the added tokens that the template contains. The template can change."""
+    texts = {*tokenizer.all_special_tokens, *(getattr(tokenizer, "chat_control_tokens", None) or ())}
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or token.content in chat_template:
+            texts.add(token.content)
+    # A single character cannot be divided, a word is no mark-up, and templates contain white space as text.
+    markup = {text for text in texts if len(text) > 1 and not text.isalnum() and not text.isspace()}
+    return ControlTokens(tokenizer, markup - MESSAGE_TOKENS)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the tokens of a text without any control token."""
+    control = control_tokens(tokenizer)
+    return control.encode(control.mark(text))
+
+
+class ControlTokens:
+    """The control tokens of a model, and the texts that they are written as."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Collection[str]) -> None:
+        self._tokenizer = tokenizer
+        pattern = _alternatives(texts) or "(?!)"  # which never matches
+        self._pattern = re.compile(pattern)
+        self._first_characters = re.compile("|".join(sorted({re.escape(text[0]) for text in texts})) or "(?!)")
+        self._marked = re.compile(f"{MARK_START}({pattern}){MARK_END}|[{MARK_START}{MARK_END}]")
+
+    def mark(self, value: Any) -> Any:
+        """Returns a JSON value in which the control tokens of all texts are marked.
+
+        Marks that it already contains are removed.
+        """
+        return _map_texts(value, lambda text: self._pattern.sub(_mark, re.sub(f"[{MARK_START}{MARK_END}]", "", text)))
+
+    def without_control_tokens(self, value: Any) -> Any:
+        """Returns a JSON value whose texts cannot become control tokens, whatever a template does with them."""
+        return _map_texts(value, lambda text: self._first_characters.sub(PLACEHOLDER, text))
+
+    def count(self, rendered: str) -> int:
+        """Returns the number of control tokens in a rendered text that are not marked."""
+        return sum(len(self._pattern.findall(text)) for text in self._marked.split(rendered)[::2])
+
+    def encode(self, rendered: str) -> list[int]:
+        """Returns the tokens of a text that was rendered from marked values."""
+        first, *parts = self._marked.split(rendered)
+        token_ids = _encode(self._tokenizer, first)
+        if not parts:
+            return token_ids
+        ids_by_text: dict[str, list[int]] = {}  # the same control token may occur thousands of times
+        for marked, text in zip(parts[::2], parts[1::2], strict=True):
+            if marked and marked not in ids_by_text:  # a lone mark has no text
+                ids_by_text[marked] = self._encode_as_text(marked)
+            token_ids += ids_by_text.get(marked, [])
+            token_ids += self._encode_after_text(text)
+        return token_ids
+
+    def _encode_as_text(self, text: str) -> list[int]:
+        if (match := self._pattern.search(text)) is None:
+            return self._encode_after_text(text)
+        split = match.start() + 1  # inside the control token
+        return self._encode_after_text(text[:split]) + self._encode_as_text(text[split:])
+
+    def _encode_after_text(self, text: str) -> list[int]:
+        """Returns the tokens of a text inside another one, without the space that some tokenizers put first."""
+        if not text:
+            return []
+        separator_ids, token_ids = _separator_ids(self._tokenizer), _encode(self._tokenizer, SEPARATOR + text)
+        num_separators = len(separator_ids)
+        return (
+            token_ids[num_separators:]
+            if token_ids[:num_separators] == separator_ids
+            else _encode(self._tokenizer, text)
+        )
+
+
+def _mark(match: re.Match[str]) -> str:
+    return f"{MARK_START}{match.group()}{MARK_END}"
+
+
+def _map_texts(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {_map_texts(key, function): _map_texts(item, function) for key, item in value.items()}
+    return [_map_texts(item, function) for item in value] if isinstance(value, Sequence) else value
 
 
 def _alternatives(words: Collection[str]) -> str:
@@ -48,45 +134,10 @@ def _alternatives(words: Collection[str]) -> str:
     return f"(?:{'|'.join(branches)}){'?' if '' in words else ''}"
 
 
-class ControlTokenEscapes:
-    """The escaped texts of one conversation."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pattern: re.Pattern[str]) -> None:
-        self._tokenizer = tokenizer
-        self._pattern = pattern
-        self._texts: list[str] = []
-
-    def escape(self, value: Any) -> Any:
-        """Returns a JSON value whose texts contain no control token."""
-        if isinstance(value, str):
-            return self._pattern.sub(self._add, value)
-        if isinstance(value, Mapping):
-            return {self.escape(key): self.escape(item) for key, item in value.items()}
-        return [self.escape(item) for item in value] if isinstance(value, Sequence) else value
-
-    def encode(self, rendered: str) -> list[int]:
-        """Returns the tokens of a text that the template rendered from escaped values."""
-        parts = ESCAPE.split(rendered)
-        token_ids = encode(self._tokenizer, parts[0])
-        for number, template_text in zip(parts[1::2], parts[2::2], strict=True):
-            token_ids += self._encode_as_text(self._texts[int(number)]) + self._encode_after_text(template_text)
-        return token_ids
-
-    def _add(self, match: re.Match[str]) -> str:
-        self._texts.append(match.group())
-        return f"{ESCAPE_START}{len(self._texts) - 1}{ESCAPE_END}"
-
-    def _encode_as_text(self, text: str) -> list[int]:
-        if (match := self._pattern.search(text)) is None:
-            return self._encode_after_text(text)
-        split = match.start() + 1  # inside the control token
-        return self._encode_after_text(text[:split]) + self._encode_as_text(text[split:])
-
-    def _encode_after_text(self, text: str) -> list[int]:
-        """Returns the tokens of a text inside another one, without the space that some tokenizers put first."""
-        before, both = encode(self._tokenizer, SEPARATOR), encode(self._tokenizer, SEPARATOR + text)
-        return both[len(before) :] if both[: len(before)] == before else encode(self._tokenizer, text)
+@lru_cache(maxsize=8)
+def _separator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return _encode(tokenizer, SEPARATOR)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 from transformers import PreTrainedTokenizerBase
 
 from parse.acceptance import Thresholds
+from parse.control_tokens import encode_text
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.prompts import Message, chat_prompt, validate_template_kwargs
@@ -136,7 +137,7 @@ def _prediction_token_ids(prediction: object, tokenizer: PreTrainedTokenizerBase
         return None
     if isinstance(prediction, str):
         _check_unicode("prediction", prediction)
-        prediction = tokenizer.encode(prediction, add_special_tokens=False)
+        prediction = encode_text(tokenizer, prediction)
     if not isinstance(prediction, Sequence) or isinstance(prediction, bytes | bytearray):
         raise RequestError("prediction", f"must be a text or token ids, got {prediction!r}")
     if not prediction:

@@ -8,14 +8,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerBase
 
-from parse.control_tokens import ControlTokenEscapes, control_token_pattern, encode
+from parse.control_tokens import control_tokens
 from parse.errors import RequestError
 from parse.reasoning import WITHOUT_REASONING, ReasoningState, ReasoningTags, find_reasoning_tags
 
@@ -95,9 +94,18 @@ def chat_prompt(
         raise RequestError("tools", "the model's chat template does not support tools")
     if ending == "unfinished_message" and not messages[-1]["content"].strip():
         raise RequestError(f"messages[{len(messages) - 1}].content", "must not be empty if it is to be continued")
-    escapes = ControlTokenEscapes(tokenizer, _control_token_pattern(tokenizer, str(tokenizer.chat_template)))
-    text, reasoning = _render_for_reasoning(tokenizer, escapes.escape(messages), escapes.escape(kwargs), ending)
-    return ChatPrompt(escapes.encode(text), reasoning)
+    control = control_tokens(tokenizer)
+    try:
+        marked_messages, marked_kwargs = control.mark([messages, kwargs])
+        harmless_messages, harmless_kwargs = control.without_control_tokens([messages, kwargs])
+    except RecursionError as error:
+        raise RequestError("messages", "must not be nested deeply") from error
+    text, reasoning = _render_for_reasoning(tokenizer, marked_messages, marked_kwargs, ending)
+    if (harmless_messages, harmless_kwargs) != (messages, kwargs):
+        harmless_text = _render(tokenizer, harmless_messages, harmless_kwargs, ending)
+        if control.count(text) > control.count(harmless_text):
+            raise RequestError("messages", "must not contain text from which the chat template makes control tokens")
+    return ChatPrompt(control.encode(text), reasoning)
 
 
 def _render_for_reasoning(
@@ -119,18 +127,6 @@ def _render_for_reasoning(
     # If the template changes when reasoning is switched off, the model decides by itself to begin with it.
     decides = _render(tokenizer, messages, {**kwargs, **WITHOUT_REASONING}) != text
     return text, "expected" if decides else "none"
-
-
-@lru_cache(maxsize=8)
-def _control_token_pattern(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> re.Pattern[str]:
-    """Returns the texts that must not become control tokens. The template is an argument because it can change."""
-    roles = "user", "assistant", "user"
-    try:
-        conversation = _render(tokenizer, [{"role": role, "content": "Hello."} for role in roles], {})
-    except TemplateError:
-        conversation = ""
-    tags = find_reasoning_tags(chat_template)
-    return control_token_pattern(tokenizer, conversation, ignored=() if tags is None else (tags.start, tags.end))
 
 
 def validate_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: object) -> dict[str, Any]:
@@ -239,7 +235,7 @@ def _distinguishing_tokens(
 
     Tokens that both words begin with become part of the suffix. The first tokens that differ are the answers.
     """
-    suffix_ids = encode(tokenizer, suffix)
+    suffix_ids = _encode(tokenizer, suffix)
     words = [_continuation_ids(tokenizer, suffix, suffix_ids, word) for word in (correct, incorrect)]
     shared = 0
     while shared < min(map(len, words)) and words[0][shared] == words[1][shared]:
@@ -251,7 +247,7 @@ def _distinguishing_tokens(
     first_tokens = [[ids[shared]] for ids in words]
     if not shared:
         for first, word in zip(first_tokens, (correct, incorrect), strict=True):
-            first += [encode(tokenizer, variant)[0] for variant in (word, f" {word}")]
+            first += [_encode(tokenizer, variant)[0] for variant in (word, f" {word}")]
     variants = [
         tuple(dict.fromkeys(token for token in mine if token == mine[0] or token not in theirs))
         for mine, theirs in (first_tokens, first_tokens[::-1])
@@ -264,8 +260,8 @@ def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[i
 
     If the tokenizer would merge the two, these are the ids of the word alone.
     """
-    both = encode(tokenizer, text + word)
-    word_ids = both[len(ids) :] if both[: len(ids)] == ids else encode(tokenizer, word)
+    both = _encode(tokenizer, text + word)
+    word_ids = both[len(ids) :] if both[: len(ids)] == ids else _encode(tokenizer, word)
     if not word_ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in word_ids):
         raise TemplateError(f"the tokenizer has no tokens for the answer word {word!r}")
     return word_ids
@@ -293,3 +289,7 @@ def _render(
         # A variable of a client may have a value that the template cannot use.
         raise TemplateError(f"the chat template rejects the conversation: {error}") from error
     return text
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -136,7 +136,7 @@ class Tool(OpenAIBaseModel):
 class Conversation(OpenAIBaseModel):
     """The fields from which a prompt is rendered."""
 
-    REQUIRED_WITH: ClassVar = {"continue_final_message": ("add_generation_prompt", False)}
+    REQUIRES: ClassVar = {"continue_final_message": ("add_generation_prompt", False)}
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(

@@ -37,7 +37,7 @@ def _read_whole_number(value: Any) -> Any:
 
 
 def _reject_number(value: Any) -> Any:
-    """Python takes 1 for True."""
+    """Rejects 0 and 1, which compare equal to False and True."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise PydanticCustomError("bool_type", "Input should be a valid boolean")
     return value
@@ -88,8 +88,8 @@ class OpenAIBaseModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    REQUIRED_WITH: ClassVar[Mapping[str, tuple[str, bool]]] = {}
-    """Fields that need another field, with the value that it must have. The document lists them as well."""
+    REQUIRES: ClassVar[Mapping[str, tuple[str, bool]]] = {}
+    """Fields that require another field, and the value that it must have. The OpenAPI document says so as well."""
 
     @model_validator(mode="before")
     @classmethod
@@ -104,18 +104,18 @@ class OpenAIBaseModel(BaseModel):
     @classmethod
     def _requirements(cls) -> dict[str, tuple[str, bool]]:
         return {
-            field: needed
-            for base in cls.__mro__
+            field: requirement
+            for base in reversed(cls.__mro__)
             if issubclass(base, OpenAIBaseModel)
-            for field, needed in base.REQUIRED_WITH.items()
+            for field, requirement in base.REQUIRES.items()
         }
 
     @model_validator(mode="after")
     def _check_required_fields(self) -> Self:
-        for field, (other, needed) in self._requirements().items():
+        for field, (other, required_value) in self._requirements().items():
             value = getattr(self, field)
-            if value is not None and value is not False and getattr(self, other) is not needed:
-                raise field_error(field, f"requires {other} to be {json.dumps(needed)}")
+            if value is not None and value is not False and getattr(self, other) is not required_value:
+                raise field_error(field, f"requires {other} to be {json.dumps(required_value)}")
         return self
 
     @classmethod
@@ -124,9 +124,9 @@ class OpenAIBaseModel(BaseModel):
         conditions = [
             {
                 "if": {"properties": {field: {"not": {"enum": [None, False]}}}, "required": [field]},
-                "then": {"properties": {other: {"const": needed}}, "required": [other]},
+                "then": {"properties": {other: {"const": required_value}}, "required": [other]},
             }
-            for field, (other, needed) in cls._requirements().items()
+            for field, (other, required_value) in cls._requirements().items()
         ]
         if conditions:
             handler.resolve_ref_schema(json_schema)["allOf"] = conditions

@@ -77,7 +77,7 @@ class ParseOptions(OpenAIBaseModel):
 class BaseCompletionRequest(OpenAIBaseModel):
     """The fields that both endpoints have."""
 
-    REQUIRED_WITH: ClassVar = {"stream_options": ("stream", True)}
+    REQUIRES: ClassVar = {"stream_options": ("stream", True)}
 
     model: Text = Field(description="The id that /v1/models lists.")
     max_tokens: PositiveInteger | None = None
@@ -162,7 +162,7 @@ class BaseCompletionRequest(OpenAIBaseModel):
 class ChatCompletionRequest(BaseCompletionRequest, Conversation):
     """POST /v1/chat/completions"""
 
-    REQUIRED_WITH: ClassVar = {"top_logprobs": ("logprobs", True)}
+    REQUIRES: ClassVar = {"top_logprobs": ("logprobs", True)}
 
     max_completion_tokens: PositiveInteger | None = None
     logprobs: bool | None = None

@@ -35,6 +35,7 @@ from deployments.api.tokenization import DetokenizeRequest, TokenizeChatRequest,
 from deployments.config import ApiSettings
 from deployments.observability.choice_state import ChoiceState, EchoedPrompt
 from deployments.session import Session
+from parse.control_tokens import encode_text
 from parse.engines.protocol import Capabilities
 from parse.errors import RequestError
 from parse.pipeline import Pipeline
@@ -118,7 +119,7 @@ class RequestParser:
         prediction = None
         if request.prediction is not None:
             text = join_text_parts(request.prediction.content)
-            prediction = (await _run_in_thread_if_long(len(text), _encode, tokenizer, text))[
+            prediction = (await _run_in_thread_if_long(len(text), encode_text, tokenizer, text))[
                 : self._pipeline.capabilities.max_model_len
             ]
         request_input = RequestInput(

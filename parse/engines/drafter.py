@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from parse.control_tokens import encode_text
 from parse.detokenizer import IncrementalDetokenizer
 from parse.engines.protocol import Drafter, Engine
 from parse.errors import RequestError
@@ -66,8 +67,8 @@ class RetokenizingDrafter:
         if not request.messages:
             raise RequestError("messages", "a draft model with another tokenizer needs a conversation to answer")
         tokenizer = self.engine.tokenizer
-        output = self.target_tokenizer.decode(list(request.output_token_ids), skip_special_tokens=True)
-        output_token_ids = tokenizer.encode(output, add_special_tokens=False)
+        output = str(self.target_tokenizer.decode(list(request.output_token_ids), skip_special_tokens=True))
+        output_token_ids = encode_text(tokenizer, output)
         max_tokens = request.sampling_params.max_tokens
         if max_tokens is not None:
             # The request's limit counts tokens of the target, and the receiver applies it exactly. The limit computed
@@ -95,7 +96,7 @@ class RetokenizingDrafter:
             async for delta in deltas:
                 pending += detokenizer.add(delta.token_ids) + (detokenizer.finish() if delta.finish_reason else "")
                 end = len(pending) if delta.finish_reason else _last_word_start(pending)
-                token_ids = self.target_tokenizer.encode(pending[:end], add_special_tokens=False)
+                token_ids = encode_text(self.target_tokenizer, pending[:end])
                 pending = pending[end:]
                 yield TokenDelta(tuple(token_ids), finish_reason=delta.finish_reason)
 
