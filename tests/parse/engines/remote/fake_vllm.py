@@ -40,6 +40,7 @@ class FakeVLLM:
         self.bodies: list[dict[str, Any]] = []
         self.num_aborted = 0
         self.has_speculation = False
+        self.version = "0.32.0"
         self._port, self._tls = 0, tls
         self._runner: web.AppRunner | None = None
         self._loop = asyncio.new_event_loop()
@@ -97,7 +98,7 @@ class FakeVLLM:
         return web.json_response({"object": "list", "data": [card]})
 
     async def _version(self, request: web.Request) -> web.Response:
-        return web.json_response({"version": "0.32.0"})
+        return web.json_response({"version": self.version})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         lines = [

@@ -46,7 +46,7 @@ def module_server():
 def server(module_server):
     yield module_server
     module_server.misbehave = lambda body: None
-    module_server.lacks = set()
+    module_server.lacks, module_server.version = set(), "0.32.0"
     module_server.bodies.clear()
     module_server.calls.clear()
 
@@ -289,6 +289,16 @@ def test_two_draft_tokens_in_a_row_do_not_share_their_random_number():
 
 
 # What a server lacks
+
+
+@pytest.mark.parametrize(
+    ("version", "is_tested"),
+    [("0.26.1", False), ("0.27.0", True), ("0.32.4+cpu", True), ("0.33.0", False), ("1.0.0", False), ("dev", False)],
+)
+def test_versions_that_were_not_tested_are_named_in_the_log(server, caplog, version, is_tested):
+    server.version = version
+    remote(server).shutdown()
+    assert (f"vLLM {version} was not tested; tested: 0.27 to 0.32" not in caplog.text) == is_tested
 
 
 def test_all_sampling_parameters_are_sent(server):
