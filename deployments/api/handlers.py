@@ -1,6 +1,7 @@
 """Handles parsed requests.
 
-It generates the answers and sends them, complete or as a stream.
+It generates the answers and sends them, complete or as a stream. Each answer is a task, so one request is drafted while
+another one is verified (`CompletionHandler._generate`).
 """
 
 import asyncio

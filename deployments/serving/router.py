@@ -1,8 +1,8 @@
 """The router deployment: serves the HTTP API and runs the pipeline.
 
-Each answer is a task of its own (`CompletionHandler`), and `AdmissionQueue` limits how many run. Drafters and verifiers
-batch the calls of all tasks, so drafting one request overlaps with verifying other requests. This needs no
-coordination. `VerifierClient` and `DrafterClient` handle replicas that fail.
+Each answer is a task of its own, which `CompletionHandler` starts (`deployments/api/handlers.py`). `AdmissionQueue`
+limits how many run. Drafters and verifiers batch the calls of all tasks, so drafting one request overlaps with
+verifying other requests. This needs no coordination. `VerifierClient` and `DrafterClient` handle replicas that fail.
 """
 
 import asyncio

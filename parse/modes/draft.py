@@ -1,6 +1,7 @@
 """Receives a draft, from the drafter or from the client's prediction.
 
-If there is no draft, the target generates the whole answer, which takes longer.
+If there is no draft, the target generates the whole answer, which takes longer. Drafting one request while another one
+is verified needs no code here: each answer is a task of its own (`deployments/api/handlers.py`).
 """
 
 import asyncio

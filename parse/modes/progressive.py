@@ -1,7 +1,7 @@
 """Mode progressive: windows of the draft are verified while it is written.
 
 The first rejected window ends the draft. The ends of the windows depend on the draft and not on timing. The same
-request therefore gets the same answer.
+request therefore gets the same answer. All modes overlap with other requests: see `deployments/serving/router.py`.
 """
 
 import asyncio

@@ -1,4 +1,7 @@
-"""Passes results from the engine's thread to the coroutines that wait for them."""
+"""Passes results from the engine's thread to the coroutines that wait for them.
+
+It does not look at them. `generate` in `parse/engines/native/generation.py` ends a text, also at a stop string.
+"""
 
 import asyncio
 import time
