@@ -69,7 +69,10 @@ class RequestLimitsMiddleware:
         if not self._keys:
             client = scope.get("client")
             if client and not _is_loopback(client[0]):
-                message = "this server has no keys, so it serves only clients on its own machine"
+                message = (
+                    "this server has no keys, so it serves only clients on its own machine: call it as 127.0.0.1, "
+                    "or set PARSE_API_KEYS or api.api_keys_file on the server"
+                )
                 raise ApiError(401, message, code="no_keys")
             # A web page can make a browser on this machine send requests here under a name of its own (DNS rebinding).
             host = _host_name(Headers(scope=scope).get("host", ""))

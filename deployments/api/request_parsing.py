@@ -191,7 +191,7 @@ class RequestParser:
     ) -> ChatPrompt:
         """Renders a conversation. The template gets those of the `defaults` that it uses."""
         if conversation.offered_tools and self._tool_call_parser is None:
-            raise RequestError("tools", "the format in which this model calls tools is not known to the server")
+            raise RequestError("tools", _why_no_tools(self._pipeline.tokenizer))
         tokenizer = self._pipeline.tokenizer
         kwargs = {
             **self._pipeline.chat_template_kwargs,
@@ -368,6 +368,12 @@ def _echoed_prompt(request_input: RequestInput, prompt_index: int) -> EchoedProm
         return None
     text, token_ids = request_input.echoed_texts[prompt_index], request_input.prompts[prompt_index]
     return EchoedPrompt(text, token_ids, with_logprobs=request_input.logprobs is not None)
+
+
+def _why_no_tools(tokenizer: Any) -> str:
+    if not template_mentions(tokenizer, "tools"):
+        return "the chat template of this model does not support tools"
+    return "the server does not recognize how this model calls tools; the operator can set api.tool_call_parser"
 
 
 def _conversation_key(messages: Sequence[Message]) -> str:
