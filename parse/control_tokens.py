@@ -13,7 +13,7 @@ A separator that is no token of the model, such as `<|user|>` in OLMo 2, cannot 
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -81,12 +81,13 @@ class ControlTokens:
         token_ids = _encode(self._tokenizer, first)
         if not parts:
             return token_ids
-        ids_by_text: dict[str, list[int]] = {}  # the same control token may occur thousands of times
+        encode_marked, encode_other = (
+            cache(self._encode_as_text),
+            cache(self._encode_after_text),
+        )  # texts may recur often
         for marked, text in zip(parts[::2], parts[1::2], strict=True):
-            if marked and marked not in ids_by_text:  # a lone mark has no text
-                ids_by_text[marked] = self._encode_as_text(marked)
-            token_ids += ids_by_text.get(marked, [])
-            token_ids += self._encode_after_text(text)
+            token_ids += encode_marked(marked or "")  # a lone mark has no text
+            token_ids += encode_other(text)
         return token_ids
 
     def _encode_as_text(self, text: str) -> list[int]:

@@ -5,8 +5,8 @@ is kept, and the target generates the rest.
 
 The pipeline uses a drafter and a verifier through two small protocols, so the same code runs in one process and across
 machines. Each call is independent of earlier ones. If a drafter fails, the target generates the whole answer,
-which takes longer. The service runs each answer as a task of its own, so the drafter writes for one request while the
-verifier works on another: see `deployments/serving/router.py`.
+which takes longer. The service runs each answer as a task of its own (`CompletionHandler._generate` in
+`deployments/api/handlers.py`), so the drafter writes for one request while the verifier works on another.
 """
 
 import asyncio

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 MAX_CALLS = 128  # of one answer; what follows them is not parsed
+MAX_NAME_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,15 @@ def _decode(text: str, start: int = 0) -> tuple[Any, int] | None:
     return value, end
 
 
+def _is_name(name: object, tool_names: Collection[str] | None) -> bool:
+    """Whether a call can have this name. It has to be one that a client can send back."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH:
+        return False
+    if tool_names is not None and name not in tool_names:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in name)  # half of a surrogate pair
+
+
 def _read_json_call(text: str, tool_names: Collection[str] | None, *, final: bool) -> _JsonCall | NotACall:
     """Reads a call such as `{"name": "f", "arguments": {}}` at the beginning of a text.
 
@@ -137,7 +147,7 @@ def _read_json_call(text: str, tool_names: Collection[str] | None, *, final: boo
     match = _CALL_START.match(text)
     if match is not None:
         decoded_name = _decode(match[1])
-        if decoded_name is None or (tool_names is not None and decoded_name[0] not in tool_names):
+        if decoded_name is None or not _is_name(decoded_name[0], tool_names):
             return "not_a_call"
         decoded = _decode(text, match.end())
         if decoded is None:
@@ -155,10 +165,9 @@ def _read_json_call(text: str, tool_names: Collection[str] | None, *, final: boo
     value, end = decoded
     arguments = value.get("arguments", value.get("parameters"))  # the keys may be in another order
     name = value.get("name")
-    is_tool = isinstance(name, str) and (tool_names is None or name in tool_names)
-    if not is_tool or not isinstance(arguments, dict):
+    if not _is_name(name, tool_names) or not isinstance(arguments, dict):
         return "not_a_call"
-    return _JsonCall(ToolCall(name, json.dumps(arguments)), end)
+    return _JsonCall(ToolCall(str(name), json.dumps(arguments)), end)
 
 
 def _read_json_calls(
@@ -196,7 +205,7 @@ def parse_hermes(text: str, tool_names: Collection[str], final: bool) -> ParsedT
     content, calls = "", list[ToolCall]()
     for _ in range(2 * MAX_CALLS):
         before, marker, rest = text.partition(start)
-        if not marker:
+        if not marker or len(calls) == MAX_CALLS:
             break
         content += before
         body = rest.lstrip()

@@ -6,8 +6,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from deployments.api.request_fields import CacheControl, NoItems, OnlyFalse, OpenAIBaseModel, Text, field_error
+from deployments.api.request_fields import (
+    WHOLE_NUMBER,
+    CacheControl,
+    JsonObject,
+    NoItems,
+    OnlyFalse,
+    OpenAIBaseModel,
+    Text,
+    check_json,
+    field_error,
+)
 from parse.prompts import Message, PromptEnding
+from parse.tool_calls import MAX_NAME_LENGTH
 
 MAX_TOOLS = 128  # the limit in the OpenAI API
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -57,12 +68,12 @@ class InputMessage(BaseMessage):
 class CalledFunction(OpenAIBaseModel):
     """A function that the model has called. What the model wrote may be wrong, and is sent back as it is."""
 
-    name: Annotated[Text, Field(min_length=1, max_length=256)]
+    name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
     arguments: Text | None = Field(None, description="JSON. Nothing means no arguments.")
 
     def to_template_function(self) -> dict[str, Any]:
         try:
-            arguments = json.loads(self.arguments or "{}")
+            arguments = check_json(json.loads(self.arguments or "{}"))
         except (ValueError, RecursionError):
             arguments = self.arguments
         return {"name": self.name, "arguments": arguments}  # templates expect an object and not its JSON
@@ -72,9 +83,9 @@ class MessageToolCall(OpenAIBaseModel):
     """A call in an earlier message of the assistant."""
 
     id: Annotated[Text, Field(min_length=1, max_length=256)]
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
-    index: int | None = None  # some clients send the deltas of a stream back
+    index: Annotated[int, WHOLE_NUMBER] | None = None  # some clients send the deltas of a stream back
 
 
 class AssistantMessage(BaseMessage):
@@ -86,7 +97,7 @@ class AssistantMessage(BaseMessage):
         message = self._template_message(self.role, "" if self.content is None else self.content)
         if self.tool_calls:
             message["tool_calls"] = [
-                {"id": call.id, "type": call.type, "function": call.function.to_template_function()}
+                {"id": call.id, "type": "function", "function": call.function.to_template_function()}
                 for call in self.tool_calls
             ]
         return message
@@ -119,7 +130,7 @@ ChatMessage = Annotated[
 class FunctionDefinition(OpenAIBaseModel):
     name: ToolName
     description: Text | None = None
-    parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
+    parameters: JsonObject | None = Field(None, description="A JSON schema.")
     strict: OnlyFalse | None = None
 
 
@@ -145,7 +156,7 @@ class Conversation(OpenAIBaseModel):
     tool_choice: Literal["none", "auto"] | None = Field(
         None, description="With none, the model does not see the tools. The default is auto."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: JsonObject | None = Field(
         None, description="Variables for the chat template, for example `enable_thinking`. They replace the operator's."
     )
     add_generation_prompt: bool | None = Field(

@@ -21,6 +21,8 @@ from parse.types import MAX_STOP_LENGTH
 
 MAX_INTEGER = 9_223_372_036_854_776_000  # the limit in the OpenAI API
 MAX_LOGIT_BIAS_TOKENS = 1024
+MAX_METADATA_ITEMS = 16  # the limit in the OpenAI API
+MAX_JSON_DEPTH = 100
 
 
 def _reject_lone_surrogates(text: str) -> str:
@@ -52,9 +54,6 @@ OnlyTrue = Annotated[Literal[True], BeforeValidator(_reject_number)]
 OnlyFalse = Annotated[Literal[False], BeforeValidator(_reject_number)]
 NoItems = Annotated[list[Any], Field(max_length=0)]
 """An empty list, which clients send instead of leaving a field out."""
-Metadata = Annotated[
-    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)
-]
 CacheControl = dict[str, Any]
 """A hint for the prompt cache of another service."""
 PromptText = Annotated[Text, Field(min_length=1)]
@@ -64,20 +63,52 @@ TokenIdKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # a token i
 BiasValue = Annotated[float, Field(ge=-100, le=100)]
 
 
-def _check_logit_bias_size(logit_bias: Any) -> Any:
+def _max_items(limit: int) -> BeforeValidator:
     """Rejects a dictionary that is too large before its items are validated."""
-    if isinstance(logit_bias, dict) and len(logit_bias) > MAX_LOGIT_BIAS_TOKENS:
-        raise PydanticCustomError(
-            "too_many", "Input should contain at most {max_items} items", {"max_items": MAX_LOGIT_BIAS_TOKENS}
-        )
-    return logit_bias
+
+    def check_size(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            message = "Input should contain at most {max_items} items"
+            raise PydanticCustomError("too_many", message, {"max_items": limit})
+        return value
+
+    return BeforeValidator(check_size)
 
 
 LogitBias = Annotated[
     dict[TokenIdKey, BiasValue],
     Field(max_length=MAX_LOGIT_BIAS_TOKENS, json_schema_extra={"additionalProperties": False}),
-    BeforeValidator(_check_logit_bias_size),
+    _max_items(MAX_LOGIT_BIAS_TOKENS),
 ]
+Metadata = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
+    Field(max_length=MAX_METADATA_ITEMS),
+    _max_items(MAX_METADATA_ITEMS),
+]
+
+
+def check_json(value: Any) -> Any:
+    """Rejects a value that a chat template cannot render: nested deeply, or with half of a surrogate pair."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise PydanticCustomError(
+                "depth", "Input should not be nested deeper than {depth}", {"depth": MAX_JSON_DEPTH}
+            )
+        texts = [item for item in level if isinstance(item, str)]
+        texts += [key for item in level if isinstance(item, dict) for key in item]
+        _reject_lone_surrogates("".join(texts))
+        level = [
+            nested
+            for item in level
+            if isinstance(item, dict | list)
+            for nested in (item.values() if isinstance(item, dict) else item)
+        ]
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]
 
 
 class OpenAIBaseModel(BaseModel):

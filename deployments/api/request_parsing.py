@@ -142,13 +142,13 @@ class RequestParser:
     async def parse_completion(self, request: CompletionRequest) -> ParsedRequest:
         self.check_model(request.model)
         sent_prompts = request.split_prompts()
+        multiplier = "best_of" if request.best_of else "n" if request.num_choices > 1 else "prompt"
+        self._check_num_choices(request.num_generated * len(sent_prompts), multiplier)
         adds_special_tokens = request.add_special_tokens is not False
         prompts = [await self._encode_prompt(prompt, adds_special_tokens) for prompt in sent_prompts]
         best_of = None
         if request.num_generated > request.num_choices:
             best_of = BestOf(request.num_generated, request.num_choices, with_logprobs=request.logprobs is not None)
-        multiplier = "best_of" if best_of else "n" if request.num_choices > 1 else "prompt"
-        self._check_num_choices(request.num_generated * len(prompts), multiplier)
         request_input = RequestInput(
             prompt_field="prompt",
             prompts=prompts,

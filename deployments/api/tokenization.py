@@ -17,6 +17,7 @@ class BaseTokenizeRequest(OpenAIBaseModel):
 
 class TokenizePromptRequest(BaseTokenizeRequest):
     prompt: Text
+    messages: None = None
     add_special_tokens: bool | None = Field(
         None, description="Whether the tokenizer adds its special tokens. The default is true, as for completions."
     )
@@ -27,7 +28,7 @@ class TokenizeChatRequest(BaseTokenizeRequest, Conversation):
 
 
 def _tokenize_kind(data: Any) -> str:
-    is_chat = isinstance(data, TokenizeChatRequest) or (isinstance(data, dict) and "messages" in data)
+    is_chat = isinstance(data, TokenizeChatRequest) or (isinstance(data, dict) and data.get("messages") is not None)
     return "chat_request" if is_chat else "prompt_request"
 
 

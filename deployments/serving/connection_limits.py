@@ -1,4 +1,4 @@
-"""Limits what a client may send before its request is handled.
+"""Limits what a client may send before its request is handled, and ignores offers of HTTP/2.
 
 Ray Serve's proxy runs uvicorn, whose parser collects headers of any size and waits for them without a limit. All
 clients share the proxy's event loop, so a single request with endless headers would block them, before any key is
@@ -7,6 +7,7 @@ checked. The proxy calls `install` when it starts, because `RAY_SERVE_HTTP_PROXY
 
 import asyncio
 import json
+import re
 import socket
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +18,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADER_BYTES = 64 * 2**10  # of the URL and all headers, or of the trailers, up to one read of the socket more
 MAX_HEADERS = 128
+# Java's HttpClient offers HTTP/2 in every request. The parser would take the body for data of the other protocol.
+UPGRADE_TO_HTTP2 = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n|$)", re.IGNORECASE)
 REQUEST_TIMEOUT_S = 20.0  # for the headers, and for the rest of a request that has already been answered
 
 
@@ -54,6 +57,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._buffered_bytes += len(data)
+        if self._awaits_headers or self._request_complete:
+            headers, end, rest = data.partition(b"\r\n\r\n")
+            data = UPGRADE_TO_HTTP2.sub(b"", headers) + end + rest
         super().data_received(data)
         if self._buffered_bytes > MAX_HEADER_BYTES:
             self._reject(

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parse.tool_calls import TOOL_CALL_PARSERS, ToolCallStream, detect_tool_call_parser
+from parse.tool_calls import (
+    MAX_CALLS,
+    MAX_NAME_LENGTH,
+    TOOL_CALL_PARSERS,
+    ParsedText,
+    ToolCallStream,
+    detect_tool_call_parser,
+    parse_hermes,
+)
 
 NAMES = ("get_weather", "add", "get")
 values = st.recursive(
@@ -197,3 +205,16 @@ def test_only_the_first_calls_are_returned_on_request():
 )
 def test_the_chat_template_shows_the_format(template, name):
     assert detect_tool_call_parser(template) == name
+
+
+@pytest.mark.parametrize("name", ["", "n" * (MAX_NAME_LENGTH + 1), "\\ud800", "a\\udfff"])
+@pytest.mark.parametrize("call", ['{"name": "%s", "arguments": {}}', '{"arguments": {}, "name": "%s"}'])
+def test_a_name_that_cannot_be_sent_back_is_no_call(name, call):
+    text = f"<tool_call>{call % name}</tool_call>"
+    assert parse_hermes(text, ("f",), final=True) == ParsedText(text, [])
+
+
+def test_no_more_calls_are_returned_than_can_be_sent_back():
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    parsed = parse_hermes(call * (MAX_CALLS + 2), ("f",), final=True)
+    assert (len(parsed.calls), parsed.content) == (MAX_CALLS, call * 2)

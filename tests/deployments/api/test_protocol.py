@@ -400,6 +400,7 @@ MANY = 50_000
         (ChatCompletionRequest, CHAT | message(content=[1] * MANY)),
         (ChatCompletionRequest, CHAT | message(content=[{"a": 1}] * MANY)),
         (ChatCompletionRequest, CHAT | {"logit_bias": {str(token): "x" for token in range(MANY)}}),
+        (ChatCompletionRequest, CHAT | {"metadata": {str(index): 1 for index in range(MANY)}}),
         (ChatCompletionRequest, CHAT | {"stop": [1] * MANY}),
         (ChatCompletionRequest, CHAT | {"tools": [1] * MANY}),
         (ChatCompletionRequest, CHAT | {"modalities": [1] * MANY}),

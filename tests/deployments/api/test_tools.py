@@ -153,3 +153,26 @@ def function(**fields: Any) -> list[Any]:
 def test_what_is_wrong_with_tools_is_named(calling, fields, param):
     error = error_of(post(calling, BODY | fields), 400)
     assert error["param"] == param and error["message"].startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', "[" * 400 + "]" * 400, '{"a": ' * 150 + "1" + "}" * 150])
+def test_arguments_that_no_template_can_render_are_sent_back_as_text(calling, arguments):
+    call = {"id": "a", "type": None, "index": 0.0, "function": {"name": "f", "arguments": arguments}}
+    result = {"role": "tool", "tool_call_id": "a", "content": "Sunny"}
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}, result]
+    assert json.dumps(arguments) in rendered(calling, messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": function(parameters={"a": "\ud800"})}, "tools[0].function.parameters"),
+        ({"tools": function(parameters={"\ud800": 1})}, "tools[0].function.parameters"),
+        ({"tools": function(parameters={"a": json.loads("[" * 500 + "]" * 500)})}, "tools[0].function.parameters"),
+        ({"chat_template_kwargs": {"enable_thinking": json.loads("[" * 500 + "]" * 500)}}, "chat_template_kwargs"),
+    ],
+)
+def test_values_that_no_template_can_render_are_rejected_by_their_field(calling, fields, param):
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{calling}{CHAT}", content=json.dumps(BODY | fields), headers=headers)
+    assert error_of(response, 400)["param"] == param

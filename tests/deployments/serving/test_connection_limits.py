@@ -60,6 +60,25 @@ def test_requests_within_the_limits_are_served_one_after_another_on_one_connecti
             assert response.json() == size
 
 
+@pytest.mark.parametrize("in_two_packets", [False, True])
+def test_an_offer_of_http2_is_ignored(address, in_two_packets):
+    """As Java's HttpClient sends it. Without care, the parser drops the body."""
+    text = b"a body\r\nUpgrade: h2c\r\n\r\n"
+    head = b"POST /length HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: %d\r\nHost: localhost\r\n"
+    head += b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\nUser-Agent: Java\r\n\r\n"
+    with connection(address) as sock:
+        for connection_header in (b"Upgrade, HTTP2-Settings", b"Upgrade, HTTP2-Settings, close"):
+            request = head.replace(b"Upgrade, HTTP2-Settings", connection_header) % len(text)
+            sock.sendall(request if in_two_packets else request + text)
+            if in_two_packets:
+                time.sleep(0.1)
+                sock.sendall(text)
+            if b"close" not in connection_header:
+                assert sock.recv(65536).endswith(b"%d" % len(text))
+        status, _, body = response_of(sock)
+    assert (status, body) == (200, b"%d" % len(text))
+
+
 @pytest.mark.parametrize("name", ["one header", "many short headers", "the url"])
 def test_endless_headers_end_the_connection(address, name):
     pieces = {"one header": b"y" * 10_000, "many short headers": b"a: b\r\n" * 1000, "the url": b"y" * 10_000}
