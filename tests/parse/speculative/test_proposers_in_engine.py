@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import threading
+import time
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,7 @@ from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.engine import NativeEngine
+from parse.engines.native.fair_lock import CPU_LOCK
 from parse.engines.native.model import Model
 from parse.engines.native.step_timing import measure_step_seconds
 from parse.errors import RequestError
@@ -336,3 +339,28 @@ def test_a_method_that_the_engine_does_not_have_is_rejected(plain_engine):
     request = GenerateRequest(prompt_token_ids=(1, 2), sampling_params=PARAMS[0], speculative_method="ngram")
     with pytest.raises(RequestError, match="speculation: must be one of none, got 'ngram'"):
         asyncio.run(generate(plain_engine, request))
+
+
+def test_proposers_compute_while_the_engine_holds_the_cpu(untimed):
+    """Otherwise the engines of a process would compete for it."""
+    lock_was_held = []
+
+    class LockObserver(RecordingProposer):
+        def propose(self, requests):
+            entered = threading.Event()
+
+            def enter():
+                with CPU_LOCK:
+                    entered.set()
+
+            thread = threading.Thread(target=enter, daemon=True)
+            thread.start()
+            while not (entered.is_set() or CPU_LOCK.waiting):
+                time.sleep(0.001)
+            lock_was_held.append(not entered.is_set())
+            return super().propose(requests)
+
+    engine = engine_with_proposer(LockObserver())
+    asyncio.run(generate_all(engine, requests_for(prompts_for(engine, 1), PARAMS[:1])))
+    engine.shutdown()
+    assert lock_was_held and all(lock_was_held)
