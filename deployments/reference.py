@@ -33,7 +33,7 @@ under `args`. An unknown key is rejected, and the error suggests the most simila
 
 ```yaml
 http_options:
-  host: 127.0.0.1 # any other address opens the API to the network; set bearer keys first (see `api` below)
+  host: 127.0.0.1 # the default is 0.0.0.0, which opens the API to the network; set bearer keys first (see `api` below)
   port: 8000
 applications:
   - name: parse
