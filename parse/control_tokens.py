@@ -6,7 +6,7 @@ another. `ControlTokens` encodes such an occurrence as ordinary text.
 
 `apply_chat_template(..., sanitize_control_tokens=True)` of transformers works alike. This module also covers the keys
 of dictionaries, notices a template that deletes the marks or assembles a token from client text, and returns the
-rendered text, in which the pipeline looks for reasoning. It leaves tokens alone that belong into messages.
+rendered text, in which the pipeline looks for reasoning. It leaves the tokens alone that clients put into messages.
 
 A separator that is no token of the model, such as `<|user|>` in OLMo 2, cannot be told from text.
 """

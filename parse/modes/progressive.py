@@ -1,8 +1,8 @@
 """Mode progressive: windows of the draft are verified while it is written.
 
 The first rejected window ends the draft. The ends of the windows depend on the draft and not on timing. The same
-request therefore gets the same answer. In all modes, other requests
-are drafted and verified meanwhile: see `CompletionHandler._generate` in `deployments/api/handlers.py`.
+request therefore gets the same answer. In all modes, other requests are drafted and verified meanwhile: see
+`CompletionHandler._generate` in `deployments/api/handlers.py`.
 """
 
 import asyncio
