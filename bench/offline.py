@@ -32,7 +32,8 @@ from bench.contenders import (
     speed_figures,
 )
 from bench.output import add_json_argument, heading, milliseconds, row, write_output
-from parse.engines.native.kernels import optimize_modules
+from parse.engines.native.kernels import optimize_network
+from parse.engines.native.plan_store import ModelPlan
 from parse.prompts import chat_prompt_token_ids
 from training import measure
 from training.confidence import format_ratio, format_share
@@ -157,7 +158,7 @@ def run(count: int, seed: int, models: Path, num_threads: int) -> dict[str, Any]
         plain, problems[:25], measure.generate_answers(plain.draft, plain.example_builder, problems[:25]), stride=8
     )
     for model in (plain.draft, plain.target):
-        optimize_modules(model)  # as the engine does, so that the costs are those of the same kernels
+        optimize_network(model, ModelPlan.of(model))  # so that the costs are those of the engine's kernels
     costs: list[measure.ForwardCosts] = []
     pair, contenders = build_contenders(models, num_threads=num_threads)
     try:

@@ -48,7 +48,9 @@ def convert(gguf: Path, folder: Path) -> None:
     """Writes the model of a GGUF file as safetensors, with its tokenizer and chat template."""
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The loaded model still counts as a GGUF model, which transformers does not save. A new one has the same weights.
-    model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config  # vLLM would look for quantized weights
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -34,5 +34,6 @@ def load_native_engine(settings: EngineSettings) -> NativeEngine:
     methods = load_methods(settings, model, cost_model)
     if not methods:
         return NativeEngine(settings, model)
-    cost_model.initialize(measure_step_seconds(model))
+    assert model.plan is not None
+    cost_model.initialize(model.plan.get_or_create("step_seconds", lambda: measure_step_seconds(model)))
     return NativeEngine(settings, model, methods=methods, cost_model=cost_model)

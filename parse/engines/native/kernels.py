@@ -3,123 +3,110 @@
 A kernel is used only if a comparison at load confirms that it gives the same results.
 
 A root-mean-square norm becomes one operation. `transformers` uses seven, and with small batches the launch of an
-operation dominates its cost.
-
-On CPUs, linear layers in float32 store their weights in the order in which oneDNN reads them. PyTorch's `linear` does
-not reorder them. On the machine where it was measured (AVX-512, AMD), the kernel took 0.4 to 0.5 of the time of
-`linear` for 64 tokens and more. For a single token it took 0.5 to 0.7 of the time, if the weights did not fit into the
-cache. oneDNN compiles a kernel for each number of tokens, which takes 0.4 ms and 0.6 MB, so the numbers are rounded up
-to a few sizes.
+operation dominates its cost. On CPUs, linear layers get the kernels of a plan.
 """
 
-from collections import Counter
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, rms_norm
+from torch.nn.functional import linear, rms_norm
+from transformers import PreTrainedModel
+
+from parse.engines.native.kernel_selection import KernelChoice, Shape, build_forward, planned_kernels
+from parse.engines.native.linear_kernels import Forward
+from parse.engines.native.plan_store import ModelPlan
+from parse.engines.native.projections import LinearGroup, group_linears
+
+logger = logging.getLogger(__name__)
 
 ROUNDING = {
     torch.float32: 1e-5,
     torch.bfloat16: 2**-6,
     torch.float16: 2**-9,
 }  # allowed relative difference; the library rounds one more intermediate result than the kernels
-MIN_MULTIPLICATIONS = 1 << 19  # below this number, a call of oneDNN costs more than it saves
-MIN_WEIGHT_ELEMENTS = 1 << 18  # from this size on, even a single token is faster
+COMPARED_TOKENS = 1, 8, 40
 
-Forward = Callable[[Tensor], Tensor]
+
+def optimize_network(network: PreTrainedModel, plan: ModelPlan | None) -> None:
+    """Replaces the forward functions of norms and, if there is a plan, of the linear layers on a CPU."""
+    optimize_norms(network)
+    if plan is not None and plan.key.device == "cpu" and plan.key.quantization is None:
+        optimize_linears(network, partial(planned_kernels, plan))
 
 
 @torch.inference_mode()
-def optimize_modules(network: nn.Module, *, linears: bool = True) -> int:
-    """Replaces the forward functions of a network's modules.
+def optimize_norms(network: nn.Module) -> int:
+    """Replaces the forward functions of norms. Returns how many were replaced."""
+    return sum(_replace_norm(module) for module in network.modules() if type(module).__name__.endswith("RMSNorm"))
 
-    Returns how many functions were replaced.
+
+@torch.no_grad()
+def optimize_linears(
+    network: PreTrainedModel, select: Callable[[Mapping[Shape, Sequence[Tensor]]], Mapping[Shape, KernelChoice]]
+) -> None:
+    """Joins the linear layers of a network on a CPU that have the same input, and replaces their forward functions.
+
+    `select` returns the kernels for each shape, given the weights of the layers of this shape.
+
+    A shape for which no kernel was selected uses PyTorch's `linear`.
     """
-    shared = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
-    can_pack = linears and _can_pack()
-    changed = 0
-    for module in network.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            changed += _replace_forward(module, _fused_norm(module))
-        elif can_pack and type(module) is nn.Linear and module.weight.dtype == torch.float32:
-            if not module.weight.is_cpu:
-                continue
-            packed = _PackedLinear(module)
-            if _replace_forward(module, packed.forward):
-                changed += 1
-                if shared[id(module.weight)] == 1:
-                    packed.release_weight(module)
-    return changed
+    groups = group_linears(network)
+    weights: dict[Shape, list[Tensor]] = {}
+    for group in groups:
+        weights.setdefault(group.shape, []).append(group.weight)
+    choices = select(weights)
+    compared: set[Shape] = set()
+    for group in groups:
+        choice = choices.get(group.shape, ("torch",))
+        forward, reads_weight = build_forward(choice, group.weight, group.bias)
+        # One layer of a shape shows that its kernels are right for all sizes. The others are compared only briefly.
+        if not _agrees(group, forward, COMPARED_TOKENS[:1] if group.shape in compared else COMPARED_TOKENS):
+            logger.warning("a layer of shape %s differs with its kernels %s, and uses linear", group.shape, choice)
+            forward, reads_weight = build_forward(("torch",), group.weight, group.bias)
+        compared.add(group.shape)
+        group.set_forward(forward, keep_weight=reads_weight)
 
 
-def _replace_forward(module: nn.Module, forward: Forward | None) -> bool:
-    """Replaces a forward function if the new one gives the same results.
+def _agrees(group: LinearGroup, forward: Forward, counts: Sequence[int]) -> bool:
+    return all(
+        _is_close(forward(x), linear(x, group.weight, group.bias))
+        for x in (_example_input(group.weight, count) for count in counts)
+    )
+
+
+def _replace_norm(module: nn.Module) -> bool:
+    """Replaces the forward function of a norm if the fused one gives the same results.
 
     For example, some norms add one to their weight. These keep their own function.
     """
-    if forward is None:
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
         return False
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    x = torch.linspace(-2.0, 3.0, 3 * weight.shape[-1], device=weight.device).to(weight.dtype).view(1, 3, -1)
+    shape = tuple(weight.shape)
+
+    def fused(x: Tensor) -> Tensor:
+        return rms_norm(x, shape, weight, epsilon)
+
+    x = _example_input(weight, 3)
     try:
         expected = module(x)
     except TypeError:  # the module takes further arguments
         return False
-    bound = ROUNDING.get(weight.dtype, 0.0) * max(1.0, float(expected.abs().max()))
-    if expected.dtype != x.dtype or not torch.allclose(forward(x), expected, rtol=bound, atol=bound):
+    if expected.dtype != x.dtype or not _is_close(fused(x), expected):
         return False
-    module.forward = forward
+    module.forward = fused
     return True
 
 
-def _fused_norm(module: nn.Module) -> Forward | None:
-    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
-        return None
-    shape = tuple(weight.shape)
-    return lambda x: rms_norm(x, shape, weight, epsilon)
+def _example_input(weight: Tensor, tokens: int) -> Tensor:
+    """Returns inputs of a layer, [1, tokens, size]."""
+    size = weight.shape[-1]
+    return torch.linspace(-2.0, 3.0, tokens * size, device=weight.device).to(weight.dtype).view(1, tokens, size)
 
 
-def _can_pack() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def padded_num_tokens(tokens: int) -> int:
-    """Rounds a number of tokens up to one of a few dozen sizes.
-
-    Numbers up to 16 are not changed.
-    """
-    if tokens <= 16:
-        return tokens
-    step = 8 if tokens <= 64 else 16 if tokens <= 256 else 32
-    return -(-tokens // step) * step
-
-
-class _PackedLinear:
-    def __init__(self, module: nn.Linear) -> None:
-        self.weight: Tensor | None = module.weight
-        self.bias, self.width = module.bias, module.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, None)
-        self.is_large = module.weight.numel() >= MIN_WEIGHT_ELEMENTS
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_large or x.numel() * self.width >= MIN_MULTIPLICATIONS:
-            tokens = x.shape[-2]
-            padding = padded_num_tokens(tokens) - tokens if x.numel() == tokens * x.shape[-1] else 0
-            padded = pad(x, (0, 0, 0, padding)) if padding else x
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
-            return out.narrow(-2, 0, tokens) if padding else out
-        assert self.weight is not None
-        return linear(x, self.weight, self.bias)
-
-    def release_weight(self, module: nn.Linear) -> None:
-        """Frees the unpacked weight of a large layer.
-
-        The weight is replaced by NaN, so any accidental use is visible.
-        """
-        if self.is_large:
-            placeholder = module.weight.new_full((1, 1), torch.nan).expand(module.weight.shape)
-            module.weight = nn.Parameter(placeholder, requires_grad=False)
-            self.weight = None
+def _is_close(output: Tensor, expected: Tensor) -> bool:
+    bound = ROUNDING.get(expected.dtype, 0.0) * max(1.0, float(expected.abs().max()))
+    return torch.allclose(output, expected, rtol=bound, atol=bound)

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parse.engines.native.attention import STEP_ATTENTION, StepAttention, UnsupportedModelError
 from parse.engines.native.checkpoint import Dtype, load_checkpoint, resolve_device
-from parse.engines.native.kernels import optimize_modules
+from parse.engines.native.kernels import optimize_network
 from parse.engines.native.kv_cache import KVCache
 from parse.engines.native.paged_attention import BLOCK_SIZE, attention_for
+from parse.engines.native.plan_store import ModelPlan, PlanStore
 from parse.engines.native.prefix_cache import SequenceState
 from parse.engines.native.rope import max_sequence_length, position_thresholds
 from parse.engines.native.scheduled_chunk import ScheduledChunk
@@ -49,8 +50,14 @@ class Model:
     """A network and its tokenizer; `forward` computes one packed step."""
 
     def __init__(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", *, int8: bool = False
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "model",
+        *,
+        plan: ModelPlan | None = None,
     ) -> None:
+        """Checks the network. With a plan, its linear layers get the kernels of the plan."""
         check_supported(network)
         self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
         self.device: torch.device = next(network.get_input_embeddings().parameters()).device
@@ -59,7 +66,8 @@ class Model:
         self._index_device = torch.device("cpu") if self.is_multi_device else self.device
         config = network.config.get_text_config()
         self.vocab_size: int = config.vocab_size
-        optimize_modules(network, linears=not int8)
+        self.plan = plan
+        optimize_network(network, plan)
         self.aux_hidden_state_layers: tuple[int, ...] = ()  # which hidden states are returned besides the logits
         self.mask_embedder: MaskEmbedder | None = None
         limits = getattr(config, "max_position_embeddings", None), max_sequence_length(config)
@@ -68,16 +76,25 @@ class Model:
         self.bytes_per_token = self._self_check()
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto", dtype: Dtype = "auto", int8: bool = False) -> "Model":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        int8: bool = False,
+        plans: PlanStore | None = None,
+    ) -> "Model":
         """Loads a model from a folder or by its hub id.
 
-        The device "balanced" spreads the layers evenly over all GPUs.
+        The device "balanced" spreads the layers evenly over all GPUs. Without `plans`, plans are kept in files.
         """
         resolved_device = resolve_device(device)
         network, tokenizer = load_checkpoint(path, resolved_device, dtype)
         if int8 and resolved_device != "cpu":
             raise UnsupportedModelError("int8 works only on CPUs; on a GPU, load a quantized checkpoint")
-        model = cls(network, tokenizer, str(path), int8=int8)
+        plan = ModelPlan.of(network, quantization="int8" if int8 else None, store=plans)
+        model = cls(network, tokenizer, str(path), plan=plan)
         if int8:  # after the self-check, because its scales depend on all tokens of a step
             model.network = torch.ao.quantization.quantize_dynamic(model.network, {nn.Linear}, dtype=torch.qint8)
         return model

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,13 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from parse.engines.native.kernels import MIN_MULTIPLICATIONS, MIN_WEIGHT_ELEMENTS, optimize_modules, padded_num_tokens
+from parse.engines.native.kernel_selection import TOKEN_COUNTS
+from parse.engines.native.kernels import optimize_linears, optimize_norms
+from parse.engines.native.linear_kernels import KERNELS, LinearKernel, available_kernels
+from tests.parse.engines.native.tiny import SERVED, VOCABULARY, build, plain
+
+PACKED_KERNELS = [name for name in available_kernels(torch.float32) if name != "torch"]
+MIXED = ("torch", "torch", *[PACKED_KERNELS[-1] if PACKED_KERNELS else "torch"] * (len(TOKEN_COUNTS) - 2))
 
 
 def _with_random_weights(norm: nn.Module, dtype: torch.dtype) -> nn.Sequential:
@@ -21,7 +29,7 @@ def test_a_fused_norm_gives_what_the_library_gives(kind, dtype):
     norm = _with_random_weights(kind(24, eps=1e-5), dtype)
     x = torch.randn(1, 7, 24).to(dtype) * 5
     expected = norm(x)
-    assert optimize_modules(norm) == 1
+    assert optimize_norms(norm) == 1
     torch.testing.assert_close(norm(x), expected)
 
 
@@ -36,46 +44,58 @@ def test_a_norm_of_another_kind_stays_as_it_is():
     ):
         x = torch.randn(1, 3, 8)
         expected = norm(x)
-        assert optimize_modules(norm) == 0
+        assert optimize_norms(norm) == 0
         assert torch.equal(norm(x), expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40, 500])
-@pytest.mark.parametrize("inside, outside", [(48, 32), (512, MIN_WEIGHT_ELEMENTS // 512 + 1)])
-def test_a_packed_layer_gives_what_the_plain_one_gives(inside, outside, tokens):
-    assert 40 * 48 * 32 < MIN_MULTIPLICATIONS < 500 * 48 * 32, "a small layer is tested with both kernels"
-    torch.manual_seed(1)
-    layers = nn.Sequential(nn.Linear(inside, outside), nn.Linear(outside, inside, bias=False))
-    x = torch.randn(1, tokens, inside)
-    expected = layers(x)
-    assert optimize_modules(layers) == 2
-    torch.testing.assert_close(layers(x), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(
+    "choice", [*((name,) * len(TOKEN_COUNTS) for name in available_kernels(torch.float32)), MIXED], ids=lambda c: c[1:3]
+)
+@pytest.mark.parametrize("kind", SERVED)
+def test_a_network_with_other_kernels_computes_what_the_library_computes(kind, choice):
+    network = build(kind)
+    sequences = [torch.arange(length).tolist() for length in (1, 2, 5, 40)]
+    expected = [plain(network, sequence) for sequence in sequences]
+    optimize_linears(network, lambda weights: dict.fromkeys(weights, choice))
+    for sequence, logits in zip(sequences, expected, strict=True):
+        torch.testing.assert_close(plain(network, sequence), logits, rtol=1e-4, atol=1e-3)
 
 
-def test_padding_gives_few_sizes_and_adds_few_tokens():
-    sizes = {tokens: padded_num_tokens(tokens) for tokens in range(1, 513)}
-    assert len(set(sizes.values())) < 50
-    assert all(tokens <= size <= 1.42 * tokens for tokens, size in sizes.items())
-    assert all(size <= 1.25 * tokens for tokens, size in sizes.items() if tokens > 30)
+def test_layers_that_no_kernel_was_selected_for_use_the_one_of_the_library():
+    network = build("llama")
+    expected = plain(network, [5, 6, 7])
+    optimize_linears(network, lambda weights: {})
+    torch.testing.assert_close(plain(network, [5, 6, 7]), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_shared_weight_stays_in_place():
-    embedding = nn.Embedding(1024, 512)
-    head, alone = nn.Linear(512, 1024, bias=False), nn.Linear(512, 1024)
-    head.weight = embedding.weight
-    model = nn.ModuleList([embedding, head, alone])
-    before = embedding.weight.clone()
-    assert optimize_modules(model) == 2
-    assert torch.equal(embedding.weight, before)
-    assert alone.weight.shape == (1024, 512) and alone.weight.isnan().all()
-    assert alone.weight.untyped_storage().nbytes() == 4
+@pytest.mark.skipif(not PACKED_KERNELS, reason="this machine has no packed kernel")
+def test_a_weight_that_nobody_reads_is_freed():
+    network = build("llama")
+    layer, head = network.model.layers[0].self_attn, network.lm_head
+    optimize_linears(network, lambda weights: dict.fromkeys(weights, (PACKED_KERNELS[-1],) * len(TOKEN_COUNTS)))
+    for module in (layer.q_proj, layer.v_proj, layer.o_proj, head):
+        assert module.weight.shape == (module.out_features, module.in_features) and module.weight.isnan().all()
+        assert module.weight.untyped_storage().nbytes() == 4
 
 
-def test_layers_of_another_kind_or_precision_stay_as_they_are():
-    class Doubling(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+@pytest.mark.skipif(not PACKED_KERNELS, reason="this machine has no packed kernel")
+def test_a_weight_that_another_module_uses_stays_in_place():
+    network = build("llama", tie_word_embeddings=True)
+    before = network.model.embed_tokens.weight.clone()
+    expected = plain(network, [5, 6, 7])
+    optimize_linears(network, lambda weights: dict.fromkeys(weights, (PACKED_KERNELS[-1],) * len(TOKEN_COUNTS)))
+    assert torch.equal(network.model.embed_tokens.weight, before)
+    torch.testing.assert_close(plain(network, [5, 6, 7]), expected, rtol=1e-4, atol=1e-3)
 
-    layers = nn.Sequential(Doubling(8, 8), nn.Linear(8, 8).to(torch.bfloat16))
-    assert optimize_modules(layers) == 0
-    assert optimize_modules(nn.Sequential(nn.Linear(8, 8)), linears=False) == 0
+
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    def build_wrong(weight, bias):
+        return lambda x: torch.nn.functional.linear(x, weight, bias) * 1.001
+
+    monkeypatch.setitem(KERNELS, "wrong", LinearKernel(build_wrong, reads_weight=False))
+    network = build("llama")
+    expected = plain(network, [5, 6, 7])
+    with caplog.at_level(logging.WARNING):
+        optimize_linears(network, lambda weights: dict.fromkeys(weights, ("wrong",) * len(TOKEN_COUNTS)))
+    torch.testing.assert_close(plain(network, [5, 6, 7]), expected, rtol=1e-5, atol=1e-5)
+    assert f"({VOCABULARY}, 32)" in caplog.text
