@@ -6,7 +6,7 @@ PROMETHEUS_PORT ?= 9090
 # One worker per core. tests/conftest.py decides which tests share a worker.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical
 
-.PHONY: help setup serve monitoring check unit test test-clients tools lint releases mutants wheel models heads evaluate measure results docs dashboards lock clean
+.PHONY: help setup serve monitoring check unit test test-real test-clients tools lint releases mutants wheel models heads evaluate measure results docs dashboards lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -44,6 +44,9 @@ unit: setup  ## run the unit tests
 
 test: lint tools  ## run lint, then all tests
 	$(PYTEST)
+
+test-real: setup  ## run all tests of the real model SmolLM2-135M-Instruct, also the longer ones (about 4 minutes)
+	$(PYTEST) -m "real or exhaustive" tests/parse/test_real_model.py
 
 test-clients: setup  ## test the API with all clients of tests/clients/, and write docs/clients.md (about 10 minutes; needs Node)
 	$(BIN)/python -m tests.clients

@@ -32,7 +32,7 @@ from parse.acceptance import AcceptancePolicy
 from parse.config import EngineSettings, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from parse.engines.loader import load_native_engine
-from parse.prefixes import prefix_lengths_every
+from parse.prefixes import DEFAULT_STRIDE, prefix_lengths_every
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import NO_STREAMING, SamplingParams, TokenDelta, VerifyResult
@@ -63,9 +63,11 @@ async def draft_requests(seed: int, num_problems: int) -> list[VerifyAndGenerate
             prompt_token_ids=tuple(prompt),
             draft_token_ids=delta.token_ids,
             draft_complete=complete,
-            prefix_lengths=tuple(prefix_lengths_every(settings.stride, len(delta.token_ids), complete=complete)),
+            prefix_lengths=tuple(
+                prefix_lengths_every(settings.stride or DEFAULT_STRIDE, len(delta.token_ids), complete=complete)
+            ),
             suffix=suffix,
-            policy=AcceptancePolicy(settings.thresholds(), settings.rule),
+            policy=AcceptancePolicy(settings.thresholds(), settings.rule, exhaustive=settings.exhaustive),
         )
         requests.append(VerifyAndGenerateRequest(verify=verify, sampling_params=PARAMS))
     engine.shutdown()
@@ -75,7 +77,7 @@ async def draft_requests(seed: int, num_problems: int) -> list[VerifyAndGenerate
 async def answer_with_two_calls(client: VerifierClient, request: VerifyAndGenerateRequest) -> list[int]:
     """Returns the tokens after the accepted prefix."""
     result = await client.verify(request.verify)
-    rest = request.continuation(request.accepted_prefix_length(result.p_correct))
+    rest = request.continuation(request.accepted_prefix_length(result))
     if rest is None:
         return []
     async with aclosing(client.generate(rest)) as deltas:
@@ -87,7 +89,7 @@ async def answer_with_one_call(client: VerifierClient, request: VerifyAndGenerat
     async with aclosing(client.verify_and_generate(request)) as items:
         result = await anext(items)
         assert isinstance(result, VerifyResult)
-        if request.continuation(request.accepted_prefix_length(result.p_correct)) is None:
+        if request.continuation(request.accepted_prefix_length(result)) is None:
             return []
         return [token async for delta in items if isinstance(delta, TokenDelta) for token in delta.token_ids]
 

@@ -10,11 +10,16 @@ The exact acceptance of single tokens, in mode `exact` and by speculative method
 `parse/engines/native/generation.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from parse.errors import RequestError, VerificationError
 from parse.registry import get_rule, resolve
+
+STRIDES = 8, 16, 32, 64
+TYPICAL_DRAFT_TOKENS = 256
+SEARCH_BATCH_SIZES = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32
+"""The sizes of batches that a search tries, besides all prefixes at once."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class AcceptancePolicy:
     rule: str = "first_failure"
     min_answer_mass: float = 0.0
     """A prefix fails if the two answer words together are less probable than this after the prefix."""
+    exhaustive: bool = True
+    """Whether all prefixes up to the first failure are evaluated, even where a search would be faster."""
 
     def __post_init__(self) -> None:
         get_rule(self.rule)
@@ -103,6 +110,7 @@ def next_batch(
     complete: bool,
     max_batch: int,
     answer_first: bool,
+    batch_seconds: Callable[[int], float] | None = None,
 ) -> list[int]:
     """Returns the indices of the prefixes to evaluate next, at most `max_batch`.
 
@@ -110,6 +118,10 @@ def next_batch(
     decides everything, so it is always in the first batch. With `answer_first` it is the only one there. If it passes,
     no prefix needs to be evaluated. This avoids evaluating the other prefixes on devices where the number of tokens
     dominates the cost of a pass. Without a policy, every prefix is evaluated.
+
+    `batch_seconds` returns how long a batch takes, by its size. If it is known, and neither the policy nor its rule
+    requires all prefixes, the first failure is searched from coarse to fine: a batch contains prefixes at equal
+    distances, and the next one those between the last that passed and the first that failed.
     """
     last = num_prefixes - 1
     if policy is not None and complete and num_prefixes:
@@ -118,8 +130,57 @@ def next_batch(
         if last not in p_correct:
             others = [index for index in range(last) if index not in p_correct]
             return [*([] if answer_first else others[: max_batch - 1]), last]
-    if policy is not None and get_rule(policy.rule).stops_at_failure:
-        prefixes = range(num_prefixes - complete)
-        if any(index in p_correct and not passes(p_correct[index], policy.thresholds.prefix) for index in prefixes):
-            return []
-    return [index for index in range(num_prefixes) if index not in p_correct][:max_batch]
+    if policy is None or not get_rule(policy.rule).stops_at_failure:
+        return [index for index in range(num_prefixes) if index not in p_correct][:max_batch]
+    prefixes = range(num_prefixes - complete)
+    evaluated = [index for index in prefixes if index in p_correct]
+    failures = (index for index in evaluated if not passes(p_correct[index], policy.thresholds.prefix))
+    first_failure = next(failures, len(prefixes))
+    if batch_seconds is None or policy.exhaustive:
+        is_decided = first_failure < len(prefixes)
+        return [] if is_decided else [index for index in prefixes if index not in p_correct][:max_batch]
+    last_pass = max((index for index in evaluated if index < first_failure), default=-1)
+    between = range(last_pass + 1, first_failure)
+    count = search_batch_size(len(between), max_batch, batch_seconds)
+    # The distance to the last one is the same as between them.
+    return [last_pass + (len(between) + 1) * (number + 1) // (count + 1) for number in range(count)]
+
+
+def cheapest_stride(batch_seconds: Callable[[int], float], step_seconds: float) -> int:
+    """Returns the distance between prefixes with which a rejected draft of typical length costs the least time.
+
+    A larger distance needs fewer prefixes, and on average half of it is accepted less, which the target then generates
+    in steps of one token.
+    """
+
+    def seconds(stride: int) -> float:
+        search_seconds, _ = _search(TYPICAL_DRAFT_TOKENS // stride, TYPICAL_DRAFT_TOKENS, batch_seconds, {})
+        return search_seconds + stride / 2 * step_seconds
+
+    return min(STRIDES, key=seconds)
+
+
+def search_batch_size(num_prefixes: int, max_batch: int, batch_seconds: Callable[[int], float]) -> int:
+    """Returns how many of the prefixes to evaluate first, so that the search for the first failure takes least time.
+
+    The search continues with the prefixes between two neighbors, of which there are at most as many as this many divide
+    the others into. Evaluating all prefixes at once is one of the choices.
+    """
+    return _search(num_prefixes, max_batch, batch_seconds, {})[1]
+
+
+def _search(
+    num_prefixes: int, max_batch: int, batch_seconds: Callable[[int], float], results: dict[int, tuple[float, int]]
+) -> tuple[float, int]:
+    """Returns the time of the search and the size of its first batch."""
+    if not num_prefixes:
+        return 0.0, 0
+    if num_prefixes not in results:
+        choices = {
+            size for size in (*SEARCH_BATCH_SIZES, num_prefixes, max_batch) if size <= min(num_prefixes, max_batch)
+        }
+        results[num_prefixes] = min(
+            (batch_seconds(size) + _search(num_prefixes // (size + 1), max_batch, batch_seconds, results)[0], size)
+            for size in choices
+        )
+    return results[num_prefixes]

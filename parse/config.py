@@ -336,10 +336,16 @@ class VerificationSettings(Settings):
         description='Where the verified prefixes end: "tokens" every `stride` tokens, "sentences" at the end of each '
         'sentence, "lines" at the end of each line.',
     )
-    stride: int = Field(
-        DEFAULT_STRIDE,
+    stride: int | None = Field(
+        None,
         ge=1,
-        description="The number of tokens by which each verified prefix is longer than the one before it.",
+        description="The number of tokens by which each verified prefix is longer than the one before it. With null, "
+        f"the engine chooses it by the measured cost of its steps, or it is {DEFAULT_STRIDE}.",
+    )
+    exhaustive: bool = Field(
+        False,
+        description="Whether all prefixes up to the first failure are evaluated. If false, the native engine on CPUs "
+        "may search for it, and finds another one only if a prefix fails and a longer one passes.",
     )
     window: int = Field(
         16,
@@ -364,18 +370,17 @@ class VerificationSettings(Settings):
     def for_model(cls, model: str, **changes: Any) -> Self:
         """Returns the settings that come with a target, with `changes` applied.
 
-        If there is no `parse.json`, the defaults are changed instead. For a Hugging Face id, this file is looked up
-        only if the tokenizer of the model is already in the local cache.
+        Without a `parse.json`, these are the defaults. For a Hugging Face id, the file is looked up only if the
+        tokenizer of the model is already in the local cache.
         """
         file = _verification_file(model)
         if file is None:
             return cls(**changes)
         try:
             return cls.model_validate(json.loads(file.read_text()) | changes)
-        except ValidationError as error:
-            raise ValueError(f"{file}: {describe_errors(error)}") from error
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: {error}") from error
+            reason = describe_errors(error) if isinstance(error, ValidationError) else error
+            raise ValueError(f"{file}: {reason}") from error
 
     def thresholds(self) -> Thresholds:
         return Thresholds(self.full, self.prefix)

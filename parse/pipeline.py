@@ -24,6 +24,7 @@ from parse.errors import FallbackCause
 from parse.events import Event, Fallback, Finished, PromptLogprobs, Usage
 from parse.modes.run import Run
 from parse.modes.state import GenerationState
+from parse.prefixes import DEFAULT_STRIDE
 from parse.prompts import VerificationSuffix, visible_reasoning_tags
 from parse.reasoning import ReasoningParser
 from parse.registry import LOSSY_MODES, MODES, resolve
@@ -184,10 +185,14 @@ class Pipeline:
             eos_token_ids=self.eos_token_ids,
             suffix=self.suffix,
             policy=AcceptancePolicy(
-                request.thresholds or self.settings.thresholds(), self.settings.rule, self.settings.min_answer_mass
+                request.thresholds or self.settings.thresholds(),
+                self.settings.rule,
+                self.settings.min_answer_mass,
+                self.settings.exhaustive,
             ),
             settings=self.settings,
             prefill_while_drafting=self.prefill_while_drafting,
+            stride=self.settings.stride or self.capabilities.stride or DEFAULT_STRIDE,
             prefill_interval=self.capabilities.prefill_interval,
         )
 

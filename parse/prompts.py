@@ -33,12 +33,8 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 ROLES = "system", "user", "assistant", "tool"
 SENTINEL = "PARSE-SENTINEL"  # ends in a letter, so that no template or tokenizer merges it with what follows
 
-VERIFICATION_PROMPT = (
-    "Check the answer above, which may be unfinished. Is everything in it right so far? For reasoning, check every "
-    "step and number; for code, whether a correct program can be completed from it; for an open question, whether it "
-    "is accurate and to the point. Do not mind style or that it is unfinished. Reply with one word, Correct or "
-    "Incorrect."
-)
+VERIFICATION_PROMPT = "Correct or Incorrect so far?"
+"""It is short, because each prefix is followed by it. It names both answers, so that the target uses these words."""
 
 
 PromptEnding = Literal["assistant_header", "unfinished_message", "last_message"]

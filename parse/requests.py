@@ -15,7 +15,7 @@ from parse.errors import RequestError
 from parse.prompts import Message, VerificationSuffix
 from parse.reasoning import ReasoningState
 from parse.registry import METHODS, MODES
-from parse.types import MAX_LOGPROBS, NO_STREAMING, SamplingParams, check_range
+from parse.types import MAX_LOGPROBS, NO_STREAMING, SamplingParams, VerifyResult, check_range
 
 NUM_SESSION_TOKENS = 64
 
@@ -148,15 +148,20 @@ class VerifyAndGenerateRequest:
         if verify.draft_complete and max(verify.prefix_lengths, default=0) != len(verify.draft_token_ids):
             raise RequestError("prefix_lengths", "must end with the length of a complete draft")
 
-    def accepted_prefix_length(self, p_correct: Sequence[float | None]) -> int:
+    def accepted_prefix_length(self, result: VerifyResult) -> int:
         """Returns the number of draft tokens to keep.
 
-        It includes the tokens that earlier calls accepted.
+        It includes the tokens that earlier calls accepted. Only evaluated prefixes count: a search leaves out others
+        before one that passes.
         """
         verify = self.verify
         assert verify.policy is not None
+        evaluated = result.evaluated
         accepted = accepted_prefix_length(
-            verify.prefix_lengths, p_correct, verify.policy, complete=verify.draft_complete
+            [verify.prefix_lengths[index] for index in evaluated],
+            [result.p_correct[index] for index in evaluated],
+            verify.policy,
+            complete=verify.draft_complete and evaluated[-1:] == [len(verify.prefix_lengths) - 1],
         )
         return max(self.num_accepted, accepted)
 

@@ -232,3 +232,11 @@ class VerifyResult:
     answer_mass: tuple[float | None, ...] = ()
     """The probability of both answer words together, for each prefix that was evaluated. If it is small, the target
     would reply with something else, and P(correct) means nothing."""
+
+    @property
+    def evaluated(self) -> list[int]:
+        """The indices of the prefixes that were evaluated, in ascending order. Without `answer_mass`, all of them."""
+        return [index for index in range(len(self.p_correct)) if not self.answer_mass or self._is_evaluated(index)]
+
+    def _is_evaluated(self, index: int) -> bool:
+        return self.p_correct[index] is not None or self.answer_mass[index] is not None

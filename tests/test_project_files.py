@@ -81,7 +81,7 @@ def test_check_is_lint_and_the_tests_without_a_slow_marker():
     assert commands_of("check") == [*commands_of("lint"), f'{pytest_command} -m "not ray and not slow"']
     assert commands_of("test")[-1] == pytest_command
     markers = {marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
-    assert markers == {"cuda", "ray", "real", "slow"}
+    assert markers == {"cuda", "exhaustive", "ray", "real", "slow"}
 
 
 def test_the_pre_commit_hooks_are_the_checks_of_lint():

@@ -35,6 +35,7 @@ from transformers import (
 
 from parse.config import VERIFICATION_FILE
 from parse.demo import EXAMPLE_PROMPT
+from parse.prefixes import DEFAULT_STRIDE
 from training import cards, measure
 from training.attention import TREE_ATTENTION
 from training.checkpoints import BrokenModel, load_model
@@ -265,9 +266,8 @@ def load_or_train(
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / VERIFICATION_FILE).write_text(
-        json.dumps({"prompt": VERIFICATION_PROMPT, "self_check_prompts": [EXAMPLE_PROMPT]}, indent=2) + "\n"
-    )
+    settings = {"prompt": VERIFICATION_PROMPT, "self_check_prompts": [EXAMPLE_PROMPT], "stride": DEFAULT_STRIDE}
+    (folder / VERIFICATION_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def publish_if_better(recipe: PairRecipe, candidate: Path, models: Path, *, force: bool) -> bool:

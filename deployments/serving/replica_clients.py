@@ -92,7 +92,7 @@ class VerifierClient:
                         await self._prepare_retry(error)
             try:
                 yield result
-                rest = request.continuation(request.accepted_prefix_length(result.p_correct))
+                rest = request.continuation(request.accepted_prefix_length(result))
                 if rest is None:
                     return
                 with trace_stage("write", self._session):

@@ -10,7 +10,7 @@ import torch
 from parse.config import EngineSettings, RemoteEngineConfig
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
-from parse.engines.native.step_timing import measure_step_seconds
+from parse.engines.native.step_timing import planned_step_seconds
 from parse.engines.protocol import Engine
 from parse.engines.remote.loader import load_remote_engine
 from parse.speculative.cost_model import StepCostModel
@@ -32,8 +32,6 @@ def load_native_engine(settings: EngineSettings) -> NativeEngine:
     )
     cost_model = StepCostModel()
     methods = load_methods(settings, model, cost_model)
-    if not methods:
-        return NativeEngine(settings, model)
-    assert model.plan is not None
-    cost_model.initialize(model.plan.get_or_create("step_seconds", lambda: measure_step_seconds(model)))
-    return NativeEngine(settings, model, methods=methods, cost_model=cost_model)
+    step_seconds = planned_step_seconds(model)
+    cost_model.initialize(step_seconds)
+    return NativeEngine(settings, model, methods=methods, cost_model=cost_model, step_seconds=step_seconds)

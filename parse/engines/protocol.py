@@ -99,6 +99,8 @@ class Capabilities:
     "unmodified" means greedy decoding, or temperature 1 and no parameter that changes logits or excludes tokens."""
     prefill_interval: int | None = None
     """The number of draft tokens after which a draft is prefilled again while it is written. None means never."""
+    stride: int | None = None
+    """The distance between verified prefixes that takes the least time, or None if it was not measured."""
     returns_prompt_logprobs: bool = True
     """Whether it can return the log-probabilities of given tokens."""
     always_speculates: bool = False

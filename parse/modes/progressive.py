@@ -15,7 +15,7 @@ from parse.modes.run import DraftWindow, Run, generate, prefill, verify_and_gene
 async def run(run: Run) -> None:
     state = run.state
     draft = Draft(state.output)
-    drafting = asyncio.create_task(receive(run, draft, stream_interval=run.settings.stride))
+    drafting = asyncio.create_task(receive(run, draft, stream_interval=run.stride))
     prefilling = asyncio.create_task(prefill(run))
     accepted, window = 0, run.settings.window
     try:

@@ -35,6 +35,8 @@ class Run:
     policy: AcceptancePolicy
     settings: VerificationSettings
     prefill_while_drafting: bool
+    stride: int
+    """The number of tokens between verified prefixes."""
     prefill_interval: int | None = None
     """The number of new draft tokens after which the draft is prefilled as well. None means that it is not."""
 
@@ -44,9 +46,9 @@ class Run:
     def prefix_lengths(self, draft_token_ids: Sequence[int], *, complete: bool) -> list[int]:
         settings = self.settings
         if settings.prefix_boundaries == ("tokens",):
-            return prefix_lengths_every(settings.stride, len(draft_token_ids), complete=complete)
+            return prefix_lengths_every(self.stride, len(draft_token_ids), complete=complete)
         texts = [self.decode([token]) for token in draft_token_ids]
-        return prefix_lengths_at(settings.prefix_boundaries, texts, stride=settings.stride, complete=complete)
+        return prefix_lengths_at(settings.prefix_boundaries, texts, stride=self.stride, complete=complete)
 
 
 async def prefill(run: Run) -> None:
@@ -134,7 +136,7 @@ async def verify_and_generate(
         if not isinstance(result, VerifyResult):
             raise VerificationError("the verifier did not return the result of the verification")
         _check_result(result, request.verify)
-        accepted = request.accepted_prefix_length(result.p_correct)
+        accepted = request.accepted_prefix_length(result)
         _accept(run, request, result, accepted, window.final_text)
         on_verified(accepted)
         continuation = request.continuation(accepted)
@@ -200,6 +202,8 @@ def _check_result(result: VerifyResult, request: VerifyRequest) -> None:
     expected = len(request.prefix_lengths)
     if len(result.p_correct) != expected:
         raise VerificationError(f"the verifier evaluated {len(result.p_correct)} prefixes instead of {expected}")
+    if len(result.answer_mass) not in (0, expected):
+        raise VerificationError(f"the verifier returned {len(result.answer_mass)} answer masses instead of {expected}")
     if not all(probability is None or 0.0 <= probability <= 1.0 for probability in result.p_correct):
         raise VerificationError(f"the verifier returned values that are not probabilities: {result.p_correct}")
     if request.num_logprobs is not None and request.prefix_lengths:

@@ -1,10 +1,21 @@
 import random
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 
-from parse.acceptance import AcceptancePolicy, Thresholds, accepted_prefix_length, next_batch
+from parse.acceptance import (
+    AcceptancePolicy,
+    Thresholds,
+    accepted_prefix_length,
+    next_batch,
+    search_batch_size,
+)
 from parse.errors import RequestError
+from parse.prompts import VerificationSuffix
+from parse.requests import VerifyAndGenerateRequest, VerifyRequest
+from parse.types import SamplingParams, VerifyResult
 
 HALF = AcceptancePolicy(Thresholds(0.5, 0.5))
 KEEP_ANY_PASSING = AcceptancePolicy(Thresholds(0.5, 0.5), "longest_passing")
@@ -126,3 +137,101 @@ def test_evaluation_stops_at_a_failure_only_if_the_rule_ignores_what_follows():
 
 def test_without_a_policy_every_prefix_is_evaluated():
     assert evaluate([0.1, 0.9, 0.9], None, complete=True, max_batch=2, answer_first=True) == ([0.1, 0.9, 0.9], 2)
+
+
+def by_tokens(size):
+    """The cost of a batch where it depends on the number of tokens."""
+    return 1.0 + size
+
+
+def search(p_correct, policy, batch_seconds, *, complete=False, max_batch=100):
+    """Returns the accepted prefix length of a search, the sizes of its batches, and which prefixes were evaluated."""
+    evaluated: dict[int, float] = {}
+    sizes = []
+    while batch := next_batch(
+        len(p_correct),
+        evaluated,
+        policy,
+        complete=complete,
+        max_batch=max_batch,
+        answer_first=True,
+        batch_seconds=batch_seconds,
+    ):
+        assert batch == sorted(set(batch)) and len(batch) <= max_batch and not evaluated.keys() & set(batch)
+        evaluated.update((index, p_correct[index]) for index in batch)
+        sizes.append(len(batch))
+    result = VerifyResult(
+        tuple(evaluated.get(index) for index in range(len(p_correct))),
+        answer_mass=tuple(1.0 if index in evaluated else None for index in range(len(p_correct))),
+    )
+    request = VerifyAndGenerateRequest(
+        verify=VerifyRequest(
+            prompt_token_ids=[1],
+            draft_token_ids=[1] * len(p_correct),
+            prefix_lengths=range(1, len(p_correct) + 1),
+            suffix=VerificationSuffix((1,), (2,), (3,)),
+            draft_complete=complete,
+            policy=policy,
+        ),
+        sampling_params=SamplingParams(),
+    )
+    return request.accepted_prefix_length(result), sizes, evaluated
+
+
+SEARCHING = AcceptancePolicy(Thresholds(0.5, 0.5), exhaustive=False)
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 100])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_search_finds_the_first_failure_if_all_longer_prefixes_fail(complete, max_batch):
+    for num_prefixes in range(1, 70):
+        for first_failure in range(num_prefixes + 1):
+            p_correct = [0.9] * first_failure + [0.1] * (num_prefixes - first_failure)
+            accepted, _, _ = search(p_correct, SEARCHING, by_tokens, complete=complete, max_batch=max_batch)
+            assert accepted == first_failure
+
+
+def test_a_search_accepts_only_prefixes_that_pass():
+    """The accepted prefix and the evaluated ones before it pass, and the next one fails."""
+    rng = random.Random(5)
+    for _ in range(300):
+        p_correct = [rng.random() for _ in range(rng.randint(1, 40))]
+        accepted, _, evaluated = search(p_correct, SEARCHING, by_tokens)
+        assert all(evaluated[index] >= 0.5 for index in evaluated if index < accepted)
+        assert accepted == 0 or accepted - 1 in evaluated
+        assert accepted == len(p_correct) or evaluated[accepted] < 0.5
+
+
+def test_a_search_evaluates_few_prefixes_where_tokens_are_expensive():
+    _, sizes, evaluated = search([0.9] * 60 + [0.1] * 68, SEARCHING, by_tokens)
+    assert len(evaluated) < 20 and len(sizes) > 2
+
+
+def test_all_prefixes_are_evaluated_at_once_where_only_passes_cost_time():
+    _, sizes, _ = search([0.9] * 60 + [0.1] * 68, SEARCHING, lambda size: 1.0, max_batch=200)
+    assert sizes == [128]
+
+
+def test_the_number_of_prefixes_evaluated_first_takes_the_least_time():
+    """Compared with every possible number, when the search goes on in the largest part that is left."""
+
+    @cache
+    def best_seconds(num_prefixes):
+        return min((seconds_with(num_prefixes, size) for size in range(1, num_prefixes + 1)), default=0.0)
+
+    def seconds_with(num_prefixes, size):
+        return 3.0 + size + best_seconds(num_prefixes // (size + 1))
+
+    for num_prefixes in range(1, 33):  # all numbers up to 4 and the most useful larger ones are tried
+        size = search_batch_size(num_prefixes, 100, lambda size: 3.0 + size)
+        assert seconds_with(num_prefixes, size) <= 1.05 * best_seconds(num_prefixes)
+
+
+@pytest.mark.parametrize(
+    "policy", [AcceptancePolicy(Thresholds(0.5, 0.5), exhaustive=True), replace(KEEP_ANY_PASSING, exhaustive=False)]
+)
+def test_nothing_is_searched_if_all_prefixes_matter(policy):
+    p_correct = [0.9, 0.1, 0.9, 0.9, 0.1, 0.1, 0.9, 0.1]
+    accepted, sizes, _ = search(p_correct, policy, by_tokens)
+    assert sizes == [8]
+    assert accepted == accepted_prefix_length(range(1, 9), p_correct, policy, complete=False)

@@ -82,7 +82,7 @@ class Target:
         try:
             result = await self.verify(request.verify)
             yield result
-            rest = request.continuation(request.accepted_prefix_length(result.p_correct))
+            rest = request.continuation(request.accepted_prefix_length(result))
             if rest is not None:
                 async for delta in self.generate(rest):
                     yield delta

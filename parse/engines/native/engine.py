@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from parse.acceptance import cheapest_stride
 from parse.config import EngineSettings
 from parse.engines.native.engine_core import EngineCore, EngineCoreConfig
 from parse.engines.native.generation import Program, TreeOutput, generate, prefill
@@ -28,6 +29,7 @@ from parse.speculative.cost_model import StepCostModel
 from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.types import MAX_LOGPROBS, SamplingParams, TokenDelta, VerifyResult
 
+TYPICAL_SUFFIX_TOKENS = 16  # of the default verification prompt with the tokens of a chat template
 MAX_SUFFIX_TOKENS = 1024  # per forward pass; each sequence has memory for this many tokens beyond `max_model_len`
 
 
@@ -41,12 +43,19 @@ class NativeEngine:
         *,
         methods: Mapping[str, SpeculativeMethod] | None = None,
         cost_model: StepCostModel | None = None,
+        step_seconds: Sequence[tuple[int, float]] = (),
     ) -> None:
         """Serves the model. The first token-level method in `methods` is the default.
 
-        `cost_model` is the one that the methods consult; the engine keeps it up to date.
+        `cost_model` is the one that the methods consult; the engine keeps it up to date. `step_seconds` are the
+        durations of steps in the plan of the model, by their number of tokens. They decide how drafts are verified and
+        never change, so that the same request always gets the same answer.
         """
         self.model, self._methods = model, dict(methods or {})
+        planned_cost_model = StepCostModel()
+        planned_cost_model.initialize(step_seconds)
+        self._pass_seconds = planned_cost_model.step_seconds if step_seconds and model.device.type == "cpu" else None
+        self._stride = _stride(planned_cost_model) if step_seconds else None
         self.max_model_len = min(settings.max_model_len, model.max_model_len)
         max_sequences, sequence_capacity = _divide_memory(
             kv_cache_bytes(settings, model.network), model, self._methods, self.max_model_len
@@ -99,6 +108,7 @@ class NativeEngine:
             max_model_len=self.max_model_len,
             block_size=self.core.scheduler.prefix_cache.block_size,
             eos_token_ids=self.model.eos_token_ids,
+            stride=self._stride,
         )
 
     async def read_stats(self) -> EngineStats:
@@ -230,6 +240,7 @@ class NativeEngine:
             max_nodes=MAX_SUFFIX_TOKENS,
             max_model_len=self.model.max_model_len,
             answer_first=self.model.device.type == "cpu",
+            pass_seconds=self._pass_seconds,
         )
 
     def _method(self, name: str | None) -> SpeculativeMethod | None:
@@ -241,6 +252,11 @@ class NativeEngine:
             offered = ", ".join(("none", *self._methods))
             raise RequestError("speculation", f"must be one of {offered}, got {name!r}")
         return self._methods[name]
+
+
+def _stride(cost_model: StepCostModel) -> int:
+    step_seconds = cost_model.step_seconds
+    return cheapest_stride(lambda size: step_seconds(size * TYPICAL_SUFFIX_TOKENS), step_seconds(1))
 
 
 def _divide_memory(

@@ -25,7 +25,7 @@ TOKEN_COUNTS = 1, 2, 4, 8, 16, 64, 256
 TIMING_ORDER = 1, 8, 64, 16, 4, 2, 256
 """The most frequent numbers first, because large layers do not leave time for all of them."""
 ALWAYS_TIMED = frozenset((1, 8))  # even if there is no time left; they show whether a kernel suits few tokens
-TIME_LIMIT_S = 1.8  # for all layers of a model together
+TIME_LIMIT_S = 1.0  # for all layers of a model together
 PASSES = 3
 # A weight that stays in the processor's cache is read faster than in a real step, so as many layers of one shape take
 # turns as exceed this size together.

@@ -11,8 +11,17 @@ from parse.engines.native.scheduled_chunk import ScheduledChunk
 
 SIZES = 1, 2, 4, 8, 16, 32, 64
 REPETITIONS = 3
-TIME_LIMIT_S = 0.5  # for each size
+TIME_LIMIT_S = 0.1  # for each size
 CONTEXT_LENGTH = 64  # computed tokens before those of the step
+
+
+def planned_step_seconds(model: Model) -> list[tuple[int, float]]:
+    """Returns the measurements in the plan of a model. If it has none yet, they are made.
+
+    They decide how drafts are searched, so all replicas use the same ones.
+    """
+    assert model.plan is not None
+    return [(size, seconds) for size, seconds in model.plan.get_or_create("steps", lambda: measure_step_seconds(model))]
 
 
 def measure_step_seconds(model: Model) -> list[tuple[int, float]]:

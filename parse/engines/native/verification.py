@@ -23,6 +23,8 @@ class VerifyOptions:
     """Suffix tokens in one forward pass."""
     max_model_len: int
     """Prefixes whose suffix would reach beyond it are not evaluated."""
+    pass_seconds: Callable[[int], float] | None
+    """Returns how long a pass takes, by its number of tokens. If it is known, the first failure is searched."""
     answer_first: bool
     """Whether a complete answer is evaluated alone, before its prefixes.
 
@@ -66,6 +68,8 @@ def verify(
     next_token_logits: dict[int, Tensor] = {}
     accepted_path: Sequence[int] = ()
     tree_output: TreeOutput | None = None
+    pass_seconds = options.pass_seconds
+    batch_seconds = None if pass_seconds is None else lambda size: pass_seconds(size * width)
     while True:
         batch = next_batch(
             num_evaluable,
@@ -74,6 +78,7 @@ def verify(
             complete=complete,
             max_batch=max(1, options.max_nodes // width),
             answer_first=options.answer_first,
+            batch_seconds=batch_seconds,
         )
         runs_trunk = bool(trunk) and tree_output is None
         if not batch and not runs_trunk:
@@ -169,7 +174,7 @@ def verify_and_generate(
     """
     output = yield from verify(request.verify, options, trunk)
     emit(output.result)
-    num_accepted = request.accepted_prefix_length(output.result.p_correct)
+    num_accepted = request.accepted_prefix_length(output.result)
     continuation = request.continuation(num_accepted)
     context_length = len(request.verify.prompt_token_ids) + len(request.verify.output_token_ids) + num_accepted
     yield TreeInput(

@@ -141,7 +141,7 @@ class RemoteEngine:
     async def verify_and_generate(self, request: VerifyAndGenerateRequest) -> AsyncGenerator[VerifyResult | TokenDelta]:
         result = await self.verify(request.verify)
         yield result
-        continuation = request.continuation(request.accepted_prefix_length(result.p_correct))
+        continuation = request.continuation(request.accepted_prefix_length(result))
         if continuation is not None:
             async with aclosing(self.generate(continuation)) as deltas:
                 async for delta in deltas:

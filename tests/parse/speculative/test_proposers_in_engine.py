@@ -116,7 +116,7 @@ def engine_with_proposer(proposer) -> NativeEngine:
 @pytest.fixture
 def untimed(monkeypatch):
     """Without measurements nothing seems to cost time, so that every step gets proposals."""
-    monkeypatch.setattr("parse.engines.loader.measure_step_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.loader.planned_step_seconds", lambda model: [])
     monkeypatch.setattr(StepCostModel, "record", lambda *_: None)
 
 
@@ -207,7 +207,7 @@ def fused_requests(requests, drafts):
 async def verify_and_generate(engine, fused_request):
     """The number of accepted draft tokens, and the tokens generated after them."""
     async with aclosing(engine.verify_and_generate(fused_request)) as items:
-        accepted = fused_request.accepted_prefix_length((await anext(items)).p_correct)
+        accepted = fused_request.accepted_prefix_length(await anext(items))
         return accepted, [token async for delta in items for token in delta.token_ids]
 
 

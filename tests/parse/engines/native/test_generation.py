@@ -403,7 +403,7 @@ def verified(probabilities, prefix_lengths, *, max_nodes=100, in_one_pass=False,
             policy=None if full is prefix is None else policy,
             **fields,
         ),
-        VerifyOptions(max_nodes=max_nodes, max_model_len=1000, answer_first=not in_one_pass),
+        VerifyOptions(max_nodes=max_nodes, max_model_len=1000, pass_seconds=None, answer_first=not in_one_pass),
         trunk,
     )
     context_length = prompt_length + max(prefix_lengths, default=0) - len(trunk)

@@ -724,7 +724,7 @@ def test_the_fused_call_is_a_verification_and_then_a_generation(engine, tokenize
 
     async def apart(request):
         result = await engine.verify(request.verify)
-        rest = request.continuation(request.accepted_prefix_length(result.p_correct))
+        rest = request.continuation(request.accepted_prefix_length(result))
         return result, await collect(engine.generate(rest)) if rest else []
 
     async def all_of_them():
@@ -745,7 +745,7 @@ def test_the_fused_call_is_a_verification_and_then_a_generation(engine, tokenize
                 outcomes[(bool(rest), request_kind(fused_request, result))] += 1
 
     def request_kind(fused_request, result):
-        accepted = fused_request.accepted_prefix_length(result.p_correct)
+        accepted = fused_request.accepted_prefix_length(result)
         return "all" if accepted == len(fused_request.verify.draft_token_ids) else "part" if accepted else "nothing"
 
     outcomes: Counter = Counter()

@@ -305,7 +305,7 @@ def test_mask_predictions_are_those_of_a_plain_pass_after_the_last_accepted_toke
     """In a real generation, with candidates that are accepted and others that are not."""
     received: list = []
     # Without measurements nothing seems to cost time, so that all predictions are proposed.
-    monkeypatch.setattr("parse.engines.loader.measure_step_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.loader.planned_step_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     engine = load_engine_with_space()
     extend = SpaceState.extend
