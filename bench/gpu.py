@@ -25,9 +25,9 @@ from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from bench.engine_speed import drain, generate_s, prefill_s, random_prompts
 from bench.output import add_json_argument, write_output
 from bench.roofline import SHAPES, build_model, copy_bytes_per_s, matmul_flops_per_s, roofline_costs, synchronize
-from bench.throughput import drain, generate_s, prefill_s, random_prompts
 from parse.config import EngineSettings
 from parse.engines.native.engine import MAX_SUFFIX_TOKENS, NativeEngine
 from parse.engines.native.model import Model

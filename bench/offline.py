@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench import adversary, speculation, throughput
+from bench import adversary, engine_speed, speculation
 from bench.contenders import (
     BenchResult,
     ResultsByContender,
@@ -181,8 +181,8 @@ def main() -> None:
         problems=None if args.engine else args.problems, seeds=[] if args.engine else [args.seed]
     )
     if args.engine:
-        result = throughput.run(args.threads, args.rounds)
-        text = throughput.table(result)
+        result = engine_speed.run(args.threads, args.rounds)
+        text = engine_speed.table(result)
     elif args.adversary:
         result = adversary.run(args.problems, args.seed, args.models, args.threads)
         text = adversary.table(result)
@@ -226,7 +226,7 @@ def _arguments() -> argparse.Namespace:
     args.problems = 100 if args.problems is None else args.problems
     args.seed = 5 if args.seed is None else args.seed
     args.models = args.models or MODELS
-    args.rounds = args.rounds or (throughput.ROUNDS if args.engine else speculation.ROUNDS)
+    args.rounds = args.rounds or (engine_speed.ROUNDS if args.engine else speculation.ROUNDS)
     for name in ("problems", "rounds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: at least 1")

@@ -28,6 +28,7 @@ from bench import (
     adversary,
     comparison,
     concurrency,
+    engine_speed,
     engines,
     fused_call,
     gpu,
@@ -35,7 +36,6 @@ from bench import (
     offline,
     overlap,
     speculation,
-    throughput,
 )
 from bench.output import heading, row
 from training import cards, head_cards
@@ -107,7 +107,7 @@ BLOCKS: dict[str, Block] = {
     "speculation-positions": _result("speculation", speculation.positions_table),
     "speculation-passes": _result("speculation", speculation.passes_table),
     "speculation-clients": _result("speculation", lambda document: concurrency.table(document["crowds"])),
-    "engine": _result("engine", throughput.table),
+    "engine": _result("engine", engine_speed.table),
     "adversary": _result("adversary", adversary.table),
     "load": _result("load", comparison.table),
     "load-summary": _result("load", comparison.summary_table),

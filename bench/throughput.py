@@ -1,378 +1,239 @@
-"""Measures the engine alone: decoding, prompts and verification, against the `transformers` library."""
+"""Measures how fast the native engine decodes and prefills with any model, against `generate()` and vLLM.
 
+    python -m bench.throughput --model PATH --json PATH
+    python -m bench.throughput --model PATH --start-vllm --json PATH
+
+All of them take turns in every round and use the same number of threads. Prompts have 256 random tokens. Decoding
+starts when the prompts are computed. `--vllm-url` names a vLLM server that runs the same model.
+"""
+
+import argparse
 import asyncio
-import os
-import random
 import statistics
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bench.output import heading, row
+from bench import vllm_server
+from bench.engine_speed import drain, generate_s, prefill_s
+from bench.output import add_json_argument, heading, row, write_output
 from parse.config import EngineSettings
 from parse.engines.loader import load_native_engine
-from parse.engines.native.attention import StepAttention
 from parse.engines.native.engine import NativeEngine
-from parse.engines.native.model import Model
-from parse.prompts import VerificationSuffix
-from parse.requests import GenerateRequest, VerifyRequest
-from parse.tree import suffix_forest
 from parse.types import SamplingParams
-from training.confidence import Interval, format_ratio, rounds_interval
-from training.evaluate import MODELS
+from training.provenance import describe_run
 
-LAYERS, HIDDEN_SIZE, VOCAB_SIZE = 12, 256, 8192
-PROMPT_TOKENS, DRAFT_TOKENS, ANSWER_TOKENS = 256, 256, 128  # tokens
-NUM_PREFIXES, SUFFIX_TOKENS = 16, 16
-BATCHES = (1, 4, 8, 16)
-HOST_BATCHES = (1, 8, 32)
-ROUNDS = 5  # contenders take turns; the result is the median of the rounds
+PROMPT_TOKENS, ANSWER_TOKENS = 256, 64
+MAX_MODEL_LEN = 1024
+BATCHES = 1, 4, 8, 16
+ROUNDS = 4
+DTYPES = "float32", "bfloat16"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
-
-def run(num_threads: int, rounds: int = ROUNDS) -> dict[str, Any]:
-    torch.set_num_threads(num_threads)
-    with tempfile.TemporaryDirectory() as folder:
-        network = random_model()
-        network.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(MODELS / "demo-target").save_pretrained(folder)
-        engine = load_native_engine(
-            EngineSettings(
-                model=folder, num_threads=num_threads, max_model_len=1024, kv_cache_memory_bytes=1024 * 2**20
-            )
-        )
-        hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
-    try:
-        # The system assigns memory when it is first used. That time is not part of the measurement.
-        asyncio.run(prefill_s(engine, random_prompts(2 * max(BATCHES), PROMPT_TOKENS, seed=0)))
-        return {
-            "model": f"Llama, {LAYERS} layers x {HIDDEN_SIZE}, random weights, float32",
-            "threads": num_threads,
-            "rounds": rounds,
-            "decode": {str(batch): measure_decode(engine, hf_model, batch, rounds) for batch in BATCHES},
-            "prompts": {str(batch): measure_prefill(engine, hf_model, batch, rounds) for batch in BATCHES},
-            "verification": measure_verification(engine, hf_model, rounds),
-            "host_ms": measure_host_overhead(rounds),
-            "memory": measure_memory(),
-        }
-    finally:
-        engine.shutdown()
+Prompts = list[list[int]]
 
 
-def random_model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=4 * HIDDEN_SIZE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model.eval()
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run the model. Both functions return seconds."""
+
+    name: str
+    decode_s: Callable[[Prompts], float]
+    """The time to generate `ANSWER_TOKENS - 1` tokens after each prompt."""
+    prefill_s: Callable[[Prompts], float]
 
 
-def measure_decode(engine: NativeEngine, hf_model: PreTrainedModel, batch: int, rounds: int) -> dict[str, Any]:
-    """Measures tokens per second of decoding, without the time of the prompts."""
-    prompts = random_prompts(batch, PROMPT_TOKENS, seed=batch)
+def native_implementation(engine: NativeEngine) -> Implementation:
+    def decode_s(prompts: Prompts) -> float:
+        async def decode() -> float:
+            for prompt in prompts:
+                await engine.prefill(prompt)
+            return await _seconds_of(engine, prompts, GREEDY) - await _seconds_of(engine, prompts, one_token)
 
-    def engine_speed() -> float:
-        seconds = asyncio.run(_decode_s(engine, prompts))
-        return batch * (ANSWER_TOKENS - 1) / seconds
+        return asyncio.run(decode())
 
-    def generate_speed() -> float:
+    one_token = replace(GREEDY, max_tokens=1)
+    return Implementation("native", decode_s, lambda prompts: asyncio.run(prefill_s(engine, prompts)))
+
+
+async def _seconds_of(engine: NativeEngine, prompts: Prompts, params: SamplingParams) -> float:
+    started = time.perf_counter()
+    await asyncio.gather(*(drain(engine, prompt, params) for prompt in prompts))
+    return time.perf_counter() - started
+
+
+def generate_implementation(model: PreTrainedModel) -> Implementation:
+    def decode_s(prompts: Prompts) -> float:
         input_ids = torch.tensor(prompts)
-        return (
-            batch
-            * (ANSWER_TOKENS - 1)
-            / (generate_s(hf_model, input_ids, ANSWER_TOKENS) - generate_s(hf_model, input_ids, 1))
-        )
+        return generate_s(model, input_ids, ANSWER_TOKENS) - generate_s(model, input_ids, 1)
 
-    return _compare_speeds(engine_speed, generate_speed, rounds)
+    return Implementation("generate()", decode_s, lambda prompts: generate_s(model, torch.tensor(prompts), 1))
 
 
-def measure_prefill(engine: NativeEngine, hf_model: PreTrainedModel, batch: int, rounds: int) -> dict[str, Any]:
-    """Measures prompt tokens per second."""
-    seeds = iter(range(1, 1 << 30))
+def vllm_implementation(url: str) -> Implementation:
+    client = httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None), trust_env=False)
+    model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
 
-    def engine_speed() -> float:
-        prompts = random_prompts(batch, PROMPT_TOKENS, seed=1000 * batch + next(seeds))
-        return batch * PROMPT_TOKENS / asyncio.run(prefill_s(engine, prompts))
+    def seconds(prompts: Prompts, num_tokens: int) -> float:
+        def complete(prompt: list[int]) -> None:
+            body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+            client.post("/v1/completions", json=body).raise_for_status()
 
-    def generate_speed() -> float:
-        return (
-            batch * PROMPT_TOKENS / generate_s(hf_model, torch.tensor(random_prompts(batch, PROMPT_TOKENS, seed=7)), 1)
-        )
+        with ThreadPoolExecutor(len(prompts)) as executor:
+            started = time.perf_counter()
+            list(executor.map(complete, prompts))
+            return time.perf_counter() - started
 
-    return _compare_speeds(engine_speed, generate_speed, rounds)
+    def decode_s(prompts: Prompts) -> float:
+        seconds(prompts, 1)  # fills the prefix cache
+        return seconds(prompts, ANSWER_TOKENS) - seconds(prompts, 1)
+
+    return Implementation("vLLM", decode_s, lambda prompts: seconds(prompts, 1))
 
 
-def measure_verification(engine: NativeEngine, hf_model: PreTrainedModel, rounds: int) -> dict[str, Any]:
-    """Measures the milliseconds to verify 16 prefixes.
+def measure(implementations: Sequence[Implementation], batch: int, rounds: int, vocab_size: int) -> dict[str, Any]:
+    """Returns the row of a batch size. Ratios are medians over the rounds."""
+    speeds: dict[str, list[float]] = {}
+    generator = torch.Generator().manual_seed(batch)
 
-    *packed* is the engine with a cached draft, *naive* one sequence for each prefix, and *dense mask* one sequence with
-    all suffixes, both computed by the library without a cache.
-    """
-    prompt, draft, suffix = (
-        random_prompts(1, size, seed)[0] for size, seed in ((PROMPT_TOKENS, 1), (DRAFT_TOKENS, 2), (SUFFIX_TOKENS, 3))
-    )
-    prefix_lengths = [DRAFT_TOKENS * (k + 1) // NUM_PREFIXES for k in range(NUM_PREFIXES)]
-    request = VerifyRequest(
-        prompt_token_ids=prompt,
-        draft_token_ids=draft,
-        prefix_lengths=prefix_lengths,
-        suffix=VerificationSuffix(tuple(suffix), (1,), (2,)),
-        policy=None,
-    )
+    def draw_prompts() -> Prompts:
+        prompts: Prompts = torch.randint(10, vocab_size, (batch, PROMPT_TOKENS), generator=generator).tolist()
+        return prompts
 
-    async def packed() -> float:
-        await engine.prefill([*prompt, *draft])
-        started = time.perf_counter()
-        await engine.verify(request)
-        return time.perf_counter() - started
+    for number in range(-1, rounds):  # the first round is not counted: memory is assigned when it is first used
+        decode_prompts, prefill_prompts = draw_prompts(), draw_prompts()
+        for implementation in implementations:
+            decode = batch * (ANSWER_TOKENS - 1) / implementation.decode_s(decode_prompts)
+            prefill = batch * PROMPT_TOKENS / implementation.prefill_s(prefill_prompts)
+            if number >= 0:
+                speeds.setdefault(f"{implementation.name} decode", []).append(decode)
+                speeds.setdefault(f"{implementation.name} prefill", []).append(prefill)
 
-    @torch.inference_mode()
-    def naive() -> float:
-        started = time.perf_counter()
-        for length in prefix_lengths:
-            hf_model(input_ids=torch.tensor([[*prompt, *draft[:length], *suffix]]), use_cache=False, logits_to_keep=1)
-        return time.perf_counter() - started
+    def median(name: str, what: str) -> float | None:
+        values = speeds.get(f"{name} {what}")
+        return statistics.median(values) if values else None
 
-    @torch.inference_mode()
-    def dense() -> float:
-        """Verifies as a user of the library would: one sequence with all suffixes, and a dense mask."""
-        started = time.perf_counter()
-        num_computed_tokens = PROMPT_TOKENS + DRAFT_TOKENS
-        tree = suffix_forest([PROMPT_TOKENS + length for length in prefix_lengths], suffix)
-        size = num_computed_tokens + len(tree)
-        visible = torch.ones(size, size, dtype=torch.bool).tril()
-        visible[num_computed_tokens:, :num_computed_tokens] = (
-            torch.arange(num_computed_tokens) < torch.from_numpy(tree.visible_context(num_computed_tokens))[:, None]
-        )
-        visible[num_computed_tokens:, num_computed_tokens:] = torch.from_numpy(tree.visible())
-        mask = torch.zeros(size, size).masked_fill_(~visible, torch.finfo(torch.float32).min)
-        positions = torch.cat(
-            [
-                torch.arange(num_computed_tokens),
-                torch.from_numpy(tree.visible_context(num_computed_tokens) + tree.depth),
-            ]
-        )
-        tokens = torch.tensor([[*prompt, *draft, *tree.tokens.tolist()]])
-        hf_model(input_ids=tokens, position_ids=positions[None], attention_mask=mask[None, None], use_cache=False)
-        return time.perf_counter() - started
+    def ratio(name: str, what: str) -> float | None:
+        values, base_values = speeds[f"native {what}"], speeds.get(f"{name} {what}")
+        if base_values is None:
+            return None
+        return statistics.median(value / base for value, base in zip(values, base_values, strict=True))
 
-    @torch.inference_mode()
-    def step() -> float:
-        cache = DynamicCache(config=hf_model.config)
-        hf_model(input_ids=torch.tensor([[*prompt, *draft]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        started = time.perf_counter()
-        hf_model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
-        return time.perf_counter() - started
-
-    measurements: dict[str, Callable[[], float]] = {
-        "packed_ms": lambda: asyncio.run(packed()),
-        "naive_ms": naive,
-        "dense_mask_ms": dense,
-        "decode_step_ms": step,
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in measurements}
-    for _ in range(rounds):
-        for name, measure in measurements.items():
-            seconds[name].append(measure())
-    result = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
     return {
-        **result,
-        "cheaper_than_naive": result["naive_ms"] / result["packed_ms"],
-        "cheaper_than_naive_interval": _rounds_ratio_interval(seconds["naive_ms"], seconds["packed_ms"]),
-        "in_decode_steps": result["packed_ms"] / result["decode_step_ms"],
-        "in_decode_steps_interval": _rounds_ratio_interval(seconds["packed_ms"], seconds["decode_step_ms"]),
+        "batch": batch,
+        "decode_tokens_per_s": median("native", "decode"),
+        "decode_ratio": ratio("generate()", "decode"),
+        "prefill_tokens_per_s": median("native", "prefill"),
+        "prefill_ratio": ratio("generate()", "prefill"),
+        "vllm_decode_ratio": ratio("vLLM", "decode"),
+        "generate_decode_tokens_per_s": median("generate()", "decode"),
+        "generate_prefill_tokens_per_s": median("generate()", "prefill"),
+        "vllm_decode_tokens_per_s": median("vLLM", "decode"),
+        "vllm_prefill_tokens_per_s": median("vLLM", "prefill"),
+        "vllm_prefill_ratio": ratio("vLLM", "prefill"),
     }
 
 
-def measure_host_overhead(rounds: int) -> dict[str, dict[str, float]]:
-    """Measures the milliseconds of a decode step with a model that computes nothing: the overhead on the host."""
-    model, logits = small_model(), torch.randn(max(HOST_BATCHES), 512, generator=torch.Generator().manual_seed(0))
-
-    def idle_forward(
-        tokens: Sequence[int], positions: Sequence[int], step: StepAttention, logits_entries: Sequence[int] | None
-    ) -> tuple[Tensor, None]:
-        return logits[: len(tokens if logits_entries is None else logits_entries)], None
-
-    model.forward = idle_forward  # type: ignore[method-assign]
-    engine = NativeEngine(EngineSettings(model="idle", kv_cache_memory_bytes=64 * 2**20, max_model_len=256), model)
-    greedy = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)
-    params_by_name = {"greedy": greedy, "sampled": replace(greedy, temperature=0.8, top_p=0.95)}
-
-    async def steps(batch: int, sampling_params: SamplingParams) -> float:
-        prompts = [[10 + number] * 64 for number in range(batch)]
-        for prompt in prompts:
-            await engine.prefill(prompt)
-        before, started = engine.stats.num_steps, time.perf_counter()
-        await asyncio.gather(*(drain(engine, prompt, sampling_params) for prompt in prompts))
-        return (time.perf_counter() - started) / (engine.stats.num_steps - before) * 1e3
-
-    try:
-        return {
-            name: {
-                str(b): statistics.median(asyncio.run(steps(b, params)) for _ in range(rounds)) for b in HOST_BATCHES
-            }
-            for name, params in params_by_name.items()
-        }
-    finally:
-        engine.shutdown()
-
-
-def small_model() -> Model:
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-    )
-    torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(config)
-    return Model(network, AutoTokenizer.from_pretrained(MODELS / "demo-target"))
-
-
-def measure_memory() -> dict[str, float]:
-    """Measures resident memory after the first thousand short requests, and after ten thousand."""
-    engine = NativeEngine(
-        EngineSettings(model="random", kv_cache_memory_bytes=64 * 2**20, max_model_len=256), small_model()
-    )
-
-    async def requests(first: int, count: int) -> None:
-        slots = asyncio.Semaphore(32)
-
-        async def run_one(seed: int) -> None:
-            async with slots:
-                draw = random.Random(seed)
-                prompt = [draw.randrange(512) for _ in range(draw.randint(4, 40))]
-                await drain(engine, prompt, SamplingParams(seed=seed, max_tokens=4, ignore_eos=True))
-
-        await asyncio.gather(*(run_one(seed) for seed in range(first, first + count)))
-
-    try:
-        asyncio.run(requests(0, 1000))
-        before = resident_mb()
-        for thousand in range(1, 10):
-            asyncio.run(requests(1000 * thousand, 1000))
-        return {"after_1000_mb": before, "after_10000_mb": resident_mb()}
-    finally:
-        engine.shutdown()
-
-
-def resident_mb() -> float:
-    _, resident, *_ = Path("/proc/self/statm").read_text().split()  # in units of the system's page size
-    return int(resident) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    prompts: list[list[int]] = torch.randint(10, VOCAB_SIZE, (count, length), generator=generator).tolist()
-    return prompts
-
-
-async def _decode_s(engine: NativeEngine, prompts: list[list[int]]) -> float:
-    """Returns the seconds of decoding, without the first token of each request."""
-    for prompt in prompts:
-        await engine.prefill(prompt)
-    started = time.perf_counter()
-    await asyncio.gather(*(drain(engine, prompt, GREEDY) for prompt in prompts))
-    return (time.perf_counter() - started) * (ANSWER_TOKENS - 1) / ANSWER_TOKENS
-
-
-async def prefill_s(engine: NativeEngine, prompts: list[list[int]]) -> float:
-    started = time.perf_counter()
-    one_token = SamplingParams(temperature=0.0, max_tokens=1)
-    await asyncio.gather(*(drain(engine, prompt, one_token) for prompt in prompts))
-    return time.perf_counter() - started
-
-
-async def drain(engine: NativeEngine, prompt: list[int], sampling_params: SamplingParams) -> None:
-    async for _ in engine.generate(GenerateRequest(prompt_token_ids=prompt, sampling_params=sampling_params)):
-        pass
-
-
-@torch.inference_mode()
-def generate_s(hf_model: PreTrainedModel, input_ids: torch.Tensor, tokens: int) -> float:
-    started = time.perf_counter()
-    hf_model.generate(  # type: ignore[operator]
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        do_sample=False,
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-    )
-    if input_ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def _compare_speeds(
-    engine_speed: Callable[[], float], generate_speed: Callable[[], float], rounds: int
-) -> dict[str, Any]:
-    engine_speed(), generate_speed()
-    pairs = [(engine_speed(), generate_speed()) for _ in range(rounds)]
-    engine_speeds, generate_speeds = zip(*pairs, strict=True)
-    engine_median, generate_median = statistics.median(engine_speeds), statistics.median(generate_speeds)
-    return {
-        "tokens_per_s": engine_median,
-        "generate_tokens_per_s": generate_median,
-        "ratio": statistics.geometric_mean(engine / generate for engine, generate in pairs),
-        "ratio_interval": _rounds_ratio_interval(engine_speeds, generate_speeds),
-    }
-
-
-def _rounds_ratio_interval(values: Sequence[float], base_values: Sequence[float]) -> Interval | None:
-    return rounds_interval([value / base for value, base in zip(values, base_values, strict=True)])
-
-
-def table(result: Mapping[str, Any]) -> str:
-    names = "decode tok/s", "generate()", "ratio", "prompt tok/s", "generate()", "ratio"
-    lines = [f"Model: {result['model']}.", "", *heading("batch", *names)]
-    for batch, decode in result["decode"].items():
-        cells = [
-            cell
-            for speeds in (decode, result["prompts"][batch])
-            for cell in (
-                f"{speeds['tokens_per_s']:.0f}",
-                f"{speeds['generate_tokens_per_s']:.0f}",
-                format_ratio(speeds["ratio"], speeds["ratio_interval"]),
-            )
-        ]
-        lines.append(row(batch, *cells))
-    v, m = result["verification"], result["memory"]
-    columns = "engine", "in decode steps", "one by one", "ratio", "with a dense mask"
-    lines += ["", *heading("verification", *columns)]
-    lines.append(
-        row(
-            f"{NUM_PREFIXES} prefixes",
-            f"{v['packed_ms']:.0f} ms",
-            format_ratio(v["in_decode_steps"], v["in_decode_steps_interval"]),
-            f"{v['naive_ms']:.0f} ms",
-            format_ratio(v["cheaper_than_naive"], v["cheaper_than_naive_interval"]),
-            f"{v['dense_mask_ms']:.0f} ms",
-        )
-    )
-    batches = (f"{batch} request{'s' if batch > 1 else ''}" for batch in HOST_BATCHES)
-    lines += ["", *heading("step without a model", *batches)]
-    for name, times in result["host_ms"].items():
-        lines.append(row(name, *(f"{ms:.2f} ms" for ms in times.values())))
-    lines += [
+def table(document: Mapping[str, Any]) -> str:
+    run, settings = document.get("run"), document["settings"]
+    processor = f" on {run['processor']['model']}" if run else ""
+    names = "decode tok/s", "/ `generate()`", "/ vLLM", "prefill tok/s", "/ `generate()`", "/ vLLM"
+    lines = [
+        f"{settings['model']}, {settings['dtype']}, {settings['num_threads']} threads{processor}. The others compute "
+        "in float32.",
         "",
-        f"Resident memory: {m['after_1000_mb']:.0f} MB after 1,000 short requests, {m['after_10000_mb']:.0f} MB after "
-        "10,000.",
+        *heading("batch", *names),
     ]
+    for each in document["rows"]:
+        cells = [
+            f"{each['decode_tokens_per_s']:.1f}",
+            _ratio(each["decode_ratio"]),
+            _ratio(each["vllm_decode_ratio"]),
+            f"{each['prefill_tokens_per_s']:.0f}",
+            _ratio(each["prefill_ratio"]),
+            _ratio(each["vllm_prefill_ratio"]),
+        ]
+        lines.append(row(str(each["batch"]), *cells))
     return "\n".join(lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+@contextmanager
+def _vllm_url(options: argparse.Namespace) -> Iterator[str | None]:
+    if not options.start_vllm:
+        yield options.vllm_url
+        return
+    server_options = vllm_server.ServerOptions(
+        options.model, num_threads=options.num_threads, max_model_len=MAX_MODEL_LEN
+    )
+    with vllm_server.running(server_options) as (server,):
+        yield server.url
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(options.num_threads)
+    description = describe_run()
+    engine = load_native_engine(
+        EngineSettings(
+            model=options.model,
+            num_threads=options.num_threads,
+            dtype=options.dtype,
+            quantization=options.quantization,
+            max_model_len=MAX_MODEL_LEN,
+        )
+    )
+    try:
+        hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        with _vllm_url(options) as url:
+            implementations = [native_implementation(engine), generate_implementation(hf_model)]
+            implementations += [vllm_implementation(url)] if url else []
+            vocab_size = min(engine.model.vocab_size, hf_model.config.get_text_config().vocab_size)
+            rows = []
+            for batch in options.batches:
+                rows.append(measure(implementations, batch, options.rounds, vocab_size))
+                print(f"batch {batch}: {rows[-1]}", file=sys.stderr, flush=True)
+    finally:
+        engine.shutdown()
+    settings = {
+        "model": Path(options.model).name,
+        "dtype": options.quantization or options.dtype,
+        "num_threads": options.num_threads,
+        "rounds": options.rounds,
+    }
+    return {"settings": settings, "rows": rows, "run": description}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a local path or a Hugging Face id")
+    parser.add_argument("--vllm-url", metavar="URL", help="a vLLM server that runs the same model")
+    parser.add_argument("--start-vllm", action="store_true", help="install vLLM for CPUs and start it")
+    parser.add_argument("--num-threads", type=int, default=1, help="threads of each (default: 1)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the native engine")
+    parser.add_argument("--quantization", choices=["int8"], help="of the native engine")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--batches", type=lambda text: tuple(map(int, text.split(","))), default=BATCHES, help="for example 1,8"
+    )
+    add_json_argument(parser)
+    options = parser.parse_args()
+    if options.start_vllm and options.vllm_url:
+        parser.error("--start-vllm and --vllm-url exclude each other")
+    document = run(options)
+    write_output(document, table(document), options.json)
+
+
+if __name__ == "__main__":
+    main()

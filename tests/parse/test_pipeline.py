@@ -14,6 +14,7 @@ from parse.engines.protocol import Capabilities
 from parse.errors import RequestError, VerificationError
 from parse.events import Finished, TextDelta, Verification
 from parse.pipeline import Pipeline
+from parse.prefixes import DEFAULT_STRIDE
 from parse.prompts import build_verification_suffix
 from parse.registry import METHODS, MODES
 from parse.requests import GenerationRequest
@@ -183,6 +184,19 @@ def test_the_full_answer_is_asked_about_only_if_the_draft_ended_by_itself(make):
     token_ids, _, _, finished = answered(make(target, Scripted([RIGHT[:10]], ended=False)), "full")
     assert target.calls[1] == ("verify", PROMPT, tuple(RIGHT[:10]), (4, 8), False)
     assert token_ids == RIGHT[:8] + OWN[8:] and finished.usage.accepted_tokens == 8
+
+
+@pytest.mark.parametrize("stride, of_engine, expected", [(5, 7, 5), (None, 7, 7), (None, None, DEFAULT_STRIDE)])
+def test_the_engine_chooses_the_stride_if_no_setting_does(make, stride, of_engine, expected):
+    target = Target()
+    pipeline = make(target, Scripted([RIGHT]))
+    pipeline = replace(
+        pipeline,
+        capabilities=replace(CAPABILITIES, stride=of_engine),
+        settings=pipeline.settings.model_copy(update={"stride": stride}),
+    )
+    answered(pipeline, "full")
+    assert target.calls[1][3] == (*range(expected, 20, expected), 20)
 
 
 def test_thresholds_of_the_request_count(make):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.engine_speed import resident_mb
 from bench.smollm2 import smollm2
-from bench.throughput import resident_mb
 from parse.acceptance import Thresholds
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.errors import RequestError

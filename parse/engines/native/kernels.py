@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 from transformers import PreTrainedModel
 
+from parse.engines.native.int8 import quantize_linears
 from parse.engines.native.kernel_selection import KernelChoice, Shape, build_forward, planned_kernels
 from parse.engines.native.linear_kernels import Forward
 from parse.engines.native.plan_store import ModelPlan
@@ -31,9 +32,16 @@ COMPARED_TOKENS = 1, 8, 40
 
 
 def optimize_network(network: PreTrainedModel, plan: ModelPlan | None) -> None:
-    """Replaces the forward functions of norms and, if there is a plan, of the linear layers on a CPU."""
+    """Replaces the forward functions of norms and, if there is a plan, of the linear layers on a CPU.
+
+    The plan also says whether these are quantized.
+    """
     optimize_norms(network)
-    if plan is not None and plan.key.device == "cpu" and plan.key.quantization is None:
+    if plan is None or plan.key.device != "cpu":
+        return
+    if plan.key.quantization == "int8":
+        quantize_linears(network)
+    else:
         optimize_linears(network, partial(planned_kernels, plan))
 
 

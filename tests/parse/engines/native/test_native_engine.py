@@ -276,6 +276,33 @@ def test_verifications_are_those_of_separate_conversations_whoever_else_is_serve
     assert max(spread) - min(spread) > 0.5, "verdicts hardly differ on this model"
 
 
+def test_a_search_evaluates_few_prefixes_and_finds_a_failure_after_one_that_passes(engine, reference, monkeypatch):
+    options = replace(engine._verify_options(), pass_seconds=lambda num_tokens: 1.0 + num_tokens)
+    monkeypatch.setattr(engine, "_verify_options", lambda: options)
+    rng = random.Random(8)
+    num_evaluated, lengths = 0, range(1, 61)
+    for _ in range(10):
+        prompt, draft = text(rng, 20), text(rng, 60)
+        expected = expected_p_correct(reference, prompt, draft, lengths)
+        threshold = sorted(expected)[rng.randrange(60)] - 1e-3
+        request = VerifyRequest(
+            prompt_token_ids=prompt,
+            draft_token_ids=draft,
+            prefix_lengths=lengths,
+            suffix=SUFFIX,
+            policy=AcceptancePolicy(Thresholds(full=1.0, prefix=max(0.0, threshold)), exhaustive=False),
+        )
+        result = asyncio.run(engine.verify(request))
+        evaluated = result.evaluated
+        num_evaluated += len(evaluated)
+        assert [result.p_correct[i] for i in evaluated] == pytest.approx([expected[i] for i in evaluated], abs=1e-4)
+        fused = VerifyAndGenerateRequest(verify=request, sampling_params=GREEDY)
+        accepted = fused.accepted_prefix_length(result)
+        assert accepted == 60 or (accepted in evaluated and expected[accepted] < threshold)  # the next prefix fails
+        assert accepted == 0 or (accepted - 1 in evaluated and expected[accepted - 1] >= threshold)
+    assert num_evaluated < 10 * 30
+
+
 def test_seeds_reproduce_texts_whoever_else_is_served(engine):
     rng = random.Random(2)
     cases = [
@@ -689,7 +716,12 @@ def test_the_fused_call_is_a_verification_and_then_a_generation(engine, tokenize
     Other requests run at the same time.
     """
     rng = random.Random(21)
-    options = replace(engine._verify_options(), answer_first=answer_first, max_nodes=4 * len(SUFFIX.token_ids))
+    options = replace(
+        engine._verify_options(),
+        answer_first=answer_first,
+        max_nodes=4 * len(SUFFIX.token_ids),
+        pass_seconds=lambda num_tokens: 1.0 + num_tokens,
+    )
     monkeypatch.setattr(engine, "_verify_options", lambda: options)
 
     def request(index):
@@ -712,7 +744,9 @@ def test_the_fused_call_is_a_verification_and_then_a_generation(engine, tokenize
             draft_complete=complete,
             prefix_lengths=lengths,
             suffix=SUFFIX,
-            policy=AcceptancePolicy(p_thresholds, rng.choice(["first_failure", "longest_passing"])),
+            policy=AcceptancePolicy(
+                p_thresholds, rng.choice(["first_failure", "longest_passing"]), exhaustive=rng.random() < 0.5
+            ),
             num_logprobs=params.logprobs,
         )
         return VerifyAndGenerateRequest(
