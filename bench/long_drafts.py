@@ -18,6 +18,7 @@ import torch
 
 from bench.engine_speed import random_prompts
 from bench.output import add_json_argument, heading, row, write_output
+from bench.smollm2 import find_model
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings, VerificationSettings
 from parse.engines.loader import load_native_engine
@@ -144,7 +145,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a local path or a Hugging Face id")
+    parser.add_argument("--model", type=find_model, required=True, help="a local path, a Hugging Face id or smollm2")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
         "--lengths",

@@ -30,6 +30,11 @@ metering     $results/metering.json              5 quiet
 overlap      $results/overlap.json               3 quiet
 fused_call   $results/fused_call.json            3 quiet
 engines      $results/engines.json              15 quiet
+throughput   $results/throughput.json           15 quiet
+throughput_int8 $results/throughput_int8.json    6 quiet
+throughput_bfloat16 $results/throughput_bfloat16.json 6 quiet
+precision    $results/precision.json             2 any
+long_drafts  $results/long_drafts.json          12 quiet
 "
 
 head_card() { "$python" -m training.acceptance --head "models/demo-$1" --problems 200 --seed 0 --threads 1 --card; }
@@ -63,6 +68,11 @@ measure() {
     overlap) "$python" -m bench.overlap --problems 100 --rounds 5 --json $results/overlap.json ;;
     fused_call) "$python" -m bench.fused_call --problems 200 --json $results/fused_call.json ;;
     engines) "$python" -m bench.engines --start-vllm --problems 40 --seed 5 --concurrency 1,8 --json $results/engines.json ;;
+    throughput) "$python" -m bench.throughput --model smollm2 --start-vllm --batches 1,8,16 --json $results/throughput.json ;;
+    throughput_int8) "$python" -m bench.throughput --model smollm2 --quantization int8 --batches 1,8 --json $results/throughput_int8.json ;;
+    throughput_bfloat16) "$python" -m bench.throughput --model smollm2 --dtype bfloat16 --batches 1,8 --json $results/throughput_bfloat16.json ;;
+    precision) "$python" -m bench.precision --model smollm2 --json $results/precision.json ;;
+    long_drafts) "$python" -m bench.long_drafts --model smollm2 --json $results/long_drafts.json --plot bench/long_drafts.svg ;;
     gpu) "$python" -m bench.gpu --shape qwen3-8b --profile --json $results/gpu.json ;;
     *) echo "measure.sh: there is no measurement $1; see --list" >&2; exit 2 ;;
     esac

