@@ -39,7 +39,7 @@ def _torch(weight: Tensor, bias: Tensor | None) -> Forward:
 def _onednn(weight: Tensor, bias: Tensor | None) -> Forward:
     """oneDNN compiles a kernel for each number of tokens, which takes 0.4 ms and 0.6 MB, so the numbers are rounded."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    compute = torch.ops.mkldnn._linear_pointwise
+    compute = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(x: Tensor) -> Tensor:
         tokens = x.shape[-2]
@@ -53,7 +53,7 @@ def _onednn(weight: Tensor, bias: Tensor | None) -> Forward:
 def _mkl(weight: Tensor, bias: Tensor | None) -> Forward:
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_PACKED_TOKENS)
     shape = weight.new_empty((1, 1)).expand(weight.shape)  # the operator reads only the shape of the weight
-    compute, inputs = torch.ops.mkl._mkl_linear, weight.shape[1]
+    compute, inputs = torch.ops.mkl._mkl_linear.default, weight.shape[1]
 
     def forward(x: Tensor) -> Tensor:
         out: Tensor = compute(x, packed, shape, bias, x.numel() // inputs)

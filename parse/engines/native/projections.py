@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from parse.engines.native.linear_kernels import Forward
 
 PASS_TOKENS = 3
+MIN_JOINED_ELEMENTS = 1 << 18  # of a joint weight; for smaller ones, handing out the outputs costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,12 @@ def group_linears(network: PreTrainedModel) -> list[LinearGroup]:
     A short pass shows which these are. The modules keep their weights, which become views of the joint weight.
     """
     num_users = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
-    grouped = [modules for modules in _with_same_input(network) if all(num_users[id(m.weight)] == 1 for m in modules)]
+    grouped = [
+        modules
+        for modules in _with_same_input(network)
+        if all(num_users[id(module.weight)] == 1 for module in modules)
+        and sum(module.weight.numel() for module in modules) >= MIN_JOINED_ELEMENTS
+    ]
     in_group = {module for modules in grouped for module in modules}
     others = [(module,) for module in _linears(network) if module not in in_group]
     return [

@@ -7,10 +7,17 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from parse.engines.native import projections
 from parse.engines.native.kernel_selection import TOKEN_COUNTS
 from parse.engines.native.kernels import optimize_linears, optimize_norms
 from parse.engines.native.linear_kernels import KERNELS, LinearKernel, available_kernels
 from tests.parse.engines.native.tiny import SERVED, VOCABULARY, build, plain
+
+
+@pytest.fixture(autouse=True)
+def join_small_layers(monkeypatch):
+    monkeypatch.setattr(projections, "MIN_JOINED_ELEMENTS", 0)
+
 
 PACKED_KERNELS = [name for name in available_kernels(torch.float32) if name != "torch"]
 MIXED = ("torch", "torch", *[PACKED_KERNELS[-1] if PACKED_KERNELS else "torch"] * (len(TOKEN_COUNTS) - 2))

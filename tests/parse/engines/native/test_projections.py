@@ -1,8 +1,15 @@
+import pytest
 import torch
 from torch import nn
 
+from parse.engines.native import projections
 from parse.engines.native.projections import group_linears
 from tests.parse.engines.native.tiny import build, plain
+
+
+@pytest.fixture(autouse=True)
+def join_small_layers(monkeypatch):
+    monkeypatch.setattr(projections, "MIN_JOINED_ELEMENTS", 0)
 
 
 def names(network, group):
@@ -77,3 +84,9 @@ def test_shared_outputs_belong_to_the_input_of_the_call():
     ):
         torch.testing.assert_close(module(x), x @ part.T)
     assert num_calls == 5
+
+
+def test_small_layers_are_not_joined(monkeypatch):
+    monkeypatch.setattr(projections, "MIN_JOINED_ELEMENTS", 64 * 32 + 1)
+    joined = [names(network, group) for network in [build("llama")] for group in group_linears(network)]
+    assert {"q_proj", "k_proj", "v_proj"} not in joined and {"gate_proj", "up_proj"} in joined
