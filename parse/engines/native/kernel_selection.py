@@ -33,6 +33,7 @@ SAMPLE_BYTES = 16 * 2**20
 MAX_SAMPLE_LAYERS = 16
 # A layer with two kernels has two copies of its weight. They have to be worth it.
 MIN_GAIN_OF_SECOND_KERNEL = 0.03
+MAX_DUPLICATED_BYTES = 2**30  # models with larger linear layers keep a single copy, so that they fit into memory
 
 Shape = tuple[int, int]
 """Outputs and inputs of a linear layer."""
@@ -71,14 +72,17 @@ def select_kernels(weights: Mapping[Shape, Sequence[Tensor]]) -> dict[Shape, Ker
     The largest weights come first. Each shape may take half of the time that is left.
     """
     end = time.perf_counter() + TIME_LIMIT_S
+    allow_second = sum(layer.nbytes for layers in weights.values() for layer in layers) <= MAX_DUPLICATED_BYTES
     choices = {}
     for shape, layers in sorted(weights.items(), key=lambda item: -item[1][0].numel()):
         now = time.perf_counter()
-        choices[shape] = choose(_time_kernels(_sample(layers), deadline=now + max(0.0, end - now) / 2))
+        choices[shape] = choose(
+            _time_kernels(_sample(layers), deadline=now + max(0.0, end - now) / 2), allow_second=allow_second
+        )
     return choices
 
 
-def choose(seconds: Mapping[str, Mapping[int, float]]) -> KernelChoice:
+def choose(seconds: Mapping[str, Mapping[int, float]], *, allow_second: bool = True) -> KernelChoice:
     """Returns the kernel for each number of tokens, from the seconds that each kernel takes for some numbers.
 
     A number of tokens that was not timed gets the kernel of the next larger one that was, or of the largest.
@@ -91,7 +95,7 @@ def choose(seconds: Mapping[str, Mapping[int, float]]) -> KernelChoice:
 
     names: tuple[str, ...] = (min(seconds, key=lambda name: slowness((name,))),)
     best_pair = min(combinations(seconds, 2), key=slowness, default=names)
-    if slowness(best_pair) < slowness(names) + math.log1p(-MIN_GAIN_OF_SECOND_KERNEL):
+    if allow_second and slowness(best_pair) < slowness(names) + math.log1p(-MIN_GAIN_OF_SECOND_KERNEL):
         names = best_pair
     timed = {count: min(names, key=lambda name: seconds[name][count]) for count in counts}
     return tuple(timed[counts[min(bisect_left(counts, count), len(counts) - 1)]] for count in TOKEN_COUNTS)

@@ -28,6 +28,16 @@ def test_a_second_kernel_is_used_only_if_it_is_worth_its_copy_of_the_weight():
     assert clearly == ("torch", *["mkl"] * 6)
 
 
+def test_a_large_model_has_one_kernel_per_layer(monkeypatch):
+    times = seconds(torch=[0.5, *[2] * 6], mkl=[1] * 7)
+    assert choose(times, allow_second=False) == ("mkl",) * 7
+    monkeypatch.setattr(kernel_selection, "_time_kernels", lambda layers, deadline: times)
+    layers = {(64, 32): [torch.randn(64, 32)]}
+    assert select_kernels(layers)[64, 32] == ("torch", *["mkl"] * 6)
+    monkeypatch.setattr(kernel_selection, "MAX_DUPLICATED_BYTES", 64 * 32 * 4 - 1)
+    assert select_kernels(layers)[64, 32] == ("mkl",) * 7
+
+
 def test_two_kernels_are_those_with_the_least_time_together():
     """Compared with all subsets of one and two kernels."""
     generator = torch.Generator().manual_seed(4)
