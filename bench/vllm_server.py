@@ -47,8 +47,6 @@ class ServerOptions:
     more: Sequence[str] = ()
     """More arguments of vLLM's server."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    niceness: int = 0
-    """A higher number leaves more CPU time to other processes."""
 
 
 def install(version: str = NEWEST) -> Path:
@@ -123,7 +121,6 @@ def start(options: ServerOptions, *, port: int | None = None, wait: bool = True)
     folder = install(options.version)
     port = port or free_port()
     command = [
-        *("nice", "-n", str(options.niceness)),
         str(folder / "bin" / "python"),
         *("-m", "vllm.entrypoints.openai.api_server"),
         *("--model", options.model, "--served-model-name", Path(options.model).name),

@@ -13,11 +13,10 @@ from parse.demo import DEMO_TARGET
 from training.tokenizer import build_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray gives its workers a low priority. Beside the other tests of a small machine they would then hardly run at all.
+os.environ.setdefault("RAY_worker_niceness", "0")
 set_ray_environment()  # before anybody imports Ray
 torch.set_num_threads(1)  # pytest runs one worker per core
-
-
-RAYS_NICENESS = 15  # of Ray's workers; a server without it would slow down the tests that use Ray at the same time
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no type hints
@@ -62,13 +61,7 @@ def one_thread() -> Iterator[None]:
 def vllm() -> Iterator[VLLMServer]:
     """A real vLLM that serves the demo target. The environment variable VLLM_VERSION selects another release."""
     version = os.environ.get("VLLM_VERSION", NEWEST)
-    options = ServerOptions(
-        DEMO_TARGET,
-        version=version,
-        block_size=32,
-        more=("--enable-prompt-tokens-details",),
-        niceness=RAYS_NICENESS,
-    )
+    options = ServerOptions(DEMO_TARGET, version=version, block_size=32, more=("--enable-prompt-tokens-details",))
     try:
         server = start(options)
     except VLLMUnavailable as error:
