@@ -3,7 +3,9 @@
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from typing import Any
 
 import openai
@@ -521,13 +523,12 @@ def test_every_choice_has_its_own_report(client):
 
 
 def test_mode_exact_gives_the_answer_of_the_target_alone(client):
-    for index in range(2):
-        cases: list[Any] = [{}, {"temperature": 1.0, "seed": index, "max_tokens": 60}]
-        for sampling_params in cases:
-            exact, off = (
-                chat(client, problem_messages(index), mode=mode, **sampling_params) for mode in ("exact", "off")
-            )
-            assert text_of(exact) == text_of(off) and exact.choices[0].finish_reason == off.choices[0].finish_reason
+    options: list[Any] = [{}, {"temperature": 1.0, "seed": 3, "max_tokens": 60}]
+    cases = list(product(range(2), options, ("exact", "off")))
+    with ThreadPoolExecutor(len(cases)) as pool:
+        answers = list(pool.map(lambda case: chat(client, problem_messages(case[0]), mode=case[2], **case[1]), cases))
+    for exact, off in zip(answers[::2], answers[1::2], strict=True):
+        assert text_of(exact) == text_of(off) and exact.choices[0].finish_reason == off.choices[0].finish_reason
 
 
 def test_thresholds_are_applied_and_have_a_minimum(client):

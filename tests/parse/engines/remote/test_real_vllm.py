@@ -28,7 +28,7 @@ from training.measure import draw_problems
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NUM_PROBLEMS = 8
-NUM_SAMPLES = 400
+NUM_SAMPLES = 300
 TIE = 1e-4  # nats between the two most likely tokens, below which either may be chosen
 
 
@@ -109,14 +109,14 @@ def forwarding(port):
         event_loop.close()
 
 
-def answers(pair, mode, problems, **options):
+async def answer_all(pair, mode, problems, **options):
     """Answers all problems at the same time."""
+    calls = (pair.agenerate(problem.question, mode=mode, temperature=0, **options) for problem in problems)
+    return await asyncio.gather(*calls)
 
-    async def answer_all():
-        calls = (pair.agenerate(problem.question, mode=mode, temperature=0, **options) for problem in problems)
-        return await asyncio.gather(*calls)
 
-    return asyncio.run(answer_all())
+def answers(pair, mode, problems, **options):
+    return asyncio.run(answer_all(pair, mode, problems, **options))
 
 
 def differs_only_after_a_tie(output, expected):
@@ -139,7 +139,11 @@ def test_what_it_finds_out_about_the_server(pair):
 def test_answers_are_those_of_the_native_engine(pair, native_pair, mode):
     problems = draw_problems(21, NUM_PROBLEMS)
     logprobs = dict(logprobs=2) if mode in ("off", "exact") else {}
-    outputs, expected = (answers(each, mode, problems, **logprobs) for each in (pair, native_pair))
+
+    async def answer_with_both():
+        return await asyncio.gather(*(answer_all(each, mode, problems, **logprobs) for each in (pair, native_pair)))
+
+    outputs, expected = asyncio.run(answer_with_both())
     if mode in ("off", "exact"):
         assert all(map(differs_only_after_a_tie, outputs, expected))
     else:
@@ -221,12 +225,11 @@ def test_the_same_prefix_is_accepted_as_with_the_native_engine(pair, native_pair
     suffix = build_verification_suffix(
         pair.tokenizer, verification.prompt, verification.correct, verification.incorrect
     )
-    engine, native = pair.target, native_pair.target
-    for problem in draw_problems(23, NUM_PROBLEMS):
-        output = native_pair.generate(problem.question, mode="off", temperature=0)
+
+    def with_an_error(output):
         draft = list(output.token_ids)
         draft[-8] = draft[0]
-        request = VerifyRequest(
+        return VerifyRequest(
             prompt_token_ids=output.prompt_token_ids,
             draft_token_ids=draft,
             prefix_lengths=[*range(8, len(draft), 8), len(draft)],
@@ -235,10 +238,14 @@ def test_the_same_prefix_is_accepted_as_with_the_native_engine(pair, native_pair
             policy=AcceptancePolicy(verification.thresholds()),
         )
 
-        async def verify_both(request=request):
-            return await engine.verify(request), await native.verify(request)
+    requests = map(with_an_error, answers(native_pair, "off", draw_problems(23, NUM_PROBLEMS)))
 
-        ours, theirs = pair._event_loop.run(verify_both())
+    async def verify_all():
+        calls = (engine.verify(request) for request in requests for engine in (pair.target, native_pair.target))
+        return await asyncio.gather(*calls)
+
+    results = pair._event_loop.run(verify_all())
+    for ours, theirs in zip(results[::2], results[1::2], strict=True):
         compared = [
             (one, two) for one, two in zip(ours.p_correct, theirs.p_correct, strict=True) if None not in (one, two)
         ]
