@@ -51,8 +51,8 @@ test-real: setup  ## run all tests of the real model SmolLM2-135M-Instruct, also
 test-clients: setup  ## test the API with all clients of tests/clients/, and write docs/clients.md (about 10 minutes; needs Node)
 	$(BIN)/python -m tests.clients
 
-releases: setup  ## run the tests of the remote engine with each release of vLLM in bench/vllm/ (about 5 minutes each)
-	for lock in bench/vllm/*.lock; do \
+releases: setup  ## run the tests of the remote engine with each release of vLLM in parse/engines/vllm/locks/ (about 5 minutes each)
+	for lock in parse/engines/vllm/locks/*.lock; do \
 		VLLM_VERSION=$$(basename $$lock .lock) CI=1 $(BIN)/python -m pytest tests/parse/engines/remote/test_real_vllm.py || exit 1; \
 	done
 
@@ -80,6 +80,7 @@ results: setup  ## write the figures of bench/results/ and the model cards into 
 
 docs: setup  ## write the pages that are generated from code
 	$(BIN)/python -m deployments.reference > docs/configuration.md
+	$(BIN)/python -m deployments.engine_reference > docs/engines.md
 	$(BIN)/python -m deployments.observability.metrics_reference > docs/metrics.md
 
 dashboards: setup  ## write Grafana's dashboards and Prometheus' rules from cluster/

@@ -3,7 +3,7 @@
     python -m bench.engines --start-vllm --problems 100 --seed 5 --concurrency 1,8 --json engines.json
     python -m bench.engines --target-url http://127.0.0.1:8001 --problems 20     # a server that runs already
 
-With `--start-vllm`, an unmodified vLLM for CPUs is installed in an environment of its own (bench/vllm_server.py), and a
+With `--start-vllm`, an unmodified vLLM for CPUs is installed in an environment of its own, and a
 server is started for each configuration. All of them stay up, and the contenders take turns on groups of problems, so
 that a change of the machine's speed affects all of them.
 
@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bench.output import add_json_argument, heading, milliseconds, row, write_output
 from bench.vllm_server import ServerOptions, running
-from parse.config import EngineSettings, RemoteEngineConfig, SpeculativeConfig, VerificationSettings
+from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_EAGLE3, DEMO_PARALLEL, DEMO_TARGET
+from parse.engine_config import RemoteEngineConfig
 from parse.engines.loader import load_engine
 from parse.engines.protocol import Engine
 from parse.events import TextDelta

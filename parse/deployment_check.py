@@ -7,11 +7,13 @@ checks usually sees no GPU, and the replicas of an earlier version still use the
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from parse.config import EngineSettings, RemoteEngineConfig, VerificationSettings
+from parse.config import EngineSettings, VerificationSettings
+from parse.engine_config import RemoteEngineConfig, VLLMEngineConfig
 from parse.engines.drafter import shares_vocabulary
 from parse.engines.native.checkpoint import load_skeleton, readable_bytes, weight_bytes
 from parse.engines.native.model import check_supported
-from parse.engines.remote.loader import inspect_servers
+from parse.engines.remote.loader import addresses, inspect_servers
+from parse.engines.vllm.loader import check_vllm
 from parse.errors import ModelLoadError
 from parse.pair_settings import check_model_folder, model_load_error
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids, validate_template_kwargs
@@ -26,12 +28,14 @@ def check_models(
     verification: VerificationSettings,
     *,
     memory_bytes: int | None = None,
+    on_this_node: bool = False,
 ) -> None:
     """Raises ModelLoadError, which names the setting, the model and what is wrong with it in one line.
 
     `memory_bytes` is the machine's memory if all models run on the CPUs of one machine, and otherwise None.
+    `on_this_node` says that the replicas cannot be on another node.
     """
-    network, tokenizer = _check_model("target", target)
+    network, tokenizer = _check_model("target", target, on_this_node=on_this_node)
     needed_bytes = _weight_bytes(network, target)
     for index, config in enumerate(target.speculative_configs):
         argument = f"target.speculative_configs[{index}]"
@@ -62,7 +66,7 @@ def check_models(
     except ValueError as error:
         raise model_load_error("target", target.model, error) from error
     if draft is not None:
-        draft_network, draft_tokenizer = _check_model("draft", draft)
+        draft_network, draft_tokenizer = _check_model("draft", draft, on_this_node=on_this_node)
         needed_bytes += _weight_bytes(draft_network, draft)
         if not shares_vocabulary(draft_tokenizer, tokenizer):
             try:
@@ -84,14 +88,20 @@ def _weight_bytes(network: PreTrainedModel | None, settings: EngineSettings) -> 
     return weight_bytes(network.config, "float32" if settings.dtype == "auto" else settings.dtype) or 0
 
 
-def _check_model(argument: str, settings: EngineSettings) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
+def _check_model(
+    argument: str, settings: EngineSettings, *, on_this_node: bool = False
+) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
     """Returns the network without its weights, unless it runs on a server, and the tokenizer."""
     is_remote = isinstance(settings.engine, RemoteEngineConfig)
     check_model_folder(argument, settings.model, has_weights=not is_remote)
     try:
+        if isinstance(settings.engine, VLLMEngineConfig):
+            target_tokenizer = AutoTokenizer.from_pretrained(settings.model)
+            check_vllm(settings, settings.engine, on_this_node=on_this_node)
+            return None, target_tokenizer
         if isinstance(settings.engine, RemoteEngineConfig):
             target_tokenizer = AutoTokenizer.from_pretrained(settings.model)
-            inspect_servers(settings.engine, target_tokenizer)
+            inspect_servers(addresses(settings.engine), settings.engine.model_name, target_tokenizer)
             return None, target_tokenizer
         network, tokenizer = load_skeleton(settings.model)
         check_supported(network)

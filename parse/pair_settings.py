@@ -7,12 +7,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from parse.config import EngineSettings, NativeEngineConfig, Settings, VerificationSettings
+from parse.config import EngineSettings, VerificationSettings
 from parse.demo import find_demo_model
+from parse.engine_config import NativeEngineConfig
 from parse.engines import loader
 from parse.engines.protocol import Engine
 from parse.errors import ModelLoadError, RequestError
 from parse.renamed_settings import describe_errors
+from parse.settings import Settings
 
 ModelChoice = str | Path | EngineSettings
 """A folder, a Hugging Face id, or the settings of a model."""

@@ -7,9 +7,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
-from bench.vllm_server import NEWEST, ServerOptions, VLLMServer, VLLMUnavailable, start
+from bench.vllm_server import ServerOptions, VLLMServer, start
 from deployments.__main__ import set_ray_environment
 from parse.demo import DEMO_TARGET
+from parse.engines.vllm.installation import NEWEST, VLLMUnavailable
 from training.tokenizer import build_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

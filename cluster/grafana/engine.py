@@ -273,12 +273,22 @@ SERVERS = Row(
         time_series_panel(
             PanelOptions(
                 "Servers",
-                "vLLM servers that remote engines call. If some are failing, the logs of the deployment say why, and "
-                "the others get their requests. Without a remote engine, the numbers are zero.",
+                "vLLM servers that engines call. If some are failing, the logs of the deployment say why, and the "
+                "others get their requests. If all models run in the native engine, the numbers are zero.",
                 "none",
-                width=12,
+                width=8,
             ),
             Query(VIEW.gauge(metrics.ENGINE_SERVERS, by=("deployment", "state")), "{{deployment}} {{state}}"),
+        ),
+        time_series_panel(
+            PanelOptions(
+                "Restarts",
+                "How often replicas have started their own vLLM servers again. The logs of the deployment have the "
+                "last lines of the server that has ended.",
+                "none",
+                width=8,
+            ),
+            Query(figures.server_restarts(VIEW, by=("deployment",)), "{{deployment}}"),
         ),
         time_series_panel(
             PanelOptions(
@@ -286,7 +296,7 @@ SERVERS = Row(
                 "Share of the tokens proposed by the speculative_config of the vLLM servers that became part of "
                 "answers. It includes the requests of other clients of these servers.",
                 SHARE,
-                width=12,
+                width=8,
             ),
             Query(figures.server_proposals_accepted(VIEW, by=("deployment",)), "{{deployment}}"),
             max_value=1.0,

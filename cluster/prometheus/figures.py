@@ -168,6 +168,11 @@ def server_proposals_accepted(view: View, by: tuple[str, ...] = ()) -> str:
     return or_zero(share, view.gauge(metrics.ENGINE_SERVERS, by=by))
 
 
+def server_restarts(view: View, by: tuple[str, ...] = ()) -> str:
+    """How often replicas have started their own servers again in the window."""
+    return view.increase(metrics.ENGINE_SERVER_RESTARTS, by=by)
+
+
 def stage_seconds_per_answer(view: View) -> str:
     """Mean seconds of each stage per answer."""
     answers = parenthesized(view.count(metrics.ANSWER_SECONDS))

@@ -250,6 +250,10 @@ ENGINE_SERVERS = ENGINE_METRICS.gauge(
     "vLLM servers of a remote engine: those that respond with the right model (responding), and the others (failing).",
     {"state": get_args(ServerState)},
 )
+ENGINE_SERVER_RESTARTS = ENGINE_METRICS.counter(
+    "parse_engine_server_restarts_total",
+    "How often a replica has started its own vLLM server again, because it had ended or did not respond.",
+)
 
 
 class MetricsRecorder:

@@ -5,9 +5,10 @@ It assigns the device, warms up the engine, and reports health and metrics.
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
@@ -57,8 +58,10 @@ class ModelReplica:
         return await self.engine.read_stats()
 
     async def collect_metrics(self) -> ReplicaMetrics:
-        await self._update_metrics()
-        return self._recorder.collect()
+        stats = await self._update_metrics()
+        collected = self._recorder.collect()
+        server_families = text_string_to_metric_families(stats.server_metrics)
+        return replace(collected, families=[*collected.families, *server_families])
 
     async def _export_metrics_loop(self) -> None:
         while True:
@@ -66,7 +69,7 @@ class ModelReplica:
             logs.flush_serve_logger()
             await asyncio.sleep(EXPORT_INTERVAL_S)
 
-    async def _update_metrics(self) -> None:
+    async def _update_metrics(self) -> EngineStats:
         stats, recorder = await self.engine.read_stats(), self._recorder
         recorder.set(metrics.ENGINE_REQUESTS_RUNNING, stats.num_running)
         recorder.set(metrics.ENGINE_REQUESTS_WAITING, stats.num_waiting)
@@ -75,6 +78,7 @@ class ModelReplica:
         recorder.set(metrics.ENGINE_KV_CACHE_BLOCKS, stats.blocks_total - stats.blocks_used, state="free")
         recorder.set(metrics.ENGINE_SERVERS, stats.servers_responding, state="responding")
         recorder.set(metrics.ENGINE_SERVERS, stats.servers_failing, state="failing")
+        recorder.update_total(metrics.ENGINE_SERVER_RESTARTS, stats.num_server_restarts)
         recorder.update_total(metrics.ENGINE_PROPOSED_TOKENS, stats.num_proposed_tokens)
         recorder.update_total(metrics.ENGINE_ACCEPTED_TOKENS, stats.num_accepted_tokens)
         recorder.update_total(metrics.ENGINE_STEPS, stats.num_steps)
@@ -88,6 +92,7 @@ class ModelReplica:
         ):
             if value is not None:
                 recorder.update_total(metric, value)
+        return stats
 
     async def describe(self) -> ReplicaInfo:
         engine, visible_gpus = self.engine, os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -7,12 +7,14 @@ This module is above both the engine and the methods, so that neither has to imp
 
 import torch
 
-from parse.config import EngineSettings, RemoteEngineConfig
+from parse.config import EngineSettings
+from parse.engine_config import RemoteEngineConfig, VLLMEngineConfig
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
 from parse.engines.native.step_timing import planned_step_seconds
 from parse.engines.protocol import Engine
 from parse.engines.remote.loader import load_remote_engine
+from parse.engines.vllm.loader import load_vllm_engine
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.loading import load_methods
 
@@ -20,6 +22,8 @@ from parse.speculative.loading import load_methods
 def load_engine(settings: EngineSettings) -> Engine:
     if isinstance(settings.engine, RemoteEngineConfig):
         return load_remote_engine(settings, settings.engine)
+    if isinstance(settings.engine, VLLMEngineConfig):
+        return load_vllm_engine(settings, settings.engine)
     return load_native_engine(settings)
 
 

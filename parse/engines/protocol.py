@@ -43,6 +43,10 @@ class EngineStats:
     num_accepted_tokens: int = 0  # those of them that became part of answers
     servers_responding: int = 0  # servers that run the model for a remote engine
     servers_failing: int = 0
+    num_server_restarts: int = 0
+    """How often the engine has started its own server again."""
+    server_metrics: str = ""
+    """The metrics that the engine's own server exports, in the text format of Prometheus."""
 
 
 class Drafter(Protocol):

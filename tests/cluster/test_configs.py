@@ -23,7 +23,7 @@ from deployments.reference import list_deployments
 
 CLUSTER = PROJECT_ROOT / "cluster"
 RAY_SERVICE = CLUSTER / "rayservice.yaml"
-CONFIGS = [PROJECT_ROOT / "serve_config.yaml", *sorted(set(CLUSTER.glob("*.yaml")) - {RAY_SERVICE})]
+CONFIGS = [*sorted(PROJECT_ROOT.glob("serve_*.yaml")), *sorted(set(CLUSTER.glob("*.yaml")) - {RAY_SERVICE})]
 
 
 def embedded() -> str:
@@ -115,7 +115,20 @@ def test_links_of_the_pages_have_targets(page):
             assert part in [re.sub(r"[^a-z0-9 -]", "", head).replace(" ", "-") for head in heads], link
 
 
-@pytest.mark.parametrize("name", ["serve_gpu.yaml", "rayservice.yaml"])
+@pytest.mark.parametrize("num_gpus", [0, 1, 8])
+def test_replicas_have_as_many_gpus_as_their_vllm_needs(num_gpus, tmp_path):
+    config = yaml.safe_load(TEXTS["serve_vllm.yaml"])
+    (verifier,) = (d for d in application(config)["deployments"] if d["name"] == "Verifier")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    read_config(path)
+    verifier["ray_actor_options"]["num_gpus"] = num_gpus
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(LaunchError, match=f"Verifier.ray_actor_options.num_gpus is {num_gpus}, .* need 4"):
+        read_config(path)
+
+
+@pytest.mark.parametrize("name", ["serve_gpu.yaml", "serve_vllm.yaml", "rayservice.yaml"])
 def test_untried_files_say_that_they_are_untried(name):
     assert (CLUSTER / name).read_text().startswith("# NOT TRIED ON HARDWARE")
 

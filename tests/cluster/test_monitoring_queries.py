@@ -136,6 +136,7 @@ class SimulatedService:
         tell.add(metrics.ENGINE_EVICTIONS, 2)
         tell.set(metrics.ENGINE_SERVERS, 2, state="responding")
         tell.set(metrics.ENGINE_SERVERS, 0, state="failing")
+        tell.add(metrics.ENGINE_SERVER_RESTARTS, 1)
         tell.add(metrics.ENGINE_PROPOSED_TOKENS, 30)
         tell.add(metrics.ENGINE_ACCEPTED_TOKENS, 20)
 

@@ -8,8 +8,9 @@ from openai import OpenAI
 from bench.vllm_server import VLLMServer
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
-from parse.config import EngineSettings, RemoteEngineConfig
+from parse.config import EngineSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.engine_config import RemoteEngineConfig
 from parse.pair import Pair
 from tests.deployments.conftest import MODEL, settings
 from tests.deployments.live import LocalBackend, served

@@ -26,6 +26,7 @@ from deployments.api.response_models import (
 from deployments.api.routes import ERROR_DESCRIPTIONS
 from deployments.app import assemble
 from deployments.config import PROJECT_ROOT, ApiSettings, AppSettings, AuditSettings
+from deployments.engine_reference import render_engines_page
 from deployments.reference import describe_meaning, describe_type, list_deployments, render_configuration_page
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.events import StageName
@@ -43,6 +44,11 @@ def examples() -> Iterator[str]:
 
 def test_the_page_on_the_configuration_is_up_to_date():
     assert PAGE.read_text() == render_configuration_page(), "python -m deployments.reference > docs/configuration.md"
+
+
+def test_the_page_on_engines_shows_what_they_declare():
+    page = (PROJECT_ROOT / "docs" / "engines.md").read_text()
+    assert page == render_engines_page(), "python -m deployments.engine_reference > docs/engines.md"
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.config import ApiSettings, AppSettings
-from parse.config import VERIFICATION_FILE, EngineSettings, Settings, SpeculativeConfig, VerificationSettings
+from parse.config import VERIFICATION_FILE, EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.registry import METHODS, MODES
 from parse.renamed_settings import RENAMED_SETTINGS, describe_errors
+from parse.settings import Settings
 
 SECTIONS = {
     model.section: model
@@ -152,7 +153,7 @@ def test_the_settings_of_a_model_in_the_hubs_cache_are_used(tmp_path):
         ({"kind": "remote", "url": "http://user@a"}, "must not contain a query, a fragment or a user"),
         ({"kind": "remote", "url": ["http://a", "http://a/"]}, "must name each server only once"),
         ({"kind": "remote", "url": []}, "must name at least one server"),
-        ({"kind": "sglang"}, "'native', 'remote'"),
+        ({"kind": "sglang"}, "'native', 'vllm', 'remote'"),
         ({"kind": "native", "url": "http://a"}, "target.engine.native.url is not known"),
     ],
 )

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,21 +29,25 @@ METRICS_TIMEOUT_S = 2.0
 EXCLUDED = -100.0  # the bias of a token that must not be sampled
 
 
+@dataclass(frozen=True)
+class Connection:
+    """Servers that were checked, and what they can do."""
+
+    pool: ServerPool
+    model_name: str
+    features: ServerFeatures
+    capabilities: Capabilities
+    tokenizer: PreTrainedTokenizerBase
+
+
 class RemoteEngine:
     """Sends each call to a server. Calls may be made at the same time, all of them in one event loop."""
 
-    def __init__(
-        self,
-        pool: ServerPool,
-        *,
-        model_name: str,
-        features: ServerFeatures,
-        capabilities: Capabilities,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self.name, self.tokenizer = model_name, tokenizer
-        self._pool, self._features, self._capabilities = pool, features, capabilities
-        self._checks = RequestChecks(len(tokenizer), capabilities.max_model_len)
+    def __init__(self, connection: Connection) -> None:
+        self.name, self.tokenizer = connection.model_name, connection.tokenizer
+        self._pool, self._features = connection.pool, connection.features
+        self._capabilities = connection.capabilities
+        self._checks = RequestChecks(len(self.tokenizer), self._capabilities.max_model_len)
         self._verification_cost = VerificationCost()
         self._metrics: dict[str, str] = {}  # of each server, as they were read last
 

@@ -2,16 +2,18 @@
 
 import os
 import ssl
+from collections.abc import Sequence
 from dataclasses import fields
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from parse.config import EngineSettings, RemoteEngineConfig
+from parse.config import EngineSettings
+from parse.engine_config import RemoteEngineConfig
 from parse.engines.protocol import Capabilities
 from parse.engines.remote import vllm
-from parse.engines.remote.engine import RemoteEngine
+from parse.engines.remote.engine import Connection, RemoteEngine
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
-from parse.engines.remote.server import Server
+from parse.engines.remote.server import Server, ServerAddress
 from parse.engines.remote.server_pool import ServerPool
 from parse.engines.remote.startup import ModelIdentity, ServerFeatures, find_features, identify_model
 from parse.errors import RequestError, ServerError
@@ -31,24 +33,56 @@ matter, because the prefixes that are verified at the same time cannot share tok
 
 def load_remote_engine(settings: EngineSettings, config: RemoteEngineConfig) -> RemoteEngine:
     """Raises ValueError, in one line, if a server cannot be used."""
+    return RemoteEngine(
+        connect(settings, addresses(config), model_name=config.model_name, retry_timeout_s=config.retry_timeout_s)
+    )
+
+
+def connect(
+    settings: EngineSettings, addresses: Sequence[ServerAddress], *, model_name: str | None, retry_timeout_s: float
+) -> Connection:
+    """Raises ValueError, in one line, if a server cannot be used."""
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    identity, features = inspect_servers(config, tokenizer)
+    identity, features = inspect_servers(addresses, model_name, tokenizer)
 
     async def check(server: Server) -> None:
         identity.check(await identify_model(server, identity.name, tokenizer))
 
-    pool = ServerPool(_servers(config), check, retry_timeout_s=config.retry_timeout_s)
-    return RemoteEngine(
-        pool,
+    return Connection(
+        ServerPool([Server(address) for address in addresses], check, retry_timeout_s=retry_timeout_s),
         model_name=identity.name,
         features=features,
-        capabilities=_capabilities(settings, identity, features, tokenizer),
+        capabilities=server_capabilities(settings, identity, features, tokenizer),
         tokenizer=tokenizer,
     )
 
 
+def addresses(config: RemoteEngineConfig) -> list[ServerAddress]:
+    """Raises ValueError if there is no key, or no valid file of certificates, where the settings say so."""
+    api_key = None
+    if config.api_key_env is not None:
+        api_key = os.environ.get(config.api_key_env)
+        if not api_key:
+            raise ValueError(f"engine.api_key_env: the environment variable {config.api_key_env} is not set")
+    if config.tls_ca_file is not None:
+        try:
+            ssl.create_default_context(cafile=config.tls_ca_file)
+        except OSError as error:  # the errors of the library include ssl.SSLError, and do not name the file
+            raise ValueError(f"engine.tls_ca_file: {config.tls_ca_file}: {error.strerror or error}") from error
+    return [
+        ServerAddress(
+            url,
+            connect_timeout_s=config.connect_timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
+            api_key=api_key,
+            tls_ca_file=config.tls_ca_file,
+        )
+        for url in config.urls
+    ]
+
+
 def inspect_servers(
-    config: RemoteEngineConfig, tokenizer: PreTrainedTokenizerBase
+    addresses: Sequence[ServerAddress], model_name: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ModelIdentity, ServerFeatures]:
     """Calls all servers. Returns what the first one serves, and what all of them can do.
 
@@ -56,19 +90,19 @@ def inspect_servers(
     """
     event_loop = EventLoopThread("server check")
     try:
-        return event_loop.run(_inspect(config, tokenizer))
+        return event_loop.run(_inspect(addresses, model_name, tokenizer))
     finally:
         event_loop.close()
 
 
 async def _inspect(
-    config: RemoteEngineConfig, tokenizer: PreTrainedTokenizerBase
+    addresses: Sequence[ServerAddress], model_name: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ModelIdentity, ServerFeatures]:
     identities: list[ModelIdentity] = []
     all_features: list[ServerFeatures] = []
-    for server in _servers(config):
+    for server in map(Server, addresses):
         try:
-            name = identities[0].name if identities else config.model_name
+            name = identities[0].name if identities else model_name
             identities.append(await identify_model(server, name, tokenizer))
             identities[0].check(identities[-1])
             all_features.append(await find_features(server, identities[-1], tokenizer))
@@ -76,7 +110,7 @@ async def _inspect(
             message = error.message if isinstance(error, RequestError) else str(error)
             raise ValueError(f"{server.url}: {message}") from error
         finally:
-            server.close()
+            await server.aclose()
     first = all_features[0]
     return identities[0], ServerFeatures(
         version=first.version,
@@ -88,21 +122,7 @@ async def _inspect(
     )
 
 
-def _servers(config: RemoteEngineConfig) -> list[Server]:
-    api_key = None
-    if config.api_key_env is not None:
-        api_key = os.environ.get(config.api_key_env)
-        if not api_key:
-            raise ValueError(f"engine.api_key_env: the environment variable {config.api_key_env} is not set")
-    if config.tls_ca_file is not None:
-        try:
-            ssl.create_default_context(cafile=config.tls_ca_file)
-        except OSError as error:  # the errors of the library include ssl.SSLError, and do not name the file
-            raise ValueError(f"engine.tls_ca_file: {config.tls_ca_file}: {error.strerror or error}") from error
-    return [Server(url, config, api_key) for url in config.urls]
-
-
-def _capabilities(
+def server_capabilities(
     settings: EngineSettings, identity: ModelIdentity, features: ServerFeatures, tokenizer: PreTrainedTokenizerBase
 ) -> Capabilities:
     missing = {*([] if features.verifies else LOSSY_MODES), *([] if features.has_prompt_logprobs else ["exact"])}

@@ -8,11 +8,11 @@ import json
 import ssl
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from parse.config import RemoteEngineConfig
 from parse.engines.remote.errors import ServerUnavailable
 from parse.errors import RequestError, ServerError
 
@@ -25,13 +25,26 @@ BAD_CREDENTIALS = frozenset((401, 403))
 OVERLOADED = frozenset((429, 502, 503, 504))
 
 
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where a server is, and how it is called."""
+
+    url: str
+    connect_timeout_s: float
+    stall_timeout_s: float
+    api_key: str | None = None
+    tls_ca_file: str | None = None
+    socket_path: str | None = None
+    """A Unix socket, for a server on this machine. The host of the URL is then only a name."""
+
+
 class Server:
     """Calls may be made at the same time, all of them in one event loop. A later one may take its place."""
 
-    def __init__(self, url: str, config: RemoteEngineConfig, api_key: str | None) -> None:
-        self.url = url.rstrip("/")
-        self._config = config
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    def __init__(self, address: ServerAddress) -> None:
+        self.url = address.url.rstrip("/")
+        self._address = address
+        self._headers = {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {}
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -73,6 +86,12 @@ class Server:
             with suppress(StopIteration):
                 closing.send(None)  # there is nothing to wait for without an event loop
 
+    async def aclose(self) -> None:
+        """Closes the connections, in the event loop of the calls."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
     @asynccontextmanager
     async def _response(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
@@ -94,16 +113,21 @@ class Server:
             self.close()
         if self._session is None:
             self._loop = asyncio.get_running_loop()
-            config = self._config
-            context = ssl.create_default_context(cafile=config.tls_ca_file) if self.url.startswith("https") else True
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=KEEP_ALIVE_S),
+                connector=self._connector(),
                 timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=config.connect_timeout_s, sock_read=config.stall_timeout_s
+                    total=None, sock_connect=self._address.connect_timeout_s, sock_read=self._address.stall_timeout_s
                 ),
                 read_bufsize=MAX_LINE_BYTES,
             )
         return self._session
+
+    def _connector(self) -> aiohttp.BaseConnector:
+        address = self._address
+        if address.socket_path is not None:
+            return aiohttp.UnixConnector(address.socket_path, limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        context = ssl.create_default_context(cafile=address.tls_ca_file) if self.url.startswith("https") else True
+        return aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=KEEP_ALIVE_S)
 
 
 async def _check_status(response: aiohttp.ClientResponse) -> None:

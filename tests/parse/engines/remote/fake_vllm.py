@@ -29,7 +29,9 @@ class FakeVLLM:
         max_model_len: int = 512,
         api_key: str | None = None,
         tls: ssl.SSLContext | None = None,
+        socket_path: str | None = None,
     ) -> None:
+        """With `socket_path`, it listens on a Unix socket instead of a port."""
         self.network = AutoModelForCausalLM.from_pretrained(model).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.name, self.root, self.max_model_len, self.api_key = name, model, max_model_len, api_key
@@ -41,7 +43,7 @@ class FakeVLLM:
         self.num_aborted = 0
         self.has_speculation = False
         self.version = "0.32.0"
-        self._port, self._tls = 0, tls
+        self._port, self._tls, self._socket_path = 0, tls, socket_path
         self._runner: web.AppRunner | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -77,6 +79,9 @@ class FakeVLLM:
         app.router.add_post("/v1/completions", self._completions)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
+        if self._socket_path is not None:
+            await web.UnixSite(self._runner, self._socket_path).start()
+            return
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True, ssl_context=self._tls)
         await site.start()
         self._port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from bench import vllm_server
 from parse import EngineSettings, Pair
 from parse.acceptance import AcceptancePolicy
-from parse.config import RemoteEngineConfig, VerificationSettings
+from parse.config import VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.engine_config import RemoteEngineConfig
 from parse.errors import ServerError
 from parse.event_loop import EventLoopThread
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids

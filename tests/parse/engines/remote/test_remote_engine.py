@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from parse import EngineSettings, Pair
 from parse.acceptance import AcceptancePolicy
-from parse.config import RemoteEngineConfig, VerificationSettings
+from parse.config import VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
+from parse.engine_config import RemoteEngineConfig
 from parse.engines.loader import load_engine, load_native_engine
 from parse.engines.remote import server_pool, vllm
 from parse.engines.remote.errors import ServerUnavailable

@@ -1,0 +1,147 @@
+"""Writes docs/engines.md, with a table of what the engines of this project declare.
+
+python -m deployments.engine_reference > docs/engines.md
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+
+from transformers import AutoTokenizer
+
+from deployments.app import assemble
+from deployments.config import PROJECT_ROOT
+from deployments.launch import read_config
+from deployments.reference import render_table
+from parse.config import EngineSettings
+from parse.demo import DEMO_TARGET
+from parse.engines.loader import load_native_engine
+from parse.engines.protocol import Capabilities
+from parse.engines.remote.loader import server_capabilities
+from parse.engines.remote.startup import ModelIdentity, ServerFeatures
+from parse.types import SamplingParams
+
+INTRODUCTION = """\
+<!-- `make docs` writes this file. Change deployments/engine_reference.py instead. -->
+
+# Engines
+
+An engine runs a model. The target and the draft model choose theirs independently, with `engine` in the
+[configuration](configuration.md#engine-of-a-model).
+
+| `kind` | what runs the model | choose it if |
+| --- | --- | --- |
+| `native` (default) | the engine of this project, in the replica | you want the methods of `speculative_configs` (EAGLE-3, ParallelSpec, SPACE, n-gram, draft model) and answers that a seed fixes; on CPUs it is faster than vLLM ([measured](../bench/RESULTS.md)). It has not run on a GPU yet. |
+| `vllm` | a vLLM server that the replica starts on its GPUs and supervises | you have GPUs, and one deployment should place and restart everything: tensor parallelism, FP8, AWQ or GPTQ weights, CUDA graphs, vLLM's own speculation |
+| `remote` | a vLLM server that runs already, by its address | you operate vLLM yourself and want to put PARSE in front of it, see [vllm.md](vllm.md) |
+
+A draft model can well use another engine than its target: in [serve_vllm_demo.yaml](../serve_vllm_demo.yaml), the target runs in vLLM
+and the draft model in the native engine.
+
+## What an engine can do
+
+Each engine declares this when it starts. A request that needs more gets a 400 that names the field. The table shows the demo target
+of `serve_config.yaml` in the native engine, and vLLM 0.32 without and with a `speculative_config`. Both kinds of vLLM engines are the same here.
+
+"""
+
+VLLM_NOTES = """
+## vLLM in the replica
+
+```yaml
+target:
+  model: Qwen/Qwen3-32B
+  engine:
+    kind: vllm
+    executable: /opt/vllm/bin/python # the Python interpreter of an environment with vLLM
+    engine_args: {tensor_parallel_size: 4, quantization: fp8}
+```
+
+[cluster/serve_vllm.yaml](../cluster/serve_vllm.yaml) is a whole configuration for five GPUs, which has not been tried on hardware.
+On a machine without GPUs, this command runs the demo target in vLLM. It installs vLLM's build for CPUs first:
+
+```
+.venv/bin/python -m deployments serve_vllm_demo.yaml
+```
+
+- **The environment.** vLLM needs other versions of some packages than this project, so install it in an environment of its own, at the
+  same path on all nodes that run such replicas, and name its interpreter in `executable`. Tested versions: 0.27 to 0.32.
+- **Arguments.** `engine_args` takes all arguments of `vllm serve`, with underscores or hyphens. Mappings are passed as JSON, `true` and
+  `false` become `--name` and `--no-name`. The replica sets the model, `max_model_len` (from the setting beside `engine`) and the address
+  itself. vLLM listens on a Unix socket that only the replica's user can open, so there is no port that could be in use.
+- **GPUs.** A replica gets as many GPUs as `tensor_parallel_size`, `pipeline_parallel_size` and `data_parallel_size` need together. If
+  you set `num_gpus` yourself, it must be that number.
+- **Wrong arguments** are reported when you deploy, in vLLM's words, before anything is replaced. On a cluster with several nodes, only
+  the names and the types of the arguments can be checked then, because the GPUs and vLLM may be on another node. If vLLM itself does not
+  start, the deployment fails with the errors in its log.
+- **Failures.** If vLLM ends, or does not respond for `stall_timeout_s`, the replica kills what is left of it and starts it again. Calls
+  wait meanwhile, for up to `retry_timeout_s`, so no request is lost. After three failed starts, the replica reports itself as broken, and
+  Ray Serve replaces it. If the replica dies, all processes of its vLLM end too.
+- **Logs and metrics.** vLLM's log is part of the replica's log. Its metrics (`vllm:...`) are on the service's `/metrics`, with the labels
+  of the replica. `parse_engine_server_restarts_total` counts the restarts.
+- **Several nodes for one model.** Pipeline parallelism over nodes needs vLLM's Ray backend: set
+  `distributed_executor_backend: ray` and `pipeline_parallel_size`, and install the same version of Ray in vLLM's environment. vLLM then
+  reserves the GPUs of all nodes in a placement group of its own, so the replica itself gets none. This has not been tried.
+"""
+
+IDENTITY = ModelIdentity(name="demo-target", root=DEMO_TARGET, max_model_len=1024, logprobs=())
+SETTINGS = EngineSettings(model=DEMO_TARGET, max_model_len=1024)
+EXACT_SAMPLING = {
+    "any": "with all sampling parameters",
+    "unmodified": "with temperature 0, and with temperature 1 without truncation, penalties or bias",
+    "greedy": "with temperature 0",
+}
+
+ROWS: Mapping[str, Callable[[Capabilities], str]] = {
+    "modes": lambda capabilities: _codes(capabilities.modes),
+    "`parse.speculation` of a request": lambda capabilities: (
+        "the server chooses" if capabilities.always_speculates else _codes(capabilities.method_choices)
+    ),
+    "rejected sampling parameters": lambda capabilities: _codes(
+        field.name for field in fields(SamplingParams) if field.name not in capabilities.sampling_params
+    ),
+    "`exact` uses drafts": lambda capabilities: EXACT_SAMPLING[capabilities.exact_sampling],
+    "drafts with `presence_penalty` or `frequency_penalty`": lambda capabilities: (
+        "used" if capabilities.continues_with_penalties else "not used"
+    ),
+    "log-probabilities per token": lambda capabilities: f"up to {capabilities.max_logprobs}",
+    "log-probabilities of the prompt": lambda capabilities: "yes" if capabilities.returns_prompt_logprobs else "no",
+    "prefill of a draft while it is written": lambda capabilities: (
+        "yes" if capabilities.prefill_interval else "not needed" if capabilities.speculative_methods else "no"
+    ),
+}
+
+
+def declared_capabilities() -> dict[str, Capabilities]:
+    """Returns the capabilities of each engine, by the title of its column."""
+    _, served = read_config(PROJECT_ROOT / "serve_config.yaml")
+    native = load_native_engine(assemble(served)[1].target)
+    try:
+        capabilities = {"`native`": native.capabilities()}
+    finally:
+        native.shutdown()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_TARGET)
+    for title, speculates in (("`vllm`, `remote`", False), ("with `speculative_config`", True)):
+        features = ServerFeatures(
+            version="0.32.0",
+            block_size=16,
+            verifies=True,
+            verifies_by_token_id=not speculates,
+            has_prompt_logprobs=True,
+            has_speculation=speculates,
+        )
+        capabilities[title] = server_capabilities(SETTINGS, IDENTITY, features, tokenizer)
+    return capabilities
+
+
+def render_engines_page() -> str:
+    declared = declared_capabilities()
+    rows = [(title, *(describe(each) for each in declared.values())) for title, describe in ROWS.items()]
+    return INTRODUCTION + render_table(("", *declared), rows) + VLLM_NOTES
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+if __name__ == "__main__":
+    print(render_engines_page(), end="")

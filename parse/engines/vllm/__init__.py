@@ -1,0 +1,1 @@
+"""A vLLM server that the replica starts and supervises."""

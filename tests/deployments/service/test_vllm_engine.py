@@ -1,0 +1,87 @@
+"""A service whose replica starts and supervises the vLLM server of the target."""
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from parse.demo import DEMO_TARGET
+from tests.deployments.service.service_client import chat, problems, until
+from tests.deployments.service.test_layouts import pids
+from tests.parse.engines.vllm.fake_cli import write_executable
+
+
+@pytest.fixture(scope="module")
+def executable(tmp_path_factory):
+    return write_executable(tmp_path_factory.mktemp("vllm"))
+
+
+def options(executable: str, **engine_args: Any) -> dict[str, Any]:
+    engine = {"kind": "vllm", "executable": executable, "engine_args": engine_args}
+    resources = {"ray_actor_options": {"num_cpus": 0.3, "num_gpus": 0}}
+    return {
+        "deployments": [{"name": "Verifier"} | resources],
+        "target": {"model": DEMO_TARGET, "max_model_len": 1024, "engine": engine},
+    }
+
+
+def processes(executable: str) -> dict[str, psutil.Process]:
+    """Returns the replica, the supervisor, the server, and the process that the server has started, if all run."""
+    with suppress(psutil.Error, ValueError):
+        commands = {p: " ".join(p.cmdline()) for p in psutil.process_iter()}
+        (supervisor,) = (p for p, command in commands.items() if "supervisor.py" in command and executable in command)
+        (server,) = supervisor.children()
+        (other,) = server.children()
+        return {"replica": supervisor.parent(), "supervisor": supervisor, "server": server, "other": other}
+    return {}
+
+
+def test_whatever_is_killed_no_request_is_lost_and_no_process_remains(deployed, executable):
+    service = deployed.service(**options(executable))
+    bodies = [chat(problem.question, mode=mode) for problem in problems(2) for mode in ("off", "full", "rounds")]
+    has_ended = asyncio.Event()
+
+    async def ask(body):
+        answers: set[str] = set()
+        while not has_ended.is_set() or not answers:
+            answer = await service.answer(body)
+            answers.add(answer["choices"][0]["message"]["content"])
+        return answers
+
+    async def all_run():
+        return bool(processes(executable))
+
+    async def under_load():
+        loads = [asyncio.create_task(ask(body)) for body in bodies]
+        for names in (["server"], ["replica"], ["server", "replica"], ["supervisor"]):
+            await until(all_run)
+            await asyncio.sleep(1.0)
+            before = processes(executable)
+            for name in names:
+                before[name].kill()
+            ended = [p for name, p in before.items() if name != "replica" or name in names]
+
+            async def have_ended(ended=ended):
+                return all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in ended)
+
+            await until(have_ended)
+        has_ended.set()
+        return await asyncio.gather(*loads)
+
+    for answers in asyncio.run(under_load()):
+        assert len(answers) == 1
+    metrics = httpx.get(f"{service.url}/metrics").text
+    assert 'parse_engine_server_restarts_total{application="parse",deployment="Verifier"' in metrics
+    assert "vllm:num_requests_running{" in metrics
+
+
+def test_an_argument_that_vllm_does_not_know_replaces_nothing(deployed, executable):
+    service = deployed.service(**options(executable))
+    before = asyncio.run(pids(service, "Verifier"))
+    result = deployed.deploy(**options(executable, tensor_paralel_size=2))
+    assert result.returncode == 1 and "error: unrecognized arguments: --tensor-paralel-size" in result.stderr
+    assert asyncio.run(pids(service, "Verifier")) == before
+    deployed.clear()
