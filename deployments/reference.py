@@ -115,7 +115,7 @@ def render_configuration_page() -> str:
         render_section(
             "`engine` with `kind: remote`",
             RemoteEngineConfig,
-            "A vLLM server that runs already. [vllm.md](vllm.md) describes what it can do.",
+            "[vllm.md](vllm.md) describes what such a server can do.",
         ),
         render_section(
             "`speculative_configs` of a model",

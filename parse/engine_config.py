@@ -1,4 +1,4 @@
-"""The settings of what runs a model."""
+"""The settings of engines."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -35,11 +35,11 @@ class NativeEngineConfig(Settings):
 
 
 class RemoteEngineConfig(Settings):
-    """A running vLLM server, which the replica calls over HTTP."""
+    """A running vLLM or SGLang server, which the replica calls over HTTP."""
 
     section = "engine"
 
-    kind: Literal["remote"] = Field(description="A running vLLM server.")
+    kind: Literal["remote"] = Field(description="A running vLLM or SGLang server.")
     url: str | tuple[str, ...] = Field(
         description="The address of the server, for example `http://10.0.0.7:8000`, or a list of servers with the same "
         "model. The requests of one conversation go to the same server, unless it does not respond."
@@ -94,7 +94,10 @@ RESERVED_ENGINE_ARGS = {
 }
 """Arguments of vLLM that an operator cannot set, and what to do instead."""
 
-PARALLEL_SIZES = "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"
+PARALLEL_SIZES = (
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    "prefill_context_parallel_size",
+)
 
 
 class VLLMEngineConfig(Settings):

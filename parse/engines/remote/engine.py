@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.acceptance import next_batch, passes
 from parse.engines.protocol import Capabilities, EngineStats
-from parse.engines.remote import vllm
+from parse.engines.remote.dialect import Chunk, Dialect, PromptLogprob, ServerFeatures
 from parse.engines.remote.errors import ServerUnavailable
 from parse.engines.remote.output import OutputBuilder
 from parse.engines.remote.server import Server
 from parse.engines.remote.server_pool import ServerPool
-from parse.engines.remote.startup import ServerFeatures
 from parse.engines.remote.verification import VerificationCost, answer_probabilities, result_of
 from parse.engines.request_checks import RequestChecks, stop_detokenizer
 from parse.errors import ServerError
@@ -34,6 +33,7 @@ class Connection:
     """Servers that were checked, and what they can do."""
 
     pool: ServerPool
+    dialect: Dialect
     model_name: str
     features: ServerFeatures
     capabilities: Capabilities
@@ -45,7 +45,7 @@ class RemoteEngine:
 
     def __init__(self, connection: Connection) -> None:
         self.name, self.tokenizer = connection.model_name, connection.tokenizer
-        self._pool, self._features = connection.pool, connection.features
+        self._pool, self._dialect, self._features = connection.pool, connection.dialect, connection.features
         self._capabilities = connection.capabilities
         self._checks = RequestChecks(len(self.tokenizer), self._capabilities.max_model_len)
         self._verification_cost = VerificationCost()
@@ -71,9 +71,9 @@ class RemoteEngine:
             self._pool.members, await asyncio.gather(*map(_read_metrics, self._pool.servers)), strict=True
         ):
             url = member.server.url
-            self._metrics[url] = vllm.counters(self._metrics.get(url, "")) if metrics is None else metrics
+            self._metrics[url] = self._dialect.counters(self._metrics.get(url, "")) if metrics is None else metrics
             failing += metrics is None or member.failure is not None
-        stats = vllm.read_stats(list(self._metrics.values()))
+        stats = self._dialect.read_stats(list(self._metrics.values()))
         return replace(stats, servers_responding=len(self._metrics) - failing, servers_failing=failing)
 
     def check_health(self) -> None:
@@ -88,11 +88,7 @@ class RemoteEngine:
     async def prefill(self, prompt_token_ids: Sequence[int], session_key: str = "") -> int:
         prompt = self._checks.prompt(prompt_token_ids)
 
-        async def call(server: Server) -> int:
-            response = await server.post(vllm.COMPLETIONS, vllm.prefill_body(self.name, prompt))
-            return vllm.read_num_cached_tokens(response)
-
-        return await self._pool.call(session_key, call)
+        return await self._pool.call(session_key, lambda server: self._dialect.prefill(server, self.name, prompt))
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
         """Evaluates each prefix as a prompt of its own. The prefix cache of the server keeps what they share."""
@@ -156,10 +152,9 @@ class RemoteEngine:
         suffix = request.suffix
         by_token_id = self._features.verifies_by_token_id
         answers = sorted({*suffix.correct_token_ids, *suffix.incorrect_token_ids})
-        body = vllm.verification_body(self.name, prompts, answers, by_token_id=by_token_id)
 
         async def call(server: Server) -> list[Mapping[int, float]]:
-            return vllm.read_verification(await server.post(vllm.COMPLETIONS, body), len(prompts))
+            return await self._dialect.next_token_logprobs(server, self.name, prompts, answers, by_token_id=by_token_id)
 
         started = time.perf_counter()
         tops = await self._pool.call(request.session_key, call)
@@ -168,10 +163,9 @@ class RemoteEngine:
 
     async def _prompt_logprobs(
         self, session_key: str, prompt: Sequence[int], start: int, num_logprobs: int
-    ) -> list[vllm.PromptLogprob]:
-        async def call(server: Server) -> list[vllm.PromptLogprob]:
-            response = await server.post(vllm.COMPLETIONS, vllm.prompt_logprobs_body(self.name, prompt, num_logprobs))
-            return vllm.read_prompt_logprobs(response, prompt, start, num_logprobs)
+    ) -> list[PromptLogprob]:
+        async def call(server: Server) -> list[PromptLogprob]:
+            return await self._dialect.prompt_logprobs(server, self.name, prompt, start, num_logprobs)
 
         return await self._pool.call(session_key, call)
 
@@ -182,6 +176,7 @@ class RemoteEngine:
         params = request.sampling_params
         eos_token_ids = self._capabilities.eos_token_ids
         excluded_end_token_ids = eos_token_ids.union(params.stop_token_ids)
+        end_token_ids = params.end_token_ids(eos_token_ids)
         excluded_end_token_ids -= params.included_end_token_ids(eos_token_ids)
         chunks = self._pool.stream(
             request.session_key,
@@ -190,6 +185,8 @@ class RemoteEngine:
         async with aclosing(chunks):
             async for chunk in chunks:
                 token_ids, finish_reason = chunk.token_ids, chunk.finish_reason
+                if finish_reason == "length" and token_ids and token_ids[-1] in end_token_ids:
+                    finish_reason = "stop"  # some servers check the limit first
                 if finish_reason == "stop" and token_ids and token_ids[-1] in excluded_end_token_ids:
                     token_ids = token_ids[:-1]
                 if finish_reason == "length" and one_token:
@@ -202,33 +199,22 @@ class RemoteEngine:
 
     async def _chunks(
         self, server: Server, request: GenerateRequest, output: OutputBuilder, max_new_tokens: int
-    ) -> AsyncGenerator[vllm.Chunk]:
+    ) -> AsyncGenerator[Chunk]:
         """Streams what follows the output. If an earlier stream was lost, that is what follows its last token."""
         params = request.sampling_params
         if output.token_ids and (params.presence_penalty or params.frequency_penalty):
             raise ServerError("an answer with presence_penalty or frequency_penalty cannot be continued")
-        body = vllm.generation_body(
+        chunks = self._dialect.generate(
+            server,
             self.name,
             [*request.prompt_token_ids, *output.token_ids],
             params,
             max_new_tokens=max_new_tokens,
             position=len(output.token_ids),
         )
-        last: vllm.Chunk | None = None
-        async with aclosing(server.stream(vllm.COMPLETIONS, body)) as events:
-            async for event in events:
-                chunk = vllm.read_chunk(event, params.logprobs)
-                if chunk is None:
-                    continue
-                if last is not None:
-                    last = replace(last, num_cached_tokens=chunk.num_cached_tokens)
-                elif chunk.finish_reason is not None:
-                    last = chunk  # the number of cached tokens comes after it
-                else:
-                    yield chunk
-        if last is None:
-            raise ServerUnavailable("the stream ended before the answer")
-        yield last
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
 
     async def _accept_draft(self, request: GenerateRequest, output: OutputBuilder) -> AsyncGenerator[TokenDelta]:
         """Accepts draft tokens without changing the distribution of the output.
@@ -263,9 +249,9 @@ class RemoteEngine:
                 yield delta
 
 
-def _accepts(entry: vllm.PromptLogprob, params: SamplingParams, position: int) -> bool:
+def _accepts(entry: PromptLogprob, params: SamplingParams, position: int) -> bool:
     if params.greedy:
-        return entry.rank == 1
+        return entry.is_argmax
     return random.Random(f"{params.seed}/{position}").random() < math.exp(entry.logprob.logprob)
 
 
@@ -273,5 +259,7 @@ async def _read_metrics(server: Server) -> str | None:
     try:
         async with asyncio.timeout(METRICS_TIMEOUT_S):
             return await server.get_text("/metrics")
-    except (TimeoutError, ServerUnavailable, ServerError):
+    except ServerError:  # it has none, as SGLang without --enable-metrics
+        return ""
+    except (TimeoutError, ServerUnavailable):
         return None

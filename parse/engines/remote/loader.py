@@ -10,19 +10,18 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from parse.config import EngineSettings
 from parse.engine_config import RemoteEngineConfig
 from parse.engines.protocol import Capabilities
-from parse.engines.remote import vllm
+from parse.engines.remote.dialect import Dialect, ModelIdentity, ServerFeatures
 from parse.engines.remote.engine import Connection, RemoteEngine
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
 from parse.engines.remote.server import Server, ServerAddress
 from parse.engines.remote.server_pool import ServerPool
-from parse.engines.remote.startup import ModelIdentity, ServerFeatures, find_features, identify_model
+from parse.engines.remote.sglang import SGLang
+from parse.engines.remote.startup import report_features
+from parse.engines.remote.vllm import VLLM
 from parse.errors import RequestError, ServerError
 from parse.event_loop import EventLoopThread
 from parse.registry import LOSSY_MODES, MODES
 from parse.types import SamplingParams
-
-IGNORED_WITH_SPECULATION = frozenset(("min_p", "logit_bias"))
-"""Sampling parameters that vLLM ignores without an error if it has a `speculative_config`."""
 
 MIN_PREFILL_INTERVAL = 128
 """The draft tokens after which a draft is prefilled while it is written.
@@ -39,20 +38,29 @@ def load_remote_engine(settings: EngineSettings, config: RemoteEngineConfig) -> 
 
 
 def connect(
-    settings: EngineSettings, addresses: Sequence[ServerAddress], *, model_name: str | None, retry_timeout_s: float
+    settings: EngineSettings,
+    addresses: Sequence[ServerAddress],
+    *,
+    model_name: str | None,
+    retry_timeout_s: float,
+    dialect: Dialect | None = None,
 ) -> Connection:
-    """Raises ValueError, in one line, if a server cannot be used."""
+    """Raises ValueError, in one line, if a server cannot be used.
+
+    Without a `dialect`, the servers are asked for it.
+    """
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    identity, features = inspect_servers(addresses, model_name, tokenizer)
+    dialect, identity, features = inspect_servers(addresses, model_name, tokenizer, dialect)
 
     async def check(server: Server) -> None:
-        identity.check(await identify_model(server, identity.name, tokenizer))
+        identity.check(await dialect.identify(server, identity.name, tokenizer))
 
     return Connection(
         ServerPool([Server(address) for address in addresses], check, retry_timeout_s=retry_timeout_s),
+        dialect=dialect,
         model_name=identity.name,
         features=features,
-        capabilities=server_capabilities(settings, identity, features, tokenizer),
+        capabilities=server_capabilities(settings, dialect, identity, features, tokenizer),
         tokenizer=tokenizer,
     )
 
@@ -82,37 +90,46 @@ def addresses(config: RemoteEngineConfig) -> list[ServerAddress]:
 
 
 def inspect_servers(
-    addresses: Sequence[ServerAddress], model_name: str | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ModelIdentity, ServerFeatures]:
-    """Calls all servers. Returns what the first one serves, and what all of them can do.
+    addresses: Sequence[ServerAddress],
+    model_name: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dialect: Dialect | None = None,
+) -> tuple[Dialect, ModelIdentity, ServerFeatures]:
+    """Calls all servers. Returns which kind they are, what the first one serves, and what all of them can do.
 
     The calls run in an event loop of their own, because the caller may run in one and still wants to wait.
     """
     event_loop = EventLoopThread("server check")
     try:
-        return event_loop.run(_inspect(addresses, model_name, tokenizer))
+        return event_loop.run(_inspect(addresses, model_name, tokenizer, dialect))
     finally:
         event_loop.close()
 
 
 async def _inspect(
-    addresses: Sequence[ServerAddress], model_name: str | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ModelIdentity, ServerFeatures]:
+    addresses: Sequence[ServerAddress],
+    model_name: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dialect: Dialect | None,
+) -> tuple[Dialect, ModelIdentity, ServerFeatures]:
     identities: list[ModelIdentity] = []
     all_features: list[ServerFeatures] = []
     for server in map(Server, addresses):
         try:
+            dialect = dialect or await find_dialect(server)
             name = identities[0].name if identities else model_name
-            identities.append(await identify_model(server, name, tokenizer))
+            identities.append(await dialect.identify(server, name, tokenizer))
             identities[0].check(identities[-1])
-            all_features.append(await find_features(server, identities[-1], tokenizer))
+            all_features.append(await dialect.find_features(server, identities[-1], tokenizer))
+            report_features(server, dialect, all_features[-1])
         except (ServerUnavailable, WrongModel, ServerError, RequestError) as error:
             message = error.message if isinstance(error, RequestError) else str(error)
             raise ValueError(f"{server.url}: {message}") from error
         finally:
             await server.aclose()
+    assert dialect is not None
     first = all_features[0]
-    return identities[0], ServerFeatures(
+    features = ServerFeatures(
         version=first.version,
         block_size=max(features.block_size for features in all_features),
         verifies=all(features.verifies for features in all_features),
@@ -120,19 +137,29 @@ async def _inspect(
         has_prompt_logprobs=all(features.has_prompt_logprobs for features in all_features),
         has_speculation=any(features.has_speculation for features in all_features),
     )
+    return dialect, identities[0], features
+
+
+async def find_dialect(server: Server) -> Dialect:
+    return SGLang() if await SGLang.matches(server) else VLLM()
 
 
 def server_capabilities(
-    settings: EngineSettings, identity: ModelIdentity, features: ServerFeatures, tokenizer: PreTrainedTokenizerBase
+    settings: EngineSettings,
+    dialect: Dialect,
+    identity: ModelIdentity,
+    features: ServerFeatures,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Capabilities:
     missing = {*([] if features.verifies else LOSSY_MODES), *([] if features.has_prompt_logprobs else ["exact"])}
-    ignored = IGNORED_WITH_SPECULATION if features.has_speculation else frozenset()
+    ignored = dialect.ignored_with_speculation if features.has_speculation else frozenset()
+    unsupported = dialect.unsupported_sampling_params | ignored
     limits = [settings.max_model_len, *([identity.max_model_len] if identity.max_model_len else [])]
     return Capabilities(
         modes=tuple(name for name, mode in MODES.items() if mode.function and name not in missing),
         speculative_methods=(),
-        sampling_params=frozenset(field.name for field in fields(SamplingParams)) - ignored,
-        max_logprobs=vllm.MAX_TOP_LOGPROBS,
+        sampling_params=frozenset(field.name for field in fields(SamplingParams)) - unsupported,
+        max_logprobs=dialect.max_logprobs,
         max_model_len=min(limits),
         block_size=features.block_size,
         eos_token_ids=_eos_token_ids(settings.model, tokenizer),

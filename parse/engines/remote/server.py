@@ -17,7 +17,7 @@ from parse.engines.remote.errors import ServerUnavailable
 from parse.errors import RequestError, ServerError
 
 KEEP_ALIVE_S = 4.0  # vLLM closes a connection that has been idle for 5 s; a call on it would be lost
-MAX_LINE_BYTES = 2**20  # of one event of a stream
+MAX_LINE_BYTES = 2**23  # of one event of a stream; those of SGLang repeat all log-probabilities of the answer
 MAX_ERROR_CHARACTERS = 500
 
 REJECTED_REQUEST = frozenset((400, 413, 422))
@@ -73,7 +73,7 @@ class Server:
                 if isinstance(event, Mapping) and "error" in event:
                     raise ServerUnavailable(_error_message(event), deterministic=True)
                 yield event
-        raise ServerUnavailable("the stream ended early")
+        raise ServerUnavailable("the stream ended early", interrupted=True)
 
     def close(self) -> None:
         """Closes the connections. Any thread may call this, also after the event loop has ended."""
@@ -105,8 +105,10 @@ class Server:
         except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError) as error:
             if isinstance(error, RequestError):
                 raise
+            interrupted = isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError)
             # The message of a timeout is empty.
-            raise ServerUnavailable(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+            message = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise ServerUnavailable(message, interrupted=interrupted) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is not None and self._loop is not asyncio.get_running_loop():

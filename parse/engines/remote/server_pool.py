@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 MAX_DETERMINISTIC_FAILURES = 3  # of one call
+MAX_INTERRUPTIONS = 5  # of one call; such a call may be the reason why servers end
 RECHECK_AFTER_S = 5.0  # no server restarts and loads a model in a shorter time
 HEALTH_TIMEOUT_S = 4.0
 
@@ -121,7 +122,7 @@ class ServerPool:
         If the stream is lost, `function` is called again. It then has to yield the items that are still missing.
         """
         give_up_at = time.monotonic() + self._retry_timeout_s
-        num_attempts = num_deterministic = 0
+        num_attempts = num_deterministic = num_interruptions = 0
         while True:
             member = self._choose(key)
             try:
@@ -135,9 +136,12 @@ class ServerPool:
                 member.record_failure(error)
                 num_attempts += 1
                 num_deterministic += error.deterministic
+                num_interruptions += error.interrupted
                 all_wrong = all(each.wrong_model for each in self.members)
                 if all_wrong or num_deterministic >= MAX_DETERMINISTIC_FAILURES:
                     raise ServerError(f"the server that runs the model: {error}") from error
+                if num_interruptions >= MAX_INTERRUPTIONS:
+                    raise ServerError(f"the call was interrupted {num_interruptions} times: {error}") from error
                 pause_s = max(error.retry_after_s, random.uniform(0.5, 1.0) * _backoff_s(num_attempts))
                 if time.monotonic() + pause_s > give_up_at:
                     raise EngineStopped(f"no server that runs the model responds: {error}") from error

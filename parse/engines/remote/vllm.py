@@ -1,45 +1,165 @@
-"""The calls of vLLM's OpenAI-compatible server, with token ids in and out.
+"""The calls of vLLM's OpenAI-compatible server, with token ids in and out."""
 
-The functions write the bodies of requests and read the bodies of responses. A response that does not match its request
-raises ServerUnavailable, so that no draft is accepted because of a response that was misread.
-"""
-
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from parse.engines.protocol import EngineStats
-from parse.engines.remote.errors import ServerUnavailable
-from parse.types import FinishReason, Logprob, SamplingParams
+from parse.engines.remote.dialect import (
+    Chunk,
+    ModelIdentity,
+    PromptLogprob,
+    ServerFeatures,
+    ranked,
+    read_logprob,
+    unreadable,
+)
+from parse.engines.remote.errors import ServerUnavailable, WrongModel
+from parse.engines.remote.server import Server
+from parse.engines.remote.startup import SAMPLE_TEXT, sample_prompts, works
+from parse.errors import RequestError, ServerError
+from parse.types import Logprob, SamplingParams
 
 COMPLETIONS = "/v1/completions"
 TOKEN_PREFIX = "token_id:"  # of the keys in logprobs
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**63
+DEFAULT_BLOCK_SIZE = 16
 _NUM_BLOCKS = re.compile(r'^vllm:cache_config_info\{[^}]*\bnum_gpu_blocks="(\d+)"')
+_BLOCK_SIZE = re.compile(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"')
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A part of a stream of generated tokens."""
+class VLLM:
+    """Implements `Dialect`."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[Logprob, ...]
-    finish_reason: FinishReason | None
-    num_cached_tokens: int
+    kind = "vLLM"
+    tested_versions = (0, 27), (0, 32)
+    max_logprobs = MAX_TOP_LOGPROBS
+    unsupported_sampling_params: frozenset[str] = frozenset()
+    ignored_with_speculation = frozenset(("min_p", "logit_bias"))
 
+    async def identify(self, server: Server, name: str | None, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
+        try:
+            card = read_model_card(await server.get_json("/v1/models"), name)
+        except ValueError as error:
+            raise WrongModel(str(error)) from error
+        model = str(card["id"])
+        tokens = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
+        body = prefill_body(model, []) | {
+            "prompt": SAMPLE_TEXT,
+            "add_special_tokens": False,
+            "return_token_ids": True,
+            "logprobs": 0,
+        }
+        choices = read_choices(await server.post(COMPLETIONS, body), 1)
+        if choices[0].get("prompt_token_ids") != tokens:
+            raise WrongModel(f"the tokenizer of {card.get('root')} on the server differs from the one of the settings")
+        prompts = sample_prompts(tokens)
+        body = prefill_body(model, []) | {"prompt": prompts, "logprobs": 0, "return_tokens_as_token_ids": True}
+        tops = read_verification(await server.post(COMPLETIONS, body), len(prompts))
+        return ModelIdentity(
+            name=model,
+            root=str(card.get("root") or model),
+            max_model_len=int(card.get("max_model_len") or 0),
+            logprobs=tuple(max(top.values()) for top in tops),
+        )
 
-@dataclass(frozen=True)
-class PromptLogprob:
-    """What a server returns about a token of a prompt."""
+    async def find_features(
+        self, server: Server, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
+    ) -> ServerFeatures:
+        prompt = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
+        verifies = partial(self._verifies, server, model.name, prompt)
+        by_token_id = await works(partial(verifies, by_token_id=True))
+        try:
+            version = str((await server.get_json("/version"))["version"])
+        except (ServerUnavailable, ServerError, RequestError, LookupError, TypeError):
+            version = "unknown"
+        try:
+            metrics = await server.get_text("/metrics")
+        except (ServerUnavailable, ServerError, RequestError):
+            metrics = ""
+        block_size = _BLOCK_SIZE.search(metrics)
+        return ServerFeatures(
+            version=version,
+            block_size=int(block_size[1]) if block_size else DEFAULT_BLOCK_SIZE,
+            verifies=by_token_id or await works(partial(verifies, by_token_id=False)),
+            verifies_by_token_id=by_token_id,
+            has_prompt_logprobs=await works(partial(self._returns_prompt_logprobs, server, model.name, prompt)),
+            has_speculation="vllm:spec_decode_num_drafts" in metrics,
+        )
 
-    logprob: Logprob
-    rank: int
-    """1 for the most likely token."""
+    async def prefill(self, server: Server, model: str, prompt: Sequence[int]) -> int:
+        return read_num_cached_tokens(await server.post(COMPLETIONS, prefill_body(model, prompt)))
+
+    async def next_token_logprobs(
+        self,
+        server: Server,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        token_ids: Sequence[int],
+        *,
+        by_token_id: bool,
+    ) -> list[Mapping[int, float]]:
+        body = verification_body(model, prompts, token_ids, by_token_id=by_token_id)
+        return read_verification(await server.post(COMPLETIONS, body), len(prompts))
+
+    async def prompt_logprobs(
+        self, server: Server, model: str, prompt: Sequence[int], start: int, num_logprobs: int
+    ) -> list[PromptLogprob]:
+        response = await server.post(COMPLETIONS, prompt_logprobs_body(model, prompt, num_logprobs))
+        return read_prompt_logprobs(response, prompt, start, num_logprobs)
+
+    async def generate(
+        self,
+        server: Server,
+        model: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_new_tokens: int,
+        position: int,
+    ) -> AsyncGenerator[Chunk]:
+        body = generation_body(model, prompt, params, max_new_tokens=max_new_tokens, position=position)
+        last: Chunk | None = None
+        async with aclosing(server.stream(COMPLETIONS, body)) as events:
+            async for event in events:
+                chunk = read_chunk(event, params.logprobs)
+                if chunk is None:
+                    continue
+                if last is not None:
+                    last = replace(last, num_cached_tokens=chunk.num_cached_tokens)
+                elif chunk.finish_reason is not None:
+                    last = chunk  # the number of cached tokens comes after it
+                else:
+                    yield chunk
+        if last is None:
+            raise ServerUnavailable("the stream ended before the answer")
+        yield last
+
+    def counters(self, metrics: str) -> str:
+        return "\n".join(
+            line for line in metrics.splitlines() if line.partition("{")[0].endswith(("_total", "_count", "_sum"))
+        )
+
+    def read_stats(self, metrics_texts: Sequence[str]) -> EngineStats:
+        return read_stats(metrics_texts)
+
+    async def _verifies(self, server: Server, model: str, prompt: Sequence[int], *, by_token_id: bool) -> bool:
+        token_ids = sorted({prompt[0], prompt[-1]})
+        tops = await self.next_token_logprobs(server, model, [prompt, prompt[:-1]], token_ids, by_token_id=by_token_id)
+        if by_token_id:
+            return all(set(token_ids) <= set(top) for top in tops)  # an old server ignores unknown fields
+        return all(len(top) >= MAX_TOP_LOGPROBS for top in tops)
+
+    async def _returns_prompt_logprobs(self, server: Server, model: str, prompt: Sequence[int]) -> bool:
+        return len(await self.prompt_logprobs(server, model, prompt, 1, 0)) == len(prompt) - 1
 
 
 def generation_body(
@@ -108,14 +228,14 @@ def prompt_logprobs_body(model: str, prompt: Sequence[int], num_logprobs: int) -
 def read_chunk(event: Any, num_logprobs: int | None) -> Chunk | None:
     """Returns None for an event without tokens, for example with the usage."""
     if not isinstance(event, Mapping):
-        raise _unreadable("an event of the stream is not an object")
+        raise unreadable("an event of the stream is not an object")
     cached = read_num_cached_tokens(event)
     if event.get("choices") == []:
         return Chunk((), (), None, cached) if cached else None
     choice = read_choices(event, 1)[0]
     token_ids = choice.get("token_ids")
     if not isinstance(token_ids, list) or not all(isinstance(token, int) and token >= 0 for token in token_ids):
-        raise _unreadable("an event of the stream has no token ids")
+        raise unreadable("an event of the stream has no token ids")
     finish_reason = choice.get("finish_reason")
     if finish_reason not in (None, "stop", "length"):
         raise ServerUnavailable(f"the server ended the answer with {finish_reason!r}", deterministic=True)
@@ -124,9 +244,9 @@ def read_chunk(event: Any, num_logprobs: int | None) -> Chunk | None:
         entries = choice.get("logprobs") or {}
         values, tops = entries.get("token_logprobs") or [], entries.get("top_logprobs") or []
         if len(values) != len(token_ids) or len(tops) != len(token_ids):
-            raise _unreadable("the log-probabilities do not match the tokens")
+            raise unreadable("the log-probabilities do not match the tokens")
         logprobs = tuple(
-            Logprob(_number(value), _rank(_by_token_id(top or {}), num_logprobs))
+            Logprob(read_logprob(value), ranked(_by_token_id(top or {}), num_logprobs))
             for value, top in zip(values, tops, strict=True)
         )
     return Chunk(tuple(token_ids), logprobs, finish_reason, cached)
@@ -143,10 +263,10 @@ def read_choices(response: Any, num_prompts: int) -> list[Mapping[str, Any]]:
     """Returns the choices in the order of the prompts."""
     choices = response.get("choices") if isinstance(response, Mapping) else None
     if not isinstance(choices, list) or len(choices) != num_prompts:
-        raise _unreadable(f"expected {num_prompts} choices")
+        raise unreadable(f"expected {num_prompts} choices")
     by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, Mapping)}
     if set(by_index) != set(range(num_prompts)):
-        raise _unreadable(f"the choices have the indices {sorted(map(str, by_index))}")
+        raise unreadable(f"the choices have the indices {sorted(map(str, by_index))}")
     return [by_index[index] for index in range(num_prompts)]
 
 
@@ -156,7 +276,7 @@ def read_verification(response: Any, num_prompts: int) -> list[Mapping[int, floa
     for choice in read_choices(response, num_prompts):
         tops = (choice.get("logprobs") or {}).get("top_logprobs")
         if not isinstance(tops, list) or len(tops) != 1 or not isinstance(tops[0], Mapping):
-            raise _unreadable("a choice has no log-probabilities")
+            raise unreadable("a choice has no log-probabilities")
         results.append(_by_token_id(tops[0]))
     return results
 
@@ -165,14 +285,15 @@ def read_prompt_logprobs(response: Any, prompt: Sequence[int], start: int, num_l
     """Returns what the server says about the tokens of the prompt from `start` on."""
     entries = read_choices(response, 1)[0].get("prompt_logprobs")
     if not isinstance(entries, list) or len(entries) != len(prompt):
-        raise _unreadable("the prompt has no log-probabilities")
+        raise unreadable("the prompt has no log-probabilities")
     results = []
     for token, entry in zip(prompt[start:], entries[start:], strict=True):
         own = entry.get(str(token)) if isinstance(entry, Mapping) else None
         if not isinstance(own, Mapping) or not isinstance(own.get("rank"), int):
-            raise _unreadable(f"the log-probability of token {token} is missing")
-        top = {int(other): _number(value["logprob"]) for other, value in entry.items()}
-        results.append(PromptLogprob(Logprob(_number(own["logprob"]), _rank(top, num_logprobs)), own["rank"]))
+            raise unreadable(f"the log-probability of token {token} is missing")
+        top = {int(other): read_logprob(value["logprob"]) for other, value in entry.items()}
+        logprob = Logprob(read_logprob(own["logprob"]), ranked(top, num_logprobs))
+        results.append(PromptLogprob(logprob, own["rank"] == 1))
     return results
 
 
@@ -193,13 +314,6 @@ def read_model_card(response: Any, name: str | None) -> Mapping[str, Any]:
             raise ValueError(f"the server serves {served}; choose one with engine.model_name")
         raise ValueError(f"the server does not serve {name!r}")
     return cards[0]
-
-
-def counters(metrics: str) -> str:
-    """Returns the lines of the metrics that only grow."""
-    return "\n".join(
-        line for line in metrics.splitlines() if line.partition("{")[0].endswith(("_total", "_count", "_sum"))
-    )
 
 
 def read_stats(metrics_texts: Sequence[str]) -> EngineStats:
@@ -237,22 +351,6 @@ def read_stats(metrics_texts: Sequence[str]) -> EngineStats:
 
 def _by_token_id(top: Mapping[str, Any]) -> dict[int, float]:
     try:
-        return {int(key.removeprefix(TOKEN_PREFIX)): _number(value) for key, value in top.items()}
+        return {int(key.removeprefix(TOKEN_PREFIX)): read_logprob(value) for key, value in top.items()}
     except ValueError:
-        raise _unreadable(f"log-probabilities without token ids: {list(top)[:3]}") from None
-
-
-def _rank(by_token_id: Mapping[int, float], count: int) -> tuple[tuple[int, float], ...]:
-    ranked: Iterable[tuple[int, float]] = sorted(by_token_id.items(), key=lambda item: -item[1])
-    return tuple(ranked)[:count]
-
-
-def _number(value: Any) -> float:
-    """Returns a log-probability. vLLM sends -9999.0 for a probability of 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
-        raise _unreadable(f"{value!r} is not a log-probability")
-    return float(value)
-
-
-def _unreadable(reason: str) -> ServerUnavailable:
-    return ServerUnavailable(f"the response is not as expected: {reason}", deterministic=True)
+        raise unreadable(f"log-probabilities without token ids: {list(top)[:3]}") from None

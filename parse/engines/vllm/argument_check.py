@@ -21,7 +21,7 @@ def main(scope: str, arguments: Sequence[str]) -> None:
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    namespace = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(arguments)
+    namespace = make_arg_parser(FlexibleArgumentParser(prog="vllm serve", allow_abbrev=False)).parse_args(arguments)
     if scope == "syntax" or current_platform.is_unspecified():
         return
     try:

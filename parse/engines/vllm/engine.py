@@ -21,13 +21,12 @@ class VLLMEngine(RemoteEngine):
     @property
     def device(self) -> str:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return f"vllm on GPU {gpus}" if gpus else "vllm on CPU"
+        return f"vllm on GPU {gpus}" if gpus else "vllm"
 
     async def read_stats(self) -> EngineStats:
         stats = await super().read_stats()
-        return replace(
-            stats, num_server_restarts=self._server.num_restarts, server_metrics="".join(self._metrics.values())
-        )
+        metrics = "" if stats.servers_failing else "".join(self._metrics.values())
+        return replace(stats, num_server_restarts=self._server.num_restarts, server_metrics=metrics)
 
     def check_health(self) -> None:
         if self._server.failure is not None:

@@ -33,7 +33,7 @@ def find_python(executable: str | None) -> Path:
         return path
     if is_importable():
         return Path(sys.executable)
-    if any(Path(device).exists() for device in GPU_DEVICES):
+    if _has_gpu():
         raise VLLMUnavailable(
             "vLLM is not installed in this environment; install it in one of its own, and set engine.executable to the "
             "Python interpreter of that environment"
@@ -44,6 +44,15 @@ def find_python(executable: str | None) -> Path:
 def is_importable() -> bool:
     """Returns whether vLLM is installed in this environment."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def needs_installation(executable: str | None) -> bool:
+    """Returns whether `find_python` would install vLLM."""
+    return not (executable or is_importable() or _has_gpu() or is_installed())
+
+
+def _has_gpu() -> bool:
+    return any(Path(device).exists() for device in GPU_DEVICES)
 
 
 def environment_folder(version: str = NEWEST) -> Path:

@@ -7,6 +7,7 @@ from parse.config import EngineSettings
 from parse.engine_config import VLLMEngineConfig
 from parse.engines.remote.loader import connect
 from parse.engines.remote.server import ServerAddress
+from parse.engines.remote.vllm import VLLM
 from parse.engines.vllm.command import check_arguments, server_command, server_environment
 from parse.engines.vllm.engine import VLLMEngine
 from parse.engines.vllm.installation import VLLMUnavailable, find_python
@@ -30,7 +31,7 @@ def check_vllm(settings: EngineSettings, config: VLLMEngineConfig, *, on_this_no
 
 
 def load_vllm_engine(settings: EngineSettings, config: VLLMEngineConfig) -> VLLMEngine:
-    """Raises ValueError if vLLM cannot be started. The message has its own words."""
+    """Raises ValueError if vLLM cannot be started. The message quotes its log."""
     try:
         python = find_python(config.executable)
     except VLLMUnavailable as error:
@@ -54,7 +55,9 @@ def load_vllm_engine(settings: EngineSettings, config: VLLMEngineConfig) -> VLLM
         socket_path=str(server.socket_path),
     )
     try:
-        connection = connect(settings, [address], model_name=None, retry_timeout_s=config.retry_timeout_s)
+        connection = connect(
+            settings, [address], model_name=None, dialect=VLLM(), retry_timeout_s=config.retry_timeout_s
+        )
     except BaseException:
         server.close()
         raise

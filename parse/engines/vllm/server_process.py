@@ -1,10 +1,7 @@
 """A vLLM server as a child process: how it starts, what it prints, and what happens when it ends."""
 
 import logging
-import os
 import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +17,7 @@ log = logging.getLogger(f"{__name__}.log")
 logger = logging.getLogger(__name__)
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
-FOLDER_PREFIX, SOCKET_NAME = "parse-vllm-", "vllm.sock"
+SOCKET_NAME = "vllm.sock"
 NUM_LAST_LINES = 200  # of the log, in which the reason of a failure is found
 NUM_REASONS = 3
 POLL_S = 0.1
@@ -28,10 +25,11 @@ HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 5.0
 MAX_FAILED_STARTS = 3  # one after the other; more would not help
 RESTART_DELAY_S = 2.0  # a GPU may not have freed the memory of the killed process yet
 STOP_TIMEOUT_S = 15.0
+LOG_TIMEOUT_S = 1.0  # for the last lines of a process that has ended
 
 
 class ServerFailed(ValueError):
-    """The server does not start. The message has its own words."""
+    """The server does not start. The message quotes its log."""
 
 
 class ServerProcess:
@@ -40,9 +38,9 @@ class ServerProcess:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], socket_path: Path) -> None:
         self._socket_path = socket_path
         self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
-        socket_path.unlink(missing_ok=True)
+        socket_path.parent.mkdir(mode=0o700, exist_ok=True)  # an earlier process has removed it
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(SUPERVISOR), *command],
+            [sys.executable, "-I", str(SUPERVISOR), str(socket_path.parent), *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -82,8 +80,8 @@ class ServerProcess:
 
     def reason(self) -> str:
         """Returns the lines of the log that tell why the server has ended, or its last ones."""
-        self._reader.join(1.0)
-        lines = [_without_prefix(line) for line in self._last_lines]
+        self._reader.join(LOG_TIMEOUT_S)
+        lines = [_without_prefix(line) for line in list(self._last_lines)]
         errors = [line for line in lines if re.search(r"\berror: |\w(Error|Exception)\b:", line)]
         return " | ".join(list(dict.fromkeys(errors or lines))[-NUM_REASONS:])
 
@@ -93,10 +91,8 @@ class ServerProcess:
         self._process.stdin.close()  # the supervisor waits for this
         if not self.wait(STOP_TIMEOUT_S):
             self._process.kill()
-            self._process.wait()
-        if self._process.returncode < 0:  # the supervisor was killed, so it has left the others behind
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        # All processes have the log open. If the outer supervisor was killed, the inner one still ends them.
+        self._reader.join(STOP_TIMEOUT_S)
 
     def _copy_log(self) -> None:
         assert self._process.stdout is not None
@@ -123,9 +119,7 @@ class SupervisedServer:
         stall_timeout_s: float,
     ) -> None:
         """`command` returns the command of a server that listens on a socket."""
-        _remove_old_folders()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
-        self.socket_path = self._folder / SOCKET_NAME
+        self.socket_path = Path(tempfile.mkdtemp(prefix="parse-serve-vllm-")) / SOCKET_NAME
         self.num_restarts = 0
         self.failure: str | None = None
         """Why the server cannot be started again."""
@@ -146,18 +140,19 @@ class SupervisedServer:
         with self._starting:
             self._closing.set()
         self._process.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> ServerProcess:
         return ServerProcess(self._command, self._environment, self.socket_path)
 
     def _monitor(self) -> None:
-        while not self._closing.is_set():
-            reason = self._wait_for_failure()
-            if not self._closing.is_set():
-                self._restart(reason)
-            if self.failure is not None:
-                return
+        try:
+            while not self._closing.is_set() and self.failure is None:
+                reason = self._wait_for_failure()
+                if not self._closing.is_set():
+                    self._restart(reason)
+        except Exception as error:  # otherwise nobody would notice that the server is no longer watched
+            logger.exception("the server is no longer supervised")
+            self.failure = f"vLLM is no longer supervised: {error}"
 
     def _wait_for_failure(self) -> str:
         """Waits until the server has ended, or has not responded for too long. Returns which one it is."""
@@ -170,10 +165,11 @@ class SupervisedServer:
         return "has ended"
 
     def _restart(self, reason: str) -> None:
-        for attempt in range(MAX_FAILED_STARTS):
+        failure = ""
+        for _ in range(MAX_FAILED_STARTS):
             logger.error("vLLM %s, and is started again: %s", reason, self._process.reason())
             self._process.stop()
-            self._closing.wait(RESTART_DELAY_S * attempt)
+            self._closing.wait(RESTART_DELAY_S)
             with self._starting:
                 if self._closing.is_set():
                     return
@@ -183,16 +179,9 @@ class SupervisedServer:
                 self._process.wait_until_ready(self._start_timeout_s)
                 return
             except ServerFailed as error:
-                reason = "does not start"
-                self.failure = str(error) if attempt == MAX_FAILED_STARTS - 1 else None
-
-
-def _remove_old_folders() -> None:
-    """Removes the folders of processes that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        pid = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
-        if not Path("/proc", pid).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+                reason, failure = "does not start", str(error)
+        self._process.stop()
+        self.failure = failure
 
 
 def _without_prefix(line: str) -> str:

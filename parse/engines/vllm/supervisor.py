@@ -1,10 +1,13 @@
-"""Runs a command, and ends all its processes when the command or the parent process ends, however that happens.
+"""Runs a command, and ends all its processes when the command or the caller ends, however that happens.
 
-    python supervisor.py COMMAND...
+    python supervisor.py FOLDER COMMAND...
 
-The parent keeps the other end of the standard input open. The operating system closes it when the parent ends, even if
-it was killed. This process also adopts the descendants of the command whose own parents have ended, so it finds all of
-them.
+The caller keeps the other end of the standard input open. The operating system closes it when the caller ends, even if
+it was killed. At the end, the folder is removed.
+
+There are two processes, which both adopt the descendants of the command whose own parents have ended. The inner one
+watches the command and the caller. The outer one ends what is left if the inner one is killed. Ray kills the direct
+children of a worker that exits, which ends the outer process but not the inner one.
 
 This program imports nothing of the project, so that it starts at once.
 """
@@ -12,62 +15,69 @@ This program imports nothing of the project, so that it starts at once.
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GRACE_S = 5.0
 """For how long the command may clean up, for example its shared memory, before its processes are killed."""
+MAX_PAUSE_S = 1.0
+
+libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main() -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
+def main(folder: str, command: Sequence[str]) -> int:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    # A signal to end this process ends the command first.
+    inner = os.fork()
+    if inner == 0:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a forked process does not inherit this
+        os._exit(_supervise(folder, command))
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: os.close(0))
+        signal.signal(signum, lambda received, _: os.kill(inner, received))
+    _, status = os.waitpid(inner, 0)
+    _kill_descendants()
+    shutil.rmtree(folder, ignore_errors=True)
+    return os.waitstatus_to_exitcode(status) & 0xFF
+
+
+def _supervise(folder: str, command: Sequence[str]) -> int:
+    """Returns the exit code of the command."""
+    stop, request_stop = os.pipe()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: os.write(request_stop, b"."))
     child = subprocess.Popen(
-        sys.argv[1:],
+        command,
         stdin=subprocess.DEVNULL,
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
     )
     try:
-        _wait_for_end(child)
+        select.select([0, stop, os.pidfd_open(child.pid)], [], [])
         if child.poll() is None:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):
                 child.wait(GRACE_S)
     finally:
         _kill_descendants()
-    return_code = child.wait()
-    return return_code if return_code >= 0 else 128 - return_code
-
-
-def _wait_for_end(child: "subprocess.Popen[bytes]") -> None:
-    """Waits until the command or the parent process has ended."""
-    child_end = os.pidfd_open(child.pid)
-    try:
-        select.select([0, child_end], [], [])
-    except (OSError, ValueError):  # a signal has closed the standard input
-        pass
-    finally:
-        os.close(child_end)
+        shutil.rmtree(folder, ignore_errors=True)
+    return_code = child.poll()
+    return 128 + signal.SIGKILL if return_code is None or return_code < 0 else return_code
 
 
 def _kill_descendants() -> None:
     """Kills all descendants. They may start others meanwhile, so this is repeated until there are none."""
+    pause_s = 0.02
     while descendants := _descendants():
         for pid in descendants:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.02)
+        time.sleep(pause_s)
+        pause_s = min(MAX_PAUSE_S, 2 * pause_s)
 
 
 def _descendants() -> list[int]:
@@ -91,4 +101,4 @@ def _descendants() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

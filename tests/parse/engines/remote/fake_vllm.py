@@ -73,10 +73,9 @@ class FakeVLLM:
     async def _start(self) -> None:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/health", self._health)
-        app.router.add_post("/v1/completions", self._completions)
+        self._add_routes(app.router)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         if self._socket_path is not None:
@@ -85,6 +84,10 @@ class FakeVLLM:
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True, ssl_context=self._tls)
         await site.start()
         self._port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+
+    def _add_routes(self, router: web.UrlDispatcher) -> None:
+        router.add_get("/version", self._version)
+        router.add_post("/v1/completions", self._completions)
 
     async def _stop(self) -> None:
         if self._runner is None:

@@ -17,9 +17,10 @@ from parse.acceptance import AcceptancePolicy
 from parse.config import VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
 from parse.engine_config import RemoteEngineConfig
-from parse.engines.loader import load_engine, load_native_engine
-from parse.engines.remote import server_pool, vllm
+from parse.engines.loader import load_engine
+from parse.engines.remote import server_pool
 from parse.engines.remote.errors import ServerUnavailable
+from parse.engines.remote.vllm import VLLM
 from parse.errors import EngineStopped, ModelLoadError, RequestError, ServerError
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, GenerationRequest, VerifyAndGenerateRequest, VerifyRequest
@@ -50,13 +51,6 @@ def server(module_server):
     module_server.lacks, module_server.version = set(), "0.32.0"
     module_server.bodies.clear()
     module_server.calls.clear()
-
-
-@pytest.fixture(scope="module")
-def native():
-    engine = load_native_engine(EngineSettings(model=DEMO_TARGET, num_threads=1, kv_cache_memory_bytes=2**28))
-    yield engine
-    engine.shutdown()
 
 
 def remote(*servers, **config):
@@ -277,11 +271,11 @@ def test_a_draft_does_not_change_the_distribution_of_sampled_output(server, nati
 
 def test_two_draft_tokens_in_a_row_do_not_share_their_random_number():
     """Otherwise, the second one would be accepted too often."""
+    from parse.engines.remote.dialect import PromptLogprob
     from parse.engines.remote.engine import _accepts
-    from parse.engines.remote.vllm import PromptLogprob
     from parse.types import Logprob
 
-    entry, params = PromptLogprob(Logprob(math.log(0.5)), 1), SamplingParams(temperature=1.0)
+    entry, params = PromptLogprob(Logprob(math.log(0.5)), is_argmax=False), SamplingParams(temperature=1.0)
     pairs = Counter(
         (_accepts(entry, replace(params, seed=seed), 0), _accepts(entry, replace(params, seed=seed), 1))
         for seed in range(2000)
@@ -710,7 +704,7 @@ def test_the_cache_usage_of_each_server_counts_with_its_own_size():
             lines.append(f'vllm:kv_cache_usage_perc{{engine="{k}",model_name="m"}} {usage}')
         return "\n".join(lines)
 
-    stats = vllm.read_stats([metrics_text(100, 0.5), metrics_text(1000, 0.1, 0.3)])
+    stats = VLLM().read_stats([metrics_text(100, 0.5), metrics_text(1000, 0.1, 0.3)])
     assert (stats.blocks_used, stats.blocks_total) == (50 + 200, 1100)
 
 

@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> None:
 def check(arguments: list[str]) -> None:
     unknown = [name for name in arguments[::2] if name not in OPTIONS]
     if unknown:
-        sys.exit(f"usage: vllm serve\nvllm serve: error: unrecognized arguments: {' '.join(unknown)}")
+        print(f"usage: vllm serve\nvllm serve: error: unrecognized arguments: {' '.join(unknown)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -116,16 +117,24 @@ def test_a_killed_server_starts_again_and_no_request_is_lost(executable):
     ):
         expected = native_pair.generate(PROBLEM, mode="full", temperature=0).text
 
+        def read_stats():
+            return pair._event_loop.run(pair.target.read_stats())
+
         async def answer_while_killed():
+            server = server_of(descendants(os.getpid()))
             call = asyncio.create_task(pair.agenerate(PROBLEM, mode="full", temperature=0))
             await asyncio.sleep(0.05)
-            server_of(descendants(os.getpid())).kill()
+            server.kill()
             return await call
 
-        for _ in range(2):
+        def has_restarted(number):
+            stats = read_stats()
+            return stats.num_server_restarts == number and stats.servers_responding
+
+        for number in (1, 2):
             assert asyncio.run(answer_while_killed()).text == expected
-        stats = pair._event_loop.run(pair.target.read_stats())
-        assert stats.num_server_restarts == 2
+            until(partial(has_restarted, number))
+        stats = read_stats()
         assert 'vllm:num_requests_running{engine="0"} 2.0' in stats.server_metrics
 
 
@@ -138,8 +147,9 @@ def test_a_server_that_hangs_is_replaced(executable, monkeypatch):
         until(lambda: asyncio.run(engine.read_stats()).servers_responding == 1)
 
 
-@pytest.mark.parametrize("victim", ["engine", "supervisor", "server"])
-def test_all_processes_of_the_server_end_with_any_of_these(executable, victim, tmp_path):
+@pytest.mark.parametrize("victims", ["replica", "outer", "inner", "server", "outer replica"])
+def test_all_processes_of_the_server_end_with_any_of_these(executable, victims, tmp_path):
+    """When a worker of Ray exits, Ray kills its direct children too."""
     program = (
         "import sys, time\n"
         "from tests.parse.engines.vllm.test_vllm_engine import load_engine, settings\n"
@@ -153,10 +163,13 @@ def test_all_processes_of_the_server_end_with_any_of_these(executable, victim, t
     ) as replica:
         assert replica.stdout is not None and replica.stdout.readline() == "ready\n"
         processes = descendants(replica.pid)
+        assert len(processes) == 4  # two supervisors, the server and its own process
         server = server_of(processes)
-        assert len(processes) == 3  # the supervisor, the server and its own process
+        inner = server.parent()
+        by_name = {"replica": psutil.Process(replica.pid), "outer": inner.parent(), "inner": inner, "server": server}
         prevents_start.touch()
-        {"engine": psutil.Process(replica.pid), "supervisor": server.parent(), "server": server}[victim].kill()
+        for name in victims.split():
+            by_name[name].kill()
         until(lambda: not alive(processes))
         replica.kill()
 
