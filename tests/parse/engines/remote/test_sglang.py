@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 from aiohttp import web
-from transformers import AutoTokenizer
 
 from parse.demo import DEMO_TARGET
 from parse.errors import RequestError, ServerError
@@ -69,9 +68,9 @@ def test_streams_of_all_tokens_and_of_new_tokens_are_read(server, native, is_inc
 
 
 def test_a_server_that_truncates_a_prompt_is_reported(server):
-    server.truncates_at = 10
     engine = remote(server)
-    with pytest.raises(ServerError, match=f"has read 10 of {len(PROMPTS[0])} tokens"):
+    server.truncates_at = 10
+    with pytest.raises(ServerError, match="has read 10 of"):
         asyncio.run(engine.prefill(PROMPTS[0]))
     engine.shutdown()
 
@@ -96,9 +95,16 @@ def test_errors_with_the_status_200_are_reported(server, reason, error, message)
 
 def test_a_call_that_the_server_aborts_is_repeated(server):
     aborted = {"finish_reason": {"type": "abort", "message": "evicted"}, "prompt_tokens": 1}
-    engine, answers = remote(server), iter([[{"meta_info": aborted}], None])
-    server.misbehave = lambda body: (lambda results: instead) if (instead := next(answers)) else None
-    assert asyncio.run(engine.prefill(PROMPTS[0])) == 3
+    engine, calls = remote(server), []
+
+    def abort_the_first(body):
+        if body.get("input_ids") != PROMPTS[0]:
+            return None  # a check of the server
+        calls.append(body)
+        return (lambda results: [{"meta_info": aborted}]) if len(calls) == 1 else None
+
+    server.misbehave = abort_the_first
+    assert asyncio.run(engine.prefill(PROMPTS[0])) == 3 and len(calls) == 2
     engine.shutdown()
 
 
@@ -142,8 +148,7 @@ def test_a_server_with_speculation_chooses_the_method_itself(server):
 
 
 def test_another_tokenizer_is_named(server, monkeypatch):
-    other = AutoTokenizer.from_pretrained(DEMO_TARGET)
-    other.add_tokens(["fox"])
+    other = type("Other", (), {"encode": lambda self, text, **_: [1, 2, 3], "eos_token_id": 0})()
     monkeypatch.setattr(server, "tokenizer", other)
     with pytest.raises(ValueError, match="differs from the one of the settings"):
         remote(server)
@@ -152,7 +157,7 @@ def test_another_tokenizer_is_named(server, monkeypatch):
 def test_all_sampling_parameters_are_sent(server):
     """A server with preferred sampling parameters would fill in those that are missing."""
     run(remote(server), generation(sampling_params=SamplingParams(seed=3, max_tokens=2, logit_bias={7: -5.0})))
-    sent = server.bodies[-1]["sampling_params"]
+    (sent,) = (body["sampling_params"] for body in server.bodies if body.get("stream"))
     names = {"max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty"}
     names |= {"frequency_penalty", "repetition_penalty", "ignore_eos", "stop_token_ids", "sampling_seed", "logit_bias"}
     assert set(sent) == names | {"skip_special_tokens"} and sent["top_k"] == -1 and sent["logit_bias"] == {"7": -5.0}

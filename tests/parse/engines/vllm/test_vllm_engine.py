@@ -20,7 +20,7 @@ from parse.deployment_check import check_models
 from parse.engine_config import VLLMEngineConfig
 from parse.engines.loader import load_engine
 from parse.engines.vllm import server_process
-from parse.engines.vllm.command import command_line
+from parse.engines.vllm.command import SERVER_MODULE, command_line
 from parse.errors import ModelLoadError
 from tests.parse.engines.vllm.fake_cli import write_executable
 from training.measure import draw_problems
@@ -74,10 +74,16 @@ def started(executable, **options):
         engine.shutdown()
 
 
+def command_of(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended
+        return []
+
+
 def server_of(processes):
-    return next(
-        p for p in processes.values() if "vllm.entrypoints.openai.api_server" in p.cmdline() and "-I" not in p.cmdline()
-    )
+    commands = {process: command_of(process) for process in processes.values()}
+    return next(p for p, command in commands.items() if SERVER_MODULE in command and "-I" not in command)
 
 
 def test_arguments_are_written_as_vllm_reads_them():
