@@ -3,6 +3,7 @@
 import asyncio
 import re
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -52,14 +53,18 @@ def test_whatever_is_killed_no_request_is_lost_and_no_process_remains(deployed, 
             answers.add(answer["choices"][0]["message"]["content"])
         return answers
 
-    async def all_run():
-        return bool(processes(executable))
+    async def serves():
+        async with service.client() as http:
+            is_ready = (await http.get("/ready")).status_code == 200
+        running = processes(executable)
+        command = running["server"].cmdline() if running else ["--uds", ""]
+        return is_ready and Path(command[command.index("--uds") + 1]).is_socket()
 
     async def under_load():
         loads = [asyncio.create_task(ask(body)) for body in bodies]
         for names in (["replica"], ["server", "replica"], ["outer"], ["inner"], ["server"]):
-            await until(all_run)
-            await asyncio.sleep(1.0)
+            await until(serves)
+            await asyncio.sleep(2.0)  # a replica that starts would fail, instead of starting its server again
             before = processes(executable)
             for name in names:
                 before[name].kill()
@@ -75,14 +80,10 @@ def test_whatever_is_killed_no_request_is_lost_and_no_process_remains(deployed, 
     for answers in asyncio.run(under_load()):
         assert len(answers) == 1
 
-    def metrics():
-        return httpx.get(f"{service.url}/metrics").text
-
-    async def are_restarts_counted():
-        restarts = r'^parse_engine_server_restarts_total\{[^}]*deployment="Verifier"[^}]*\} 3\.0$'
-        return bool(re.search(restarts, metrics(), re.MULTILINE)) and "vllm:num_requests_running{" in metrics()
-
-    asyncio.run(until(are_restarts_counted))
+    asyncio.run(until(serves))
+    metrics = httpx.get(f"{service.url}/metrics").text
+    restarts = re.findall(r'^parse_engine_server_restarts_total\{[^}]*"Verifier"[^}]*\} (\S+)$', metrics, re.MULTILINE)
+    assert restarts == ["3.0"] and "vllm:num_requests_running{" in metrics
     # When Ray ends the replica, it also kills the direct children of its process.
     before = processes(executable)
     deployed.clear()
