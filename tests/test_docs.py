@@ -51,6 +51,7 @@ OTHER_FILES = {
     "figures.json",
     "model.safetensors",
     "my_config.yaml",
+    "my_problems.jsonl",
     "outputs.jsonl",
     "prompts.jsonl",
     "utils.py",  # a name that CONTRIBUTING.md advises against
