@@ -1,7 +1,9 @@
 """A vLLM server as a child process: how it starts, what it prints, and what happens when it ends."""
 
 import logging
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -93,6 +95,9 @@ class ServerProcess:
             self._process.kill()
         # All processes have the log open. If the outer supervisor was killed, the inner one still ends them.
         self._reader.join(STOP_TIMEOUT_S)
+        if self._reader.is_alive():  # both supervisors were killed
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _copy_log(self) -> None:
         assert self._process.stdout is not None

@@ -153,7 +153,7 @@ def test_a_server_that_hangs_is_replaced(executable, monkeypatch):
         until(lambda: asyncio.run(engine.read_stats()).servers_responding == 1)
 
 
-@pytest.mark.parametrize("victims", ["replica", "outer", "inner", "server", "outer replica"])
+@pytest.mark.parametrize("victims", ["replica", "outer", "inner", "server", "outer replica", "outer inner"])
 def test_all_processes_of_the_server_end_with_any_of_these(executable, victims, tmp_path):
     """When a worker of Ray exits, Ray kills its direct children too."""
     program = (
