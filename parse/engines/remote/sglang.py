@@ -25,7 +25,7 @@ from parse.engines.remote.dialect import (
 )
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
 from parse.engines.remote.server import Server
-from parse.engines.remote.startup import SAMPLE_TEXT, sample_prompts, works
+from parse.engines.remote.startup import SAMPLE_TEXT, returns_prompt_logprobs, sample_prompts, verifies, works
 from parse.errors import RequestError, ServerError
 from parse.types import FinishReason, Logprob, SamplingParams
 
@@ -78,15 +78,14 @@ class SGLang:
         self, server: Server, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
     ) -> ServerFeatures:
         prompt = tokenizer.encode(SAMPLE_TEXT)
-        verifies = partial(self._verifies, server, model.name, prompt)
-        by_token_id = await works(partial(verifies, by_token_id=True))
+        by_token_id = await verifies(self, server, model.name, prompt, by_token_id=True)
         info = await _server_info(server)
         return ServerFeatures(
             version=str(info.get("version", "unknown")),
             block_size=int(info.get("page_size") or 1),
-            verifies=by_token_id or await works(partial(verifies, by_token_id=False)),
+            verifies=by_token_id or await verifies(self, server, model.name, prompt, by_token_id=False),
             verifies_by_token_id=by_token_id,
-            has_prompt_logprobs=await works(partial(self._returns_prompt_logprobs, server, model.name, prompt)),
+            has_prompt_logprobs=await returns_prompt_logprobs(self, server, model.name, prompt),
             has_speculation=bool(info.get("speculative_algorithm")),
         )
 
@@ -183,15 +182,6 @@ class SGLang:
             prefix_queries=int(sums["prompt_tokens_total"]),
             prefix_hits=int(sums["cached_tokens_total"]),
         )
-
-    async def _verifies(self, server: Server, model: str, prompt: Sequence[int], *, by_token_id: bool) -> bool:
-        token_ids = sorted({prompt[0], prompt[-1]})
-        prompts = [prompt, prompt[:-1]]
-        tops = await self.next_token_logprobs(server, model, prompts, token_ids, by_token_id=by_token_id)
-        return all(set(token_ids) <= set(top) if by_token_id else len(top) >= MAX_TOP_LOGPROBS for top in tops)
-
-    async def _returns_prompt_logprobs(self, server: Server, model: str, prompt: Sequence[int]) -> bool:
-        return len(await self.prompt_logprobs(server, model, prompt, 1, 0)) == len(prompt) - 1
 
 
 def _body(prompts: Sequence[Any], *, max_new_tokens: int, **logprobs: Any) -> dict[str, Any]:

@@ -22,6 +22,28 @@ def sample_prompts(tokens: Sequence[int]) -> list[list[int]]:
     return [list(tokens[: -(-len(tokens) * number // NUM_SAMPLES)]) for number in range(1, NUM_SAMPLES + 1)]
 
 
+async def verifies(dialect: Dialect, server: Server, model: str, prompt: Sequence[int], *, by_token_id: bool) -> bool:
+    """Returns whether the server returns the log-probabilities that a verification needs."""
+    token_ids = sorted({prompt[0], prompt[-1]})
+
+    async def trial() -> bool:
+        tops = await dialect.next_token_logprobs(
+            server, model, [prompt, prompt[:-1]], token_ids, by_token_id=by_token_id
+        )
+        if by_token_id:
+            return all(set(token_ids) <= set(top) for top in tops)  # an old server ignores unknown fields
+        return all(len(top) >= dialect.max_logprobs for top in tops)
+
+    return await works(trial)
+
+
+async def returns_prompt_logprobs(dialect: Dialect, server: Server, model: str, prompt: Sequence[int]) -> bool:
+    async def trial() -> bool:
+        return len(await dialect.prompt_logprobs(server, model, prompt, 1, 0)) == len(prompt) - 1
+
+    return await works(trial)
+
+
 async def works(trial: Callable[[], Awaitable[bool]]) -> bool:
     """Returns whether a trial succeeds.
 

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -23,7 +22,7 @@ from parse.engines.remote.dialect import (
 )
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
 from parse.engines.remote.server import Server
-from parse.engines.remote.startup import SAMPLE_TEXT, sample_prompts, works
+from parse.engines.remote.startup import SAMPLE_TEXT, returns_prompt_logprobs, sample_prompts, verifies
 from parse.errors import RequestError, ServerError
 from parse.types import Logprob, SamplingParams
 
@@ -75,8 +74,7 @@ class VLLM:
         self, server: Server, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
     ) -> ServerFeatures:
         prompt = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
-        verifies = partial(self._verifies, server, model.name, prompt)
-        by_token_id = await works(partial(verifies, by_token_id=True))
+        by_token_id = await verifies(self, server, model.name, prompt, by_token_id=True)
         try:
             version = str((await server.get_json("/version"))["version"])
         except (ServerUnavailable, ServerError, RequestError, LookupError, TypeError):
@@ -89,9 +87,9 @@ class VLLM:
         return ServerFeatures(
             version=version,
             block_size=int(block_size[1]) if block_size else DEFAULT_BLOCK_SIZE,
-            verifies=by_token_id or await works(partial(verifies, by_token_id=False)),
+            verifies=by_token_id or await verifies(self, server, model.name, prompt, by_token_id=False),
             verifies_by_token_id=by_token_id,
-            has_prompt_logprobs=await works(partial(self._returns_prompt_logprobs, server, model.name, prompt)),
+            has_prompt_logprobs=await returns_prompt_logprobs(self, server, model.name, prompt),
             has_speculation="vllm:spec_decode_num_drafts" in metrics,
         )
 
@@ -150,16 +148,6 @@ class VLLM:
 
     def read_stats(self, metrics_texts: Sequence[str]) -> EngineStats:
         return read_stats(metrics_texts)
-
-    async def _verifies(self, server: Server, model: str, prompt: Sequence[int], *, by_token_id: bool) -> bool:
-        token_ids = sorted({prompt[0], prompt[-1]})
-        tops = await self.next_token_logprobs(server, model, [prompt, prompt[:-1]], token_ids, by_token_id=by_token_id)
-        if by_token_id:
-            return all(set(token_ids) <= set(top) for top in tops)  # an old server ignores unknown fields
-        return all(len(top) >= MAX_TOP_LOGPROBS for top in tops)
-
-    async def _returns_prompt_logprobs(self, server: Server, model: str, prompt: Sequence[int]) -> bool:
-        return len(await self.prompt_logprobs(server, model, prompt, 1, 0)) == len(prompt) - 1
 
 
 def generation_body(

@@ -55,7 +55,7 @@ def server_environment(python: Path, config: VLLMEngineConfig) -> dict[str, str]
 def command_line(engine_args: Mapping[str, Any]) -> list[str]:
     """Returns arguments in the form that the command `vllm serve` reads.
 
-    Several values are written after its name, and a mapping is written as JSON. Null leaves the argument out.
+    A list becomes several values after one name, and a mapping becomes JSON. Null leaves the argument out.
     """
     arguments: list[str] = []
     for name, value in engine_args.items():

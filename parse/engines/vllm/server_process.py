@@ -52,10 +52,6 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._copy_log, name="vLLM log", daemon=True)
         self._reader.start()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def wait(self, timeout_s: float) -> bool:
         """Returns whether the server ends within this time."""
         with suppress(subprocess.TimeoutExpired):
