@@ -3,7 +3,6 @@
 `serve_config.yaml` names `build` as its `import_path`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -15,6 +14,7 @@ from deployments.config import AppSettings, resolve_model_path
 from deployments.serving.drafter import Drafter
 from deployments.serving.replica import ModelReplica
 from deployments.serving.router import Router
+from deployments.serving.trial_start import check_start
 from deployments.serving.verifier import Verifier
 from parse.config import EngineSettings
 from parse.deployment_check import check_models
@@ -43,6 +43,10 @@ def build(args: AppSettings) -> Application:
         memory_bytes=_shared_memory_bytes(settings),
         on_this_node=len(_live_nodes()) == 1,
     )
+    gpus_per_model = _gpus_per_model(settings)
+    check_start("target", Verifier.__name__, settings.target, _num_gpus(settings.target, gpus_per_model))
+    if settings.draft:
+        check_start("draft", Drafter.__name__, settings.draft, _num_gpus(settings.draft, gpus_per_model))
     return application
 
 
@@ -53,7 +57,8 @@ def assemble(args: AppSettings) -> tuple[Application, AppSettings]:
     """
     target = _resolve_model_paths(args.target)
     draft = _resolve_model_paths(args.draft) if args.draft else None
-    gpus_per_model = _gpus_per_model([model for model in (target, draft) if model])
+    settings = args.model_copy(update={"target": target, "draft": draft})
+    gpus_per_model = _gpus_per_model(settings)
     verifier = _model_deployment(Verifier, target, gpus_per_model).bind(target)
     drafter = None
     if draft:
@@ -63,7 +68,6 @@ def assemble(args: AppSettings) -> tuple[Application, AppSettings]:
             .options(max_queued_requests=draft.max_num_seqs)
             .bind(draft, target.model)
         )
-    settings = args.model_copy(update={"target": target, "draft": draft})
     router = serve.deployment(
         name="Router",
         ray_actor_options={"num_cpus": 0.1},
@@ -95,12 +99,16 @@ def _resolve_model_paths(settings: EngineSettings) -> EngineSettings:
     return settings.model_copy(update={"model": resolve_model_path(settings.model), "speculative_configs": configs})
 
 
+def _models(settings: AppSettings) -> list[EngineSettings]:
+    return [settings.target, *([settings.draft] if settings.draft else [])]
+
+
 def _shared_memory_bytes(settings: AppSettings) -> int | None:
     """Returns the memory of this machine if it is certain that all models run on its CPUs.
 
     With the device `auto`, a node with GPUs may still join the cluster.
     """
-    models = [model for model in (settings.target, settings.draft) if model]
+    models = _models(settings)
     on_cpus = all(model.device == "cpu" for model in models if isinstance(model.engine, NativeEngineConfig))
     nodes = _live_nodes()
     return machine_bytes() if on_cpus and len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) else None
@@ -110,11 +118,12 @@ def _live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
 
 
-def _gpus_per_model(models: Sequence[EngineSettings]) -> float:
+def _gpus_per_model(settings: AppSettings) -> float:
     """Returns the number of GPUs for one replica of a model.
 
     It is 1 if there is a GPU for each model, otherwise an equal share, and 0 without GPUs.
     """
+    models = _models(settings)
     num_gpu_models = sum(map(_needs_gpu, models))
     if not num_gpu_models or not ray.is_initialized():
         return 0

@@ -75,8 +75,11 @@ On a machine without GPUs, this command runs the demo target in vLLM. It install
   you set `num_gpus` yourself, it must be that number.
 - **CPUs.** For an `executable` with vLLM's build for CPUs, set `num_gpus: 0` in the `ray_actor_options` of the deployment.
 - **Wrong arguments** are reported when you deploy, in vLLM's words, before anything is replaced. On a cluster with several nodes, only
-  the names and the types of the arguments can be checked then, because the GPUs and vLLM may be on another node. If vLLM itself does not
-  start, the deployment fails with the errors in its log.
+  the names and the types of the arguments can be checked then, because the GPUs and vLLM may be on another node.
+- **A vLLM that cannot start.** If an earlier version serves, and the cluster has enough free GPUs for one more vLLM, the new one is
+  started once before the deployment. If it does not start, the deployment fails with the errors in its log, and the earlier version
+  keeps serving. Without free GPUs, Ray Serve has to stop a replica of the earlier version first. With several replicas, the others keep
+  serving. With a single one, nothing serves until you deploy the earlier version again.
 - **Failures.** If vLLM ends, or its `/health` does not respond for `stall_timeout_s`, the replica kills what is left of it and starts it
   again. Calls wait meanwhile, for up to `retry_timeout_s`, and are then repeated or continued. An answer with `presence_penalty` or
   `frequency_penalty` that has begun cannot be continued, and a call that is interrupted five times fails, because it may be the cause.

@@ -35,6 +35,7 @@ class ModelReplica:
     def __init__(self, settings: EngineSettings) -> None:
         logs.attach_to_serve_logger()
         hide_unassigned_gpus()
+        self._settings = settings
         self.engine = load_engine(settings)
         self._recorder = MetricsRecorder(metrics.ENGINE_METRICS, deployment=type(self).__name__)
         self._export_task: asyncio.Task[None] | None = None
@@ -53,6 +54,9 @@ class ModelReplica:
     async def alive(self) -> None:
         """Raises if the engine cannot serve requests at the moment. Routers call this and report the reason."""
         await self.engine.check_available()
+
+    async def engine_settings(self) -> EngineSettings:
+        return self._settings
 
     async def stats(self) -> EngineStats:
         return await self.engine.read_stats()

@@ -73,6 +73,8 @@ class ServerFeatures:
     has_prompt_logprobs: bool
     has_speculation: bool
     """Whether it generates with a speculative method of its own."""
+    call_cost: float = 0.0
+    """The cost of a verification apart from its prompts, in prompts. It is measured."""
 
 
 class Dialect(Protocol):

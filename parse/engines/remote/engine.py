@@ -3,7 +3,6 @@
 import asyncio
 import math
 import random
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -17,13 +16,14 @@ from parse.engines.remote.errors import ServerUnavailable
 from parse.engines.remote.output import OutputBuilder
 from parse.engines.remote.server import Server
 from parse.engines.remote.server_pool import ServerPool
-from parse.engines.remote.verification import VerificationCost, answer_probabilities, result_of
+from parse.engines.remote.verification import AnswerFirst, answer_probabilities, result_of, search_cost
 from parse.engines.request_checks import RequestChecks, stop_detokenizer
 from parse.errors import ServerError
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import Logprob, SamplingParams, TokenDelta, VerifyResult
 
 MAX_PREFIXES_PER_CALL = 64
+MIN_PREFILL_TOKENS = 256  # of a prompt that is prefilled while the server is busy
 METRICS_TIMEOUT_S = 2.0
 EXCLUDED = -100.0  # the bias of a token that must not be sampled
 
@@ -48,7 +48,7 @@ class RemoteEngine:
         self._pool, self._dialect, self._features = connection.pool, connection.dialect, connection.features
         self._capabilities = connection.capabilities
         self._checks = RequestChecks(len(self.tokenizer), self._capabilities.max_model_len)
-        self._verification_cost = VerificationCost()
+        self._answer_first = AnswerFirst(self._features.call_cost)
         self._metrics: dict[str, str] = {}  # of each server, as they were read last
 
     @property
@@ -86,8 +86,15 @@ class RemoteEngine:
         self._pool.close()
 
     async def prefill(self, prompt_token_ids: Sequence[int], session_key: str = "") -> int:
-        prompt = self._checks.prompt(prompt_token_ids)
+        """Lets the server compute a prompt. Returns how many of its tokens were cached.
 
+        If this would not pay, it does nothing: the server keeps only whole blocks, and if it is busy, a call costs it
+        more time than the prefill of a short prompt saves later.
+        """
+        prompt = self._checks.prompt(prompt_token_ids)
+        is_short = len(prompt) < MIN_PREFILL_TOKENS
+        if len(prompt) < self._features.block_size or (is_short and self._pool.is_busy(session_key)):
+            return 0
         return await self._pool.call(session_key, lambda server: self._dialect.prefill(server, self.name, prompt))
 
     async def verify(self, request: VerifyRequest) -> VerifyResult:
@@ -101,7 +108,7 @@ class RemoteEngine:
         min_answer_mass = request.policy.min_answer_mass if request.policy else 0.0
         p_correct: dict[int, float | None] = {}
         answer_mass: dict[int, float] = {}
-        answer_first = complete and self._verification_cost.answer_first()
+        answer_first = complete and self._answer_first.decide(len(lengths))
         while batch := next_batch(
             num_evaluable,
             p_correct,
@@ -109,14 +116,14 @@ class RemoteEngine:
             complete=complete,
             max_batch=MAX_PREFIXES_PER_CALL,
             answer_first=answer_first,
+            batch_seconds=search_cost,
         ):
             prompts = [[*tokens[: start + lengths[index]], *request.suffix.token_ids] for index in batch]
             for index, (p, mass) in zip(batch, await self._evaluate(request, prompts), strict=True):
                 answer_mass[index] = mass
                 p_correct[index] = p if mass >= min_answer_mass else None  # None passes no threshold, not even 0
         if complete and request.policy is not None:
-            passed = passes(p_correct.get(len(lengths) - 1), request.policy.thresholds.full)
-            self._verification_cost.record_answer(passed)
+            self._answer_first.record(passes(p_correct.get(len(lengths) - 1), request.policy.thresholds.full))
         result = result_of(len(lengths), p_correct, answer_mass)
         if request.num_logprobs is None:
             return result
@@ -156,9 +163,7 @@ class RemoteEngine:
         async def call(server: Server) -> list[Mapping[int, float]]:
             return await self._dialect.next_token_logprobs(server, self.name, prompts, answers, by_token_id=by_token_id)
 
-        started = time.perf_counter()
         tops = await self._pool.call(request.session_key, call)
-        self._verification_cost.record_call(len(prompts), time.perf_counter() - started)
         return [answer_probabilities(top, suffix, all_returned=by_token_id) for top in tops]
 
     async def _prompt_logprobs(

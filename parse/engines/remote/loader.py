@@ -3,7 +3,8 @@
 import os
 import ssl
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from statistics import fmean
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from parse.engines.remote.errors import ServerUnavailable, WrongModel
 from parse.engines.remote.server import Server, ServerAddress
 from parse.engines.remote.server_pool import ServerPool
 from parse.engines.remote.sglang import SGLang
-from parse.engines.remote.startup import report_features
+from parse.engines.remote.startup import measure_call_cost, report_features
 from parse.engines.remote.vllm import VLLM
 from parse.errors import RequestError, ServerError
 from parse.event_loop import EventLoopThread
@@ -120,8 +121,12 @@ async def _inspect(
             name = identities[0].name if identities else model_name
             identities.append(await dialect.identify(server, name, tokenizer))
             identities[0].check(identities[-1])
-            all_features.append(await dialect.find_features(server, identities[-1], tokenizer))
-            report_features(server, dialect, all_features[-1])
+            features = await dialect.find_features(server, identities[-1], tokenizer)
+            report_features(server, dialect, features)
+            if features.verifies:
+                call_cost = await measure_call_cost(dialect, server, identities[-1].name, tokenizer, features)
+                features = replace(features, call_cost=call_cost)
+            all_features.append(features)
         except (ServerUnavailable, WrongModel, ServerError, RequestError) as error:
             message = error.message if isinstance(error, RequestError) else str(error)
             raise ValueError(f"{server.url}: {message}") from error
@@ -136,6 +141,7 @@ async def _inspect(
         verifies_by_token_id=all(features.verifies_by_token_id for features in all_features),
         has_prompt_logprobs=all(features.has_prompt_logprobs for features in all_features),
         has_speculation=any(features.has_speculation for features in all_features),
+        call_cost=fmean(features.call_cost for features in all_features),
     )
     return dialect, identities[0], features
 

@@ -34,6 +34,8 @@ class Member:
         self.failure: str | None = None
         """Why the last call was lost, until one succeeds."""
         self.wrong_model = False
+        self.num_calls = 0
+        """Those that run now."""
         self._num_failures = 0
         self._open_until = 0.0
 
@@ -107,6 +109,10 @@ class ServerPool:
     def servers(self) -> list[Server]:
         return [member.server for member in self.members]
 
+    def is_busy(self, key: str) -> bool:
+        """Returns whether the server that gets calls with this key runs another one."""
+        return self._choose(key).num_calls > 0
+
     async def call(self, key: str, function: Callable[[Server], Awaitable[T]]) -> T:
         """Returns the result of `function`, which is called again if the call is lost."""
 
@@ -125,6 +131,7 @@ class ServerPool:
         num_attempts = num_deterministic = num_interruptions = 0
         while True:
             member = self._choose(key)
+            member.num_calls += 1
             try:
                 async with aclosing(_checked(member, function(member.server))) as items:
                     async for item in items:
@@ -145,6 +152,8 @@ class ServerPool:
                 pause_s = max(error.retry_after_s, random.uniform(0.5, 1.0) * _backoff_s(num_attempts))
                 if time.monotonic() + pause_s > give_up_at:
                     raise EngineStopped(f"no server that runs the model responds: {error}") from error
+            finally:
+                member.num_calls -= 1
             if not any(each.available for each in self.members):
                 await asyncio.sleep(pause_s)
 

@@ -1,8 +1,12 @@
 """What a server can do, found out by calling it before any client does."""
 
 import logging
+import random
 import re
+import time
 from collections.abc import Awaitable, Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
 
 from parse.engines.remote.dialect import Dialect, ServerFeatures
 from parse.engines.remote.errors import ServerUnavailable
@@ -15,6 +19,10 @@ logger = logging.getLogger(__name__)
 SAMPLE_TEXT = "The 3 quick brown foxes: def f(x):\n    return x ** 2  # naïve 東京 🦊 12,345.67"
 NUM_SAMPLES = 8  # sample_prompts of the text after which the next token is compared
 NUM_ATTEMPTS = 3  # of a call at start-up that is lost
+NUM_PREFIX_TOKENS = 24  # of a verification suffix and a part of a block
+NUM_TIMED_PROMPTS = 9
+NUM_TIMINGS = 3
+MIN_PROMPT_S = 1e-5
 
 
 def sample_prompts(tokens: Sequence[int]) -> list[list[int]]:
@@ -42,6 +50,32 @@ async def returns_prompt_logprobs(dialect: Dialect, server: Server, model: str, 
         return len(await dialect.prompt_logprobs(server, model, prompt, 1, 0)) == len(prompt) - 1
 
     return await works(trial)
+
+
+async def measure_call_cost(
+    dialect: Dialect, server: Server, model: str, tokenizer: PreTrainedTokenizerBase, features: ServerFeatures
+) -> float:
+    """Returns the cost of a verification apart from its prompts, in prompts.
+
+    The prompts are as long as what a prefix adds to its context. They are random, so that none of them is cached.
+    """
+    generator = random.Random()
+
+    async def seconds(num_prompts: int) -> float:
+        prompts = [generator.choices(range(len(tokenizer)), k=NUM_PREFIX_TOKENS) for _ in range(num_prompts)]
+        answers, by_token_id = prompts[0][:2], features.verifies_by_token_id
+        started = time.perf_counter()
+        await dialect.next_token_logprobs(server, model, prompts, answers, by_token_id=by_token_id)
+        return time.perf_counter() - started
+
+    try:
+        one_s = min([await seconds(1) for _ in range(NUM_TIMINGS)])
+        all_s = min([await seconds(NUM_TIMED_PROMPTS) for _ in range(NUM_TIMINGS)])
+    except (ServerUnavailable, ServerError, RequestError) as error:
+        logger.warning("%s: the cost of a call cannot be measured: %s", server.url, error)
+        return 0.0
+    prompt_s = max(MIN_PROMPT_S, (all_s - one_s) / (NUM_TIMED_PROMPTS - 1))
+    return max(0.0, one_s / prompt_s - 1)
 
 
 async def works(trial: Callable[[], Awaitable[bool]]) -> bool:

@@ -6,8 +6,17 @@ from collections.abc import Iterable, Mapping
 from parse.prompts import VerificationSuffix
 from parse.types import VerifyResult
 
-SMOOTHING = 0.1  # the weight of a new measurement
-TRIAL_INTERVAL = 50  # verifications until the way that seems slower is measured again
+SMOOTHING = 0.1  # the weight of a new result in the share of answers that pass
+SEARCH_CALL_COST = 2.0
+
+
+def search_cost(num_prompts: int) -> float:
+    """Returns the cost of a call in the search for the first prefix that fails, in prompts.
+
+    It is not measured, because the choice of the prefixes can change which one is accepted, and all replicas have to
+    accept the same one.
+    """
+    return SEARCH_CALL_COST + num_prompts
 
 
 def answer_probabilities(
@@ -40,34 +49,20 @@ def result_of(
     )
 
 
-class VerificationCost:
+class AnswerFirst:
     """Decides whether a complete answer is evaluated alone first, or together with its prefixes.
 
-    Alone, it costs less if the answer passes, and one more call if it fails. The decision changes no result.
+    Alone, it saves the prefixes if the answer passes, and costs one more call if it fails. The decision changes no
+    result.
     """
 
-    def __init__(self) -> None:
-        self._answer_s: float | None = None
-        self._prefixes_s: float | None = None
+    def __init__(self, call_cost: float) -> None:
+        """`call_cost` is the cost of a call apart from its prompts, in prompts."""
+        self._call_cost = call_cost
         self._pass_rate = 0.5
-        self._num_decisions = 0
 
-    def answer_first(self) -> bool:
-        self._num_decisions += 1
-        if self._answer_s is None or self._prefixes_s is None:
-            return True  # if the answer fails, both are measured
-        expected_saving = self._pass_rate * self._prefixes_s - self._answer_s
-        return (expected_saving > 0) != (self._num_decisions % TRIAL_INTERVAL == 0)
+    def decide(self, num_prefixes: int) -> bool:
+        return self._pass_rate * (num_prefixes - 1) > (1 - self._pass_rate) * self._call_cost
 
-    def record_call(self, num_prefixes: int, seconds: float) -> None:
-        if num_prefixes == 1:
-            self._answer_s = _smooth(self._answer_s, seconds)
-        else:
-            self._prefixes_s = _smooth(self._prefixes_s, seconds)
-
-    def record_answer(self, passed: bool) -> None:
-        self._pass_rate = _smooth(self._pass_rate, float(passed))
-
-
-def _smooth(mean: float | None, value: float) -> float:
-    return value if mean is None else (1 - SMOOTHING) * mean + SMOOTHING * value
+    def record(self, passed: bool) -> None:
+        self._pass_rate += SMOOTHING * (passed - self._pass_rate)

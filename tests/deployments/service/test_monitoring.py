@@ -31,7 +31,9 @@ from tests.deployments.service.service_client import ServiceClient, chat, events
 PLACES = LabeledQuery("answers of the router", "parse_places")
 IN_TIME_S = 5.0  # half of the default timeout of Prometheus
 QUICKLY_S = 60.0
-SCRAPE_INTERVAL = "5s"  # Ray's endpoint, which also has the metrics of all stopped replicas, can take more than a second
+SCRAPE_INTERVAL = (
+    "5s"  # Ray's endpoint, which also has the metrics of all stopped replicas, can take more than a second
+)
 MODES = ("full", "rounds", "progressive", "exact", "off", "auto")
 CHOICES = (None, "ngram", "none", None)
 SPECULATIVE_CONFIGS = [{"method": "parallel", "model": "models/demo-parallel"}, {"method": "ngram"}]

@@ -100,4 +100,27 @@ def test_an_argument_that_vllm_does_not_know_replaces_nothing(deployed, executab
     result = deployed.deploy(**options(executable, tensor_paralel_size=2))
     assert result.returncode == 1 and "error: unrecognized arguments: --tensor-paralel-size" in result.stderr
     assert asyncio.run(pids(service, "Verifier")) == before
+
+
+def test_a_vllm_that_cannot_start_replaces_nothing(deployed, executable, tmp_path):
+    """vLLM accepts these arguments, and would fail again and again when it loads the model."""
+    service = deployed.service(**options(executable))
+    before = asyncio.run(pids(service, "Verifier"))
+
+    async def deploy_under_load():
+        deployment = asyncio.create_task(
+            asyncio.to_thread(deployed.deploy, **options(executable, fail_if_exists=str(tmp_path)))
+        )
+        num_answers = 0
+        while not deployment.done():
+            await service.answer(chat(problems(1)[0].question, mode="off"))  # raises if there is no answer
+            num_answers += 1
+        return deployment.result(), num_answers
+
+    result, num_answers = asyncio.run(deploy_under_load())
+    assert (
+        result.returncode == 1 and "vLLM does not start (exit code 1): ValueError: No memory is left" in result.stderr
+    )
+    assert asyncio.run(pids(service, "Verifier")) == before and num_answers > 0
+    assert processes(executable)["replica"].pid in before  # and no second server is left
     deployed.clear()
