@@ -107,7 +107,7 @@ run_part() {
 # The estimates of bench/gpu_plan.py and of the tests leave about two minutes of the limit unused. A shape gets its share
 # of the time that is left, so that the last one keeps its share whatever the others do.
 run_part environment $((limit / 8)) "$python" -m bench.gpu_environment --device "$device"
-run_part tests $((limit / 4)) "$python" -m pytest -v --tb=short -p no:cacheprovider -o timeout=60 \
+run_part tests $((limit / 4)) "$python" -m pytest -vv --tb=short -p no:cacheprovider -o timeout=60 \
     --continue-on-collection-errors -m cuda tests/parse/engines/native
 
 num_shapes=$(echo "$shapes" | tr ',' '\n' | wc -l)

@@ -72,7 +72,9 @@ def fused_call_table(document: Mapping[str, Any]) -> list[str]:
     keys = "two_calls_first_token_ms", "one_call_first_token_ms", "two_calls_ms", "one_call_ms"
     for mode, title in TITLES.items():
         if figures := document.get(mode, {}).get("fused_call"):
-            lines.append(row(title, *(_number(figures[key], 1, " ms") for key in keys)))
+            accepted, generated = figures["accepted_tokens"], figures["generated_tokens"]
+            name = f"{title}, {generated} tokens after {accepted} of the draft"
+            lines.append(row(name, *(_number(figures[key], 1, " ms") for key in keys)))
     return lines if len(lines) > num_headings else []
 
 
@@ -100,7 +102,7 @@ def sentences(document: Mapping[str, Any]) -> Iterator[str]:
     memory_gib = {name: gib for name, gib in document.get("memory_gib", {}).items() if gib is not None}
     if memory_gib:
         parts = ", ".join(f"{TITLES.get(name, name)} {gib:.1f} GiB" for name, gib in memory_gib.items())
-        yield f"Memory: {parts}. The figures of the engine are peaks that include the weights."
+        yield f"Memory: {parts}. The figures with and without CUDA graphs are peaks, and include the weights."
     if errors := document.get("errors"):
         yield f"Failed measurements: {'; '.join(f'{name} ({error})' for name, error in errors.items())}."
 

@@ -86,6 +86,7 @@ def test_a_part_that_fails_does_not_affect_the_others(run_script):
     assert (folder / "one.json").exists()
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_figures(run_script):
     process, summary, folder, _ = run_script("--limit", "16", "--shapes", "hangs,one,two", [])
     assert process.returncode == 1
