@@ -64,7 +64,7 @@ class ResultDocument:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Notes how long a block takes, and its error. The program continues after the block in any case."""
+        """Records how long a block takes, and its error. The program continues after the block in any case."""
         started = time.perf_counter()
         try:
             yield

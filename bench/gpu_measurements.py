@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 from transformers import PreTrainedModel
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from bench.engine_speed import drain, prefill_s, random_prompts
 from bench.gpu_plan import BenchmarkPlan
@@ -180,21 +180,21 @@ async def _token_seconds(engine: NativeEngine, request: VerifyAndGenerateRequest
     seconds: list[float] = []
     started = time.perf_counter()
 
-    def note(delta: VerifyResult | TokenDelta) -> None:
+    def record(delta: VerifyResult | TokenDelta) -> None:
         if isinstance(delta, TokenDelta):
             seconds.extend([time.perf_counter() - started] * len(delta.token_ids))
 
     if one_call:
         async with aclosing(engine.verify_and_generate(request)) as items:
             async for item in items:
-                note(item)
+                record(item)
     else:
         result = await engine.verify(request.verify)
         continuation = request.continuation(request.accepted_prefix_length(result))
         assert continuation is not None
         async with aclosing(engine.generate(continuation)) as deltas:
             async for delta in deltas:
-                note(delta)
+                record(delta)
     return seconds
 
 
@@ -258,12 +258,12 @@ def profile_decode(engine: NativeEngine, plan: BenchmarkPlan, batch: int) -> dic
 
 
 class _TokenTimes(StoppingCriteria):
-    """Notes when each token is computed, and never stops."""
+    """Records when each token is computed, and never stops."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         synchronize(input_ids.device)
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -15,7 +15,7 @@ from training.provenance import PROJECT_ROOT
 
 SCRIPT = PROJECT_ROOT / "bench" / "gpu.sh"
 MAX_BYTES = 60 * 2**20
-# A fake interpreter. It notes its arguments, writes figures for each shape, and ends as the name of the shape says.
+# A fake interpreter. It records its arguments, writes figures for each shape, and ends as the name of the shape says.
 INTERPRETER = """#!/bin/sh
 echo "$*" >>"$CALLS"
 all=$*
