@@ -27,6 +27,8 @@ LIBRARIES = {
     "huggingface_hub": "huggingface-hub",
     "numpy": "numpy",
     "pydantic": "pydantic",
+    "pydantic_core": "pydantic-core",
+    "typing_inspection": "typing-inspection",
     "annotated_types": "annotated-types",
     "aiohttp": "aiohttp",
     "yaml": "pyyaml",
