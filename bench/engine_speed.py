@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 
 from bench.output import heading, row
 from parse.config import EngineSettings
+from parse.demo import DEMO_TARGET
 from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import StepAttention
 from parse.engines.native.engine import NativeEngine
@@ -26,7 +27,6 @@ from parse.requests import GenerateRequest, VerifyRequest
 from parse.tree import suffix_forest
 from parse.types import SamplingParams
 from training.confidence import Interval, format_ratio, rounds_interval
-from training.evaluate import MODELS
 
 LAYERS, HIDDEN_SIZE, VOCAB_SIZE = 12, 256, 8192
 PROMPT_TOKENS, DRAFT_TOKENS, ANSWER_TOKENS = 256, 256, 128  # tokens
@@ -42,7 +42,7 @@ def run(num_threads: int, rounds: int = ROUNDS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         network = random_model()
         network.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(MODELS / "demo-target").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(DEMO_TARGET).save_pretrained(folder)
         engine = load_native_engine(
             EngineSettings(
                 model=folder, num_threads=num_threads, max_model_len=1024, kv_cache_memory_bytes=1024 * 2**20
@@ -243,7 +243,7 @@ def small_model() -> Model:
     )
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config)
-    return Model(network, AutoTokenizer.from_pretrained(MODELS / "demo-target"))
+    return Model(network, AutoTokenizer.from_pretrained(DEMO_TARGET))
 
 
 def measure_memory() -> dict[str, float]:

@@ -73,14 +73,14 @@ measure() {
     throughput_bfloat16) "$python" -m bench.throughput --model smollm2 --dtype bfloat16 --batches 1,8 --json $results/throughput_bfloat16.json ;;
     precision) "$python" -m bench.precision --model smollm2 --json $results/precision.json ;;
     long_drafts) "$python" -m bench.long_drafts --model smollm2 --json $results/long_drafts.json --plot bench/long_drafts.svg ;;
-    gpu) "$python" -m bench.gpu --shape qwen3-8b --profile --json $results/gpu.json ;;
+    gpu) PYTHON="$python" bench/gpu.sh $results/gpu ;;
     *) echo "measure.sh: there is no measurement $1; see --list" >&2; exit 2 ;;
     esac
 }
 
 if [ "${1:-}" = --list ]; then
     echo "$plan"
-    echo "gpu          $results/gpu.json                  5 quiet, needs a GPU"
+    echo "gpu          $results/gpu/qwen3-8b.json, $results/gpu/qwen3-32b.json  8 quiet, needs a GPU"
     exit
 fi
 mkdir -p $results

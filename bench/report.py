@@ -31,7 +31,7 @@ from bench import (
     engine_speed,
     engines,
     fused_call,
-    gpu,
+    gpu_table,
     long_drafts,
     metering,
     offline,
@@ -53,7 +53,7 @@ BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n)(?P<content>.*?)(<!--
 FIGURE = re.compile(
     r"(<!-- figure: (?P<file>[\w./-]+)#/(?P<path>[^>]+?) (?P<format>[.\d]*[a-z%]) -->)(?P<content>[^<]*)(<!-- end -->)"
 )
-NOTICE = "*Not measured with this version: run `bench/measure.sh {name}`.*"
+NOTICE = "*Not measured with this version: run `{command}`.*"
 EARLIER = "*The figures below are from an earlier version.*"
 
 
@@ -64,10 +64,12 @@ class Block:
     document: Path  # relative to the project
     render: Callable[[Document], str]
     required: bool = True  # False if the measurement needs hardware that most machines do not have
+    command: str | None = None  # None: the measurement of bench/measure.sh with the name of the document
 
     @property
     def notice(self) -> str:
-        return NOTICE.format(name="pair" if self.document == PAIR else self.document.stem)
+        name = "pair" if self.document == PAIR else self.document.stem
+        return NOTICE.format(command=self.command or f"bench/measure.sh {name}")
 
 
 PAIR = Path("models") / "demo-target" / "figures.json"
@@ -123,7 +125,8 @@ BLOCKS: dict[str, Block] = {
     "overlap": _result("overlap", overlap.table),
     "engines": _result("engines", engines.table),
     "fused-call": _result("fused_call", fused_call.table),
-    "gpu": Block(RESULTS / "gpu.json", gpu.table, required=False),
+    "gpu-8b": Block(RESULTS / "gpu" / "qwen3-8b.json", gpu_table.table, required=False, command="bench/gpu.sh"),
+    "gpu-32b": Block(RESULTS / "gpu" / "qwen3-32b.json", gpu_table.table, required=False, command="bench/gpu.sh"),
     "pair": Block(PAIR, pair_table),
 }
 

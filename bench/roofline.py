@@ -27,7 +27,7 @@ SHAPES = {
     "qwen3-8b": ModelShape("qwen3", 4096, 12288, 36, 32, 8, 151936),
     "qwen3-32b": ModelShape("qwen3", 5120, 25600, 64, 64, 8, 151936),
     "llama-3.1-8b": ModelShape("llama", 4096, 14336, 32, 32, 8, 128256),
-    "tiny": ModelShape("llama", 64, 128, 2, 4, 2, 8192, head_dim=16),  # to try bench.gpu
+    "tiny": ModelShape("llama", 64, 128, 2, 4, 2, 8192, head_dim=16),  # to try bench.gpu without a GPU
 }
 
 

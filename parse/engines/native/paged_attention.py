@@ -8,6 +8,7 @@ method runs on any device, so it also computes causal chunks where the kernel is
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 
 import numpy as np
 import torch
@@ -278,6 +279,7 @@ def _has_kernel(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.version.hip is None  # only CUDA builds support block tables
+        and "block_table" in signature(varlen_attn).parameters  # PyTorch before 2.12 has none, even in CUDA builds
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from parse.demo import DEMO_MODELS
 from parse.engines.native import checkpoint
 from parse.engines.native.checkpoint import CheckpointError, load_checkpoint, weight_bytes
 from parse.engines.native.model import Model
 from parse.errors import RequestError
-from training.evaluate import MODELS
 
-DRAFT = MODELS / "demo-draft"
+DRAFT = DEMO_MODELS / "demo-draft"
 GIB = 2**30
 
 
@@ -49,7 +49,7 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
 
 
 def test_a_folder_without_all_the_weights_or_with_others_is_refused(tmp_path):
-    folder = shutil.copytree(MODELS / "demo-draft", tmp_path / "draft")
+    folder = shutil.copytree(DEMO_MODELS / "demo-draft", tmp_path / "draft")
     config = json.loads((folder / "config.json").read_text())
     for change, why in (
         ({"num_hidden_layers": 3}, "lacks"),

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from parse.demo import DEMO_MODELS
 from parse.engines.native.attention import UnsupportedModelError
 from parse.engines.native.generation import TreeInput
 from parse.engines.native.model import Model
 from parse.prompts import chat_prompt_token_ids
 from parse.tree import suffix_forest, tree_from_parents
 from tests.parse.engines.native.tiny import REFUSED, SERVED, VOCABULARY, alone, build, paused, plain, run_trees, serving
-from training.evaluate import MODELS
 from training.task import correct_answer, draw_problem
 
 ATOL = 1e-4
@@ -204,7 +204,7 @@ def test_a_loaded_model_knows_its_limits_and_all_its_end_tokens(tokenizer, tmp_p
 
 
 def test_a_model_in_8_bits_makes_nearly_all_the_choices_of_the_original():
-    path = MODELS / "demo-target"
+    path = DEMO_MODELS / "demo-target"
     model = Model.load(path, device="cpu", int8=True)
     linears = [part for part in model.network.model.modules() if isinstance(part, nn.Linear)]
     assert linears and all(part.weight.isnan().all() for part in linears)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings
+from parse.demo import DEMO_MODELS
 from parse.engines.loader import load_native_engine
 from parse.engines.native.checkpoint import CheckpointError
 from parse.errors import EngineStopped, RequestCancelled, RequestError
@@ -20,7 +21,6 @@ from parse.prompts import VerificationSuffix, build_verification_suffix, chat_pr
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
 from parse.types import SamplingParams
 from tests.parse.engines.native.tiny import build, plain
-from training.evaluate import MODELS
 from training.task import correct_answer, draw_problem
 
 GREEDY = SamplingParams(temperature=0)
@@ -213,12 +213,14 @@ def test_greedy_texts_are_those_of_generate_whoever_else_is_served(engine, refer
 
 
 def test_the_demo_target_writes_what_generate_writes(tokenizer):
-    target = AutoModelForCausalLM.from_pretrained(MODELS / "demo-target")
+    target = AutoModelForCausalLM.from_pretrained(DEMO_MODELS / "demo-target")
     prompts = [
         chat_prompt_token_ids(tokenizer, [{"role": "user", "content": draw_problem("test", 3, index).question}])
         for index in range(6)
     ]
-    engine = load_native_engine(settings(MODELS / "demo-target", kv_cache_memory_bytes=128 * 2**20, max_model_len=600))
+    engine = load_native_engine(
+        settings(DEMO_MODELS / "demo-target", kv_cache_memory_bytes=128 * 2**20, max_model_len=600)
+    )
     try:
         expected = generated(target, prompts, 32, engine.model.eos_token_ids)
 
@@ -634,7 +636,7 @@ def test_a_service_that_cannot_be_is_refused_with_the_reason(tmp_path):
     with pytest.raises(
         RequestError, match=r"kv_cache_memory_bytes: a sequence of 600 tokens needs 2\d{7} bytes, got 8388608"
     ):
-        load_native_engine(settings(MODELS / "demo-target", kv_cache_memory_bytes=8 * 2**20, max_model_len=600))
+        load_native_engine(settings(DEMO_MODELS / "demo-target", kv_cache_memory_bytes=8 * 2**20, max_model_len=600))
     with pytest.raises(CheckpointError, match="nowhere"):
         load_native_engine(settings(tmp_path / "nowhere"))
 

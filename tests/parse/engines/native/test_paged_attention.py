@@ -240,6 +240,20 @@ def test_the_kernel_is_not_called_with_what_it_does_not_support(
     assert kernel_supports(query, values) == supported
 
 
+@pytest.mark.parametrize("has_block_tables", [True, False])
+def test_the_kernel_is_not_called_if_it_takes_no_block_table(has_block_tables, monkeypatch):
+    def kernel(query, key, value, *, scale=None):
+        raise AssertionError
+
+    def paged_kernel(query, key, value, *, scale=None, block_table=None):
+        raise AssertionError
+
+    monkeypatch.setattr(paged_attention, "varlen_attn", paged_kernel if has_block_tables else kernel)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert paged_attention._has_kernel.__wrapped__(torch.device("cuda")) == has_block_tables
+
+
 def test_a_model_checks_itself_with_the_attention_of_its_device(tokenizer, kernel, monkeypatch):
     monkeypatch.setattr(model, "attention_for", lambda device: PagedAttention)
     Model(build("llama"), tokenizer)
