@@ -7,7 +7,7 @@ from parse.prompts import VerificationSuffix
 from parse.types import VerifyResult
 
 SMOOTHING = 0.1  # the weight of a new result in the share of answers that pass
-SEARCH_CALL_COST = 2.0
+SEARCH_CALL_COST = 4.0
 
 
 def search_cost(num_prompts: int) -> float:
