@@ -3,7 +3,8 @@
 import asyncio
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 
@@ -56,8 +57,7 @@ class PlantedServer:
         return RequestResult(request, 0.0, 1.0, TimedResponse(answer, ended=True))
 
 
-def measured_loss(seed: int) -> dict:
-    task = demo_task(NUM_PROBLEMS, seed)
+def measured_loss(task: LocalTask, seed: int) -> dict:
     server = PlantedServer.of(task, seed)
 
     async def measure():
@@ -69,12 +69,14 @@ def measured_loss(seed: int) -> dict:
     # The measurement has seen what the server has planted.
     assert other["num_only_base_correct"] == len(server.wrong["full"] - server.wrong["off"])
     assert other["num_only_mode_correct"] == len(server.wrong["off"] - server.wrong["full"])
-    assert base["accuracy"] == 1 - len(server.wrong["off"]) / NUM_PROBLEMS
+    assert base["accuracy"] == pytest.approx(1 - len(server.wrong["off"]) / NUM_PROBLEMS)
     return other
 
 
 @pytest.mark.slow
 def test_a_planted_loss_is_found_and_covered_in_18_of_20_repetitions():
-    compared = [measured_loss(seed) for seed in range(NUM_REPETITIONS)]
+    task = demo_task(NUM_PROBLEMS, seed=1)
+    task = replace(task, checks=tuple(map(cache, task.checks)))  # most answers are the same in all repetitions
+    compared = [measured_loss(task, seed) for seed in range(NUM_REPETITIONS)]
     assert sum(each["p"] < 0.05 and each["loss"] > 0 for each in compared) >= 18
     assert sum(each["loss_interval"][0] <= LOSS <= each["loss_interval"][1] for each in compared) >= 18

@@ -28,7 +28,7 @@ ANSWERS = {
     "fills 6 trays": ("6 * 7 = 42 rolls, minus 12. **30** rolls are left.", "6 * 7 - 12 = 31."),
     "A tent costs": ("Together they cost $1,250.", "Together they cost $450."),
     "9 carriages": ("720 seats, of which 180 are taken. The answer is 540.", "The answer is 180."),
-    "reads 15 pages": ("195 / 15 = 13, so she needs 13.0", "She needs 12 days."),
+    "reads 15 pages": ("195 / 15 = 13, so she needs 13 days.", "She needs 12 days."),
     # math500
     "What is $\\frac{3}{8}": ("It is $\\boxed{\\frac{1}{2}}$.", "It is $\\boxed{\\frac{4}{9}}$."),
     "Expand $(x+2)": (
@@ -38,10 +38,10 @@ ANSWERS = {
     "choose 2 of 7": ("There are $\\boxed{21}$ ways.", "There are $\\boxed{42}$ ways."),
     "is $2^x=32$": ("Because $2^5 = 32$, it is $\\boxed{5}$.", "It is $\\boxed{16}$."),
     # mmlu_pro
-    "3 times 7": ("It is 21. The answer is (D).", "The answer is (E)."),
-    "6 times 6": ("It is 36. The answer is (I).", "It is 33. The answer is (H)."),
-    "measures force": ("The answer is (C).", "The answer is (D)."),
-    "guilty in a trial": ("The jury decides. The answer is (B).", "I am not sure."),
+    "does the whale live": ("Whales are animals of the sea. The answer is (D).", "The answer is (E)."),
+    "record as tax": ("It is (D), so the answer is D.", "It is (D), or so. The answer is (A)."),
+    "does helium have": ("The answer is (D).", "The answer is (F)."),
+    "elements by index": ("An array. The answer is (D).", "I am not sure."),
     # humaneval
     "count_even": (
         "Sure:\n```python\ndef count_even(numbers):\n    return len([n for n in numbers if n % 2 == 0])\n```",
@@ -69,8 +69,8 @@ ANSWERS = {
 }
 # The problems that each mode answers wrongly.
 WRONG = {
-    "off": {"reads 15 pages", "What is $\\frac{3}{8}", "measures force"},
-    "full": {"A tent costs", "9 carriages", "measures force", "guilty in a trial", "count_even", "mean_of"},
+    "off": {"reads 15 pages", "What is $\\frac{3}{8}", "does helium have"},
+    "full": {"A tent costs", "9 carriages", "does helium have", "elements by index", "count_even", "mean_of"},
     "rounds": {"remove_spaces", "first_word", "Expand $(x+2)", "choose 2 of 7"},
 }
 
@@ -139,7 +139,8 @@ def test_the_figures_of_each_task_are_those_of_the_scripted_answers(harnesses, m
     assert len(graded) == 3 * sum(EXPECTED[task, "full"][0] for task in tasks)
     wrong = {(each["mode"], part) for each in graded for part in ANSWERS if each["answers"][0] in ANSWERS[part][1:]}
     assert wrong == {(mode, part) for mode, parts in WRONG.items() for part in parts}
-    assert all(each["grade"] == ((each["answers"][0] in {a[0] for a in ANSWERS.values()})) for each in graded)
+    right = {answer for answer, _ in ANSWERS.values()}
+    assert all(each["grade"] == (each["answers"][0] in right) for each in graded)
 
 
 @pytest.mark.slow
