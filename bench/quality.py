@@ -19,8 +19,8 @@ With --data-dir DIR, a data set is read from DIR/TASK/SPLIT.jsonl instead.
 The first mode is the base that the others are compared with. The modes take turns on groups of problems, so that a
 change of the machine's speed affects all of them.
 
-`loss` is the share of correct answers that a mode loses, or the mean score, with its 95% confidence interval. `p` is the
-probability of such a difference if there is none (McNemar's exact test; for scores, a paired t-test).
+`loss` is the share of correct answers that a mode loses, or its mean loss of score, with its 95% confidence interval.
+`p` is the probability of such a difference if there is none (McNemar's exact test; for scores, a paired t-test).
 """
 
 import argparse
@@ -86,6 +86,10 @@ class ModeResults:
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
+    @property
+    def num_truncated(self) -> int:
+        return sum(not answer.ended for answer in self.answers)
+
     def add(self, conversations: Sequence[Sequence[TimedResponse]], seconds: float) -> None:
         """Adds the responses to a group of problems: one for each message of the user."""
         self.seconds.append(seconds)
@@ -98,9 +102,7 @@ class ModeResults:
                     self.accepted_tokens += response.report.accepted_tokens
 
 
-async def measure(
-    send: Send, model: str, task: BenchmarkTask, options: MeasurementOptions
-) -> dict[str, ModeResults]:
+async def measure(send: Send, model: str, task: BenchmarkTask, options: MeasurementOptions) -> dict[str, ModeResults]:
     """Lets all modes answer all problems of a task."""
     results = {mode: ModeResults() for mode in options.modes}
     problems = task.problems
@@ -153,7 +155,7 @@ def compare(task: BenchmarkTask, results: Mapping[str, ModeResults], grades: Gra
             "task": task.name,
             "mode": mode,
             "num_problems": len(grades.problem_ids),
-            "num_truncated": sum(not answer.ended for answer in of_mode.answers),
+            "num_truncated": of_mode.num_truncated,
             **compare_grades(task.score_range, grades.by_mode[base], grades.by_mode[mode]),
             "accepted_share": of_mode.accepted_tokens / of_mode.draft_tokens if of_mode.draft_tokens else None,
             "speedup": median_ratio(results[base].seconds, of_mode.seconds),
@@ -201,6 +203,10 @@ async def run(options: argparse.Namespace, document: dict[str, Any]) -> None:
         # All tasks are loaded before anything is measured, so that a missing data set does not end a long run.
         for task in [load_task(name, _task_options(options)) for name in options.tasks]:
             results = await measure(send, model, task, measurement)
+            for mode, of_mode in results.items():
+                if of_mode.num_truncated:
+                    note = f"{of_mode.num_truncated} answers ended at the limit of tokens (--max-tokens)"
+                    print(f"{task.name}, mode {mode}: {note}", file=sys.stderr, flush=True)
             grades = None
             try:
                 grades = await task.grade({mode: of_mode.answers for mode, of_mode in results.items()})

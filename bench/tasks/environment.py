@@ -28,7 +28,8 @@ def install() -> Path:
             print("installing lm-eval and evalplus, which takes about a minute", file=sys.stderr, flush=True)
             _run([sys.executable, "-m", "venv", "--clear", str(folder)])
             pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            _run([*pip, "--no-deps", "--requirement", str(LOCK_FILE)])
+            # lm-eval has thousands of modules, of which few are imported. So they are not compiled in advance.
+            _run([*pip, "--no-deps", "--no-compile", "--requirement", str(LOCK_FILE)])
             (folder / "installed").touch()
     return folder / "bin" / "python"
 

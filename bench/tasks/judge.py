@@ -58,9 +58,7 @@ class RatedExchange:
         return "\n\n".join(parts)
 
 
-def rated_exchanges(
-    problem: BenchmarkProblem, references: Sequence[str], answer: ProblemAnswer
-) -> list[RatedExchange]:
+def rated_exchanges(problem: BenchmarkProblem, references: Sequence[str], answer: ProblemAnswer) -> list[RatedExchange]:
     """Returns the conversation up to each answer. The first reference belongs to the first answer, and so on."""
     messages = [(str(message["role"]), str(message["content"])) for message in problem.messages]
     exchanges = []

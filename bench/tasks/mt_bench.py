@@ -37,7 +37,9 @@ class MTBenchTask:
             ]
             for mode, of_mode in answers.items()
         }
-        every_exchange = (exchange for of_mode in exchanges.values() for of_problem in of_mode for exchange in of_problem)
+        every_exchange = (
+            exchange for of_mode in exchanges.values() for of_problem in of_mode for exchange in of_problem
+        )
         scores = await rate_all(self.judge, list(every_exchange))
         rated = [
             index

@@ -43,7 +43,7 @@ RequestKey = tuple[str, int]
 
 
 @dataclass
-class Recorder:
+class RequestRecorder:
     """What lm-eval asks of a model."""
 
     answers: Mapping[RequestKey, str] = field(default_factory=dict)
@@ -57,11 +57,11 @@ class Recorder:
 
 def load_tasks(definition: TaskDefinition, request: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the tasks of lm-eval by name."""
+    data_files = {split: data_file(request, split) for split in definition.splits}
     import lm_eval.tasks
 
     files = sorted(Path(lm_eval.tasks.__file__).parent.glob(definition.files))
     if request["data_dir"] is not None:
-        data_files = {split: data_file(request, split) for split in definition.splits}
         files = [with_local_data(file, data_files) for file in files]
     # The default is to search the definitions of all tasks, which takes long.
     return lm_eval.tasks.TaskManager(include_defaults=False).load(list(map(str, files)))["tasks"]
@@ -86,7 +86,9 @@ def select(tasks: Mapping[str, Any], limit: int) -> dict[str, list[int]]:
     return selected
 
 
-def evaluate(tasks: Mapping[str, Any], selected: Mapping[str, list[int]], recorder: Recorder) -> Mapping[str, Any]:
+def evaluate(
+    tasks: Mapping[str, Any], selected: Mapping[str, list[int]], recorder: RequestRecorder
+) -> Mapping[str, Any]:
     """Lets lm-eval evaluate the recorder, and returns what it says about each problem."""
     from lm_eval.api.model import LM
     from lm_eval.evaluator import evaluate as evaluate_model
@@ -126,7 +128,7 @@ def in_turns(selected: Mapping[str, Sequence[int]]) -> list[RequestKey]:
 def prepare(request: Mapping[str, Any]) -> Mapping[str, Any]:
     tasks = load_tasks(TASKS[request["task"]], request)
     selected = select(tasks, request["limit"])
-    recorder = Recorder()
+    recorder = RequestRecorder()
     evaluate(tasks, selected, recorder)
     return {"problems": [prepare_problem(key, *recorder.requests[key]) for key in in_turns(selected)]}
 
@@ -146,7 +148,7 @@ def grade(request: Mapping[str, Any]) -> Mapping[str, Any]:
     keys = in_turns(selected)
     grades = {}
     for mode, answers in request["answers"].items():
-        samples = evaluate(tasks, selected, Recorder(dict(zip(keys, answers, strict=True))))
+        samples = evaluate(tasks, selected, RequestRecorder(dict(zip(keys, answers, strict=True))))
         by_key = {
             (name, sample["doc_id"]): float(sample[definition.metric])
             for name, of_task in samples.items()
