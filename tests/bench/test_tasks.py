@@ -196,7 +196,9 @@ def test_mt_bench_compares_the_mean_scores_of_both_answers(without_harnesses, mo
     assert full["loss_interval"] == pytest.approx([1.375 - 3.182 * 1.5478 / 2, 1.375 + 3.182 * 1.5478 / 2], abs=1e-3)
     assert (full["num_base_better"], full["num_mode_better"]) == (3, 0)
     assert (off["num_problems"], off["num_truncated"], full["num_truncated"]) == (4, 0, 4)
-    assert "| mtbench | 4 | full | 6.38 of 10 | 1.38 | -1.09 to 3.84 |" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "| mtbench | 4 | full | 6.38 of 10 | 1.38 | -1.09 to 3.84 |" in output.out
+    assert "mtbench, mode full: 4 answers ended at the limit" in output.err and "mode off:" not in output.err
 
 
 def test_problems_are_drawn_from_all_categories_in_turns(without_harnesses):
