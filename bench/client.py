@@ -23,6 +23,7 @@ class RequestParams:
     max_tokens: int = 240
     temperature: float = 0.0
     stream: bool = True
+    stop: Sequence[str] = ()
     mode: str | None = None  # None: the server's default
     method: str | None = None  # the token-level method, "none" for none of them; None: the server's default
     timeout_s: float = 600.0
@@ -37,6 +38,8 @@ class RequestParams:
         }
         if self.stream:
             fields["stream_options"] = {"include_usage": True}
+        if self.stop:
+            fields["stop"] = list(self.stop)
         choices = {"mode": self.mode, "speculation": self.method}
         chosen = {name: value for name, value in choices.items() if value is not None}
         return fields | ({"parse": chosen} if chosen else {})

@@ -106,7 +106,7 @@ def test_a_wheel_contains_every_module_and_every_file_that_is_read_or_served(whe
         for path in (ROOT / "deployments/playground").iterdir()
         if path.suffix in (".html", ".css", ".js", ".svg")
     }
-    expected |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("parse/engines/vllm/locks/*.lock")}
+    expected |= {path.relative_to(ROOT).as_posix() for ours in OURS for path in (ROOT / ours).rglob("*.lock")}
     expected |= {
         f"parse/demo_models/{path.relative_to(ROOT / 'models').as_posix()}"
         for path in (ROOT / "models").rglob("*")

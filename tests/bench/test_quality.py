@@ -1,5 +1,6 @@
 """The comparison of modes finds a loss that is there, and states how large it can be."""
 
+import asyncio
 import json
 import math
 import random
@@ -9,8 +10,11 @@ from itertools import product
 import pytest
 
 from bench import quality
+from bench.client import RequestResult, ServerReport, TimedResponse
 from bench.paired_outcomes import PairedOutcomes
-from bench.quality import ModeResults, compare
+from bench.quality import MeasurementOptions, ModeResults, compare
+from bench.tasks.local import LocalTask, demo_task
+from bench.tasks.task import BenchmarkProblem, Grades, ProblemAnswer
 from bench.workload import InvalidPromptFile, load_problems
 
 NUM_REPETITIONS = 20
@@ -45,7 +49,7 @@ def test_no_loss_is_rarely_taken_for_one():
     assert significant <= 20
 
 
-@pytest.mark.parametrize(("num_problems", "loss"), [(40, 0.0), (40, 0.03), (200, 0.02)])
+@pytest.mark.parametrize(("num_problems", "loss"), [(40, 0.0), (40, 0.03), (200, 0.02), (2000, 0.03)])
 def test_the_interval_contains_the_loss_as_often_as_it_says(num_problems, loss):
     generator = random.Random(7)
     num_trials = 1000
@@ -81,13 +85,17 @@ def test_without_any_difference_the_interval_shrinks_with_the_number_of_problems
 
 
 def test_speed_and_loss_are_those_of_pairs():
-    base = ModeResults(correct=[True, True, False, True], seconds=[2.0, 6.0, 4.0])
-    other = ModeResults(correct=[True, False, False, True], seconds=[1.0, 2.0, 4.0])
+    task = LocalTask("task", (), ())
+    base = ModeResults(answers=[ProblemAnswer(("text",), ended=True)] * 4, seconds=[2.0, 6.0, 4.0])
+    other = ModeResults(answers=[ProblemAnswer(("text",), ended=False)] * 4, seconds=[1.0, 2.0, 4.0])
     other.draft_tokens, other.accepted_tokens = 40, 30
-    compared = compare(base, other)
+    grades = Grades(("1", "2", "3", "4"), {"off": (1, 1, 0, 1), "full": (1, 0, 0, 1)})
+    of_base, compared = compare(task, {"off": base, "full": other}, grades)
     assert (compared["accuracy"], compared["loss"], compared["speedup"]) == (0.5, 0.25, 2.0)
     assert (compared["num_only_base_correct"], compared["num_only_mode_correct"]) == (1, 0)
-    assert compared["accepted_share"] == 0.75
+    assert compared["accepted_share"] == 0.75 and compared["num_truncated"] == 4
+    assert (of_base["accuracy"], of_base["loss"], of_base["p"], of_base["speedup"]) == (0.75, 0, 1, 1)
+    assert of_base["accepted_share"] is None and of_base["num_truncated"] == 0
 
 
 def test_the_result_of_an_answer_is_the_last_match(tmp_path):
@@ -112,9 +120,27 @@ def test_a_problem_without_an_answer_is_named(tmp_path):
 
 
 def test_a_failed_request_ends_the_comparison():
-    from bench.client import RequestResult
-    from bench.workload import SampleRequest
+    async def send(params, request):
+        return RequestResult(request, 0.0, 1.0, error="503", detail="no place")
 
-    failed = RequestResult(SampleRequest([]), 0.0, 1.0, error="503", detail="no place")
     with pytest.raises(quality.TooManyErrors, match="503 no place"):
-        ModeResults().add([failed], 1.0)
+        asyncio.run(quality.measure(send, "model", demo_task(3, seed=1), MeasurementOptions(("off",))))
+
+
+def test_a_follow_up_is_sent_after_the_answer_to_the_message_before_it():
+    bodies = []
+
+    async def send(params, request):
+        bodies.append(params.body(request))
+        report = ServerReport("full", "none", 10, 4 + len(bodies), 0, 0.0, ())
+        return RequestResult(request, 0.0, 1.0, TimedResponse(f"answer {len(bodies)}", len(bodies) == 1, report=report))
+
+    first = {"role": "user", "content": "first"}
+    problem = BenchmarkProblem("1", (first,), follow_ups=("second",), stop=("Q:",))
+    task = LocalTask("task", (problem,), (), max_tokens=7)
+    results = asyncio.run(quality.measure(send, "model", task, MeasurementOptions(("full",))))
+    conversation = [first, {"role": "assistant", "content": "answer 1"}, {"role": "user", "content": "second"}]
+    assert [list(body["messages"]) for body in bodies] == [[first], conversation]
+    assert all(body["stop"] == ["Q:"] and body["max_tokens"] == 7 for body in bodies)
+    assert results["full"].answers == [ProblemAnswer(("answer 1", "answer 2"), ended=False)]
+    assert (results["full"].draft_tokens, results["full"].accepted_tokens) == (20, 5 + 6)

@@ -1,0 +1,1 @@
+"""The tasks of `bench.quality`: their problems, and how their answers are graded."""
