@@ -110,14 +110,18 @@ def native_pair() -> Pair:
     return Pair(target, draft_settings())
 
 
+def contender_names(server: str) -> dict[str, str]:
+    """Returns the names of the contenders that use a server, each with its mode.
+
+    `off` calls the server once and adds nothing, so it is the server alone.
+    """
+    suffix = PARSE_SUFFIXES.get(server)
+    return {server: "off"} | ({} if suffix is None else {f"parse-{mode}{suffix}": mode for mode in PARSE_MODES})
+
+
 def contenders_of_server(server: str, pair: Pair) -> list[Contender]:
-    """`off` calls the server once and adds nothing, so it is the server alone."""
-    alone = [pipeline_contender(server, pair, "off")]
-    if server not in PARSE_SUFFIXES:
-        return alone
-    suffix = PARSE_SUFFIXES[server]
-    modes = [mode for mode in PARSE_MODES if mode in pair.pipeline.capabilities.modes]
-    return alone + [pipeline_contender(f"parse-{mode}{suffix}", pair, mode) for mode in modes]
+    modes = ("off", *pair.pipeline.capabilities.modes)
+    return [pipeline_contender(name, pair, mode) for name, mode in contender_names(server).items() if mode in modes]
 
 
 async def run_turns(
@@ -214,7 +218,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.target_url:
             urls["given"] = args.target_url
         if args.start_vllm:
-            servers = {name: ServerOptions(DEMO_TARGET, **options) for name, options in SERVERS.items()}
+            servers = {
+                name: ServerOptions(DEMO_TARGET, **options)
+                for name, options in SERVERS.items()
+                if not args.contenders or set(contender_names(name)) & set(args.contenders)
+            }
             started = stack.enter_context(running(*servers.values()))
             urls |= {name: server.url for name, server in zip(servers, started, strict=True)}
         pairs = {name: stack.enter_context(Pair(remote_settings(url), draft_settings())) for name, url in urls.items()}

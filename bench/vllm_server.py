@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from parse.engines.vllm.installation import NEWEST, VLLMUnavailable, install
+from parse.engines.vllm.server_process import SUPERVISOR
 
 START_TIMEOUT_S = 300.0
 
@@ -103,7 +105,13 @@ def start(options: ServerOptions, *, port: int | None = None, wait: bool = True)
     descriptor, log = tempfile.mkstemp(prefix="vllm-", suffix=".log")
     with os.fdopen(descriptor, "wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            # All processes of the server end with this one, however it ends. There is no folder to remove.
+            [sys.executable, "-I", str(SUPERVISOR), f"{log}.none", *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
     server = VLLMServer(options, port, process, Path(log))
     if wait:

@@ -63,13 +63,15 @@ def _start(settings: EngineSettings) -> str | None:
 
 
 def _running_settings(deployment: str) -> EngineSettings | None:
-    """Returns the settings of a replica that runs now, or None if none responds."""
-    try:
-        for name, application in serve.status().applications.items():
-            if deployment in application.deployments:
-                handle = serve.get_deployment_handle(deployment, name)
-                settings: EngineSettings = handle.engine_settings.remote().result(timeout_s=REPLICA_TIMEOUT_S)
-                return settings
-    except Exception:
-        logger.info("no replica of %s responds, so its settings are not tried before the deployment", deployment)
+    """Returns the settings of a replica that runs now, or None if none responds.
+
+    While Ray Serve builds a new version, it does not say which deployments an application has, so all are asked.
+    """
+    for application in serve.status().applications:
+        try:
+            handle = serve.get_deployment_handle(deployment, application)
+            settings: EngineSettings = handle.engine_settings.remote().result(timeout_s=REPLICA_TIMEOUT_S)
+            return settings
+        except Exception as error:  # there is none, it is being replaced, or it belongs to another kind of application
+            logger.info("no %s of the application %s responds: %s", deployment, application, error)
     return None
