@@ -26,11 +26,12 @@ TIMING_ORDER = 1, 8, 64, 16, 4, 2, 256
 """The most frequent numbers first, because large layers do not leave time for all of them."""
 ALWAYS_TIMED = frozenset((1, 8))  # even if there is no time left; they show whether a kernel suits few tokens
 TIME_LIMIT_S = 1.0  # for all layers of a model together
-PASSES = 3
+MIN_PASSES, MAX_PASSES = 3, 20
+PASSES_TIME_S = 0.01  # for so long, more passes are made: the times of small layers vary by more than they differ
 # A weight that stays in the processor's cache is read faster than in a real step, so as many layers of one shape take
 # turns as exceed this size together.
 SAMPLE_BYTES = 16 * 2**20
-MAX_SAMPLE_LAYERS = 16
+MAX_SAMPLE_LAYERS = 64
 # A layer with two kernels has two copies of its weight. They have to be worth it.
 MIN_GAIN_OF_SECOND_KERNEL = 0.03
 MAX_DUPLICATED_BYTES = 2**30  # models with larger linear layers keep a single copy, so that they fit into memory
@@ -154,8 +155,10 @@ def _best_passes(forwards: Mapping[str, Sequence[Forward]], x: Tensor, deadline:
     best = dict.fromkeys(forwards, math.inf)
     for functions in forwards.values():
         functions[0](x)  # compiles the kernel
-    for number in range(PASSES):
-        if number and time.perf_counter() > deadline:
+    first = time.perf_counter()
+    for number in range(MAX_PASSES):
+        now = time.perf_counter()
+        if number and (now > deadline or (number >= MIN_PASSES and now > first + PASSES_TIME_S)):
             break
         for name, functions in forwards.items():
             began = time.perf_counter()

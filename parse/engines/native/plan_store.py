@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-PLAN_VERSION = 2  # changes when an old plan must not be used any more
+PLAN_VERSION = 3  # changes when an old plan must not be used any more
 
 
 @dataclass(frozen=True)
