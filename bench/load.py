@@ -13,15 +13,17 @@ requests arrive as a Poisson process, and latency counts from the scheduled arri
 are measured one after the other, each on problems of its own.
 
 A server caches prompts, so a repeated prompt costs less. Each contender therefore gets the problems of the demo task
-with different names of people, and a second run needs another --seed. Prompts of a file are sent unchanged. In that
-case `cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share
-the state of the server, such as what mode `auto` learned about drafting.
+with different names of people, and a second run needs another --seed. Prompts of a file are sent unchanged, unless
+--distinct-prompts puts a number into each of them, which differs between contenders and seeds. With unchanged prompts
+`cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share the
+state of the server, such as what mode `auto` learned about drafting.
 """
 
 import argparse
 import asyncio
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +47,7 @@ from bench.client import (
 from bench.comparison import compare_runs, plot, table
 from bench.latency import BenchmarkRun, OfferedLoad, Round
 from bench.output import add_json_argument, write_output
-from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests
+from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests, number_prompts
 from training.provenance import describe_run
 
 DEFAULT = "default"  # the name of requests without a mode
@@ -176,7 +178,12 @@ def error_messages(runs: Sequence[BenchmarkRun]) -> list[str]:
 def _build_requests(args: argparse.Namespace) -> dict[str, list[SampleRequest]]:
     count = args.warmup + len(args.loads) * args.requests
     if args.prompts:
-        return dict.fromkeys(args.modes, load_requests(args.prompts, count))
+        requests = load_requests(args.prompts, count, args.result)
+        if not args.distinct_prompts:
+            return dict.fromkeys(args.modes, requests)
+        return {
+            mode: number_prompts(requests, f"{args.seed}-{contender}") for contender, mode in enumerate(args.modes, 1)
+        }
     return {mode: demo_requests(count, args.seed, name_set) for name_set, mode in enumerate(args.modes)}
 
 
@@ -234,6 +241,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=Path, help='file with lines of {"prompt" or "messages": ..., "answer": expected text}'
     )
+    parser.add_argument(
+        "--result",
+        metavar="REGEX",
+        help="finds the result in an answer to a prompt of a file: its last match, or the first group of that match, "
+        "must be `answer`. Without it, `answer` must occur in the text",
+    )
+    parser.add_argument(
+        "--distinct-prompts",
+        action="store_true",
+        help="put a number into each prompt of a file, so that no contender uses what is cached from another one",
+    )
     parser.add_argument("--seed", type=int, default=5, help="seed of the demo problems and of the arrivals")
     parser.add_argument("--max-tokens", type=_at_least(1), default=RequestParams.max_tokens)
     parser.add_argument("--temperature", type=float, default=RequestParams.temperature)
@@ -251,6 +269,12 @@ def _arguments() -> argparse.Namespace:
     args.rounds = args.rounds or (ROUNDS if args.compare else 1)
     if args.rounds > args.requests:
         parser.error("--rounds: more than there are requests")
+    try:
+        re.compile(args.result or "")
+    except re.error as error:
+        parser.error(f"--result: {error}")
+    if (args.result or args.distinct_prompts) and not args.prompts:
+        parser.error("--result and --distinct-prompts need --prompts")
     for path in (args.json, args.plot):  # reported before the measurement, not after it
         if path and not Path(path).parent.is_dir():
             parser.error(f"there is no folder {Path(path).parent}")
