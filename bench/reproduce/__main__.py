@@ -142,8 +142,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--result",
         metavar="REGEX",
-        help="finds the result in an answer to a problem of the file: its last match, or the first group of it, must be "
-        "`answer`. Without it, `answer` must occur in the text",
+        help="finds the result in an answer to a problem of the file: its last match, or the first group of it, must "
+        "be `answer`. Without it, `answer` must occur in the text",
     )
     parser.add_argument(
         "--tasks", type=_words, default=(), help="tasks of bench.quality (default: the problems of the load)"

@@ -254,7 +254,11 @@ def _all_units_arguments(
     if baseline.unit == "core":
         return plain_args, []
     if baseline.options.all_gpus_args is not None:
-        return {**plain_args, **baseline.options.all_gpus_args}, []
+        enlarged_args = {**plain_args, **baseline.options.all_gpus_args}
+        num_gpus = VLLMEngineConfig(kind="vllm", engine_args=enlarged_args).num_gpus
+        if num_gpus != allocation.total:
+            raise UnsupportedConfig(f"--all-gpus-args use {num_gpus} GPUs, and PARSE uses {allocation.total}")
+        return enlarged_args, []
     sizes = enlarged_parallel_sizes(plain_args, allocation.total, _num_attention_heads(baseline.target.model))
     if sizes is None:
         reason = f"no parallel sizes use exactly {allocation.total} GPUs: choose arguments with --all-gpus-args"

@@ -1,5 +1,6 @@
 """Turns the documents of a run into one report. Each figure carries the steps whose commands measured it."""
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -236,6 +237,8 @@ def _summary(cells: Sequence[Document], noise: Sequence[Document], levels: Seque
         modes = [cell for cell in level if cell["kind"] == "parse" and cell["mode"] != "off"]
         baselines = [cell for cell in level if cell["kind"] == "vllm" and cell["contender"] != REPEATED]
         best_mode = max(modes, key=lambda cell: float(cell["requests_per_s"]), default=None)
+        num_units = max((cell["num_units"] for cell in modes), default=math.inf)
+        baselines = [cell for cell in baselines if cell["num_units"] <= num_units]
         best_baseline = max(baselines, key=lambda cell: float(cell["requests_per_s"]), default=None)
         entry: dict[str, Any] = {
             "clients": clients,

@@ -129,6 +129,8 @@ def test_the_user_can_choose_the_arguments_on_all_gpus():
     enlarged = arguments(plan, "vllm-all-gpus")
     assert (enlarged["--tensor-parallel-size"], enlarged["--pipeline-parallel-size"]) == ("1", "5")
     assert arguments(plan, "vllm")["--tensor-parallel-size"] == "4"
+    with pytest.raises(UnsupportedConfig, match="use 8 GPUs, and PARSE uses 5"):
+        plan_of(GPU_CONFIG, SIX_GPUS, all_gpus_args={"data_parallel_size": 2})
 
 
 def test_replicas_of_the_target_become_data_parallel():
