@@ -261,8 +261,7 @@ def _per_unit(report: Document, renderer: _Renderer) -> str:
                 Cell(_rate(rate), steps, share=rate / max(rates) if max(rates) else 0.0),
             ]
         rows.append(TableRow(cells, entry["kind"]))
-    steps = (bound["step"],) if bound["step"] else ()
-    figure = renderer.figure(_seconds(bound["seconds"]), steps)
+    figure = renderer.figure(_seconds(bound["seconds"]), [bound["step"]] if bound["step"] else [])
     names = "contender", f"{unit}s", "most clients", "latency p95", f"requests/s per {unit}"
     return _paragraphs(
         f"The bound of the 95th percentile of the latency is {figure}: {escape(bound['source'])}. Each contender "
@@ -315,6 +314,7 @@ def _noise(report: Document, renderer: _Renderer) -> str:
 
 
 def _missing(report: Document, renderer: _Renderer) -> str:
+    entries: list[tuple[str, str | None, tuple[str, ...]]]
     entries = [(omission["name"], omission["reason"], ()) for omission in report["omissions"]]
     entries += [(each["name"], each["reason"], (each["step"],) if each["step"] else ()) for each in report["failures"]]
     if not entries:

@@ -187,7 +187,7 @@ def build_plan(
         tasks,
         tuple(omissions),
         (*CHANGES, *_notes(settings, deployments, options, composed, machine.unit), *tasks.notes),
-        files | tasks.files,
+        {**files, **tasks.files},
     )
 
 
@@ -282,7 +282,8 @@ def _baselines(
 ) -> Sequence[ServerPlan]:
     """Returns the servers without PARSE: each method on the hardware of the target, and on all of PARSE's hardware."""
     servers = []
-    for method, config in {None: None, **methods}.items():
+    speculation: list[tuple[str | None, Mapping[str, Any] | None]] = [(None, None), *methods.items()]
+    for method, config in speculation:
         suffix, title = ("", "") if method is None else (f"-{method}", f" with vLLM's own speculation ({method})")
         more = {"speculative_config": config} if config else {}
         for args, num_units, all_suffix, hardware in (

@@ -74,7 +74,8 @@ def record(step_id: str, name: str, status: str = "ok", reason: str | None = Non
 
 
 def invented_run(**changes: Any) -> RunDocuments:
-    records, results = {}, {}
+    records: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in UNITS:
         for clients in CLIENTS:
             step_id = f"load-{name}-{clients}"

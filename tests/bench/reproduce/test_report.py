@@ -117,11 +117,11 @@ def test_a_mode_that_is_not_answered_is_a_failure(documents):
 
 def test_a_server_that_does_not_start_is_reported_and_the_others_are_compared(documents):
     reason = "the server does not start (exit code 1): ValueError: no memory"
-    documents.servers["vllm-eagle3"].update(failure=reason, ready_after_s=None)  # type: ignore[attr-defined]
+    documents.servers["vllm-eagle3"].update(failure=reason, ready_after_s=None)
     for clients in (1, 8):
         step_id = f"load-vllm-eagle3-{clients}"
-        documents.records[step_id].update(status="failed", reason=reason)  # type: ignore[attr-defined]
-        del documents.results[step_id]  # type: ignore[attr-defined]
+        documents.records[step_id].update(status="failed", reason=reason)
+        del documents.results[step_id]
     report = build_report(documents)
     assert [entry["name"] for entry in report["failures"]] == [
         "vllm-eagle3",
@@ -167,6 +167,6 @@ def test_the_report_can_be_written_as_json_and_every_figure_names_its_step(docum
 
 
 def test_texts_of_a_run_are_escaped(documents):
-    documents.records["load-vllm-8"].update(record("load-vllm-8", "vllm", "failed", "<script>x</script>"))  # type: ignore[attr-defined]
+    documents.records["load-vllm-8"].update(record("load-vllm-8", "vllm", "failed", "<script>x</script>"))
     html = render_html(build_report(documents))
     assert "<script" not in html and "<i>markup" not in html and "&lt;script&gt;x" in html
