@@ -21,6 +21,7 @@ state of the server, such as what mode `auto` learned about drafting.
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import re
@@ -55,13 +56,21 @@ ROUNDS = 4
 Number = TypeVar("Number", int, float)
 
 
-async def closed_loop(send: SendRequest, requests: Sequence[SampleRequest], clients: int) -> list[RequestResult]:
-    """Runs a number of clients, each of which sends its next request when it has an answer."""
+async def closed_loop(
+    send: SendRequest, requests: Sequence[SampleRequest], clients: int, max_s: float = math.inf
+) -> list[RequestResult]:
+    """Runs a number of clients, each of which sends its next request when it has an answer.
+
+    No request is sent after `max_s` seconds, except the first one of each client.
+    """
     pending, results = iter(requests), list[RequestResult]()
+    deadline = time.perf_counter() + max_s
 
     async def client() -> None:
         for request in pending:
             results.append(await send(request, time.perf_counter()))
+            if time.perf_counter() > deadline:
+                return
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return results
@@ -90,12 +99,14 @@ def poisson_arrivals(rate: float, count: int, seed: str) -> list[float]:
     return sorted(rng.uniform(0, count / rate) for _ in range(count))
 
 
-async def run_round(load: OfferedLoad, send: SendRequest, requests: Sequence[SampleRequest], seed: str) -> Round:
+async def run_round(
+    load: OfferedLoad, send: SendRequest, requests: Sequence[SampleRequest], seed: str, max_s: float = math.inf
+) -> Round:
     started, cpu_s = time.perf_counter(), time.process_time()
     if load.rate is not None:
         results = await open_loop(send, requests, poisson_arrivals(load.rate, len(requests), seed))
     else:
-        results = await closed_loop(send, requests, load.clients or 1)
+        results = await closed_loop(send, requests, load.clients or 1, max_s)
     return Round(results, time.perf_counter() - started, time.process_time() - cpu_s)
 
 
@@ -108,7 +119,12 @@ class Workload:
 
 
 async def run_interleaved(
-    workloads: Mapping[str, Workload], load: OfferedLoad, problem_range: range, rounds: int, seed: int
+    workloads: Mapping[str, Workload],
+    load: OfferedLoad,
+    problem_range: range,
+    rounds: int,
+    seed: int,
+    max_round_s: float = math.inf,
 ) -> list[BenchmarkRun]:
     """Runs all workloads under the load, each on the same range of its requests, in rotating order."""
     names = list(workloads)
@@ -120,7 +136,9 @@ async def run_interleaved(
         for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
             workload = workloads[name]
             requests = workload.requests[part.start : part.stop]
-            rounds_by_name[name].append(await run_round(load, workload.send, requests, f"{seed}/{round_index}"))
+            rounds_by_name[name].append(
+                await run_round(load, workload.send, requests, f"{seed}/{round_index}", max_round_s)
+            )
     return [BenchmarkRun(name, load, rounds_by_name[name]) for name in names]
 
 
@@ -155,7 +173,7 @@ async def run_load(
             for load_index, load in enumerate(args.loads):
                 start = args.warmup + load_index * args.requests
                 runs += await run_interleaved(
-                    workloads, load, range(start, start + args.requests), args.rounds, args.seed
+                    workloads, load, range(start, start + args.requests), args.rounds, args.seed, args.max_round_s
                 )
     return replace(served, name=params.model), runs
 
@@ -237,6 +255,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--rounds", type=_at_least(1), help=f"turns of each contender (default: {ROUNDS} with --compare)"
+    )
+    parser.add_argument(
+        "--max-round-s",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="with --concurrency, no further request of a contender's round is sent after this time",
     )
     parser.add_argument(
         "--prompts", type=Path, help='file with lines of {"prompt" or "messages": ..., "answer": expected text}'

@@ -117,7 +117,7 @@ def _introduction(report: Document) -> str:
             f"{allocation['target']} {unit}{_plural(allocation['target'])}, and PARSE with its draft model uses "
             f"{allocation['total']}. Baselines whose names contain <code>all-{unit.lower()}s</code> use as many as "
             "PARSE. A number of clients sends requests, each client its next one when it has an answer. All "
-            f"contenders answer the same number of requests: {escape(load)}.",
+            f"contenders answer the same problems in the same order: {escape(load)}.",
             "Every figure is a link to the command that measured it. A figure with &divide; compares two measurements, "
             "and the sign links to the second one.",
         )

@@ -333,6 +333,8 @@ def _notes(
     notes = [
         "The servers run one after the other. The modes of a PARSE server take turns, but between servers the speed "
         "of the machine may change. The target alone is therefore measured again at the end.",
+        "A contender that is much slower than the target alone answers only the first of the problems, so that it does "
+        "not take too long. The number of its requests is in the table of latencies.",
         f"PARSE is composed with vLLM's method {composed}.",
         "Mode auto is not measured, because it learns from many requests.",
     ]

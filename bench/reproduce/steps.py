@@ -14,6 +14,8 @@ MIN_REQUESTS = 6  # of a contender with any number of clients
 MAX_ROUNDS = 4
 REQUESTS_PER_CLIENT = 2  # of a round, so that few clients idle at its end
 MAX_PILOT_CLIENTS = 8
+MAX_SLOWNESS = 4.0  # a contender that takes this many times the planned time answers fewer requests
+PILOT_S = 30.0
 QUALITY_CLIENTS = 8
 FIRST_SEED = 100
 PILOT_SEED = 99
@@ -44,6 +46,8 @@ class RequestCount:
 
     requests: int
     rounds: int
+    max_round_s: float
+    """After this time, no further request of a round is sent. It limits the time of slow contenders."""
 
 
 def num_cells(plan: ReproducePlan) -> int:
@@ -60,7 +64,9 @@ def pilot_steps(plan: ReproducePlan) -> list[BenchmarkStep]:
             f"pilot-{clients}",
             server.name,
             "pilot",
-            _load_arguments(plan, server, clients, RequestCount(max(3, REQUESTS_PER_CLIENT * clients), 1), PILOT_SEED),
+            _load_arguments(
+                plan, server, clients, RequestCount(max(3, REQUESTS_PER_CLIENT * clients), 1, PILOT_S), PILOT_SEED
+            ),
             clients,
         )
         for clients in levels
@@ -81,7 +87,8 @@ def choose_counts(
         rate = pilot_rates[max(measured)] if measured else 0.0
         requests = max(MIN_REQUESTS, number, math.ceil(rate * seconds_per_cell))
         rounds = max(1, min(MAX_ROUNDS, requests // (REQUESTS_PER_CLIENT * number)))
-        counts[number] = RequestCount(math.ceil(requests / rounds) * rounds, rounds)
+        max_round_s = MAX_SLOWNESS * seconds_per_cell / rounds
+        counts[number] = RequestCount(math.ceil(requests / rounds) * rounds, rounds, round(max_round_s, 1))
     return counts
 
 
@@ -127,7 +134,8 @@ def _load_arguments(
     tasks = plan.tasks
     arguments = [
         *("-m", "bench.load", "--requests", str(count.requests), "--concurrency", str(clients)),
-        *("--rounds", str(count.rounds), "--seed", str(seed), "--max-tokens", str(tasks.max_tokens)),
+        *("--rounds", str(count.rounds), "--max-round-s", str(count.max_round_s)),
+        *("--seed", str(seed), "--max-tokens", str(tasks.max_tokens)),
     ]
     if server.modes:
         arguments += ["--compare", ",".join(server.modes)]

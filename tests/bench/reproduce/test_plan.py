@@ -242,7 +242,7 @@ def test_what_is_not_supported_is_said(change, message):
 
 def test_all_servers_answer_the_same_problems_and_each_number_of_clients_others():
     plan = plan_of(DEMO, CPU, clients=(1, 8))
-    counts = {1: RequestCount(8, 4), 8: RequestCount(32, 2)}
+    counts = {1: RequestCount(8, 4, 9), 8: RequestCount(32, 2, 9)}
     steps = [step for server in plan.servers for step in measurement_steps(plan, server, counts)]
     workloads: dict[int | None, set[tuple[str, str, str]]] = {}
     for step in steps:
@@ -259,11 +259,19 @@ def test_all_servers_answer_the_same_problems_and_each_number_of_clients_others(
 def test_the_number_of_requests_fills_the_time_but_is_at_least_one_per_client():
     counts = choose_counts((1, 8, 32, 128), {1: 0.8, 8: 4.0}, seconds_per_cell=10)
     # 8 requests, 40 requests, 40 requests at the rate of 8 clients, and one for each of 128 clients
-    assert counts == {1: RequestCount(8, 4), 8: RequestCount(40, 2), 32: RequestCount(40, 1), 128: RequestCount(128, 1)}
+    assert counts == {
+        1: RequestCount(8, 4, 10),  # a round has 2.5 s, and may take four times as long
+        8: RequestCount(40, 2, 20),
+        32: RequestCount(40, 1, 40),
+        128: RequestCount(128, 1, 40),
+    }
 
 
 def test_without_a_pilot_the_numbers_are_the_smallest_ones():
-    assert choose_counts((1, 128), {}, 10) == {1: RequestCount(6, 3), 128: RequestCount(128, 1)}
+    assert choose_counts((1, 128), {}, 10) == {
+        1: RequestCount(6, 3, 13.3),
+        128: RequestCount(128, 1, 40),
+    }
 
 
 def test_cells_are_pairs_of_a_contender_and_a_number_of_clients():
@@ -275,7 +283,7 @@ def test_problems_of_a_file_are_numbered_and_measured_with_the_same_result():
     tasks = file_tasks(TaskOptions(50), Path("my_problems.jsonl"), r"#### (\d+)")
     plan = ReproducePlan(plan.servers, (1,), "core", plan.allocation, tasks)
     server = plan.servers[-2]
-    load, quality = measurement_steps(plan, server, {1: RequestCount(6, 3)})
+    load, quality = measurement_steps(plan, server, {1: RequestCount(6, 3, 9)})
     assert "--distinct-prompts" in load.arguments and r"#### (\d+)" in load.arguments
     assert "my_problems.jsonl" in quality.arguments and r"#### (\d+)" in quality.arguments
     assert "50" in quality.arguments and "1024" in quality.arguments
