@@ -405,6 +405,12 @@ def test_a_closed_loop_keeps_every_client_busy():
     assert len(asyncio.run(closed_loop(slow, [SampleRequest([])] * 7, 3))) == 7 and slow.max_concurrent == 3
 
 
+def test_after_its_time_a_closed_loop_sends_only_the_first_request_of_each_client():
+    slow, requests = Slow(), [SampleRequest([])] * 7
+    assert len(asyncio.run(closed_loop(slow, requests, 3, max_s=0.0))) == 3 and slow.max_concurrent == 3
+    assert len(asyncio.run(closed_loop(slow, requests, 3, max_s=60.0))) == 7
+
+
 def test_an_open_loop_does_not_wait_and_counts_from_the_arrival():
     slow, arrivals = Slow(), [0.0, 0.01, 0.02, 0.03]
 
