@@ -152,8 +152,8 @@ def _summary(report: Document, renderer: _Renderer) -> str:
         f"A ratio above 1 means that PARSE answers more requests per second than the best of the baselines, all of "
         f"which use at most as many {report['unit']}s. Both are the best of several contenders, measured in this run. "
         "Mode off does not count as a mode of PARSE here. The noise is the difference between two measurements of the "
-        "target alone; a ratio that is not further from 1 says nothing. Drafted answers can be shorter than those of the "
-        "target, which raises the requests per second, so compare the tokens per second below too."
+        "target alone; a ratio that is not further from 1 says nothing. Drafted answers can be shorter than those of "
+        "the target, which raises the requests per second, so compare the tokens per second below too."
     )
 
 
