@@ -3,55 +3,32 @@
 Each figure is a link to the command that measured it. A figure that is computed from two measurements has two links.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from bench.reproduce.html_tables import (
+    STYLE,
+    Cell,
+    TableRenderer,
+    TableRow,
+    format_rate,
+    format_seconds,
+    format_share,
+    format_value,
+    plural,
+)
+
 Document = Mapping[str, Any]
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --parse: #2a78d633; --vllm: #8883; --bad: #c62828; }
-@media (prefers-color-scheme: dark) { :root { --bad: #ff8a80; } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1150px; padding: 1rem 1.5rem 4rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
-td.text { text-align: left; max-width: 34rem; overflow-wrap: anywhere; }
-td.bar { background: linear-gradient(to right, var(--bar) var(--share), transparent 0); }
-tr.parse { --bar: var(--parse); } tr.vllm { --bar: var(--vllm); }
-td a, p a, li a { color: inherit; text-decoration: underline dotted; text-underline-offset: 3px; }
-sup a { text-decoration: none; } .bad { color: var(--bad); font-weight: 600; } .note { opacity: .8; }
-pre, code { font: 12.5px/1.45 ui-monospace, monospace; } .scroll { overflow-x: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; } :target { outline: 2px solid #2a78d6; }
-"""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table, with the steps that measured its figure."""
-
-    text: str
-    steps: tuple[str, ...] = ()
-    css_class: str = ""
-    share: float | None = None
-    """The length of a bar behind the figure, relative to the width of the cell."""
-
-
-@dataclass(frozen=True)
-class TableRow:
-    cells: Sequence[Cell]
-    css_class: str = ""
 
 
 def render_html(report: Document) -> str:
     commands = {step["id"]: step["command"] for step in report["steps"]}
-    renderer = _Renderer(commands)
+    renderer = TableRenderer(commands)
     sections = (
         ("What was measured", _introduction(report)),
         ("Summary", _summary(report, renderer)),
-        (f"Where PARSE loses ({len(report['losses'])})", _losses(report, renderer)),
+        ("Where PARSE loses", _losses(report, renderer)),
         ("Requests per second", _throughput(report, renderer)),
         ("Latency and correct answers under load", _latency(report, renderer)),
         (f"Requests per second and {report['unit']} within a latency bound", _per_unit(report, renderer)),
@@ -71,38 +48,6 @@ def render_html(report: Document) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Renderer:
-    """Links figures to their commands."""
-
-    commands: Mapping[str, str]
-
-    def figure(self, text: str, steps: Sequence[str]) -> str:
-        measured = [step for step in steps if step in self.commands]
-        if not measured:
-            return escape(text)
-        first, *others = measured
-        link = f'<a href="#step-{escape(first)}" title="{escape(self.commands[first])}">{escape(text)}</a>'
-        more = (
-            f'<sup><a href="#step-{escape(step)}" title="{escape(self.commands[step])}">&divide;</a></sup>'
-            for step in others
-        )
-        return link + "".join(more)
-
-    def table(self, names: Sequence[str], rows: Iterable[TableRow]) -> str:
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
-        body = "\n".join(
-            f'<tr class="{row.css_class}">{"".join(self._cell(cell) for cell in row.cells)}</tr>' for row in rows
-        )
-        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
-
-    def _cell(self, cell: Cell) -> str:
-        classes, style = cell.css_class, ""
-        if cell.share is not None:
-            classes, style = f"{classes} bar".strip(), f' style="--share: {100 * cell.share:.1f}%"'
-        return f'<td class="{classes}"{style}>{self.figure(cell.text, cell.steps)}</td>'
-
-
 def _paragraphs(*texts: str) -> str:
     return "".join(f"<p>{text}</p>\n" for text in texts)
 
@@ -114,7 +59,7 @@ def _introduction(report: Document) -> str:
     return (
         _paragraphs(
             f"A target model is served by vLLM alone and by PARSE, whose replicas run it in vLLM too. The target has "
-            f"{allocation['target']} {unit}{_plural(allocation['target'])}, and PARSE with its draft model uses "
+            f"{allocation['target']} {unit}{plural(allocation['target'])}, and PARSE with its draft model uses "
             f"{allocation['total']}. Baselines whose names contain <code>all-{unit.lower()}s</code> use as many as "
             "PARSE. A number of clients sends requests, each client its next one when it has an answer. All "
             f"contenders answer the same problems in the same order: {escape(load)}.",
@@ -125,7 +70,7 @@ def _introduction(report: Document) -> str:
     )
 
 
-def _summary(report: Document, renderer: _Renderer) -> str:
+def _summary(report: Document, renderer: TableRenderer) -> str:
     rows = []
     for entry in report["summary"]:
         parse, baseline, ratio = entry["parse"], entry["baseline"], entry.get("ratio")
@@ -138,10 +83,10 @@ def _summary(report: Document, renderer: _Renderer) -> str:
                 cells += [Cell("not measured", css_class="text"), Cell(""), Cell("")]
                 continue
             own_step = (figure["step"],)
-            correct = _share(figure["accuracy"], figure["accuracy_interval"])
+            correct = format_share(figure["accuracy"], figure["accuracy_interval"])
             cells += [
                 Cell(figure["contender"], css_class="text"),
-                Cell(_rate(figure["requests_per_s"]), own_step),
+                Cell(format_rate(figure["requests_per_s"]), own_step),
                 Cell(correct, own_step if correct else ()),
             ]
         cells.append(Cell("" if ratio is None else f"{ratio:.2f}", steps, "bad" if (ratio or 1) < 1 else ""))
@@ -157,7 +102,7 @@ def _summary(report: Document, renderer: _Renderer) -> str:
     )
 
 
-def _losses(report: Document, renderer: _Renderer) -> str:
+def _losses(report: Document, renderer: TableRenderer) -> str:
     if not report["losses"]:
         measured = any(entry.get("ratio") is not None for entry in report["summary"])
         return _paragraphs("No such case was measured." if measured else "Too little was measured to tell.")
@@ -171,23 +116,28 @@ def _losses(report: Document, renderer: _Renderer) -> str:
                     Cell("" if loss["clients"] is None else str(loss["clients"])),
                     Cell(loss["kind"], css_class="text"),
                     Cell(loss["contender"], css_class="text"),
-                    Cell(_value(loss["value"], is_share), tuple(steps[:1])),
+                    Cell(format_value(loss["value"], is_share), tuple(steps[:1])),
                     Cell(loss["against"], css_class="text"),
-                    Cell(_value(loss["against_value"], is_share), tuple(steps[-1:])),
+                    Cell(format_value(loss["against_value"], is_share), tuple(steps[-1:])),
                     Cell("" if loss["ratio"] is None else f"{loss['ratio']:.2f}", tuple(steps), "bad"),
                     Cell("within the noise" if loss["within_noise"] else "", css_class="text"),
                 ]
             )
         )
     names = "clients", "figure", "PARSE", "", "better", "", "ratio", ""
-    return renderer.table(names, rows) + _paragraphs(
-        "The list is computed from the figures below: every baseline on no more hardware that is faster than the "
-        "fastest mode, every mode that is slower than the target alone, a later first token of the mode that sends it "
-        "first, and correct answers lost beyond the 95% interval."
+    number = len(rows)
+    return (
+        _paragraphs(f"{number} case{plural(number)}. What counts as one is explained below the table.")
+        + renderer.table(names, rows)
+        + _paragraphs(
+            "The list is computed from the figures below: every baseline on no more hardware that is faster than the "
+            "fastest mode, every mode that is slower than the target alone, a later first token of the mode that sends "
+            "it first, and correct answers lost beyond the 95% interval."
+        )
     )
 
 
-def _throughput(report: Document, renderer: _Renderer) -> str:
+def _throughput(report: Document, renderer: TableRenderer) -> str:
     clients = report["clients"]
     cells = {(cell["contender"], cell["clients"]): cell for cell in report["load"]}
     ok = [cell for cell in report["load"] if cell["status"] == "ok"]
@@ -197,7 +147,7 @@ def _throughput(report: Document, renderer: _Renderer) -> str:
         own = [cells[name, n] for n in clients]
         figures = [_rate_cell(cell, highest[cell["clients"]]) for cell in own]
         rows.append(TableRow([Cell(name), Cell(str(own[0]["num_units"])), *figures], own[0]["kind"]))
-    names = ["contender", f"{report['unit']}s", *(f"{n} client{_plural(n)}" for n in clients)]
+    names = ["contender", f"{report['unit']}s", *(f"{n} client{plural(n)}" for n in clients)]
     return renderer.table(names, rows) + _paragraphs(
         "Requests per second: the median over the rounds, and the range of the rounds if there are several. Bars are "
         "relative to the fastest contender with the same number of clients."
@@ -208,11 +158,13 @@ def _rate_cell(cell: Document, highest: float) -> Cell:
     if cell["status"] != "ok":
         return Cell(cell["status"], (cell["step"],), "bad")
     low, high = cell["requests_per_s_range"]
-    text = _rate(cell["requests_per_s"]) + (f" ({_rate(low)} to {_rate(high)})" if cell["rounds"] > 1 else "")
+    text = format_rate(cell["requests_per_s"]) + (
+        f" ({format_rate(low)} to {format_rate(high)})" if cell["rounds"] > 1 else ""
+    )
     return Cell(text, (cell["step"],), share=cell["requests_per_s"] / highest if highest else 0.0)
 
 
-def _latency(report: Document, renderer: _Renderer) -> str:
+def _latency(report: Document, renderer: TableRenderer) -> str:
     rows = []
     for cell in sorted(report["load"], key=lambda cell: int(cell["clients"])):
         if cell["status"] != "ok":
@@ -220,13 +172,13 @@ def _latency(report: Document, renderer: _Renderer) -> str:
         steps = (cell["step"],)
         errors = ", ".join(f"{count} of {kind}" for kind, count in cell["errors"].items())
         figures = (
-            f"{cell['requests']} in {cell['rounds']} round{_plural(cell['rounds'])}",
-            _seconds(cell["ttft_p50_s"]),
-            _seconds(cell["latency_p50_s"]),
-            _seconds(cell["latency_p95_s"]),
+            f"{cell['requests']} in {cell['rounds']} round{plural(cell['rounds'])}",
+            format_seconds(cell["ttft_p50_s"]),
+            format_seconds(cell["latency_p50_s"]),
+            format_seconds(cell["latency_p95_s"]),
             f"{cell['tokens_per_s']:.0f}",
-            _share(cell["accuracy"], cell["accuracy_interval"]),
-            _share(cell["accepted_share"], None),
+            format_share(cell["accuracy"], cell["accuracy_interval"]),
+            format_share(cell["accepted_share"], None),
         )
         rows.append(
             TableRow(
@@ -250,7 +202,7 @@ def _latency(report: Document, renderer: _Renderer) -> str:
     )
 
 
-def _per_unit(report: Document, renderer: _Renderer) -> str:
+def _per_unit(report: Document, renderer: TableRenderer) -> str:
     bound, unit = report["latency_bound"], report["unit"]
     if bound["seconds"] is None:
         return _paragraphs(f"There is no bound: it is {escape(bound['source'])}.")
@@ -264,11 +216,11 @@ def _per_unit(report: Document, renderer: _Renderer) -> str:
             steps, rate = (entry["step"],), entry["requests_per_s_per_unit"]
             cells += [
                 Cell(str(entry["clients"])),
-                Cell(_seconds(entry["latency_p95_s"]), steps),
-                Cell(_rate(rate), steps, share=rate / max(rates) if max(rates) else 0.0),
+                Cell(format_seconds(entry["latency_p95_s"]), steps),
+                Cell(format_rate(rate), steps, share=rate / max(rates) if max(rates) else 0.0),
             ]
         rows.append(TableRow(cells, entry["kind"]))
-    figure = renderer.figure(_seconds(bound["seconds"]), [bound["step"]] if bound["step"] else [])
+    figure = renderer.figure(format_seconds(bound["seconds"]), [bound["step"]] if bound["step"] else [])
     names = "contender", f"{unit}s", "most clients", "latency p95", f"requests/s per {unit}"
     return _paragraphs(
         f"The bound of the 95th percentile of the latency is {figure}: {escape(bound['source'])}. Each contender "
@@ -277,7 +229,7 @@ def _per_unit(report: Document, renderer: _Renderer) -> str:
     ) + renderer.table(names, rows)
 
 
-def _quality(report: Document, renderer: _Renderer) -> str:
+def _quality(report: Document, renderer: TableRenderer) -> str:
     if not report["quality"]:
         return _paragraphs("Not measured.")
     rows = []
@@ -296,7 +248,8 @@ def _quality(report: Document, renderer: _Renderer) -> str:
                 Cell(f"{low:.2f} to {high:.2f}", steps),
                 Cell(f"{entry['p']:.3f}", steps),
                 Cell(
-                    _share(entry.get("accepted_share"), None), steps if entry.get("accepted_share") is not None else ()
+                    format_share(entry.get("accepted_share"), None),
+                    steps if entry.get("accepted_share") is not None else (),
                 ),
             ]
         rows.append(TableRow(cells, "parse"))
@@ -308,19 +261,19 @@ def _quality(report: Document, renderer: _Renderer) -> str:
     )
 
 
-def _noise(report: Document, renderer: _Renderer) -> str:
+def _noise(report: Document, renderer: TableRenderer) -> str:
     if not report["noise"]:
         return _paragraphs("The target alone was not measured twice, so the noise is unknown.")
     rows = []
     for entry in report["noise"]:
         repeated, first = entry["steps"]
-        cells = [Cell(_rate(entry["first"]), (first,)), Cell(_rate(entry["repeated"]), (repeated,))]
+        cells = [Cell(format_rate(entry["first"]), (first,)), Cell(format_rate(entry["repeated"]), (repeated,))]
         rows.append(TableRow([Cell(str(entry["clients"])), *cells, Cell(f"{entry['drift']:+.1%}", (repeated, first))]))
     names = "clients", "target alone, requests/s", "again at the end", "drift"
     return renderer.table(names, rows)
 
 
-def _missing(report: Document, renderer: _Renderer) -> str:
+def _missing(report: Document, renderer: TableRenderer) -> str:
     entries: list[tuple[str, str | None, tuple[str, ...]]]
     entries = [(omission["name"], omission["reason"], ()) for omission in report["omissions"]]
     entries += [(each["name"], each["reason"], (each["step"],) if each["step"] else ()) for each in report["failures"]]
@@ -345,7 +298,7 @@ def _environment(report: Document) -> str:
 def _servers(report: Document) -> str:
     return "".join(
         f'<div id="server-{escape(server["name"])}"><p><strong>{escape(server["name"])}</strong>: '
-        f"{escape(server['description'])} {server['num_units']} {report['unit']}{_plural(server['num_units'])}. "
+        f"{escape(server['description'])} {server['num_units']} {report['unit']}{plural(server['num_units'])}. "
         f"{escape(_server_state(server))}</p><pre>{escape(server['command'])}</pre></div>\n"
         for server in report["servers"]
     )
@@ -365,27 +318,3 @@ def _steps(report: Document) -> str:
         f"{escape(': ' + step['reason'] if step['reason'] else '')}</p><pre>{escape(step['command'])}</pre></div>\n"
         for step in report["steps"]
     )
-
-
-def _plural(number: int) -> str:
-    return "" if number == 1 else "s"
-
-
-def _rate(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _value(value: float | None, is_share: bool) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.1%}" if is_share else f"{value:.2f}"
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
-
-
-def _share(value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1%}" + (f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})" if interval else "")
