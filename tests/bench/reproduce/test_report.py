@@ -150,7 +150,7 @@ def test_an_interrupted_run_has_a_report(documents):
     assert "which was not measured" in render_html(build_report(nothing))
 
 
-def test_scores_of_a_judge_are_shown_as_scores(documents):
+def test_scores_are_shown_without_percent(documents):
     for entry in documents.results["quality-parse"]["rows"]:
         entry |= {"task": "mtbench", "mean_score": 8.5, "loss": 0.3, "loss_interval": [0.1, 0.5]}
         del entry["accuracy"]
