@@ -78,7 +78,7 @@ evaluate: setup  ## measure the demo pair and its heads again, and write their m
 measure: setup  ## run the measurements of bench/results/ that are missing (about 100 minutes on a quiet machine)
 	bench/measure.sh
 
-reproduce: setup  ## compare all modes of CONFIG with vLLM alone on equal hardware, and write a report (the demo: 20 minutes)
+reproduce: setup  ## compare all modes of CONFIG with vLLM alone on equal hardware, and write a report
 	$(BIN)/python -m bench.reproduce $(CONFIG) $(ARGS)
 
 results: setup  ## write the figures of bench/results/ and the model cards into the pages

@@ -1,6 +1,6 @@
 """Compares every mode of PARSE with vLLM alone on equal hardware, and writes a report.
 
-    python -m bench.reproduce serve_vllm_demo.yaml                  # the demo pair on a CPU, about 20 minutes
+    python -m bench.reproduce serve_vllm_demo.yaml                  # the demo pair on a CPU
     python -m bench.reproduce my_config.yaml --problems my_problems.jsonl --result '#### (\\d+)' --minutes 60
 
 The target of the configuration must have the engine kind vllm, and the draft model the kind vllm or native. All servers
@@ -39,23 +39,21 @@ from training.provenance import write_document
 
 @dataclass(frozen=True)
 class _Report:
-    """Writes the report of an output folder, and adds up how long the command has run."""
+    """Writes the report of an output folder, with the environment of each session that has measured something."""
 
     out: OutputFolder
     latency_bound_s: float | None
     environment: dict[str, str]
     config_text: str
-    earlier_s: float
+    earlier_sessions: list[dict[str, Any]]
     started: float
 
-    def write(self) -> None:
-        seconds = self.earlier_s + time.monotonic() - self.started
-        run = {
-            "environment": self.environment | {"duration": f"{seconds / 60:.1f} minutes"},
-            "config_text": self.config_text,
-            "seconds": seconds,
-        }
-        write_document(self.out.path / "run.json", run)
+    def write(self, num_steps: int) -> None:
+        """Writes the report. A session that has measured nothing is not part of it."""
+        seconds = time.monotonic() - self.started
+        session = {"environment": self.environment, "seconds": seconds}
+        sessions = [*self.earlier_sessions, *([session] if num_steps else [])]
+        write_document(self.out.path / "run.json", {"sessions": sessions, "config_text": self.config_text})
         report = build_report(read_documents(self.out, self.latency_bound_s))
         write_document(self.out.path / "report.json", report)
         (self.out.path / "report.html").write_text(render_html(report), encoding="utf-8")
@@ -79,15 +77,15 @@ def main() -> None:
         args.latency_bound_s,
         describe_environment(this_machine(), python, args.config),
         shareable_config(config),
-        (read_json(out.path / "run.json") or {}).get("seconds", 0.0),
+        (read_json(out.path / "run.json") or {}).get("sessions", []),
         started,
     )
     try:
-        run_plan(plan, out, args.minutes, report.write)
+        num_steps = run_plan(plan, out, args.minutes, report.write)
     except KeyboardInterrupt:
-        report.write()
+        report.write(1)
         sys.exit(f"bench.reproduce: interrupted; run the same command again to continue; {out.path}/report.html")
-    report.write()
+    report.write(num_steps)
     print_progress(f"the report is {out.path / 'report.html'}")
 
 

@@ -20,6 +20,7 @@ from bench.reproduce.html_tables import (
 )
 
 Document = Mapping[str, Any]
+MAX_DRIFT = 0.25  # of a machine whose figures can be trusted
 
 
 def render_html(report: Document) -> str:
@@ -91,14 +92,24 @@ def _summary(report: Document, renderer: TableRenderer) -> str:
             ]
         cells.append(Cell("" if ratio is None else f"{ratio:.2f}", steps, "bad" if (ratio or 1) < 1 else ""))
         rows.append(TableRow([*cells, noise_cell]))
+    drift = max((abs(entry["drift"]) for entry in report["noise"]), default=0.0)
+    warning = (
+        '<p class="bad">The machine was not quiet: the same measurement differed by more than a quarter. Do not trust '
+        "figures of this report.</p>\n"
+    )
     columns = "requests/s", "correct"
     names = "clients", "fastest mode of PARSE", *columns, "fastest baseline", *columns, "ratio", "noise"
-    return renderer.table(names, rows) + _paragraphs(
-        f"A ratio above 1 means that PARSE answers more requests per second than the best of the baselines, all of "
-        f"which use at most as many {report['unit']}s. Both are the best of several contenders, measured in this run. "
-        "Mode off does not count as a mode of PARSE here. The noise is the difference between two measurements of the "
-        "target alone; a ratio that is not further from 1 says nothing. Drafted answers can be shorter than those of "
-        "the target, which raises the requests per second, so compare the tokens per second below too."
+    return (
+        (warning if drift > MAX_DRIFT else "")
+        + renderer.table(names, rows)
+        + _paragraphs(
+            "A ratio above 1 means that PARSE answers more requests per second than the best of the baselines, all of "
+            f"which use at most as many {report['unit']}s. Both are the best of several contenders, measured in this "
+            "run. Mode off does not count as a mode of PARSE here. The noise is the difference between two "
+            "measurements of the target alone; a ratio that is not further from 1 says nothing. Drafted answers can be "
+            "shorter than those of the target, which raises the requests per second, so compare the tokens per second "
+            "below too."
+        )
     )
 
 
@@ -286,12 +297,11 @@ def _missing(report: Document, renderer: TableRenderer) -> str:
 def _environment(report: Document) -> str:
     entries = [
         f"<tr><td>{escape(name)}</td><td class='text'>{escape(str(value))}</td></tr>"
-        for name, value in report["run"].get("environment", {}).items()
+        for name, value in report["environment"].items()
     ]
-    config = report["run"].get("config_text", "")
     return (
         f'<div class="scroll"><table><tbody>{"".join(entries)}</tbody></table></div>'
-        f"<details><summary>The configuration</summary><pre>{escape(config)}</pre></details>"
+        f"<details><summary>The configuration</summary><pre>{escape(report['config_text'])}</pre></details>"
     )
 
 

@@ -64,7 +64,8 @@ def build_report(documents: RunDocuments) -> dict[str, Any]:
         "allocation": plan["allocation"],
         "clients": plan["clients"],
         "tasks": plan["tasks"],
-        "run": documents.run,
+        "environment": _environment(documents.run.get("sessions", [])),
+        "config_text": documents.run.get("config_text", ""),
         "summary": _summary(cells, noise, plan["clients"]),
         "losses": losses,
         "load": cells,
@@ -95,6 +96,14 @@ def build_report(documents: RunDocuments) -> dict[str, Any]:
             if step_id in documents.records
         ],
     }
+
+
+def _environment(sessions: Sequence[Document]) -> dict[str, str]:
+    """Returns the values of all sessions. An interrupted run may have continued with another version."""
+    names = dict.fromkeys(name for session in sessions for name in session["environment"])
+    values = {name: dict.fromkeys(session["environment"].get(name, "") for session in sessions) for name in names}
+    seconds = sum(session["seconds"] for session in sessions)
+    return {name: " | ".join(entries) for name, entries in values.items()} | {"duration": f"{seconds / 60:.1f} minutes"}
 
 
 def _load_cells(documents: RunDocuments) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 The output folder holds:
 
     plan.json            what is compared
-    run.json             the machine, the versions, the configuration, and how long the command has run
+    run.json             the machine and the versions of each session, its seconds, and the configuration
     steps/ID.json        what the command of a measurement wrote
     records/ID.json      that command, and whether it succeeded
     servers/NAME.json    the command of a server, and why it did not start
@@ -79,9 +79,14 @@ def print_progress(text: str) -> None:
 
 
 def run_plan(
-    plan: ReproducePlan, out: OutputFolder, load_minutes: float, after_server: Callable[[], None] = lambda: None
-) -> None:
-    """Runs all steps that are not finished. A step or a server that fails is recorded, and the others continue."""
+    plan: ReproducePlan, out: OutputFolder, load_minutes: float, after_server: Callable[[int], None] = lambda _: None
+) -> int:
+    """Runs all steps that are not finished, and returns their number.
+
+    A step or a server that fails is recorded, and the others continue. `after_server` receives the number of steps that
+    have run so far.
+    """
+    num_steps = 0
     for name, content in plan.files.items():
         file = out.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,12 +98,13 @@ def run_plan(
         with ServerSession(server, out.log(server.name)) as session:
             if index == 0:
                 for step in pilot_steps(plan):
-                    run_step(step, session, out)
+                    num_steps += run_step(step, session, out)
             for step in measurement_steps(plan, server, request_counts(plan, out, load_minutes)):
-                run_step(step, session, out)
+                num_steps += run_step(step, session, out)
             if session.failure is not None or session.ready_after_s is not None:
                 write_document(out.server(server.name), session.record())
-        after_server()
+        after_server(num_steps)
+    return num_steps
 
 
 def plan_document(plan: ReproducePlan) -> dict[str, Any]:
@@ -135,11 +141,11 @@ def request_counts(plan: ReproducePlan, out: OutputFolder, load_minutes: float) 
     return choose_counts(plan.clients, rates, 60 * load_minutes / num_cells(plan))
 
 
-def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder) -> None:
-    """Runs the command of a step, and records the result."""
+def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder) -> bool:
+    """Runs the command of a step, and records the result. Returns False if the step was finished earlier."""
     if out.is_finished(step):
         print_progress(f"{step.id}: finished earlier")
-        return
+        return False
     result, started = out.result(step.id), time.monotonic()
     record: dict[str, Any] = {
         "id": step.id,
@@ -170,6 +176,7 @@ def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder) -> 
     write_document(out.record(step.id), record)
     if reason is not None:
         print_progress(f"{step.id} failed: {reason}")
+    return True
 
 
 def _run_command(command: list[str], log: Path) -> str | None:

@@ -98,7 +98,8 @@ def invented_run(**changes: Any) -> RunDocuments:
         "notes": ["A note with <i>markup</i> & signs."],
         "servers": [server(name) for name in UNITS],
     }
-    run = {"environment": {"processor": "an invented one"}, "config_text": "a: <script>alert(1)</script>\n"}
+    sessions = [{"environment": {"commit": name}, "seconds": 90.0} for name in ("aaa", "bbb", "aaa")]
+    run = {"sessions": sessions, "config_text": "a: <script>alert(1)</script>\n"}
     servers = {name: {"name": name, "ready_after_s": 20.0, "failure": None} for name in UNITS}
     documents: dict[str, Any] = {
         "plan": plan,

@@ -166,6 +166,16 @@ def test_the_report_can_be_written_as_json_and_every_figure_names_its_step(docum
         assert loss["steps"] and set(loss["steps"]) <= steps
 
 
+def test_the_environment_has_the_versions_of_all_sessions(documents):
+    assert build_report(documents)["environment"] == {"commit": "aaa | bbb", "duration": "4.5 minutes"}
+
+
+def test_a_machine_that_is_not_quiet_is_said(documents):
+    assert "The machine was not quiet" not in render_html(build_report(documents))
+    documents.results["load-vllm-repeated-8"]["runs"][0]["rounds"][0]["requests_per_s"] = 11.0
+    assert "The machine was not quiet" in render_html(build_report(documents))
+
+
 def test_texts_of_a_run_are_escaped(documents):
     documents.records["load-vllm-8"].update(record("load-vllm-8", "vllm", "failed", "<script>x</script>"))
     html = render_html(build_report(documents))

@@ -90,13 +90,13 @@ def commands(tmp_path, monkeypatch):
 
 def test_finished_steps_are_kept_and_their_servers_not_started_again(tmp_path, port, commands):
     out, plan = OutputFolder(tmp_path / "out"), plan_of(scripted("one", port), scripted("two", port))
-    num_reports: list[None] = []
-    run_plan(plan, out, 1.0, lambda: num_reports.append(None))
-    assert commands.take_names() == ["one-1", "one-2", "two-1", "two-2"] and len(num_reports) == 2
+    num_steps: list[int] = []
+    assert run_plan(plan, out, 1.0, num_steps.append) == 4
+    assert commands.take_names() == ["one-1", "one-2", "two-1", "two-2"] and num_steps == [2, 4]
     assert read_json(out.result("two-2")) == {"name": "two-2"}
     out.log("one").unlink()
     out.record("two-1").unlink()  # as if the command had been interrupted in this step
-    run_plan(plan, out, 1.0)
+    assert run_plan(plan, out, 1.0) == 1
     assert commands.take_names() == ["two-1"] and not out.log("one").exists()
 
 
