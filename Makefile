@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMETHEUS_PORT ?= 9090
+# For make reproduce: a configuration, and options of python -m bench.reproduce
+CONFIG ?= serve_vllm_demo.yaml
+ARGS ?=
 # One worker per core. tests/conftest.py decides which tests share a worker.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical
 
-.PHONY: help setup serve monitoring check unit test test-real test-clients tools lint releases mutants wheel models heads evaluate measure results docs dashboards lock clean
+.PHONY: help setup serve monitoring check unit test test-real test-clients tools lint releases mutants wheel models heads evaluate measure reproduce results docs dashboards lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -74,6 +77,9 @@ evaluate: setup  ## measure the demo pair and its heads again, and write their m
 
 measure: setup  ## run the measurements of bench/results/ that are missing (about 100 minutes on a quiet machine)
 	bench/measure.sh
+
+reproduce: setup  ## compare all modes of CONFIG with vLLM alone on equal hardware, and write a report
+	$(BIN)/python -m bench.reproduce $(CONFIG) $(ARGS)
 
 results: setup  ## write the figures of bench/results/ and the model cards into the pages
 	$(BIN)/python -m bench.report

@@ -13,15 +13,18 @@ requests arrive as a Poisson process, and latency counts from the scheduled arri
 are measured one after the other, each on problems of its own.
 
 A server caches prompts, so a repeated prompt costs less. Each contender therefore gets the problems of the demo task
-with different names of people, and a second run needs another --seed. Prompts of a file are sent unchanged. In that
-case `cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share
-the state of the server, such as what mode `auto` learned about drafting.
+with different names of people, and a second run needs another --seed. Prompts of a file are sent unchanged, unless
+--distinct-prompts puts a number into each of them, which differs between contenders and seeds. With unchanged prompts
+`cached_share`, the part of the prompts that was cached, shows how far you can trust a ratio. All contenders share the
+state of the server, such as what mode `auto` learned about drafting.
 """
 
 import argparse
 import asyncio
+import math
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +48,7 @@ from bench.client import (
 from bench.comparison import compare_runs, plot, table
 from bench.latency import BenchmarkRun, OfferedLoad, Round
 from bench.output import add_json_argument, write_output
-from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests
+from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests, number_prompts
 from training.provenance import describe_run
 
 DEFAULT = "default"  # the name of requests without a mode
@@ -53,13 +56,21 @@ ROUNDS = 4
 Number = TypeVar("Number", int, float)
 
 
-async def closed_loop(send: SendRequest, requests: Sequence[SampleRequest], clients: int) -> list[RequestResult]:
-    """Runs a number of clients, each of which sends its next request when it has an answer."""
+async def closed_loop(
+    send: SendRequest, requests: Sequence[SampleRequest], clients: int, max_s: float = math.inf
+) -> list[RequestResult]:
+    """Runs a number of clients, each of which sends its next request when it has an answer.
+
+    No request is sent after `max_s` seconds, except the first one of each client.
+    """
     pending, results = iter(requests), list[RequestResult]()
+    deadline = time.perf_counter() + max_s
 
     async def client() -> None:
         for request in pending:
             results.append(await send(request, time.perf_counter()))
+            if time.perf_counter() > deadline:
+                return
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return results
@@ -88,12 +99,14 @@ def poisson_arrivals(rate: float, count: int, seed: str) -> list[float]:
     return sorted(rng.uniform(0, count / rate) for _ in range(count))
 
 
-async def run_round(load: OfferedLoad, send: SendRequest, requests: Sequence[SampleRequest], seed: str) -> Round:
+async def run_round(
+    load: OfferedLoad, send: SendRequest, requests: Sequence[SampleRequest], seed: str, max_s: float = math.inf
+) -> Round:
     started, cpu_s = time.perf_counter(), time.process_time()
     if load.rate is not None:
         results = await open_loop(send, requests, poisson_arrivals(load.rate, len(requests), seed))
     else:
-        results = await closed_loop(send, requests, load.clients or 1)
+        results = await closed_loop(send, requests, load.clients or 1, max_s)
     return Round(results, time.perf_counter() - started, time.process_time() - cpu_s)
 
 
@@ -106,7 +119,12 @@ class Workload:
 
 
 async def run_interleaved(
-    workloads: Mapping[str, Workload], load: OfferedLoad, problem_range: range, rounds: int, seed: int
+    workloads: Mapping[str, Workload],
+    load: OfferedLoad,
+    problem_range: range,
+    rounds: int,
+    seed: int,
+    max_round_s: float = math.inf,
 ) -> list[BenchmarkRun]:
     """Runs all workloads under the load, each on the same range of its requests, in rotating order."""
     names = list(workloads)
@@ -118,7 +136,9 @@ async def run_interleaved(
         for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
             workload = workloads[name]
             requests = workload.requests[part.start : part.stop]
-            rounds_by_name[name].append(await run_round(load, workload.send, requests, f"{seed}/{round_index}"))
+            rounds_by_name[name].append(
+                await run_round(load, workload.send, requests, f"{seed}/{round_index}", max_round_s)
+            )
     return [BenchmarkRun(name, load, rounds_by_name[name]) for name in names]
 
 
@@ -153,7 +173,7 @@ async def run_load(
             for load_index, load in enumerate(args.loads):
                 start = args.warmup + load_index * args.requests
                 runs += await run_interleaved(
-                    workloads, load, range(start, start + args.requests), args.rounds, args.seed
+                    workloads, load, range(start, start + args.requests), args.rounds, args.seed, args.max_round_s
                 )
     return replace(served, name=params.model), runs
 
@@ -176,7 +196,12 @@ def error_messages(runs: Sequence[BenchmarkRun]) -> list[str]:
 def _build_requests(args: argparse.Namespace) -> dict[str, list[SampleRequest]]:
     count = args.warmup + len(args.loads) * args.requests
     if args.prompts:
-        return dict.fromkeys(args.modes, load_requests(args.prompts, count))
+        requests = load_requests(args.prompts, count, args.result)
+        if not args.distinct_prompts:
+            return dict.fromkeys(args.modes, requests)
+        return {
+            mode: number_prompts(requests, f"{args.seed}-{contender}") for contender, mode in enumerate(args.modes, 1)
+        }
     return {mode: demo_requests(count, args.seed, name_set) for name_set, mode in enumerate(args.modes)}
 
 
@@ -232,7 +257,25 @@ def _arguments() -> argparse.Namespace:
         "--rounds", type=_at_least(1), help=f"turns of each contender (default: {ROUNDS} with --compare)"
     )
     parser.add_argument(
+        "--max-round-s",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="with --concurrency, no further request of a contender's round is sent after this time",
+    )
+    parser.add_argument(
         "--prompts", type=Path, help='file with lines of {"prompt" or "messages": ..., "answer": expected text}'
+    )
+    parser.add_argument(
+        "--result",
+        metavar="REGEX",
+        help="finds the result in an answer to a prompt of a file: its last match, or the first group of that match, "
+        "must be `answer`. Without it, `answer` must occur in the text",
+    )
+    parser.add_argument(
+        "--distinct-prompts",
+        action="store_true",
+        help="put a number into each prompt of a file, so that no contender uses what is cached from another one",
     )
     parser.add_argument("--seed", type=int, default=5, help="seed of the demo problems and of the arrivals")
     parser.add_argument("--max-tokens", type=_at_least(1), default=RequestParams.max_tokens)
@@ -251,6 +294,12 @@ def _arguments() -> argparse.Namespace:
     args.rounds = args.rounds or (ROUNDS if args.compare else 1)
     if args.rounds > args.requests:
         parser.error("--rounds: more than there are requests")
+    try:
+        re.compile(args.result or "")
+    except re.error as error:
+        parser.error(f"--result: {error}")
+    if (args.result or args.distinct_prompts) and not args.prompts:
+        parser.error("--result and --distinct-prompts need --prompts")
     for path in (args.json, args.plot):  # reported before the measurement, not after it
         if path and not Path(path).parent.is_dir():
             parser.error(f"there is no folder {Path(path).parent}")

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -45,9 +45,39 @@ def _is_solution(problem: Problem, text: str, ended: bool) -> bool:
     return ended and check_answer(problem, [text]).complete
 
 
-def load_requests(path: Path, count: int) -> list[SampleRequest]:
-    """Returns the requests of a file. If it has fewer, it is read again from the beginning."""
-    return list(islice(cycle(_read_requests(path, None)), count))
+def load_requests(path: Path, count: int, result: str | None = None) -> list[SampleRequest]:
+    """Returns the requests of a file. If it has fewer, it is read again from the beginning.
+
+    `result` is described in `load_problems`.
+    """
+    pattern = re.compile(result) if result is not None else None
+    return list(islice(cycle(_read_requests(path, pattern)), count))
+
+
+def number_prompts(requests: Sequence[SampleRequest], prefix: str) -> list[SampleRequest]:
+    """Returns the requests with a different number in each first user message.
+
+    A server that has cached a prompt therefore has to compute it again from there. A system message before it stays the
+    same, because a server shares it between requests in production too.
+    """
+    return [
+        replace(request, messages=_number_message(request.messages, f"(Request {prefix}-{number}.) "))
+        for number, request in enumerate(requests, 1)
+    ]
+
+
+def _number_message(messages: Sequence[Mapping[str, Any]], prefix: str) -> list[Mapping[str, Any]]:
+    numbered = list(messages)
+    for index, message in enumerate(messages):
+        if message.get("role") == "user":
+            content = message.get("content")
+            if not isinstance(content, str):
+                content = [{"type": "text", "text": prefix}, *(content or ())]
+            else:
+                content = prefix + content
+            numbered[index] = {**message, "content": content}
+            break
+    return numbered
 
 
 def load_problems(path: Path, result: str | None = None) -> list[SampleRequest]:

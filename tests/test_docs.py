@@ -54,6 +54,7 @@ OTHER_FILES = {
     "my_problems.jsonl",
     "outputs.jsonl",
     "prompts.jsonl",
+    "report.json",
     "utils.py",  # a name that CONTRIBUTING.md advises against
 }
 CHAT_PATH, COMPLETION_PATH = "/v1/chat/completions", "/v1/completions"

@@ -17,7 +17,7 @@ from bench.client import RequestParams, RequestResult, ServerReport, TimedRespon
 from bench.comparison import compare_runs, fastest_sentences, summary_table, table
 from bench.latency import BenchmarkRun, OfferedLoad, Round, overlap_s, percentile, spread, summarize
 from bench.load import closed_loop, main, open_loop, poisson_arrivals, with_contender
-from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests, replace_names
+from bench.workload import InvalidPromptFile, SampleRequest, demo_requests, load_requests, number_prompts, replace_names
 from deployments.api.routes import create_app
 from deployments.config import ApiSettings
 from parse.config import EngineSettings
@@ -125,6 +125,33 @@ def test_prompts_can_come_from_a_file(server, tmp_path):
     assert run["answered"] == 3 and run["accuracy"] == 0.5 and run["mode"] == "default"
 
 
+def test_numbered_prompts_differ_between_contenders_and_keep_the_system_message(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    system, text = {"role": "system", "content": "Be brief."}, {"type": "text", "text": "How are you?"}
+    lines = [
+        {"messages": [system, {"role": "user", "content": "Hello."}, {"role": "user", "content": "Again."}]},
+        {"messages": [{"role": "user", "content": [text]}], "answer": "fine"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    requests = load_requests(file, 4)
+    numbered = [*number_prompts(requests, "5-1"), *number_prompts(requests, "5-2")]
+    assert [request.messages[0] for request in numbered[::2]] == [system] * 4
+    texts = [request.messages[1]["content"] for request in numbered[::2]]
+    texts += [request.messages[0]["content"][0]["text"] for request in numbered[1::2]]
+    assert len(set(texts)) == 8 and all(prompt.startswith("(Request 5-") for prompt in texts)
+    assert texts[0].endswith("Hello.") and numbered[0].messages[2]["content"] == "Again."
+    assert numbered[1].messages[0]["content"][1] == text and numbered[1].is_correct is requests[1].is_correct
+    assert requests[0].messages[1]["content"] == "Hello."
+
+
+def test_the_result_of_an_answer_under_load_is_its_last_match(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "6 times 7?", "answer": "42"}))
+    (request,) = load_requests(file, 1, r"#### (\d+)")
+    assert request.is_correct is not None
+    assert request.is_correct("#### 41, or rather\n#### 42", True) and not request.is_correct("42 or #### 41", True)
+
+
 def test_rejected_requests_are_counted_and_shown(server):
     done = load("--url", server, "--requests", 2, "--mode", "brilliant")
     assert done.returncode == 1 and "2 of 400" in done.stdout
@@ -147,6 +174,8 @@ def test_an_unreachable_server_is_reported_in_one_line():
         (("--compare", "off,off"), "different contenders"),
         (("--compare", "off,full", "--mode", "off"), "not allowed with"),
         (("--requests", 2, "--rounds", 3), "more than there are requests"),
+        (("--result", "("), "--result: "),
+        (("--distinct-prompts",), "need --prompts"),
         (("--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
         (("--url", "nonsense"), "nonsense"),
         (("--url", "http://here:http"), "is not a valid address"),
@@ -374,6 +403,12 @@ class Slow:
 def test_a_closed_loop_keeps_every_client_busy():
     slow = Slow()
     assert len(asyncio.run(closed_loop(slow, [SampleRequest([])] * 7, 3))) == 7 and slow.max_concurrent == 3
+
+
+def test_after_its_time_a_closed_loop_sends_only_the_first_request_of_each_client():
+    slow, requests = Slow(), [SampleRequest([])] * 7
+    assert len(asyncio.run(closed_loop(slow, requests, 3, max_s=0.0))) == 3 and slow.max_concurrent == 3
+    assert len(asyncio.run(closed_loop(slow, requests, 3, max_s=60.0))) == 7
 
 
 def test_an_open_loop_does_not_wait_and_counts_from_the_arrival():

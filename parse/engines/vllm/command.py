@@ -33,9 +33,14 @@ def server_command(python: Path, settings: EngineSettings, config: VLLMEngineCon
 
 
 def server_arguments(settings: EngineSettings, config: VLLMEngineConfig, socket_path: Path) -> list[str]:
+    return ["--uds", str(socket_path), *model_arguments(settings, config)]
+
+
+def model_arguments(settings: EngineSettings, config: VLLMEngineConfig) -> list[str]:
+    """Returns all arguments except the address."""
     return [
         *("--model", settings.model, "--served-model-name", Path(settings.model).name),
-        *("--uds", str(socket_path), "--max-model-len", str(_max_model_len(settings, config))),
+        *("--max-model-len", str(_max_model_len(settings, config))),
         *command_line(config.engine_args),
     ]
 

@@ -1,0 +1,1 @@
+"""Compares PARSE with vLLM alone on equal hardware, and writes a report."""
