@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from parse.engines.remote.dialect import Dialect, ServerFeatures
 from parse.engines.remote.errors import ServerUnavailable
-from parse.engines.remote.server import Server
+from parse.engines.remote.transport import Transport
 from parse.errors import RequestError, ServerError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,9 @@ def sample_prompts(tokens: Sequence[int]) -> list[list[int]]:
     return [list(tokens[: -(-len(tokens) * number // NUM_SAMPLES)]) for number in range(1, NUM_SAMPLES + 1)]
 
 
-async def verifies(dialect: Dialect, server: Server, model: str, prompt: Sequence[int], *, by_token_id: bool) -> bool:
+async def verifies(
+    dialect: Dialect, server: Transport, model: str, prompt: Sequence[int], *, by_token_id: bool
+) -> bool:
     """Returns whether the server returns the log-probabilities that a verification needs."""
     token_ids = sorted({prompt[0], prompt[-1]})
 
@@ -37,7 +39,7 @@ async def verifies(dialect: Dialect, server: Server, model: str, prompt: Sequenc
     return await works(trial)
 
 
-async def returns_prompt_logprobs(dialect: Dialect, server: Server, model: str, prompt: Sequence[int]) -> bool:
+async def returns_prompt_logprobs(dialect: Dialect, server: Transport, model: str, prompt: Sequence[int]) -> bool:
     async def trial() -> bool:
         return len(await dialect.prompt_logprobs(server, model, prompt, 1, 0)) == len(prompt) - 1
 
@@ -62,9 +64,9 @@ async def works(trial: Callable[[], Awaitable[bool]]) -> bool:
     raise AssertionError("unreachable")
 
 
-def report_features(server: Server, dialect: Dialect, features: ServerFeatures) -> None:
+def report_features(server: Transport, dialect: Dialect, features: ServerFeatures) -> None:
     """Logs what the server lacks, and whether this version was tested."""
-    missing = []
+    missing = list(features.missing)
     if not features.verifies:
         missing.append("log-probabilities (so drafts cannot be verified)")
     elif not features.verifies_by_token_id:
