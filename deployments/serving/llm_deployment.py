@@ -212,10 +212,12 @@ def translate_error(error: Exception) -> Exception:
             return ServerUnavailable(message, retry_after_s=error.retry_after_s or 0.0)
         case DeploymentUnavailableError():
             return ServerUnavailable(message)
-        case RaySystemError(client_exc=ImportError()):
+        case RaySystemError(client_exc=ImportError() as missing):
+            return translate_error(missing)
+        case ImportError():
             return ServerError(
-                "the deployment answered with an object that cannot be read without vLLM. It is probably an error: see "
-                "the log of the deployment, or install ray[llm] in the environment of this replica to see it here"
+                f"{message}. The deployment or this replica has received an object that it cannot read without it. It "
+                "is probably an error, which the log of the deployment shows"
             )
     return ServerUnavailable(message, deterministic=True)
 

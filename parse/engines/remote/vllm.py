@@ -96,7 +96,7 @@ class VLLM:
             version=version,
             block_size=int(block_size[1]) if block_size else DEFAULT_BLOCK_SIZE,
             verifies=by_token_id or await verifies(self, server, model.name, prompt, by_token_id=False),
-            verifiesread_top_logprobs=by_token_id,
+            verifies_by_token_id=by_token_id,
             has_prompt_logprobs=await returns_prompt_logprobs(self, server, model.name, prompt),
             has_speculation="vllm:spec_decode_num_drafts" in metrics,
         )

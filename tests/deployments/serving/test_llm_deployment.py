@@ -148,6 +148,7 @@ def test_an_error_in_a_stream_becomes_that_of_a_server(items, error, attributes)
         (RayServeException("no method 'completions'"), ServerUnavailable, {"deterministic": True}),
         (RaySystemError(ValueError("out of memory")), ServerUnavailable, {"deterministic": True}),
         (RaySystemError(ModuleNotFoundError("No module named 'vllm'")), ServerError, {}),
+        (ModuleNotFoundError("No module named 'vllm'"), ServerError, {}),
         (RuntimeError("first line\nsecond line"), ServerUnavailable, {"deterministic": True}),
     ],
 )
