@@ -48,7 +48,7 @@ def load_remote_engine(
             addresses,
             model_name=config.model_name,
             retry_timeout_s=config.retry_timeout_s,
-            dialect=_known_dialect(config),
+            dialect=_dialect_of(config),
         )
     )
 
@@ -65,7 +65,7 @@ def check_remote_model(
     if addresses is None:
         logger.warning("%s is still being deployed, so it is checked when the replicas start", config.deployment)
         return
-    inspect_servers(addresses, config.model_name, tokenizer, _known_dialect(config))
+    inspect_servers(addresses, config.model_name, tokenizer, _dialect_of(config))
 
 
 def connect(
@@ -185,7 +185,7 @@ async def _inspect(
     return dialect, identities[0], features
 
 
-def _known_dialect(config: RemoteEngineConfig) -> Dialect | None:
+def _dialect_of(config: RemoteEngineConfig) -> Dialect | None:
     """Returns the dialect that the settings imply, or None if the servers have to be asked for it."""
     return None if config.deployment is None else RayServeLLM()
 

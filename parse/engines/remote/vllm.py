@@ -39,7 +39,7 @@ class VLLM:
     """Implements `Dialect`."""
 
     kind = "vLLM"
-    tested_versions = (0, 27), (0, 32)
+    tested_versions: tuple[tuple[int, int], tuple[int, int]] | None = (0, 27), (0, 32)
     max_logprobs = MAX_TOP_LOGPROBS
     unsupported_sampling_params: frozenset[str] = frozenset()
     ignored_with_speculation = frozenset(("min_p", "logit_bias"))

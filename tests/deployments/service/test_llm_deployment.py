@@ -48,7 +48,7 @@ def service(deployed, server):
         name="LLMServer:demo",
         num_replicas=2,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}},
-        request_router_config=RequestRouterConfig(request_router_class=SESSION_AFFINITY_ROUTER),
+        request_router_config=RequestRouterConfig(request_router_class=SESSION_AFFINITY_ROUTER),  # type: ignore[arg-type]
         health_check_period_s=1,
     )
     serve.run(decorate(LLMServer).bind(server.url, readable_errors=False), name="llm", route_prefix=None)
@@ -73,13 +73,12 @@ async def ask_all(service, bodies):
 
 
 def test_all_modes_answer_like_the_engine_that_calls_the_server_itself(service, server):
-    (problem, other) = problems(2)
-    requests = [(each.question, mode) for mode in MODES for each in (problem, other)]
-    responses = asyncio.run(ask_all(service, [chat(question, mode=mode) for question, mode in requests]))
+    requests = [(each.question, mode) for mode in MODES for each in problems(2)]
+    responses = asyncio.run(ask_all(service, [chat(text, mode=mode) for text, mode in requests]))
     assert {response.status_code for response in responses} == {200}
     engine = RemoteEngineConfig(kind="remote", url=server.url)
     with Pair(EngineSettings(model=DEMO_TARGET, max_model_len=1024, engine=engine), DEMO_DRAFT) as pair:
-        expected = [pair.generate(question, mode=mode, temperature=0).text for question, mode in requests]
+        expected = [pair.generate(text, mode=mode, temperature=0).text for text, mode in requests]
     assert texts(responses) == expected
     assert sum(response.json()["parse"]["accepted"] for response in responses) > 0
     (card,) = httpx.get(f"{service.url}/v1/models").json()["data"]
@@ -87,9 +86,9 @@ def test_all_modes_answer_like_the_engine_that_calls_the_server_itself(service, 
 
 
 def test_the_calls_of_an_answer_go_to_one_replica(service, server):
-    questions = problems(4, seed=8)
-    prompts = [tuple(chat_prompt_token_ids(server.tokenizer, messages_of(problem))) for problem in questions]
-    asyncio.run(ask_all(service, [chat(problem.question, mode="full") for problem in questions]))
+    drawn = problems(4, seed=8)
+    prompts = [tuple(chat_prompt_token_ids(server.tokenizer, messages_of(problem))) for problem in drawn]
+    asyncio.run(ask_all(service, [chat(problem.question, mode="full") for problem in drawn]))
     pids_of_calls = defaultdict(list)
     for body in server.bodies:
         first = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]

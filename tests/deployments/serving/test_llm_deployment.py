@@ -4,12 +4,13 @@ import asyncio
 import json
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from ray import cloudpickle
+from ray import cloudpickle, serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
+from ray.serve.schema import ApplicationStatusOverview
 
 from deployments.serving import deployment_lookup
 from deployments.serving.deployment_lookup import is_callable, wait_for_deployment
@@ -35,8 +36,9 @@ from tests.deployments.serving.llm_server import (
 BODY = {"model": "m", "prompt": [[5, 6, 7], [5, 6, 7, 8]], "max_tokens": 1, "logprob_token_ids": [1, 2]}
 
 
-def deployment_of(server, stall_timeout_s=5.0):
-    return LLMDeployment(DeploymentAddress("llm", "LLMServer", stall_timeout_s), LocalHandle(server))
+def deployment_of(server, stall_timeout_s=5.0, handle_class=LocalHandle):
+    handle: Any = handle_class(server)
+    return LLMDeployment(DeploymentAddress("llm", "LLMServer", stall_timeout_s), handle)
 
 
 def streamed(deployment, body=BODY):
@@ -98,11 +100,11 @@ def test_a_session_goes_to_the_router_of_the_deployment():
     options = []
 
     class Recording(LocalHandle):
-        def options(self, **given):
-            options.append(given)
-            return super().options(**given)
+        def options(self, **changes):
+            options.append(changes)
+            return super().options(**changes)
 
-    deployment = LLMDeployment(DeploymentAddress("llm", "LLMServer", 5.0), Recording(Scripted([DONE])))
+    deployment = deployment_of(Scripted([DONE]), handle_class=Recording)
     streamed(deployment.for_session("a"))
     assert options == [{"method_name": "completions", "session_id": "a", "stream": True}]
 
@@ -161,7 +163,8 @@ def test_an_error_of_ray_becomes_that_of_a_server(error, expected, attributes):
 
 def test_a_deployment_that_is_unavailable_is_called_again():
     error = DeploymentUnavailableError.__new__(DeploymentUnavailableError)
-    assert not translate_error(error).deterministic
+    translated = translate_error(error)
+    assert isinstance(translated, ServerUnavailable) and not translated.deterministic
 
 
 def test_calls_that_a_handle_lacks_are_named():
@@ -185,13 +188,15 @@ def test_the_end_of_a_stream_is_recognized_only_as_a_whole_event():
 
 
 def applications(status="RUNNING", deployment_status="HEALTHY", num_running=1, message=""):
-    overview = DeploymentStatusOverview(deployment_status, "UNSPECIFIED", {"RUNNING": num_running}, message)
+    overview: Any = SimpleNamespace(
+        status=deployment_status, replica_states={"RUNNING": num_running, "STARTING": 1}, message=message
+    )
     deployments = {} if deployment_status is None else {"LLMServer:m": overview}
     return {"llm": ApplicationStatusOverview(status, message, 0.0, deployments)}
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("statuses", "expected"),
     [
         (applications(), True),
         (applications(deployment_status="UPDATING"), True),
@@ -203,12 +208,12 @@ def applications(status="RUNNING", deployment_status="HEALTHY", num_running=1, m
         (applications("NOT_STARTED", None), False),
     ],
 )
-def test_it_is_known_whether_a_deployment_can_be_called(given, expected):
-    assert is_callable("llm", "LLMServer:m", given) is expected
+def test_it_is_known_whether_a_deployment_can_be_called(statuses, expected):
+    assert is_callable("llm", "LLMServer:m", statuses) is expected
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("statuses", "message"),
     [
         ({}, "this Ray cluster has no application 'llm'; it has none"),
         ({"a": None, "b": None}, "this Ray cluster has no application 'llm'; it has a, b"),
@@ -217,17 +222,15 @@ def test_it_is_known_whether_a_deployment_can_be_called(given, expected):
         (applications("DEPLOY_FAILED", "DEPLOY_FAILED", 0, "no GPU"), "llm/LLMServer:m could not be deployed: no GPU"),
     ],
 )
-def test_a_deployment_that_does_not_exist_is_named(given, message):
+def test_a_deployment_that_does_not_exist_is_named(statuses, message):
     with pytest.raises(ValueError, match=f"engine.deployment: {message}"):
-        is_callable("llm", "LLMServer:m", given)
+        is_callable("llm", "LLMServer:m", statuses)
 
 
 def test_a_replica_waits_until_the_deployment_can_be_called(monkeypatch):
     statuses = [applications("DEPLOYING", None), applications("DEPLOYING", "UPDATING", 0), applications()]
     monkeypatch.setattr(deployment_lookup, "POLL_INTERVAL_S", 0.0)
-    monkeypatch.setattr(
-        deployment_lookup.serve, "status", lambda: SimpleNamespace(applications=statuses.pop(0) if statuses else {})
-    )
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=statuses.pop(0) if statuses else {}))
     config = RemoteEngineConfig(kind="remote", deployment="llm/LLMServer:m", stall_timeout_s=7)
     assert wait_for_deployment(config) == DeploymentAddress("llm", "LLMServer:m", 7.0) and not statuses
 
@@ -235,7 +238,7 @@ def test_a_replica_waits_until_the_deployment_can_be_called(monkeypatch):
 def test_a_replica_does_not_wait_for_ever(monkeypatch):
     waiting = applications("DEPLOYING", None)
     monkeypatch.setattr(deployment_lookup, "POLL_INTERVAL_S", 0.0)
-    monkeypatch.setattr(deployment_lookup.serve, "status", lambda: SimpleNamespace(applications=waiting))
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=waiting))
     config = RemoteEngineConfig(kind="remote", deployment="llm/LLMServer:m", retry_timeout_s=0.01)
     with pytest.raises(ValueError, match=r"llm/LLMServer:m is still being deployed after 0\.01 s"):
         wait_for_deployment(config)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -47,7 +48,7 @@ class LocalAddress(DeploymentAddress):
         return LLMDeployment(self, HANDLES[self.deployment])
 
 
-HANDLES = {}
+HANDLES: dict[str, Any] = {}
 
 
 def remote(server, llm_config=None, **config):
@@ -55,7 +56,8 @@ def remote(server, llm_config=None, **config):
     engine = RemoteEngineConfig(kind="remote", deployment=PATH, **config)
 
     def find_deployment(config):
-        return LocalAddress(*config.deployment_path, stall_timeout_s=config.stall_timeout_s)
+        application, deployment = config.deployment_path
+        return LocalAddress(application, deployment, config.stall_timeout_s)
 
     return load_engine(EngineSettings(model=DEMO_TARGET, engine=engine), find_deployment)
 
