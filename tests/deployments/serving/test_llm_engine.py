@@ -27,14 +27,12 @@ from tests.parse.engines.remote.test_remote_engine import (  # noqa: F401  # pyt
     generation,
     run,
     test_a_closed_generator_ends_the_call_on_the_server,
-    test_a_draft_does_not_change_greedy_output,
     test_a_server_without_chosen_tokens_never_overestimates_p_correct,
     test_it_generates_what_the_native_engine_generates,
     test_log_probabilities_are_those_of_the_native_engine,
     test_log_probabilities_of_a_draft_are_those_of_the_native_engine,
     test_p_correct_is_that_of_the_native_engine,
     test_parameters_that_a_server_with_speculation_ignores_are_rejected,
-    test_verify_and_generate_keeps_and_continues_like_the_native_engine,
     tokens_of,
 )
 
@@ -141,6 +139,13 @@ def test_an_engine_that_returns_no_token_ids_is_named(server):
     server.lacks = {"return_token_ids"}
     with pytest.raises(ValueError, match="only the vLLM engine of Ray Serve LLM"):
         remote(server)
+
+
+def test_a_draft_does_not_change_greedy_output(server, native):
+    """Its tokens are compared with the most likely ones in the echo of the prompt."""
+    answer = answer_of(native)
+    (deltas,) = run(remote(server), generation(draft_token_ids=[*answer[:11], answer[11] + 1, *answer[12:]]))
+    assert tokens_of(deltas) == answer[:30] and sum(delta.num_accepted for delta in deltas) == 11
 
 
 def test_a_stream_whose_replica_is_lost_continues_after_its_last_token(server, native):
