@@ -36,7 +36,7 @@ An engine runs a model. The target and the draft model choose theirs independent
 | `native` (default) | the engine of this project, in the replica | you want the methods of `speculative_configs` (EAGLE-3, ParallelSpec, SPACE, n-gram, draft model) and answers that a seed fixes; on CPUs it is faster than vLLM ([measured](../bench/RESULTS.md)). It has not run on a GPU yet. |
 | `vllm` | a vLLM server that the replica starts on its GPUs and supervises | you have GPUs, and one deployment should place and restart everything: tensor parallelism, FP8, AWQ or GPTQ weights, CUDA graphs, vLLM's own speculation |
 | `remote` with `url` | a vLLM or SGLang server that runs already, by its address | you operate the server yourself and want to put PARSE in front of it, see [vllm.md](vllm.md) |
-| `remote` with `deployment` | a deployment of Ray Serve LLM in the same Ray cluster, through its handle | Ray Serve LLM runs your model already, see [below](#ray-serve-llm). This has not been tried with a real Ray Serve LLM. |
+| `remote` with `deployment` | a deployment of Ray Serve LLM in the same Ray cluster, through its handle | Ray Serve LLM runs your model already, see [below](#ray-serve-llm). The automated tests use a stand-in for it. |
 
 A draft model can use another engine than its target: in [serve_vllm_demo.yaml](../serve_vllm_demo.yaml), the target runs in vLLM
 and the draft model in the native engine.
@@ -45,7 +45,8 @@ and the draft model in the native engine.
 
 Each engine declares this when it starts. A request that needs more gets a 400 that names the field. The table shows the demo target
 of `serve_config.yaml` in the native engine, vLLM 0.32, SGLang, and Ray Serve LLM. The clients for SGLang and Ray Serve LLM follow their
-source code and documentation, but they have never called a real SGLang or a real Ray Serve LLM.
+source code and documentation. The one for SGLang has never called a real SGLang, and the one for Ray Serve LLM has called a real one
+only [once by hand](#ray-serve-llm).
 
 """
 
@@ -94,8 +95,11 @@ On a machine without GPUs, this command runs the demo target in vLLM. It install
 RAY_SERVE_LLM_NOTES = """
 ## Ray Serve LLM
 
-**This has not been tried with a real Ray Serve LLM.** The client follows the source code of Ray 2.60, and the tests use a deployment with the
-same methods. The log says so at start-up. Its requests and the way it reads vLLM's stream have been tried with vLLM 0.32 over HTTP.
+**No automated test uses a real Ray Serve LLM.** The client follows the source code of Ray 2.60, and the tests use a deployment with the
+same methods, and a real vLLM 0.32 for the streams that Ray Serve LLM passes on. The log says so at start-up. A configuration like the following one has been
+tried once by hand, with the demo pair on CPUs: Ray 2.60, vLLM's build for CPUs 0.32 in an environment of its own, and one replica. All
+modes answered, and no request was lost when that replica was killed. It has not been tried on GPUs, and not with vLLM 0.29, which `ray[llm]`
+installs.
 
 ```yaml
 applications:

@@ -55,8 +55,8 @@ class RemoteEngineConfig(Settings):
     deployment: str | None = Field(
         None,
         description="The names of an application in the same Ray cluster and of its deployment of Ray Serve LLM, for "
-        "example `llm/LLMServer:qwen3-32b`. It is called through its handle. This has not been tried with a real Ray "
-        "Serve LLM.",
+        "example `llm/LLMServer:qwen3-32b`. It is called through its handle. This is tested only with a stand-in "
+        "for Ray Serve LLM.",
     )
     model_name: str | None = Field(
         None,

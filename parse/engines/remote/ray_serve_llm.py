@@ -1,7 +1,8 @@
 """The calls of a deployment of Ray Serve LLM, which runs vLLM, through its deployment handle.
 
-UNTESTED with a real Ray Serve LLM: it is written from the source code of Ray 2.60 and vLLM 0.32, and tested with a
-stand-in for the deployment. Only the requests and the chunks of vLLM itself are tested with a real vLLM.
+UNTESTED with a real Ray Serve LLM in the automated tests: it is written from the source code of Ray 2.60 and vLLM 0.32,
+and tested with a stand-in for the deployment, and with the streams of a real vLLM. It has been tried once by hand with
+Ray Serve LLM 2.60 on vLLM's build for CPUs, 0.32.
 
 All completions are streamed. Ray Serve LLM streams text, which everybody can read. Other responses are objects of
 vLLM's classes, which cannot be unpickled without vLLM, and the replicas of this project need no vLLM.
