@@ -1,7 +1,8 @@
 """Calls to a deployment of Ray Serve LLM, through its handle instead of HTTP.
 
 UNTESTED with a real Ray Serve LLM in the automated tests: it is written from the source code of Ray 2.60, and tested
-with a deployment that has the same methods. It has been tried once by hand, on CPUs. `parse/engines/remote/ray_serve_llm.py` writes the requests and reads the responses.
+with a deployment that has the same methods. It has been tried once by hand, on CPUs.
+`parse/engines/remote/ray_serve_llm.py` writes the requests and reads the responses.
 """
 
 import asyncio
