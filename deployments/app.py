@@ -11,6 +11,7 @@ from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppSettings, resolve_model_path
+from deployments.serving.deployment_lookup import find_deployment
 from deployments.serving.drafter import Drafter
 from deployments.serving.replica import ModelReplica
 from deployments.serving.router import Router
@@ -42,6 +43,7 @@ def build(args: AppSettings) -> Application:
         settings.verification,
         memory_bytes=_shared_memory_bytes(settings),
         on_this_node=len(_live_nodes()) == 1,
+        find_deployment=find_deployment,
     )
     gpus_per_model = _gpus_per_model(settings)
     check_start("target", Verifier.__name__, settings.target, _num_gpus(settings.target, gpus_per_model))

@@ -18,6 +18,7 @@ from parse.engines.loader import load_native_engine
 from parse.engines.protocol import Capabilities
 from parse.engines.remote.dialect import Dialect, ModelIdentity, ServerFeatures
 from parse.engines.remote.loader import server_capabilities
+from parse.engines.remote.ray_serve_llm import RayServeLLM
 from parse.engines.remote.sglang import SGLang
 from parse.engines.remote.vllm import VLLM
 from parse.types import SamplingParams
@@ -34,7 +35,8 @@ An engine runs a model. The target and the draft model choose theirs independent
 | --- | --- | --- |
 | `native` (default) | the engine of this project, in the replica | you want the methods of `speculative_configs` (EAGLE-3, ParallelSpec, SPACE, n-gram, draft model) and answers that a seed fixes; on CPUs it is faster than vLLM ([measured](../bench/RESULTS.md)). It has not run on a GPU yet. |
 | `vllm` | a vLLM server that the replica starts on its GPUs and supervises | you have GPUs, and one deployment should place and restart everything: tensor parallelism, FP8, AWQ or GPTQ weights, CUDA graphs, vLLM's own speculation |
-| `remote` | a vLLM or SGLang server that runs already, by its address | you operate the server yourself and want to put PARSE in front of it, see [vllm.md](vllm.md) |
+| `remote` with `url` | a vLLM or SGLang server that runs already, by its address | you operate the server yourself and want to put PARSE in front of it, see [vllm.md](vllm.md) |
+| `remote` with `deployment` | a deployment of Ray Serve LLM in the same Ray cluster, through its handle | Ray Serve LLM runs your model already, see [below](#ray-serve-llm). The automated tests use a stand-in for it. |
 
 A draft model can use another engine than its target: in [serve_vllm_demo.yaml](../serve_vllm_demo.yaml), the target runs in vLLM
 and the draft model in the native engine.
@@ -42,8 +44,9 @@ and the draft model in the native engine.
 ## What an engine can do
 
 Each engine declares this when it starts. A request that needs more gets a 400 that names the field. The table shows the demo target
-of `serve_config.yaml` in the native engine, vLLM 0.32, and SGLang. The client for SGLang follows its source code and documentation, but it
-has never called a real SGLang.
+of `serve_config.yaml` in the native engine, vLLM 0.32, SGLang, and Ray Serve LLM. The clients for SGLang and Ray Serve LLM follow their
+source code and documentation. The one for SGLang has never called a real SGLang, and the one for Ray Serve LLM has called a real one
+only [once by hand](#ray-serve-llm).
 
 """
 
@@ -92,6 +95,58 @@ On a machine without GPUs, this command runs the demo target in vLLM. It install
   reserves the GPUs of all nodes in a placement group of its own, so the replica itself gets none. This has not been tried.
 """
 
+RAY_SERVE_LLM_NOTES = """
+## Ray Serve LLM
+
+**No automated test uses a real Ray Serve LLM.** The client follows the source code of Ray 2.60, and the tests use a deployment with the
+same methods, and a real vLLM 0.32 for the streams that Ray Serve LLM passes on. The log says so at start-up. A configuration like the following one has been
+tried once by hand, with the demo pair on CPUs: Ray 2.60, vLLM's build for CPUs 0.32 in an environment of its own, and one replica. All
+modes answered, and no request was lost when that replica was killed. It has not been tried on GPUs, and not with vLLM 0.29, which `ray[llm]`
+installs.
+
+```yaml
+applications:
+  - name: llm
+    route_prefix: /llm
+    import_path: ray.serve.llm:build_openai_app
+    args:
+      llm_configs:
+        - model_loading_config: {model_id: qwen3-32b, model_source: Qwen/Qwen3-32B}
+          engine_kwargs: {max_model_len: 8192, enable_prompt_tokens_details: true}
+          deployment_config:
+            num_replicas: 2
+            request_router_config: # the calls of one conversation go to the same replica
+              request_router_class: ray.serve.experimental.consistent_hash_router.ConsistentHashRouter
+  - name: parse
+    route_prefix: /
+    import_path: deployments.app:build
+    args:
+      target:
+        model: Qwen/Qwen3-32B # the tokenizer and the chat template are read from here
+        max_model_len: 8192
+        engine: {kind: remote, deployment: "llm/LLMServer:qwen3-32b"}
+      draft: {model: Qwen/Qwen3-0.6B}
+```
+
+- **The name** is that of the application and that of its deployment, with a slash in between. Ray Serve LLM calls a deployment `LLMServer:` and
+  the `model_id`, with `--` for a slash and `_` for a dot. `serve status` shows it. If it is still being deployed, the replicas of this service wait for it
+  for up to `retry_timeout_s`. If it does not exist, nothing is deployed or replaced.
+- **The environment.** The replicas of this service need no vLLM, because they read only text: all completions are streamed. If they have none,
+  they cannot read two other things. One is the settings of the deployment, so the context length is not known: set `max_model_len` to
+  the same value on both sides. The other one is the message of an error, for example about a prompt that is too long: the client gets a 502, and the log of
+  Ray Serve LLM has the message.
+- **Affinity.** The calls of one conversation have the same session id, so with the `ConsistentHashRouter` they go to the same replica, whose prefix
+  cache they share. Ray Serve LLM's `PrefixCacheAffinityRouter` works too: it gets the token ids of the prompt as a text. With another router, for
+  example the default one, several replicas do not share a cache, and verifications are slower.
+- **What a handle does not have.** There are no metrics of vLLM, because Ray Serve LLM exports them itself. LoRA adapters and models on
+  SGLang are not supported. A bias that has no effect tells that vLLM speculates: see the table above.
+- **`api_key_env`, `tls_ca_file` and `connect_timeout_s`** are about HTTP, and are rejected together with `deployment`.
+- **Failures.** A call is repeated, and a stream continues after its last token, if its replica is lost. [vllm.md](vllm.md#failures) describes the rest, which is the
+  same as over HTTP.
+- **Latency.** Ray Serve LLM collects the chunks of a stream for 50 ms. Set `stream_batching_interval_ms` in its `experimental_configs` to
+  change that. Calls that generate one token, such as verifications, do not wait for it.
+"""
+
 IDENTITY = ModelIdentity(name="demo-target", root=DEMO_TARGET, max_model_len=1024, logprobs=())
 SETTINGS = EngineSettings(model=DEMO_TARGET, max_model_len=1024)
 EXACT_SAMPLING = {
@@ -133,6 +188,7 @@ def declared_capabilities() -> dict[str, Capabilities]:
         ("vLLM (`vllm`, `remote`)", VLLM(), False),
         ("vLLM with `speculative_config`", VLLM(), True),
         ("SGLang (`remote`), untested", SGLang(), False),
+        ("Ray Serve LLM (`remote`), untested", RayServeLLM(), False),
     ]
     for title, dialect, speculates in servers:
         features = ServerFeatures(
@@ -150,7 +206,7 @@ def declared_capabilities() -> dict[str, Capabilities]:
 def render_engines_page() -> str:
     declared = declared_capabilities()
     rows = [(title, *(describe(each) for each in declared.values())) for title, describe in ROWS.items()]
-    return INTRODUCTION + render_table(("", *declared), rows) + VLLM_NOTES
+    return INTRODUCTION + render_table(("", *declared), rows) + VLLM_NOTES + RAY_SERVE_LLM_NOTES
 
 
 def _codes(names: Iterable[str]) -> str:

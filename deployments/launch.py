@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -33,7 +34,7 @@ from deployments.config import IS_CHECKOUT, AppSettings, is_local_path, resolve_
 from deployments.observability.logs import last_line_of_traceback
 from parse.config import EngineSettings
 from parse.demo import EXAMPLE_PROMPT
-from parse.engine_config import VLLMEngineConfig
+from parse.engine_config import RemoteEngineConfig, VLLMEngineConfig
 from parse.engines.vllm.installation import VLLMUnavailable, find_python, needs_installation
 from parse.renamed_settings import describe_errors, describe_unknown_key
 
@@ -42,6 +43,7 @@ CAPACITY_CHECK_DELAY_S = 5.0  # earlier, the target number of replicas may be un
 PLACEMENT_HINT_DELAY_S = 60.0  # usually a replica that has its resources has a process by then
 RESOURCE_TOLERANCE = 1e-6
 STATUS_INTERVAL_S = 15.0
+LLM_ENGINES = ("vllm", "sglang")  # Ray Serve LLM can be imported only with one of them
 LOCAL_CLUSTER_OPTIONS: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
 
 
@@ -151,6 +153,24 @@ def install_engines(models: Sequence[EngineSettings]) -> None:
             find_python(settings.engine.executable)
         except VLLMUnavailable as error:
             raise LaunchError(str(error)) from error
+
+
+def check_llm_deployments(config: Mapping[str, Any], settings: AppSettings) -> None:
+    """Rejects a deployment of Ray Serve LLM that a new Ray cluster cannot have."""
+    applications = {application.get("name", "default"): application for application in config["applications"]}
+    for field, model in (("target", settings.target), ("draft", settings.draft)):
+        if model is None or not isinstance(model.engine, RemoteEngineConfig) or model.engine.deployment is None:
+            continue
+        name, _ = model.engine.deployment_path
+        if name not in applications:
+            raise LaunchError(
+                f"{field}.engine.deployment: a new Ray cluster has no application {name!r}: add it to this file, or "
+                "name the cluster that has it with --address"
+            )
+        is_own_environment = "runtime_env" not in applications[name]
+        starts_llm = applications[name]["import_path"].startswith("ray.serve.llm")
+        if starts_llm and is_own_environment and not any(map(find_spec, LLM_ENGINES)):
+            raise LaunchError(f"the application {name!r}: Ray Serve LLM is not installed; its package is ray[llm]")
 
 
 def check_port(host: str, port: int) -> None:
@@ -315,6 +335,7 @@ def serve(path: Path, *, address: str | None, timeout_s: float) -> None:
     http = HTTPOptionsSchema.model_validate(config.get("http_options", {}))
     if address is None:
         check_port(http.host, http.port)
+        check_llm_deployments(config, settings)
         check_model_folders("target", settings.target)
         if settings.draft:
             check_model_folders("draft", settings.draft)

@@ -115,7 +115,8 @@ def render_configuration_page() -> str:
         render_section(
             "`engine` with `kind: remote`",
             RemoteEngineConfig,
-            "[vllm.md](vllm.md) describes what such a server can do.",
+            "[vllm.md](vllm.md) describes what a server can do, and [engines.md](engines.md#ray-serve-llm) what is "
+            "different with Ray Serve LLM.",
         ),
         render_section(
             "`speculative_configs` of a model",

@@ -97,8 +97,8 @@ class EngineSettings(Settings):
     engine: Annotated[NativeEngineConfig | VLLMEngineConfig | RemoteEngineConfig, Field(discriminator="kind")] = Field(
         NativeEngineConfig(),
         description="What runs the model. The default, `{kind: native}`, is the engine of this project. `{kind: vllm}` "
-        "is a vLLM server that the replica starts. `{kind: remote, url: ...}` is a running vLLM or SGLang server. See "
-        "[`engine`](#engine-of-a-model).",
+        "is a vLLM server that the replica starts. `{kind: remote, url: ...}` is a running vLLM or SGLang server, and "
+        "`{kind: remote, deployment: ...}` a deployment of Ray Serve LLM. See [`engine`](#engine-of-a-model).",
     )
     device: str = Field(
         "auto",

@@ -12,7 +12,8 @@ from parse.engine_config import RemoteEngineConfig, VLLMEngineConfig
 from parse.engines.drafter import shares_vocabulary
 from parse.engines.native.checkpoint import load_skeleton, readable_bytes, weight_bytes
 from parse.engines.native.model import check_supported
-from parse.engines.remote.loader import addresses, inspect_servers
+from parse.engines.remote.loader import check_remote_model
+from parse.engines.remote.transport import FindDeployment
 from parse.engines.vllm.loader import check_vllm
 from parse.errors import ModelLoadError
 from parse.pair_settings import check_model_folder, model_load_error
@@ -29,13 +30,15 @@ def check_models(
     *,
     memory_bytes: int | None = None,
     on_this_node: bool = False,
+    find_deployment: FindDeployment | None = None,
 ) -> None:
     """Raises ModelLoadError, which names the setting, the model and what is wrong with it in one line.
 
     `memory_bytes` is the machine's memory if all models run on the CPUs of one machine, and otherwise None.
-    `on_this_node` says that the replicas cannot be on another node.
+    `on_this_node` says that the replicas cannot be on another node. `find_deployment` finds the deployments that
+    engines call.
     """
-    network, tokenizer = _check_model("target", target, on_this_node=on_this_node)
+    network, tokenizer = _check_model("target", target, on_this_node=on_this_node, find_deployment=find_deployment)
     needed_bytes = _weight_bytes(network, target)
     for index, config in enumerate(target.speculative_configs):
         argument = f"target.speculative_configs[{index}]"
@@ -66,7 +69,9 @@ def check_models(
     except ValueError as error:
         raise model_load_error("target", target.model, error) from error
     if draft is not None:
-        draft_network, draft_tokenizer = _check_model("draft", draft, on_this_node=on_this_node)
+        draft_network, draft_tokenizer = _check_model(
+            "draft", draft, on_this_node=on_this_node, find_deployment=find_deployment
+        )
         needed_bytes += _weight_bytes(draft_network, draft)
         if not shares_vocabulary(draft_tokenizer, tokenizer):
             try:
@@ -89,7 +94,11 @@ def _weight_bytes(network: PreTrainedModel | None, settings: EngineSettings) -> 
 
 
 def _check_model(
-    argument: str, settings: EngineSettings, *, on_this_node: bool = False
+    argument: str,
+    settings: EngineSettings,
+    *,
+    on_this_node: bool = False,
+    find_deployment: FindDeployment | None = None,
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
     """Returns the network without its weights, unless it runs on a server, and the tokenizer."""
     is_remote = isinstance(settings.engine, RemoteEngineConfig)
@@ -101,7 +110,7 @@ def _check_model(
             return None, target_tokenizer
         if isinstance(settings.engine, RemoteEngineConfig):
             target_tokenizer = AutoTokenizer.from_pretrained(settings.model)
-            inspect_servers(addresses(settings.engine), settings.engine.model_name, target_tokenizer)
+            check_remote_model(settings, settings.engine, find_deployment)
             return None, target_tokenizer
         network, tokenizer = load_skeleton(settings.model)
         check_supported(network)

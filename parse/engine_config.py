@@ -1,10 +1,10 @@
 """The settings of engines."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from parse.settings import Settings
 
@@ -34,15 +34,29 @@ class NativeEngineConfig(Settings):
     kind: Literal["native"] = "native"
 
 
+HTTP_SETTINGS = ("api_key_env", "tls_ca_file", "connect_timeout_s")
+"""Settings of a remote engine that only calls over HTTP use."""
+
+
 class RemoteEngineConfig(Settings):
-    """A running vLLM or SGLang server, which the replica calls over HTTP."""
+    """A running vLLM or SGLang server, or a deployment of Ray Serve LLM, which the replica calls.
+
+    Set either `url` or `deployment`.
+    """
 
     section = "engine"
 
-    kind: Literal["remote"] = Field(description="A running vLLM or SGLang server.")
-    url: str | tuple[str, ...] = Field(
+    kind: Literal["remote"] = Field(description="A model that runs already.")
+    url: str | tuple[str, ...] | None = Field(
+        None,
         description="The address of the server, for example `http://10.0.0.7:8000`, or a list of servers with the same "
-        "model. The requests of one conversation go to the same server, unless it does not respond."
+        "model. The requests of one conversation go to the same server, unless it does not respond.",
+    )
+    deployment: str | None = Field(
+        None,
+        description="The names of an application in the same Ray cluster and of its deployment of Ray Serve LLM, for "
+        "example `llm/LLMServer:qwen3-32b`. It is called through its handle. This is tested only with a stand-in "
+        "for Ray Serve LLM.",
     )
     model_name: str | None = Field(
         None,
@@ -50,25 +64,55 @@ class RemoteEngineConfig(Settings):
         description="The name of the model on the server. With null, it is the only model that the server serves.",
     )
     api_key_env: str | None = Field(
-        None, min_length=1, description="The name of an environment variable of the replica that holds the API key."
+        None,
+        min_length=1,
+        description="The name of an environment variable of the replica that holds the API key. Only with `url`.",
     )
     tls_ca_file: str | None = Field(
         None,
         min_length=1,
         description="The path of a file with the certificates of the authorities that sign the server's certificate. "
-        "With null, those of the operating system are used.",
+        "With null, those of the operating system are used. Only with `url`.",
     )
-    connect_timeout_s: float = Field(5.0, gt=0, description="The maximum time to connect, in seconds.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="The maximum time to connect, in seconds. Only with `url`.")
     stall_timeout_s: StallTimeout = 60.0
     retry_timeout_s: RetryTimeout = 300.0
 
     @property
     def urls(self) -> tuple[str, ...]:
-        return (self.url,) if isinstance(self.url, str) else self.url
+        return (self.url,) if isinstance(self.url, str) else self.url or ()
+
+    @property
+    def deployment_path(self) -> tuple[str, str]:
+        """The names of the application and of the deployment."""
+        application, _, name = (self.deployment or "").rpartition("/")
+        return application, name
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if (self.url is None) == (self.deployment is None):
+            both = "not both" if self.url is not None else "neither is set"
+            raise ValueError(f"needs either url or deployment; {both}")
+        ignored = [name for name in HTTP_SETTINGS if name in self.model_fields_set]
+        if self.deployment is not None and ignored:
+            raise ValueError(f"{', '.join(ignored)}: calls to a deployment do not use this; remove it, or set url")
+        return self
+
+    @field_validator("deployment")
+    @classmethod
+    def _check_deployment(cls, deployment: str | None) -> str | None:
+        if deployment is not None and not all(deployment.rpartition("/")):
+            raise ValueError(
+                f"must be the names of an application and its deployment, such as llm/LLMServer:qwen3-32b, got "
+                f"{deployment!r}"
+            )
+        return deployment
 
     @field_validator("url")
     @classmethod
-    def _check_urls(cls, url: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    def _check_urls(cls, url: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if url is None:
+            return None
         urls = (url,) if isinstance(url, str) else url
         if not urls:
             raise ValueError("must name at least one server")

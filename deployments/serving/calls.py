@@ -20,7 +20,6 @@ from ray.serve.handle import DeploymentHandle
 from deployments.observability.tracing import tracer
 from deployments.session import Session
 from parse.events import StageName
-from parse.types import TokenDelta
 
 SERVE_REQUEST_CONTEXT: contextvars.ContextVar[Any] = serve.context._serve_request_context
 
@@ -82,7 +81,7 @@ async def await_result(response: Any) -> Any:
         raise
 
 
-async def stream_items(responses: Any) -> AsyncGenerator[TokenDelta]:
+async def stream_items(responses: Any) -> AsyncGenerator[Any]:
     """Yields the items of a stream, and cancels it when the reader stops."""
     try:
         with suppress(StopAsyncIteration):

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deployments.observability import logs, metrics
 from deployments.observability.exposition import ReplicaMetrics
 from deployments.observability.metrics import EXPORT_INTERVAL_S, MetricsRecorder
+from deployments.serving.deployment_lookup import wait_for_deployment
 from parse.config import EngineSettings
 from parse.engines.loader import load_engine
 from parse.engines.protocol import EngineStats
@@ -36,7 +37,7 @@ class ModelReplica:
         logs.attach_to_serve_logger()
         hide_unassigned_gpus()
         self._settings = settings
-        self.engine = load_engine(settings)
+        self.engine = load_engine(settings, wait_for_deployment)
         self._recorder = MetricsRecorder(metrics.ENGINE_METRICS, deployment=type(self).__name__)
         self._export_task: asyncio.Task[None] | None = None
 

@@ -14,14 +14,16 @@ from parse.engines.native.model import Model
 from parse.engines.native.step_timing import planned_step_seconds
 from parse.engines.protocol import Engine
 from parse.engines.remote.loader import load_remote_engine
+from parse.engines.remote.transport import FindDeployment
 from parse.engines.vllm.loader import load_vllm_engine
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.loading import load_methods
 
 
-def load_engine(settings: EngineSettings) -> Engine:
+def load_engine(settings: EngineSettings, find_deployment: FindDeployment | None = None) -> Engine:
+    """Starts the engine of the settings. Only an engine with `deployment` needs `find_deployment`."""
     if isinstance(settings.engine, RemoteEngineConfig):
-        return load_remote_engine(settings, settings.engine)
+        return load_remote_engine(settings, settings.engine, find_deployment)
     if isinstance(settings.engine, VLLMEngineConfig):
         return load_vllm_engine(settings, settings.engine)
     return load_native_engine(settings)

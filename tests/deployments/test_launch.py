@@ -206,6 +206,44 @@ def test_missing_folders_are_named(tmp_path):
             launch.check_model_folders("target", with_configs)
 
 
+def llm_config(**application):
+    args = {"target": {"model": "m", "engine": {"kind": "remote", "deployment": "llm/LLMServer:m"}}}
+    config = {"applications": [{"name": "parse", "import_path": "deployments.app:build", "args": args}]}
+    return config | {"applications": [*config["applications"], *([application] if application else [])]}
+
+
+@pytest.mark.parametrize(
+    ("application", "message"),
+    [
+        ({}, "target.engine.deployment: a new Ray cluster has no application 'llm'"),
+        ({"import_path": "ray.serve.llm:build_openai_app"}, "has no application 'llm'"),
+        (
+            {"name": "llm", "import_path": "ray.serve.llm:build_openai_app"},
+            "the application 'llm': Ray Serve LLM is not installed",
+        ),
+    ],
+)
+def test_a_deployment_that_a_new_cluster_cannot_have_is_named(monkeypatch, application, message):
+    monkeypatch.setattr(launch, "find_spec", lambda _: None)
+    config = llm_config(**application)
+    settings = AppSettings.model_validate(config["applications"][0]["args"])
+    with pytest.raises(LaunchError, match=message):
+        launch.check_llm_deployments(config, settings)
+
+
+@pytest.mark.parametrize(
+    "application",
+    [
+        {"name": "llm", "import_path": "ray.serve.llm:build_openai_app", "runtime_env": {"py_executable": "python"}},
+        {"name": "llm", "import_path": "my_package:build"},
+    ],
+)
+def test_a_deployment_of_another_application_of_the_file_is_waited_for(monkeypatch, application):
+    monkeypatch.setattr(launch, "find_spec", lambda _: None)
+    config = llm_config(**application)
+    launch.check_llm_deployments(config, AppSettings.model_validate(config["applications"][0]["args"]))
+
+
 def test_models_and_heads_of_the_project_are_found_from_any_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     configs = [{"method": "eagle3", "model": "models/demo-eagle3"}, {"method": "draft_model", "model": "some/model"}]

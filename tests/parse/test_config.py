@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from deployments.config import ApiSettings, AppSettings
 from parse.config import VERIFICATION_FILE, EngineSettings, SpeculativeConfig, VerificationSettings
+from parse.engine_config import RemoteEngineConfig
 from parse.registry import METHODS, MODES
 from parse.renamed_settings import RENAMED_SETTINGS, describe_errors
 from parse.settings import Settings
@@ -146,7 +147,19 @@ def test_the_settings_of_a_model_in_the_hubs_cache_are_used(tmp_path):
     ("engine", "message"),
     [
         ({"kind": "remote", "urll": "http://a"}, "target.engine.remote.urll is not known; did you mean url?"),
-        ({"kind": "remote"}, "target.engine.remote.url: Field required"),
+        ({"kind": "remote"}, "target.engine.remote: Value error, needs either url or deployment; neither is set"),
+        ({"kind": "remote", "url": "http://a", "deployment": "llm/m"}, "needs either url or deployment; not both"),
+        ({"kind": "remote", "deployment": "m"}, "must be the names of an application and its deployment"),
+        ({"kind": "remote", "deployment": "/m"}, "must be the names of an application and its deployment"),
+        ({"kind": "remote", "deployment": ""}, "must be the names of an application and its deployment"),
+        (
+            {"kind": "remote", "deployment": "llm/m", "api_key_env": "KEY", "tls_ca_file": "ca.pem"},
+            "api_key_env, tls_ca_file: calls to a deployment do not use this",
+        ),
+        (
+            {"kind": "remote", "deployment": "llm/m", "connect_timeout_s": 5.0},
+            "connect_timeout_s: calls to a deployment do not use this",
+        ),
         ({"kind": "remote", "url": "a:8000"}, "must begin with http:// or https://"),
         ({"kind": "remote", "url": "http://"}, "must begin with http:// or https:// and name a host"),
         ({"kind": "remote", "url": "http://a:99999"}, "Port out of range"),
@@ -161,6 +174,15 @@ def test_what_is_wrong_with_the_settings_of_an_engine_is_named(engine, message):
     with pytest.raises(ValidationError) as error:
         AppSettings.model_validate({"target": {"model": "m", "engine": engine}})
     assert message in describe_errors(error.value)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "path"),
+    [("llm/LLMServer:qwen3-32b", ("llm", "LLMServer:qwen3-32b")), ("team/llm/LLMServer", ("team/llm", "LLMServer"))],
+)
+def test_a_deployment_is_named_with_its_application(deployment, path):
+    engine = RemoteEngineConfig(kind="remote", deployment=deployment, stall_timeout_s=9.0, model_name="m")
+    assert engine.deployment_path == path and engine.urls == ()
 
 
 @pytest.mark.parametrize("setting", [{"num_threads": 1}, {"device": "cpu"}, {"speculative_configs": []}])

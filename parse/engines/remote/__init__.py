@@ -1,1 +1,1 @@
-"""An engine whose model runs in another server, reached over HTTP."""
+"""An engine whose model runs in another server, reached over HTTP or in another way."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.engines.protocol import EngineStats
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
-from parse.engines.remote.server import Server
+from parse.engines.remote.transport import Transport
 from parse.types import FinishReason, Logprob, SamplingParams
 
 MAX_GAP = 0.1  # nats per token; other kernels and batches change log-probabilities by much less
@@ -73,6 +73,8 @@ class ServerFeatures:
     has_prompt_logprobs: bool
     has_speculation: bool
     """Whether it generates with a speculative method of its own."""
+    missing: tuple[str, ...] = ()
+    """What else it lacks, in words for the log."""
     call_cost: float = 0.0
     """The cost of a verification apart from its prompts, in prompts. It is measured."""
 
@@ -101,23 +103,23 @@ class Dialect(Protocol):
         """Sampling parameters that have no effect if the server has a speculative method."""
         ...
 
-    async def identify(self, server: Server, name: str | None, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
+    async def identify(self, server: Transport, name: str | None, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
         """Raises WrongModel if the server serves no such model, or one with another tokenizer."""
         ...
 
     async def find_features(
-        self, server: Server, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
+        self, server: Transport, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
     ) -> ServerFeatures:
         """Tries the calls that some versions lack."""
         ...
 
-    async def prefill(self, server: Server, model: str, prompt: Sequence[int]) -> int:
+    async def prefill(self, server: Transport, model: str, prompt: Sequence[int]) -> int:
         """Returns how many tokens were cached."""
         ...
 
     async def next_token_logprobs(
         self,
-        server: Server,
+        server: Transport,
         model: str,
         prompts: Sequence[Sequence[int]],
         token_ids: Sequence[int],
@@ -128,14 +130,14 @@ class Dialect(Protocol):
         ...
 
     async def prompt_logprobs(
-        self, server: Server, model: str, prompt: Sequence[int], start: int, num_logprobs: int
+        self, server: Transport, model: str, prompt: Sequence[int], start: int, num_logprobs: int
     ) -> list[PromptLogprob]:
         """Returns what the server says about the tokens of the prompt from `start` on."""
         ...
 
     def generate(
         self,
-        server: Server,
+        server: Transport,
         model: str,
         prompt: Sequence[int],
         params: SamplingParams,

@@ -14,8 +14,8 @@ from parse.engines.protocol import Capabilities, EngineStats
 from parse.engines.remote.dialect import Chunk, Dialect, PromptLogprob, ServerFeatures
 from parse.engines.remote.errors import ServerUnavailable
 from parse.engines.remote.output import OutputBuilder
-from parse.engines.remote.server import Server
 from parse.engines.remote.server_pool import ServerPool
+from parse.engines.remote.transport import Transport
 from parse.engines.remote.verification import AnswerFirst, answer_probabilities, result_of, search_cost
 from parse.engines.request_checks import RequestChecks, stop_detokenizer
 from parse.errors import ServerError
@@ -160,7 +160,7 @@ class RemoteEngine:
         by_token_id = self._features.verifies_by_token_id
         answers = sorted({*suffix.correct_token_ids, *suffix.incorrect_token_ids})
 
-        async def call(server: Server) -> list[Mapping[int, float]]:
+        async def call(server: Transport) -> list[Mapping[int, float]]:
             return await self._dialect.next_token_logprobs(server, self.name, prompts, answers, by_token_id=by_token_id)
 
         tops = await self._pool.call(request.session_key, call)
@@ -169,7 +169,7 @@ class RemoteEngine:
     async def _prompt_logprobs(
         self, session_key: str, prompt: Sequence[int], start: int, num_logprobs: int
     ) -> list[PromptLogprob]:
-        async def call(server: Server) -> list[PromptLogprob]:
+        async def call(server: Transport) -> list[PromptLogprob]:
             return await self._dialect.prompt_logprobs(server, self.name, prompt, start, num_logprobs)
 
         return await self._pool.call(session_key, call)
@@ -203,7 +203,7 @@ class RemoteEngine:
                     return
 
     async def _chunks(
-        self, server: Server, request: GenerateRequest, output: OutputBuilder, max_new_tokens: int
+        self, server: Transport, request: GenerateRequest, output: OutputBuilder, max_new_tokens: int
     ) -> AsyncGenerator[Chunk]:
         """Streams what follows the output. If an earlier stream was lost, that is what follows its last token."""
         params = request.sampling_params
@@ -260,7 +260,7 @@ def _accepts(entry: PromptLogprob, params: SamplingParams, position: int) -> boo
     return random.Random(f"{params.seed}/{position}").random() < math.exp(entry.logprob.logprob)
 
 
-async def _read_metrics(server: Server) -> str | None:
+async def _read_metrics(server: Transport) -> str | None:
     try:
         async with asyncio.timeout(METRICS_TIMEOUT_S):
             return await server.get_text("/metrics")

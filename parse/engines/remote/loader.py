@@ -1,5 +1,6 @@
 """Connects to the servers that the settings name."""
 
+import logging
 import os
 import ssl
 from collections.abc import Sequence
@@ -14,15 +15,19 @@ from parse.engines.protocol import Capabilities
 from parse.engines.remote.dialect import Dialect, ModelIdentity, ServerFeatures
 from parse.engines.remote.engine import Connection, RemoteEngine
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
-from parse.engines.remote.server import Server, ServerAddress
+from parse.engines.remote.ray_serve_llm import RayServeLLM
+from parse.engines.remote.server import ServerAddress
 from parse.engines.remote.server_pool import ServerPool
 from parse.engines.remote.sglang import SGLang
 from parse.engines.remote.startup import measure_call_cost, report_features
+from parse.engines.remote.transport import Address, FindDeployment, Transport
 from parse.engines.remote.vllm import VLLM
 from parse.errors import RequestError, ServerError
 from parse.event_loop import EventLoopThread
 from parse.registry import LOSSY_MODES, MODES
 from parse.types import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 MIN_PREFILL_INTERVAL = 128
 """The draft tokens after which a draft is prefilled while it is written.
@@ -31,16 +36,42 @@ For a shorter draft, these calls take more time from the server than they save i
 matter, because the prefixes that are verified at the same time cannot share tokens that have not been computed yet."""
 
 
-def load_remote_engine(settings: EngineSettings, config: RemoteEngineConfig) -> RemoteEngine:
+def load_remote_engine(
+    settings: EngineSettings, config: RemoteEngineConfig, find_deployment: FindDeployment | None = None
+) -> RemoteEngine:
     """Raises ValueError, in one line, if a server cannot be used."""
+    addresses = find_servers(config, find_deployment)
+    if addresses is None:
+        raise ValueError(f"engine.deployment: {config.deployment} is still being deployed")
     return RemoteEngine(
-        connect(settings, addresses(config), model_name=config.model_name, retry_timeout_s=config.retry_timeout_s)
+        connect(
+            settings,
+            addresses,
+            model_name=config.model_name,
+            retry_timeout_s=config.retry_timeout_s,
+            dialect=_dialect_of(config),
+        )
     )
+
+
+def check_remote_model(
+    settings: EngineSettings, config: RemoteEngineConfig, find_deployment: FindDeployment | None = None
+) -> None:
+    """Raises ValueError, in one line, if a server cannot be used.
+
+    A deployment that is still being deployed is not checked. The engine does that when it is loaded.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    addresses = find_servers(config, find_deployment)
+    if addresses is None:
+        logger.warning("%s is still being deployed, so it is checked when the replicas start", config.deployment)
+        return
+    inspect_servers(addresses, config.model_name, tokenizer, _dialect_of(config))
 
 
 def connect(
     settings: EngineSettings,
-    addresses: Sequence[ServerAddress],
+    addresses: Sequence[Address],
     *,
     model_name: str | None,
     retry_timeout_s: float,
@@ -53,11 +84,11 @@ def connect(
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     dialect, identity, features = inspect_servers(addresses, model_name, tokenizer, dialect)
 
-    async def check(server: Server) -> None:
+    async def check(server: Transport) -> None:
         identity.check(await dialect.identify(server, identity.name, tokenizer))
 
     return Connection(
-        ServerPool([Server(address) for address in addresses], check, retry_timeout_s=retry_timeout_s),
+        ServerPool([address.open() for address in addresses], check, retry_timeout_s=retry_timeout_s),
         dialect=dialect,
         model_name=identity.name,
         features=features,
@@ -66,7 +97,20 @@ def connect(
     )
 
 
-def addresses(config: RemoteEngineConfig) -> list[ServerAddress]:
+def find_servers(config: RemoteEngineConfig, find_deployment: FindDeployment | None) -> Sequence[Address] | None:
+    """Returns the addresses of the servers, or None if they are still being deployed.
+
+    Raises ValueError if an address is not valid.
+    """
+    if config.deployment is None:
+        return server_addresses(config)
+    if find_deployment is None:
+        raise ValueError("engine.deployment: it can be called only by the service, which runs on Ray; set url instead")
+    address = find_deployment(config)
+    return None if address is None else [address]
+
+
+def server_addresses(config: RemoteEngineConfig) -> list[ServerAddress]:
     """Raises ValueError if there is no key, or no valid file of certificates, where the settings say so."""
     api_key = None
     if config.api_key_env is not None:
@@ -91,7 +135,7 @@ def addresses(config: RemoteEngineConfig) -> list[ServerAddress]:
 
 
 def inspect_servers(
-    addresses: Sequence[ServerAddress],
+    addresses: Sequence[Address],
     model_name: str | None,
     tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect | None = None,
@@ -108,14 +152,15 @@ def inspect_servers(
 
 
 async def _inspect(
-    addresses: Sequence[ServerAddress],
+    addresses: Sequence[Address],
     model_name: str | None,
     tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect | None,
 ) -> tuple[Dialect, ModelIdentity, ServerFeatures]:
     identities: list[ModelIdentity] = []
     all_features: list[ServerFeatures] = []
-    for server in map(Server, addresses):
+    for address in addresses:
+        server = address.open()
         try:
             dialect = dialect or await find_dialect(server)
             name = identities[0].name if identities else model_name
@@ -146,7 +191,12 @@ async def _inspect(
     return dialect, identities[0], features
 
 
-async def find_dialect(server: Server) -> Dialect:
+def _dialect_of(config: RemoteEngineConfig) -> Dialect | None:
+    """Returns the dialect that the settings imply, or None if the servers have to be asked for it."""
+    return None if config.deployment is None else RayServeLLM()
+
+
+async def find_dialect(server: Transport) -> Dialect:
     return SGLang() if await SGLang.matches(server) else VLLM()
 
 

@@ -37,9 +37,15 @@ class ServerAddress:
     socket_path: str | None = None
     """A Unix socket, for a server on this machine. The host of the URL is then only a name."""
 
+    def open(self) -> "Server":
+        return Server(self)
+
 
 class Server:
-    """Calls may be made at the same time, all of them in one event loop. A later one may take its place."""
+    """Implements `Transport` over HTTP.
+
+    Calls may be made at the same time, all of them in one event loop. A later one may take its place.
+    """
 
     def __init__(self, address: ServerAddress) -> None:
         self.url = address.url.rstrip("/")
@@ -47,6 +53,9 @@ class Server:
         self._headers = {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {}
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def for_session(self, session_key: str) -> "Server":
+        return self
 
     async def get_json(self, path: str) -> Any:
         async with self._response("GET", path) as response:
@@ -71,7 +80,7 @@ class Server:
                     return
                 event = _parse_json(data)
                 if isinstance(event, Mapping) and "error" in event:
-                    raise ServerUnavailable(_error_message(event), deterministic=True)
+                    raise ServerUnavailable(error_message(event), deterministic=True)
                 yield event
         raise ServerUnavailable("the stream ended early", interrupted=True)
 
@@ -139,17 +148,20 @@ async def _check_status(response: aiohttp.ClientResponse) -> None:
         body: Any = json.loads(await response.text())
     except ValueError:
         body = None
-    message = f"the server answered {response.status}: {_error_message(body)}"
-    if response.status in REJECTED_REQUEST:
-        raise RequestError("request", _error_message(body))
-    if response.status in BAD_CREDENTIALS or response.status == 404 or response.status < 400:
-        raise ServerError(message)
-    raise ServerUnavailable(
-        message, retry_after_s=_retry_after_s(response), deterministic=response.status not in OVERLOADED
-    )
+    raise error_of_status(response.status, error_message(body), retry_after_s=_retry_after_s(response))
 
 
-def _error_message(body: Any) -> str:
+def error_of_status(status: int, message: str, *, retry_after_s: float = 0.0) -> Exception:
+    """Returns the error to raise for a response with an HTTP status other than 200."""
+    if status in REJECTED_REQUEST:
+        return RequestError("request", message)
+    message = f"the server answered {status}: {message}"
+    if status in BAD_CREDENTIALS or status == 404 or status < 400:
+        return ServerError(message)
+    return ServerUnavailable(message, retry_after_s=retry_after_s, deterministic=status not in OVERLOADED)
+
+
+def error_message(body: Any) -> str:
     """Returns the message of an error in the formats of OpenAI and FastAPI."""
     for key in ("error", "message", "detail"):
         if isinstance(body, Mapping) and key in body:

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
-from parse.engines.remote.server import Server
+from parse.engines.remote.transport import Transport
 from parse.errors import EngineStopped, RequestError, ServerError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ HEALTH_TIMEOUT_S = 4.0
 class Member:
     """A server of the pool, and whether it may be called."""
 
-    def __init__(self, server: Server, check: Callable[[Server], Awaitable[None]]) -> None:
+    def __init__(self, server: Transport, check: Callable[[Transport], Awaitable[None]]) -> None:
         self.server = server
         self._check = check
         self._checking = asyncio.Lock()
@@ -99,30 +99,30 @@ class ServerPool:
     """Sends each call to a server. Calls with the same key go to the same one, as long as it responds."""
 
     def __init__(
-        self, servers: Sequence[Server], check: Callable[[Server], Awaitable[None]], *, retry_timeout_s: float
+        self, servers: Sequence[Transport], check: Callable[[Transport], Awaitable[None]], *, retry_timeout_s: float
     ) -> None:
         """`check` raises WrongModel or ServerUnavailable if a server cannot serve the model."""
         self.members = [Member(server, check) for server in servers]
         self._retry_timeout_s = retry_timeout_s
 
     @property
-    def servers(self) -> list[Server]:
+    def servers(self) -> list[Transport]:
         return [member.server for member in self.members]
 
     def is_busy(self, key: str) -> bool:
         """Returns whether the server that gets calls with this key runs another one."""
         return self._choose(key).num_calls > 0
 
-    async def call(self, key: str, function: Callable[[Server], Awaitable[T]]) -> T:
+    async def call(self, key: str, function: Callable[[Transport], Awaitable[T]]) -> T:
         """Returns the result of `function`, which is called again if the call is lost."""
 
-        async def results(server: Server) -> AsyncGenerator[T]:
+        async def results(server: Transport) -> AsyncGenerator[T]:
             yield await function(server)
 
         async with aclosing(self.stream(key, results)) as items:
             return await anext(items)
 
-    async def stream(self, key: str, function: Callable[[Server], AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    async def stream(self, key: str, function: Callable[[Transport], AsyncGenerator[T]]) -> AsyncGenerator[T]:
         """Yields the items of `function`.
 
         If the stream is lost, `function` is called again. It then has to yield the items that are still missing.
@@ -133,7 +133,8 @@ class ServerPool:
             member = self._choose(key)
             member.num_calls += 1
             try:
-                async with aclosing(_checked(member, function(member.server))) as items:
+                items = _checked(member, function(member.server.for_session(key)))
+                async with aclosing(items):
                     async for item in items:
                         member.record_success()
                         give_up_at, num_attempts = time.monotonic() + self._retry_timeout_s, 0

@@ -24,8 +24,8 @@ from parse.engines.remote.dialect import (
     unreadable,
 )
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
-from parse.engines.remote.server import Server
 from parse.engines.remote.startup import SAMPLE_TEXT, returns_prompt_logprobs, sample_prompts, verifies, works
+from parse.engines.remote.transport import Transport
 from parse.errors import RequestError, ServerError
 from parse.types import FinishReason, Logprob, SamplingParams
 
@@ -48,11 +48,11 @@ class SGLang:
     ignored_with_speculation = frozenset(("min_p", "logit_bias"))
 
     @staticmethod
-    async def matches(server: Server) -> bool:
+    async def matches(server: Transport) -> bool:
         """Returns whether the server is an SGLang server."""
         return await works(partial(_has_model_path, server))
 
-    async def identify(self, server: Server, name: str | None, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
+    async def identify(self, server: Transport, name: str | None, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
         root = str((await _model_info(server))["model_path"])
         models = await server.get_json("/v1/models")
         cards = models.get("data") if isinstance(models, Mapping) else None
@@ -75,7 +75,7 @@ class SGLang:
         )
 
     async def find_features(
-        self, server: Server, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
+        self, server: Transport, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
     ) -> ServerFeatures:
         prompt = tokenizer.encode(SAMPLE_TEXT)
         by_token_id = await verifies(self, server, model.name, prompt, by_token_id=True)
@@ -89,13 +89,13 @@ class SGLang:
             has_speculation=bool(info.get("speculative_algorithm")),
         )
 
-    async def prefill(self, server: Server, model: str, prompt: Sequence[int]) -> int:
+    async def prefill(self, server: Transport, model: str, prompt: Sequence[int]) -> int:
         (result,) = _results(await server.post(GENERATE, _body(prompt, max_new_tokens=1)), [prompt])
         return _num_cached_tokens(result)
 
     async def next_token_logprobs(
         self,
-        server: Server,
+        server: Transport,
         model: str,
         prompts: Sequence[Sequence[int]],
         token_ids: Sequence[int],
@@ -111,7 +111,7 @@ class SGLang:
         return [_row(result, field) for result in results]
 
     async def prompt_logprobs(
-        self, server: Server, model: str, prompt: Sequence[int], start: int, num_logprobs: int
+        self, server: Transport, model: str, prompt: Sequence[int], start: int, num_logprobs: int
     ) -> list[PromptLogprob]:
         # The first entry is always empty, so the token before `start` is requested too.
         body = _body(prompt, max_new_tokens=1, logprob_start_len=start - 1, top_logprobs_num=max(1, num_logprobs))
@@ -132,7 +132,7 @@ class SGLang:
 
     async def generate(
         self,
-        server: Server,
+        server: Transport,
         model: str,
         prompt: Sequence[int],
         params: SamplingParams,
@@ -320,22 +320,22 @@ def _by_token_id(entries: Any) -> dict[int, float]:
     return {entry[1]: read_logprob(entry[0]) for entry in entries}
 
 
-async def _has_model_path(server: Server) -> bool:
+async def _has_model_path(server: Transport) -> bool:
     return "model_path" in await _model_info(server)
 
 
-async def _model_info(server: Server) -> Mapping[str, Any]:
+async def _model_info(server: Transport) -> Mapping[str, Any]:
     return await _first_of(server, "/model_info", "/get_model_info")
 
 
-async def _server_info(server: Server) -> Mapping[str, Any]:
+async def _server_info(server: Transport) -> Mapping[str, Any]:
     try:
         return await _first_of(server, "/server_info", "/get_server_info")
     except (ServerUnavailable, ServerError, RequestError):
         return {}
 
 
-async def _first_of(server: Server, path: str, old_path: str) -> Mapping[str, Any]:
+async def _first_of(server: Transport, path: str, old_path: str) -> Mapping[str, Any]:
     """Returns the information at a path, or at the one that older versions have."""
     try:
         info = await server.get_json(path)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parse.engines.remote.dialect import Dialect, ServerFeatures
 from parse.engines.remote.errors import ServerUnavailable
-from parse.engines.remote.server import Server
+from parse.engines.remote.transport import Transport
 from parse.errors import RequestError, ServerError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ def sample_prompts(tokens: Sequence[int]) -> list[list[int]]:
     return [list(tokens[: -(-len(tokens) * number // NUM_SAMPLES)]) for number in range(1, NUM_SAMPLES + 1)]
 
 
-async def verifies(dialect: Dialect, server: Server, model: str, prompt: Sequence[int], *, by_token_id: bool) -> bool:
+async def verifies(
+    dialect: Dialect, server: Transport, model: str, prompt: Sequence[int], *, by_token_id: bool
+) -> bool:
     """Returns whether the server returns the log-probabilities that a verification needs."""
     token_ids = sorted({prompt[0], prompt[-1]})
 
@@ -45,7 +47,7 @@ async def verifies(dialect: Dialect, server: Server, model: str, prompt: Sequenc
     return await works(trial)
 
 
-async def returns_prompt_logprobs(dialect: Dialect, server: Server, model: str, prompt: Sequence[int]) -> bool:
+async def returns_prompt_logprobs(dialect: Dialect, server: Transport, model: str, prompt: Sequence[int]) -> bool:
     async def trial() -> bool:
         return len(await dialect.prompt_logprobs(server, model, prompt, 1, 0)) == len(prompt) - 1
 
@@ -53,7 +55,7 @@ async def returns_prompt_logprobs(dialect: Dialect, server: Server, model: str, 
 
 
 async def measure_call_cost(
-    dialect: Dialect, server: Server, model: str, tokenizer: PreTrainedTokenizerBase, features: ServerFeatures
+    dialect: Dialect, server: Transport, model: str, tokenizer: PreTrainedTokenizerBase, features: ServerFeatures
 ) -> float:
     """Returns the cost of a verification apart from its prompts, in prompts.
 
@@ -96,9 +98,9 @@ async def works(trial: Callable[[], Awaitable[bool]]) -> bool:
     raise AssertionError("unreachable")
 
 
-def report_features(server: Server, dialect: Dialect, features: ServerFeatures) -> None:
+def report_features(server: Transport, dialect: Dialect, features: ServerFeatures) -> None:
     """Logs what the server lacks, and whether this version was tested."""
-    missing = []
+    missing = list(features.missing)
     if not features.verifies:
         missing.append("log-probabilities (so drafts cannot be verified)")
     elif not features.verifies_by_token_id:

@@ -21,8 +21,8 @@ from parse.engines.remote.dialect import (
     unreadable,
 )
 from parse.engines.remote.errors import ServerUnavailable, WrongModel
-from parse.engines.remote.server import Server
 from parse.engines.remote.startup import SAMPLE_TEXT, returns_prompt_logprobs, sample_prompts, verifies
+from parse.engines.remote.transport import Transport
 from parse.errors import RequestError, ServerError
 from parse.types import Logprob, SamplingParams
 
@@ -39,16 +39,13 @@ class VLLM:
     """Implements `Dialect`."""
 
     kind = "vLLM"
-    tested_versions = (0, 27), (0, 32)
+    tested_versions: tuple[tuple[int, int], tuple[int, int]] | None = (0, 27), (0, 32)
     max_logprobs = MAX_TOP_LOGPROBS
     unsupported_sampling_params: frozenset[str] = frozenset()
     ignored_with_speculation = frozenset(("min_p", "logit_bias"))
 
-    async def identify(self, server: Server, name: str | None, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
-        try:
-            card = read_model_card(await server.get_json("/v1/models"), name)
-        except ValueError as error:
-            raise WrongModel(str(error)) from error
+    async def identify(self, server: Transport, name: str | None, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
+        card = await self.model_card(server, name)
         model = str(card["id"])
         tokens = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
         body = prefill_body(model, []) | {
@@ -57,12 +54,12 @@ class VLLM:
             "return_token_ids": True,
             "logprobs": 0,
         }
-        choices = read_choices(await server.post(COMPLETIONS, body), 1)
+        choices = read_choices(await self.complete(server, body), 1)
         if choices[0].get("prompt_token_ids") != tokens:
             raise WrongModel(f"the tokenizer of {card.get('root')} on the server differs from the one of the settings")
         prompts = sample_prompts(tokens)
         body = prefill_body(model, []) | {"prompt": prompts, "logprobs": 0, "return_tokens_as_token_ids": True}
-        tops = read_verification(await server.post(COMPLETIONS, body), len(prompts))
+        tops = read_verification(await self.complete(server, body), len(prompts))
         return ModelIdentity(
             name=model,
             root=str(card.get("root") or model),
@@ -70,8 +67,19 @@ class VLLM:
             logprobs=tuple(max(top.values()) for top in tops),
         )
 
+    async def model_card(self, server: Transport, name: str | None) -> Mapping[str, Any]:
+        """Returns the name, the source and the context length of the model, as in the answer of /v1/models."""
+        try:
+            return read_model_card(await server.get_json("/v1/models"), name)
+        except ValueError as error:
+            raise WrongModel(str(error)) from error
+
+    async def complete(self, server: Transport, body: Mapping[str, Any]) -> Any:
+        """Returns the whole response to a completion."""
+        return await server.post(COMPLETIONS, body)
+
     async def find_features(
-        self, server: Server, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
+        self, server: Transport, model: ModelIdentity, tokenizer: PreTrainedTokenizerBase
     ) -> ServerFeatures:
         prompt = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
         by_token_id = await verifies(self, server, model.name, prompt, by_token_id=True)
@@ -93,12 +101,12 @@ class VLLM:
             has_speculation="vllm:spec_decode_num_drafts" in metrics,
         )
 
-    async def prefill(self, server: Server, model: str, prompt: Sequence[int]) -> int:
-        return read_num_cached_tokens(await server.post(COMPLETIONS, prefill_body(model, prompt)))
+    async def prefill(self, server: Transport, model: str, prompt: Sequence[int]) -> int:
+        return read_num_cached_tokens(await self.complete(server, prefill_body(model, prompt)))
 
     async def next_token_logprobs(
         self,
-        server: Server,
+        server: Transport,
         model: str,
         prompts: Sequence[Sequence[int]],
         token_ids: Sequence[int],
@@ -106,17 +114,17 @@ class VLLM:
         by_token_id: bool,
     ) -> list[Mapping[int, float]]:
         body = verification_body(model, prompts, token_ids, by_token_id=by_token_id)
-        return read_verification(await server.post(COMPLETIONS, body), len(prompts))
+        return read_verification(await self.complete(server, body), len(prompts))
 
     async def prompt_logprobs(
-        self, server: Server, model: str, prompt: Sequence[int], start: int, num_logprobs: int
+        self, server: Transport, model: str, prompt: Sequence[int], start: int, num_logprobs: int
     ) -> list[PromptLogprob]:
-        response = await server.post(COMPLETIONS, prompt_logprobs_body(model, prompt, num_logprobs))
+        response = await self.complete(server, prompt_logprobs_body(model, prompt, num_logprobs))
         return read_prompt_logprobs(response, prompt, start, num_logprobs)
 
     async def generate(
         self,
-        server: Server,
+        server: Transport,
         model: str,
         prompt: Sequence[int],
         params: SamplingParams,
@@ -186,7 +194,7 @@ def generation_body(
     return body
 
 
-def prefill_body(model: str, prompt: Sequence[int]) -> dict[str, Any]:
+def prefill_body(model: str | None, prompt: Sequence[int]) -> dict[str, Any]:
     return {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0}
 
 
@@ -234,7 +242,7 @@ def read_chunk(event: Any, num_logprobs: int | None) -> Chunk | None:
         if len(values) != len(token_ids) or len(tops) != len(token_ids):
             raise unreadable("the log-probabilities do not match the tokens")
         logprobs = tuple(
-            Logprob(read_logprob(value), ranked(_by_token_id(top or {}), num_logprobs))
+            Logprob(read_logprob(value), ranked(read_top_logprobs(top or {}), num_logprobs))
             for value, top in zip(values, tops, strict=True)
         )
     return Chunk(tuple(token_ids), logprobs, finish_reason, cached)
@@ -265,7 +273,7 @@ def read_verification(response: Any, num_prompts: int) -> list[Mapping[int, floa
         tops = (choice.get("logprobs") or {}).get("top_logprobs")
         if not isinstance(tops, list) or len(tops) != 1 or not isinstance(tops[0], Mapping):
             raise unreadable("a choice has no log-probabilities")
-        results.append(_by_token_id(tops[0]))
+        results.append(read_top_logprobs(tops[0]))
     return results
 
 
@@ -337,7 +345,7 @@ def read_stats(metrics_texts: Sequence[str]) -> EngineStats:
     )
 
 
-def _by_token_id(top: Mapping[str, Any]) -> dict[int, float]:
+def read_top_logprobs(top: Mapping[str, Any]) -> dict[int, float]:
     try:
         return {int(key.removeprefix(TOKEN_PREFIX)): read_logprob(value) for key, value in top.items()}
     except ValueError:

@@ -80,9 +80,9 @@ class ServiceClient:
         await until(is_idle)  # twice, because for a moment a call is neither in the queue nor in the engine
 
 
-def replicas(name: str) -> DeploymentHandle:
+def replicas(name: str, application: str = "parse") -> DeploymentHandle:
     """Returns a handle to a deployment that outlives the event loop of a test."""
-    handle = serve.get_deployment_handle(name, "parse")
+    handle = serve.get_deployment_handle(name, application)
     if not handle.is_initialized:
         handle._init(_run_router_in_separate_loop=True)
     return handle

@@ -4,7 +4,6 @@ It is no SGLang: it shows that the client follows the description, and not that 
 """
 
 import asyncio
-import json
 from typing import Any
 
 import torch
@@ -128,8 +127,8 @@ class FakeSGLang(FakeVLLM):
             if body["return_logprob"]:
                 info |= self._output_logprobs(rows[first:], tokens[first:], body["top_logprobs_num"])
             event = {"text": "", "output_ids": tokens[first:], "meta_info": info}
-            await self._send(response, json.dumps(event))
-        await self._send(response, "[DONE]")
+            await self._send(response, event)
+        await response.write(b"data: [DONE]\n\n")
         return response
 
     def _info(self, prompt: list[int], tokens: list[int], finish: dict[str, Any] | None) -> dict[str, Any]:

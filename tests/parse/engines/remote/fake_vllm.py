@@ -9,7 +9,7 @@ import json
 import ssl
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -140,13 +140,9 @@ class FakeVLLM:
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
+        prompts = self._prompts(body)
         if body.get("stream"):
-            return await self._stream(request, body, cut_after=instead)
-        prompts = body["prompt"]
-        if isinstance(prompts, str):
-            prompts = [self.tokenizer.encode(prompts, add_special_tokens=False)]
-        elif prompts and isinstance(prompts[0], int):
-            prompts = [prompts]
+            return await self._stream(request, prompts, body, cut_after=instead)
         choices = [self._choice(index, prompt, body) for index, prompt in enumerate(prompts)]
         if instead == "reversed":
             choices.reverse()
@@ -184,54 +180,91 @@ class FakeVLLM:
             choice["prompt_logprobs"] = entries
         return choice
 
-    async def _stream(self, request: web.Request, body: dict[str, Any], cut_after: Any) -> web.StreamResponse:
+    def _prompts(self, body: dict[str, Any]) -> list[list[int]]:
+        prompts = body["prompt"]
+        if isinstance(prompts, str):
+            return [self.tokenizer.encode(prompts, add_special_tokens=False)]
+        return [prompts] if prompts and isinstance(prompts[0], int) else prompts
+
+    async def _stream(
+        self, request: web.Request, prompts: list[list[int]], body: dict[str, Any], cut_after: Any
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        tokens, generated = list(body["prompt"]), 0
-        generator = torch.Generator().manual_seed(body.get("seed", 0))
-        finish = None
-        end_token_ids = {*([] if body.get("ignore_eos") else [self.tokenizer.eos_token_id]), *body["stop_token_ids"]}
+        generated = 0
         try:
-            while finish is None:
-                await asyncio.sleep(0)
-                if cut_after is not None and generated == cut_after:
-                    assert request.transport is not None
-                    request.transport.abort()
-                    return response
-                logprobs = self._logprobs(tokens)[-1]
-                logits = logprobs.clone()
-                for token, bias in (body.get("logit_bias") or {}).items():
-                    logits[int(token)] += bias
-                if generated < body["min_tokens"]:
-                    logits[list(end_token_ids)] = -torch.inf
-                if body["temperature"]:
-                    scaled = (logits / body["temperature"]).softmax(-1)
-                    token = int(torch.multinomial(scaled, 1, generator=generator))
-                else:
-                    token = int(logits.argmax())
-                tokens.append(token)
-                generated += 1
-                if token in end_token_ids:
-                    finish = "stop"
-                elif generated == body["max_tokens"]:
-                    finish = "length"
-                choice: dict[str, Any] = {"index": 0, "text": "", "token_ids": [token], "finish_reason": finish}
-                if body.get("logprobs") is not None:
-                    top = logprobs.topk(max(1, body["logprobs"])).indices.tolist()
-                    choice["logprobs"] = {
-                        "token_logprobs": [float(logprobs[token])],
-                        "top_logprobs": [{f"token_id:{other}": float(logprobs[other]) for other in {token, *top}}],
-                    }
-                await self._send(response, json.dumps({"choices": [choice]}))
-            await self._send(response, json.dumps({"choices": [], "usage": {"completion_tokens": generated}}))
-            await self._send(response, "[DONE]")
+            for index, prompt in enumerate(prompts):
+                for number, choice in enumerate(self._streamed_choices(prompt, body)):
+                    await asyncio.sleep(0)
+                    if cut_after is not None and number == cut_after:
+                        assert request.transport is not None
+                        request.transport.abort()
+                        return response
+                    await self._send(response, {"model": self.name, "choices": [choice | {"index": index}]})
+                    generated += 1
+            usage = {"completion_tokens": generated, "prompt_tokens_details": {"cached_tokens": 3}}
+            await self._send(response, {"model": self.name, "choices": [], "usage": usage})
+            await response.write(b"data: [DONE]\n\n")
         except (ConnectionError, asyncio.CancelledError):
             self.num_aborted += 1
             raise
         return response
 
-    async def _send(self, response: web.StreamResponse, data: str) -> None:
-        await response.write(f"data: {data}\n\n".encode())
+    def _streamed_choices(self, prompt: list[int], body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yields one choice for each generated token. The first one also has what belongs to the prompt."""
+        tokens, finish = list(prompt), None
+        generator = torch.Generator().manual_seed(body.get("seed", 0))
+        stop_token_ids = body.get("stop_token_ids", [])
+        end_token_ids = {*([] if body.get("ignore_eos") else [self.tokenizer.eos_token_id]), *stop_token_ids}
+        while finish is None:
+            is_first, rows = len(tokens) == len(prompt), self._logprobs(tokens)
+            logprobs = rows[-1]
+            logits = logprobs.clone()
+            for token, bias in ({} if self.has_speculation else body.get("logit_bias") or {}).items():
+                logits[int(token)] += bias
+            if len(tokens) - len(prompt) < body.get("min_tokens", 0):
+                logits[list(end_token_ids)] = -torch.inf
+            if body["temperature"]:
+                scaled = (logits / body["temperature"]).softmax(-1)
+                token = int(torch.multinomial(scaled, 1, generator=generator))
+            else:
+                token = int(logits.argmax())
+            tokens.append(token)
+            if token in end_token_ids:
+                finish = "stop"
+            elif len(tokens) - len(prompt) == body["max_tokens"]:
+                finish = "length"
+            choice: dict[str, Any] = {"text": "", "finish_reason": finish}
+            if body.get("return_token_ids"):
+                choice |= {"token_ids": [token]} | ({"prompt_token_ids": prompt} if is_first else {})
+            if body.get("logprobs") is not None:
+                echoed = [(row, tokens[number + 1]) for number, row in enumerate(rows[:-1])]
+                shown = [None, *echoed] if is_first and body.get("echo") else []
+                choice["logprobs"] = self._streamed_logprobs([*shown, (logprobs, token)], tokens, body)
+            yield choice
+
+    def _streamed_logprobs(
+        self, entries: list[tuple[torch.Tensor, int] | None], tokens: list[int], body: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the log-probabilities of the last tokens. The entry of a first token of a prompt is None."""
+        tops: list[dict[int, float] | None] = []
+        for entry in entries:
+            if entry is None:
+                tops.append(None)
+                continue
+            row, token = entry
+            top = row.topk(max(1, body["logprobs"])).indices.tolist()
+            returned = {token, *body.get("logprob_token_ids", []), *top}
+            tops.append({other: float(row[other]) for other in returned})
+        ids = tokens[-len(entries) :]
+        return {
+            "tokens": [f"token_id:{token}" for token in ids],
+            "token_logprobs": [None if top is None else top[token] for token, top in zip(ids, tops, strict=True)],
+            "top_logprobs": [top and {f"token_id:{other}": value for other, value in top.items()} for top in tops],
+        }
+
+    async def _send(self, response: web.StreamResponse, event: Any) -> None:
+        await response.write(f"data: {json.dumps(event)}\n\n".encode())
 
     @torch.inference_mode()
     def _logprobs(self, tokens: list[int]) -> torch.Tensor:
