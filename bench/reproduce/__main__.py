@@ -28,7 +28,7 @@ from bench.reproduce.plan import ReproduceOptions, ReproducePlan, build_plan, is
 from bench.reproduce.report import build_report, read_documents
 from bench.reproduce.run import OutputFolder, print_progress, read_json, run_plan
 from bench.reproduce.server_session import is_port_used
-from bench.reproduce.tasks import TaskOptions, Tasks, demo_tasks, file_tasks, generated_tasks
+from bench.reproduce.tasks import QualityOptions, Tasks, demo_tasks, file_tasks, generated_tasks
 from bench.workload import InvalidPromptFile, load_problems
 from deployments.config import AppSettings
 from deployments.launch import LaunchError, check_model_folders, read_config
@@ -108,7 +108,7 @@ def _plan(
 
 
 def _tasks(args: argparse.Namespace, out: OutputFolder, settings: AppSettings) -> Tasks:
-    options = TaskOptions(args.limit, args.max_tokens, args.tasks)
+    options = QualityOptions(args.limit, args.max_tokens, args.tasks)
     if args.problems is not None:
         load_problems(args.problems, args.result)  # a wrong file is reported before the measurements
         return file_tasks(options, args.problems, args.result)

@@ -38,7 +38,7 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class TaskOptions:
+class QualityOptions:
     """What the user chooses."""
 
     limit: int
@@ -46,11 +46,11 @@ class TaskOptions:
     quality: tuple[str, ...] = ()
 
 
-def demo_tasks(options: TaskOptions) -> Tasks:
+def demo_tasks(options: QualityOptions) -> Tasks:
     return _tasks(options, None, None, DEMO_TASK, DEMO_MAX_TOKENS)
 
 
-def file_tasks(options: TaskOptions, path: Path, result: str | None) -> Tasks:
+def file_tasks(options: QualityOptions, path: Path, result: str | None) -> Tasks:
     note = (
         "Each prompt of a load measurement begins with a number of its own, so that no contender uses what is cached "
         "for another one."
@@ -58,7 +58,7 @@ def file_tasks(options: TaskOptions, path: Path, result: str | None) -> Tasks:
     return replace(_tasks(options, path, result, str(path), DEFAULT_MAX_TOKENS), notes=(note,))
 
 
-def generated_tasks(options: TaskOptions, out: Path) -> Tasks:
+def generated_tasks(options: QualityOptions, out: Path) -> Tasks:
     """Returns problems for targets that do not know the demo task: each prompt explains it."""
     tasks = file_tasks(options, out / GENERATED_FILE, GENERATED_RESULT)
     note = (
@@ -69,7 +69,7 @@ def generated_tasks(options: TaskOptions, out: Path) -> Tasks:
     return replace(tasks, notes=(note, *tasks.notes), files={GENERATED_FILE: "\n".join(lines) + "\n"})
 
 
-def _tasks(options: TaskOptions, prompts: Path | None, result: str | None, name: str, max_tokens: int) -> Tasks:
+def _tasks(options: QualityOptions, prompts: Path | None, result: str | None, name: str, max_tokens: int) -> Tasks:
     """Returns the tasks. By default, the quality is measured on the problems of the load."""
     load_max_tokens = options.max_tokens or max_tokens
     return Tasks(

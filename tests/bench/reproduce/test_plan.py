@@ -17,7 +17,7 @@ from bench.reproduce.environment import shareable_config
 from bench.reproduce.hardware import Machine, UnsupportedConfig, enlarged_parallel_sizes
 from bench.reproduce.plan import ReproduceOptions, ReproducePlan, build_plan
 from bench.reproduce.steps import RequestCount, choose_counts, measurement_steps, num_cells, pilot_steps
-from bench.reproduce.tasks import TaskOptions, demo_tasks, file_tasks, generated_tasks
+from bench.reproduce.tasks import QualityOptions, demo_tasks, file_tasks, generated_tasks
 from bench.workload import load_problems
 from deployments.config import AppSettings
 from deployments.launch import read_config
@@ -40,7 +40,7 @@ def plan_of(config: Path, machine: Machine, change: Any = None, **options: Any) 
         change(application)
     settings = AppSettings.model_validate(application["args"])
     chosen = ReproduceOptions(config, Path("out"), **options)
-    tasks = demo_tasks(TaskOptions(limit=100))
+    tasks = demo_tasks(QualityOptions(limit=100))
     return build_plan(chosen, document, settings, machine=machine, python=PYTHON, tasks=tasks)
 
 
@@ -280,7 +280,7 @@ def test_cells_are_pairs_of_a_contender_and_a_number_of_clients():
 
 def test_problems_of_a_file_are_numbered_and_measured_with_the_same_result():
     plan = plan_of(DEMO, CPU)
-    tasks = file_tasks(TaskOptions(50), Path("my_problems.jsonl"), r"#### (\d+)")
+    tasks = file_tasks(QualityOptions(50), Path("my_problems.jsonl"), r"#### (\d+)")
     plan = ReproducePlan(plan.servers, (1,), "core", plan.allocation, tasks)
     server = plan.servers[-2]
     load, quality = measurement_steps(plan, server, {1: RequestCount(6, 3, 9)})
@@ -291,7 +291,7 @@ def test_problems_of_a_file_are_numbered_and_measured_with_the_same_result():
 
 @pytest.mark.parametrize("index", range(4))
 def test_the_answer_of_a_generated_problem_is_the_last_number_of_the_solution(index, tmp_path):
-    tasks = generated_tasks(TaskOptions(100), tmp_path)
+    tasks = generated_tasks(QualityOptions(100), tmp_path)
     assert tasks.prompts is not None
     for name, content in tasks.files.items():
         (tmp_path / name).write_text(content)

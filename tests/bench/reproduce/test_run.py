@@ -17,7 +17,7 @@ from bench.reproduce.report import build_report, read_documents
 from bench.reproduce.run import OutputFolder, read_json, run_plan
 from bench.reproduce.server_session import ServerNotStarted, ServerSession
 from bench.reproduce.steps import BenchmarkStep
-from bench.reproduce.tasks import TaskOptions, file_tasks
+from bench.reproduce.tasks import QualityOptions, file_tasks
 from bench.vllm_server import free_port
 
 # Appends its name to a file, and writes a document as the commands of steps do.
@@ -46,7 +46,7 @@ def scripted(name: str, port: int, *arguments: str, modes: tuple[str, ...] = ())
 
 
 def plan_of(*servers: ServerPlan, problems: Path = Path("problems.jsonl")) -> ReproducePlan:
-    return ReproducePlan(servers, (1,), "core", Allocation(1, 1), file_tasks(TaskOptions(4), problems, None))
+    return ReproducePlan(servers, (1,), "core", Allocation(1, 1), file_tasks(QualityOptions(4), problems, None))
 
 
 class Commands:

@@ -3,15 +3,16 @@
 import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
-from parse.engines.remote import startup
+from parse.demo import DEMO_TARGET
 from parse.engines.remote.dialect import ServerFeatures
+from parse.engines.remote.startup import measure_call_cost
 from parse.engines.remote.verification import AnswerFirst
 from tests.parse.engines.remote.fake_vllm import FakeVLLM
 from tests.parse.engines.remote.test_remote_engine import (
-    DEMO_TARGET,
     GREEDY,
     PROMPTS,
     TOKENIZER,
@@ -48,9 +49,9 @@ class TimedDialect:
 
 @pytest.mark.parametrize(("call_s", "prompt_s", "cost"), [(6.0, 2.0, 3.0), (0.0, 1.0, 0.0), (5.0, 0.5, 10.0)])
 def test_the_cost_of_a_call_is_measured_in_prompts(server, monkeypatch, call_s, prompt_s, cost):
-    dialect = TimedDialect(call_s, prompt_s)
-    monkeypatch.setattr(startup.time, "perf_counter", lambda: dialect.now)
-    measured = asyncio.run(startup.measure_call_cost(dialect, server, "served", TOKENIZER, FEATURES))
+    dialect: Any = TimedDialect(call_s, prompt_s)
+    monkeypatch.setattr("parse.engines.remote.startup.time.perf_counter", lambda: dialect.now)
+    measured = asyncio.run(measure_call_cost(dialect, server, "served", TOKENIZER, FEATURES))
     assert measured == pytest.approx(cost)
     assert len(set(dialect.prompts)) == len(dialect.prompts)  # none of them is cached
 
@@ -89,11 +90,11 @@ def test_an_answer_that_passes_costs_one_prompt_and_a_failure_is_searched(server
             len(lengths),
         )
 
-    (passed, _), (searched, found), (exhaustive, every), num_prefixes = asyncio.run(all_of_them())
+    (passed, _), (searched, some_p), (exhaustive, all_p), num_prefixes = asyncio.run(all_of_them())
     engine.shutdown()
     assert passed == [1] and searched[0] == 1 and exhaustive == [1, num_prefixes - 1]
     assert sum(searched) < sum(exhaustive) / 2
-    assert all(p is None or p == pytest.approx(q, abs=1e-3) for p, q in zip(found, every, strict=True))
+    assert all(p is None or p == pytest.approx(q, abs=1e-3) for p, q in zip(some_p, all_p, strict=True))
 
 
 def test_a_prompt_is_prefilled_if_that_can_save_time(server):
