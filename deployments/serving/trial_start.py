@@ -4,6 +4,7 @@ vLLM can accept its arguments and still fail later, for example when it allocate
 of the earlier version before it starts new ones, so after such a failure nothing would serve.
 """
 
+import asyncio
 import logging
 from typing import Any
 
@@ -33,7 +34,7 @@ def check_start(argument: str, deployment: str, settings: EngineSettings, num_gp
     """
     if not isinstance(settings.engine, VLLMEngineConfig) or settings.engine.reserves_gpus:
         return
-    running = _running_settings(deployment)
+    running = asyncio.run(_running_settings(deployment))
     if running is None or running == settings:
         return
     num_gpus = num_gpus if "GPU" in ray.cluster_resources() else 0  # vLLM's build for CPUs needs none
@@ -62,7 +63,7 @@ def _start(settings: EngineSettings) -> str | None:
     return None
 
 
-def _running_settings(deployment: str) -> EngineSettings | None:
+async def _running_settings(deployment: str) -> EngineSettings | None:
     """Returns the settings of a replica that runs now, or None if none responds.
 
     While Ray Serve builds a new version, it does not say which deployments an application has, so all are asked.
@@ -70,8 +71,9 @@ def _running_settings(deployment: str) -> EngineSettings | None:
     for application in serve.status().applications:
         try:
             handle = serve.get_deployment_handle(deployment, application)
-            settings: EngineSettings = handle.engine_settings.remote().result(timeout_s=REPLICA_TIMEOUT_S)
-            return settings
+            async with asyncio.timeout(REPLICA_TIMEOUT_S):
+                settings: EngineSettings = await handle.engine_settings.remote()
+                return settings
         except Exception as error:  # there is none, it is being replaced, or it belongs to another kind of application
             logger.info("no %s of the application %s responds: %s", deployment, application, error)
     return None
