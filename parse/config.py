@@ -228,7 +228,7 @@ class VerificationSettings(Settings):
     exhaustive: bool = Field(
         False,
         description="Whether all prefixes up to the first failure are evaluated. If false, the native engine on CPUs "
-        "may search for it, and finds another one only if a prefix fails and a longer one passes.",
+        "and a server may search for it, and find another one only if a prefix fails and a longer one passes.",
     )
     window: int = Field(
         16,
