@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 NUM_CPUS = 0.1  # as little as possible, because the earlier version still has its own
 PLACEMENT_TIMEOUT_S = 5.0
 REPLICA_TIMEOUT_S = 10.0
+NO_RESOURCES = "%s: no resources are left to try the new vLLM while the old one serves"
 
 
 def check_start(argument: str, deployment: str, settings: EngineSettings, num_gpus: float) -> None:
@@ -39,10 +40,14 @@ def check_start(argument: str, deployment: str, settings: EngineSettings, num_gp
         return
     num_gpus = num_gpus if "GPU" in ray.cluster_resources() else 0  # vLLM's build for CPUs needs none
     resources = {"CPU": NUM_CPUS} | ({"GPU": num_gpus} if num_gpus else {})
+    available = ray.available_resources()  # an autoscaler would start a node for a placement group that has to wait
+    if any(available.get(name, 0) < amount for name, amount in resources.items()):
+        logger.warning(NO_RESOURCES, argument)
+        return
     group = placement_group([resources])
     try:
-        if not group.wait(PLACEMENT_TIMEOUT_S):
-            logger.warning("%s: no resources are left to try the new vLLM while the old one serves", argument)
+        if not group.wait(PLACEMENT_TIMEOUT_S):  # they are not on one node
+            logger.warning(NO_RESOURCES, argument)
             return
         options: dict[str, Any] = {"num_cpus": NUM_CPUS, "num_gpus": num_gpus, "max_retries": 0}
         strategy = PlacementGroupSchedulingStrategy(group)
