@@ -121,29 +121,48 @@ def next_batch(
 
     `batch_seconds` returns how long a batch takes, by its size. If it is known, and neither the policy nor its rule
     requires all prefixes, the first failure is searched from coarse to fine: a batch contains prefixes at equal
-    distances, and the next one those between the last that passed and the first that failed.
+    distances, and the next one those between the last that passed and the first that failed. `answer_first` does not
+    change which prefixes these are.
     """
     last = num_prefixes - 1
-    if policy is not None and complete and num_prefixes:
-        if last in p_correct and passes(p_correct[last], policy.thresholds.full):
-            return []
-        if last not in p_correct:
-            others = [index for index in range(last) if index not in p_correct]
-            return [*([] if answer_first else others[: max_batch - 1]), last]
+    has_answer = policy is not None and complete and num_prefixes > 0
+    if policy is not None and has_answer and passes(p_correct.get(last), policy.thresholds.full):
+        return []
+    evaluates_answer = has_answer and last not in p_correct
+    if evaluates_answer and answer_first:
+        return [last]
+    prefixes = range(num_prefixes - has_answer)
+    remaining = [index for index in prefixes if index not in p_correct]
     if policy is None or not get_rule(policy.rule).stops_at_failure:
-        return [index for index in range(num_prefixes) if index not in p_correct][:max_batch]
-    prefixes = range(num_prefixes - complete)
-    evaluated = [index for index in prefixes if index in p_correct]
+        batch = remaining
+    elif batch_seconds is None or policy.exhaustive:
+        batch = remaining if len(prefixes) == _first_failure(prefixes, p_correct, policy) else []
+    else:
+        batch = _search_batch(prefixes, p_correct, policy, max(1, max_batch - has_answer), batch_seconds)
+    return [*batch[: max_batch - 1], last] if evaluates_answer else batch[:max_batch]
+
+
+def _first_failure(prefixes: range, p_correct: Mapping[int, float | None], policy: AcceptancePolicy) -> int:
+    """Returns the index of the first evaluated prefix that fails, or the number of prefixes."""
+    evaluated = (index for index in prefixes if index in p_correct)
     failures = (index for index in evaluated if not passes(p_correct[index], policy.thresholds.prefix))
-    first_failure = next(failures, len(prefixes))
-    if batch_seconds is None or policy.exhaustive:
-        is_decided = first_failure < len(prefixes)
-        return [] if is_decided else [index for index in prefixes if index not in p_correct][:max_batch]
-    last_pass = max((index for index in evaluated if index < first_failure), default=-1)
-    between = range(last_pass + 1, first_failure)
-    count = search_batch_size(len(between), max_batch, batch_seconds)
+    return next(failures, len(prefixes))
+
+
+def _search_batch(
+    prefixes: range,
+    p_correct: Mapping[int, float | None],
+    policy: AcceptancePolicy,
+    max_batch: int,
+    batch_seconds: Callable[[int], float],
+) -> list[int]:
+    """Returns prefixes at equal distances between the last that passed and the first that failed."""
+    first_failure = _first_failure(prefixes, p_correct, policy)
+    last_pass = max((index for index in prefixes[:first_failure] if index in p_correct), default=-1)
+    num_between = first_failure - last_pass - 1
+    count = search_batch_size(num_between, max_batch, batch_seconds)
     # The distance to the last one is the same as between them.
-    return [last_pass + (len(between) + 1) * (number + 1) // (count + 1) for number in range(count)]
+    return [last_pass + (num_between + 1) * (number + 1) // (count + 1) for number in range(count)]
 
 
 def cheapest_stride(batch_seconds: Callable[[int], float], step_seconds: float) -> int:

@@ -120,6 +120,36 @@ def test_what_is_left_out_of_the_evaluation_never_changes_the_result(answer_firs
     assert skipped > 0 or (max_batch > 6 and not answer_first)
 
 
+@pytest.mark.parametrize("max_batch", [2, 5, 64])
+def test_a_search_finds_the_same_prefix_whether_or_not_the_answer_is_evaluated_first(max_batch):
+    """Also if P(correct) is not monotonic, where a search can differ from evaluating all prefixes."""
+    rng = random.Random(4)
+    policy = AcceptancePolicy(Thresholds(0.9, 0.5), exhaustive=False)
+    num_searches = 0
+    for _ in range(500):
+        p_correct = [rng.random() for _ in range(rng.randint(1, 80))]
+        kept_lengths = []
+        for answer_first in (False, True):
+            evaluated: dict[int, float] = {}
+            while batch := next_batch(
+                len(p_correct),
+                evaluated,
+                policy,
+                complete=True,
+                max_batch=max_batch,
+                answer_first=answer_first,
+                batch_seconds=lambda size: 4.0 + size,
+            ):
+                assert len(batch) <= max_batch and not evaluated.keys() & set(batch)
+                evaluated |= {index: p_correct[index] for index in batch}
+            lengths = sorted(evaluated)
+            kept = [evaluated[index] for index in lengths]
+            kept_lengths.append(accepted_prefix_length([n + 1 for n in lengths], kept, policy, complete=True))
+            num_searches += len(evaluated) < len(p_correct)
+        assert kept_lengths[0] == kept_lengths[1]
+    assert num_searches > 500
+
+
 def test_a_complete_answer_is_evaluated_alone_only_where_that_saves_work():
     p_correct = [0.1, 0.9, 0.9]
     assert evaluate(p_correct, HALF, complete=True, max_batch=9, answer_first=True) == ([None, None, 0.9], 1)

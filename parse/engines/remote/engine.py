@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from parse.engines.remote.errors import ServerUnavailable
 from parse.engines.remote.output import OutputBuilder
 from parse.engines.remote.server_pool import ServerPool
 from parse.engines.remote.transport import Transport
-from parse.engines.remote.verification import AnswerFirst, answer_probabilities, result_of, search_cost
+from parse.engines.remote.verification import AnswerFirstPolicy, answer_probabilities, result_of, search_cost
 from parse.engines.request_checks import RequestChecks, stop_detokenizer
 from parse.errors import ServerError
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
@@ -48,7 +49,7 @@ class RemoteEngine:
         self._pool, self._dialect, self._features = connection.pool, connection.dialect, connection.features
         self._capabilities = connection.capabilities
         self._checks = RequestChecks(len(self.tokenizer), self._capabilities.max_model_len)
-        self._answer_first = AnswerFirst(self._features.call_cost)
+        self._answer_first = AnswerFirstPolicy(self._features.call_cost)
         self._metrics: dict[str, str] = {}  # of each server, as they were read last
 
     @property
@@ -88,8 +89,8 @@ class RemoteEngine:
     async def prefill(self, prompt_token_ids: Sequence[int], session_key: str = "") -> int:
         """Lets the server compute a prompt. Returns how many of its tokens were cached.
 
-        If this would not pay, it does nothing: the server keeps only whole blocks, and if it is busy, a call costs it
-        more time than the prefill of a short prompt saves later.
+        It does nothing if the call would cost more time than it saves: the server keeps only whole blocks, and if it is
+        busy, a call costs it more than the later computation of a short prompt.
         """
         prompt = self._checks.prompt(prompt_token_ids)
         is_short = len(prompt) < MIN_PREFILL_TOKENS
@@ -108,16 +109,16 @@ class RemoteEngine:
         min_answer_mass = request.policy.min_answer_mass if request.policy else 0.0
         p_correct: dict[int, float | None] = {}
         answer_mass: dict[int, float] = {}
-        answer_first = complete and self._answer_first.decide(len(lengths))
-        while batch := next_batch(
+        batch_after = partial(
+            next_batch,
             num_evaluable,
-            p_correct,
-            request.policy,
+            policy=request.policy,
             complete=complete,
             max_batch=MAX_PREFIXES_PER_CALL,
-            answer_first=answer_first,
             batch_seconds=search_cost,
-        ):
+        )
+        answer_first = complete and self._answer_first.decide(len(batch_after({}, answer_first=False)) - 1)
+        while batch := batch_after(p_correct, answer_first=answer_first):
             prompts = [[*tokens[: start + lengths[index]], *request.suffix.token_ids] for index in batch]
             for index, (p, mass) in zip(batch, await self._evaluate(request, prompts), strict=True):
                 answer_mass[index] = mass

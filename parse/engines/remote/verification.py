@@ -49,10 +49,10 @@ def result_of(
     )
 
 
-class AnswerFirst:
-    """Decides whether a complete answer is evaluated alone first, or together with its prefixes.
+class AnswerFirstPolicy:
+    """Decides whether a complete answer is evaluated alone first, or together with the first batch of its prefixes.
 
-    Alone, it saves the prefixes if the answer passes, and costs one more call if it fails. The decision changes no
+    Alone, it saves these prefixes if the answer passes, and costs one more call if it fails. The decision changes no
     result.
     """
 
@@ -62,7 +62,8 @@ class AnswerFirst:
         self._pass_rate = 0.5
 
     def decide(self, num_prefixes: int) -> bool:
-        return self._pass_rate * (num_prefixes - 1) > (1 - self._pass_rate) * self._call_cost
+        """`num_prefixes` is the size of the first batch without the answer."""
+        return self._pass_rate * num_prefixes > (1 - self._pass_rate) * self._call_cost
 
     def record(self, passed: bool) -> None:
         self._pass_rate += SMOOTHING * (passed - self._pass_rate)

@@ -10,7 +10,7 @@ import pytest
 from parse.demo import DEMO_TARGET
 from parse.engines.remote.dialect import ServerFeatures
 from parse.engines.remote.startup import measure_call_cost
-from parse.engines.remote.verification import AnswerFirst
+from parse.engines.remote.verification import AnswerFirstPolicy
 from tests.parse.engines.remote.fake_vllm import FakeVLLM
 from tests.parse.engines.remote.test_remote_engine import (
     GREEDY,
@@ -60,11 +60,11 @@ def test_the_cost_of_a_call_is_measured_in_prompts(server, monkeypatch, call_s, 
 @pytest.mark.parametrize("pass_rate", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_prefixes", [1, 2, 9, 60])
 def test_the_cheaper_order_is_chosen(call_cost, pass_rate, num_prefixes):
-    answer_first = AnswerFirst(call_cost)
+    answer_first = AnswerFirstPolicy(call_cost)
     for number in range(1000):
         answer_first.record(number % 2 < 2 * pass_rate if pass_rate != 0.5 else bool(number % 2))
-    at_once = call_cost + num_prefixes
-    alone_first = call_cost + 1 + (1 - pass_rate) * (call_cost + num_prefixes - 1)
+    at_once = call_cost + 1 + num_prefixes
+    alone_first = call_cost + 1 + (1 - pass_rate) * (call_cost + num_prefixes)
     if abs(alone_first - at_once) > 0.1 * at_once:  # the share of answers that pass is estimated
         assert answer_first.decide(num_prefixes) == (alone_first < at_once)
 
@@ -73,7 +73,7 @@ def test_an_answer_that_passes_costs_one_prompt_and_a_failure_is_searched(server
     answer = answer_of(native)
     wrong = [*answer[:20], answer[20] + 1, *answer[21:]]
     engine = remote(server)
-    engine._answer_first = AnswerFirst(0.0)  # calls are free
+    engine._answer_first = AnswerFirstPolicy(0.0)  # calls are free
 
     async def prompts_of(draft, **changes):
         server.bodies.clear()
