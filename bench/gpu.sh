@@ -88,6 +88,7 @@ run_part() {
     [ "$2" -ge "$part_limit" ] || part_limit=$2
     shift 2
     began=$(date +%s)
+    rm -f "$folder/$part.json" # of an earlier run
     if [ "$part_limit" -gt 0 ]; then
         timeout --kill-after=$end_time "$part_limit" "$@" >"$folder/$part.log" 2>&1 </dev/null
         code=$?

@@ -32,7 +32,9 @@ class PairedScores:
         if not any(self.losses) or len(self.losses) < 2:
             return 1.0
         error = self._standard_error()
-        return 1.0 - central_probability(abs(self.loss) / error, len(self.losses) - 1) if error else 0.0
+        if not error:  # all losses are equal, which says nothing about their spread; the test of the signs still holds
+            return float(0.5 ** (len(self.losses) - 1))
+        return 1.0 - central_probability(abs(self.loss) / error, len(self.losses) - 1)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Returns a confidence interval of the mean loss (Student's t).
@@ -42,6 +44,8 @@ class PairedScores:
         if len(self.losses) < 2:
             return -self.max_loss, self.max_loss
         distance = quantile(confidence, len(self.losses) - 1) * self._standard_error()
+        if not distance:  # all losses are equal; Hoeffding's inequality needs no spread
+            distance = 2 * self.max_loss * math.sqrt(math.log(2 / (1 - confidence)) / (2 * len(self.losses)))
         return max(-self.max_loss, self.loss - distance), min(self.max_loss, self.loss + distance)
 
     def _standard_error(self) -> float:

@@ -55,6 +55,7 @@ from bench.tasks.task import BenchmarkProblem, BenchmarkTask, Grades, ProblemAns
 from bench.workload import InvalidPromptFile, SampleRequest
 
 MODES = "off", "full", "rounds"
+NUM_ATTEMPTS, RETRY_PAUSE_S = 3, 2.0  # of a request; a server may restart
 PROBLEMS_PER_CLIENT = 8  # of a group: more than one, so that few clients idle at its end
 API_KEY_VARIABLE = "PARSE_API_KEY"
 JUDGE_API_KEY_VARIABLE = "JUDGE_API_KEY"
@@ -62,7 +63,7 @@ JUDGE_API_KEY_VARIABLE = "JUDGE_API_KEY"
 Send = Callable[[RequestParams, SampleRequest], Awaitable[RequestResult]]
 
 
-class TooManyErrors(RuntimeError):
+class NoAnswer(RuntimeError):
     """Requests have failed, so the modes cannot be compared."""
 
 
@@ -109,11 +110,13 @@ async def measure(send: Send, model: str, task: BenchmarkTask, options: Measurem
     size = options.concurrency * PROBLEMS_PER_CLIENT
     for start in range(0, len(problems), size):
         group = problems[start : start + size]
-        for mode, of_mode in results.items():
+        # The first mode finds no prompt in the cache of the server, so each mode is the first one in turn.
+        first, modes = start // size % len(results), list(results)
+        for mode in [*modes[first:], *modes[:first]]:
             params = RequestParams(model, max_tokens=options.max_tokens or task.max_tokens, mode=mode)
             started = time.perf_counter()
             conversations = await _converse_all(send, params, group, options.concurrency)
-            of_mode.add(conversations, time.perf_counter() - started)
+            results[mode].add(conversations, time.perf_counter() - started)
         done = min(start + size, len(problems))
         print(f"{task.name}: {done} of {len(problems)} problems", file=sys.stderr, flush=True)
     return results
@@ -140,9 +143,13 @@ async def _converse(send: Send, params: RequestParams, problem: BenchmarkProblem
                 {"role": "assistant", "content": responses[-1].text},
                 {"role": "user", "content": follow_up},
             ]
-        result = await send(params, SampleRequest(tuple(messages)))
+        for attempt in range(NUM_ATTEMPTS):
+            result = await send(params, SampleRequest(tuple(messages)))
+            if result.response is not None:
+                break
+            await asyncio.sleep(attempt * RETRY_PAUSE_S)
         if result.response is None:
-            raise TooManyErrors(f"a request failed: {result.error} {result.detail}".strip())
+            raise NoAnswer(f"a request failed: {result.error} {result.detail}".strip())
         responses.append(result.response)
     return responses
 
@@ -307,7 +314,7 @@ def main() -> None:
     failure: Exception | None = None
     try:
         asyncio.run(run(options, document))
-    except (ServerUnreachable, InvalidPromptFile, TooManyErrors, TaskUnavailable) as error:
+    except (ServerUnreachable, InvalidPromptFile, NoAnswer, TaskUnavailable) as error:
         failure = error
     if document["rows"]:  # also those of the tasks before a failure
         write_output(document, table(document), options.json)

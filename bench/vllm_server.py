@@ -77,6 +77,8 @@ class VLLMServer:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
 
 def start(options: ServerOptions, *, port: int | None = None, wait: bool = True) -> VLLMServer:
@@ -105,8 +107,8 @@ def start(options: ServerOptions, *, port: int | None = None, wait: bool = True)
     descriptor, log = tempfile.mkstemp(prefix="vllm-", suffix=".log")
     with os.fdopen(descriptor, "wb") as output:
         process = subprocess.Popen(
-            # All processes of the server end with this one, however it ends. There is no folder to remove.
-            [sys.executable, "-I", str(SUPERVISOR), f"{log}.none", *command],
+            # All processes of the server end with this one, however it ends.
+            [sys.executable, "-I", str(SUPERVISOR), "", *command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -61,7 +61,8 @@ class _Report:
 
 def main() -> None:
     args = _arguments()
-    for signum in (signal.SIGINT, signal.SIGTERM):  # explicit, because a shell makes background jobs ignore SIGINT
+    # SIGINT too, because a shell makes background jobs ignore it.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.default_int_handler)
     started = time.monotonic()
     out = OutputFolder(args.out or Path("runs") / f"reproduce-{args.config.stem}")
@@ -83,7 +84,8 @@ def main() -> None:
     try:
         num_steps = run_plan(plan, out, args.minutes, report.write)
     except KeyboardInterrupt:
-        report.write(1)
+        if (out.path / "plan.json").exists():
+            report.write(1)
         sys.exit(f"bench.reproduce: interrupted; run the same command again to continue; {out.path}/report.html")
     report.write(num_steps)
     print_progress(f"the report is {out.path / 'report.html'}")

@@ -1,5 +1,6 @@
 """Finds the cases in which PARSE loses: it is slower than a baseline, later, or answers less correctly."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,11 +82,18 @@ def _later_first_token(modes: Sequence[Document], target: Document) -> Iterator[
 
 
 def _less_accurate_modes(modes: Sequence[Document], target: Document) -> Iterator[dict[str, Any]]:
-    """Yields each mode whose interval of the accuracy lies below the accuracy of the target alone."""
-    if target["accuracy"] is None:
+    """Yields each mode that answers less correctly than the target alone, by more than the interval of the difference.
+
+    The interval combines those of the two shares (Newcombe's method).
+    """
+    if target["accuracy_interval"] is None:
         return
     for mode in modes:
-        if mode["accuracy_interval"] is not None and mode["accuracy_interval"][1] < target["accuracy"]:
+        if mode["accuracy_interval"] is None:
+            continue
+        above = mode["accuracy_interval"][1] - mode["accuracy"]
+        below = target["accuracy"] - target["accuracy_interval"][0]
+        if target["accuracy"] - mode["accuracy"] > math.hypot(above, below):
             yield _loss("correct answers under load", mode, target, "accuracy", None)
 
 

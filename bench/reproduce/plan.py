@@ -70,7 +70,11 @@ class ServerPlan:
         """The command as it can be typed into a shell, without secrets, because reports are shared."""
         removed = [part for name in self.removed_variables for part in ("-u", name)]
         variables = [f"{name}={HIDDEN if SECRET.search(name) else value}" for name, value in self.environment.items()]
-        return shlex.join([*(("env", *removed, *variables) if removed or variables else ()), *self.command])
+        command = [
+            HIDDEN if previous.startswith("--") and SECRET.search(previous) else part
+            for previous, part in zip(("", *self.command), self.command, strict=False)
+        ]
+        return shlex.join([*(("env", *removed, *variables) if removed or variables else ()), *command])
 
     def contender(self, mode: str | None) -> str:
         return self.name if mode is None else self.name.replace("parse", f"parse-{mode}", 1)

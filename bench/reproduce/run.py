@@ -10,6 +10,7 @@ The output folder holds:
     logs/                what servers and commands printed
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -55,13 +56,14 @@ class OutputFolder:
     def log(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
 
-    def is_finished(self, step: BenchmarkStep) -> bool:
-        """Returns whether an earlier run has finished a step with the same arguments."""
+    def is_finished(self, step: BenchmarkStep, digest: str) -> bool:
+        """Returns whether an earlier run has finished a step with the same arguments and the same server."""
         record = read_json(self.record(step.id))
         return (
             record is not None
             and record["status"] == "ok"
             and tuple(record["arguments"]) == step.arguments
+            and record.get("digest") == digest
             and self.result(step.id).exists()
         )
 
@@ -95,16 +97,25 @@ def run_plan(
         (out.path / folder).mkdir(parents=True, exist_ok=True)
     write_document(out.path / "plan.json", plan_document(plan))
     for index, server in enumerate(plan.servers):
+        digest = digest_of(plan, server)
         with ServerSession(server, out.log(server.name)) as session:
             if index == 0:
                 for step in pilot_steps(plan):
-                    num_steps += run_step(step, session, out)
+                    num_steps += run_step(step, session, out, digest)
             for step in measurement_steps(plan, server, request_counts(plan, out, load_minutes)):
-                num_steps += run_step(step, session, out)
+                num_steps += run_step(step, session, out, digest)
             if session.failure is not None or session.ready_after_s is not None:
                 write_document(out.server(server.name), session.record())
         after_server(num_steps)
     return num_steps
+
+
+def digest_of(plan: ReproducePlan, server: ServerPlan) -> str:
+    """Returns a digest of what a measurement depends on besides its arguments: the server, and files."""
+    prompts = plan.tasks.prompts
+    content = prompts.read_text() if prompts is not None and prompts.exists() else None
+    parts = [list(server.command), sorted(server.environment.items()), sorted(plan.files.items()), content]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def plan_document(plan: ReproducePlan) -> dict[str, Any]:
@@ -113,7 +124,7 @@ def plan_document(plan: ReproducePlan) -> dict[str, Any]:
     document["files"] = sorted(plan.files)
     document["servers"] = [
         {
-            **entry,
+            **{name: value for name, value in entry.items() if name != "command"},  # it can contain secrets
             "environment": sorted(server.environment),
             "shell_command": server.shell_command,
             "contenders": contenders(server),
@@ -136,14 +147,14 @@ def request_counts(plan: ReproducePlan, out: OutputFolder, load_minutes: float) 
     """Returns the numbers of requests, from the pilot. Without a pilot they are the smallest ones."""
     rates = {}
     for step in pilot_steps(plan):
-        if out.is_finished(step) and step.clients is not None:
+        if out.is_finished(step, digest_of(plan, plan.servers[0])) and step.clients is not None:
             rates[step.clients] = pilot_rate(read_json(out.result(step.id)))
     return choose_counts(plan.clients, rates, 60 * load_minutes / num_cells(plan))
 
 
-def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder) -> bool:
+def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder, digest: str) -> bool:
     """Runs the command of a step, and records the result. Returns False if the step was finished earlier."""
-    if out.is_finished(step):
+    if out.is_finished(step, digest):
         print_progress(f"{step.id}: finished earlier")
         return False
     result, started = out.result(step.id), time.monotonic()
@@ -153,6 +164,7 @@ def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder) -> 
         "kind": step.kind,
         "clients": step.clients,
         "arguments": list(step.arguments),
+        "digest": digest,
         "command": step.shell_command(session.plan.url, result),
         "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     }

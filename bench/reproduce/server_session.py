@@ -80,7 +80,8 @@ class ServerSession:
         finally:  # also if the user does not want to wait
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait(KILL_TIMEOUT_S)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_TIMEOUT_S)
 
     def _start(self) -> None:
         if is_port_used(self.plan.port):

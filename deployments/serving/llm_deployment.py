@@ -172,7 +172,7 @@ def read_events(item: Any) -> list[Any]:
     for part in _parts(item):
         if not isinstance(part, str):
             raise _error_of_response(part)
-        for line in part.splitlines():
+        for line in part.split("\n"):  # splitlines() also splits at characters that JSON may contain
             data = line.removeprefix("data:").strip()
             if not line.startswith("data:") or data == "[DONE]":
                 continue
@@ -188,7 +188,7 @@ def read_events(item: Any) -> list[Any]:
 
 def ends_stream(item: Any) -> bool:
     """Returns whether an item contains the last event of a stream."""
-    return any(isinstance(part, str) and "data: [DONE]" in part.splitlines() for part in _parts(item))
+    return any(isinstance(part, str) and "data: [DONE]" in map(str.strip, part.split("\n")) for part in _parts(item))
 
 
 def _parts(item: Any) -> Sequence[Any]:
@@ -200,7 +200,10 @@ def _error_of_response(response: Any) -> Exception:
     error = getattr(response, "error", None)
     if error is None:
         return ServerError(f"the deployment answered with {type(response).__name__} instead of a stream")
-    return error_of_status(int(error.code), error_message(str(error.message)))
+    try:
+        return error_of_status(int(error.code), error_message(str(error.message)))
+    except (AttributeError, TypeError, ValueError):
+        return ServerUnavailable(f"the deployment answered with the error {error!r}", deterministic=True)
 
 
 def translate_error(error: Exception) -> Exception:

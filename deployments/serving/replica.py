@@ -5,7 +5,9 @@ It assigns the device, warms up the engine, and reports health and metrics.
 
 import asyncio
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,6 +30,15 @@ class ReplicaInfo:
     visible_gpus: str  # CUDA_VISIBLE_DEVICES
     max_model_len: int
     pid: int
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """The settings of an engine, and what Ray has given to its replica."""
+
+    settings: EngineSettings
+    runtime_env: Mapping[str, Any]
+    resources: Mapping[str, float]
 
 
 class ModelReplica:
@@ -56,8 +67,9 @@ class ModelReplica:
         """Raises if the engine cannot serve requests at the moment. Routers call this and report the reason."""
         await self.engine.check_available()
 
-    async def engine_settings(self) -> EngineSettings:
-        return self._settings
+    async def running_engine(self) -> RunningEngine:
+        context = ray.get_runtime_context()
+        return RunningEngine(self._settings, dict(context.runtime_env), context.get_assigned_resources())
 
     async def stats(self) -> EngineStats:
         return await self.engine.read_stats()

@@ -6,14 +6,16 @@ of the earlier version before it starts new ones, so after such a failure nothin
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deployments.serving.replica import hide_unassigned_gpus
+from deployments.serving.replica import RunningEngine, hide_unassigned_gpus
 from parse.config import EngineSettings
 from parse.engine_config import VLLMEngineConfig
 from parse.engines.loader import load_engine
@@ -23,39 +25,62 @@ logger = logging.getLogger(__name__)
 
 NUM_CPUS = 0.1  # as little as possible, because the earlier version still has its own
 PLACEMENT_TIMEOUT_S = 5.0
-REPLICA_TIMEOUT_S = 10.0
-NO_RESOURCES = "%s: no resources are left to try the new vLLM while the old one serves"
+REPLICA_TIMEOUT_S = 30.0
 
 
 def check_start(argument: str, deployment: str, settings: EngineSettings, num_gpus: float) -> None:
     """Raises ModelLoadError, in vLLM's words, if vLLM does not start with new settings.
 
     It is not tried if no earlier version serves, if that one already runs with the same settings, or if the cluster has
-    no resources left for a second vLLM.
+    no resources left for a second vLLM. It gets the environment and the resources of a replica that runs now, because
+    those of the new deployment are not known while the application is built.
     """
     if not isinstance(settings.engine, VLLMEngineConfig) or settings.engine.reserves_gpus:
         return
-    running = asyncio.run(_running_settings(deployment))
-    if running is None or running == settings:
+    running = asyncio.run(_running_engines(deployment))
+    if all(engine.settings == settings for engine in running):
         return
-    num_gpus = num_gpus if "GPU" in ray.cluster_resources() else 0  # vLLM's build for CPUs needs none
-    resources = {"CPU": NUM_CPUS} | ({"GPU": num_gpus} if num_gpus else {})
-    available = ray.available_resources()  # an autoscaler would start a node for a placement group that has to wait
-    if any(available.get(name, 0) < amount for name, amount in resources.items()):
-        logger.warning(NO_RESOURCES, argument)
-        return
-    group = placement_group([resources])
+    engine = running[0]
+    resources = {name: amount for name, amount in engine.resources.items() if name not in ("CPU", "GPU", "memory")}
+    if num_gpus and (engine.resources.get("GPU") or not isinstance(engine.settings.engine, VLLMEngineConfig)):
+        resources["GPU"] = num_gpus  # otherwise it is vLLM's build for CPUs
     try:
-        if not group.wait(PLACEMENT_TIMEOUT_S):  # they are not on one node
-            logger.warning(NO_RESOURCES, argument)
-            return
-        options: dict[str, Any] = {"num_cpus": NUM_CPUS, "num_gpus": num_gpus, "max_retries": 0}
-        strategy = PlacementGroupSchedulingStrategy(group)
-        message = ray.get(ray.remote(_start).options(scheduling_strategy=strategy, **options).remote(settings))
-    finally:
-        remove_placement_group(group)
+        message = _try_start(settings, {"CPU": NUM_CPUS} | resources, engine.runtime_env)
+    except RayError as error:
+        message = f"vLLM cannot be tried: {type(error).__name__}: {error}"
+    except NoResources:
+        logger.warning("%s: no resources are left to try the new vLLM while the old one serves", argument)
+        return
     if message is not None:
         raise model_load_error(argument, settings.model, ValueError(message))
+
+
+class NoResources(RuntimeError):
+    """The cluster has too few free resources."""
+
+
+def _try_start(settings: EngineSettings, resources: Mapping[str, float], runtime_env: Mapping[str, Any]) -> str | None:
+    """Returns the message if the engine does not start with these resources."""
+    available = ray.available_resources()  # an autoscaler would start a node for a placement group that has to wait
+    if any(available.get(name, 0) < amount for name, amount in resources.items()):
+        raise NoResources
+    group = placement_group([dict(resources)])
+    try:
+        if not group.wait(PLACEMENT_TIMEOUT_S):  # they are not on one node
+            raise NoResources
+        others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+        task = ray.remote(_start).options(
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            resources=others,
+            runtime_env=dict(runtime_env),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+            max_retries=0,
+        )
+        message: str | None = ray.get(task.remote(settings))
+        return message
+    finally:
+        remove_placement_group(group)
 
 
 def _start(settings: EngineSettings) -> str | None:
@@ -63,22 +88,25 @@ def _start(settings: EngineSettings) -> str | None:
     hide_unassigned_gpus()
     try:
         load_engine(settings).shutdown()
-    except ValueError as error:
-        return str(error)
+    except Exception as error:
+        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return None
 
 
-async def _running_settings(deployment: str) -> EngineSettings | None:
-    """Returns the settings of a replica that runs now, or None if none responds.
+async def _running_engines(deployment: str) -> list[RunningEngine]:
+    """Returns one engine of each application that has such a deployment and serves.
 
     While Ray Serve builds a new version, it does not say which deployments an application has, so all are asked.
     """
+    engines = []
     for application in serve.status().applications:
         try:
             handle = serve.get_deployment_handle(deployment, application)
+        except KeyError:  # there is no such deployment
+            continue
+        try:
             async with asyncio.timeout(REPLICA_TIMEOUT_S):
-                settings: EngineSettings = await handle.engine_settings.remote()
-                return settings
-        except Exception as error:  # there is none, it is being replaced, or it belongs to another kind of application
-            logger.info("no %s of the application %s responds: %s", deployment, application, error)
-    return None
+                engines.append(await handle.running_engine.remote())
+        except Exception as error:
+            logger.warning("no %s of %s responds, so new settings are not tried: %r", deployment, application, error)
+    return engines

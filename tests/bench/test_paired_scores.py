@@ -41,7 +41,7 @@ def test_the_interval_covers_the_loss_and_no_loss_is_rarely_taken_for_one():
 
 def test_equal_scores_and_a_single_problem_prove_nothing():
     equal = PairedScores.of([5, 6, 7], [5, 6, 7], 9)
-    assert (equal.loss, equal.p_value(), equal.interval()) == (0, 1.0, (0, 0))
+    assert (equal.loss, equal.p_value(), equal.interval()) == (0, 1.0, (-9, 9))
     single = PairedScores.of([9], [5], 9)
     assert (single.loss, single.p_value(), single.interval()) == (4, 1.0, (-9, 9))
 

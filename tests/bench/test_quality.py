@@ -123,7 +123,7 @@ def test_a_failed_request_ends_the_comparison():
     async def send(params, request):
         return RequestResult(request, 0.0, 1.0, error="503", detail="no place")
 
-    with pytest.raises(quality.TooManyErrors, match="503 no place"):
+    with pytest.raises(quality.NoAnswer, match="503 no place"):
         asyncio.run(quality.measure(send, "model", demo_task(3, seed=1), MeasurementOptions(("off",))))
 
 

@@ -27,7 +27,8 @@ TIMING_ORDER = 1, 8, 64, 16, 4, 2, 256
 ALWAYS_TIMED = frozenset((1, 8))  # even if there is no time left; they show whether a kernel suits few tokens
 TIME_LIMIT_S = 1.0  # for all layers of a model together
 MIN_PASSES, MAX_PASSES = 3, 20
-PASSES_TIME_S = 0.01  # for so long, more passes are made: the times of small layers vary by more than they differ
+# Small layers are timed for at least this long, because the noise of one pass exceeds the difference between kernels.
+PASSES_TIME_S = 0.01
 # A weight that stays in the processor's cache is read faster than in a real step, so as many layers of one shape take
 # turns as exceed this size together.
 SAMPLE_BYTES = 16 * 2**20

@@ -75,8 +75,6 @@ class ServerFeatures:
     """Whether it generates with a speculative method of its own."""
     missing: tuple[str, ...] = ()
     """What else it lacks, in words for the log."""
-    call_cost: float = 0.0
-    """The cost of a verification apart from its prompts, in prompts. It is measured."""
 
 
 class Dialect(Protocol):

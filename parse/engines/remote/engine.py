@@ -37,6 +37,8 @@ class Connection:
     dialect: Dialect
     model_name: str
     features: ServerFeatures
+    call_cost: float
+    """The measured cost of a verification apart from its prompts, in prompts."""
     capabilities: Capabilities
     tokenizer: PreTrainedTokenizerBase
 
@@ -49,7 +51,7 @@ class RemoteEngine:
         self._pool, self._dialect, self._features = connection.pool, connection.dialect, connection.features
         self._capabilities = connection.capabilities
         self._checks = RequestChecks(len(self.tokenizer), self._capabilities.max_model_len)
-        self._answer_first = AnswerFirstPolicy(self._features.call_cost)
+        self._answer_first = AnswerFirstPolicy(connection.call_cost)
         self._metrics: dict[str, str] = {}  # of each server, as they were read last
 
     @property

@@ -4,8 +4,7 @@ import logging
 import os
 import ssl
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from statistics import fmean
+from dataclasses import fields
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -92,6 +91,7 @@ def connect(
         dialect=dialect,
         model_name=identity.name,
         features=features,
+        call_cost=_call_cost(addresses[0], dialect, identity.name, tokenizer, features),
         capabilities=server_capabilities(settings, dialect, identity, features, tokenizer),
         tokenizer=tokenizer,
     )
@@ -151,6 +151,27 @@ def inspect_servers(
         event_loop.close()
 
 
+def _call_cost(
+    address: Address, dialect: Dialect, model: str, tokenizer: PreTrainedTokenizerBase, features: ServerFeatures
+) -> float:
+    """Returns the cost of a verification apart from its prompts, in prompts, or 0 if the server cannot verify."""
+
+    async def measure() -> float:
+        server = address.open()
+        try:
+            return await measure_call_cost(dialect, server, model, tokenizer, features)
+        finally:
+            await server.aclose()
+
+    if not features.verifies:
+        return 0.0
+    event_loop = EventLoopThread("call cost")
+    try:
+        return event_loop.run(measure())
+    finally:
+        event_loop.close()
+
+
 async def _inspect(
     addresses: Sequence[Address],
     model_name: str | None,
@@ -166,12 +187,8 @@ async def _inspect(
             name = identities[0].name if identities else model_name
             identities.append(await dialect.identify(server, name, tokenizer))
             identities[0].check(identities[-1])
-            features = await dialect.find_features(server, identities[-1], tokenizer)
-            report_features(server, dialect, features)
-            if features.verifies:
-                call_cost = await measure_call_cost(dialect, server, identities[-1].name, tokenizer, features)
-                features = replace(features, call_cost=call_cost)
-            all_features.append(features)
+            all_features.append(await dialect.find_features(server, identities[-1], tokenizer))
+            report_features(server, dialect, all_features[-1])
         except (ServerUnavailable, WrongModel, ServerError, RequestError) as error:
             message = error.message if isinstance(error, RequestError) else str(error)
             raise ValueError(f"{server.url}: {message}") from error
@@ -186,7 +203,6 @@ async def _inspect(
         verifies_by_token_id=all(features.verifies_by_token_id for features in all_features),
         has_prompt_logprobs=all(features.has_prompt_logprobs for features in all_features),
         has_speculation=any(features.has_speculation for features in all_features),
-        call_cost=fmean(features.call_cost for features in all_features),
     )
     return dialect, identities[0], features
 

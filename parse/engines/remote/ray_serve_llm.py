@@ -157,13 +157,13 @@ def merged_response(events: Sequence[Any]) -> dict[str, Any]:
 def read_echo(response: Any, prompt: Sequence[int], start: int, num_logprobs: int) -> list[PromptLogprob]:
     """Returns what the server says about the tokens of the prompt from `start` on, which it has repeated."""
     logprobs = read_choices(response, 1)[0].get("logprobs") or {}
-    tokens, tops = logprobs.get("tokens") or [], logprobs.get("top_logprobs") or []
-    if tokens[: len(prompt)] != [f"{TOKEN_PREFIX}{token}" for token in prompt] or len(tops) != len(tokens):
+    tokens, tops, values = (logprobs.get(name) or [] for name in ("tokens", "top_logprobs", "token_logprobs"))
+    has_all = len(tops) == len(values) == len(tokens)
+    if tokens[: len(prompt)] != [f"{TOKEN_PREFIX}{token}" for token in prompt] or not has_all:
         raise unreadable("the prompt has no log-probabilities")
     results = []
-    for token, top, value in zip(
-        prompt[start:], tops[start : len(prompt)], logprobs.get("token_logprobs", [])[start : len(prompt)], strict=True
-    ):
+    evaluated = slice(start, len(prompt))
+    for token, top, value in zip(prompt[start:], tops[evaluated], values[evaluated], strict=True):
         if not isinstance(top, Mapping):
             raise unreadable(f"the log-probability of token {token} is missing")
         own, others = read_logprob(value), read_top_logprobs(top)

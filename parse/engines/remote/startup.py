@@ -61,10 +61,10 @@ async def measure_call_cost(
 
     The prompts are as long as what a prefix adds to its context. They are random, so that none of them is cached.
     """
-    generator = random.Random()
+    generator, tokens = random.Random(), tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
 
     async def seconds(num_prompts: int) -> float:
-        prompts = [generator.choices(range(len(tokenizer)), k=NUM_PREFIX_TOKENS) for _ in range(num_prompts)]
+        prompts = [generator.choices(tokens, k=NUM_PREFIX_TOKENS) for _ in range(num_prompts)]
         answers, by_token_id = prompts[0][:2], features.verifies_by_token_id
         started = time.perf_counter()
         await dialect.next_token_logprobs(server, model, prompts, answers, by_token_id=by_token_id)

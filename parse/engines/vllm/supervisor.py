@@ -3,7 +3,7 @@
     python supervisor.py FOLDER COMMAND...
 
 The caller keeps the other end of the standard input open. The operating system closes it when the caller ends, even if
-it was killed. At the end, the folder is removed.
+it was killed. At the end, the folder is removed, if one is named: FOLDER can be empty.
 
 There are two processes, which both adopt the descendants of the command whose own parents have ended. The inner one
 watches the command and the caller. The outer one ends what is left if the inner one is killed. Ray kills the direct
@@ -42,7 +42,7 @@ def main(folder: str, command: Sequence[str]) -> int:
         signal.signal(signum, lambda received, _: os.kill(inner, received))
     _, status = os.waitpid(inner, 0)
     _kill_descendants()
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     return os.waitstatus_to_exitcode(status) & 0xFF
 
 
@@ -64,9 +64,14 @@ def _supervise(folder: str, command: Sequence[str]) -> int:
                 child.wait(GRACE_S)
     finally:
         _kill_descendants()
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     return_code = child.poll()
     return 128 + signal.SIGKILL if return_code is None or return_code < 0 else return_code
+
+
+def _remove(folder: str) -> None:
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kill_descendants() -> None:
