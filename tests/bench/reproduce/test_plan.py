@@ -4,6 +4,7 @@ import atexit
 import copy
 import shlex
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -101,6 +102,8 @@ def test_a_displayed_command_can_be_typed_and_hides_secrets():
     words = shlex.split(server.shell_command)
     assert words[0] == "env" and words[-len(server.command) :] == list(server.command)
     assert "hf_secret" not in server.shell_command and server.environment["HF_TOKEN"] == "hf_secret"
+    with_token = replace(server, command=(*server.command, "--hf-token", "hf_other"))
+    assert "hf_other" not in with_token.shell_command and "--hf-token HIDDEN" in with_token.shell_command
     config = {"args": {"target": {"engine": {"environment": {"HF_TOKEN": "hf_secret", "OMP_NUM_THREADS": "1"}}}}}
     assert "hf_secret" not in shareable_config(config) and "OMP_NUM_THREADS: '1'" in shareable_config(config)
 

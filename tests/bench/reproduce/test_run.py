@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,26 @@ def test_a_step_with_other_arguments_runs_again(tmp_path, port, commands):
     commands.behaviours["one-2"] = "other"
     run_plan(plan, out, 1.0)
     assert commands.take_names() == ["one-2"]
+
+
+@pytest.mark.parametrize("change", ["command", "environment", "config", "problems"])
+def test_the_steps_of_a_changed_server_run_again(tmp_path, port, commands, change):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("one problem")
+    out, server = OutputFolder(tmp_path / "out"), scripted("one", port)
+    plan = replace(plan_of(server, problems=problems), files={"configs/one.yaml": "a: 1"})
+    run_plan(plan, out, 1.0)
+    assert commands.take_names() == ["one-1", "one-2"]
+    if change == "command":
+        plan = replace(plan, servers=(replace(server, command=(*server.command, "--ignored")),))
+    elif change == "environment":
+        plan = replace(plan, servers=(replace(server, environment={"A": "1"}),))
+    elif change == "config":
+        plan = replace(plan, files={"configs/one.yaml": "a: 2"})
+    else:
+        problems.write_text("another problem")
+    run_plan(plan, out, 1.0)
+    assert commands.take_names() == ["one-1", "one-2"]
 
 
 @pytest.mark.parametrize(

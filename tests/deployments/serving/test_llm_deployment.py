@@ -184,6 +184,13 @@ def test_the_end_of_a_stream_is_recognized_only_as_a_whole_event():
     assert read_events([chunk(text="data: [DONE]")])[0]["choices"][0]["text"] == "data: [DONE]"
 
 
+def test_an_event_may_contain_separators_of_lines_that_json_allows():
+    text = "one\u2028two\u0085three"
+    event = json.dumps({"choices": [{"index": 0, "text": text}]}, ensure_ascii=False)
+    assert read_events(f"data: {event}\n\n")[0]["choices"][0]["text"] == text
+    assert ends_stream(f"data: {event}\n\ndata: [DONE]\n\n")
+
+
 # Which deployment it is
 
 
