@@ -40,8 +40,9 @@ def main() -> None:
     register_rule("tolerate_one_failure", RuleSpec("keeps what precedes two failures in a row", tolerate_one_failure))
     for rule in ("first_failure", "tolerate_one_failure"):
         # The demo target gives correct prefixes a P(correct) near 1. The rules differ only if a correct prefix fails.
-        # The threshold is therefore extremely high here.
-        verification = VerificationSettings.for_model(DEMO_TARGET, rule=rule, prefix=0.9988, stride=4)
+        # The threshold is therefore extremely high here. All prefixes are evaluated, because a search for the first
+        # failure can miss one that is followed by a longer prefix that passes.
+        verification = VerificationSettings.for_model(DEMO_TARGET, rule=rule, prefix=0.9988, stride=4, exhaustive=True)
         with Pair(DEMO_TARGET, DEMO_DRAFT, verification=verification) as pair:
             answer = pair.generate(EXAMPLE_PROMPT, mode="full", temperature=0)
         values = " ".join("-" if value is None else f"{value:.4f}" for value in answer.verifications[0].p_correct)

@@ -174,7 +174,11 @@ def test_a_killed_router_loses_its_own_requests_only(service):
     # Both routers are on the first node since the second one was drained. The proxy prefers routers on its own node.
     body = long_chat(problems(1)[0].question)
 
+    async def both_routers_run():
+        return len(await service.describe("Router")) == 2
+
     async def ask():
+        await until(both_routers_run)  # the test before this one has moved one of them
         async with service.client() as client:
             requests = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(9)]
 
