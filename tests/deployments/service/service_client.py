@@ -19,7 +19,7 @@ from training import measure
 from training.task import Problem
 
 MODEL = "demo-target"
-TIMEOUT_S = 90.0  # long, because these tests do not measure speed
+TIMEOUT_S = 180.0  # long, because these tests do not measure speed
 
 
 def problems(count: int, seed: int = 3) -> list[Problem]:
