@@ -81,7 +81,8 @@ On a machine without GPUs, this command runs the demo target in vLLM. It install
   the names and the types of the arguments can be checked then, because the GPUs and vLLM may be on another node.
 - **A vLLM that cannot start.** If an earlier version serves, and the cluster has enough free GPUs for one more vLLM, the new one is
   started once before the deployment. If it does not start, the deployment fails with the errors in its log, and the earlier version
-  keeps serving. Without free GPUs, Ray Serve has to stop a replica of the earlier version first. With several replicas, the others keep
+  keeps serving. In this trial, it gets the environment and the resources of a replica of the earlier version. On CPUs, it also needs as much memory.
+  Without free GPUs, Ray Serve has to stop a replica of the earlier version first. With several replicas, the others keep
   serving. With a single one, nothing serves until you deploy the earlier version again.
 - **Failures.** If vLLM ends, or its `/health` does not respond for `stall_timeout_s`, the replica kills what is left of it and starts it
   again. Calls wait meanwhile, for up to `retry_timeout_s`, and are then repeated or continued. An answer with `presence_penalty` or

@@ -74,3 +74,16 @@ def vllm() -> Iterator[VLLMServer]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    try:
+        from tests.deployments.browser import MISSING, browsing
+    except ImportError as missing:
+        pytest.skip(f"no browser: {missing.name} is not installed")
+    if MISSING:
+        pytest.skip(f"no browser: {MISSING}")
+    with browsing() as browser:
+        yield browser

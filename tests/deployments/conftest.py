@@ -1,7 +1,6 @@
 """Provides one demo pair and one server for all tests of the HTTP API."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
@@ -52,16 +51,3 @@ def client(address: str) -> Iterator[OpenAI]:
 def raw(address: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=address, timeout=60) as raw:
         yield raw
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """A headless Chromium."""
-    try:
-        from tests.deployments.browser import MISSING, browsing
-    except ImportError as missing:
-        pytest.skip(f"no browser: {missing.name} is not installed")
-    if MISSING:
-        pytest.skip(f"no browser: {MISSING}")
-    with browsing() as browser:
-        yield browser

@@ -29,18 +29,6 @@ EXPECTED = (
 
 
 @pytest.fixture(scope="module")
-def browser():
-    try:
-        from tests.deployments.browser import MISSING, browsing
-    except ImportError as missing:
-        pytest.skip(f"no browser: {missing.name} is not installed")
-    if MISSING:
-        pytest.skip(f"no browser: {MISSING}")
-    with browsing() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def opened(browser, tmp_path_factory):
     file = tmp_path_factory.mktemp("report") / "report.html"
     file.write_text(render_html(build_report(invented_run())), encoding="utf-8")
