@@ -62,7 +62,9 @@ target:
     engine_args: {tensor_parallel_size: 4, quantization: fp8}
 ```
 
-[cluster/serve_vllm.yaml](../cluster/serve_vllm.yaml) is a whole configuration for five GPUs, which has not been tried on hardware.
+[cluster/serve_vllm.yaml](../cluster/serve_vllm.yaml) is a whole configuration for five GPUs, with one variant in
+[FP8](../cluster/serve_vllm_fp8.yaml), one with [EAGLE-3](../cluster/serve_vllm_eagle3.yaml), and one for
+[KubeRay](../cluster/rayservice_vllm.yaml). None of them has been tried on hardware.
 On a machine without GPUs, this command runs the demo target in vLLM. It installs vLLM's build for CPUs first:
 
 ```

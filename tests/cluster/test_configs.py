@@ -22,15 +22,16 @@ from deployments.launch import BUILDER_IMPORT_PATH, LaunchError, read_config
 from deployments.reference import list_deployments
 
 CLUSTER = PROJECT_ROOT / "cluster"
-RAY_SERVICE = CLUSTER / "rayservice.yaml"
-CONFIGS = [*sorted(PROJECT_ROOT.glob("serve_*.yaml")), *sorted(set(CLUSTER.glob("*.yaml")) - {RAY_SERVICE})]
+RAY_SERVICES = {"rayservice.yaml": "serve_gpu.yaml", "rayservice_vllm.yaml": "serve_vllm.yaml"}
+"""Each file for KubeRay, with the configuration that it contains."""
+CONFIGS = [*sorted(PROJECT_ROOT.glob("serve_*.yaml")), *sorted(CLUSTER.glob("serve_*.yaml"))]
 
 
-def embedded() -> str:
-    return str(yaml.safe_load(RAY_SERVICE.read_text())["spec"]["serveConfigV2"])
+def embedded(name: str) -> str:
+    return str(yaml.safe_load((CLUSTER / name).read_text())["spec"]["serveConfigV2"])
 
 
-TEXTS = {path.name: path.read_text() for path in CONFIGS} | {RAY_SERVICE.name: embedded()}
+TEXTS = {path.name: path.read_text() for path in CONFIGS} | {name: embedded(name) for name in RAY_SERVICES}
 
 
 @pytest.fixture(params=TEXTS, ids=str)
@@ -90,8 +91,52 @@ def test_the_container_serves_the_same_as_make_serve_but_to_the_network():
     assert here == container
 
 
-def test_the_rayservice_contains_the_config_for_gpus():
-    assert yaml.safe_load(embedded()) == yaml.safe_load(TEXTS["serve_gpu.yaml"])
+@pytest.mark.parametrize(("name", "contained"), RAY_SERVICES.items())
+def test_a_rayservice_contains_a_config_for_gpus(name, contained):
+    config = yaml.safe_load(TEXTS[name])
+    for deployment in application(config)["deployments"]:
+        deployment["ray_actor_options"].pop("resources", None)  # the pods for its replicas
+    assert config == yaml.safe_load(TEXTS[contained])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "serve_vllm_fp8.yaml",
+            {
+                "target": {"model": "Qwen/Qwen3-32B-FP8", "num_gpus": 2, "tensor_parallel_size": 2},
+                "draft": {"model": "Qwen/Qwen3-4B-FP8"},
+            },
+        ),
+        (
+            "serve_vllm_eagle3.yaml",
+            {
+                "target": {
+                    "speculative_config": {
+                        "method": "eagle3",
+                        "model": "RedHatAI/Qwen3-32B-speculator.eagle3",
+                        "num_speculative_tokens": 3,
+                    }
+                }
+            },
+        ),
+    ],
+)
+def test_the_variants_for_vllm_change_nothing_else(name, changes):
+    expected = yaml.safe_load(TEXTS["serve_vllm.yaml"])
+    app = application(expected)
+    by_name = {deployment["name"]: deployment["ray_actor_options"] for deployment in app["deployments"]}
+    deployment_of = {"target": "Verifier", "draft": "Drafter"}
+    for model, values in changes.items():
+        for key, value in values.items():
+            if key == "model":
+                app["args"][model][key] = value
+            elif key == "num_gpus":
+                by_name[deployment_of[model]][key] = value
+            else:
+                app["args"][model]["engine"]["engine_args"][key] = value
+    assert yaml.safe_load(TEXTS[name]) == expected
 
 
 def test_the_page_on_deploying_names_all_files_and_variables():
@@ -128,7 +173,7 @@ def test_replicas_have_as_many_gpus_as_their_vllm_needs(num_gpus, tmp_path):
         read_config(path)
 
 
-@pytest.mark.parametrize("name", ["serve_gpu.yaml", "serve_vllm.yaml", "rayservice.yaml"])
+@pytest.mark.parametrize("name", [path.name for path in CLUSTER.glob("*.yaml") if path.name != "serve_container.yaml"])
 def test_untried_files_say_that_they_are_untried(name):
     assert (CLUSTER / name).read_text().startswith("# NOT TRIED ON HARDWARE")
 

@@ -13,8 +13,10 @@ from packaging.utils import canonicalize_name
 
 from deployments.config import PROJECT_ROOT
 from deployments.launch import read_config
+from parse.engines.vllm import installation
 
-DOCKERFILE = PROJECT_ROOT / "cluster" / "Dockerfile"
+CLUSTER = PROJECT_ROOT / "cluster"
+DOCKERFILE = CLUSTER / "Dockerfile"
 INSTRUCTIONS = {"FROM", "ARG", "ENV", "RUN", "COPY", "WORKDIR", "USER", "EXPOSE", "HEALTHCHECK", "CMD"}
 
 
@@ -81,7 +83,7 @@ def test_every_package_and_the_demo_pair_are_copied(instructions):
 
 
 def test_the_image_installs_the_pinned_dependencies(instructions):
-    (dependencies, package) = (run for run in of(instructions, "RUN") if "pip install" in run.rest)
+    (dependencies, _, package) = (run for run in of(instructions, "RUN") if "pip install" in run.rest)
     assert "--constraint requirements.lock" in dependencies.rest
     assert "--no-deps" in package.rest
     lock = (PROJECT_ROOT / "requirements.lock").read_text().splitlines()
@@ -95,9 +97,17 @@ def test_the_image_installs_the_pinned_dependencies(instructions):
     assert {"torch", "ray", "transformers"} <= names <= pinned
 
 
+def test_vllm_is_installed_only_on_request_and_where_the_configs_expect_it(instructions):
+    (install,) = (run.rest for run in of(instructions, "RUN") if "vllm" in run.rest)
+    assert install.startswith('if [ -n "$VLLM_VERSION" ]; then ')
+    (python,) = re.findall(r"executable: (\S+)", (CLUSTER / "serve_vllm.yaml").read_text())[:1]
+    assert f"-m venv {python.removesuffix('/bin/python')} " in install
+    assert f"VLLM_VERSION={installation.NEWEST}\n" in DOCKERFILE.read_text()  # the example names a tested version
+
+
 def test_the_image_contains_no_secret_and_does_not_run_as_root(instructions):
     assert not re.search(r"(KEY|TOKEN|SECRET|PASSWORD)\w*[= ]", "\n".join(i.rest for i in of(instructions, "ENV")))
-    assert {arg.rest.partition("=")[0] for arg in of(instructions, "ARG")} == {"TORCH_INDEX"}
+    assert {arg.rest.partition("=")[0] for arg in of(instructions, "ARG")} == {"TORCH_INDEX", "VLLM_VERSION"}
     (user,) = of(instructions, "USER")
     assert user.rest == "1000"
     assert instructions.index(user) < instructions.index(of(instructions, "CMD")[0])

@@ -1,4 +1,4 @@
-"""Checks the RayService against KubeRay's own definition.
+"""Checks each RayService against KubeRay's own definition.
 
 rayservice.json.gz is the unchanged schema of ray.io/v1 in the CRD of KubeRay 1.7.0. It was made in a checkout of
 github.com/ray-project/kuberay at v1.7.0, by
@@ -11,6 +11,7 @@ github.com/ray-project/kuberay at v1.7.0, by
 
 import copy
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from jsonschema import Draft202012Validator
 
 from deployments.__main__ import PROXY_ENVIRONMENT, THROUGHPUT_ENVIRONMENT
 from deployments.config import PROJECT_ROOT
-from tests.cluster.test_configs import RAY_SERVICE
+from tests.cluster.test_configs import CLUSTER, RAY_SERVICES
 
 SCHEMA = Path(__file__).with_name("rayservice.json.gz")
 
@@ -54,9 +55,9 @@ def check() -> Draft202012Validator:
     return Draft202012Validator(schema)
 
 
-@pytest.fixture
-def service() -> Any:
-    return yaml.safe_load(RAY_SERVICE.read_text())
+@pytest.fixture(params=RAY_SERVICES)
+def service(request) -> Any:
+    return yaml.safe_load((CLUSTER / request.param).read_text())
 
 
 @pytest.fixture
@@ -143,17 +144,47 @@ def test_all_pods_run_one_image_and_kuberay_sets_their_commands(cluster):
     assert not any(container.keys() & {"command", "args"} for container in containers)
 
 
+def resources_of_pods(cluster) -> list[dict[str, float]]:
+    """Returns what Ray sees in each pod of the workers."""
+    available = []
+    for group in cluster["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        resources = {"num_gpus": float(limits["nvidia.com/gpu"]), "num_cpus": float(limits["cpu"])}
+        # KubeRay passes the value to a shell, so it is JSON in quotes.
+        custom = json.loads(json.loads(group["rayStartParams"].get("resources", '"{}"')))
+        available += [resources | custom for _ in range(group["replicas"])]
+    return available
+
+
+def requests_of_replicas(service) -> list[dict[str, float]]:
+    deployments = serve_config(service)["applications"][0]["deployments"]
+    requests = []
+    for deployment in deployments:
+        options = dict(deployment["ray_actor_options"])
+        requests += [options | options.pop("resources", {})] * deployment["num_replicas"]
+    return requests
+
+
+def all_fit(requests, pods) -> bool:
+    """Returns whether all replicas start, wherever Ray places each of them."""
+    if not requests:
+        return True
+    request, *others = requests
+    possible = [pod for pod in pods if all(pod.get(name, 0) >= amount for name, amount in request.items())]
+    for pod in possible:
+        left = [dict(other) for other in pods if other is not pod]
+        left.append({name: amount - request.get(name, 0) for name, amount in pod.items()})
+        if not all_fit(others, left):
+            return False
+    return bool(possible)
+
+
 def test_all_replicas_fit_and_none_is_on_the_head(service, cluster):
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    deployments = serve_config(service)["applications"][0]["deployments"]
-    assert all(deployment["ray_actor_options"]["num_cpus"] > 0 for deployment in deployments)
-    for resource, name in (("num_gpus", "nvidia.com/gpu"), ("num_cpus", "cpu")):
-        requested = sum(d["num_replicas"] * d["ray_actor_options"].get(resource, 0) for d in deployments)
-        available = sum(
-            group["replicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"][name])
-            for group in cluster["workerGroupSpecs"]
-        )
-        assert requested <= available, name
+    requests = requests_of_replicas(service)
+    assert all(request["num_cpus"] > 0 for request in requests)
+    for order in itertools.permutations(requests):
+        assert all_fit(order, resources_of_pods(cluster))
 
 
 def test_the_port_is_that_of_serve(service, cluster):
