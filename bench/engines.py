@@ -29,7 +29,6 @@ from bench.vllm_server import ServerOptions, running
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_EAGLE3, DEMO_PARALLEL, DEMO_TARGET
 from parse.engine_config import RemoteEngineConfig
-from parse.engines.loader import load_engine
 from parse.engines.protocol import Engine
 from parse.events import TextDelta
 from parse.pair import Pair
@@ -236,8 +235,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             contenders = [contender for contender in contenders if contender.name in args.contenders]
         prompts = prompts_of(problems[:20], native.tokenizer)
         result["verification"] = {
-            name: asyncio.run(verification_cost(load_engine(remote_settings(url)), prompts))
-            for name, url in urls.items()
+            name: asyncio.run(verification_cost(pair.target, prompts))
+            for name, pair in pairs.items()
             if name in PARSE_SUFFIXES
         }
         for concurrency in args.concurrency:

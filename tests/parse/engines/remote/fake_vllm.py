@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from aiohttp import web
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 Misbehaviour = Callable[[dict[str, Any]], Any]
 """Receives the body of a completion. Returns None, or what the server does instead of answering."""
@@ -71,6 +71,8 @@ class FakeVLLM:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
+        self._tokens: list[int] = []  # of the last forward pass, with their cache and the log-probabilities after each
+        self._cache, self._rows = DynamicCache(), torch.empty(0, self.network.config.vocab_size)
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics)
@@ -268,4 +270,12 @@ class FakeVLLM:
 
     @torch.inference_mode()
     def _logprobs(self, tokens: list[int]) -> torch.Tensor:
-        return self.network(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        """Computes only the tokens after the longest beginning that the last call had too."""
+        differs = (index for index, pair in enumerate(zip(tokens, self._tokens, strict=False)) if pair[0] != pair[1])
+        num_cached = min(next(differs, len(self._tokens)), len(self._tokens), len(tokens) - 1)
+        self._cache.crop(num_cached - len(self._tokens))
+        new = torch.tensor([tokens[num_cached:]])
+        logits = self.network(new, past_key_values=self._cache, use_cache=True).logits[0]
+        self._rows = torch.cat([self._rows[:num_cached], logits.log_softmax(-1)])
+        self._tokens = list(tokens)
+        return self._rows
