@@ -1,8 +1,9 @@
 """Linear layers in 8-bit integers, on CPUs.
 
 The weight has a scale for each output, and each token has a scale of its own. The product of integers is exact, so the
-result for a token does not depend on the other tokens of a step. torchao offers the same scheme as a tensor subclass,
-whose calls take longer than the arithmetic of a small layer.
+result for a token does not depend on the other tokens of a step. torchao has the same scheme, as a tensor subclass. Its
+layers took 2.4 to 16 times as long as these (torchao 0.18, all layer shapes of SmolLM2-135M with 1, 8 and 64 tokens,
+AMD EPYC, one thread).
 """
 
 import torch
