@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 from bench.output import heading, row
 from parse.config import EngineSettings
 from parse.demo import DEMO_TARGET
-from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import StepAttention
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native.model import Model
+from parse.engines.native_loader import load_native_engine
 from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.tree import suffix_forest

@@ -8,6 +8,7 @@ server is started for each configuration. All of them stay up, and the contender
 that a change of the machine's speed affects all of them.
 
 `vllm` has the threads that PARSE gives the target. `vllm-all-cores` has all cores that PARSE uses, drafter included.
+`vllm-managed` is a vLLM that PARSE itself starts and supervises, as in a replica with `engine: {kind: vllm}`.
 `ratio` compares requests per second with `vllm`.
 """
 
@@ -25,10 +26,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bench.output import add_json_argument, heading, milliseconds, row, write_output
-from bench.vllm_server import ServerOptions, running
+from bench.vllm_server import ServerOptions, cpu_environment, running
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_EAGLE3, DEMO_PARALLEL, DEMO_TARGET
-from parse.engine_config import RemoteEngineConfig
+from parse.engine_config import RemoteEngineConfig, VLLMEngineConfig
 from parse.engines.protocol import Engine
 from parse.events import TextDelta
 from parse.pair import Pair
@@ -59,7 +60,8 @@ SERVERS: Mapping[str, Mapping[str, Any]] = {
         },
     },
 }
-PARSE_SUFFIXES = {"vllm-block-32": "", "vllm-eagle3": "-eagle3", "given": ""}
+MANAGED = "vllm-managed"
+PARSE_SUFFIXES = {"vllm-block-32": "", "vllm-eagle3": "-eagle3", MANAGED: "-managed", "given": ""}
 """The servers that PARSE uses, and what follows the mode in the name of the contender."""
 PARSE_MODES = "full", "rounds", "progressive", "exact"
 
@@ -96,6 +98,16 @@ def pipeline_contender(name: str, pair: Pair, mode: str, method: str | None = No
 
 def remote_settings(url: str) -> EngineSettings:
     engine = RemoteEngineConfig(kind="remote", url=url)
+    return EngineSettings(model=DEMO_TARGET, max_model_len=MAX_MODEL_LEN, engine=engine)
+
+
+def managed_settings() -> EngineSettings:
+    """The settings of a vLLM that is started and supervised, with the same arguments as `vllm-block-32`."""
+    engine = VLLMEngineConfig(
+        kind="vllm",
+        engine_args={"dtype": "float32", "enforce_eager": True, **SERVERS["vllm-block-32"]},
+        environment=cpu_environment(num_threads=1),
+    )
     return EngineSettings(model=DEMO_TARGET, max_model_len=MAX_MODEL_LEN, engine=engine)
 
 
@@ -209,22 +221,28 @@ async def verification_cost(engine: Engine, prompts: Sequence[Sequence[int]]) ->
     return {"decode_step_s": step_s, "verify_13_prefixes_s": verify_s, "verify_in_decode_steps": verify_s / step_s}
 
 
+def start_targets(args: argparse.Namespace, stack: ExitStack) -> dict[str, EngineSettings]:
+    """Starts the servers that the contenders need, and returns the settings of each target."""
+    targets = {"given": remote_settings(args.target_url)} if args.target_url else {}
+    if args.start_vllm:
+        needed = [
+            name
+            for name in (*SERVERS, MANAGED)
+            if not args.contenders or set(contender_names(name)) & set(args.contenders)
+        ]
+        servers = {name: ServerOptions(DEMO_TARGET, **SERVERS[name]) for name in needed if name != MANAGED}
+        started = stack.enter_context(running(*servers.values()))
+        targets |= {name: remote_settings(server.url) for name, server in zip(servers, started, strict=True)}
+        targets |= {MANAGED: managed_settings()} if MANAGED in needed else {}
+    return targets
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     problems = draw_problems(args.seed, args.problems, split="bench")
     result: dict[str, Any] = {"run": describe_run(problems=args.problems, seeds=[args.seed]), "runs": []}
     with ExitStack() as stack:
-        urls: dict[str, str] = {}
-        if args.target_url:
-            urls["given"] = args.target_url
-        if args.start_vllm:
-            servers = {
-                name: ServerOptions(DEMO_TARGET, **options)
-                for name, options in SERVERS.items()
-                if not args.contenders or set(contender_names(name)) & set(args.contenders)
-            }
-            started = stack.enter_context(running(*servers.values()))
-            urls |= {name: server.url for name, server in zip(servers, started, strict=True)}
-        pairs = {name: stack.enter_context(Pair(remote_settings(url), draft_settings())) for name, url in urls.items()}
+        targets = start_targets(args, stack)
+        pairs = {name: stack.enter_context(Pair(target, draft_settings())) for name, target in targets.items()}
         contenders = [contender for name, pair in pairs.items() for contender in contenders_of_server(name, pair)]
         native = stack.enter_context(native_pair())
         contenders += [

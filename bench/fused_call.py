@@ -31,7 +31,7 @@ from deployments.session import Session
 from parse.acceptance import AcceptancePolicy
 from parse.config import EngineSettings, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET
-from parse.engines.loader import load_native_engine
+from parse.engines.native_loader import load_native_engine
 from parse.prefixes import DEFAULT_STRIDE, prefix_lengths_every
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest

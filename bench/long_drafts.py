@@ -21,8 +21,8 @@ from bench.output import add_json_argument, heading, row, write_output
 from bench.smollm2 import find_model
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings, VerificationSettings
-from parse.engines.loader import load_native_engine
 from parse.engines.native.engine import NativeEngine
+from parse.engines.native_loader import load_native_engine
 from parse.prefixes import prefix_lengths_every
 from parse.prompts import build_verification_suffix
 from parse.requests import GenerateRequest, VerifyRequest

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from bench.contenders import GREEDY
 from bench.output import add_json_argument, heading, row, write_output
 from parse.config import EngineSettings, VerificationSettings
-from parse.engines.loader import load_native_engine
+from parse.engines.native_loader import load_native_engine
 from parse.events import Finished, Usage
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids

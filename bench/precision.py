@@ -17,8 +17,8 @@ import torch
 from bench.output import add_json_argument, heading, row, write_output
 from bench.smollm2 import find_model
 from parse.config import EngineSettings
-from parse.engines.loader import load_native_engine
 from parse.engines.native.engine import NativeEngine
+from parse.engines.native_loader import load_native_engine
 from parse.prompts import VerificationSuffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyRequest
 from parse.types import SamplingParams

@@ -30,8 +30,8 @@ from bench.engine_speed import drain, generate_s, prefill_s
 from bench.output import add_json_argument, heading, row, write_output
 from bench.smollm2 import find_model
 from parse.config import EngineSettings
-from parse.engines.loader import load_native_engine
 from parse.engines.native.engine import NativeEngine
+from parse.engines.native_loader import load_native_engine
 from parse.types import SamplingParams
 from training.provenance import describe_run
 

@@ -95,9 +95,7 @@ def start(options: ServerOptions, *, port: int | None = None, wait: bool = True)
         *options.more,
     ]
     environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(options.num_threads),
+        **cpu_environment(options.num_threads),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # by default, up to 32 processes
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -119,6 +117,15 @@ def start(options: ServerOptions, *, port: int | None = None, wait: bool = True)
     if wait:
         server.wait_until_ready()
     return server
+
+
+def cpu_environment(num_threads: int) -> dict[str, str]:
+    """The environment variables of vLLM's build for CPUs that set how much of the machine it uses."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(num_threads),
+    }
 
 
 @contextmanager

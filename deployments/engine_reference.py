@@ -14,7 +14,7 @@ from deployments.launch import read_config
 from deployments.reference import render_table
 from parse.config import EngineSettings
 from parse.demo import DEMO_TARGET
-from parse.engines.loader import load_native_engine
+from parse.engines.native_loader import load_native_engine
 from parse.engines.protocol import Capabilities
 from parse.engines.remote.dialect import Dialect, ModelIdentity, ServerFeatures
 from parse.engines.remote.loader import server_capabilities

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from parse.config import EngineSettings
-from parse.engines.loader import load_native_engine
 from parse.engines.native.kernel_selection import TOKEN_COUNTS
 from parse.engines.native.plan_store import FilePlanStore, ModelPlan
+from parse.engines.native_loader import load_native_engine
 from parse.errors import RequestError
 
 

@@ -15,7 +15,7 @@ from deployments.observability.metrics import ROUTER_METRICS, MetricsRecorder
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.demo import DEMO_DRAFT, DEMO_TARGET, EXAMPLE_PROMPT
 from parse.engines.drafter import drafter_for
-from parse.engines.loader import load_native_engine
+from parse.engines.native_loader import load_native_engine
 from parse.events import Finished, TextDelta
 from parse.pipeline import Pipeline
 from parse.prompts import build_verification_suffix, chat_prompt_token_ids

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from parse.config import EngineSettings
-from parse.engines.loader import load_native_engine
 from parse.engines.native.engine import NativeEngine
+from parse.engines.native_loader import load_native_engine
 from parse.errors import RequestError
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerateRequest

@@ -11,7 +11,7 @@ import torch
 
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.demo import DEMO_MODELS, DEMO_TARGET
-from parse.engines.loader import load_native_engine
+from parse.engines.native_loader import load_native_engine
 from parse.requests import GenerateRequest
 from parse.speculative.proposers.space_adapters import load_adapters
 from parse.types import SamplingParams, sum_stats
@@ -143,7 +143,7 @@ def test_the_command_writes_adapters_and_their_card(tmp_path, monkeypatch):
 def test_the_passes_of_the_card_are_those_of_the_engine(monkeypatch):
     """The card counts passes from one plain pass over each text. The engine decodes step by step."""
     # Without measured step times the engine places a group of masks after every candidate, as the card does.
-    monkeypatch.setattr("parse.engines.loader.planned_step_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.native_loader.planned_step_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     proof = [text for text in generate_held_out(DEMO_TARGET, 8, seed=5, num_threads=1) if not text.begun][:3]
     network = load_model(DEMO_MODELS / "demo-target")

@@ -14,7 +14,8 @@ from deployments.serving.llm_deployment import DeploymentAddress, LLMDeployment
 from parse.config import EngineSettings
 from parse.demo import DEMO_TARGET
 from parse.engine_config import RemoteEngineConfig
-from parse.engines.loader import load_engine, load_native_engine
+from parse.engines.loader import load_engine
+from parse.engines.native_loader import load_native_engine
 from parse.errors import RequestError, ServerError
 from tests.deployments.serving.llm_server import LLMServer, LocalHandle
 from tests.parse.engines.remote import test_remote_engine

@@ -1,6 +1,8 @@
 """Tests the health checks and the preparation of replicas."""
 
 import asyncio
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -55,3 +57,12 @@ def test_a_stopped_engine_is_unhealthy(hosted):
     hosted.engine.shutdown()
     with pytest.raises(RuntimeError, match="thread has ended"):
         hosted.check_health()
+
+
+@pytest.mark.slow
+def test_a_router_does_not_import_the_native_engine():
+    """It would take seconds at each start, and about 80 MB."""
+    unwanted = {"parse.engines.native.engine", "torch._dynamo"}
+    script = f"import sys, deployments.serving.router; print({unwanted} & {{*sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"

@@ -12,10 +12,10 @@ import torch
 
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
-from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.generation import generate
 from parse.engines.native.model import Model
+from parse.engines.native_loader import load_native_engine
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel

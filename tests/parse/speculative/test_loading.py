@@ -8,9 +8,9 @@ import torch
 
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
-from parse.engines.loader import load_native_engine
 from parse.engines.native.checkpoint import CheckpointError
 from parse.engines.native.model import Model
+from parse.engines.native_loader import load_native_engine
 from parse.registry import METHODS
 from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel

@@ -15,12 +15,12 @@ from torch import Tensor
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.demo import DEMO_DRAFT, DEMO_MODELS, DEMO_TARGET
-from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native.fair_lock import CPU_LOCK
 from parse.engines.native.model import Model
 from parse.engines.native.step_timing import measure_step_seconds
+from parse.engines.native_loader import load_native_engine
 from parse.errors import RequestError
 from parse.prompts import VerificationSuffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest
@@ -116,7 +116,7 @@ def engine_with_proposer(proposer) -> NativeEngine:
 @pytest.fixture
 def untimed(monkeypatch):
     """Without measurements nothing seems to cost time, so that every step gets proposals."""
-    monkeypatch.setattr("parse.engines.loader.planned_step_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.native_loader.planned_step_seconds", lambda model: [])
     monkeypatch.setattr(StepCostModel, "record", lambda *_: None)
 
 

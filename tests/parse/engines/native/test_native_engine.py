@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from parse.acceptance import AcceptancePolicy, Thresholds
 from parse.config import EngineSettings
 from parse.demo import DEMO_MODELS
-from parse.engines.loader import load_native_engine
 from parse.engines.native.checkpoint import CheckpointError
+from parse.engines.native_loader import load_native_engine
 from parse.errors import EngineStopped, RequestCancelled, RequestError
 from parse.prompts import VerificationSuffix, build_verification_suffix, chat_prompt_token_ids
 from parse.requests import GenerateRequest, VerifyAndGenerateRequest, VerifyRequest

@@ -7,7 +7,6 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from parse.config import EngineSettings
-from parse.engines.loader import load_native_engine
 from parse.engines.native import model, paged_attention
 from parse.engines.native.generation import TreeInput, generate, prefill
 from parse.engines.native.kv_cache import KVCache
@@ -16,6 +15,7 @@ from parse.engines.native.paged_attention import PagedAttention, kernel_supports
 from parse.engines.native.prefix_cache import PrefixCache, SequenceState
 from parse.engines.native.scheduled_chunk import ScheduledChunk
 from parse.engines.native.scheduler import Scheduler
+from parse.engines.native_loader import load_native_engine
 from parse.errors import RequestCancelled, RequestError
 from parse.prompts import VerificationSuffix
 from parse.requests import GenerateRequest, VerifyRequest

@@ -2,7 +2,7 @@ import pytest
 
 from parse import EngineSettings
 from parse.demo import DEMO_TARGET
-from parse.engines.loader import load_native_engine
+from parse.engines.native_loader import load_native_engine
 
 
 @pytest.fixture(scope="module")

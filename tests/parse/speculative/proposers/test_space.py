@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from parse.config import EngineSettings, SpeculativeConfig
 from parse.demo import DEMO_MODELS, DEMO_TARGET
-from parse.engines.loader import load_native_engine
 from parse.engines.native.attention import STEP_ATTENTION
 from parse.engines.native.generation import TreeInput
 from parse.engines.native.model import Model
 from parse.engines.native.step_timing import measure_step_seconds
+from parse.engines.native_loader import load_native_engine
 from parse.requests import GenerateRequest
 from parse.speculative.proposal import MaskPrediction, ProposalRequest
 from parse.speculative.proposers.base import ProposerLoadError
@@ -305,7 +305,7 @@ def test_mask_predictions_are_those_of_a_plain_pass_after_the_last_accepted_toke
     """In a real generation, with candidates that are accepted and others that are not."""
     received: list = []
     # Without measurements nothing seems to cost time, so that all predictions are proposed.
-    monkeypatch.setattr("parse.engines.loader.planned_step_seconds", lambda model: [])
+    monkeypatch.setattr("parse.engines.native_loader.planned_step_seconds", lambda model: [])
     monkeypatch.setattr("parse.speculative.cost_model.StepCostModel.record", lambda *_: None)
     engine = load_engine_with_space()
     extend = SpaceState.extend
