@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.reproduce.benchmark_server import is_port_used
 from bench.reproduce.environment import describe_environment, shareable_config
 from bench.reproduce.hardware import UnsupportedConfig, this_machine
 from bench.reproduce.html_report import render_html
 from bench.reproduce.plan import ReproduceOptions, ReproducePlan, build_plan, is_demo_target
 from bench.reproduce.report import build_report, read_documents
 from bench.reproduce.run import OutputFolder, print_progress, read_json, run_plan
-from bench.reproduce.server_session import is_port_used
 from bench.reproduce.tasks import QualityOptions, Tasks, demo_tasks, file_tasks, generated_tasks
 from bench.workload import InvalidPromptFile, load_problems
 from deployments.config import AppSettings
@@ -129,9 +129,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=_positive,
-        default=8.0,
+        default=5.0,
         help="the time for all load measurements together, without the starts of servers and the quality. Each client "
-        "sends at least one request, so they can take longer (default: 8). Use 60 or more for figures that you publish",
+        "sends at least one request, so they can take longer (default: 5). Use 60 or more for figures that you publish",
     )
     parser.add_argument(
         "--problems",
@@ -148,7 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tasks", type=_words, default=(), help="tasks of bench.quality (default: the problems of the load)"
     )
-    parser.add_argument("--limit", type=_positive_integer, default=100, help="problems of each task (default: 100)")
+    parser.add_argument("--limit", type=_positive_integer, default=60, help="problems of each task (default: 60)")
     parser.add_argument(
         "--max-tokens", type=_positive_integer, help="of an answer (default: 240 for the demo, or 1024)"
     )

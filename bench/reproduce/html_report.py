@@ -279,8 +279,12 @@ def _noise(report: Document, renderer: TableRenderer) -> str:
     for entry in report["noise"]:
         repeated, first = entry["steps"]
         cells = [Cell(format_rate(entry["first"]), (first,)), Cell(format_rate(entry["repeated"]), (repeated,))]
-        rows.append(TableRow([Cell(str(entry["clients"])), *cells, Cell(f"{entry['drift']:+.1%}", (repeated, first))]))
-    names = "clients", "target alone, requests/s", "again at the end", "drift"
+        drifts = [
+            Cell("" if drift is None else f"{drift:+.1%}", (repeated, first))
+            for drift in (entry["drift"], entry["ttft_drift"])
+        ]
+        rows.append(TableRow([Cell(str(entry["clients"])), *cells, *drifts]))
+    names = "clients", "target alone, requests/s", "again at the end", "drift", "drift of the first token"
     return renderer.table(names, rows)
 
 

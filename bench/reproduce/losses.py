@@ -18,9 +18,10 @@ def find_losses(
 ) -> list[dict[str, Any]]:
     """Returns all losses. A `ratio` below 1 says by how much PARSE is worse.
 
-    A difference that is not larger than the drift of the target alone is marked as `within_noise`, but not left out.
+    A difference that is not larger than the drift of the same figure of the target alone is marked as `within_noise`,
+    but not left out.
     """
-    drifts = {entry["clients"]: abs(entry["drift"]) for entry in noise}
+    drifts = {entry["clients"]: entry for entry in noise}
     losses: list[dict[str, Any]] = []
     for clients in dict.fromkeys(cell["clients"] for cell in cells):
         level = [cell for cell in cells if cell["clients"] == clients and cell["status"] == "ok"]
@@ -34,9 +35,10 @@ def find_losses(
             losses_here += [*_slower_modes(modes, target), *_later_first_token(modes, target)]
             losses_here += _less_accurate_modes(modes, target)
         for loss in losses_here:
-            drift = drifts.get(clients)
+            name = "ttft_drift" if loss["figure"] == "ttft_p50_s" else "drift"
+            drift = drifts.get(clients, {}).get(name)
             is_comparable = loss["ratio"] is not None and drift is not None
-            losses.append(loss | {"within_noise": is_comparable and 1 - loss["ratio"] <= (drift or 0.0)})
+            losses.append(loss | {"within_noise": is_comparable and 1 - loss["ratio"] <= abs(drift or 0.0)})
     losses += [loss | {"within_noise": False} for loss in _lost_answers(quality)]
     losses += [loss | {"within_noise": False} for loss in _fewer_per_unit(rates_per_unit, unit)]
     return losses
@@ -47,6 +49,7 @@ def _loss(kind: str, cell: Document, against: Document, figure: str, ratio: floa
         "kind": kind,
         "clients": cell["clients"],
         "contender": cell["contender"],
+        "figure": figure,
         "value": cell[figure],
         "against": against["contender"],
         "against_value": against[figure],

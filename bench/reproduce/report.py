@@ -34,10 +34,12 @@ def read_documents(out: OutputFolder, latency_bound_s: float | None = None) -> R
     for step_id in _step_ids(plan):
         if (record := read_json(out.record(step_id))) is not None:
             records[step_id] = record
+    # If a task of the quality fails, the document of the step has the figures of the tasks before it.
     results = {
         step_id: result
         for step_id, record in records.items()
-        if record["status"] == "ok" and (result := read_json(out.result(step_id))) is not None
+        if (record["status"] == "ok" or record["kind"] == "quality")
+        and (result := read_json(out.result(step_id))) is not None
     }
     servers = {name: record for name in names if (record := read_json(out.server(name))) is not None}
     return RunDocuments(plan, read_json(out.path / "run.json") or {}, servers, records, results, latency_bound_s)
@@ -180,6 +182,10 @@ def cell_of(cells: Sequence[Document], contender: str, clients: int) -> Document
     return next((cell for cell in matching if cell["status"] == "ok"), None)
 
 
+def _drift(first: float | None, repeated: float | None) -> float | None:
+    return repeated / first - 1 if first and repeated else None
+
+
 def _noise(cells: Sequence[Document], levels: Sequence[int]) -> list[dict[str, Any]]:
     """Returns by how much the target alone differs between the beginning and the end of the run."""
     entries = []
@@ -193,6 +199,7 @@ def _noise(cells: Sequence[Document], levels: Sequence[int]) -> list[dict[str, A
                 "first": first["requests_per_s"],
                 "repeated": repeated["requests_per_s"],
                 "drift": repeated["requests_per_s"] / first["requests_per_s"] - 1,
+                "ttft_drift": _drift(first["ttft_p50_s"], repeated["ttft_p50_s"]),
                 "steps": [repeated["step"], first["step"]],
             }
         )

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.reproduce.benchmark_server import BenchmarkServer, ServerNotStarted
 from bench.reproduce.plan import ReproducePlan, ServerPlan
-from bench.reproduce.server_session import ServerNotStarted, ServerSession
 from bench.reproduce.steps import (
     BenchmarkStep,
     RequestCount,
@@ -96,16 +96,16 @@ def run_plan(
     for folder in ("steps", "records", "servers", "logs"):
         (out.path / folder).mkdir(parents=True, exist_ok=True)
     write_document(out.path / "plan.json", plan_document(plan))
-    for index, server in enumerate(plan.servers):
-        digest = digest_of(plan, server)
-        with ServerSession(server, out.log(server.name)) as session:
+    for index, server_plan in enumerate(plan.servers):
+        digest = digest_of(plan, server_plan)
+        with BenchmarkServer(server_plan, out.log(server_plan.name)) as server:
             if index == 0:
                 for step in pilot_steps(plan):
-                    num_steps += run_step(step, session, out, digest)
-            for step in measurement_steps(plan, server, request_counts(plan, out, load_minutes)):
-                num_steps += run_step(step, session, out, digest)
-            if session.failure is not None or session.ready_after_s is not None:
-                write_document(out.server(server.name), session.record())
+                    num_steps += run_step(step, server, out, digest)
+            for step in measurement_steps(plan, server_plan, request_counts(plan, out, load_minutes)):
+                num_steps += run_step(step, server, out, digest)
+            if server.failure is not None or server.ready_after_s is not None:
+                write_document(out.server(server_plan.name), server.record())
         after_server(num_steps)
     return num_steps
 
@@ -152,7 +152,7 @@ def request_counts(plan: ReproducePlan, out: OutputFolder, load_minutes: float) 
     return choose_counts(plan.clients, rates, 60 * load_minutes / num_cells(plan))
 
 
-def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder, digest: str) -> bool:
+def run_step(step: BenchmarkStep, server: BenchmarkServer, out: OutputFolder, digest: str) -> bool:
     """Runs the command of a step, and records the result. Returns False if the step was finished earlier."""
     if out.is_finished(step, digest):
         print_progress(f"{step.id}: finished earlier")
@@ -165,7 +165,7 @@ def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder, dig
         "clients": step.clients,
         "arguments": list(step.arguments),
         "digest": digest,
-        "command": step.shell_command(session.plan.url, result),
+        "command": step.shell_command(server.plan.url, result),
         "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     }
     for path in (result, out.record(step.id)):
@@ -173,9 +173,9 @@ def run_step(step: BenchmarkStep, session: ServerSession, out: OutputFolder, dig
     print_progress(f"{step.id}")
     reason: str | None = None
     try:
-        session.ensure_running()
+        server.ensure_running()
         started = time.monotonic()
-        reason = _run_command(step.command(session.plan.url, result), out.log(step.id))
+        reason = _run_command(step.command(server.plan.url, result), out.log(step.id))
         if reason is None and read_json(result) is None:
             reason = "the command wrote no JSON document"
     except ServerNotStarted as error:

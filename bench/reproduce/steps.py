@@ -100,7 +100,11 @@ def pilot_rate(document: Mapping[str, Any]) -> float:
 def measurement_steps(
     plan: ReproducePlan, server: ServerPlan, counts: Mapping[int, RequestCount]
 ) -> list[BenchmarkStep]:
-    """Returns the load measurements of a server, and of a PARSE server also that of the quality."""
+    """Returns the load measurements of a server, and of PARSE also that of the quality.
+
+    The quality is measured without vLLM's own speculation, which does not change the answers of a mode. The accuracy
+    under load is measured with it too.
+    """
     steps = [
         BenchmarkStep(
             f"load-{server.name}-{clients}",
@@ -111,7 +115,7 @@ def measurement_steps(
         )
         for index, clients in enumerate(plan.clients)
     ]
-    if server.modes:
+    if server.modes and server.speculation is None:
         steps.append(BenchmarkStep(f"quality-{server.name}", server.name, "quality", _quality_arguments(plan, server)))
     return steps
 

@@ -285,8 +285,10 @@ def test_problems_of_a_file_are_numbered_and_measured_with_the_same_result():
     plan = plan_of(DEMO, CPU)
     tasks = file_tasks(QualityOptions(50), Path("my_problems.jsonl"), r"#### (\d+)")
     plan = ReproducePlan(plan.servers, (1,), "core", plan.allocation, tasks)
-    server = plan.servers[-2]
-    load, quality = measurement_steps(plan, server, {1: RequestCount(6, 3, 9)})
+    parse, composed = (server for server in plan.servers if server.kind == "parse")
+    counts = {1: RequestCount(6, 3, 9)}
+    load, quality = measurement_steps(plan, parse, counts)
+    assert [step.kind for step in measurement_steps(plan, composed, counts)] == ["load"]
     assert "--distinct-prompts" in load.arguments and r"#### (\d+)" in load.arguments
     assert "my_problems.jsonl" in quality.arguments and r"#### (\d+)" in quality.arguments
     assert "50" in quality.arguments and "1024" in quality.arguments

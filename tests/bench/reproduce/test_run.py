@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 from bench.reproduce import run
+from bench.reproduce.benchmark_server import BenchmarkServer, ServerNotStarted
 from bench.reproduce.hardware import Allocation
 from bench.reproduce.html_report import render_html
 from bench.reproduce.plan import ReproducePlan, ServerPlan
 from bench.reproduce.report import build_report, read_documents
 from bench.reproduce.run import OutputFolder, read_json, run_plan
-from bench.reproduce.server_session import ServerNotStarted, ServerSession
 from bench.reproduce.steps import BenchmarkStep
 from bench.reproduce.tasks import QualityOptions, file_tasks
 from bench.vllm_server import free_port
+from tests.bench.reproduce.documents import quality_row, record
+from training.provenance import write_document
 
 # Appends its name to a file, and writes a document as the commands of steps do.
 SCRIPT = """
@@ -155,38 +157,55 @@ def test_a_server_that_does_not_start_fails_its_steps_with_its_reason_and_the_ot
 
 
 def test_a_port_in_use_is_said(tmp_path, port):
-    session = ServerSession(scripted("one", port), tmp_path / "log")
+    started = BenchmarkServer(scripted("one", port), tmp_path / "log")
     message = f"port {port} is in use: choose another one with --port"
-    with socket.create_server(("127.0.0.1", port)), session, pytest.raises(ServerNotStarted, match=message):
-        session.ensure_running()
+    with socket.create_server(("127.0.0.1", port)), started, pytest.raises(ServerNotStarted, match=message):
+        started.ensure_running()
 
 
 def test_a_server_whose_program_is_missing_is_a_failure(tmp_path, port):
     server = ServerPlan("one", "vllm", "", ("/nonexistent/python",), port, "/health", 1)
-    with ServerSession(server, tmp_path / "log") as session, pytest.raises(ServerNotStarted, match="cannot be started"):
-        session.ensure_running()
+    with (
+        BenchmarkServer(server, tmp_path / "log") as started,
+        pytest.raises(ServerNotStarted, match="cannot be started"),
+    ):
+        started.ensure_running()
 
 
-def test_a_server_that_has_ended_is_noticed_and_a_session_leaves_no_process(tmp_path, port):
-    with ServerSession(scripted("one", port), tmp_path / "log") as session:
-        session.ensure_running()
-        process = session._process
+def test_a_server_that_has_ended_is_noticed_and_no_process_is_left(tmp_path, port):
+    with BenchmarkServer(scripted("one", port), tmp_path / "log") as started:
+        started.ensure_running()
+        process = started._process
         assert process is not None
         process.kill()
         process.wait()
         with pytest.raises(ServerNotStarted, match="has ended"):
-            session.ensure_running()
-    with ServerSession(scripted("one", port), tmp_path / "log") as session:
-        session.ensure_running()
-        process = session._process
+            started.ensure_running()
+    with BenchmarkServer(scripted("one", port), tmp_path / "log") as started:
+        started.ensure_running()
+        process = started._process
     assert process is not None and process.poll() is not None
-    assert session.ready_after_s is not None
+    assert started.ready_after_s is not None
+
+
+def test_figures_of_tasks_before_a_failure_are_part_of_the_report(tmp_path, port):
+    out = OutputFolder(tmp_path)
+    for folder in ("steps", "records"):
+        (tmp_path / folder).mkdir()
+    write_document(tmp_path / "plan.json", run.plan_document(plan_of(scripted("parse", port, modes=("off", "full")))))
+    failed = record("quality-parse", "parse", "failed", "bench.quality: mbpp: no data set") | {"kind": "quality"}
+    write_document(out.record("quality-parse"), failed)
+    rows = [quality_row("off", 0.9, 0.0, (-0.1, 0.1)), quality_row("full", 0.9, 0.0, (-0.1, 0.1))]
+    write_document(out.result("quality-parse"), {"settings": {"base": "off"}, "rows": rows})
+    report = build_report(read_documents(out))
+    assert [row["contender"] for row in report["quality"]] == ["parse-off", "parse-full"]
+    assert "bench.quality: mbpp: no data set" in [failure["reason"] for failure in report["failures"]]
 
 
 def test_environment_variables_are_added_and_removed(tmp_path, port, monkeypatch):
     monkeypatch.setenv("SECRET_OF_CLIENTS", "x")
     server = ServerPlan("one", "vllm", "", ("true",), port, "/", 1, {"ADDED": "1"}, ("SECRET_OF_CLIENTS",))
-    environment = ServerSession(server, tmp_path / "log")._environment(os.environ)
+    environment = BenchmarkServer(server, tmp_path / "log")._environment(os.environ)
     assert environment["ADDED"] == "1" and "SECRET_OF_CLIENTS" not in environment and "PATH" in environment
 
 

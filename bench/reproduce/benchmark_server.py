@@ -29,8 +29,8 @@ class ServerNotStarted(RuntimeError):
     """The server does not start. The message quotes its log."""
 
 
-class ServerSession:
-    """A server that is started when it is first needed, and that ends with the session.
+class BenchmarkServer:
+    """A server that is started when it is first needed, and that ends with the context.
 
     If it does not start, it is not started again.
     """
@@ -41,7 +41,7 @@ class ServerSession:
         self.failure: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "ServerSession":
+    def __enter__(self) -> "BenchmarkServer":
         return self
 
     def __exit__(
