@@ -129,9 +129,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=_positive,
-        default=5.0,
+        default=4.0,
         help="the time for all load measurements together, without the starts of servers and the quality. Each client "
-        "sends at least one request, so they can take longer (default: 5). Use 60 or more for figures that you publish",
+        "sends at least one request, so they can take longer (default: 4). Use 60 or more for figures that you publish",
     )
     parser.add_argument(
         "--problems",

@@ -289,6 +289,7 @@ def test_problems_of_a_file_are_numbered_and_measured_with_the_same_result():
     counts = {1: RequestCount(6, 3, 9)}
     load, quality = measurement_steps(plan, parse, counts)
     assert [step.kind for step in measurement_steps(plan, composed, counts)] == ["load"]
+    assert "off,full,progressive,rounds" in quality.arguments
     assert "--distinct-prompts" in load.arguments and r"#### (\d+)" in load.arguments
     assert "my_problems.jsonl" in quality.arguments and r"#### (\d+)" in quality.arguments
     assert "50" in quality.arguments and "1024" in quality.arguments
