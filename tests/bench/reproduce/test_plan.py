@@ -272,7 +272,7 @@ def test_the_number_of_requests_fills_the_time_but_is_at_least_one_per_client():
 
 def test_without_a_pilot_the_numbers_are_the_smallest_ones():
     assert choose_counts((1, 128), {}, 10) == {
-        1: RequestCount(6, 3, 13.3),
+        1: RequestCount(4, 2, 20),
         128: RequestCount(128, 1, 40),
     }
 
