@@ -49,7 +49,7 @@ def _step_ids(plan: Document) -> Iterator[str]:
     yield from (f"pilot-{clients}" for clients in plan["clients"])
     for server in plan["servers"]:
         yield from (f"load-{server['name']}-{clients}" for clients in plan["clients"])
-        if server["modes"]:
+        if server["modes"] and server["speculation"] is None:
             yield f"quality-{server['name']}"
 
 

@@ -202,6 +202,14 @@ def test_figures_of_tasks_before_a_failure_are_part_of_the_report(tmp_path, port
     assert "bench.quality: mbpp: no data set" in [failure["reason"] for failure in report["failures"]]
 
 
+def test_the_quality_of_a_server_that_speculates_is_not_missed(tmp_path, port):
+    server = scripted("parse", port, modes=("off", "full"))
+    composed = replace(server, name="parse-eagle3", speculation="eagle3")
+    write_document(tmp_path / "plan.json", run.plan_document(plan_of(server, composed)))
+    names = {failure["name"] for failure in build_report(read_documents(OutputFolder(tmp_path)))["failures"]}
+    assert names == {"load-parse-1", "load-parse-eagle3-1", "quality-parse"}
+
+
 def test_environment_variables_are_added_and_removed(tmp_path, port, monkeypatch):
     monkeypatch.setenv("SECRET_OF_CLIENTS", "x")
     server = ServerPlan("one", "vllm", "", ("true",), port, "/", 1, {"ADDED": "1"}, ("SECRET_OF_CLIENTS",))
@@ -225,8 +233,8 @@ def test_the_real_commands_write_what_the_report_reads(tmp_path, port):
     assert cells["parse-full", 1]["accepted_share"] == 0.8
     assert len(report["noise"]) == 1 and report["rates_per_unit"]
     reasons = {failure["name"]: failure["reason"] for failure in report["failures"]}
-    assert reasons.keys() == {"parse-exact with 1 client", "quality-parse"}
-    assert "no mode exact" in reasons["quality-parse"]
+    assert reasons.keys() == {"parse-exact with 1 client"}
+    assert [row["contender"] for row in report["quality"]] == ["parse-off", "parse-full"]
     assert "parse-full" in render_html(report)
 
 
