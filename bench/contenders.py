@@ -83,6 +83,20 @@ def speed_figures(results: Sequence[BenchResult], base_results: Sequence[BenchRe
     }
 
 
+def answer_speed_figures(results: Sequence[BenchResult], base_results: Sequence[BenchResult]) -> dict[str, Any]:
+    """Returns the answers per second, and their ratio to other results for the same problems with its interval."""
+    seconds, base_seconds = ([a.seconds for a in each] for each in (results, base_results))
+    interval = None  # the ratio of a contender to itself has none
+    if results is not base_results:
+        ones = [1] * len(results)
+        interval = throughput_ratio_interval(ones, seconds, ones, base_seconds)
+    return {
+        "answers_per_s": len(results) / sum(seconds),
+        "speedup": sum(base_seconds) / sum(seconds),
+        "speedup_interval": interval,
+    }
+
+
 def accuracy_figures(
     results: Sequence[BenchResult], problems: Sequence[Problem], builder: ExampleBuilder
 ) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def table(document: Mapping[str, Any]) -> str:
     processor = f" on {run['processor']['model']}" if run else ""
     names = "decode tok/s", "/ `generate()`", "/ vLLM", "prefill tok/s", "/ `generate()`", "/ vLLM"
     lines = [
-        f"{settings['model']}, {settings['dtype']}, {settings['num_threads']} threads{processor}. The others compute "
+        f"{settings['model']}, {settings['dtype']}, {_threads(settings['num_threads'])}{processor}. The others compute "
         "in float32.",
         "",
         *heading("batch", *names),
@@ -179,6 +179,10 @@ def table(document: Mapping[str, Any]) -> str:
         ]
         lines.append(row(str(each["batch"]), *cells))
     return "\n".join(lines)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _ratio(value: float | None) -> str:

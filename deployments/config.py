@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from parse.config import EngineSettings, ModeName, VerificationSettings
+from parse.config import EngineSettings, ModeName, VerificationSettings, check_target
 from parse.demo import find_demo_model
 from parse.registry import MODES
 from parse.settings import OneOf, Settings
@@ -157,6 +157,11 @@ class AppSettings(Settings):
     )
     api: ApiSettings = Field(ApiSettings(), description="The limits on what clients may request.")
     audit: AuditSettings = Field(AuditSettings(), description="How often audits run, and how they compare answers.")
+
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, target: EngineSettings) -> EngineSettings:
+        return check_target(target)
 
     @property
     def model_name(self) -> str:

@@ -15,7 +15,7 @@ from ray.serve import Application, Deployment
 
 from deployments.app import assemble
 from deployments.config import ApiSettings, AppSettings, AuditSettings
-from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
+from parse.config import DraftingSettings, EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.engine_config import RemoteEngineConfig, VLLMEngineConfig
 from parse.renamed_settings import RENAMED_SETTINGS
 from parse.settings import OneOf
@@ -124,6 +124,12 @@ def render_configuration_page() -> str:
             "The value is a list, for example `[{method: parallel, model: models/demo-parallel}, {method: ngram}]`. A "
             "request can choose one of the target's methods or `none` with "
             "[`parse.speculation`](api.md#several-tokens-in-a-pass).",
+        ),
+        render_section(
+            "`drafting` of the draft model",
+            DraftingSettings,
+            "For example `draft: {model: ..., speculative_configs: [{method: parallel, model: ...}], drafting: {check: "
+            "unsure}}`.",
         ),
         render_section(
             "`verification`",

@@ -77,10 +77,39 @@ class SpeculativeConfig(Settings):
         return self
 
 
+class DraftingSettings(Settings):
+    """How a draft model uses the proposals of its own token-level method.
+
+    A draft does not have to be what the draft model alone would write, because the target verifies it in any case.
+    """
+
+    section = "drafting"
+
+    check: Literal["always", "unsure", "never"] = Field(
+        "always",
+        description='Which proposed tokens become part of the draft. "always": only those that the draft model itself '
+        'would generate. "unsure": also those whose probability is at least `confidence`, without this check. "never": '
+        "all of them. The more tokens are left unchecked, the fewer passes a draft takes, and the more drafts are "
+        "wrong. Requests with penalties, `logit_bias` or `min_tokens` are always checked.",
+    )
+    confidence: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description='With "unsure": the minimum probability, as the method estimates it, of a token that is not '
+        "checked.",
+    )
+
+    @property
+    def min_confidence(self) -> float | None:
+        """The probability from which on a token is not checked, or None if all tokens are checked."""
+        return {"always": None, "unsure": self.confidence, "never": 0.0}[self.check]
+
+
 NATIVE_SETTINGS = frozenset(
     (
         *("device", "dtype", "quantization", "num_threads", "kv_cache_memory_bytes", "gpu_memory_utilization"),
-        *("max_num_batched_tokens", "cuda_graphs", "speculative_configs"),
+        *("max_num_batched_tokens", "cuda_graphs", "speculative_configs", "drafting"),
     )
 )
 """Settings of the native engine. Another engine has its own settings for these things."""
@@ -157,6 +186,25 @@ class EngineSettings(Settings):
         description="The token-level methods that a request can choose. If a request does not choose a method, the "
         "first one is used.",
     )
+    drafting: DraftingSettings = Field(
+        DraftingSettings(),
+        description="Only of the draft model: whether drafts contain tokens that its method proposes and that the "
+        "draft model has not checked.",
+    )
+
+    @model_validator(mode="after")
+    def _check_drafting(self) -> Self:
+        if self.drafting.min_confidence is None or not isinstance(self.engine, NativeEngineConfig):
+            return self
+        usable = [name for name, spec in METHODS.items() if spec.estimates_confidence]
+        if not self.speculative_configs or self.speculative_configs[0].method not in usable:
+            raise ValueError(
+                f"drafting.check {self.drafting.check!r} needs a method that estimates probabilities "
+                f"({', '.join(usable)}) as the first of speculative_configs"
+            )
+        if self.speculative_configs[0].topk > 1:
+            raise ValueError(f"drafting.check {self.drafting.check!r} needs a chain, so topk must be 1")
+        return self
 
     @model_validator(mode="after")
     def _check_engine(self) -> Self:
@@ -176,6 +224,13 @@ class EngineSettings(Settings):
         if len(set(methods)) < len(methods):
             raise ValueError(f"each method may be named only once, got {', '.join(methods)}")
         return configs
+
+
+def check_target(settings: EngineSettings) -> EngineSettings:
+    """Raises ValueError if the settings of a target contain any of a draft model."""
+    if "drafting" in settings.model_fields_set:
+        raise ValueError("drafting: only the draft model has this setting")
+    return settings
 
 
 class VerificationSettings(Settings):

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
-from parse.config import EngineSettings, VerificationSettings
+from parse.config import EngineSettings, VerificationSettings, check_target
 from parse.demo import find_demo_model
 from parse.engine_config import NativeEngineConfig
 from parse.engines import loader
@@ -35,6 +35,11 @@ class PairSettings(Settings):
     draft: EngineSettings | None = None
     verification: VerificationSettings = VerificationSettings()
 
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, target: EngineSettings) -> EngineSettings:
+        return check_target(target)
+
     def verification_for_target(self) -> VerificationSettings:
         """Returns the verification settings.
 
@@ -46,6 +51,11 @@ class PairSettings(Settings):
 def engine_settings(argument: str, model: ModelChoice) -> EngineSettings:
     """Returns the settings of a model that `Pair` was given in the named argument."""
     if isinstance(model, EngineSettings):
+        if argument == "target":
+            try:
+                check_target(model)
+            except ValueError as error:
+                raise RequestError(argument, str(error)) from error
         return model
     if not isinstance(model, str | Path):
         raise RequestError(argument, f"must be a folder, a Hugging Face id or EngineSettings, got {model!r}")

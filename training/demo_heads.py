@@ -1,14 +1,15 @@
 """Trains the heads in models/ again, with the stages that trained the published ones.
 
-    python -m training.demo_heads                 # all three, about an hour and a half on one core
+    python -m training.demo_heads                 # all of them, about two hours on one core
     python -m training.demo_heads --only eagle3   # one of them
 
-Each stage is a run of `training.eagle3`, `training.parallel` or `training.space`. A later stage continues from the head
+Each stage is a run of `training.eagle3`, `training.parallel` or `training.space`. Three heads belong to the target, and
+`draft-parallel` to the draft model, so that it drafts several tokens in a pass. A later stage continues from the head
 of the stage before it, with more outputs of the target, and predicts more tokens ahead. A new head replaces the
 published one if its tokens per pass are at least as many on the same held-out texts. An interrupted run continues where
 it stopped.
 
-The stages are those of docs/heads.md. The runs of the published heads were not kept. Their outputs are assumed to be
+The stages are those of docs/heads.md. The runs of the target's heads were not kept. Their outputs are assumed to be
 those of the programs' default seed, 4000 of them first and 7008 of the same sequence later.
 """
 
@@ -25,7 +26,6 @@ from typing import Any
 
 from training.evaluate import MODELS
 from training.head_cards import read_figures
-from training.heads import DEMO
 from training.outputs import demo_prompts, start_target, write_outputs
 
 MAX_TOKENS, MAX_MODEL_LEN = 512, 4096  # of an output, and of a prompt with its output
@@ -43,8 +43,10 @@ class TrainingStage:
 
 @dataclass(frozen=True)
 class StagedRecipe:
+    program: str  # the module in `training`
     stages: tuple[TrainingStage, ...]
     dtype: str  # of the published weights
+    target: str = "demo-target"  # the model that the head belongs to
 
     @property
     def description(self) -> str:
@@ -58,20 +60,23 @@ class StagedRecipe:
 
 RECIPES: dict[str, StagedRecipe] = {
     "eagle3": StagedRecipe(
+        "eagle3",
         (TrainingStage(1500, 7, 4000), TrainingStage(400, 7, 7008, 2e-3), TrainingStage(240, 11, 7008, 1.5e-3)),
         "float32",
     ),
-    "parallel": StagedRecipe((TrainingStage(1200, 8, 4000), TrainingStage(320, 12, 7008, 2e-3)), "float16"),
-    "space": StagedRecipe((TrainingStage(2000, 8, 7008),), "float16"),
+    "parallel": StagedRecipe("parallel", (TrainingStage(1200, 8, 4000), TrainingStage(320, 12, 7008, 2e-3)), "float16"),
+    "space": StagedRecipe("space", (TrainingStage(2000, 8, 7008),), "float16"),
+    "draft-parallel": StagedRecipe("parallel", (TrainingStage(1500, 16, 7008),), "float16", "demo-draft"),
 }
 
 
 def stage_arguments(name: str, number: int, runs: Path, num_threads: int) -> list[str]:
-    """Returns the arguments of the program `training.<name>` for one stage, counted from 0."""
+    """Returns the arguments of the training program for one stage, counted from 0."""
     recipe = RECIPES[name]
     stage = recipe.stages[number]
     last = number == len(recipe.stages) - 1
     arguments = {
+        "--target": MODELS / recipe.target,
         "--runs": runs / name / f"stage-{number + 1}",
         "--out": stage_result(name, number, runs),
         "--count": stage.outputs,
@@ -93,13 +98,19 @@ def stage_result(name: str, number: int, runs: Path) -> Path:
 
 def train_head(name: str, runs: Path, num_threads: int) -> Path:
     """Runs all stages that are not finished, and returns the folder of the last one's head."""
-    for number, stage in enumerate(RECIPES[name].stages):
+    recipe = RECIPES[name]
+    for number, stage in enumerate(recipe.stages):
         result = stage_result(name, number, runs)
         if not (result / "figures.json").exists():  # the training program writes this file last
-            copy_outputs(runs / "outputs.jsonl", runs / name / f"stage-{number + 1}" / "outputs.jsonl", stage.outputs)
+            outputs = outputs_file(recipe.target, runs)
+            copy_outputs(outputs, runs / name / f"stage-{number + 1}" / "outputs.jsonl", stage.outputs)
             arguments = stage_arguments(name, number, runs, num_threads)
-            subprocess.run([sys.executable, "-m", f"training.{name}", *arguments], check=True)
-    return stage_result(name, len(RECIPES[name].stages) - 1, runs)
+            subprocess.run([sys.executable, "-m", f"training.{recipe.program}", *arguments], check=True)
+    return stage_result(name, len(recipe.stages) - 1, runs)
+
+
+def outputs_file(target: str, runs: Path) -> Path:
+    return runs / f"{target}.jsonl"
 
 
 def copy_outputs(source: Path, destination: Path, count: int) -> None:
@@ -134,10 +145,11 @@ def tokens_per_pass(metrics: Mapping[str, Any]) -> float:
     )
 
 
-def generate_outputs(path: Path, count: int, num_threads: int) -> None:
-    engine = start_target(str(DEMO), num_threads, MAX_MODEL_LEN)
+def generate_outputs(target: str, path: Path, count: int, num_threads: int) -> None:
+    engine = start_target(str(MODELS / target), num_threads, MAX_MODEL_LEN)
     try:
-        write_outputs(engine, demo_prompts(engine.model.tokenizer, seed=0), count, path, max_tokens=MAX_TOKENS)
+        prompts = demo_prompts(engine.model.tokenizer, seed=0, corrected=target == "demo-draft")
+        write_outputs(engine, prompts, count, path, max_tokens=MAX_TOKENS)
     finally:
         engine.shutdown()
 
@@ -153,8 +165,10 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace the published heads even if they are better")
     args = parser.parse_args()
     names = [args.only] if args.only else list(RECIPES)
-    count = max(stage.outputs for name in names for stage in RECIPES[name].stages)
-    generate_outputs(args.runs / "outputs.jsonl", count, args.threads)
+    for target in sorted({RECIPES[name].target for name in names}):
+        recipes = [RECIPES[name] for name in names if RECIPES[name].target == target]
+        count = max(stage.outputs for recipe in recipes for stage in recipe.stages)
+        generate_outputs(target, outputs_file(target, args.runs), count, args.threads)
     for name in names:
         try:
             head = train_head(name, args.runs, args.threads)

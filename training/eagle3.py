@@ -73,20 +73,23 @@ def new_head(
         return head.float().requires_grad_(True)
     draft_token_ids = most_frequent_tokens(texts, target.vocab_size, recipe.draft_vocabulary)
     torch.manual_seed(recipe.seed)
-    rope = dict(config.rope_parameters)
+    # Not every target has these properties. One with learned positions, such as OPT, has no rotary embedding, and names
+    # the width of its MLP differently. A head always has a rotary embedding of its own.
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    intermediate = getattr(config, "intermediate_size", None) or config.ffn_dim
     head = EagleHead(
         EagleHeadConfig(
             hidden_size=target.hidden_size,
-            intermediate_size=recipe.intermediate or config.intermediate_size,
+            intermediate_size=recipe.intermediate or intermediate,
             num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads,
             vocab_size=target.vocab_size,
             draft_vocab_size=len(draft_token_ids),
             target_hidden_size=target.hidden_size,
             aux_hidden_state_layers=target.default_aux_layers,
             num_hidden_layers=layers,
-            rms_norm_eps=config.rms_norm_eps,
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
             rope_theta=rope.pop("rope_theta", 10000.0),
             rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
             max_position_embeddings=config.max_position_embeddings,

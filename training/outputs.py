@@ -4,8 +4,9 @@
     python -m training.outputs --target some/model --prompts prompts.jsonl --out runs/outputs.jsonl
 
 Without `--prompts` the target answers questions of the demo task. Half of the answers continue the beginning of a
-correct answer in the draft's wording, as after an accepted prefix. A line of prompts has `messages`, or `prompt`, which
-becomes a user message. An interrupted run continues after the last complete line.
+correct answer in the draft's wording, as after an accepted prefix. For the draft model (`--corrected`) they continue
+such a prefix and a correction in the target's wording, as in mode rounds. A line of prompts has `messages`, or
+`prompt`, which becomes a user message. An interrupted run continues after the last complete line.
 """
 
 import argparse
@@ -21,17 +22,18 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from parse.config import EngineSettings
+from parse.config import EngineSettings, VerificationSettings
 from parse.engines.native.engine import NativeEngine
 from parse.engines.native_loader import load_native_engine
 from parse.errors import RequestError
 from parse.prompts import chat_prompt_token_ids
 from parse.requests import GenerateRequest
 from parse.types import NO_STREAMING, SamplingParams
-from training.task import correct_answer, draw_problem
-from training.wording import DRAFT
+from training.task import Problem, correct_answer, draw_problem
+from training.wording import DRAFT, TARGET
 
 SPLIT = "speculation"  # the split of the problems; held-out texts use another one
+CORRECTION_TOKENS = VerificationSettings.model_fields["correction_tokens"].default
 MAX_NUM_SEQS = 64  # outputs that are generated together; an interruption loses at most these
 
 
@@ -50,17 +52,39 @@ PromptAndPrefix = tuple[list[int], list[int]]
 """A prompt, and the first tokens of its answer, which the target continues."""
 
 
-def demo_prompts(tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT) -> Iterator[PromptAndPrefix]:
-    """Yields endless prompts of the demo task: alternately plain ones and ones with the beginning of an answer."""
+def demo_prompts(
+    tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT, *, corrected: bool = False
+) -> Iterator[PromptAndPrefix]:
+    """Yields endless prompts of the demo task: alternately plain ones and ones with the beginning of an answer.
+
+    With `corrected`, the beginning ends with a correction by the target.
+    """
+    begin_answer = _corrected_prefix if corrected else _draft_prefix
     index = 0
     while True:
         problem = draw_problem(split, seed, index)
-        prefix: list[int] = []
-        if index // 2 % 2:
-            draft_answer = tokenizer.encode(correct_answer(problem, DRAFT), add_special_tokens=False)
-            prefix = draft_answer[: random.Random(f"{split}/{seed}/{index}/cut").randrange(1, len(draft_answer))]
+        rng = random.Random(f"{split}/{seed}/{index}/cut")
+        prefix = begin_answer(tokenizer, problem, rng) if index // 2 % 2 else []
         yield chat_prompt_token_ids(tokenizer, [{"role": "user", "content": problem.question}]), prefix
         index += 1
+
+
+def _draft_prefix(tokenizer: PreTrainedTokenizerBase, problem: Problem, rng: random.Random) -> list[int]:
+    draft_answer = tokenizer.encode(correct_answer(problem, DRAFT), add_special_tokens=False)
+    return draft_answer[: rng.randrange(1, len(draft_answer))]
+
+
+def _corrected_prefix(tokenizer: PreTrainedTokenizerBase, problem: Problem, rng: random.Random) -> list[int]:
+    """Returns lines in the draft's wording, and then some tokens in the target's."""
+    draft_lines, target_lines = (
+        correct_answer(problem, wording).splitlines(keepends=True) for wording in (DRAFT, TARGET)
+    )
+    line = rng.randrange(0, len(draft_lines) - 2)
+    before, after = (
+        tokenizer.encode("".join(lines), add_special_tokens=False) if lines else []
+        for lines in (draft_lines[:line], target_lines[line:])
+    )
+    return before + after[:CORRECTION_TOKENS]
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[PromptAndPrefix]:
@@ -162,13 +186,18 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=512, help="maximum tokens to generate for one output")
     parser.add_argument("--context", type=int, default=4096, help="maximum tokens of a prompt with its output")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--corrected", action="store_true", help="prompts for the demo pair's draft model")
     parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
     args = parser.parse_args()
     engine = None
     try:
         engine = start_target(args.target, args.threads, args.context)
         tokenizer = engine.model.tokenizer
-        prompts = read_prompts(args.prompts, tokenizer) if args.prompts else demo_prompts(tokenizer, args.seed)
+        prompts = (
+            read_prompts(args.prompts, tokenizer)
+            if args.prompts
+            else demo_prompts(tokenizer, args.seed, corrected=args.corrected)
+        )
         write_outputs(engine, prompts, args.count, args.out, max_tokens=args.longest, temperature=args.temperature)
     except (ValueError, OSError, RequestError) as error:
         sys.exit(str(error))

@@ -34,6 +34,7 @@ def load_methods(settings: EngineSettings, model: Model, cost_model: StepCostMod
             is_sequential=METHODS[name].is_sequential,
             aux_hidden_state_layers=model.aux_hidden_state_layers,
             cost_model=cost_model,
+            min_confidence=settings.drafting.min_confidence,
         )
         for name, method in loaded.items()
     }

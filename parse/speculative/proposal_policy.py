@@ -20,6 +20,10 @@ sequence so far (`Calibration`).
 A method proposes for many sequences in one call, which takes little longer than a call for one sequence. Whether the
 time of that call pays is therefore decided for all sequences together. If every token of a proposal takes another step
 of the method, the depth is common to all sequences too.
+
+A draft model can use proposed tokens without checking them (`SpeculativeMethod.min_confidence`). What is proposed then
+decides what is drafted, which must not depend on timing: every proposal has the maximum number of tokens, and none of
+this policy applies.
 """
 
 import math
@@ -61,6 +65,8 @@ class SpeculativeMethod:
     is_sequential: bool  # whether every token of a path takes another step of the method
     aux_hidden_state_layers: tuple[int, ...]  # the hidden states that the engine keeps, for all of its methods
     cost_model: StepCostModel
+    min_confidence: float | None = None
+    """Proposed tokens of at least this probability are not checked. None means that all of them are."""
     num_proposals: int = 0
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
     num_steps: int = 0  # steps of the engine in which sequences of this method took part
@@ -70,8 +76,9 @@ class SpeculativeMethod:
     _backoff: Backoff = field(default_factory=Backoff)
     _net_gains: list[float] = field(default_factory=list)  # seconds that sequences gained since the last decision
 
-    def start_sequence(self) -> "SequenceSpeculation":
-        return SequenceSpeculation(self, self.proposer.new_state())
+    def start_sequence(self, *, check_all: bool = False) -> "SequenceSpeculation":
+        """Returns the state of a new sequence. With `check_all`, no proposed token is used unchecked."""
+        return SequenceSpeculation(self, self.proposer.new_state(), None if check_all else self.min_confidence)
 
     def reset(self) -> None:
         """Forgets the acceptance and the timings of all past proposals."""
@@ -166,6 +173,7 @@ class SequenceSpeculation:
 
     method: SpeculativeMethod
     state: GuardedState
+    min_confidence: float | None = None  # as in `SpeculativeMethod`
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
     _calibration: Calibration = field(default_factory=Calibration)
     # The mean number of tokens proposed for this sequence per step, including steps without a proposal.
@@ -209,13 +217,28 @@ class SequenceSpeculation:
         The proposal has at most `max_tokens` tokens. Returns None if a proposal would not pay.
         """
         self._requested = False
-        self._step = self.method.next_step(self._step)
         max_tokens = min(max_tokens, self.method.max_tokens)
+        if self.min_confidence is not None:
+            return ProposalCall(self.method, ProposalRequest(self.state, max_tokens)) if max_tokens > 0 else None
+        self._step = self.method.next_step(self._step)
         if self._step < self._backoff.end or self.method.is_paused or max_tokens < 1:
             return None
         self._requested = True
         request = ProposalRequest(self.state, max_tokens, self._min_probability(), self._max_depth())
         return ProposalCall(self.method, request)
+
+    def unchecked_tokens(self, proposal: Proposal) -> Sequence[int | None]:
+        """Returns the proposed token that follows each node without a check, or None where the model chooses.
+
+        The first node is the last token of the sequence. The others are those of the proposal, which is a chain.
+        """
+        if self.min_confidence is None or proposal.probabilities is None:
+            return ()
+        paths = [1.0, *proposal.probabilities]
+        return [
+            token if path >= self.min_confidence * path_before else None
+            for token, path_before, path in zip(proposal.token_ids, paths, paths[1:], strict=False)
+        ]
 
     def observe(self, proposal: Proposal, accepted: int) -> SpeculationStats:
         """Records that the target accepted the first `accepted` tokens of a path."""

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from deployments.config import ApiSettings, AppSettings
 from parse.config import VERIFICATION_FILE, EngineSettings, SpeculativeConfig, VerificationSettings
 from parse.engine_config import RemoteEngineConfig
+from parse.errors import RequestError
+from parse.pair_settings import PairSettings, engine_settings
 from parse.registry import METHODS, MODES
 from parse.renamed_settings import RENAMED_SETTINGS, describe_errors
 from parse.settings import Settings
@@ -174,6 +176,45 @@ def test_what_is_wrong_with_the_settings_of_an_engine_is_named(engine, message):
     with pytest.raises(ValidationError) as error:
         AppSettings.model_validate({"target": {"model": "m", "engine": engine}})
     assert message in describe_errors(error.value)
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ({"drafting": {"confidence": 1.01}}, "draft.drafting.confidence: Input should be less than or equal to 1"),
+        ({"drafting": {"confidence": -0.1}}, "draft.drafting.confidence: Input should be greater than or equal to 0"),
+        ({"drafting": {"check": "maybe"}}, "draft.drafting.check: Input should be 'always', 'unsure' or 'never'"),
+        ({"drafting": {"check": "unsure"}}, "'unsure' needs a method that estimates probabilities (eagle3, parallel)"),
+        (
+            {"drafting": {"check": "never"}, "speculative_configs": [{"method": "ngram"}]},
+            "'never' needs a method that estimates probabilities (eagle3, parallel)",
+        ),
+        (
+            {
+                "drafting": {"check": "never"},
+                "speculative_configs": [{"method": "parallel", "model": "head", "topk": 2}],
+            },
+            "'never' needs a chain, so topk must be 1",
+        ),
+        (
+            {"drafting": {"check": "never"}, "engine": {"kind": "remote", "url": "http://a"}},
+            "drafting: a remote engine does not use this",
+        ),
+    ],
+)
+def test_what_is_wrong_with_unchecked_drafting_is_named(draft, message):
+    with pytest.raises(ValidationError) as error:
+        AppSettings.model_validate({"target": {"model": "m"}, "draft": {"model": "d", **draft}})
+    assert message in describe_errors(error.value)
+
+
+def test_a_target_does_not_draft():
+    target = {"model": "m", "drafting": {"check": "always"}}
+    for settings in (AppSettings, PairSettings):
+        with pytest.raises(ValidationError, match="only the draft model has this setting"):
+            settings.model_validate({"target": target})
+    with pytest.raises(RequestError, match="target: drafting: only the draft model has this setting"):
+        engine_settings("target", EngineSettings.model_validate(target))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ RECIPE_CLASSES = {"eagle3": eagle3.HeadRecipe, "parallel": parallel.ParallelReci
 
 
 def parsed(name, number, runs):
-    defaults = RECIPE_CLASSES[name]()
-    parser = heads.build_parser(name, "", defaults.steps, defaults.rate, defaults.texts, defaults.ahead)
+    program = RECIPES[name].program
+    defaults = RECIPE_CLASSES[program]()
+    parser = heads.build_parser(program, "", defaults.steps, defaults.rate, defaults.texts, defaults.ahead)
     return parser.parse_args(stage_arguments(name, number, runs, num_threads=1))
 
 
@@ -46,10 +47,10 @@ def test_finished_stages_are_not_run_again_and_each_gets_its_outputs(tmp_path, m
         (tmp_path / out).mkdir(parents=True)
         (tmp_path / out / "figures.json").write_text("{}")
 
-    recipe = StagedRecipe((TrainingStage(2, 3, 1), TrainingStage(1, 3, 2)), "float32")
+    recipe = StagedRecipe("eagle3", (TrainingStage(2, 3, 1), TrainingStage(1, 3, 2)), "float32", "some-target")
     monkeypatch.setitem(demo_heads.RECIPES, "eagle3", recipe)
     monkeypatch.setattr(subprocess, "run", fake_run)
-    (tmp_path / "outputs.jsonl").write_text("a\nb\nc\n")
+    (tmp_path / "some-target.jsonl").write_text("a\nb\nc\n")
     head = train_head("eagle3", tmp_path, 1)
     assert len(started) == 2 and started[1] == str(head)
     assert (tmp_path / "eagle3" / "stage-1" / "outputs.jsonl").read_text() == "a\n"

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from parse.demo import DEMO_TARGET
 from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle_checkpoint import load_head
 from parse.speculative.proposers.eagle_head import RotaryEmbedding, TargetModel
 from tests.parse.speculative import naive
-from tests.training.test_head_data import target, texts
+from tests.training.test_head_data import VOCABULARY, target, texts
 from training import eagle3, loop, parallel
 from training.head_checkpoints import save_head
 from training.head_data import FeatureStore, batch_indices, sample_anchors
@@ -206,3 +207,31 @@ def test_a_new_head_starts_with_the_lm_head_of_its_target(network):
     assert RotaryEmbedding(head.config, head.fc).cos_sin([5])[0].shape == (1, 1, 4)
     other = eagle3.new_head(network, outputs, RECIPE)
     assert all(torch.equal(one, two) for one, two in zip(head.parameters(), other.parameters(), strict=True))
+
+
+def test_a_small_model_without_rotary_positions_can_have_a_head(tmp_path):
+    """Such as OPT, which the demo draft is: it has learned positions, layer norms with biases and only two layers."""
+    torch.manual_seed(3)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    network, outputs = OPTForCausalLM(config).eval(), texts()
+    assert TargetModel.of(network).default_aux_layers == (1, 2)
+    for module, recipe in ((eagle3, RECIPE), (parallel, PARALLEL)):
+        head = module.train_head(network, outputs, recipe, tmp_path / module.__name__ / "run")
+        save_head(head, tmp_path / module.__name__ / "head")
+        loaded, _ = load_head(tmp_path / module.__name__ / "head", TargetModel.of(network))
+        assert loaded.config == head.config
+        assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads) == (24, 4)
+
+
+@pytest.mark.parametrize("num_layers", range(1, 40))
+def test_the_default_auxiliary_layers_are_different_layers_of_the_model(num_layers):
+    layers = TargetModel(num_layers, torch.zeros(1, 1)).default_aux_layers
+    assert list(layers) == sorted(set(layers)) and layers[0] > 0 and layers[-1] <= num_layers

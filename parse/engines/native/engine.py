@@ -231,7 +231,7 @@ class NativeEngine:
             max_new_tokens=self._checks.max_new_tokens(request),
             emit=stream.put,
             detokenizer=stop_detokenizer(request, self.tokenizer),
-            speculation=method.start_sequence() if method else None,
+            speculation=method.start_sequence(check_all=request.sampling_params.modifies_logits) if method else None,
             last_output=last_output,
         )
 

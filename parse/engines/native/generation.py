@@ -74,8 +74,9 @@ def generate(
     The context is prompt and output without their last token. Passes at most `max_new_tokens` tokens to `emit`, and an
     end token only if the parameters include it. Each delta except the last has at least `stream_interval` tokens.
     `detokenizer` finds stop strings. A pass also runs the request's draft, and later the proposals of the speculative
-    method. They are accepted as long as the target chooses the same tokens. If the last token has already been
-    computed, `last_output` is its output. The context then contains that token, and the first new token needs no pass.
+    method. They are accepted as long as the target chooses the same tokens. A draft model may also accept proposed
+    tokens without checking them. If the last token has already been computed, `last_output` is its output. The context
+    then contains that token, and the first new token needs no pass.
     """
     prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling_params
     end_token_ids = params.end_token_ids(eos_token_ids)
@@ -89,8 +90,8 @@ def generate(
     if speculation is not None and not speculation.needs_hidden_states:
         speculation.extend(unseen, None, None)
         unseen = ()
-        if not draft and last_output is None and (proposal_call := speculation.proposal_call(max_new_tokens - 1)):
-            proposal = yield proposal_call
+        if not draft and last_output is None:
+            proposal = yield from _propose(speculation, max_new_tokens - 1)
     accepted_path: Sequence[int] = ()
     output_ids: list[int] = []
     output_logprobs: list[Logprob] = []
@@ -98,6 +99,7 @@ def generate(
     remaining, num_accepted = max_new_tokens, 0
     while True:
         nodes = _attach(last, proposal)
+        unchecked = speculation.unchecked_tokens(proposal) if speculation is not None and not draft else ()
         if last_output is None:
             tree_output: TreeOutput = yield TreeInput(
                 nodes, accepted_path=accepted_path, sampling_states=sampler.states(nodes)
@@ -110,6 +112,8 @@ def generate(
         while node is not None:
             path.append(node)
             token = tree_output.token_ids[node]
+            if node < len(unchecked) and (proposed_token := unchecked[node]) is not None:
+                token = proposed_token
             if token in end_token_ids:
                 finish = "stop"
                 if token not in included_end_token_ids:
@@ -148,8 +152,20 @@ def generate(
                 hidden_states = tree_output.aux_hidden_states([*entries, *(context_length + node for node in path)])
             speculation.extend((*unseen, *new_tokens), hidden_states, _mask_prediction(nodes, path[-1], tree_output))
             context_length, unseen, entries = context_length + len(path), (), ()
-            if proposal_call := speculation.proposal_call(remaining - 1):
-                proposal = yield proposal_call
+            proposal = yield from _propose(speculation, remaining - 1)
+
+
+def _propose(speculation: SequenceSpeculation, max_tokens: int) -> Generator[ProposalCall, Proposal, Proposal]:
+    """Returns the proposal for the next step.
+
+    A method that is not ready yet counts as one without a proposal. If it decides what is drafted, it is called until
+    it is ready, because when that is depends on the other requests.
+    """
+    while proposal_call := speculation.proposal_call(max_tokens):
+        proposal = yield proposal_call
+        if proposal.ready or speculation.min_confidence is None:
+            return proposal
+    return NO_PROPOSAL
 
 
 def _mask_prediction(nodes: TokenTree | Sequence[int], node: int, tree_output: TreeOutput) -> MaskPrediction | None:

@@ -23,6 +23,7 @@ from parse.speculative.proposers.base import ProposerLoadError
 # With these types, the frequencies do not depend on the length of the sequence.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+MIN_LAYERS_FOR_AUX = 7  # from this number of layers on, the default layers of EAGLE-3 are different ones, in order
 MAX_PARALLEL_TOKENS = 256  # tokens proposed in one pass; a checkpoint that names more is damaged
 SIZES = (
     "hidden_size",
@@ -69,8 +70,11 @@ class TargetModel:
     def default_aux_layers(self) -> tuple[int, ...]:
         """The layers that EAGLE-3 uses by default, as indices into `hidden_states`.
 
-        These are a low, a middle and a high layer.
+        These are a low, a middle and a high layer. A model of a few layers does not have all three, so its last layers
+        are used.
         """
+        if self.num_layers < MIN_LAYERS_FOR_AUX:
+            return tuple(range(max(1, self.num_layers - 2), self.num_layers + 1))
         return 2, self.num_layers // 2, self.num_layers - 3
 
 
