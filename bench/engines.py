@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from bench.output import add_json_argument, heading, milliseconds, row, write_output
 from bench.vllm_server import ServerOptions, cpu_environment, running
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
-from parse.demo import DEMO_DRAFT, DEMO_EAGLE3, DEMO_PARALLEL, DEMO_TARGET
+from parse.demo import DEMO_DRAFT, DEMO_DRAFT_PARALLEL, DEMO_EAGLE3, DEMO_PARALLEL, DEMO_TARGET
 from parse.engine_config import RemoteEngineConfig, VLLMEngineConfig
 from parse.engines.protocol import Engine
 from parse.events import TextDelta
@@ -112,7 +112,10 @@ def managed_settings() -> EngineSettings:
 
 
 def draft_settings() -> EngineSettings:
-    return EngineSettings(model=DEMO_DRAFT, num_threads=1, max_model_len=MAX_MODEL_LEN)
+    head = SpeculativeConfig(method="parallel", model=DEMO_DRAFT_PARALLEL)
+    return EngineSettings(
+        model=DEMO_DRAFT, num_threads=1, max_model_len=MAX_MODEL_LEN, speculative_configs=(head,)
+    )
 
 
 def native_pair() -> Pair:

@@ -21,7 +21,9 @@ pair         models/demo-target/figures.json    12 any
 eagle3       models/demo-eagle3/figures.json     4 any
 parallel     models/demo-parallel/figures.json   3 any
 space        models/demo-space/figures.json      3 any
+draft_parallel models/demo-draft-parallel/figures.json 2 any
 offline      $results/offline.json              25 quiet
+drafting     $results/drafting.json             10 quiet
 speculation  $results/speculation.json          15 quiet
 adversary    $results/adversary.json             5 quiet
 engine       $results/engine.json                8 quiet
@@ -37,7 +39,11 @@ precision    $results/precision.json             2 any
 long_drafts  $results/long_drafts.json          12 quiet
 "
 
-head_card() { "$python" -m training.acceptance --head "models/demo-$1" --problems 200 --seed 0 --threads 1 --card; }
+head_card() {
+    name=$1
+    shift
+    "$python" -m training.acceptance --head "models/demo-$name" "$@" --problems 200 --seed 0 --threads 1 --card
+}
 
 # `make serve` without make: the shipped serve_config.yaml. The server is stopped when the measurement ends.
 load() {
@@ -59,7 +65,9 @@ measure() {
     case $1 in
     pair) "$python" -m training.evaluate --problems 3000 --seed 7 --threads 1 --card ;;
     eagle3 | parallel | space) head_card "$1" ;;
+    draft_parallel) head_card draft-parallel --target models/demo-draft ;;
     offline) "$python" -m bench.offline --problems 250 --seed 5 --json $results/offline.json ;;
+    drafting) "$python" -m bench.drafting --problems 100 --seed 5 --json $results/drafting.json --plot bench/drafting.svg ;;
     speculation) "$python" -m bench.offline --speculation --problems 60 --seed 5 --rounds 5 --json $results/speculation.json ;;
     adversary) "$python" -m bench.offline --adversary --problems 200 --seed 5 --json $results/adversary.json ;;
     engine) "$python" -m bench.offline --engine --rounds 7 --json $results/engine.json ;;

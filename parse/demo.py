@@ -12,6 +12,7 @@ DEMO_MODELS = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
 DEMO_TARGET, DEMO_DRAFT = str(DEMO_MODELS / "demo-target"), str(DEMO_MODELS / "demo-draft")
 DEMO_EAGLE3 = str(DEMO_MODELS / "demo-eagle3")
 DEMO_PARALLEL = str(DEMO_MODELS / "demo-parallel")
+DEMO_DRAFT_PARALLEL = str(DEMO_MODELS / "demo-draft-parallel")
 DEMO_SPACE = str(DEMO_MODELS / "demo-space")
 
 EXAMPLE_PROMPT = (

@@ -23,6 +23,10 @@ def reaches(measured, stated):
     return measured["mean_accepted_length"] >= stated["mean_accepted_length"] - 3 * standard_error
 
 
+def target_of(name):
+    return MODELS / read_figures(MODELS / name)["target"]
+
+
 @pytest.fixture(scope="module")
 def network():
     return load_model(MODELS / "demo-target")
@@ -33,8 +37,11 @@ def texts():
     return generate_held_out(str(MODELS / "demo-target"), COUNT, seed=77, num_threads=1)
 
 
-@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel"])
+@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel", "demo-draft-parallel"])
 def test_a_pass_with_a_head_yields_what_its_card_says(network, texts, name):
+    if target_of(name) != MODELS / "demo-target":
+        network = load_model(target_of(name))
+        texts = generate_held_out(str(target_of(name)), COUNT, seed=77, num_threads=1)
     card_stats = json.loads((MODELS / name / "figures.json").read_text())["ways"]["chain"]["of"]
     chain = proposal_options(json.loads((MODELS / name / "config.json").read_text()).get("parallel_tokens", 1))["chain"]
     method = load_method(MODELS / name, network, chain.method_options)
@@ -53,12 +60,12 @@ def test_a_pass_with_adapters_yields_what_their_card_says(network, texts):
         assert reaches(stats[kind], card_stats[kind])
 
 
-@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel", "demo-space"])
+@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel", "demo-space", "demo-draft-parallel"])
 def test_a_head_is_small(name):
     assert (MODELS / name / "model.safetensors").stat().st_size < 2 << 20
 
 
-@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel", "demo-space"])
+@pytest.mark.parametrize("name", ["demo-eagle3", "demo-parallel", "demo-space", "demo-draft-parallel"])
 def test_the_card_shows_the_figures_that_were_measured(name):
     folder = MODELS / name
     assert (folder / "README.md").read_text() == render_card(folder, read_figures(folder))

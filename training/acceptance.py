@@ -238,7 +238,7 @@ def main() -> None:
             texts = generate_held_out(str(args.target), args.problems, args.seed, args.threads)
         metrics = {"run": run, **_evaluate(args.head, load_model(args.target), texts)}
         if args.card:
-            write_card(args.head, {"trained": read_figures(args.head)["trained"], **metrics})
+            write_card(args.head, {"trained": read_figures(args.head)["trained"], **metrics}, args.target.name)
     except (BrokenModel, ProposerLoadError, ValueError, OSError, KeyError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     if not args.card:

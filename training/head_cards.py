@@ -20,8 +20,8 @@ library_name: parse-serve
 ---
 # {name}
 
-{what} for `{target}`. It proposes tokens, which the target verifies in one pass. It has no embeddings of its own and
-cannot be used without its target. `parse.speculative` loads it. The layout is that of EAGLE-3's authors{extra}.
+{what} for `{target}`, its target. It proposes tokens, which the target verifies in one pass. It has no embeddings of
+its own and cannot be used without its target. `parse.speculative` loads it. The layout is that of EAGLE-3's authors{extra}.
 
 | | |
 | --- | --- |
@@ -49,7 +49,7 @@ The share of passes in which the proposed token at a position was accepted:
 ![accuracy during training: how often the head predicts the target's choice, by tokens ahead](training.svg)
 
 Measured {provenance}
-All figures are in `figures.json`. `python -m training.acceptance --head {folder} --card` measures them again.
+All figures are in `figures.json`. `python -m training.acceptance --head {folder}{target_option} --card` measures them again.
 """
 
 SPACE_CARD = """---
@@ -86,14 +86,15 @@ The share of passes in which the proposed token at a position was accepted:
 ![accuracy during training: how often a mask predicts the target's choice, by tokens ahead](training.svg)
 
 Measured {provenance}
-All figures are in `figures.json`. `python -m training.acceptance --head {folder} --card` measures them again.
+All figures are in `figures.json`. `python -m training.acceptance --head {folder}{target_option} --card` measures them again.
 """
 
+DEFAULT_TARGET = "demo-target"  # of training.acceptance
 EAGLE3, PARALLEL = "This is an EAGLE-3 head", "This is a parallel head"
 EXTRA = ", with further layers, `mask_embedding` and `mask_hidden` beside it"
 
 
-def write_card(folder: Path, metrics: Mapping[str, Any], target: str = "demo-target") -> None:
+def write_card(folder: Path, metrics: Mapping[str, Any], target: str = DEFAULT_TARGET) -> None:
     """Writes the figures and the card of a head, or of adapters of SPACE, into its folder."""
     metrics = round_floats({"target": target, **metrics})
     write_document(folder / "figures.json", metrics)
@@ -172,6 +173,7 @@ def _common_fields(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "name": folder.name,
         "folder": f"models/{folder.name}",
         "target": metrics["target"],
+        "target_option": "" if metrics["target"] == DEFAULT_TARGET else f" --target models/{metrics['target']}",
         "parameters": _count_parameters(folder) / 1e6,
         "trained": metrics["trained"],
         "texts": metrics["texts"],
