@@ -40,7 +40,7 @@ def test_committed_markdown_shows_the_committed_figures(path):
 
 def test_committed_model_cards_show_the_committed_figures():
     model_cards = report.model_cards(PROJECT_ROOT / "models")
-    assert len(model_cards) == 5
+    assert len(model_cards) == 6
     assert {path: path.read_text() for path in model_cards} == model_cards
 
 
