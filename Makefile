@@ -69,11 +69,11 @@ wheel: setup  ## build the wheel in dist/; it contains the demo pair
 models: setup  ## train the demo pair again (about an hour on two cores; continues after an interruption)
 	$(BIN)/python -m training.pair
 
-heads: setup  ## train the speculative heads again in all stages (about 90 minutes on one core; continues after an interruption)
+heads: setup  ## train the speculative heads again in all stages (about two hours on one core; continues after an interruption)
 	$(BIN)/python -m training.demo_heads
 
 evaluate: setup  ## measure the demo pair and its heads again, and write their model cards (about 25 minutes)
-	bench/measure.sh pair eagle3 parallel space
+	bench/measure.sh pair eagle3 parallel space draft_parallel
 
 measure: setup  ## run the measurements of bench/results/ that are missing (about 100 minutes on a quiet machine)
 	bench/measure.sh

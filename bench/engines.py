@@ -113,9 +113,7 @@ def managed_settings() -> EngineSettings:
 
 def draft_settings() -> EngineSettings:
     head = SpeculativeConfig(method="parallel", model=DEMO_DRAFT_PARALLEL)
-    return EngineSettings(
-        model=DEMO_DRAFT, num_threads=1, max_model_len=MAX_MODEL_LEN, speculative_configs=(head,)
-    )
+    return EngineSettings(model=DEMO_DRAFT, num_threads=1, max_model_len=MAX_MODEL_LEN, speculative_configs=(head,))
 
 
 def native_pair() -> Pair:

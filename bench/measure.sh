@@ -23,7 +23,7 @@ parallel     models/demo-parallel/figures.json   3 any
 space        models/demo-space/figures.json      3 any
 draft_parallel models/demo-draft-parallel/figures.json 2 any
 offline      $results/offline.json              25 quiet
-drafting     $results/drafting.json             10 quiet
+drafting     $results/drafting.json              8 quiet
 speculation  $results/speculation.json          15 quiet
 adversary    $results/adversary.json             5 quiet
 engine       $results/engine.json                8 quiet
@@ -67,7 +67,7 @@ measure() {
     eagle3 | parallel | space) head_card "$1" ;;
     draft_parallel) head_card draft-parallel --target models/demo-draft ;;
     offline) "$python" -m bench.offline --problems 250 --seed 5 --json $results/offline.json ;;
-    drafting) "$python" -m bench.drafting --problems 100 --seed 5 --json $results/drafting.json --plot bench/drafting.svg ;;
+    drafting) "$python" -m bench.drafting --problems 60 --seed 5 --json $results/drafting.json --plot bench/drafting.svg ;;
     speculation) "$python" -m bench.offline --speculation --problems 60 --seed 5 --rounds 5 --json $results/speculation.json ;;
     adversary) "$python" -m bench.offline --adversary --problems 200 --seed 5 --json $results/adversary.json ;;
     engine) "$python" -m bench.offline --engine --rounds 7 --json $results/engine.json ;;

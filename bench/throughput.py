@@ -163,8 +163,8 @@ def table(document: Mapping[str, Any]) -> str:
     processor = f" on {run['processor']['model']}" if run else ""
     names = "decode tok/s", "/ `generate()`", "/ vLLM", "prefill tok/s", "/ `generate()`", "/ vLLM"
     lines = [
-        f"{settings['model']}, {settings['dtype']}, {_threads(settings['num_threads'])}{processor}. The others compute "
-        "in float32.",
+        f"{settings['model']}, {settings['dtype']}, {_thread_count(settings['num_threads'])}{processor}. "
+        "The others compute in float32.",
         "",
         *heading("batch", *names),
     ]
@@ -181,7 +181,7 @@ def table(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _threads(count: int) -> str:
+def _thread_count(count: int) -> str:
     return f"{count} thread{'' if count == 1 else 's'}"
 
 

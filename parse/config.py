@@ -38,7 +38,7 @@ def _describe_methods(names: Iterable[str]) -> str:
 class SpeculativeConfig(Settings):
     """One token-level method: how several tokens are proposed at once.
 
-    It changes the speed, never the text.
+    It changes the speed and not the text, unless [`drafting`](#drafting-of-the-draft-model) leaves tokens unchecked.
     """
 
     section = "speculative_configs"
@@ -90,15 +90,21 @@ class DraftingSettings(Settings):
         description='Which proposed tokens become part of the draft. "always": only those that the draft model itself '
         'would generate. "unsure": also those whose probability is at least `confidence`, without this check. "never": '
         "all of them. The more tokens are left unchecked, the fewer passes a draft takes, and the more drafts are "
-        "wrong. Requests with penalties, `logit_bias` or `min_tokens` are always checked.",
+        "wrong. Only greedy requests without penalties, `logit_bias` and `min_tokens` use unchecked tokens.",
     )
     confidence: float = Field(
         0.9,
         ge=0,
         le=1,
-        description='With "unsure": the minimum probability, as the method estimates it, of a token that is not '
-        "checked.",
+        description='With `check: "unsure"`, the minimum probability of a token that is not checked, as the method '
+        "estimates it.",
     )
+
+    @model_validator(mode="after")
+    def _check_confidence(self) -> Self:
+        if self.check != "unsure" and "confidence" in self.model_fields_set:
+            raise ValueError(f'confidence is used only with check "unsure", got {self.check!r}')
+        return self
 
     @property
     def min_confidence(self) -> float | None:
@@ -188,19 +194,18 @@ class EngineSettings(Settings):
     )
     drafting: DraftingSettings = Field(
         DraftingSettings(),
-        description="Only of the draft model: whether drafts contain tokens that its method proposes and that the "
-        "draft model has not checked.",
+        description="How the draft model uses the proposals of its first method. Only a draft model has this setting.",
     )
 
     @model_validator(mode="after")
     def _check_drafting(self) -> Self:
         if self.drafting.min_confidence is None or not isinstance(self.engine, NativeEngineConfig):
             return self
-        usable = [name for name, spec in METHODS.items() if spec.estimates_confidence]
+        usable = [name for name, spec in METHODS.items() if spec.supports_unchecked_drafting]
         if not self.speculative_configs or self.speculative_configs[0].method not in usable:
             raise ValueError(
-                f"drafting.check {self.drafting.check!r} needs a method that estimates probabilities "
-                f"({', '.join(usable)}) as the first of speculative_configs"
+                f"drafting.check {self.drafting.check!r} needs one of {', '.join(usable)} as the first of "
+                "speculative_configs"
             )
         if self.speculative_configs[0].topk > 1:
             raise ValueError(f"drafting.check {self.drafting.check!r} needs a chain, so topk must be 1")

@@ -40,23 +40,7 @@ def check_models(
     """
     network, tokenizer = _check_model("target", target, on_this_node=on_this_node, find_deployment=find_deployment)
     needed_bytes = _weight_bytes(network, target)
-    for index, config in enumerate(target.speculative_configs):
-        argument = f"target.speculative_configs[{index}]"
-        if not is_built_in(config.method):  # a method of the operator may need the weights of the target
-            continue
-        try:
-            assert network is not None  # a remote engine has no methods
-            if METHODS[config.method].loads_language_model and config.model:
-                other, other_tokenizer = _check_model(argument, EngineSettings(model=config.model))
-                assert other is not None
-                vocab_size = other.config.get_text_config().vocab_size
-                check_same_tokenizer(config.model, other_tokenizer, vocab_size, tokenizer)
-            else:
-                resolve(METHODS[config.method].loader)(config, LoadContext(network, tokenizer, "cpu", target.dtype))
-        except ModelLoadError:
-            raise
-        except Exception as error:  # damaged files raise many kinds of errors in the libraries
-            raise model_load_error(argument, config.model or config.method, _as_value_error(error)) from error
+    _check_methods("target", target, network, tokenizer)
     try:
         settings = VerificationSettings.for_model(target.model, **verification.model_dump(exclude_unset=True))
         build_verification_suffix(
@@ -73,6 +57,7 @@ def check_models(
             "draft", draft, on_this_node=on_this_node, find_deployment=find_deployment
         )
         needed_bytes += _weight_bytes(draft_network, draft)
+        _check_methods("draft", draft, draft_network, draft_tokenizer)
         if not shares_vocabulary(draft_tokenizer, tokenizer):
             try:
                 kwargs = validate_template_kwargs(draft_tokenizer, draft.chat_template_kwargs)
@@ -84,6 +69,29 @@ def check_models(
         raise model_load_error(
             "target", target.model, ValueError(f"{message}, and this machine has {readable_bytes(memory_bytes)}")
         )
+
+
+def _check_methods(
+    argument: str, settings: EngineSettings, network: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Checks the token-level methods of a model."""
+    for index, config in enumerate(settings.speculative_configs):
+        name = f"{argument}.speculative_configs[{index}]"
+        if not is_built_in(config.method):  # a method of the operator may need the weights of the model
+            continue
+        try:
+            assert network is not None  # a remote engine has no methods
+            if METHODS[config.method].loads_language_model and config.model:
+                other, other_tokenizer = _check_model(name, EngineSettings(model=config.model))
+                assert other is not None
+                vocab_size = other.config.get_text_config().vocab_size
+                check_same_tokenizer(config.model, other_tokenizer, vocab_size, tokenizer)
+            else:
+                resolve(METHODS[config.method].loader)(config, LoadContext(network, tokenizer, "cpu", settings.dtype))
+        except ModelLoadError:
+            raise
+        except Exception as error:  # damaged files raise many kinds of errors in the libraries
+            raise model_load_error(name, config.model or config.method, _as_value_error(error)) from error
 
 
 def _weight_bytes(network: PreTrainedModel | None, settings: EngineSettings) -> int:

@@ -52,8 +52,9 @@ class MethodSpec:
     supports_trees: bool = False
     is_sequential: bool = False
     """Whether each further token of a proposal takes another step of the method."""
-    estimates_confidence: bool = False
-    """Whether its chains come with a probability for each token, so that a draft model can use tokens unchecked."""
+    supports_unchecked_drafting: bool = False
+    """Whether it proposes chains and estimates the probability of each token, so that a draft model can use tokens
+    unchecked."""
     loads_language_model: bool = False
     """Whether the checkpoint is a causal language model of its own, and not a part that is attached to the target."""
 
@@ -106,14 +107,14 @@ METHODS: dict[str, MethodSpec] = {
         model="required",
         supports_trees=True,
         is_sequential=True,
-        estimates_confidence=True,
+        supports_unchecked_drafting=True,
     ),
     "parallel": MethodSpec(
         "a trained ParallelSpec head",
         "parse.speculative.proposers.parallelspec:load",
         model="required",
         supports_trees=True,
-        estimates_confidence=True,
+        supports_unchecked_drafting=True,
     ),
     "space": MethodSpec(
         "the target's own predictions at mask tokens (SPACE)",

@@ -132,11 +132,11 @@ def acceptance_rates(lengths: Sequence[int]) -> tuple[float, ...]:
 
 
 def generate_held_out(target: str, count: int, seed: int, num_threads: int | None = None) -> list[TargetOutput]:
-    """Returns answers of the target to problems of the demo task. Every other one continues a draft."""
+    """Returns answers of the target to problems of the demo task. Half of them continue the beginning of an answer."""
     engine = start_target(target, num_threads, 1024)
     outputs: list[TargetOutput] = []
     try:
-        prompts = islice(demo_prompts(engine.model.tokenizer, seed, HELD_OUT_SPLIT), count)
+        prompts = islice(demo_prompts(target, engine.model.tokenizer, seed, HELD_OUT_SPLIT), count)
         while group := list(islice(prompts, MAX_NUM_SEQS)):
             outputs += asyncio.run(generate_outputs(engine, group, 512))
     finally:

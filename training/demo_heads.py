@@ -26,7 +26,7 @@ from typing import Any
 
 from training.evaluate import MODELS
 from training.head_cards import read_figures
-from training.outputs import demo_prompts, start_target, write_outputs
+from training.outputs import DEMO_DRAFT, demo_prompts, start_target, write_outputs
 
 MAX_TOKENS, MAX_MODEL_LEN = 512, 4096  # of an output, and of a prompt with its output
 
@@ -66,7 +66,7 @@ RECIPES: dict[str, StagedRecipe] = {
     ),
     "parallel": StagedRecipe("parallel", (TrainingStage(1200, 8, 4000), TrainingStage(320, 12, 7008, 2e-3)), "float16"),
     "space": StagedRecipe("space", (TrainingStage(2000, 8, 7008),), "float16"),
-    "draft-parallel": StagedRecipe("parallel", (TrainingStage(1500, 16, 7008),), "float16", "demo-draft"),
+    "draft-parallel": StagedRecipe("parallel", (TrainingStage(1500, 16, 7008),), "float16", DEMO_DRAFT),
 }
 
 
@@ -148,7 +148,7 @@ def tokens_per_pass(metrics: Mapping[str, Any]) -> float:
 def generate_outputs(target: str, path: Path, count: int, num_threads: int) -> None:
     engine = start_target(str(MODELS / target), num_threads, MAX_MODEL_LEN)
     try:
-        prompts = demo_prompts(engine.model.tokenizer, seed=0, corrected=target == "demo-draft")
+        prompts = demo_prompts(target, engine.model.tokenizer, seed=0)
         write_outputs(engine, prompts, count, path, max_tokens=MAX_TOKENS)
     finally:
         engine.shutdown()
@@ -173,7 +173,7 @@ def main() -> None:
         try:
             head = train_head(name, args.runs, args.threads)
         except subprocess.CalledProcessError as error:
-            sys.exit(f"training.{name} failed with status {error.returncode}")
+            sys.exit(f"training.{RECIPES[name].program} failed with status {error.returncode}")
         if publish_if_better(head, args.models, force=args.force):
             print(json.dumps({name: tokens_per_pass(read_figures(head))}))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from parse.speculative.proposers.base import ProposerLoadError
 from parse.speculative.proposers.eagle_checkpoint import load_head
@@ -73,14 +73,17 @@ def new_head(
         return head.float().requires_grad_(True)
     draft_token_ids = most_frequent_tokens(texts, target.vocab_size, recipe.draft_vocabulary)
     torch.manual_seed(recipe.seed)
-    # Not every target has these properties. One with learned positions, such as OPT, has no rotary embedding, and names
-    # the width of its MLP differently. A head always has a rotary embedding of its own.
+    # A target with learned positions has no rotary embedding. A head always has one of its own.
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    intermediate = getattr(config, "intermediate_size", None) or config.ffn_dim
+    if config.hidden_size != target.hidden_size:
+        raise ProposerLoadError(
+            f"the target has embeddings of width {target.hidden_size} and hidden states of width {config.hidden_size}, "
+            "and a head needs them to be equal"
+        )
     head = EagleHead(
         EagleHeadConfig(
             hidden_size=target.hidden_size,
-            intermediate_size=recipe.intermediate or intermediate,
+            intermediate_size=recipe.intermediate or _intermediate_size(config),
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or target.hidden_size // config.num_attention_heads,
@@ -102,6 +105,12 @@ def new_head(
     with torch.no_grad():
         head.lm_head.copy_(output[draft_token_ids.to(output.device)])
     return head.to(target.embedding.device)
+
+
+def _intermediate_size(config: PreTrainedConfig) -> int:
+    """Returns the width of the target's MLP, which OPT and GPT-2 name differently."""
+    sizes = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    return next(filter(None, sizes), 4 * config.hidden_size)
 
 
 class Distillation:

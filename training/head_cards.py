@@ -11,6 +11,7 @@ from safetensors import safe_open
 from training.confidence import format_ratio
 from training.evaluate import round_floats
 from training.head_checkpoints import SPACE_ARCHITECTURE
+from training.outputs import DEMO_DRAFT
 from training.provenance import provenance_sentence, write_document
 
 UNRECORDED = "by an earlier version of this program, which recorded no command, processor and versions."
@@ -21,7 +22,8 @@ library_name: parse-serve
 # {name}
 
 {what} for `{target}`, its target. It proposes tokens, which the target verifies in one pass. It has no embeddings of
-its own and cannot be used without its target. `parse.speculative` loads it. The layout is that of EAGLE-3's authors{extra}.
+its own and cannot be used without its target. `parse.speculative` loads it. The layout is that of EAGLE-3's
+authors{extra}.
 
 | | |
 | --- | --- |
@@ -31,8 +33,8 @@ its own and cannot be used without its target. `parse.speculative` loads it. The
 
 ## Figures
 
-Greedy decoding of {texts} texts that training never saw. Half of them answer a plain prompt. The other half continue an
-accepted prefix in other words. The *length* is the number of tokens per pass of the target, including the target's own
+Greedy decoding of {texts} texts that training never saw. Half of them answer a plain prompt. The other half continue
+{beginnings}. The *length* is the number of tokens per pass of the target, including the target's own
 token, with its 95% confidence interval over texts. The time is that of one proposal on one thread, including the time
 to read the new tokens of the sequence.
 
@@ -49,7 +51,8 @@ The share of passes in which the proposed token at a position was accepted:
 ![accuracy during training: how often the head predicts the target's choice, by tokens ahead](training.svg)
 
 Measured {provenance}
-All figures are in `figures.json`. `python -m training.acceptance --head {folder}{target_option} --card` measures them again.
+All figures are in `figures.json`. They are measured again with
+`python -m training.acceptance --head {folder}{target_option} --card`.
 """
 
 SPACE_CARD = """---
@@ -86,10 +89,13 @@ The share of passes in which the proposed token at a position was accepted:
 ![accuracy during training: how often a mask predicts the target's choice, by tokens ahead](training.svg)
 
 Measured {provenance}
-All figures are in `figures.json`. `python -m training.acceptance --head {folder}{target_option} --card` measures them again.
+All figures are in `figures.json`. They are measured again with
+`python -m training.acceptance --head {folder}{target_option} --card`.
 """
 
 DEFAULT_TARGET = "demo-target"  # of training.acceptance
+ACCEPTED_PREFIX = "an accepted prefix in other words"
+CORRECTION = "a draft after a correction by the target of the pair"
 EAGLE3, PARALLEL = "This is an EAGLE-3 head", "This is a parallel head"
 EXTRA = ", with further layers, `mask_embedding` and `mask_hidden` beside it"
 
@@ -123,6 +129,7 @@ def _render_head_card(folder: Path, metrics: Mapping[str, Any]) -> str:
     return CARD.format(
         **_common_fields(folder, metrics),
         what=PARALLEL if parallel else EAGLE3,
+        beginnings=CORRECTION if metrics["target"] == DEMO_DRAFT else ACCEPTED_PREFIX,
         extra=EXTRA if parallel else "",
         layers=layers,
         plural="s" * (layers > 1),

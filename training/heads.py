@@ -133,7 +133,9 @@ def _generate_outputs(args: argparse.Namespace) -> Path:
     engine = start_target(str(args.target), args.threads, args.context)
     try:
         tokenizer = load_tokenizer(args.target)
-        prompts = read_prompts(args.prompts, tokenizer) if args.prompts else demo_prompts(tokenizer, args.seed)
+        prompts = (
+            read_prompts(args.prompts, tokenizer) if args.prompts else demo_prompts(args.target, tokenizer, args.seed)
+        )
         write_outputs(engine, prompts, args.count, path, max_tokens=args.longest)
     finally:
         engine.shutdown()

@@ -4,8 +4,8 @@
     python -m training.outputs --target some/model --prompts prompts.jsonl --out runs/outputs.jsonl
 
 Without `--prompts` the target answers questions of the demo task. Half of the answers continue the beginning of a
-correct answer in the draft's wording, as after an accepted prefix. For the draft model (`--corrected`) they continue
-such a prefix and a correction in the target's wording, as in mode rounds. A line of prompts has `messages`, or
+correct answer in the draft's wording, as after an accepted prefix. If the target is the demo draft, they continue such
+a prefix and a correction in the wording of `demo-target`, as in mode rounds. A line of prompts has `messages`, or
 `prompt`, which becomes a user message. An interrupted run continues after the last complete line.
 """
 
@@ -34,6 +34,7 @@ from training.wording import DRAFT, TARGET
 
 SPLIT = "speculation"  # the split of the problems; held-out texts use another one
 CORRECTION_TOKENS = VerificationSettings.model_fields["correction_tokens"].default
+DEMO_DRAFT = "demo-draft"
 MAX_NUM_SEQS = 64  # outputs that are generated together; an interruption loses at most these
 
 
@@ -53,13 +54,14 @@ PromptAndPrefix = tuple[list[int], list[int]]
 
 
 def demo_prompts(
-    tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT, *, corrected: bool = False
+    target: str | Path, tokenizer: PreTrainedTokenizerBase, seed: int, split: str = SPLIT
 ) -> Iterator[PromptAndPrefix]:
     """Yields endless prompts of the demo task: alternately plain ones and ones with the beginning of an answer.
 
-    With `corrected`, the beginning ends with a correction by the target.
+    The beginnings are what the model has to continue in mode rounds: the demo draft continues after a correction, and
+    any other model after an accepted prefix of a draft.
     """
-    begin_answer = _corrected_prefix if corrected else _draft_prefix
+    begin_answer = _corrected_prefix if Path(target).name == DEMO_DRAFT else _draft_prefix
     index = 0
     while True:
         problem = draw_problem(split, seed, index)
@@ -186,7 +188,6 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=512, help="maximum tokens to generate for one output")
     parser.add_argument("--context", type=int, default=4096, help="maximum tokens of a prompt with its output")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--corrected", action="store_true", help="prompts for the demo pair's draft model")
     parser.add_argument("--threads", type=int, help="CPU threads for arithmetic")
     args = parser.parse_args()
     engine = None
@@ -194,9 +195,7 @@ def main() -> None:
         engine = start_target(args.target, args.threads, args.context)
         tokenizer = engine.model.tokenizer
         prompts = (
-            read_prompts(args.prompts, tokenizer)
-            if args.prompts
-            else demo_prompts(tokenizer, args.seed, corrected=args.corrected)
+            read_prompts(args.prompts, tokenizer) if args.prompts else demo_prompts(args.target, tokenizer, args.seed)
         )
         write_outputs(engine, prompts, args.count, args.out, max_tokens=args.longest, temperature=args.temperature)
     except (ValueError, OSError, RequestError) as error:

@@ -34,7 +34,7 @@ def load_methods(settings: EngineSettings, model: Model, cost_model: StepCostMod
             is_sequential=METHODS[name].is_sequential,
             aux_hidden_state_layers=model.aux_hidden_state_layers,
             cost_model=cost_model,
-            min_confidence=settings.drafting.min_confidence,
+            min_confidence=settings.drafting.min_confidence if index == 0 else None,
         )
-        for name, method in loaded.items()
+        for index, (name, method) in enumerate(loaded.items())
     }

@@ -230,10 +230,12 @@ class SequenceSpeculation:
     def unchecked_tokens(self, proposal: Proposal) -> Sequence[int | None]:
         """Returns the proposed token that follows each node without a check, or None where the model chooses.
 
-        The first node is the last token of the sequence. The others are those of the proposal, which is a chain.
+        The first node is the last token of the sequence. The others are those of the proposal, which must be a chain.
         """
         if self.min_confidence is None or proposal.probabilities is None:
             return ()
+        if any(parent != node - 1 for node, parent in enumerate(proposal.parents)):
+            raise ValueError("only the tokens of a chain can be used unchecked")
         paths = [1.0, *proposal.probabilities]
         return [
             token if path >= self.min_confidence * path_before else None

@@ -181,13 +181,23 @@ def test_what_is_wrong_with_the_settings_of_an_engine_is_named(engine, message):
 @pytest.mark.parametrize(
     ("draft", "message"),
     [
-        ({"drafting": {"confidence": 1.01}}, "draft.drafting.confidence: Input should be less than or equal to 1"),
-        ({"drafting": {"confidence": -0.1}}, "draft.drafting.confidence: Input should be greater than or equal to 0"),
+        (
+            {"drafting": {"check": "unsure", "confidence": 1.01}},
+            "draft.drafting.confidence: Input should be less than or equal to 1",
+        ),
+        (
+            {"drafting": {"check": "unsure", "confidence": -0.1}},
+            "draft.drafting.confidence: Input should be greater than or equal to 0",
+        ),
+        ({"drafting": {"confidence": 0.9}}, "confidence is used only with check \"unsure\", got 'always'"),
         ({"drafting": {"check": "maybe"}}, "draft.drafting.check: Input should be 'always', 'unsure' or 'never'"),
-        ({"drafting": {"check": "unsure"}}, "'unsure' needs a method that estimates probabilities (eagle3, parallel)"),
+        (
+            {"drafting": {"check": "unsure"}},
+            "'unsure' needs one of eagle3, parallel as the first of speculative_configs",
+        ),
         (
             {"drafting": {"check": "never"}, "speculative_configs": [{"method": "ngram"}]},
-            "'never' needs a method that estimates probabilities (eagle3, parallel)",
+            "'never' needs one of eagle3, parallel as the first of speculative_configs",
         ),
         (
             {

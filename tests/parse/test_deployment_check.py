@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from parse.config import EngineSettings, SpeculativeConfig, VerificationSettings
-from parse.demo import DEMO_DRAFT, DEMO_EAGLE3, DEMO_PARALLEL, DEMO_SPACE, DEMO_TARGET
+from parse.demo import DEMO_DRAFT, DEMO_DRAFT_PARALLEL, DEMO_EAGLE3, DEMO_PARALLEL, DEMO_SPACE, DEMO_TARGET
 from parse.deployment_check import check_models
 from parse.errors import ModelLoadError
 
@@ -44,6 +44,17 @@ def other_model(folder, kind="llama", *, vocab_size=510, tokenizer=None):
 def test_the_shipped_models_and_methods_pass():
     check(DEMO_TARGET, DEMO_DRAFT, ALL_METHODS)
     check(DEMO_TARGET, None)
+
+
+def test_the_methods_of_the_draft_model_are_checked():
+    def check_head(head):
+        methods = (SpeculativeConfig(method="parallel", model=head),)
+        draft = EngineSettings(model=DEMO_DRAFT, speculative_configs=methods)
+        check_models(EngineSettings(model=DEMO_TARGET), draft, VerificationSettings())
+
+    check_head(DEMO_DRAFT_PARALLEL)
+    with pytest.raises(ModelLoadError, match=r"^draft\.speculative_configs\[0\]: .*target_hidden_size is 128"):
+        check_head(DEMO_PARALLEL)
 
 
 def test_models_that_do_not_fit_into_the_memory_together_are_rejected():

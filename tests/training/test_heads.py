@@ -3,11 +3,12 @@
 import json
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from parse.demo import DEMO_TARGET
 from parse.speculative.proposers.base import ProposerLoadError
@@ -229,6 +230,19 @@ def test_a_small_model_without_rotary_positions_can_have_a_head(tmp_path):
         loaded, _ = load_head(tmp_path / module.__name__ / "head", TargetModel.of(network))
         assert loaded.config == head.config
         assert (loaded.config.intermediate_size, loaded.config.num_key_value_heads) == (24, 4)
+
+
+def test_the_mlp_of_a_head_is_as_wide_as_that_of_its_target():
+    sizes: dict[str, Any] = dict(n_embd=16, n_layer=2, n_head=4, vocab_size=VOCABULARY)
+    for width, expected in ((None, 64), (40, 40)):
+        network = GPT2LMHeadModel(GPT2Config(n_inner=width, **sizes))
+        assert eagle3.new_head(network, texts(), RECIPE).config.intermediate_size == expected
+
+
+def test_a_target_whose_embeddings_have_another_width_is_rejected():
+    config = OPTConfig(vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=8, ffn_dim=24, num_attention_heads=4)
+    with pytest.raises(ProposerLoadError, match="embeddings of width 8 and hidden states of width 16"):
+        eagle3.new_head(OPTForCausalLM(config), texts(), RECIPE)
 
 
 @pytest.mark.parametrize("num_layers", range(1, 40))

@@ -171,8 +171,9 @@ class NativeEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
         """Yields the generated tokens. A delta contains all tokens since the last one.
 
-        The speculative method changes the speed, never the tokens. The token limit, penalties, stop strings and seed
-        apply to the output as a whole. Closing the generator aborts the request.
+        The speculative method changes the speed and not the tokens, unless a draft model uses proposed tokens unchecked
+        (`drafting` in the settings). The token limit, penalties, stop strings and seed apply to the output as a whole.
+        Closing the generator aborts the request.
         """
         request = self._checks.generation(request)
         self._method(request.speculative_method)
@@ -224,14 +225,16 @@ class NativeEngine:
     def _generation(
         self, request: GenerateRequest, stream: OutputStream, last_output: TreeOutput | None = None
     ) -> Program:
-        method = self._method(request.speculative_method)
+        method, params = self._method(request.speculative_method), request.sampling_params
         return generate(
             request,
             eos_token_ids=self.model.eos_token_ids,
             max_new_tokens=self._checks.max_new_tokens(request),
             emit=stream.put,
             detokenizer=stop_detokenizer(request, self.tokenizer),
-            speculation=method.start_sequence(check_all=request.sampling_params.modifies_logits) if method else None,
+            speculation=method.start_sequence(check_all=params.modifies_logits or not params.greedy)
+            if method
+            else None,
             last_output=last_output,
         )
 

@@ -99,7 +99,7 @@ def generate(
     remaining, num_accepted = max_new_tokens, 0
     while True:
         nodes = _attach(last, proposal)
-        unchecked = speculation.unchecked_tokens(proposal) if speculation is not None and not draft else ()
+        unchecked = speculation.unchecked_tokens(proposal) if speculation is not None else ()
         if last_output is None:
             tree_output: TreeOutput = yield TreeInput(
                 nodes, accepted_path=accepted_path, sampling_states=sampler.states(nodes)
@@ -159,7 +159,8 @@ def _propose(speculation: SequenceSpeculation, max_tokens: int) -> Generator[Pro
     """Returns the proposal for the next step.
 
     A method that is not ready yet counts as one without a proposal. If it decides what is drafted, it is called until
-    it is ready, because when that is depends on the other requests.
+    it is ready, because when that is depends on the other requests. This delays them by the prefill of a head, which
+    ends, because every call computes a part of it.
     """
     while proposal_call := speculation.proposal_call(max_tokens):
         proposal = yield proposal_call

@@ -119,7 +119,7 @@ class Eagle3Proposer(HeadProposer):
 
         The results are their log-probabilities and the target's token ids.
         """
-        logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.topk)
+        logprobs, tokens = self.head.logits(hidden).float().log_softmax(-1).topk(self.topk)
         return logprobs, self.head.to_target[tokens]
 
     def _expand(

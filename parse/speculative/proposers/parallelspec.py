@@ -61,7 +61,7 @@ class ParallelSpecProposer(HeadProposer):
         for state in states:
             state.reserve(self.head, num_tokens - 1)
         hidden = run_head(self.head, self.embedding, self._rotary, states, num_tokens - 1)  # [R, positions, H]
-        logprobs, tokens = self.head.logits(hidden).log_softmax(-1).topk(self.topk)  # [R, positions, topk]
+        logprobs, tokens = self.head.logits(hidden).float().log_softmax(-1).topk(self.topk)  # [R, positions, topk]
         results = zip(logprobs.tolist(), self.head.to_target[tokens].tolist(), requests, strict=True)
         return [
             _best_first_tree(

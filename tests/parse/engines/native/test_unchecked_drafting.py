@@ -1,5 +1,6 @@
 """A draft model uses tokens of its method without checking them, compared with a naive implementation."""
 
+import asyncio
 import random
 from itertools import accumulate
 from operator import mul
@@ -9,12 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parse.config import DraftingSettings, EngineSettings, SpeculativeConfig
+from parse.demo import DEMO_DRAFT, DEMO_DRAFT_PARALLEL
+from parse.engines.native.engine import NativeEngine
+from parse.engines.native_loader import load_native_engine
+from parse.prompts import chat_prompt_token_ids
+from parse.requests import GenerateRequest
 from parse.speculative.cost_model import StepCostModel
 from parse.speculative.guard import GuardedProposer
 from parse.speculative.proposal import NOT_READY, Proposal, Proposer, chain_proposal
 from parse.speculative.proposal_policy import SpeculativeMethod
 from parse.types import SamplingParams
 from tests.parse.engines.native.test_generation import END, PROMPT, TABLE, VOCABULARY, ids, write
+from training.measure import draw_problems
 
 MAX_TOKENS = 5  # in a proposal
 GREEDY = SamplingParams(temperature=0.0)
@@ -74,12 +82,21 @@ def naive_draft(seed: int, min_confidence: float, max_new_tokens: int) -> list[i
     return draft[: draft.index(END)] if END in draft else draft
 
 
-@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 0.6, 1.0]), st.integers(1, 30), st.integers(0, 2))
-def test_confident_tokens_are_taken_and_the_others_are_the_models_own(seed, min_confidence, max_new_tokens, delays):
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+    st.integers(1, 30),
+    st.integers(0, 2),
+    st.sampled_from([1, 3, 99]),
+)
+def test_confident_tokens_are_taken_and_the_others_are_the_models_own(
+    seed, min_confidence, max_new_tokens, delays, stream_interval
+):
     deltas, final_context, _ = write(
         GREEDY,
         max_new_tokens=max_new_tokens,
         eos_token_ids={END},
+        stream_interval=stream_interval,
         speculation=drafting(ChainProposer(seed, delays), min_confidence),
     )
     draft = ids(deltas)
@@ -118,3 +135,74 @@ def test_if_everything_is_checked_the_draft_is_the_models_own(options):
         speculation = drafting(ChainProposer(seed), **options)
         deltas, _, _ = write(GREEDY, max_new_tokens=30, eos_token_ids={END}, speculation=speculation)
         assert ids(deltas) == plain
+
+
+@given(st.integers(0, 10**6), st.integers(0, VOCABULARY - 2), st.booleans())
+def test_a_stop_token_among_unchecked_tokens_ends_the_draft(seed, stop, include):
+    params = SamplingParams(temperature=0.0, stop_token_ids=(stop,), include_stop_str_in_output=include)
+    speculation = drafting(ChainProposer(seed), 0.0)
+    deltas, _, _ = write(params, max_new_tokens=30, eos_token_ids={END}, speculation=speculation)
+    draft = naive_draft(seed, 0.0, 30)
+    assert ids(deltas) == (draft[: draft.index(stop) + include] if stop in draft else draft)
+
+
+def test_a_tree_is_not_used_unchecked():
+    speculation = drafting(ChainProposer(0), 0.5)
+    with pytest.raises(ValueError, match="only the tokens of a chain"):
+        speculation.unchecked_tokens(Proposal((1, 2), (-1, -1), (0.9, 0.8)))
+
+
+def draft_engine(check: str, *more: SpeculativeConfig) -> NativeEngine:
+    head = SpeculativeConfig(method="parallel", model=DEMO_DRAFT_PARALLEL)
+    return load_native_engine(
+        EngineSettings(
+            model=DEMO_DRAFT,
+            num_threads=1,
+            max_model_len=1024,
+            kv_cache_memory_bytes=2**28,
+            speculative_configs=(head, *more),
+            drafting=DraftingSettings.model_validate({"check": check}),
+        )
+    )
+
+
+WHOLE_DRAFT = SamplingParams(temperature=0.0, max_tokens=200)
+
+
+async def drafts(engine: NativeEngine, prompts, params=WHOLE_DRAFT, method=None):
+    """Returns all drafts, which are written at the same time."""
+
+    async def draft(prompt):
+        request = GenerateRequest(prompt_token_ids=prompt, sampling_params=params, speculative_method=method)
+        return [token async for delta in engine.generate(request) for token in delta.token_ids]
+
+    return await asyncio.gather(*map(draft, prompts))
+
+
+@pytest.mark.slow
+def test_the_engine_of_a_draft_model_uses_tokens_unchecked_in_greedy_requests_with_its_first_method():
+    never, always = draft_engine("never", SpeculativeConfig(method="ngram")), draft_engine("always")
+    try:
+        prompts = [
+            tuple(chat_prompt_token_ids(always.tokenizer, [{"role": "user", "content": problem.question}]))
+            for problem in draw_problems(5, 6)
+        ]
+        checked = asyncio.run(drafts(always, prompts))
+        assert checked == asyncio.run(drafts(always, prompts, method="none"))
+
+        steps_before = never.stats.num_steps
+        unchecked = [asyncio.run(drafts(never, [prompt]))[0] for prompt in prompts]
+        num_tokens, num_steps = sum(map(len, unchecked)), never.stats.num_steps - steps_before
+        assert unchecked != checked and num_tokens > 12 * num_steps
+        assert asyncio.run(drafts(never, prompts)) == unchecked
+
+        assert asyncio.run(drafts(never, prompts, method="ngram")) == checked
+        for params in (
+            SamplingParams(temperature=0.0, max_tokens=200, presence_penalty=0.1),
+            SamplingParams(temperature=1.0, seed=3, max_tokens=200),
+        ):
+            expected = asyncio.run(drafts(always, prompts, params, method="none"))
+            assert asyncio.run(drafts(never, prompts, params)) == expected
+    finally:
+        never.shutdown()
+        always.shutdown()
