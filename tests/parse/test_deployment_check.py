@@ -53,7 +53,7 @@ def test_the_methods_of_the_draft_model_are_checked():
         check_models(EngineSettings(model=DEMO_TARGET), draft, VerificationSettings())
 
     check_head(DEMO_DRAFT_PARALLEL)
-    with pytest.raises(ModelLoadError, match=r"^draft\.speculative_configs\[0\]: .*target_hidden_size is 128"):
+    with pytest.raises(ModelLoadError, match=r"^draft\.speculative_configs\[0\]: .*auxiliary layers must lie in 0..2"):
         check_head(DEMO_PARALLEL)
 
 

@@ -152,7 +152,7 @@ def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values.setdefault("draft_vocab_size", values["vocab_size"])
         values.setdefault("target_hidden_size", target.hidden_size)
-        config = EagleHeadConfig(**values | {"aux_hidden_state_layers": _aux_layers(config_json, target, path)})
+        config = EagleHeadConfig(**values | {"aux_hidden_state_layers": _aux_layers(config_json, target)})
         RotaryEmbedding(config, target.embedding).cos_sin([0])
     except ProposerLoadError as error:
         raise ProposerLoadError(f"{path}: {error}") from error
@@ -172,7 +172,7 @@ def _load_config(path: str, target: TargetModel) -> EagleHeadConfig:
     return config
 
 
-def _aux_layers(config_json: Mapping[str, Any], target: TargetModel, path: str) -> tuple[int, ...]:
+def _aux_layers(config_json: Mapping[str, Any], target: TargetModel) -> tuple[int, ...]:
     """Returns the layers that the head reads, as indices into `hidden_states`.
 
     In `eagle_config`, most published heads name the layers whose *output* they read. These numbers are one less than
@@ -187,7 +187,7 @@ def _aux_layers(config_json: Mapping[str, Any], target: TargetModel, path: str) 
         layers = tuple(layer + 1 for layer in layers)
     if not all(0 <= layer <= target.num_layers for layer in layers):
         raise ProposerLoadError(
-            f"{path}: auxiliary layers must lie in 0..{target.num_layers} for this target, got {list(layers)}"
+            f"auxiliary layers must lie in 0..{target.num_layers} for this target, got {list(layers)}"
         )
     return layers
 

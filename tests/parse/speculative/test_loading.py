@@ -84,8 +84,8 @@ def test_the_memory_that_methods_keep_for_a_token_is_counted(monkeypatch):
             async for _ in deltas:
                 pass
 
-    def start_and_keep_state(method):
-        speculation = start_sequence(method)
+    def start_and_keep_state(method, **options):
+        speculation = start_sequence(method, **options)
         states.append((method.name, speculation.state.state))
         return speculation
 
