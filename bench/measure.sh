@@ -32,6 +32,7 @@ metering     $results/metering.json              5 quiet
 overlap      $results/overlap.json               3 quiet
 fused_call   $results/fused_call.json            3 quiet
 engines      $results/engines.json              15 quiet
+engines_head $results/engines_head.json          8 quiet
 throughput   $results/throughput.json           15 quiet
 throughput_int8 $results/throughput_int8.json    6 quiet
 throughput_bfloat16 $results/throughput_bfloat16.json 6 quiet
@@ -76,6 +77,8 @@ measure() {
     overlap) "$python" -m bench.overlap --problems 100 --rounds 5 --json $results/overlap.json ;;
     fused_call) "$python" -m bench.fused_call --problems 200 --json $results/fused_call.json ;;
     engines) "$python" -m bench.engines --start-vllm --problems 40 --seed 5 --concurrency 1,8 --json $results/engines.json ;;
+    engines_head) "$python" -m bench.engines --start-vllm --problems 160 --rounds 10 --seed 5 --concurrency 1,8 \
+        --contenders vllm,parse-full,parse-rounds --json $results/engines_head.json ;;
     throughput) "$python" -m bench.throughput --model smollm2 --start-vllm --batches 1,8,16 --json $results/throughput.json ;;
     throughput_int8) "$python" -m bench.throughput --model smollm2 --quantization int8 --batches 1,8 --json $results/throughput_int8.json ;;
     throughput_bfloat16) "$python" -m bench.throughput --model smollm2 --dtype bfloat16 --batches 1,8 --json $results/throughput_bfloat16.json ;;

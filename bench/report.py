@@ -126,6 +126,7 @@ BLOCKS: dict[str, Block] = {
     "metering": _result("metering", metering.table),
     "overlap": _result("overlap", overlap.table),
     "engines": _result("engines", engines.table),
+    "engines-head": _result("engines_head", engines.table),
     "fused-call": _result("fused_call", fused_call.table),
     "gpu-8b": Block(RESULTS / "gpu" / "qwen3-8b.json", gpu_table.table, required=False, command="bench/gpu.sh"),
     "gpu-32b": Block(RESULTS / "gpu" / "qwen3-32b.json", gpu_table.table, required=False, command="bench/gpu.sh"),
