@@ -3,7 +3,7 @@
 A proposal is a tree of tokens that the target might generate next. In one pass, the target chooses its own token after
 each proposed one. Proposed tokens are accepted as long as they equal the target's own. The output is therefore always
 the target's own: a bad proposer costs time but never changes the text. The exception is a draft model that is told not
-to check all proposed tokens (`drafting` in the settings): the target of the draft checks them later.
+to check all proposed tokens (`drafting` in the settings): the target of the pair verifies the draft.
 """
 
 from abc import ABC, abstractmethod

@@ -158,9 +158,9 @@ def generate(
 def _propose(speculation: SequenceSpeculation, max_tokens: int) -> Generator[ProposalCall, Proposal, Proposal]:
     """Returns the proposal for the next step.
 
-    A method that is not ready yet counts as one without a proposal. If it decides what is drafted, it is called until
-    it is ready, because when that is depends on the other requests. This delays them by the prefill of a head, which
-    ends, because every call computes a part of it.
+    While a method still prefills, the step usually runs without a proposal. If proposals are used unchecked, it is
+    called again until it has prefilled. Otherwise other requests, which delay the prefill, could change the draft. The
+    loop ends, because each call computes a part of the prefill.
     """
     while proposal_call := speculation.proposal_call(max_tokens):
         proposal = yield proposal_call

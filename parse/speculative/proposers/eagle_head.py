@@ -23,7 +23,7 @@ from parse.speculative.proposers.base import ProposerLoadError
 # With these types, the frequencies do not depend on the length of the sequence.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-MIN_LAYERS_FOR_AUX = 7  # from this number of layers on, the default layers of EAGLE-3 are different ones, in order
+MIN_LAYERS_FOR_AUX = 7  # with fewer layers, two of the default layers of EAGLE-3 are the same or out of order
 MAX_PARALLEL_TOKENS = 256  # tokens proposed in one pass; a checkpoint that names more is damaged
 SIZES = (
     "hidden_size",
